@@ -1,0 +1,1 @@
+"""What every operator family shares: the runtime, argument checks, providers, Triton helpers."""

@@ -1,0 +1,65 @@
+"""Argument checks. Each raises before any kernel runs and names the operator, what came and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from bi_ops._common import runtime
+
+#: Dtypes that the floating-point kernels accept.
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def describe(t: torch.Tensor) -> str:
+    """``bfloat16[4, 8] on cpu``: how a tensor is named in an error."""
+    return f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)} on {t.device.type}"
+
+
+def tensor(op: str, name: str, t: object, *, ndim: int | None = None) -> torch.Tensor:
+    """`t` as a tensor of rank `ndim` on the device kernels run on.
+
+    Raises:
+        TypeError: `t` is not a tensor.
+        ValueError: another rank, or another device.
+    """
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+    if ndim is not None and t.ndim != ndim:
+        raise ValueError(f"{op}: {name} must have {ndim} dimensions, got {describe(t)}")
+    if t.device.type not in (runtime.device_type(), "meta"):
+        hint = (
+            "kernels run in Triton's interpreter here, so move it with .cpu()"
+            if runtime.INTERPRET
+            else "move it with .cuda(), or set TRITON_INTERPRET=1 to run on the CPU"
+        )
+        raise ValueError(f"{op}: {name} is {describe(t)}; {hint}")
+    return t
+
+
+def dtype(op: str, name: str, t: torch.Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """Raise TypeError unless `t.dtype` is one of `allowed`."""
+    if t.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: {name} is {describe(t)}; supported dtypes are {names}. Cast it with .to(...)")
+
+
+def same_dtype(op: str, **tensors: torch.Tensor) -> None:
+    """Raise TypeError unless all `tensors` share one dtype."""
+    if len({t.dtype for t in tensors.values()}) > 1:
+        what = ", ".join(f"{n} {describe(t)}" for n, t in tensors.items())
+        raise TypeError(f"{op}: dtypes differ: {what}. Cast them to one dtype")
+
+
+def same_device(op: str, **tensors: torch.Tensor) -> None:
+    """Raise ValueError unless all `tensors` are on one device."""
+    if len({t.device for t in tensors.values()}) > 1:
+        what = ", ".join(f"{n} on {t.device}" for n, t in tensors.items())
+        raise ValueError(f"{op}: tensors are on different devices: {what}")
+
+
+def shape(op: str, ok: bool, message: str) -> None:
+    """Raise ValueError(`op`: `message`) unless `ok`."""
+    if not ok:
+        raise ValueError(f"{op}: {message}")

@@ -1,0 +1,35 @@
+"""Device functions that several kernels use."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bi_ops._common.runtime import INTERPRET
+
+_INTERPRET = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``acc + a @ b`` in the canonical order: K front to back, one fp32 accumulator, never TF32.
+
+    a: [M, K], b: [K, N], acc: [M, N] fp32. The interpreter's own `tl.dot` multiplies the raw bits of bf16 and
+    hands fp32 to a BLAS whose order depends on M, so there the tile product is taken in fp64, where a sum of bf16
+    products is exact and has no order.
+    """
+    if _INTERPRET:
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in `dtype`, rounded to nearest even. Kernels store through it: the interpreter's own fp32 to bf16 truncates."""
+    if _INTERPRET:
+        if dtype == tl.bfloat16:
+            x = x.to(tl.float32)
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)  # NaN stays NaN
+            return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)

@@ -1,0 +1,77 @@
+"""The product kernel. One program owns one output tile and walks K front to back: no split-K, no atomics."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bi_ops._common.triton_helpers import cast, dot
+
+
+@triton.jit
+def matmul_kernel(
+    p_a,  # [B, M, K]
+    p_b,  # [B, K, N]
+    p_bias,  # [N], added to the fp32 accumulator
+    p_c,  # [B, M, N]
+    M,
+    N,
+    K,
+    stride_ab,
+    stride_am,
+    stride_ak,
+    stride_bb,
+    stride_bk,
+    stride_bn,
+    stride_cb,
+    stride_cm,
+    stride_cn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LARGE: tl.constexpr,  # some operand has 2**31 elements or more: offsets need 64 bits
+):
+    pid = tl.program_id(0)
+    i_b = tl.program_id(1).to(tl.int64)
+
+    # Neighbouring programs share rows of A and columns of B in L2: GROUP_M tile rows are walked column by column.
+    n_tiles_m = tl.cdiv(M, BLOCK_M)
+    n_tiles_n = tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP_M * n_tiles_n)
+    first_m = group * GROUP_M
+    rows_in_group = min(n_tiles_m - first_m, GROUP_M)
+    i_m = first_m + (pid % (GROUP_M * n_tiles_n)) % rows_in_group
+    i_n = (pid % (GROUP_M * n_tiles_n)) // rows_in_group
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m = o_m < M
+    m_n = o_n < N
+    # Rows past the end read row 0 and are not stored: the loads then need a mask over K alone.
+    a_m = tl.where(m_m, o_m, 0)
+    b_n = tl.where(m_n, o_n, 0)
+    if LARGE:
+        a_m = a_m.to(tl.int64)
+        b_n = b_n.to(tl.int64)
+
+    p_a += i_b * stride_ab
+    p_b += i_b * stride_bb
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        if LARGE:
+            o_k = o_k.to(tl.int64)
+        b_a = tl.load(p_a + a_m[:, None] * stride_am + o_k[None, :] * stride_ak, mask=m_k[None, :], other=0.0)
+        b_b = tl.load(p_b + o_k[:, None] * stride_bk + b_n[None, :] * stride_bn, mask=m_k[:, None], other=0.0)
+        acc = dot(b_a, b_b, acc)
+
+    if HAS_BIAS:
+        acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if LARGE:
+        o_m = o_m.to(tl.int64)
+        o_n = o_n.to(tl.int64)
+    p_out = p_c + i_b * stride_cb + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
+    tl.store(p_out, cast(acc, p_c.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])

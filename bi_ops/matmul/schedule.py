@@ -1,0 +1,62 @@
+"""What fixes a product's bits (the order) and what only sets its speed (the schedule)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bi_ops._common import runtime
+
+
+@dataclass(frozen=True)
+class Order:
+    """K is walked front to back in steps of `k_step` into one fp32 accumulator, rounded once at the end.
+
+    On Hopper the tensor cores sum 16 elements of K per step whatever the tile, so every schedule below has these
+    bits, and so have vLLM's `matmul_persistent` and a cuBLAS that does not split K.
+    """
+
+    k_step: int = 16
+    accumulator: torch.dtype = torch.float32
+    input_precision: str = "ieee"
+
+
+def order(k: int, dtype: torch.dtype) -> Order:
+    """The order of a product over `k` elements. Takes no row count: that is the contract."""
+    return Order()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A tile, the number of tile rows that share L2, and the launch options."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+def _pow2(n: int, low: int, high: int) -> int:
+    """The smallest power of two that holds `n`, within [low, high]."""
+    return min(max(1 << max(n - 1, 0).bit_length(), low), high)
+
+
+def schedule(m: int, n: int, k: int, dtype: torch.dtype) -> Schedule:
+    """The fastest known tile for an [m, k] x [k, n] product. Any choice gives the same bits."""
+    if runtime.INTERPRET:
+        # A program costs milliseconds whatever its size: few and large. block_k is fixed because the interpreter
+        # rounds to fp32 once per tile step, so there it is part of the order.
+        return Schedule(_pow2(m, 16, 512), _pow2(n, 16, 512), 128, 1, 1, 1)
+    if dtype == torch.float32:
+        # No tensor cores in full fp32: small tiles keep the accumulators in registers.
+        return Schedule(64, 64, 32, 8, 8, 2)
+    if m <= 128:
+        # Bound by reading B once: narrow tiles until every SM has one, deep K steps to keep loads in flight.
+        block_n = 16 if n <= 2048 else 32 if n <= 8192 else 64
+        return Schedule(_pow2(m, 16, 128), max(block_n, 32) if m > 64 else block_n, 128, 1, 4, 4)
+    if m <= 512:
+        return Schedule(64, 128, 64, 8, 4, 4)
+    return Schedule(128, 256, 64, 8, 8, 3)

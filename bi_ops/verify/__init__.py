@@ -1,0 +1,19 @@
+"""The contract as checks that anyone can run on their own GPU and operators."""
+
+from bi_ops.verify.properties import (
+    ROW_COUNTS,
+    GradientErrors,
+    gradient_errors,
+    order_variant,
+    rerun_variant,
+    row_variant,
+)
+
+__all__ = [
+    "ROW_COUNTS",
+    "GradientErrors",
+    "gradient_errors",
+    "order_variant",
+    "rerun_variant",
+    "row_variant",
+]

@@ -1,0 +1,174 @@
+"""Products: accuracy against fp64, and bits that do not depend on the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bi_ops import matmul as mm_ops
+from bi_ops._common import runtime
+from bi_ops.matmul import reference
+from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
+
+# The interpreter pays milliseconds per tile; a GPU takes the sizes that matter.
+K, N, M = (48, 40, 257) if runtime.INTERPRET else (2048, 1024, 8192)
+RERUNS = 3 if runtime.INTERPRET else 100
+
+
+def randn(*shape, dtype=torch.bfloat16, device):
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 48, 40), (33, 130, 7)])
+def test_linear_and_gradients_match_fp64(dtype, shape, device):
+    m, k, n = shape
+    inputs = {
+        "x": randn(m, k, dtype=dtype, device=device),
+        "weight": randn(n, k, dtype=dtype, device=device),
+        "bias": randn(n, dtype=dtype, device=device),
+    }
+    errors = gradient_errors(mm_ops.linear, reference.linear, inputs)
+    assert all(e.ok for e in errors), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_addmm_and_bmm_gradients_match_fp64(dtype, device):
+    a, b = randn(9, 20, dtype=dtype, device=device), randn(20, 12, dtype=dtype, device=device)
+    bias = randn(12, dtype=dtype, device=device)
+    errors = gradient_errors(mm_ops.mm, reference.mm, {"a": a, "b": b, "bias": bias})
+    a3, b3 = randn(3, 9, 20, dtype=dtype, device=device), randn(3, 20, 12, dtype=dtype, device=device)
+    errors += gradient_errors(mm_ops.bmm, reference.bmm, {"a": a3, "b": b3})
+    assert all(e.ok for e in errors), errors
+
+
+def grad_rows(x, g, weight):
+    """linear's output and input gradient, both one row per row of x."""
+    x = x.clone().requires_grad_()
+    out = mm_ops.linear(x, weight)
+    return out.detach(), torch.autograd.grad(out, x, g)[0]
+
+
+def test_rows_do_not_depend_on_the_batch(device):
+    weight = randn(N, K, device=device)
+    rows = (randn(M, K, device=device), randn(M, N, device=device))
+    assert row_variant(lambda x, g: grad_rows(x, g, weight), rows) == []
+    assert order_variant(lambda x, g: grad_rows(x, g, weight), rows) == []
+
+
+def test_a_split_k_product_is_caught(device):
+    """Negative control: splitting K when there are few rows changes bits, and the sweep sees it."""
+    weight = randn(N, K, dtype=torch.float32, device=device)
+    half = K // 2
+
+    def split_k(x):
+        if x.shape[0] >= 64:
+            return mm_ops.linear(x, weight)
+        return mm_ops.linear(x[:, :half], weight[:, :half]) + mm_ops.linear(x[:, half:], weight[:, half:])
+
+    broken = row_variant(split_k, (randn(M, K, dtype=torch.float32, device=device),))
+    assert broken
+    assert max(broken) < 64
+
+
+def test_gradients_are_the_same_on_every_run(device):
+    x = randn(130, K, device=device).requires_grad_()
+    weight = randn(N, K, dtype=torch.float32, device=device).requires_grad_()
+    bias = randn(N, device=device).requires_grad_()
+    g = randn(130, N, device=device)
+
+    def run():
+        return torch.autograd.grad(mm_ops.linear(x, weight, bias), (x, weight, bias), g)
+
+    assert rerun_variant(run, RERUNS) == []
+
+
+def test_an_fp32_master_weight_has_the_bits_of_its_bf16_copy_and_an_unrounded_gradient(device):
+    x, g = randn(20, 24, device=device), randn(20, 16, device=device)
+    master = torch.randn(16, 24, device=device).requires_grad_()
+    out = mm_ops.linear(x, master)
+    assert torch.equal(out, mm_ops.linear(x, master.detach().bfloat16()))
+    (grad,) = torch.autograd.grad(out, master, g)
+    assert grad.dtype == torch.float32
+    assert not torch.equal(grad, grad.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((5,), (5,)),
+        ((3, 5), (5,)),
+        ((5,), (5, 4)),
+        ((2, 3, 5), (5, 4)),
+        ((2, 1, 3, 5), (6, 5, 4)),
+        ((0, 5), (5, 4)),
+    ],
+)
+def test_matmul_broadcasts_like_torch(a, b, device):
+    a, b = randn(*a, dtype=torch.float32, device=device), randn(*b, dtype=torch.float32, device=device)
+    torch.testing.assert_close(mm_ops.matmul(a, b), a @ b)
+
+
+def test_strided_inputs_have_the_bits_of_contiguous_ones(device):
+    a, b = randn(24, 18, device=device).t(), randn(24, 34, device=device)[:, ::2]
+    assert torch.equal(mm_ops.mm(a, b), mm_ops.mm(a.contiguous(), b.contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda d: mm_ops.mm(torch.ones(2, 3, device=d), torch.ones(4, 5, device=d)),
+            ValueError,
+            "inner dimensions",
+        ),
+        (lambda d: mm_ops.mm(torch.ones(3, device=d), torch.ones(3, 5, device=d)), ValueError, "2-D"),
+        (
+            lambda d: mm_ops.linear(torch.ones(2, 3, device=d), torch.ones(4, 5, device=d)),
+            ValueError,
+            "must be 5",
+        ),
+        (
+            lambda d: mm_ops.linear(torch.ones(2, 3, device=d).int(), torch.ones(4, 3, device=d)),
+            TypeError,
+            "int32",
+        ),
+        (
+            lambda d: mm_ops.bmm(torch.ones(2, 3, 4, device=d), torch.ones(3, 4, 5, device=d)),
+            ValueError,
+            r"\[B, M, K\]",
+        ),
+        (
+            lambda d: mm_ops.mm(torch.ones(2, 3, device=d), torch.ones(3, 5, device=d).half()),
+            TypeError,
+            "dtypes differ",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, message, device):
+    with pytest.raises(error, match=message):
+        call(device)
+
+
+def test_forcing_a_provider_that_is_missing_says_how_to_get_it():
+    if mm_ops.providers.get("vllm").available().ok:
+        pytest.skip("vLLM is installed")
+    with pytest.raises(RuntimeError, match=r"(?i)vllm"):
+        mm_ops.providers.force("vllm")
+    with pytest.raises(ValueError, match="providers are"):
+        mm_ops.providers.force("magma")
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bits_equal_vllms_kernel(dtype, device):
+    for n, k in [(1024, 2048), (6144, 1024), (4096, 2048), (2048, 6144), (1024, 3072), (200, 136)]:
+        weight = randn(n, k, dtype=dtype, device=device)
+        for m in (1, 2, 15, 16, 17, 64, 65, 128, 129, 257, 1000, 4096):
+            x = randn(m, k, dtype=dtype, device=device)
+            with mm_ops.providers.forced("vllm"):
+                theirs = mm_ops.linear(x, weight)
+            with mm_ops.providers.forced("triton"):
+                ours = mm_ops.linear(x, weight)
+            assert torch.equal(ours, theirs), (m, n, k)
