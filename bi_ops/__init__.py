@@ -4,7 +4,7 @@ Operators live in their families: `bi_ops.matmul.linear`, `bi_ops.norm.rms_norm`
 no GPU. On a machine without one, kernels run in Triton's interpreter.
 """
 
-from bi_ops._common import runtime as _runtime  # isort: skip  (first: it decides how triton is imported)
+from bi_ops._common import runtime as _runtime  # noqa: F401  # isort: skip  (first: it decides how triton is imported)
 from bi_ops import matmul
 
 __version__ = "0.1.0"

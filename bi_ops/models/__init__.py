@@ -1,0 +1,1 @@
+"""Thin models made of bi_ops operators."""

@@ -1,0 +1,71 @@
+"""Variable-length sequences in one row of tokens, without padding between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences back to back, and which of their tokens are scored.
+
+    input_ids, positions: int64 [T]. cu_seqlens: int32 [B + 1]. max_seqlen: the longest sequence.
+    predictors: int64 [S], the rows of [T] whose next token is scored; targets: int64 [S], those next tokens;
+    lengths: how many of the S scores belong to each sequence.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    lengths: tuple[int, ...]
+
+    def split(self, scores: torch.Tensor) -> list[torch.Tensor]:
+        """Scores [S] as one tensor per sequence."""
+        return list(scores.split(list(self.lengths)))
+
+
+def pack(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device | str
+) -> PackedBatch:
+    """Pack prompt + completion of every sequence; the completion's tokens are scored.
+
+    Raises:
+        ValueError: unequal counts, nothing to pack, an empty prompt or an empty completion.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(f"pack: {len(prompts)} prompts but {len(completions)} completions")
+    if not prompts:
+        raise ValueError("pack: no sequences")
+    ids: list[int] = []
+    positions: list[int] = []
+    cu_seqlens = [0]
+    predictors: list[int] = []
+    targets: list[int] = []
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if len(prompt) == 0 or len(completion) == 0:
+            raise ValueError(f"pack: sequence {i} has {len(prompt)} prompt and {len(completion)} completion tokens")
+        start, length = len(ids), len(prompt) + len(completion)
+        ids += [*prompt, *completion]
+        positions += range(length)
+        cu_seqlens.append(start + length)
+        predictors += range(start + len(prompt) - 1, start + length - 1)
+        targets += completion
+
+    def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return PackedBatch(
+        input_ids=tensor(ids),
+        positions=tensor(positions),
+        cu_seqlens=tensor(cu_seqlens, torch.int32),
+        max_seqlen=max(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)),
+        predictors=tensor(predictors),
+        targets=tensor(targets),
+        lengths=tuple(len(c) for c in completions),
+    )

@@ -1,0 +1,101 @@
+"""The interface of rollout engines: generate with log-probabilities, take new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled.
+
+    max_new_tokens: at least 1. temperature: 0 is greedy; log-probabilities are always those of the untempered
+    logits. seed: fixes the request's randomness, whatever shares the batch. stop_token_ids: end the completion and
+    are part of it.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"SamplingParams: max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"SamplingParams: temperature must not be negative, got {self.temperature}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation. tokens: sampled ids; logprobs: fp32 [len(tokens)] on the CPU, natural log."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: torch.Tensor
+    finish_reason: Literal["stop", "length"]
+
+
+class RolloutEngine(Protocol):
+    """What samples. Its log-probabilities are the same bits as those training computes from the same weights."""
+
+    name: str
+    max_model_len: int
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] | SamplingParams
+    ) -> list[Completion]:
+        """One completion per prompt (token ids), in order.
+
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, or prompt + max_new_tokens over max_model_len.
+        """
+        ...
+
+    def update_weights(self, model: Qwen3ForCausalLM) -> None:
+        """Take the model's weights, rounded to the engine's dtype, and forget every cached prefix."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """engine, dtype, device, cuda_graphs, plugin, providers, versions: what a report needs to be reproduced."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it cannot generate afterwards."""
+        ...
+
+
+def check_request(
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams] | SamplingParams,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+) -> list[SamplingParams]:
+    """One SamplingParams per prompt, after the checks that every engine makes before it runs anything.
+
+    Raises:
+        ValueError: as `RolloutEngine.generate`.
+    """
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(prompts):
+        raise ValueError(f"generate: {len(prompts)} prompts but {len(each)} sampling parameters")
+    for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
+        if len(prompt) == 0:
+            raise ValueError(f"generate: prompt {i} is empty; give at least one token")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"generate: prompt {i} has token ids in [{low}, {high}]; the vocabulary has {vocab_size}")
+        if len(prompt) + p.max_new_tokens > max_model_len:
+            raise ValueError(
+                f"generate: prompt {i} has {len(prompt)} tokens and asks for {p.max_new_tokens} more, but the model's "
+                f"length is {max_model_len}; shorten it or lower max_new_tokens"
+            )
+    return each

@@ -1,0 +1,85 @@
+"""Rollout against training log-probabilities: equal bit for bit, or where they first differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One token whose two log-probabilities have different bits."""
+
+    sequence: int
+    position: int
+    token: int
+    rollout: float
+    training: float
+
+    def __str__(self) -> str:
+        delta = abs(self.rollout - self.training)
+        return (
+            f"sequence {self.sequence}, completion position {self.position}, token {self.token}: "
+            f"rollout {self.rollout!r}, training {self.training!r} (delta {delta:.3e})"
+        )
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How many log-probabilities were compared, how many differ in any bit, and by how much."""
+
+    tokens_checked: int
+    tokens_different: int
+    max_delta: float
+    mean_delta: float
+    first_difference: Difference | None
+
+    @property
+    def identical(self) -> bool:
+        return self.tokens_different == 0
+
+    def __str__(self) -> str:
+        head = "bitwise identical" if self.identical else "DIFFERENT"
+        text = (
+            f"{head}: {self.tokens_checked} tokens checked, {self.tokens_different} different, "
+            f"max delta {self.max_delta:.3e}, mean delta {self.mean_delta:.3e}"
+        )
+        return text if self.first_difference is None else f"{text}; first: {self.first_difference}"
+
+
+def compare(
+    rollout: Sequence[torch.Tensor], training: Sequence[torch.Tensor], tokens: Sequence[Sequence[int]]
+) -> ParityReport:
+    """Compare fp32 log-probabilities, one tensor [n_i] per sequence on each side, for the sampled `tokens`.
+
+    Bits are compared, so NaN equals the same NaN; a delta with a NaN in it counts as infinite.
+
+    Raises:
+        ValueError: other counts, lengths or dtypes on the two sides, or nothing to compare.
+    """
+    if not (len(rollout) == len(training) == len(tokens)):
+        raise ValueError(f"compare: {len(rollout)} rollout, {len(training)} training, {len(tokens)} token sequences")
+    checked = different = 0
+    largest = total = 0.0
+    first: Difference | None = None
+    for i, (r, t, ids) in enumerate(zip(rollout, training, tokens, strict=True)):
+        r, t = r.detach().cpu(), t.detach().cpu()
+        if r.dtype != torch.float32 or t.dtype != torch.float32:
+            raise ValueError(f"compare: sequence {i} has dtypes {r.dtype} and {t.dtype}; both sides must be float32")
+        if not (r.shape == t.shape == (len(ids),)):
+            raise ValueError(f"compare: sequence {i} has shapes {list(r.shape)}, {list(t.shape)} for {len(ids)} tokens")
+        unequal = r.view(torch.int32) != t.view(torch.int32)
+        delta = (r.double() - t.double()).abs()
+        delta = torch.where(unequal, delta.nan_to_num(nan=float("inf")), torch.zeros_like(delta))
+        checked += len(ids)
+        different += int(unequal.sum())
+        largest = max(largest, float(delta.max())) if len(ids) else largest
+        total += float(delta.sum())
+        if first is None and bool(unequal.any()):
+            at = int(unequal.nonzero()[0])
+            first = Difference(i, at, int(ids[at]), float(r[at]), float(t[at]))
+    if checked == 0:
+        raise ValueError("compare: no tokens to compare")
+    return ParityReport(checked, different, largest, total / checked, first)
