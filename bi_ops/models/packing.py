@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def pack(
         input_ids=tensor(ids),
         positions=tensor(positions),
         cu_seqlens=tensor(cu_seqlens, torch.int32),
-        max_seqlen=max(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)),
+        max_seqlen=max(b - a for a, b in itertools.pairwise(cu_seqlens)),
         predictors=tensor(predictors),
         targets=tensor(targets),
         lengths=tuple(len(c) for c in completions),

@@ -1,0 +1,223 @@
+"""RMS normalisation: check, allocate, launch, differentiate."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from bi_ops._common import checks
+from bi_ops.norm import schedule as sched
+from bi_ops.norm.kernels import rms_norm_dweight_kernel, rms_norm_dx_kernel, rms_norm_kernel, sum_chunks_kernel
+
+# --------------------------------------------------------------------------------------------------------------
+# launch: everything below works on rows [R, N] whose last dimension is contiguous
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """t as [R, N] with unit column stride, without a copy where possible."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _forward(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x2 = _rows(x)
+    n_rows, n_cols = x2.shape
+    res2 = None if residual is None else _rows(residual)
+    y = x.new_empty(x.shape)
+    total = x.new_empty(x.shape if residual is not None else 0)
+    inv = x.new_empty(n_rows, dtype=torch.float32)
+    if x.numel() > 0:
+        order = sched.row_order()
+        rows = sched.rows_per_program(n_rows)
+        rms_norm_kernel[(triton.cdiv(n_rows, rows),)](
+            x2,
+            res2,
+            weight,
+            y,
+            total,
+            inv,
+            n_rows,
+            n_cols,
+            eps,
+            x2.stride(0),
+            0 if res2 is None else res2.stride(0),
+            ROWS=rows,
+            BLOCK=order.block,
+            HAS_RESIDUAL=res2 is not None,
+            HAS_WEIGHT=weight is not None,
+            num_warps=order.num_warps,
+        )
+    return y, total, inv
+
+
+def _backward(
+    g: torch.Tensor,
+    g_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    inv: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    g2, x2 = g.contiguous().view(-1, g.shape[-1]), _rows(x)
+    n_rows, n_cols = x2.shape
+    dx = x.new_empty(x.shape)
+    dw = x.new_zeros(0) if weight is None else torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return dx, dw
+    order, tokens = sched.row_order(), sched.token_order()
+    rows = sched.rows_per_program(n_rows)
+    rms_norm_dx_kernel[(triton.cdiv(n_rows, rows),)](
+        g2,
+        None if g_sum is None else g_sum.contiguous(),
+        x2,
+        weight,
+        inv,
+        dx,
+        n_rows,
+        n_cols,
+        x2.stride(0),
+        ROWS=rows,
+        BLOCK=order.block,
+        HAS_SUM=g_sum is not None,
+        HAS_WEIGHT=weight is not None,
+        num_warps=order.num_warps,
+    )
+    if weight is not None:
+        n_chunks, n_tiles = triton.cdiv(n_rows, tokens.chunk), triton.cdiv(n_cols, tokens.tile_cols)
+        partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
+        tiles = {"TILE_ROWS": tokens.tile_rows, "TILE_COLS": tokens.tile_cols, "num_warps": tokens.num_warps}
+        rms_norm_dweight_kernel[(n_chunks, n_tiles)](
+            g2, x2, inv, partial, n_rows, n_cols, x2.stride(0), CHUNK=tokens.chunk, **tiles
+        )
+        sum_chunks_kernel[(n_tiles,)](partial, dw, n_chunks, n_cols, **tiles)
+    return dx, dw
+
+
+# --------------------------------------------------------------------------------------------------------------
+# custom operators
+
+
+@torch.library.custom_op("bi_ops::rms_norm", mutates_args=())
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    y, _, inv = _forward(x, None, weight, eps)
+    return y, inv
+
+
+@_rms_norm.register_fake
+def _(x, weight, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+@torch.library.custom_op("bi_ops::add_rms_norm", mutates_args=())
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _forward(x, residual, weight, eps)
+
+
+@_add_rms_norm.register_fake
+def _(x, residual, weight, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+@torch.library.custom_op("bi_ops::rms_norm_backward", mutates_args=())
+def _rms_norm_grad(
+    g: torch.Tensor,
+    g_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    inv: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _backward(g, g_sum, x, weight, inv)
+
+
+@_rms_norm_grad.register_fake
+def _(g, g_sum, x, weight, inv):
+    return x.new_empty(x.shape), x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+
+
+def _norm_setup(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _norm_backward(ctx, g, _):
+    x, weight, inv = ctx.saved_tensors
+    dx, dw = _rms_norm_grad(g, None, x, weight, inv)
+    return dx, None if weight is None else dw, None
+
+
+def _add_norm_setup(ctx, inputs, output):
+    weight = inputs[2]
+    ctx.save_for_backward(output[1], weight, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _add_norm_backward(ctx, g, g_sum, _):
+    total, weight, inv = ctx.saved_tensors
+    dx, dw = _rms_norm_grad(g, g_sum, total, weight, inv)
+    return dx, dx, None if weight is None else dw, None
+
+
+_rms_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
+_add_rms_norm.register_autograd(_add_norm_backward, setup_context=_add_norm_setup)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# public functions
+
+
+def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> None:
+    checks.tensor(op, "x", x)
+    checks.dtype(op, "x", x)
+    checks.shape(op, x.ndim >= 1 and x.shape[-1] > 0, f"x must have a last dimension to normalise, got {list(x.shape)}")
+    checks.shape(op, eps >= 0, f"eps must not be negative, got {eps}")
+    if weight is not None:
+        checks.tensor(op, "weight", weight, ndim=1)
+        checks.dtype(op, "weight", weight)
+        checks.same_device(op, x=x, weight=weight)
+        fits = weight.shape[0] == x.shape[-1]
+        checks.shape(op, fits, f"weight {list(weight.shape)} does not fit x {list(x.shape)}")
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimension (Zhang and Sennrich, 2019).
+
+    Computed in fp32 and rounded once; the bits of vLLM's `rms_norm_batch_invariant`. dX depends on its own row; the
+    gradient of the weight sums rows in fixed chunks.
+
+    Args:
+        x: [..., N], bf16, fp16 or fp32; for per-head norms [..., heads, head_dim]. weight: [N] or None. eps: >= 0.
+
+    Returns:
+        [..., N] in the dtype of x.
+
+    Raises:
+        TypeError: an unsupported dtype. ValueError: wrong shape, device or eps.
+    """
+    _check("rms_norm", x, weight, eps)
+    return _rms_norm(x, None if weight is None else weight.contiguous(), eps)[0]
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual), the sum rounded to the dtype of x before it is normalised.
+
+    Args:
+        x, residual: [..., N], one dtype and shape. weight, eps: as `rms_norm`.
+
+    Raises:
+        TypeError, ValueError: as `rms_norm`, and when x and residual differ in shape or dtype.
+    """
+    _check("add_rms_norm", x, weight, eps)
+    checks.tensor("add_rms_norm", "residual", residual)
+    checks.same_dtype("add_rms_norm", x=x, residual=residual)
+    checks.same_device("add_rms_norm", x=x, residual=residual)
+    checks.shape(
+        "add_rms_norm", x.shape == residual.shape, f"x {list(x.shape)} and residual {list(residual.shape)} differ"
+    )
+    y, total, _ = _add_rms_norm(x, residual, None if weight is None else weight.contiguous(), eps)
+    return y, total

@@ -1,0 +1,109 @@
+"""RMS norms: accuracy against fp64, and bits that do not depend on the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bi_ops import norm
+from bi_ops._common import runtime
+from bi_ops.norm import reference
+from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
+
+N, M = (1100, 300) if runtime.INTERPRET else (2048, 8192)
+RERUNS = 5 if runtime.INTERPRET else 100
+
+
+def randn(*shape, dtype=torch.bfloat16, device):
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(7, 40), (3, 5, 2, 16), (300, 1100), (1, 1)])
+def test_gradients_match_fp64(dtype, shape, device):
+    x, weight = randn(*shape, dtype=dtype, device=device), randn(shape[-1], dtype=dtype, device=device)
+    residual = randn(*shape, dtype=dtype, device=device)
+    errors = gradient_errors(norm.rms_norm, reference.rms_norm, {"x": x, "weight": weight})
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    errors += gradient_errors(norm.add_rms_norm, reference.add_rms_norm, inputs)
+    assert all(e.ok for e in errors), errors
+
+
+def test_without_weight_and_with_rows_of_a_fused_projection(device):
+    fused = randn(6, 96, device=device)
+    x = fused[:, 32:64]
+    assert torch.equal(norm.rms_norm(x), norm.rms_norm(x.contiguous()))
+    torch.testing.assert_close(norm.rms_norm(x.float()), reference.rms_norm(x.float(), None))
+    assert norm.rms_norm(x[:0]).shape == (0, 32)
+
+
+def test_add_rms_norm_is_the_rounded_sum_then_the_norm(device):
+    x, residual, weight = (randn(*s, device=device) for s in ((9, 70), (9, 70), (70,)))
+    y, total = norm.add_rms_norm(x, residual, weight)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, norm.rms_norm(x + residual, weight))
+
+
+def grad_rows(x, residual, g, weight):
+    x = x.clone().requires_grad_()
+    y, total = norm.add_rms_norm(x, residual, weight)
+    return y.detach(), total.detach(), torch.autograd.grad((y, total), x, (g, g))[0]
+
+
+def test_rows_do_not_depend_on_the_batch(device):
+    weight = randn(N, device=device)
+    rows = tuple(randn(M, N, device=device) for _ in range(3))
+    counts = (1, 2, 16, 17, 64, 255, 256, 257) if runtime.INTERPRET else None
+    args = () if counts is None else (counts,)
+    assert row_variant(lambda x, r, g: grad_rows(x, r, g, weight), rows, *args) == []
+    assert order_variant(lambda x, r, g: grad_rows(x, r, g, weight), rows, trials=1) == []
+
+
+def test_a_norm_that_changes_its_block_at_256_rows_is_caught(device):
+    """Negative control: the rule that vLLM's fused_add_rms_norm breaks."""
+
+    def changes_block(x):
+        parts = 4 if x.shape[0] >= 256 else 1
+        square = x.float().pow(2).view(x.shape[0], parts, -1)
+        total = sum(reference_sum(square[:, i]) for i in range(parts))
+        return x * torch.rsqrt(total / x.shape[1] + 1e-6)[:, None]
+
+    def reference_sum(square):
+        return square.cumsum(-1)[:, -1]  # strictly left to right: the parts then round differently
+
+    broken = row_variant(changes_block, (torch.randn(300, 1024, device=device),), (1, 16, 255, 256, 257))
+    assert broken == [1, 16, 255]
+
+
+def test_gradients_are_the_same_on_every_run(device):
+    x, weight = randn(M, N, device=device).requires_grad_(), randn(N, device=device).requires_grad_()
+    g = randn(M, N, device=device)
+    assert rerun_variant(lambda: torch.autograd.grad(norm.rms_norm(x, weight), (x, weight), g), RERUNS) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: norm.rms_norm(x.long()), TypeError, "int64"),
+        (lambda x: norm.rms_norm(x, torch.ones(3, device=x.device)), ValueError, "does not fit"),
+        (lambda x: norm.rms_norm(x, eps=-1.0), ValueError, "eps"),
+        (lambda x: norm.add_rms_norm(x, x[:1]), ValueError, "differ"),
+        (lambda x: norm.add_rms_norm(x, x.half()), TypeError, "dtypes differ"),
+        (lambda x: norm.rms_norm([1.0]), TypeError, "must be a tensor"),
+    ],
+)
+def test_bad_input_is_named(call, error, message, device):
+    with pytest.raises(error, match=message):
+        call(torch.ones(2, 8, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+def test_bits_equal_vllms_kernel(device):
+    from vllm.model_executor.layers.batch_invariant import rms_norm_batch_invariant
+
+    for n in (64, 128, 1000, 1024, 2048, 2560, 4096, 5120):
+        weight = randn(n, device=device)
+        for m in (1, 3, 17, 257, 2048):
+            x = randn(m, n, device=device)
+            assert torch.equal(norm.rms_norm(x, weight), rms_norm_batch_invariant(x, weight, 1e-6)), (m, n)
