@@ -6,6 +6,7 @@ import torch
 import triton
 
 from bi_ops._common import checks
+from bi_ops._common.rows import aligned_rows
 from bi_ops.norm import schedule as sched
 from bi_ops.norm.kernels import rms_norm_dweight_kernel, rms_norm_dx_kernel, rms_norm_kernel, sum_chunks_kernel
 
@@ -13,18 +14,13 @@ from bi_ops.norm.kernels import rms_norm_dweight_kernel, rms_norm_dx_kernel, rms
 # launch: everything below works on rows [R, N] whose last dimension is contiguous
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """t as [R, N] with unit column stride, without a copy where possible."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
 def _forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x2 = _rows(x)
+    x2 = aligned_rows(x)
     n_rows, n_cols = x2.shape
-    res2 = None if residual is None else _rows(residual)
+    res2 = None if residual is None else aligned_rows(residual)
+    weight = None if weight is None else aligned_rows(weight)[0]
     y = x.new_empty(x.shape)
     total = x.new_empty(x.shape if residual is not None else 0)
     inv = x.new_empty(n_rows, dtype=torch.float32)
@@ -59,17 +55,18 @@ def _backward(
     weight: torch.Tensor | None,
     inv: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    g2, x2 = g.contiguous().view(-1, g.shape[-1]), _rows(x)
+    g2, x2 = aligned_rows(g.contiguous()), aligned_rows(x)
     n_rows, n_cols = x2.shape
     dx = x.new_empty(x.shape)
     dw = x.new_zeros(0) if weight is None else torch.zeros_like(weight, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return dx, dw
     order, tokens = sched.row_order(), sched.token_order()
+    weight = None if weight is None else aligned_rows(weight)[0]
     rows = sched.rows_per_program(n_rows)
     rms_norm_dx_kernel[(triton.cdiv(n_rows, rows),)](
         g2,
-        None if g_sum is None else g_sum.contiguous(),
+        None if g_sum is None else aligned_rows(g_sum.contiguous()),
         x2,
         weight,
         inv,
@@ -198,7 +195,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1
         TypeError: an unsupported dtype. ValueError: wrong shape, device or eps.
     """
     _check("rms_norm", x, weight, eps)
-    return _rms_norm(x, None if weight is None else weight.contiguous(), eps)[0]
+    return _rms_norm(x, weight, eps)[0]
 
 
 def add_rms_norm(
@@ -219,5 +216,5 @@ def add_rms_norm(
     checks.shape(
         "add_rms_norm", x.shape == residual.shape, f"x {list(x.shape)} and residual {list(residual.shape)} differ"
     )
-    y, total, _ = _add_rms_norm(x, residual, None if weight is None else weight.contiguous(), eps)
+    y, total, _ = _add_rms_norm(x, residual, weight, eps)
     return y, total

@@ -1,0 +1,207 @@
+"""Log-probabilities: check, allocate, launch, differentiate."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from bi_ops._common import checks, runtime
+from bi_ops._common.rows import aligned_rows
+from bi_ops.logprob import schedule as sched
+from bi_ops.logprob.kernels import (
+    softmax_dx_kernel,
+    softmax_kernel,
+    token_logprobs_dx_kernel,
+    token_logprobs_kernel,
+)
+
+# --------------------------------------------------------------------------------------------------------------
+# custom operators
+
+
+@torch.library.custom_op("bi_ops::softmax", mutates_args=())
+def _softmax(x: torch.Tensor, log: bool, dtype: torch.dtype) -> torch.Tensor:
+    y = x.new_empty(x.shape, dtype=dtype)
+    if x.numel() == 0:
+        return y
+    rows, order = aligned_rows(x), sched.row_order()
+    per = sched.rows_per_program(rows.shape[0])
+    grid = (triton.cdiv(rows.shape[0], per),)
+    softmax_kernel[grid](
+        rows, y, *rows.shape, rows.stride(0), LOG=log, ROWS=per, BLOCK=order.block, num_warps=order.num_warps
+    )
+    return y
+
+
+@_softmax.register_fake
+def _(x, log, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("bi_ops::softmax_backward", mutates_args=())
+def _softmax_grad(g: torch.Tensor, y: torch.Tensor, log: bool, dtype: torch.dtype) -> torch.Tensor:
+    dx = y.new_empty(y.shape, dtype=dtype)
+    if y.numel() == 0:
+        return dx
+    g2, y2, order = aligned_rows(g), aligned_rows(y), sched.row_order()
+    per = sched.rows_per_program(y2.shape[0])
+    grid = (triton.cdiv(y2.shape[0], per),)
+    softmax_dx_kernel[grid](
+        g2,
+        y2,
+        dx,
+        *y2.shape,
+        g2.stride(0),
+        y2.stride(0),
+        LOG=log,
+        ROWS=per,
+        BLOCK=order.block,
+        num_warps=order.num_warps,
+    )
+    return dx
+
+
+@_softmax_grad.register_fake
+def _(g, y, log, dtype):
+    return y.new_empty(y.shape, dtype=dtype)
+
+
+def _softmax_setup(ctx, inputs, output):
+    x, ctx.log, _ = inputs
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(output)
+
+
+def _softmax_backward(ctx, g):
+    (y,) = ctx.saved_tensors
+    return _softmax_grad(g, y, ctx.log, ctx.x_dtype), None, None
+
+
+_softmax.register_autograd(_softmax_backward, setup_context=_softmax_setup)
+
+
+@torch.library.custom_op("bi_ops::token_logprobs", mutates_args=())
+def _token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, row_max, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+    if logits.shape[0] > 0:
+        rows, order = aligned_rows(logits), sched.row_order()
+        per = sched.rows_per_program(rows.shape[0])
+        token_logprobs_kernel[(triton.cdiv(rows.shape[0], per),)](
+            rows,
+            ids,
+            out,
+            row_max,
+            lse,
+            *rows.shape,
+            rows.stride(0),
+            ROWS=per,
+            BLOCK=order.block,
+            num_warps=order.num_warps,
+        )
+    return out, row_max, lse
+
+
+@_token_logprobs.register_fake
+def _(logits, ids):
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("bi_ops::token_logprobs_backward", mutates_args=())
+def _token_logprobs_grad(
+    g: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, row_max: torch.Tensor, lse: torch.Tensor
+) -> torch.Tensor:
+    dx = logits.new_empty(logits.shape)
+    if logits.numel() > 0:
+        rows, order = aligned_rows(logits), sched.row_order()
+        per = sched.rows_per_program(rows.shape[0])
+        grid = (triton.cdiv(rows.shape[0], per), triton.cdiv(rows.shape[1], order.block))
+        token_logprobs_dx_kernel[grid](
+            g.contiguous(),
+            rows,
+            ids,
+            row_max,
+            lse,
+            dx,
+            *rows.shape,
+            rows.stride(0),
+            ROWS=per,
+            BLOCK=order.block,
+            num_warps=order.num_warps,
+        )
+    return dx
+
+
+@_token_logprobs_grad.register_fake
+def _(g, logits, ids, row_max, lse):
+    return logits.new_empty(logits.shape)
+
+
+def _token_logprobs_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _token_logprobs_backward(ctx, g, *_):
+    return _token_logprobs_grad(g, *ctx.saved_tensors), None
+
+
+_token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_token_logprobs_setup)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# public functions
+
+
+def _check(op: str, name: str, x: torch.Tensor) -> None:
+    checks.tensor(op, name, x)
+    checks.dtype(op, name, x)
+    checks.shape(op, x.ndim >= 1 and x.shape[-1] > 0, f"{name} needs a last dimension to normalise, {list(x.shape)}")
+
+
+def log_softmax(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``x - max - log(sum(exp(x - max)))`` over the last dimension, computed in fp32, rounded once.
+
+    Args:
+        x: [..., N], bf16, fp16 or fp32. dtype: of the result; None is the dtype of x.
+
+    Raises:
+        TypeError: an unsupported dtype. ValueError: wrong shape or device.
+    """
+    _check("log_softmax", "x", x)
+    return _softmax(x, True, dtype or x.dtype)
+
+
+def softmax(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``exp(x - max) / sum(exp(x - max))`` over the last dimension. Arguments and errors as `log_softmax`."""
+    _check("softmax", "x", x)
+    return _softmax(x, False, dtype or x.dtype)
+
+
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The log-probability of each row's chosen token, what vLLM reports for a sampled token, in the same bits.
+
+    vLLM's v2 model runner takes log-probabilities from bf16 logits, its v1 runner from logits cast to fp32: give the
+    logits in the dtype that the runner uses.
+
+    Args:
+        logits: [T, V], bf16, fp16 or fp32. ids: int64 [T], each in [0, V) (checked here on the CPU only; on a GPU an
+            id outside gives NaN).
+
+    Returns:
+        fp32 [T], natural logarithm. The gradient reaches the logits, in their dtype.
+
+    Raises:
+        TypeError: an unsupported dtype. ValueError: wrong shape or device. IndexError: an id outside [0, V).
+    """
+    op = "token_logprobs"
+    _check(op, "logits", logits)
+    checks.tensor(op, "ids", ids, ndim=1)
+    checks.same_device(op, logits=logits, ids=ids)
+    checks.shape(op, logits.ndim == 2, f"logits must be [T, V], got {list(logits.shape)}")
+    checks.shape(op, ids.shape == logits.shape[:1], f"ids {list(ids.shape)} do not fit logits {list(logits.shape)}")
+    checks.dtype(op, "ids", ids, (torch.int64,))
+    if runtime.INTERPRET and not torch.compiler.is_compiling() and ids.numel() > 0:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= logits.shape[1]:
+            raise IndexError(f"{op}: ids reach from {low} to {high}; logits have {logits.shape[1]} columns")
+    return _token_logprobs(logits, ids.contiguous())[0]

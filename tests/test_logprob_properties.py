@@ -1,0 +1,116 @@
+"""Log-probabilities: accuracy against fp64, and bits that do not depend on the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bi_ops import logprob
+from bi_ops._common import runtime
+from bi_ops.logprob import reference
+from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
+
+V, M = (2100, 300) if runtime.INTERPRET else (151936, 2048)
+COUNTS = (1, 2, 16, 17, 64, 255, 256, 257) if runtime.INTERPRET else (1, 2, 15, 16, 17, 63, 64, 65, 127, 255, 257, 1024)
+RERUNS = 5 if runtime.INTERPRET else 100
+
+
+def randn(*shape, dtype=torch.bfloat16, device, scale=3.0):
+    return (torch.randn(*shape, device=device) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(7, 40), (3, 5, 16), (20, 2100), (1, 1)])
+def test_gradients_match_fp64(dtype, shape, device):
+    x = {"x": randn(*shape, dtype=dtype, device=device)}
+    errors = gradient_errors(logprob.log_softmax, reference.log_softmax, x)
+    errors += gradient_errors(logprob.softmax, reference.softmax, x)
+    if len(shape) == 2:
+        ids = torch.randint(shape[1], shape[:1], device=device)
+        errors += gradient_errors(logprob.token_logprobs, reference.token_logprobs, x | {"ids": ids})
+    if shape[-1] == 1:  # every gradient is exactly zero: a relative error means nothing
+        errors = [e for e in errors if not e.name.startswith("grad")]
+    assert all(e.ok for e in errors), errors
+
+
+def test_token_logprobs_is_log_softmax_at_the_ids(device):
+    logits = randn(9, V, device=device)
+    ids = torch.randint(V, (9,), device=device)
+    everything = logprob.log_softmax(logits, dtype=torch.float32)
+    assert torch.equal(logprob.token_logprobs(logits, ids), everything.gather(1, ids[:, None])[:, 0])
+
+
+def with_gradient(logits, ids, g):
+    logits = logits.clone().requires_grad_()
+    out = logprob.token_logprobs(logits, ids)
+    return out.detach(), torch.autograd.grad(out, logits, g)[0]
+
+
+def test_rows_do_not_depend_on_the_batch(device):
+    rows = (
+        randn(M, V, device=device),
+        torch.randint(V, (M,), device=device),
+        torch.randn(M, device=device),
+    )
+    assert row_variant(with_gradient, rows, COUNTS) == []
+    assert order_variant(with_gradient, rows, trials=1) == []
+    small = (rows[0][:, :200].contiguous(),)
+    for op in (logprob.softmax, logprob.log_softmax):
+        assert row_variant(op, small, COUNTS) == []
+
+
+def test_a_view_at_an_odd_address_has_the_bits_of_its_copy(device):
+    wide = randn(8, 1042, device=device)
+    for view in (wide[:, 1:1025], wide[:, 3:], wide[1:, :1024]):
+        assert torch.equal(logprob.log_softmax(view), logprob.log_softmax(view.clone()))
+
+
+def test_a_sum_split_by_the_row_count_is_caught(device):
+    """Negative control."""
+
+    def splits(x):
+        parts = 8 if x.shape[0] < 64 else 1
+        e = x.float().exp().view(x.shape[0], parts, -1)
+        return sum(e[:, i].cumsum(-1)[:, -1] for i in range(parts)).log()
+
+    assert row_variant(splits, (randn(128, 2048, device=device, scale=1.0),), (8, 16, 64, 65)) == [8, 16]
+
+
+def test_gradients_are_the_same_on_every_run(device):
+    rows = (randn(33, V, device=device), torch.randint(V, (33,), device=device), torch.randn(33, device=device))
+    assert rerun_variant(lambda: with_gradient(*rows), RERUNS) == []
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="ids are checked on the CPU only")
+@pytest.mark.parametrize("bad", [-1, 8])
+def test_an_id_outside_the_vocabulary_is_named(bad, device):
+    with pytest.raises(IndexError, match="8 columns"):
+        logprob.token_logprobs(torch.ones(1, 8, device=device), torch.tensor([bad], device=device))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: logprob.log_softmax(x.long()), TypeError, "int64"),
+        (lambda x: logprob.token_logprobs(x, x[:, 0]), TypeError, "ids"),
+        (lambda x: logprob.token_logprobs(x, x[0].long()), ValueError, "do not fit"),
+        (lambda x: logprob.token_logprobs(x[0], x[:, 0].long()), ValueError, r"\[T, V\]"),
+    ],
+)
+def test_bad_input_is_named(call, error, message, device):
+    with pytest.raises(error, match=message):
+        call(torch.ones(2, 8, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+def test_bits_equal_both_of_vllms_samplers(device):
+    from vllm.model_executor.layers.batch_invariant import log_softmax
+    from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
+
+    for vocab in (256, 1024, 32000, 151936):
+        logits, ids = randn(257, vocab, device=device), torch.randint(vocab, (257,), device=device)
+        assert torch.equal(logprob.token_logprobs(logits, ids), compute_token_logprobs(logits, ids[:, None])[:, 0])
+        wide = logits.float()
+        expected = log_softmax(wide).gather(1, ids[:, None])[:, 0]
+        assert torch.equal(logprob.token_logprobs(wide, ids), expected), vocab
