@@ -5,7 +5,7 @@ no GPU. On a machine without one, kernels run in Triton's interpreter.
 """
 
 from bi_ops._common import runtime as _runtime  # noqa: F401  # isort: skip  (first: it decides how triton is imported)
-from bi_ops import logprob, matmul, norm
+from bi_ops import activation, attention, embedding, logprob, matmul, nn, norm, rope
 
 __version__ = "0.1.0"
-__all__ = ["logprob", "matmul", "norm"]
+__all__ = ["activation", "attention", "embedding", "logprob", "matmul", "nn", "norm", "rope"]

@@ -69,11 +69,11 @@ def test_a_sum_split_by_the_row_count_is_caught(device):
     """Negative control."""
 
     def splits(x):
-        parts = 8 if x.shape[0] < 64 else 1
-        e = x.float().exp().view(x.shape[0], parts, -1)
-        return sum(e[:, i].cumsum(-1)[:, -1] for i in range(parts)).log()
+        columns = x.float().exp().unbind(1)
+        parts = (columns[:32], columns[32:]) if x.shape[0] < 64 else (columns,)
+        return sum(sum(part) for part in parts).log()
 
-    assert row_variant(splits, (randn(128, 2048, device=device, scale=1.0),), (8, 16, 64, 65)) == [8, 16]
+    assert row_variant(splits, (randn(128, 64, device=device, scale=1.0),), (8, 16, 64, 65)) == [8, 16]
 
 
 def test_gradients_are_the_same_on_every_run(device):

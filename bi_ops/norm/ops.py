@@ -20,7 +20,7 @@ def _forward(
     x2 = aligned_rows(x)
     n_rows, n_cols = x2.shape
     res2 = None if residual is None else aligned_rows(residual)
-    weight = None if weight is None else aligned_rows(weight)[0]
+    weight = None if weight is None else aligned_rows(weight.to(x.dtype))[0]
     y = x.new_empty(x.shape)
     total = x.new_empty(x.shape if residual is not None else 0)
     inv = x.new_empty(n_rows, dtype=torch.float32)
@@ -62,7 +62,7 @@ def _backward(
     if x.numel() == 0:
         return dx, dw
     order, tokens = sched.row_order(), sched.token_order()
-    weight = None if weight is None else aligned_rows(weight)[0]
+    weight = None if weight is None else aligned_rows(weight.to(x.dtype))[0]
     rows = sched.rows_per_program(n_rows)
     rms_norm_dx_kernel[(triton.cdiv(n_rows, rows),)](
         g2,
@@ -174,6 +174,8 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float) ->
     if weight is not None:
         checks.tensor(op, "weight", weight, ndim=1)
         checks.dtype(op, "weight", weight)
+        if weight.dtype != torch.float32:
+            checks.same_dtype(op, x=x, weight=weight)
         checks.same_device(op, x=x, weight=weight)
         fits = weight.shape[0] == x.shape[-1]
         checks.shape(op, fits, f"weight {list(weight.shape)} does not fit x {list(x.shape)}")
@@ -182,11 +184,14 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float) ->
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
     """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimension (Zhang and Sennrich, 2019).
 
-    Computed in fp32 and rounded once; the bits of vLLM's `rms_norm_batch_invariant`. dX depends on its own row; the
-    gradient of the weight sums rows in fixed chunks.
+    Computed in fp32 and rounded once; where N is a multiple of 16, the bits of vLLM's `rms_norm_batch_invariant`. dX
+    depends on its own row; the gradient of the weight sums rows in fixed chunks.
 
     Args:
-        x: [..., N], bf16, fp16 or fp32; for per-head norms [..., heads, head_dim]. weight: [N] or None. eps: >= 0.
+        x: [..., N], bf16, fp16 or fp32; for per-head norms [..., heads, head_dim].
+        weight: [N], the dtype of x or fp32 (a master weight: rounded to the dtype of x first, its gradient comes back
+            in fp32), or None.
+        eps: >= 0.
 
     Returns:
         [..., N] in the dtype of x.

@@ -1,0 +1,93 @@
+"""Gated activations: check, allocate, launch, differentiate."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from bi_ops._common import checks
+from bi_ops.activation import schedule as sched
+from bi_ops.activation.kernels import silu_and_mul_backward_kernel, silu_and_mul_kernel
+
+# --------------------------------------------------------------------------------------------------------------
+# launch: everything below works on rows [R, 2D] whose last dimension is contiguous
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """t as [R, N] with unit column stride, without a copy where possible."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _launch(kernel, x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None = None) -> torch.Tensor:
+    """`out`, filled by the forward kernel, or by the backward kernel when the gradient `g` is given."""
+    if x.numel() == 0:
+        return out
+    x2 = _rows(x)
+    n_rows, n_cols = x2.shape[0], x2.shape[1] // 2
+    s = sched.schedule(n_rows, n_cols)
+    tensors = (x2, out) if g is None else (g.contiguous(), x2, out)
+    grid = (triton.cdiv(n_rows, s.rows), triton.cdiv(n_cols, s.cols))
+    kernel[grid](*tensors, n_rows, n_cols, x2.stride(0), ROWS=s.rows, COLS=s.cols, num_warps=s.num_warps)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------
+# custom operators
+
+
+@torch.library.custom_op("bi_ops::silu_and_mul", mutates_args=())
+def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return _launch(silu_and_mul_kernel, x, x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
+
+
+@_silu_and_mul.register_fake
+def _(x):
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@torch.library.custom_op("bi_ops::silu_and_mul_backward", mutates_args=())
+def _silu_and_mul_grad(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return _launch(silu_and_mul_backward_kernel, x, x.new_empty(x.shape), g)
+
+
+@_silu_and_mul_grad.register_fake
+def _(g, x):
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, g):
+    return _silu_and_mul_grad(g, *ctx.saved_tensors)
+
+
+_silu_and_mul.register_autograd(_backward, setup_context=_setup)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# public functions
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` where gate is the first half of the last dimension of x (SwiGLU; Shazeer, 2020).
+
+    silu is computed in fp32 and rounded, then the product is rounded: the bits of vLLM's CUDA `silu_and_mul`. The
+    gradient is computed in fp32 and rounded once. Every element stands alone.
+
+    Args:
+        x: [..., 2D], bf16, fp16 or fp32; rows may be strided.
+
+    Returns:
+        [..., D] in the dtype of x, contiguous.
+
+    Raises:
+        TypeError: an unsupported dtype. ValueError: wrong device, or a last dimension that does not halve.
+    """
+    checks.tensor("silu_and_mul", "x", x)
+    checks.dtype("silu_and_mul", "x", x)
+    ok = x.ndim >= 1 and x.shape[-1] > 0 and x.shape[-1] % 2 == 0
+    checks.shape("silu_and_mul", ok, f"the last dimension of x holds gate and up, so it is even; got {list(x.shape)}")
+    return _silu_and_mul(x)

@@ -1,0 +1,27 @@
+"""Launch choices of the activations. Every element stands alone, so nothing here is an order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bi_ops._common import runtime
+
+
+@dataclass(frozen=True)
+class TileSchedule:
+    """One program computes `rows` x `cols` outputs with `num_warps` warps."""
+
+    rows: int
+    cols: int
+    num_warps: int = 4
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def schedule(n_rows: int, n_cols: int) -> TileSchedule:
+    """Short rows share a program on a GPU; in the interpreter, where programs are dear, one does nearly all."""
+    elements = 1 << 18 if runtime.INTERPRET else 1024
+    cols = min(_next_power_of_2(n_cols), elements)
+    return TileSchedule(rows=min(_next_power_of_2(n_rows), elements // cols), cols=cols)

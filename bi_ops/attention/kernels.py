@@ -1,0 +1,416 @@
+"""Attention kernels. Every output row is owned by one program that walks its sum front to back: no splits, no atomics.
+
+A pair is (sequence, key head). The query heads that share a key head are packed into the rows of a tile: row r of a
+pair is query r // HEADS and head r % HEADS of the group. A program takes GROUPS pairs; on a GPU that is one, and what
+is written as a vector over pairs below is then a scalar.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bi_ops._common.triton_helpers import cast, dot
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _pairs(first, PER: tl.constexpr, GROUPS: tl.constexpr):
+    """The pair that each of the GROUPS * PER lanes belongs to."""
+    if GROUPS == 1:
+        return first
+    else:
+        return first + tl.arange(0, GROUPS * PER) // PER
+
+
+@triton.jit
+def _lanes(PER: tl.constexpr, GROUPS: tl.constexpr):
+    """The index of each lane inside its pair."""
+    if GROUPS == 1:
+        return tl.arange(0, PER)
+    else:
+        return tl.arange(0, GROUPS * PER) % PER
+
+
+@triton.jit
+def _span(p_cu, pair, n_pairs, HKV: tl.constexpr):
+    """(start, length) of the sequence that `pair` belongs to; past the last pair the length is 0."""
+    i_b = tl.minimum(pair, n_pairs - 1) // HKV
+    start = tl.load(p_cu + i_b)
+    return start, tl.where(pair < n_pairs, tl.load(p_cu + i_b + 1) - start, 0)
+
+
+@triton.jit
+def _key_span(p_cu, pair, n_pairs, HKV: tl.constexpr, PAGE: tl.constexpr):
+    """As `_span` for keys; a paged sequence starts at 0 of its own pages and `p_cu` holds lengths."""
+    if PAGE == 0:
+        return _span(p_cu, pair, n_pairs, HKV)
+    else:
+        length = tl.load(p_cu + tl.minimum(pair, n_pairs - 1) // HKV)
+        return length * 0, tl.where(pair < n_pairs, length, 0)
+
+
+@triton.jit
+def _seen(o_t, q_len, k_len, CAUSAL: tl.constexpr):
+    """How many keys query `o_t` sees, counted from the first; causal is aligned to the last query and key."""
+    if CAUSAL:
+        return tl.minimum(tl.maximum(o_t + (k_len - q_len) + 1, 0), k_len)
+    else:
+        return o_t * 0 + k_len
+
+
+@triton.jit
+def _load_rows(p, offsets, m_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows [R, BLOCK_D] at `offsets` [R]; zeros past D and, if MASKED, where `m_rows` is false."""
+    o_d = tl.arange(0, BLOCK_D)
+    ptrs = p + offsets[:, None] + o_d[None, :]
+    if MASKED:
+        return tl.load(ptrs, mask=m_rows[:, None] & (o_d < D)[None, :], other=0.0)
+    elif BLOCK_D != D:
+        return tl.load(ptrs, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def _store_rows(p, offsets, x, m_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store x [R, BLOCK_D] at `offsets` [R] where `m_rows`, rounded to the dtype of `p`."""
+    o_d = tl.arange(0, BLOCK_D)
+    mask = m_rows[:, None] & (o_d < D)[None, :]
+    tl.store(p + offsets[:, None] + o_d[None, :], cast(x, p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dot_nt(a, b, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr):
+    """a @ b.T pair by pair: a [GROUPS * M, K], b [GROUPS * N, K] -> fp32 [GROUPS * M, N]."""
+    if GROUPS == 1:
+        return dot(a, tl.trans(b), tl.zeros((M, N), dtype=tl.float32))
+    else:
+        a = tl.reshape(a, (GROUPS, M, K))
+        b = tl.permute(tl.reshape(b, (GROUPS, N, K)), (0, 2, 1))
+        return tl.reshape(dot(a, b, tl.zeros((GROUPS, M, N), dtype=tl.float32)), (GROUPS * M, N))
+
+
+@triton.jit
+def _dot_nn(a, b, acc, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr):
+    """acc + a @ b pair by pair: a [GROUPS * M, K], b [GROUPS * K, N], acc [GROUPS * M, N]."""
+    if GROUPS == 1:
+        return dot(a, b, acc)
+    else:
+        a = tl.reshape(a, (GROUPS, M, K))
+        b = tl.reshape(b, (GROUPS, K, N))
+        return tl.reshape(dot(a, b, tl.reshape(acc, (GROUPS, M, N))), (GROUPS * M, N))
+
+
+@triton.jit
+def _across(x, N: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr):
+    """x [GROUPS * M], one value per column and pair, so that it broadcasts with [GROUPS * N, M]."""
+    if GROUPS == 1:
+        return x[None, :]
+    else:
+        x = tl.broadcast_to(tl.reshape(x, (GROUPS, 1, M)), (GROUPS, N, M))
+        return tl.reshape(x, (GROUPS * N, M))
+
+
+@triton.jit
+def attention_kernel(
+    p_q,  # [T, HKV * HEADS, D]
+    p_k,  # [Tk, HKV, D], or pages [n, PAGE, HKV, D]
+    p_v,  # as p_k
+    p_out,  # [T, HKV * HEADS, D]
+    p_lse,  # fp32 [HKV * HEADS, T], natural logarithm
+    p_cu_q,  # int32 [B + 1]
+    p_cu_k,  # int32 [B + 1], or lengths int32 [B] if paged
+    p_table,  # int32 [B, max_blocks] if paged
+    scale,  # softmax_scale
+    n_pairs,
+    n_tokens,
+    stride_qt,
+    stride_qh,
+    stride_kp,  # page; 0 if dense
+    stride_kt,
+    stride_kh,
+    stride_vp,
+    stride_vt,
+    stride_vh,
+    stride_table,
+    HKV: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PAGE: tl.constexpr,  # tokens per page; 0 means dense
+    HAS_LSE: tl.constexpr,
+):
+    first_pair = tl.program_id(0) * GROUPS
+    i_m = tl.num_programs(1) - 1 - tl.program_id(1)  # causal tiles at the end have most to do: they start first
+
+    pair_m = _pairs(first_pair, BLOCK_M, GROUPS)
+    q_start, q_len = _span(p_cu_q, pair_m, n_pairs, HKV)
+    _, k_len = _key_span(p_cu_k, pair_m, n_pairs, HKV, PAGE)
+    o_r = i_m * BLOCK_M + _lanes(BLOCK_M, GROUPS)
+    o_t = o_r // HEADS
+    o_h = (pair_m % HKV) * HEADS + o_r % HEADS
+    m_r = o_t < q_len
+    n_seen = tl.where(m_r, _seen(o_t, q_len, k_len, CAUSAL), 0)
+    o_q = (q_start + o_t).to(tl.int64)
+    b_q = _load_rows(p_q, o_q * stride_qt + o_h * stride_qh, m_r, D, BLOCK_D, True)
+
+    pair_n = _pairs(first_pair, BLOCK_N, GROUPS)
+    k_start, k_len = _key_span(p_cu_k, pair_n, n_pairs, HKV, PAGE)
+    i_h = (pair_n % HKV).to(tl.int64)
+    lane_n = _lanes(BLOCK_N, GROUPS)
+
+    # Keys before `full` are seen by every row: no mask there, and the arithmetic is the same with one.
+    end = tl.max(n_seen, 0)
+    full = end * 0
+    if GROUPS == 1:
+        full = tl.min(tl.where(m_r, n_seen, end), 0) // BLOCK_N * BLOCK_N
+
+    acc = tl.zeros((GROUPS * BLOCK_M, BLOCK_D), dtype=tl.float32)
+    total = tl.zeros((GROUPS * BLOCK_M,), dtype=tl.float32)
+    top = tl.full((GROUPS * BLOCK_M,), float("-inf"), dtype=tl.float32)
+    scale2 = tl.full((), LOG2E, tl.float32) * scale
+    for MASKED in tl.static_range(0, 2):
+        if MASKED == 0:
+            begin = full * 0
+            stop = full
+        else:
+            begin = full
+            stop = end
+        for n in range(begin, stop, BLOCK_N):
+            o_n = n + lane_n
+            m_n = o_n < k_len
+            if PAGE == 0:
+                o_token = (k_start + o_n).to(tl.int64)
+                o_k = o_token * stride_kt + i_h * stride_kh
+                o_v = o_token * stride_vt + i_h * stride_vh
+            else:
+                page = tl.load(p_table + (pair_n // HKV) * stride_table + o_n // PAGE, mask=m_n, other=0).to(tl.int64)
+                o_k = page * stride_kp + (o_n % PAGE) * stride_kt + i_h * stride_kh
+                o_v = page * stride_vp + (o_n % PAGE) * stride_vt + i_h * stride_vh
+            b_k = _load_rows(p_k, o_k, m_n, D, BLOCK_D, MASKED == 1)
+            b_s = _dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS)
+            if MASKED == 1:
+                b_s = tl.where((n + tl.arange(0, BLOCK_N))[None, :] < n_seen[:, None], b_s, float("-inf"))
+            # Explicit fma: left to the compiler, contraction could differ between the two loops.
+            new_top = tl.maximum(top, tl.max(b_s, 1) * scale2)
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            b_p = tl.exp2(tl.fma(b_s, scale2, -shift[:, None]))
+            decay = tl.exp2(top - shift)
+            total = tl.fma(total, decay, tl.sum(b_p, 1))
+            top = new_top
+            b_v = _load_rows(p_v, o_v, m_n, D, BLOCK_D, MASKED == 1)
+            acc = acc * decay[:, None]
+            acc = _dot_nn(cast(b_p, p_v.dtype.element_ty), b_v, acc, BLOCK_M, BLOCK_D, BLOCK_N, GROUPS)
+
+    seen = total > 0
+    b_out = acc / tl.where(seen, total, 1.0)[:, None]
+    o_out = (o_q * (HKV * HEADS) + o_h) * D
+    _store_rows(p_out, o_out, b_out, m_r, D, BLOCK_D)
+    if HAS_LSE:
+        # +inf where no key is seen: the backward's exp(score - lse) is then 0.
+        lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("inf"))
+        tl.store(p_lse + o_h.to(tl.int64) * n_tokens + o_q, lse, mask=m_r)
+
+
+@triton.jit
+def attention_delta_kernel(
+    p_g,  # [T * H, D], contiguous
+    p_out,  # [T * H, D], contiguous
+    p_delta,  # fp32 [H, T]
+    n_rows,
+    n_tokens,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_r = o_r < n_rows
+    b_g = _load_rows(p_g, o_r * D, m_r, D, BLOCK_D, True).to(tl.float32)
+    b_out = _load_rows(p_out, o_r * D, m_r, D, BLOCK_D, True).to(tl.float32)
+    tl.store(p_delta + (o_r % H) * n_tokens + o_r // H, tl.sum(b_g * b_out, 1), mask=m_r)
+
+
+@triton.jit
+def attention_dq_kernel(
+    p_g,  # [T, HKV * HEADS, D], contiguous
+    p_q,  # [T, HKV * HEADS, D]
+    p_k,  # [Tk, HKV, D]
+    p_v,  # [Tk, HKV, D]
+    p_lse,  # fp32 [HKV * HEADS, T]
+    p_delta,  # fp32 [HKV * HEADS, T]
+    p_dq,  # [T, HKV * HEADS, D], contiguous
+    p_cu_q,
+    p_cu_k,
+    scale,  # softmax_scale
+    n_pairs,
+    n_tokens,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    HKV: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    first_pair = tl.program_id(0) * GROUPS
+    i_m = tl.num_programs(1) - 1 - tl.program_id(1)
+
+    pair_m = _pairs(first_pair, BLOCK_M, GROUPS)
+    q_start, q_len = _span(p_cu_q, pair_m, n_pairs, HKV)
+    _, k_len = _span(p_cu_k, pair_m, n_pairs, HKV)
+    o_r = i_m * BLOCK_M + _lanes(BLOCK_M, GROUPS)
+    o_t = o_r // HEADS
+    o_h = ((pair_m % HKV) * HEADS + o_r % HEADS).to(tl.int64)
+    m_r = o_t < q_len
+    n_seen = tl.where(m_r, _seen(o_t, q_len, k_len, CAUSAL), 0)
+    o_q = (q_start + o_t).to(tl.int64)
+    o_row = (o_q * (HKV * HEADS) + o_h) * D
+    b_q = _load_rows(p_q, o_q * stride_qt + o_h * stride_qh, m_r, D, BLOCK_D, True)
+    b_g = _load_rows(p_g, o_row, m_r, D, BLOCK_D, True)
+    lse2 = tl.load(p_lse + o_h * n_tokens + o_q, mask=m_r, other=0.0) * LOG2E
+    b_delta = tl.load(p_delta + o_h * n_tokens + o_q, mask=m_r, other=0.0)
+
+    pair_n = _pairs(first_pair, BLOCK_N, GROUPS)
+    k_start, k_len = _span(p_cu_k, pair_n, n_pairs, HKV)
+    i_h = (pair_n % HKV).to(tl.int64)
+    lane_n = _lanes(BLOCK_N, GROUPS)
+
+    end = tl.max(n_seen, 0)
+    full = end * 0
+    if GROUPS == 1:
+        full = tl.min(tl.where(m_r, n_seen, end), 0) // BLOCK_N * BLOCK_N
+
+    acc = tl.zeros((GROUPS * BLOCK_M, BLOCK_D), dtype=tl.float32)
+    scale2 = tl.full((), LOG2E, tl.float32) * scale
+    for MASKED in tl.static_range(0, 2):
+        if MASKED == 0:
+            begin = full * 0
+            stop = full
+        else:
+            begin = full
+            stop = end
+        for n in range(begin, stop, BLOCK_N):
+            o_n = n + lane_n
+            m_n = o_n < k_len
+            o_token = (k_start + o_n).to(tl.int64)
+            b_k = _load_rows(p_k, o_token * stride_kt + i_h * stride_kh, m_n, D, BLOCK_D, MASKED == 1)
+            b_v = _load_rows(p_v, o_token * stride_vt + i_h * stride_vh, m_n, D, BLOCK_D, MASKED == 1)
+            b_s = _dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS)
+            b_p = tl.exp2(tl.fma(b_s, scale2, -lse2[:, None]))
+            if MASKED == 1:
+                b_p = tl.where((n + tl.arange(0, BLOCK_N))[None, :] < n_seen[:, None], b_p, 0.0)
+            b_dp = _dot_nt(b_g, b_v, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS)
+            b_ds = cast(b_p * (b_dp - b_delta[:, None]), p_k.dtype.element_ty)
+            acc = _dot_nn(b_ds, b_k, acc, BLOCK_M, BLOCK_D, BLOCK_N, GROUPS)
+
+    _store_rows(p_dq, o_row, acc * scale, m_r, D, BLOCK_D)
+
+
+@triton.jit
+def attention_dkv_kernel(
+    p_g,  # [T, HKV * HEADS, D], contiguous
+    p_q,  # [T, HKV * HEADS, D]
+    p_k,  # [Tk, HKV, D]
+    p_v,  # [Tk, HKV, D]
+    p_lse,  # fp32 [HKV * HEADS, T]
+    p_delta,  # fp32 [HKV * HEADS, T]
+    p_dk,  # [Tk, HKV, D], contiguous
+    p_dv,  # [Tk, HKV, D], contiguous
+    p_cu_q,
+    p_cu_k,
+    scale,  # softmax_scale
+    n_pairs,
+    n_tokens,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    HKV: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    first_pair = tl.program_id(0) * GROUPS
+
+    pair_n = _pairs(first_pair, BLOCK_N, GROUPS)
+    k_start, k_len = _span(p_cu_k, pair_n, n_pairs, HKV)
+    _, q_len = _span(p_cu_q, pair_n, n_pairs, HKV)
+    o_n = tl.program_id(1) * BLOCK_N + _lanes(BLOCK_N, GROUPS)
+    m_n = o_n < k_len
+    o_k = (k_start + o_n).to(tl.int64)
+    i_h = (pair_n % HKV).to(tl.int64)
+    b_k = _load_rows(p_k, o_k * stride_kt + i_h * stride_kh, m_n, D, BLOCK_D, True)
+    b_v = _load_rows(p_v, o_k * stride_vt + i_h * stride_vh, m_n, D, BLOCK_D, True)
+
+    # The first query that sees each key, and the rows this tile walks: from the first that sees any key (`begin`),
+    # through those that see only some (up to `full`), to the last.
+    first_q = o_n * 0
+    if CAUSAL:
+        first_q = tl.maximum(o_n - (k_len - q_len), 0)
+    end = tl.max(tl.where(m_n, q_len * HEADS, 0), 0)
+    begin_row = tl.min(tl.where(m_n, first_q * HEADS, end), 0) // BLOCK_R * BLOCK_R
+    full = end
+    if GROUPS == 1:
+        full = tl.max(tl.where(m_n, first_q * HEADS, 0), 0)
+        full = tl.minimum((full + BLOCK_R - 1) // BLOCK_R * BLOCK_R, end)
+
+    pair_r = _pairs(first_pair, BLOCK_R, GROUPS)
+    q_start, q_len = _span(p_cu_q, pair_r, n_pairs, HKV)
+    lane_r = _lanes(BLOCK_R, GROUPS)
+
+    acc_k = tl.zeros((GROUPS * BLOCK_N, BLOCK_D), dtype=tl.float32)
+    acc_v = tl.zeros((GROUPS * BLOCK_N, BLOCK_D), dtype=tl.float32)
+    scale2 = tl.full((), LOG2E, tl.float32) * scale
+    for PART in tl.static_range(0, 2):
+        if PART == 0:
+            begin = begin_row
+            stop = full
+        else:
+            begin = tl.maximum(full, begin_row)
+            stop = end
+        for r in range(begin, stop, BLOCK_R):
+            o_r = r + lane_r
+            o_t = o_r // HEADS
+            o_h = ((pair_r % HKV) * HEADS + o_r % HEADS).to(tl.int64)
+            m_r = o_t < q_len
+            o_q = (q_start + o_t).to(tl.int64)
+            # Rows past the end are zeros with a finite lse: they add exactly nothing.
+            b_q = _load_rows(p_q, o_q * stride_qt + o_h * stride_qh, m_r, D, BLOCK_D, True)
+            b_g = _load_rows(p_g, (o_q * (HKV * HEADS) + o_h) * D, m_r, D, BLOCK_D, True)
+            lse2 = tl.load(p_lse + o_h * n_tokens + o_q, mask=m_r, other=0.0) * LOG2E
+            b_delta = tl.load(p_delta + o_h * n_tokens + o_q, mask=m_r, other=0.0)
+
+            b_s = _dot_nt(b_k, b_q, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS)
+            b_p = tl.exp2(tl.fma(b_s, scale2, -_across(lse2, BLOCK_N, BLOCK_R, GROUPS)))
+            if PART == 0:
+                o_query = (r + tl.arange(0, BLOCK_R)) // HEADS
+                b_p = tl.where(first_q[:, None] <= o_query[None, :], b_p, 0.0)
+            acc_v = _dot_nn(cast(b_p, p_v.dtype.element_ty), b_g, acc_v, BLOCK_N, BLOCK_D, BLOCK_R, GROUPS)
+            b_dp = _dot_nt(b_v, b_g, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS)
+            b_ds = b_p * (b_dp - _across(b_delta, BLOCK_N, BLOCK_R, GROUPS))
+            acc_k = _dot_nn(cast(b_ds, p_k.dtype.element_ty), b_q, acc_k, BLOCK_N, BLOCK_D, BLOCK_R, GROUPS)
+
+    o_row = (o_k * HKV + i_h) * D
+    _store_rows(p_dk, o_row, acc_k * scale, m_n, D, BLOCK_D)
+    _store_rows(p_dv, o_row, acc_v, m_n, D, BLOCK_D)

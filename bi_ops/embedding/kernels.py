@@ -1,0 +1,66 @@
+"""Embedding kernels: a gather, and the sum of every id's gradient rows in token order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bi_ops._common.triton_helpers import cast
+
+
+@triton.jit
+def embedding_kernel(
+    p_ids,  # [N] int
+    p_w,  # [V, D]
+    p_y,  # [N, D]
+    N,
+    D,
+    V,
+    stride_w,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    m = (o_r < N)[:, None] & (o_c < D)
+    ids = tl.load(p_ids + o_r, mask=o_r < N, other=0).to(tl.int64)
+    # An id outside the table gives a row of NaN: seen at once, and nothing out of bounds is read.
+    m_w = m & ((ids >= 0) & (ids < V))[:, None]
+    b_w = tl.load(p_w + ids[:, None] * stride_w + o_c, mask=m_w, other=float("nan")).to(tl.float32)
+    tl.store(p_y + o_r[:, None] * D + o_c, cast(b_w, p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def embedding_backward_kernel(
+    p_g,  # [N, D]
+    p_ids,  # [N] int64, sorted; V or more: no row of the table
+    p_token,  # [N] int64, where each sorted id stood; ascending within one id
+    p_start,  # [S + 1] int64, where each run of equal ids begins; N once there are no more
+    p_dw,  # [V, D], zeros
+    S,
+    N,
+    D,
+    V,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """dw[id] = the gradient rows of the id's tokens, added front to back in fp32; ROWS ids side by side."""
+    o_s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    m_c = o_c < D
+    start = tl.load(p_start + o_s, mask=o_s < S, other=N)
+    end = tl.load(p_start + o_s + 1, mask=o_s < S, other=N)
+    ids = tl.load(p_ids + start, mask=start < N, other=V)
+    length = tl.where(ids < V, end - start, 0)
+    p_run = p_token + start
+    p_col = p_g + o_c
+
+    acc = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    for first in range(0, tl.max(length, axis=0), UNROLL):
+        for step in tl.static_range(UNROLL):
+            m_t = first + step < length
+            token = tl.load(p_run + (first + step), mask=m_t, other=0)
+            # A run that has ended adds 0.0, which changes no bit: a sum that began at 0.0 is never -0.0.
+            acc += tl.load(p_col + token[:, None] * D, mask=m_t[:, None] & m_c, other=0.0).to(tl.float32)
+    tl.store(p_dw + ids[:, None] * D + o_c, cast(acc, p_dw.dtype.element_ty), mask=(ids < V)[:, None] & m_c)

@@ -1,0 +1,199 @@
+"""Embedding lookup: check, allocate, launch, differentiate."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from bi_ops._common import checks
+from bi_ops.embedding import schedule as sched
+from bi_ops.embedding.kernels import embedding_backward_kernel, embedding_kernel
+
+_ID_DTYPES = (torch.int64, torch.int32)
+
+# --------------------------------------------------------------------------------------------------------------
+# launch
+
+
+def _check_range(op: str, ids: torch.Tensor, rows: int) -> None:
+    """Raise IndexError if a CPU id is outside 0..rows-1; on a GPU asking would wait for the device."""
+    if ids.device.type == "cpu" and ids.numel() > 0 and not ((ids >= 0) & (ids < rows)).all():
+        raise IndexError(f"{op}: ids span {int(ids.min())}..{int(ids.max())}, the table has rows 0..{rows - 1}")
+
+
+def _lookup(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight[ids] in `dtype`; [..., D]."""
+    _check_range("embedding", ids, weight.shape[0])
+    n_rows, n_cols = ids.numel(), weight.shape[1]
+    y = weight.new_empty((*ids.shape, n_cols), dtype=dtype)
+    if y.numel() == 0:
+        return y
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    s = sched.forward_schedule(n_rows, n_cols)
+    embedding_kernel[(triton.cdiv(n_rows, s.rows), triton.cdiv(n_cols, s.cols))](
+        ids.contiguous(),
+        weight,
+        y,
+        n_rows,
+        n_cols,
+        weight.shape[0],
+        weight.stride(0),
+        ROWS=s.rows,
+        COLS=s.cols,
+        num_warps=s.num_warps,
+    )
+    return y
+
+
+def _sum_rows(
+    g: torch.Tensor, ids: torch.Tensor, num_embeddings: int, padding_idx: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """dweight [V, D] in `dtype`. No step of it waits for the device."""
+    _check_range("embedding_backward", ids, num_embeddings)
+    n_rows, n_cols = ids.numel(), g.shape[-1]
+    dw = g.new_zeros((num_embeddings, n_cols), dtype=dtype)
+    if g.numel() == 0 or num_embeddings == 0:
+        return dw
+    ids = ids.reshape(-1).long()
+    served = (ids >= 0) & (ids < num_embeddings) & (ids != padding_idx)
+    # A stable sort keeps the tokens of one id in the order in which they stand in the batch.
+    sorted_ids, token = torch.sort(torch.where(served, ids, num_embeddings), stable=True)
+    # The runs, front to back. Their number is on the device alone; the host knows that it is at most n_runs.
+    n_runs = min(n_rows, num_embeddings + 1)
+    places = torch.arange(n_rows, device=ids.device)
+    begins = torch.cat((places[:1] == 0, sorted_ids[1:] != sorted_ids[:-1]))
+    starts = torch.sort(torch.where(begins, places, n_rows)).values
+    starts = torch.cat((starts, starts.new_full((1,), n_rows)))
+    s = sched.backward_schedule(n_runs, n_cols)
+    embedding_backward_kernel[(triton.cdiv(n_runs, s.rows), triton.cdiv(n_cols, s.cols))](
+        g.contiguous(),
+        sorted_ids,
+        token,
+        starts,
+        dw,
+        n_runs,
+        n_rows,
+        n_cols,
+        num_embeddings,
+        ROWS=s.rows,
+        COLS=s.cols,
+        UNROLL=s.unroll,
+        num_warps=s.num_warps,
+    )
+    return dw
+
+
+# --------------------------------------------------------------------------------------------------------------
+# custom operators
+
+
+@torch.library.custom_op("bi_ops::embedding", mutates_args=())
+def _embedding(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, padding_idx: int) -> torch.Tensor:
+    return _lookup(ids, weight, dtype)
+
+
+@_embedding.register_fake
+def _(ids, weight, dtype, padding_idx):
+    return weight.new_empty((*ids.shape, weight.shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("bi_ops::embedding_backward", mutates_args=())
+def _embedding_grad(
+    g: torch.Tensor, ids: torch.Tensor, num_embeddings: int, padding_idx: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return _sum_rows(g, ids, num_embeddings, padding_idx, dtype)
+
+
+@_embedding_grad.register_fake
+def _(g, ids, num_embeddings, padding_idx, dtype):
+    return g.new_empty((num_embeddings, g.shape[-1]), dtype=dtype)
+
+
+def _setup(ctx, inputs, output):
+    ids, weight, _, ctx.padding_idx = inputs
+    ctx.save_for_backward(ids)
+    ctx.num_embeddings, ctx.weight_dtype = weight.shape[0], weight.dtype
+
+
+def _backward(ctx, g):
+    (ids,) = ctx.saved_tensors
+    return None, _embedding_grad(g, ids, ctx.num_embeddings, ctx.padding_idx, ctx.weight_dtype), None, None
+
+
+_embedding.register_autograd(_backward, setup_context=_setup)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# public functions
+
+
+def embedding(
+    ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | None = None, padding_idx: int = -1
+) -> torch.Tensor:
+    """Rows of `weight`, cast to `dtype`: a 16-bit forward over an fp32 master weight needs no copy of the table.
+
+    The gradient of the weight sums each id's tokens front to back in fp32 and is rounded once.
+
+    Args:
+        ids: [...], int64 or int32, in 0..V-1. On a GPU an id outside gives a row of NaN.
+        weight: [V, D], bf16, fp16 or fp32. dtype: of the result; None for the weight's.
+        padding_idx: the row that gets no gradient; -1 for none.
+
+    Returns:
+        [..., D] in `dtype`.
+
+    Raises:
+        TypeError: unsupported dtypes. ValueError: wrong rank, device or padding_idx. IndexError: ids outside (CPU).
+    """
+    checks.tensor("embedding", "ids", ids)
+    checks.dtype("embedding", "ids", ids, _ID_DTYPES)
+    checks.tensor("embedding", "weight", weight, ndim=2)
+    checks.dtype("embedding", "weight", weight)
+    checks.same_device("embedding", ids=ids, weight=weight)
+    dtype = _checked_dtype("embedding", dtype or weight.dtype)
+    _check_padding("embedding", padding_idx, weight.shape[0])
+    return _embedding(ids, weight, dtype, padding_idx)
+
+
+def embedding_backward(
+    grad: torch.Tensor,
+    ids: torch.Tensor,
+    num_embeddings: int,
+    padding_idx: int = -1,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The gradient of the table: dweight[id] = sum of grad over the tokens of id, front to back in fp32.
+
+    Args:
+        grad: [..., D], bf16, fp16 or fp32. ids: [...], int64 or int32; an id outside 0..V-1 is left out on a GPU.
+        num_embeddings: V. padding_idx: the row that stays zero; -1 for none. dtype: of the result, rounded once.
+
+    Returns:
+        [V, D] in `dtype`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `embedding`.
+    """
+    op = "embedding_backward"
+    checks.tensor(op, "grad", grad)
+    checks.dtype(op, "grad", grad)
+    checks.tensor(op, "ids", ids)
+    checks.dtype(op, "ids", ids, _ID_DTYPES)
+    checks.same_device(op, grad=grad, ids=ids)
+    fits = grad.shape[:-1] == ids.shape and grad.ndim == ids.ndim + 1
+    checks.shape(op, fits, f"grad {list(grad.shape)} does not fit ids {list(ids.shape)}: it needs one row per id")
+    checks.shape(op, num_embeddings >= 0, f"num_embeddings must not be negative, got {num_embeddings}")
+    _check_padding(op, padding_idx, num_embeddings)
+    return _embedding_grad(grad, ids, num_embeddings, padding_idx, _checked_dtype(op, dtype))
+
+
+def _checked_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
+    if dtype not in checks.FLOAT_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in checks.FLOAT_DTYPES)
+        raise TypeError(f"{op}: dtype is {str(dtype).removeprefix('torch.')}; supported dtypes are {names}")
+    return dtype
+
+
+def _check_padding(op: str, padding_idx: int, rows: int) -> None:
+    ok = -1 <= padding_idx < rows
+    checks.shape(op, ok, f"padding_idx must be a row of the table, 0..{rows - 1}, or -1 for none; got {padding_idx}")

@@ -1,0 +1,230 @@
+"""Qwen3 from top to bottom. Parameter names and shapes are vLLM's, so weights go over without a mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from bi_ops import activation, attention, embedding, logprob, matmul, norm, rope
+from bi_ops._common import runtime
+from bi_ops.models.packing import PackedBatch
+from bi_ops.models.qwen3.config import Qwen3Config
+
+#: (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D]: what differs between training and decoding.
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+#: Rows of logits held at once when no gradient is asked for.
+LOGIT_ROWS = 4096
+
+
+class Projection(nn.Module):
+    """`x @ weight.T`; weight [out, in]."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return matmul.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm, alone or after a residual add."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return norm.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return norm.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: Qwen3Config, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.qkv_proj = Projection(config.q_size + 2 * config.kv_size, config.hidden_size)
+        self.o_proj = Projection(config.hidden_size, config.q_size)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        c = self.config
+        q, k, v = (
+            part.unflatten(-1, (-1, c.head_dim))
+            for part in self.qkv_proj(x).split([c.q_size, c.kv_size, c.kv_size], -1)
+        )
+        q = rope.apply_rope(self.q_norm(q), positions, cos_sin)
+        k = rope.apply_rope(self.k_norm(k), positions, cos_sin)
+        return self.o_proj(attend(self.layer, q, k, v).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.gate_up_proj = Projection(2 * config.intermediate_size, config.hidden_size)
+        self.down_proj = Projection(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(activation.silu_and_mul(self.gate_up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Qwen3Config, layer: int) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """The language model over packed tokens [T].
+
+    Args:
+        config: sizes. param_dtype: of the master weights. compute_dtype: weights are rounded to it on use, activations
+            are in it; gradients of fp32 masters are never rounded to it. device: None is where kernels run.
+
+    Weights are uninitialised until `init_weights` draws them or `from_pretrained` reads them.
+    """
+
+    cos_sin: torch.Tensor
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        param_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        device = torch.device(device) if device is not None else runtime.default_device()
+        self.config, self.compute_dtype = config, compute_dtype
+        #: Where the weights came from; `save_pretrained` copies the tokenizer from there.
+        self.source: Path | None = None
+        #: The checkpoint stores tied embeddings twice; kept, so that saving gives back the same file.
+        self.has_tied_copy = False
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(param_dtype)
+        try:
+            with device:
+                self.model = Decoder(config)
+                if not config.tie_word_embeddings:
+                    self.lm_head = Projection(config.vocab_size, config.hidden_size)
+        finally:
+            torch.set_default_dtype(before)
+        cos_sin = rope.cos_sin_cache(
+            config.head_dim, config.max_position_embeddings, config.rope_theta, compute_dtype, device
+        )
+        self.register_buffer("cos_sin", cos_sin, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights, normal with `config.initializer_range` and norms at one, as Hugging Face does.
+
+        On the CPU, so that they are the same on every device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            else:
+                p.copy_(torch.randn(p.shape, generator=generator) * self.config.initializer_range)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cos_sin.device
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Hidden states [T, hidden] after the final norm; input_ids, positions: int64 [T]."""
+        x = embedding.embedding(input_ids, self.model.embed_tokens.weight, self.compute_dtype)
+        residual: torch.Tensor | None = None
+        for layer in cast(Iterable[DecoderLayer], self.model.layers):
+            if residual is None:
+                x, residual = layer.input_layernorm(x), x
+            else:
+                x, residual = layer.input_layernorm.add(x, residual)
+            x = layer.self_attn(x, positions, self.cos_sin, attend)
+            x, residual = layer.post_attention_layernorm.add(x, residual)
+            x = layer.mlp(x)
+        assert residual is not None
+        return self.model.norm.add(x, residual)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] -> [T, vocab] in the compute dtype."""
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return matmul.linear(hidden, head.weight)
+
+    def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
+        """Log-probabilities fp32 [S] of `batch.targets`; differentiable.
+
+        Raises:
+            ValueError: a sequence longer than the model's positions.
+        """
+        if batch.max_seqlen > self.config.max_position_embeddings:
+            raise ValueError(
+                f"token_logprobs: a sequence has {batch.max_seqlen} tokens; the model has "
+                f"{self.config.max_position_embeddings} positions"
+            )
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attention.flash_attention(q, k, v, batch.cu_seqlens, max_seqlen=batch.max_seqlen, causal=True)
+
+        hidden = self(batch.input_ids, batch.positions, attend)[batch.predictors]
+        if torch.is_grad_enabled():
+            return logprob.token_logprobs(self.logits(hidden), batch.targets)
+        parts = zip(hidden.split(LOGIT_ROWS), batch.targets.split(LOGIT_ROWS), strict=True)
+        return torch.cat([logprob.token_logprobs(self.logits(h), ids) for h, ids in parts])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        param_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> Qwen3ForCausalLM:
+        """Read a Hugging Face checkpoint folder (config.json, safetensors in one file or in shards).
+
+        Raises:
+            FileNotFoundError: no config or weights there. ValueError: an unsupported model, or tensors that are
+                missing, unknown or of another shape (all listed at once).
+        """
+        from bi_ops.models.qwen3 import checkpoint
+
+        model = cls(Qwen3Config.from_pretrained(path), param_dtype, compute_dtype, device)
+        checkpoint.load(model, Path(path))
+        return model
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a Hugging Face checkpoint folder, each file atomically.
+
+        Args:
+            path: created if it does not exist. dtype: of the stored tensors; None takes the config's dtype where that
+                loses nothing (so reading and saving gives the same bytes), else the master weights' own.
+        """
+        from bi_ops.models.qwen3 import checkpoint
+
+        checkpoint.save(self, Path(path), dtype)

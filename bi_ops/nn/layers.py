@@ -1,0 +1,125 @@
+"""Layers that keep torch's constructors and state_dict and compute with bi_ops' operators."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from bi_ops import activation, attention, embedding, matmul, norm
+
+
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear` under the contract. An fp32 weight under a 16-bit input is cast for the product."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input [..., in_features], bf16, fp16 or fp32 -> [..., out_features]. Raises as `bi_ops.matmul.linear`."""
+        return matmul.linear(input, self.weight, self.bias)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` under the contract."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., *normalized_shape], bf16, fp16 or fp32 -> the same shape. Raises as `bi_ops.norm.rms_norm`."""
+        lead = x.shape[: max(x.ndim - len(self.normalized_shape), 0)]
+        if (*lead, *self.normalized_shape) != tuple(x.shape):
+            raise ValueError(
+                f"RMSNorm: x {list(x.shape)} does not end in normalized_shape {list(self.normalized_shape)}"
+            )
+        # torch computes 16-bit norms in fp32 and takes the machine epsilon of that when eps is None.
+        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
+        weight = None if self.weight is None else self.weight.reshape(-1)
+        return norm.rms_norm(x.reshape(*lead, math.prod(self.normalized_shape)), weight, eps).reshape(x.shape)
+
+
+class Embedding(torch.nn.Embedding):
+    """`torch.nn.Embedding` under the contract.
+
+    Raises:
+        ValueError: `max_norm`, `scale_grad_by_freq` or `sparse`, which no operator here serves.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        unsupported = unsupported_embedding_options(self)
+        if unsupported:
+            raise ValueError(f"Embedding: {unsupported} is not supported; use the default or torch.nn.Embedding")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input [...], int64 or int32 -> [..., embedding_dim]. Raises as `bi_ops.embedding.embedding`."""
+        padding_idx = -1 if self.padding_idx is None else self.padding_idx
+        return embedding.embedding(input, self.weight, padding_idx=padding_idx)
+
+
+def unsupported_embedding_options(module: torch.nn.Embedding) -> str:
+    """The options of `module` that `Embedding` cannot serve, for an error; empty if there are none."""
+    asked = {
+        "max_norm": module.max_norm is not None,
+        "scale_grad_by_freq": module.scale_grad_by_freq,
+        "sparse": module.sparse,
+    }
+    return ", ".join(name for name, on in asked.items() if on)
+
+
+class SiluAndMul(torch.nn.Module):
+    """``silu(gate) * up`` of a fused [gate, up] projection; no parameters."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., 2D] -> [..., D]. Raises as `bi_ops.activation.silu_and_mul`."""
+        return activation.silu_and_mul(x)
+
+
+class Attention(torch.nn.Module):
+    """Attention over packed sequences; no parameters: projections and rotations stand outside.
+
+    Args:
+        num_heads: query heads. head_dim: of every head. num_kv_heads: key and value heads, a divisor of num_heads
+            (None: as many). causal: a token sees itself and what stands before it. softmax_scale: None for
+            1 / sqrt(head_dim).
+
+    Raises:
+        ValueError: sizes that are not positive, or head counts that do not divide.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        causal: bool = True,
+        softmax_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if min(num_heads, head_dim, num_kv_heads) < 1 or num_heads % num_kv_heads != 0:
+            raise ValueError(
+                f"Attention: num_heads {num_heads}, num_kv_heads {num_kv_heads} and head_dim {head_dim} must be "
+                "positive, and num_kv_heads must divide num_heads"
+            )
+        self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
+        self.causal, self.softmax_scale = causal, softmax_scale
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int | None = None,
+    ) -> torch.Tensor:
+        """q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim], cu_seqlens int32 [B+1] -> as q.
+
+        Raises:
+            ValueError: heads that are not this layer's; otherwise as `bi_ops.attention.flash_attention`.
+        """
+        expected = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
+        for (name, heads), t in zip(expected.items(), (q, k, v), strict=True):
+            if t.ndim != 3 or t.shape[1:] != (heads, self.head_dim):
+                raise ValueError(f"Attention: {name} must be [T, {heads}, {self.head_dim}], got {list(t.shape)}")
+        return attention.flash_attention(
+            q, k, v, cu_seqlens, max_seqlen=max_seqlen, causal=self.causal, softmax_scale=self.softmax_scale
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_heads}, {self.head_dim}, num_kv_heads={self.num_kv_heads}, causal={self.causal}"

@@ -1,0 +1,206 @@
+"""The embedded rollout engine: bi_ops' own model over a paged KV cache. Runs wherever the kernels run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bi_ops import attention, logprob, matmul
+from bi_ops._common import runtime
+from bi_ops.models.qwen3 import Qwen3ForCausalLM
+from bi_ops.rollout.base import Completion, SamplingParams, check_request
+from bi_ops.rollout.sampling import sample
+
+
+@dataclass
+class _Sequence:
+    """One request on its way. `blocks`: the cache blocks it owns; `computed`: tokens whose keys are in them."""
+
+    prompt: list[int]
+    params: SamplingParams
+    blocks: list[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[torch.Tensor] = field(default_factory=list)
+    computed: int = 0
+
+    @property
+    def pending(self) -> list[int]:
+        """Tokens that the next forward has to take."""
+        return (self.prompt + self.tokens)[self.computed :]
+
+    @property
+    def finish_reason(self) -> str | None:
+        if self.tokens and self.tokens[-1] in self.params.stop_token_ids:
+            return "stop"
+        return "length" if len(self.tokens) == self.params.max_new_tokens else None
+
+
+class _PagedAttend:
+    """Attention over the cache: writes the step's keys and values, then reads each sequence's blocks."""
+
+    def __init__(self, engine: EmbeddedEngine, batch: Sequence[_Sequence]) -> None:
+        size, device = engine.block_size, engine.device
+        lengths = [len(s.pending) for s in batch]
+        ends = [s.computed + n for s, n in zip(batch, lengths, strict=True)]
+        widest = max(-(-end // size) for end in ends)
+        slots = [
+            s.blocks[at // size] * size + at % size
+            for s, end in zip(batch, ends, strict=True)
+            for at in range(s.computed, end)
+        ]
+        cu_seqlens = [0]
+        for n in lengths:
+            cu_seqlens.append(cu_seqlens[-1] + n)
+        self.caches = engine.caches
+        self.max_seqlen_q = max(lengths)
+        self.slots = torch.tensor(slots, device=device)
+        self.block_table = torch.tensor(
+            [(s.blocks + [0] * widest)[:widest] for s in batch], dtype=torch.int32, device=device
+        )
+        self.cu_seqlens_q = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+        self.seqlens_k = torch.tensor(ends, dtype=torch.int32, device=device)
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k_cache, v_cache = self.caches[layer]
+        k_cache.flatten(0, 1)[self.slots] = k
+        v_cache.flatten(0, 1)[self.slots] = v
+        return attention.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            self.block_table,
+            self.cu_seqlens_q,
+            self.seqlens_k,
+            max_seqlen_q=self.max_seqlen_q,
+            causal=True,
+        )
+
+
+class EmbeddedEngine:
+    """Generates with a copy of `model`'s weights in its compute dtype.
+
+    Args:
+        model: whose weights are copied; `update_weights` takes later ones.
+        max_model_len: prompt + completion, in tokens; None is the model's positions.
+        block_size: tokens per KV-cache block. max_batch_tokens: KV-cache size and prefill size, in tokens; requests
+            that do not fit together run one after the other. Neither changes any bit.
+    """
+
+    name = "embedded"
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        max_batch_tokens: int = 65536,
+    ) -> None:
+        config = model.config
+        positions = config.max_position_embeddings
+        self.max_model_len = max_model_len or positions
+        if not 1 < self.max_model_len <= positions:
+            raise ValueError(f"EmbeddedEngine: max_model_len must be in [2, {positions}], got {self.max_model_len}")
+        if max_batch_tokens < self.max_model_len:
+            max_batch_tokens = self.max_model_len
+        self.device, self.block_size = model.device, block_size
+        self.model = Qwen3ForCausalLM(config, model.compute_dtype, model.compute_dtype, self.device)
+        self.num_blocks = -(-max_batch_tokens // block_size)
+        #: (keys, values) of each layer, allocated for the largest batch seen.
+        self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.update_weights(model)
+
+    @torch.no_grad()
+    def update_weights(self, model: Qwen3ForCausalLM) -> None:
+        """Take the model's weights, rounded to the compute dtype. The cache never outlives a `generate`.
+
+        Raises:
+            ValueError: another config.
+        """
+        if model.config != self.model.config:
+            raise ValueError("update_weights: the model's config is not the engine's; make a new EmbeddedEngine")
+        for own, new in zip(self.model.parameters(), model.parameters(), strict=True):
+            own.copy_(new)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] | SamplingParams
+    ) -> list[Completion]:
+        """One completion per prompt, in order. Raises as `RolloutEngine.generate`."""
+        vocab = self.model.config.vocab_size
+        each = check_request(prompts, params, vocab_size=vocab, max_model_len=self.max_model_len)
+        waiting = list(range(len(prompts)))
+        done: list[Completion] = []
+        while waiting:
+            batch: list[_Sequence] = []
+            used = 0
+            while waiting:
+                i = waiting[0]
+                need = -(-(len(prompts[i]) + each[i].max_new_tokens) // self.block_size)
+                if used + need > self.num_blocks:
+                    break
+                batch.append(_Sequence(list(prompts[i]), each[i], list(range(used, used + need))))
+                used += need
+                waiting.pop(0)
+            self._allocate(used)
+            running = batch
+            while running:
+                self._step(running)
+                running = [s for s in running if s.finish_reason is None]
+            done += [self._completion(s) for s in batch]
+        return done
+
+    def _allocate(self, blocks: int) -> None:
+        if self.caches and self.caches[0][0].shape[0] >= blocks:
+            return
+        c = self.model.config
+        shape = (blocks, self.block_size, c.num_key_value_heads, c.head_dim)
+        self.caches = [
+            tuple(torch.zeros(shape, dtype=self.model.compute_dtype, device=self.device) for _ in range(2))  # type: ignore[misc]
+            for _ in range(c.num_hidden_layers)
+        ]
+
+    def _step(self, batch: list[_Sequence]) -> None:
+        """Take every pending token of `batch`, then sample one token per sequence."""
+        pending = [s.pending for s in batch]
+        positions = [
+            at for s, ids in zip(batch, pending, strict=True) for at in range(s.computed, s.computed + len(ids))
+        ]
+        attend = _PagedAttend(self, batch)
+        ids = torch.tensor([t for part in pending for t in part], device=self.device)
+        hidden = self.model(ids, torch.tensor(positions, device=self.device), attend)
+        logits = self.model.logits(hidden[attend.cu_seqlens_q[1:].long() - 1])
+        sampled = sample(
+            logits,
+            torch.tensor([s.params.temperature for s in batch], dtype=torch.float64, device=self.device),
+            torch.tensor([s.params.seed for s in batch], device=self.device),
+            attend.seqlens_k.long(),
+        )
+        logprobs = logprob.token_logprobs(logits, sampled).cpu()
+        for i, (s, token) in enumerate(zip(batch, sampled.tolist(), strict=True)):
+            s.computed += len(pending[i])
+            s.tokens.append(token)
+            s.logprobs.append(logprobs[i])
+
+    @staticmethod
+    def _completion(s: _Sequence) -> Completion:
+        reason = "stop" if s.finish_reason == "stop" else "length"
+        return Completion(tuple(s.prompt), tuple(s.tokens), torch.stack(s.logprobs), reason)  # type: ignore[arg-type]
+
+    def describe(self) -> dict[str, object]:
+        """See `RolloutEngine.describe`."""
+        return {
+            "engine": self.name,
+            "dtype": str(self.model.compute_dtype).removeprefix("torch."),
+            "device": "Triton interpreter" if runtime.INTERPRET else torch.cuda.get_device_name(self.device),
+            "cuda_graphs": False,
+            "plugin": False,
+            "providers": {"matmul": matmul.providers.choose(), "attention": attention.providers.choose()},
+            "versions": {"torch": torch.__version__},
+        }
+
+    def close(self) -> None:
+        """Free the cache and the weights."""
+        self.caches = []
+        del self.model

@@ -1,0 +1,299 @@
+"""Rollouts with vLLM, in this process: its `LLM`, batch-invariant, with the bi_ops plugin."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bi_ops import vllm_plugin
+from bi_ops._common import runtime
+from bi_ops._common.providers import require_vllm
+from bi_ops.rollout.base import Completion, SamplingParams, check_request
+
+if TYPE_CHECKING:
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+
+#: Head sizes at which FlashAttention 3 was seen to give prefill and decode the same bits. At 64 and 96 it picks
+#: another tile for decode: 44 of 54 probed rows differed.
+HEAD_DIMS = (128, 256)
+
+#: vLLM reads its mode from the environment. In-process, because that is where weights can be handed over.
+_ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+#: vLLM clamps a temperature below the first and refuses one above the second.
+_TEMPERATURES = (0.01, 2.0)
+
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def _prepare_environment() -> None:
+    """Set what vLLM reads from the environment.
+
+    Raises:
+        RuntimeError: it is set otherwise, or vLLM has already read and kept other values.
+    """
+    for name, value in _ENVIRONMENT.items():
+        if os.environ.get(name, value) != value:
+            raise RuntimeError(f"VllmEngine: {name}={os.environ[name]} is set, but it must be {value}; unset it")
+        os.environ[name] = value
+    if "vllm" in sys.modules:
+        from vllm import envs
+
+        if not envs.VLLM_BATCH_INVARIANT or envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+            raise RuntimeError(
+                "VllmEngine: vLLM is already running in this process in another mode; start a new process, or set "
+                + " ".join(f"{n}={v}" for n, v in _ENVIRONMENT.items())
+                + " before it starts"
+            )
+
+
+def copy_weights(source: Mapping[str, torch.Tensor], target: torch.nn.Module) -> None:
+    """Copy tensors into the parameters of `target`, in place, so that captured CUDA graphs see them.
+
+    Args:
+        source: name to tensor; every name is a parameter of `target` and the other way round. Values are rounded to
+            the parameter's dtype. A vocabulary may be shorter than the parameter, which vLLM pads.
+
+    Raises:
+        ValueError: missing, unknown or mis-shaped tensors, all listed; nothing is copied then.
+    """
+    parameters = dict(target.named_parameters())
+    problems = [f"{n} is missing" for n in parameters if n not in source]
+    problems += [f"{n} is unknown to the engine" for n in source if n not in parameters]
+    for name in source.keys() & parameters.keys():
+        have, need = source[name].shape, parameters[name].shape
+        padded = name in _VOCABULARY and have[1:] == need[1:] and have[0] <= need[0]
+        if have != need and not padded:
+            problems.append(f"{name} is {list(have)}, the engine needs {list(need)}")
+    if problems:
+        raise ValueError("update_weights: the model does not fit the engine:\n  " + "\n  ".join(sorted(problems)))
+    with torch.no_grad():
+        for name, tensor in source.items():
+            parameters[name].data[: tensor.shape[0]].copy_(tensor)
+
+
+class VllmEngine:
+    """vLLM 0.26 in its batch-invariant mode, with FlashAttention 3, on one GPU.
+
+    Args:
+        path: a Qwen3 checkpoint folder.
+        plugin: replace what is batch-variant in stock vLLM. False is the negative control and breaks the contract.
+        cuda_graphs: capture full CUDA graphs; False runs eagerly. Same bits.
+        dtype: of weights and activations.
+        max_model_len: longest prompt + completion; None takes the model's.
+        gpu_memory_utilization: the share of the GPU's memory that vLLM may fill.
+        max_num_seqs: the most sequences decoded at once.
+        seed: vLLM's own, with which it also reseeds this process's global generators; requests bring theirs.
+        tensor_parallel_size: only 1; other sizes change the order of row-parallel sums.
+
+    Raises:
+        RuntimeError: no GPU, no supported vLLM, another mode already set, or vLLM chose another attention kernel.
+        ValueError: a head size or a tensor-parallel size that cannot keep the contract.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        plugin: bool = True,
+        cuda_graphs: bool = True,
+        dtype: str = "bfloat16",
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.5,
+        max_num_seqs: int = 256,
+        seed: int = 0,
+        tensor_parallel_size: int = 1,
+    ) -> None:
+        from bi_ops.models.qwen3 import Qwen3Config
+
+        if runtime.INTERPRET:
+            raise RuntimeError("VllmEngine: needs a CUDA GPU; bi_ops.rollout.embedded.EmbeddedEngine runs without one")
+        require_vllm("VllmEngine")
+        if tensor_parallel_size != 1:
+            raise ValueError(
+                f"VllmEngine: tensor_parallel_size={tensor_parallel_size} adds row-parallel products in another order "
+                "than one GPU does, so training could not reproduce the log-probabilities; use 1"
+            )
+        config = Qwen3Config.from_pretrained(path)
+        if config.head_dim not in HEAD_DIMS:
+            raise ValueError(
+                f"VllmEngine: FlashAttention 3 uses another tile for decode than for prefill at head_dim "
+                f"{config.head_dim}, so log-probabilities would depend on the batch; use a model with head_dim "
+                f"{' or '.join(map(str, HEAD_DIMS))}, or bi_ops.rollout.embedded.EmbeddedEngine"
+            )
+        _prepare_environment()
+        from vllm import LLM
+        from vllm.config import CompilationConfig
+        from vllm.plugins import load_general_plugins
+
+        # vLLM loads its plugins once per process: done here, so that afterwards ours is in force or is not.
+        load_general_plugins()
+        if plugin:
+            vllm_plugin.register()
+        else:
+            vllm_plugin.unregister()
+        bmm = torch.bmm
+        self._llm: Any = LLM(
+            model=str(path),
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            seed=seed,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            enable_prefix_caching=False,
+            generation_config="vllm",  # the checkpoint's own would add sampling defaults and stop tokens
+            logprobs_mode="raw_logprobs",
+            enforce_eager=not cuda_graphs,
+            # Mode 0 keeps Inductor from rewriting norms and activations; graphs then hold the eager kernels.
+            compilation_config=CompilationConfig(mode=0, cudagraph_mode="FULL") if cuda_graphs else None,
+            attention_config={"backend": "FLASH_ATTN", "flash_attn_version": 3},
+        )
+        # vLLM's batch-invariant mode puts a function without a gradient in torch.bmm's place, for the whole process.
+        # Its override of aten::bmm, under which autograd still works, stays and runs the same kernel.
+        torch.bmm = bmm
+        self.plugin, self.cuda_graphs, self.dtype = plugin, cuda_graphs, dtype
+        self.max_model_len: int = self._llm.model_config.max_model_len
+        self._vocab_size = config.vocab_size
+        try:
+            self._check_choices()
+        except RuntimeError:
+            self.close()
+            raise
+
+    def _check_choices(self) -> None:
+        """Raise RuntimeError where vLLM silently chose something else than it was asked for."""
+        [versions] = self._llm.apply_model(_flash_attention_versions)
+        if versions != {3}:
+            raise RuntimeError(
+                f"VllmEngine: vLLM chose attention versions {sorted(map(str, versions))} instead of FlashAttention 3; "
+                "the contract was shown on Hopper (sm_90) only"
+            )
+        mode = self._llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+        if mode.has_full_cudagraphs() != self.cuda_graphs:
+            raise RuntimeError(f"VllmEngine: vLLM chose cudagraph_mode {mode.name} with cuda_graphs={self.cuda_graphs}")
+
+    def _open(self) -> Any:
+        if self._llm is None:
+            raise RuntimeError("VllmEngine: the engine is closed; make a new one")
+        return self._llm
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] | SamplingParams
+    ) -> list[Completion]:
+        """One completion per prompt (token ids), in order.
+
+        Raises:
+            ValueError: as `RolloutEngine.generate`, or a seed or temperature that vLLM would replace by another.
+            RuntimeError: the engine is closed, or vLLM returned no log-probability for a token.
+        """
+        llm = self._open()
+        each = check_request(prompts, params, vocab_size=self._vocab_size, max_model_len=self.max_model_len)
+        requests = [_vllm_params(i, p) for i, p in enumerate(each)]
+        if not requests:
+            return []
+        outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], requests, use_tqdm=False)
+        return [
+            _completion(i, prompt, o.outputs[0]) for i, (prompt, o) in enumerate(zip(prompts, outputs, strict=True))
+        ]
+
+    def update_weights(self, model: Qwen3ForCausalLM) -> None:
+        """Copy the model's weights, rounded to the engine's dtype, into vLLM's own and forget every cached prefix.
+
+        Raises:
+            ValueError: the model does not fit; every tensor that does not is listed.
+            RuntimeError: the engine is closed or still generating.
+        """
+        llm = self._open()
+        source = {n: p.detach() for n, p in model.named_parameters()}
+        llm.apply_model(lambda target: copy_weights(source, target))
+        torch.cuda.synchronize()  # vLLM need not run on the stream that copied
+        if not llm.reset_prefix_cache():
+            raise RuntimeError("update_weights: vLLM still holds unfinished requests; let generate return first")
+
+    def describe(self) -> dict[str, object]:
+        """What a report needs to be reproduced."""
+        import triton
+        import vllm
+
+        config = self._open().llm_engine.vllm_config
+        return {
+            "engine": self.name,
+            "dtype": self.dtype,
+            "device": torch.cuda.get_device_name(),
+            "cuda_graphs": self.cuda_graphs,
+            "plugin": self.plugin,
+            "model_runner": "v2" if config.use_v2_model_runner else "v1",
+            "providers": {"attention": "FLASH_ATTN 3", "linear": "vllm matmul_persistent"},
+            "versions": {
+                "vllm": vllm.__version__,
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "cuda": torch.version.cuda,
+                "python": platform.python_version(),
+            },
+        }
+
+    def close(self) -> None:
+        """Shut vLLM down and free its GPU memory. Closing twice is fine."""
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _flash_attention_versions(model: torch.nn.Module) -> set[int | None]:
+    """The FlashAttention versions of a vLLM model's attention layers; None for another backend."""
+    impls = (getattr(module, "impl", None) for module in model.modules())
+    return {getattr(impl, "vllm_flash_attn_version", None) for impl in impls if impl is not None}
+
+
+def _vllm_params(index: int, params: SamplingParams) -> Any:
+    """`params` as vLLM's, with the log-probability of the sampled token and nothing that alters the distribution."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    low, high = _TEMPERATURES
+    if params.temperature != 0 and not low <= params.temperature <= high:
+        raise ValueError(
+            f"generate: request {index} has temperature {params.temperature}; vLLM takes 0 or {low}..{high}"
+        )
+    if not 0 <= params.seed < 2**63:
+        raise ValueError(f"generate: request {index} has seed {params.seed}; vLLM takes 0..2**63-1")
+    return vllm.SamplingParams(
+        max_tokens=params.max_new_tokens,
+        temperature=params.temperature,
+        seed=params.seed,
+        stop_token_ids=list(params.stop_token_ids),
+        ignore_eos=True,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        logprobs=0,  # the sampled token's alone
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completion(index: int, prompt: Sequence[int], output: Any) -> Completion:
+    """vLLM's answer. Its log-probabilities are Python floats that hold fp32 values, so they convert back exactly."""
+    tokens = tuple(output.token_ids)
+    if output.logprobs is None or tuple(output.logprobs.token_ids) != tokens:
+        raise RuntimeError(f"generate: vLLM returned no log-probability for some tokens of request {index}")
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"generate: request {index} ended with {output.finish_reason!r}")
+    logprobs = torch.tensor(output.logprobs.logprobs, dtype=torch.float32)
+    return Completion(tuple(prompt), tokens, logprobs, output.finish_reason)

@@ -1,0 +1,62 @@
+"""The vLLM plugin: makes `VLLM_BATCH_INVARIANT=1` hold where stock vLLM breaks it.
+
+vLLM loads `register` through the `vllm.general_plugins` entry point in every one of its processes. Outside vLLM's
+batch-invariant mode it changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from bi_ops._common.providers import require_vllm
+from bi_ops.vllm_plugin.patches import PATCHES, Patch
+
+__all__ = ["PATCHES", "is_registered", "register", "unregister"]
+
+logger = logging.getLogger(__name__)
+
+#: The stock function behind every patch in force.
+_stock: dict[Patch, Callable[..., Any]] = {}
+
+
+def is_registered() -> bool:
+    """Are the patches in force in this process?"""
+    return bool(_stock)
+
+
+def register() -> None:
+    """Put every patch in force; nothing happens when they are already, or outside vLLM's batch-invariant mode.
+
+    Raises:
+        RuntimeError: vLLM is missing or not a supported version, or a patch point does not look as it did there.
+            Nothing is patched then.
+    """
+    if _stock:
+        return
+    try:
+        envs = importlib.import_module("vllm.envs")
+    except ModuleNotFoundError:
+        require_vllm("vllm_plugin")
+        raise
+    if not getattr(envs, "VLLM_BATCH_INVARIANT", False):
+        logger.info("bi_ops: VLLM_BATCH_INVARIANT is not set, so vLLM is left as it is")
+        return
+    require_vllm("vllm_plugin")
+    # All modules are imported and checked before the first is changed: a module imported later would copy a patched
+    # function by name, and unregister could not give it the stock one back.
+    modules = [importlib.import_module(p.module) for p in PATCHES]
+    stock = [p.stock(m) for p, m in zip(PATCHES, modules, strict=True)]
+    for patch, module, function in zip(PATCHES, modules, stock, strict=True):
+        setattr(module, patch.attribute, patch.build(function))
+        _stock[patch] = function
+        logger.info("bi_ops: replaced %s.%s: %s", patch.module, patch.attribute, patch.why)
+
+
+def unregister() -> None:
+    """Give vLLM its own functions back. CUDA graphs that an engine captured before keep what they captured."""
+    while _stock:
+        patch, function = _stock.popitem()
+        setattr(importlib.import_module(patch.module), patch.attribute, function)

@@ -1,0 +1,83 @@
+"""What is replaced inside vLLM, as data: where, what it must look like, by what, and why."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Patch:
+    """`module.attribute`, a function of `parameters`, becomes `build(the stock function)`."""
+
+    module: str
+    attribute: str
+    parameters: tuple[str, ...]
+    build: Callable[[Callable[..., Any]], Callable[..., Any]]
+    why: str
+
+    def stock(self, module: ModuleType) -> Callable[..., Any]:
+        """The function to replace.
+
+        Raises:
+            RuntimeError: it is missing or has other parameters, so this vLLM is not the one that was checked.
+        """
+        target = getattr(module, self.attribute, None)
+        if callable(target):
+            found = tuple(inspect.signature(target).parameters)
+            if found == self.parameters:
+                return target
+            what = f"has parameters {found}, expected {self.parameters}"
+        else:
+            what = "is missing"
+        raise RuntimeError(
+            f"vllm_plugin: {self.module}.{self.attribute} {what} in vLLM {importlib.metadata.version('vllm')}; install "
+            "a release whose patch points were checked (see bi_ops doctor)"
+        )
+
+
+def add_then_norm(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`rms_norm_batch_invariant` whose residual path is a rounded add followed by the stock row-wise norm.
+
+    The bits of `bi_ops.norm.add_rms_norm`. Results are new tensors, never the inputs written in place, so a CUDA graph
+    replays it like any other pair of kernels.
+    """
+
+    @functools.wraps(stock)
+    def rms_norm_batch_invariant(
+        input: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float = 1e-6,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            return stock(input, weight, eps)
+        if input.shape != residual.shape:
+            raise ValueError(f"rms_norm: input {list(input.shape)} and residual {list(residual.shape)} differ")
+        total = input + residual
+        return stock(total, weight, eps), total
+
+    return rms_norm_batch_invariant
+
+
+def _rms_norm(module: str, why: str) -> Patch:
+    parameters = ("input", "weight", "eps", "residual")
+    return Patch(module, "rms_norm_batch_invariant", parameters, add_then_norm, why)
+
+
+#: Every replacement. The same function twice, because layernorm.py imports it by name.
+PATCHES = (
+    _rms_norm(
+        "vllm.model_executor.layers.batch_invariant",
+        "with a residual it calls the CUDA fused_add_rms_norm, whose block size, and with it the order of a row's sum, "
+        "changes at 256 tokens",
+    ),
+    _rms_norm("vllm.model_executor.layers.layernorm", "RMSNorm.forward_cuda looks the function up here"),
+)

@@ -1,0 +1,240 @@
+"""Paged attention: decoding and chunked prefill have the bits of the dense prefill."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bi_ops import attention
+from bi_ops._common import runtime
+from bi_ops.verify.properties import bits_equal
+
+HEAD_DIMS = (40,) if runtime.INTERPRET else (64, 80, 96, 112, 128, 256)
+LENGTHS = [1, 3, 64, 65, 100] if runtime.INTERPRET else [1, 2, 63, 64, 65, 129, 1000, 2049]
+PAGES = (1, 7, 16, 64)
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def own_kernel():
+    with attention.providers.forced("triton"):
+        yield
+
+
+def cu(lengths, device) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def ints(values, device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def paged(k, v, lengths, page):
+    """Packed k, v [T, H, D] in shuffled pages; what no sequence uses is NaN. (k_cache, v_cache, block_table)."""
+    counts = [-(-n // page) for n in lengths]
+    order = torch.randperm(sum(counts) + 3).tolist()
+    shape = (len(order), page, *k.shape[1:])
+    caches = [torch.full(shape, float("nan"), dtype=k.dtype, device=k.device) for _ in range(2)]
+    table = torch.full((len(lengths), max(counts) + 1), -1, dtype=torch.int32)
+    start = 0
+    for i, (n, count) in enumerate(zip(lengths, counts, strict=True)):
+        for j in range(count):
+            block = table[i, j] = order.pop()
+            size = min(page, n - j * page)
+            for cache, x in zip(caches, (k, v), strict=True):
+                cache[block, :size] = x[start + j * page : start + j * page + size]
+        start += n
+    return *caches, table.to(k.device)
+
+
+def make(head_dim, dtype, device, lengths=LENGTHS, hq=4, hkv=2):
+    total = sum(lengths)
+    return [torch.randn(total, h, head_dim, device=device).to(dtype) for h in (hq, hkv, hkv)]
+
+
+def last_rows(x, lengths):
+    return torch.stack([s[-1] for s in x.split(lengths)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page", PAGES)
+def test_decoded_rows_have_the_bits_of_prefilled_rows(page, dtype, device):
+    for head_dim in HEAD_DIMS:
+        q, k, v = make(head_dim, dtype, device)
+        prefill = attention.flash_attention(q, k, v, cu(LENGTHS, device))
+        k_cache, v_cache, table = paged(k, v, LENGTHS, page)
+        whole = attention.paged_attention(
+            q, k_cache, v_cache, table, cu(LENGTHS, device), ints(LENGTHS, device), max_seqlen_q=max(LENGTHS)
+        )
+        assert bits_equal(whole, prefill), head_dim
+        ones = [1] * len(LENGTHS)
+        decoded = attention.paged_attention(
+            last_rows(q, LENGTHS), k_cache, v_cache, table, cu(ones, device), ints(LENGTHS, device), max_seqlen_q=1
+        )
+        assert bits_equal(decoded, last_rows(prefill, LENGTHS)), head_dim
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_decoded_row_does_not_depend_on_the_batch(dtype, device):
+    q, k, v = make(HEAD_DIMS[0], dtype, device)
+    k_cache, v_cache, table = paged(k, v, LENGTHS, 16)
+    rows = last_rows(q, LENGTHS)
+
+    def decode(which):
+        return attention.paged_attention(
+            rows[which],
+            k_cache,
+            v_cache,
+            table[which],
+            cu([1] * len(which), device),
+            ints([LENGTHS[i] for i in which], device),
+            max_seqlen_q=1,
+        )
+
+    everyone = decode(list(range(len(LENGTHS))))
+    for which in ([0], [len(LENGTHS) - 1], [2, 0], list(reversed(range(len(LENGTHS)))), [1] * 40):
+        assert bits_equal(decode(which), everyone[which]), which
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunked_prefill_has_the_bits_of_prefill(dtype, device):
+    n = LENGTHS[-1]
+    for head_dim in HEAD_DIMS:
+        q, k, v = make(head_dim, dtype, device, [n])
+        prefill = attention.flash_attention(q, k, v, cu([n], device))
+        k_cache, v_cache, table = paged(k, v, [n], 16)
+        for cuts in ([0, 7, n], [0, 64, 65, n]):
+            for a, b in itertools.pairwise(cuts):
+                chunk = attention.paged_attention(
+                    q[a:b], k_cache, v_cache, table, cu([b - a], device), ints([b], device), max_seqlen_q=b - a
+                )
+                assert bits_equal(chunk, prefill[a:b]), (head_dim, a, b)
+
+
+def test_mixed_decode_and_prefill_in_one_call(device):
+    q, k, v = make(HEAD_DIMS[0], torch.bfloat16, device)
+    prefill = attention.flash_attention(q, k, v, cu(LENGTHS, device)).split(LENGTHS)
+    k_cache, v_cache, table = paged(k, v, LENGTHS, 16)
+    new = [min(n, 1 if i % 2 else 33) for i, n in enumerate(LENGTHS)]
+    rows = torch.cat([s[len(s) - m :] for s, m in zip(q.split(LENGTHS), new, strict=True)])
+    out = attention.paged_attention(
+        rows, k_cache, v_cache, table, cu(new, device), ints(LENGTHS, device), max_seqlen_q=max(new)
+    )
+    for i, (o, p) in enumerate(zip(out.split(new), prefill, strict=True)):
+        assert bits_equal(o, p[len(p) - len(o) :]), i
+
+
+def test_split_keys_are_caught(device):
+    """Negative control: a decode that splits the keys and merges the parts has other bits than the prefill."""
+    n, head_dim = LENGTHS[-1], HEAD_DIMS[0]
+    q, k, v = make(head_dim, torch.float32, device, [n])
+    prefill = attention.flash_attention(q, k, v, cu([n], device))
+    parts = []
+    for some in (slice(0, n // 2), slice(n // 2, n)):
+        size = len(range(*some.indices(n)))
+        keys = (k[some], v[some], cu([1], device), cu([size], device))
+        parts.append(torch.ops.bi_ops.flash_attention(q[-1:], *keys, 1, size, False, head_dim**-0.5, "triton"))
+    weights = torch.softmax(torch.stack([lse for _, lse in parts]), 0)  # [2, H, 1]
+    merged = sum(w.t()[..., None] * out for w, (out, _) in zip(weights, parts, strict=True))
+    torch.testing.assert_close(merged, prefill[-1:], rtol=1e-5, atol=1e-5)
+    assert not bits_equal(merged, prefill[-1:])
+
+
+def test_full_attention_and_strided_caches(device):
+    q, k, v = make(16, torch.bfloat16, device)
+    dense = attention.flash_attention(q, k, v, cu(LENGTHS, device), causal=False)
+    k_cache, v_cache, table = paged(k, v, LENGTHS, 16)
+    k_cache, v_cache = torch.stack([k_cache, v_cache], dim=2).unbind(2)
+    out = attention.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        table,
+        cu(LENGTHS, device),
+        ints(LENGTHS, device),
+        max_seqlen_q=max(LENGTHS),
+        causal=False,
+    )
+    assert bits_equal(out, dense)
+
+
+def call(device, **changes):
+    """A valid call with one sequence of 5 keys in blocks of 4, but for `changes`."""
+    args = {
+        "q": torch.ones(1, 2, 16, device=device),
+        "k_cache": torch.ones(3, 4, 1, 16, device=device),
+        "v_cache": torch.ones(3, 4, 1, 16, device=device),
+        "block_table": ints([[2, 0]], device),
+        "cu_seqlens_q": ints([0, 1], device),
+        "seqlens_k": ints([5], device),
+        "max_seqlen_q": 1,
+    }
+    return attention.paged_attention(**(args | {n: c(device) if callable(c) else c for n, c in changes.items()}))
+
+
+def test_the_unchanged_call_is_valid(device):
+    assert torch.equal(call(device), torch.ones(1, 2, 16, device=device))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": lambda d: torch.ones(1, 2, 16, device=d, requires_grad=True)}, RuntimeError, "no backward"),
+        ({"k_cache": lambda d: torch.ones(3, 4, 16, device=d)}, ValueError, "k_cache must have 4 dimensions"),
+        ({"q": lambda d: torch.ones(1, 2, 16, device=d).half()}, TypeError, "dtypes differ"),
+        ({"block_table": lambda d: torch.zeros(1, 2, device=d)}, TypeError, "block_table is float32"),
+        ({"block_table": lambda d: ints([[0], [1]], d)}, ValueError, "block_table 2"),
+        ({"seqlens_k": lambda d: torch.tensor([5], device=d)}, TypeError, "seqlens_k is int64"),
+    ],
+)
+def test_bad_input_is_named(changes, error, message, device):
+    with pytest.raises(error, match=message):
+        call(device, **changes)
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="contents are checked on the CPU only")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seqlens_k": lambda d: ints([9], d)}, "room for 0 to 8"),
+        ({"seqlens_k": lambda d: ints([-1], d)}, "is -1"),
+        ({"block_table": lambda d: ints([[2, 3]], d)}, "blocks are 0 to 2"),
+        ({"cu_seqlens_q": lambda d: ints([0, 2], d)}, "ends at 2 but there are 1"),
+        ({"max_seqlen_q": 0}, "given maximum is 0"),
+    ],
+)
+def test_bad_contents_are_named(changes, message, device):
+    with pytest.raises(ValueError, match=message):
+        call(device, **changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("page", [16, 64, 256])
+def test_vllms_decoded_rows_have_the_bits_of_its_prefilled_rows(head_dim, page, device):
+    q, k, v = make(head_dim, torch.bfloat16, device, hq=16, hkv=8)
+    with attention.providers.forced("vllm"):
+        prefill = attention.flash_attention(q, k, v, cu(LENGTHS, device))
+        k_cache, v_cache, table = paged(k, v, LENGTHS, page)
+        k_cache, v_cache, table = k_cache.nan_to_num(), v_cache.nan_to_num(), table.clamp_min(0)
+        whole = attention.paged_attention(
+            q, k_cache, v_cache, table, cu(LENGTHS, device), ints(LENGTHS, device), max_seqlen_q=max(LENGTHS)
+        )
+        ones = [1] * len(LENGTHS)
+        decoded = attention.paged_attention(
+            last_rows(q, LENGTHS), k_cache, v_cache, table, cu(ones, device), ints(LENGTHS, device), max_seqlen_q=1
+        )
+    assert bits_equal(whole, prefill)
+    assert bits_equal(decoded, last_rows(prefill, LENGTHS))
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+def test_vllm_refuses_block_sizes_it_cannot_page(device):
+    q, k, v = make(128, torch.bfloat16, device)
+    cache = paged(k, v, LENGTHS, 7)
+    with attention.providers.forced("vllm"), pytest.raises(RuntimeError, match="multiple of 16"):
+        attention.paged_attention(q, *cache, cu(LENGTHS, device), ints(LENGTHS, device), max_seqlen_q=max(LENGTHS))

@@ -1,0 +1,317 @@
+"""Packed attention: accuracy against fp64, and bits that do not depend on who shares the batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bi_ops import attention
+from bi_ops._common import runtime
+from bi_ops.attention import ops, reference
+from bi_ops.attention import schedule as sched
+from bi_ops.verify import gradient_errors, rerun_variant
+from bi_ops.verify.properties import bits_equal
+
+# The interpreter pays milliseconds per tile; a GPU takes the sizes that matter.
+HEAD_DIMS = (24,) if runtime.INTERPRET else (64, 80, 96, 112, 128, 256)
+LENGTHS = [5, 0, 70, 1, 130] if runtime.INTERPRET else [5, 0, 70, 1, 130, 257, 1024, 2049]
+STRANGERS = ([3, 64], [150]) if runtime.INTERPRET else ([3, 64, 777], [150, 4096])
+RERUNS = 3 if runtime.INTERPRET else 100
+
+
+@pytest.fixture(autouse=True)
+def own_kernel():
+    """The forward under test is the Triton one wherever vLLM is installed too."""
+    with attention.providers.forced("triton"):
+        yield
+
+
+def cu(lengths, device) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def qkv(n_q, n_k, hq, hkv, head_dim, dtype, device) -> dict[str, torch.Tensor]:
+    shapes = {"q": (n_q, hq, head_dim), "k": (n_k, hkv, head_dim), "v": (n_k, hkv, head_dim)}
+    return {name: torch.randn(*s, device=device).to(dtype) for name, s in shapes.items()}
+
+
+def check_gradients(lens_q, lens_k, hq, hkv, head_dim, causal, dtype, device):
+    cu_q, cu_k = cu(lens_q, device), cu(lens_k, device)
+    inputs = qkv(sum(lens_q), sum(lens_k), hq, hkv, head_dim, dtype, device)
+
+    def ours(q, k, v):
+        return attention.flash_attention(q, k, v, cu_q, cu_seqlens_k=cu_k, causal=causal)
+
+    def plain(q, k, v):
+        return reference.flash_attention(q, k, v, cu_q, cu_k, causal)
+
+    errors = gradient_errors(ours, plain, inputs)
+    assert all(e.ok for e in errors), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_match_fp64_for_mixed_lengths(dtype, causal, device):
+    for head_dim in HEAD_DIMS:
+        check_gradients(LENGTHS, LENGTHS, 4, 2, head_dim, causal, dtype, device)
+
+
+@pytest.mark.parametrize(("hq", "hkv"), [(2, 2), (3, 1), (6, 2)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_match_fp64_for_unequal_lengths_and_grouped_heads(hq, hkv, causal, device):
+    lens_q, lens_k = [5, 0, 70, 3, 4, 66], [9, 2, 70, 1, 0, 140]
+    check_gradients(lens_q, lens_k, hq, hkv, 40, causal, torch.bfloat16, device)
+
+
+def test_a_query_that_sees_no_key_gives_zeros_and_passes_no_gradient(device):
+    inputs = qkv(4, 2, 2, 1, 16, torch.float32, device)
+    q, k, v = (t.requires_grad_() for t in inputs.values())
+    out = attention.flash_attention(q, k, v, cu([4], device), cu_seqlens_k=cu([2], device))
+    assert not out[:2].any()
+    assert torch.equal(out[2], v[0].expand(2, -1))
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert not dq[:2].any()
+    assert dk.isfinite().all()
+    assert dv.isfinite().all()
+
+
+def run_sequences(sequences, causal=True):
+    """Pack sequences of (q, k, v, cotangent); per sequence (out, dq, dk, dv)."""
+    lengths = [len(s[0]) for s in sequences]
+    q, k, v, g = (torch.cat(ts) for ts in zip(*sequences, strict=True))
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    out = attention.flash_attention(q, k, v, cu(lengths, q.device), causal=causal)
+    results = (out.detach(), *torch.autograd.grad(out, (q, k, v), g))
+    return list(zip(*(r.split(lengths) for r in results), strict=True))
+
+
+def batch_variant(run, head_dim, dtype, device) -> list[tuple[int, str]]:
+    """(length, tensor) of the sequences whose bits change when strangers share the batch."""
+
+    def sequence(n):
+        tensors = qkv(n, n, 4, 2, head_dim, dtype, device)
+        return *tensors.values(), torch.randn_like(tensors["q"])
+
+    known = [sequence(n) for n in LENGTHS]
+    alone = [run([s])[0] for s in known]
+    broken = []
+    for before, after in (([], []), (STRANGERS[0], []), (STRANGERS[1], STRANGERS[0])):
+        batch = [*map(sequence, before), *known, *map(sequence, after)]
+        packed = run(batch)[len(before) : len(before) + len(known)]
+        for n, a, p in zip(LENGTHS, alone, packed, strict=True):
+            named = zip(("out", "dq", "dk", "dv"), a, p, strict=True)
+            broken += [(n, name) for name, x, y in named if not bits_equal(x, y)]
+    return broken
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_sequence_has_the_same_bits_alone_and_among_strangers(dtype, causal, device):
+    for head_dim in HEAD_DIMS:
+        assert batch_variant(lambda s: run_sequences(s, causal), head_dim, dtype, device) == []
+
+
+def test_an_order_that_depends_on_the_batch_is_caught(device, monkeypatch):
+    """Negative control: other key steps for a sequence alone change bits of every tensor, and the check sees it."""
+
+    def by_batch(sequences):
+        with monkeypatch.context() as patch:
+            if len(sequences) == 1:
+                patch.setattr(sched, "order", lambda *a: sched.Order(16, 16))
+            return run_sequences(sequences)
+
+    broken = batch_variant(by_batch, HEAD_DIMS[0], torch.float32, device)
+    assert {name for _, name in broken} == {"out", "dq", "dk", "dv"}
+
+
+def test_the_schedule_changes_no_bit(device, monkeypatch):
+    lengths = LENGTHS
+    for head_dim in HEAD_DIMS:
+        q, k, v = (
+            t.requires_grad_() for t in qkv(sum(lengths), sum(lengths), 4, 2, head_dim, torch.bfloat16, device).values()
+        )
+        g = torch.randn(q.shape, device=device).to(q.dtype)
+
+        def run(q=q, k=k, v=v, g=g):
+            out = attention.flash_attention(q, k, v, cu(lengths, device))
+            return (out.detach(), *torch.autograd.grad(out, (q, k, v), g))
+
+        usual = run()
+        other = sched.Schedule(32, 2, 1, 1) if runtime.INTERPRET else sched.Schedule(64, 1, 4, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(sched, "forward", lambda *a, o=other: o)
+            patch.setattr(sched, "backward_dq", lambda *a, o=other: o)
+            if runtime.INTERPRET or head_dim <= 128:
+                patch.setattr(sched, "backward_dkv", lambda *a, o=other: o)
+            changed = run()
+        for name, a, b in zip(("out", "dq", "dk", "dv"), usual, changed, strict=True):
+            assert bits_equal(a, b), (head_dim, name)
+
+
+def test_gradients_are_the_same_on_every_run(device):
+    for head_dim in HEAD_DIMS:
+        inputs = qkv(sum(LENGTHS), sum(LENGTHS), 4, 2, head_dim, torch.bfloat16, device)
+        q, k, v = (t.requires_grad_() for t in inputs.values())
+        g = torch.randn(q.shape, device=device).to(q.dtype)
+
+        def run(q=q, k=k, v=v, g=g):
+            out = attention.flash_attention(q, k, v, cu(LENGTHS, device))
+            return (out.detach(), *torch.autograd.grad(out, (q, k, v), g))
+
+        assert rerun_variant(run, RERUNS) == []
+
+
+def test_views_into_a_fused_projection_have_the_bits_of_copies(device):
+    n, hq, hkv, head_dim = 70, 4, 2, 16
+    fused = torch.randn(n, (hq + 2 * hkv) * head_dim, device=device).bfloat16()
+    views = fused.view(n, -1, head_dim).split([hq, hkv, hkv], dim=1)
+    g = torch.randn(n, hq, head_dim, device=device).bfloat16()
+
+    def run(tensors):
+        q, k, v = (t.detach().requires_grad_() for t in tensors)
+        out = attention.flash_attention(q, k, v, cu([30, 40], device), max_seqlen=40)
+        return (out.detach(), *torch.autograd.grad(out, (q, k, v), g))
+
+    copies = run([t.contiguous() for t in views])
+    backwards = [t.flip(-1).transpose(0, 2).contiguous().transpose(0, 2).flip(-1) for t in views]
+    for strided in (run(views), run(backwards)):
+        assert all(bits_equal(a, b) for a, b in zip(strided, copies, strict=True))
+
+
+def test_a_larger_given_maximum_changes_no_bit(device):
+    q, k, v = qkv(20, 20, 2, 1, 16, torch.bfloat16, device).values()
+    outs = [attention.flash_attention(q, k, v, cu([7, 13], device), max_seqlen=m) for m in (None, 13, 200)]
+    assert bits_equal(outs[0], outs[1])
+    assert bits_equal(outs[0], outs[2])
+
+
+def test_masked_memory_is_never_read(device):
+    """NaN in another sequence, or after the end of this one, stays there."""
+    q, k, v = qkv(40, 40, 2, 1, 16, torch.float32, device).values()
+    clean = attention.flash_attention(q, k, v, cu([20, 20], device))
+    k[20:], v[20:] = float("nan"), float("nan")
+    dirty = attention.flash_attention(q, k, v, cu([20, 20], device))
+    assert bits_equal(clean[:20], dirty[:20])
+    assert dirty[20:].isnan().all()
+
+
+def test_nothing_to_attend(device):
+    q, k, v = (t.requires_grad_() for t in qkv(0, 0, 2, 1, 16, torch.bfloat16, device).values())
+    for lengths in ([], [0], [0, 0]):
+        out = attention.flash_attention(q, k, v, cu(lengths, device))
+        assert out.shape == (0, 2, 16)
+        assert all(g.shape[0] == 0 for g in torch.autograd.grad(out, (q, k, v), out))
+
+
+def test_softmax_scale_is_used(device):
+    q, k, v = qkv(9, 9, 2, 1, 16, torch.float32, device).values()
+    out = attention.flash_attention(q, k, v, cu([9], device), softmax_scale=0.7)
+    expected = reference.flash_attention(q.double(), k.double(), v.double(), cu([9], device), softmax_scale=0.7)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_compile_changes_no_bit(device):
+    q, k, v = qkv(20, 20, 2, 1, 16, torch.bfloat16, device).values()
+    starts = cu([7, 13], device)
+
+    def run(fn):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = fn(*leaves)
+        return (out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)))
+
+    def eager(q, k, v):
+        return attention.flash_attention(q, k, v, starts, max_seqlen=13)
+
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager" if runtime.INTERPRET else "inductor")
+    assert all(bits_equal(a, b) for a, b in zip(run(eager), run(compiled), strict=True))
+
+
+def test_the_custom_operators_keep_their_schemas(device):
+    q, k, v = qkv(9, 9, 2, 1, 16, torch.bfloat16, device).values()
+    starts = cu([4, 5], device)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops._flash, (q, k, v, starts, starts, 5, 5, True, 0.25, "triton"), test_utils=utils)
+    cache, table, lengths = k[:8].view(2, 4, 1, 16), torch.tensor([[0], [1]]).to(starts), starts[1:].clamp(max=4)
+    torch.library.opcheck(
+        ops._paged, (q, cache, cache.clone(), table, starts, lengths, 5, True, 0.25, "triton"), test_utils=utils
+    )
+
+
+def test_check_cu_seqlens_returns_the_longest(device):
+    assert attention.check_cu_seqlens(cu([3, 0, 9], device), 12) == 9
+    assert attention.check_cu_seqlens(cu([], device), 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([1, 6], "must start at 0"),
+        ([0, 4, 3, 6], "never decrease, got 4 then 3"),
+        ([0, 5], "ends at 5 but there are 6"),
+        ([0, -1, 6], "never decrease"),
+    ],
+)
+def test_bad_cu_seqlens_are_named(starts, message, device):
+    q, k, v = qkv(6, 6, 2, 1, 16, torch.float32, device).values()
+    with pytest.raises(ValueError, match=message):
+        attention.flash_attention(q, k, v, torch.tensor(starts, dtype=torch.int32, device=device))
+
+
+def bad(device, shapes=((6, 2, 16), (6, 1, 16), (6, 1, 16)), dtypes=(torch.float32,) * 3, starts=(0, 6), **kwargs):
+    tensors = [torch.ones(*s, device=device).to(d) for s, d in zip(shapes, dtypes, strict=True)]
+    starts = starts if isinstance(starts, torch.Tensor) else torch.tensor(starts, dtype=torch.int32, device=device)
+    return attention.flash_attention(*tensors, starts, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"shapes": ((6, 3, 16), (6, 2, 16), (6, 2, 16))}, ValueError, "3 query heads are not"),
+        ({"shapes": ((6, 2, 20), (6, 1, 20), (6, 1, 20))}, ValueError, "multiple of 8 from 16 to 256, got 20"),
+        ({"shapes": ((6, 2, 264), (6, 1, 264), (6, 1, 264))}, ValueError, "got 264"),
+        ({"shapes": ((6, 2, 16), (6, 1, 24), (6, 1, 24))}, ValueError, "head sizes differ"),
+        ({"shapes": ((6, 2, 16), (6, 1, 16), (5, 1, 16))}, ValueError, "one shape"),
+        ({"shapes": ((6, 2, 16), (5, 1, 16), (5, 1, 16))}, ValueError, "give cu_seqlens_k"),
+        ({"shapes": ((6, 16), (6, 1, 16), (6, 1, 16))}, ValueError, "q must have 3 dimensions"),
+        ({"dtypes": (torch.bfloat16, torch.bfloat16, torch.float16)}, TypeError, "dtypes differ"),
+        ({"dtypes": (torch.float64,) * 3}, TypeError, "float64"),
+        ({"starts": torch.tensor([0, 6])}, TypeError, "int64"),
+        ({"starts": ()}, ValueError, r"B \+ 1 entries"),
+        ({"softmax_scale": -1.0}, ValueError, "softmax_scale must be positive"),
+    ],
+)
+def test_bad_input_is_named(kwargs, error, message, device):
+    if isinstance(kwargs.get("starts"), torch.Tensor):
+        kwargs = kwargs | {"starts": kwargs["starts"].to(device)}
+    with pytest.raises(error, match=message):
+        bad(device, **kwargs)
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="on a GPU a given maximum is trusted")
+def test_a_maximum_that_is_too_small_is_named(device):
+    with pytest.raises(ValueError, match="has 6 tokens, but the given maximum is 5"):
+        bad(device, max_seqlen=5)
+
+
+def test_the_provider_table_says_that_providers_disagree():
+    assert not attention.providers.get("vllm").same_bits
+    assert ops._provider("op", torch.float32, 128) == "triton"
+    if not attention.providers.get("vllm").available().ok:
+        with pytest.raises(RuntimeError, match=r"(?i)gpu|vllm"):
+            attention.providers.force("vllm")
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+def test_vllm_serves_only_head_sizes_it_is_invariant_at(device):
+    with attention.providers.forced("vllm"):
+        for head_dim in (64, 96):
+            q, k, v = qkv(8, 8, 2, 1, head_dim, torch.bfloat16, device).values()
+            with pytest.raises(RuntimeError, match="provider 'triton'"):
+                attention.flash_attention(q, k, v, cu([8], device))
+        check_gradients(LENGTHS, LENGTHS, 4, 2, 128, True, torch.bfloat16, device)
+    with attention.providers.forced(None):
+        assert ops._provider("op", torch.bfloat16, 64) == "triton"
+        assert ops._provider("op", torch.bfloat16, 128) == "vllm"

@@ -1,0 +1,28 @@
+"""The tiny Qwen3 that tests share."""
+
+from __future__ import annotations
+
+from bi_ops._common import runtime
+from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+
+
+def tiny_config(**changes) -> Qwen3Config:
+    sizes = {
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16 if runtime.INTERPRET else 128,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+    }
+    return Qwen3Config(**(sizes | changes))
+
+
+def tiny_model(seed: int = 0, **changes) -> Qwen3ForCausalLM:
+    model = Qwen3ForCausalLM(tiny_config(**changes))
+    model.init_weights(seed)
+    return model
