@@ -14,6 +14,11 @@ $(VENV)/.ready: pyproject.toml
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
+# A tiny Qwen3 learns to repeat a symbol, every rollout log-probability compared with training's, bit for bit.
+demo: $(VENV)/.ready
+	rm -rf runs/demo
+	$(BIN)/bi-ops train --preset demo --output runs/demo
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,11 +1,32 @@
 """bi_ops: differentiable, batch-invariant operators for PyTorch.
 
-Operators live in their families: `bi_ops.matmul.linear`, `bi_ops.norm.rms_norm` and so on. Importing bi_ops touches
-no GPU. On a machine without one, kernels run in Triton's interpreter.
+Operators live in their families: `bi_ops.matmul.linear`, `bi_ops.norm.rms_norm` and so on; drop-in layers in
+`bi_ops.nn`. `enable_batch_invariant_backward_mode` puts ordinary PyTorch code under the same contract. Importing bi_ops
+touches no GPU. On a machine without one, kernels run in Triton's interpreter.
 """
 
 from bi_ops._common import runtime as _runtime  # noqa: F401  # isort: skip  (first: it decides how triton is imported)
-from bi_ops import activation, attention, embedding, logprob, matmul, nn, norm, rope
+from bi_ops import activation, attention, embedding, logprob, matmul, nn, norm, reduction, rope
+from bi_ops.mode import (
+    batch_invariant_backward_mode,
+    disable_batch_invariant_backward_mode,
+    enable_batch_invariant_backward_mode,
+    is_batch_invariant_backward_mode_enabled,
+)
 
 __version__ = "0.1.0"
-__all__ = ["activation", "attention", "embedding", "logprob", "matmul", "nn", "norm", "rope"]
+__all__ = [
+    "activation",
+    "attention",
+    "batch_invariant_backward_mode",
+    "disable_batch_invariant_backward_mode",
+    "embedding",
+    "enable_batch_invariant_backward_mode",
+    "is_batch_invariant_backward_mode_enabled",
+    "logprob",
+    "matmul",
+    "nn",
+    "norm",
+    "reduction",
+    "rope",
+]

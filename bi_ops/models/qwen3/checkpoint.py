@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,9 +132,9 @@ def save(model: Qwen3ForCausalLM, path: Path, dtype: torch.dtype | None) -> None
     if model.has_tied_copy:
         tensors[HEAD] = tensors[EMBEDDING].clone()
     path.mkdir(parents=True, exist_ok=True)
-    write_atomically(path / WEIGHTS, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
+    write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     write_json(path / "config.json", model.config.with_dtype(dtype).to_dict())
     if model.source is not None and model.source.resolve() != path.resolve():
         for name in COMPANIONS:
             if (model.source / name).is_file():
-                write_atomically(path / name, lambda partial, n=name: shutil.copyfile(model.source / n, partial))
+                write_atomically(path / name, partial(shutil.copyfile, model.source / name))

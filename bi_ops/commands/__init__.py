@@ -1,0 +1,1 @@
+"""The subcommands of `bi-ops`: each module adds its parser and runs it."""

@@ -1,0 +1,151 @@
+"""`bi-ops doctor`: what runs here, which provider each operator uses and why, what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+#: Operator families that choose among providers have a table; the others have their Triton kernel alone.
+FAMILIES = ("matmul", "norm", "attention", "activation", "rope", "embedding", "logprob", "reduction")
+
+DESCRIPTION = """\
+Say what this machine has: GPU, versions, whether kernels are compiled or interpreted, which provider computes each
+operator and why, and what is missing with the command that gets it."""
+
+EPILOG = """\
+examples:
+  bi-ops doctor
+  bi-ops doctor --json
+
+exit codes:
+  0  every operator can run here     1  some cannot     2  bad usage"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what runs here, and what is missing",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def operators() -> list[dict[str, Any]]:
+    """One record per family: op, ok, provider, why, others (name to why it could or could not run)."""
+    from bi_ops._common import runtime
+    from bi_ops._common.providers import ProviderTable
+
+    kernel = "Triton's interpreter" if runtime.INTERPRET else "Triton"
+    records: list[dict[str, Any]] = []
+    for family in FAMILIES:
+        table = getattr(importlib.import_module(f"bi_ops.{family}"), "providers", None)
+        if not isinstance(table, ProviderTable):
+            only = {"provider": "triton", "why": f"{kernel}, the only provider", "others": {}}
+            records.append({"op": family, "ok": True, **only})
+            continue
+        reasons = {p.name: p.available().reason for p in table.providers}
+        try:
+            chosen = table.choose()
+            why = table.why()
+        except RuntimeError as e:
+            records.append({"op": family, "ok": False, "provider": None, "why": str(e), "others": reasons})
+            continue
+        others = {name: reason for name, reason in reasons.items() if name != chosen}
+        records.append({"op": family, "ok": True, "provider": chosen, "why": why, "others": others})
+    return records
+
+
+def missing(gpu: str | None) -> list[dict[str, str]]:
+    """What this machine lacks: what, what that means, how to get it."""
+    import torch
+
+    from bi_ops._common import runtime
+    from bi_ops._common.providers import SUPPORTED_VLLM, vllm_availability
+
+    out = []
+    if gpu is None:
+        how = (
+            "run on a machine with an NVIDIA GPU (Hopper) and its driver"
+            if torch.version.cuda
+            else "on a machine with an NVIDIA GPU: pip install torch, from the default index"
+        )
+        out.append({"what": "GPU", "means": "kernels run in Triton's interpreter: logic, not speed", "how": how})
+    if gpu is not None and runtime.architecture() != "sm_90":
+        means = f"bits were shown to agree on sm_90, not on {runtime.architecture()}"
+        out.append({"what": "Hopper", "means": means, "how": "check with bi-ops parity, or use an H100 or H200"})
+    vllm = vllm_availability()
+    if not vllm.ok:
+        how = f"pip install 'bi-ops[vllm]' (vLLM {', '.join(SUPPORTED_VLLM)}) on a machine with a GPU"
+        out.append({"what": "vLLM", "means": f"--engine embedded only ({vllm.reason})", "how": how})
+    return out
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything that `bi-ops doctor` says, as JSON can hold it."""
+    import torch
+
+    import bi_ops
+    from bi_ops._common import runtime
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "bi_ops": bi_ops.__version__,
+        "gpu": gpu,
+        "architecture": runtime.architecture(),
+        "interpreter": runtime.INTERPRET,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "cuda": torch.version.cuda,
+            "triton": _version("triton"),
+            "vllm": _version("vllm"),
+            "flash-attn": _version("flash-attn"),
+            "transformers": _version("transformers"),
+        },
+        "operators": operators(),
+        "missing": missing(gpu),
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):  # what a probed library logs is not the report
+        found = diagnose()
+    code = 0 if all(record["ok"] for record in found["operators"]) else 1
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return code
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    where = "interpreted on the CPU" if found["interpreter"] else f"compiled for {found['architecture']}"
+    console.print(f"bi_ops {found['bi_ops']}: GPU {found['gpu'] or 'none'}, kernels {where}")
+    versions = [f"{name} {version or 'none'}" for name, version in found["versions"].items()]
+    console.print(", ".join(versions))
+    table = Table("operator", "provider", "why", "others")
+    for record in found["operators"]:
+        others = "\n".join(f"{name}: {reason}" for name, reason in record["others"].items())
+        table.add_row(record["op"], record["provider"] or "NONE", record["why"], others)
+    console.print(table)
+    for item in found["missing"]:
+        console.print(
+            f"missing: {item['what']}: {item['means']}. To get it: {item['how']}", soft_wrap=True, markup=False
+        )
+    return code

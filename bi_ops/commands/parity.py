@@ -1,0 +1,138 @@
+"""`bi-ops parity`: generate, score again in other batches, count the bits that differ."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Sample from MODEL with a rollout engine, then compute the log-probability of every sampled token again with the
+training model, in other batches: each sequence alone, all together, shuffled, and packed with strangers. Every
+log-probability is compared bit for bit with the one the engine reported."""
+
+EPILOG = """\
+examples:
+  bi-ops parity runs/demo/final                                  the embedded engine, here
+  bi-ops parity ./Qwen3-0.6B --engine vllm --prompts 64 --new-tokens 256
+  bi-ops parity ./Qwen3-0.6B --engine vllm --no-plugin           what stock vLLM does
+  bi-ops parity runs/demo/final --json > parity.json
+
+exit codes:
+  0  every log-probability is bitwise identical     1  some differ
+  2  bad usage or bad input     3  the run failed"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "parity",
+        help="generate, re-score in other batches, compare the bits",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face checkpoint of a Qwen3")
+    parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded", help="what samples")
+    parser.add_argument("--prompts", type=int, default=8, help="how many prompts (8)")
+    parser.add_argument("--new-tokens", type=int, default=8, help="tokens to sample for each (8)")
+    parser.add_argument("--max-prompt-tokens", type=int, default=None, help="prompts have 1 to this many tokens")
+    parser.add_argument("--seed", type=int, default=0, help="fixes the prompts and the samples")
+    parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode")
+    parser.add_argument("--no-plugin", dest="plugin", action="store_false", help="vllm: without bi_ops' plugin")
+    parser.add_argument("--json", action="store_true", help="print a JSON list, one object per composition")
+
+
+def random_prompts(count: int, longest: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """`count` prompts of 1 to `longest` random token ids."""
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def _sample(args: argparse.Namespace, path: Path) -> tuple[Any, list[Any], dict[str, object]]:
+    """The training model, the completions, and the engine in words; the engine is closed before scoring."""
+    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+    from bi_ops.rl.seeds import SAMPLE, derive_seed
+    from bi_ops.rollout.base import RolloutEngine, SamplingParams
+
+    vocab_size = Qwen3Config.from_pretrained(str(path)).vocab_size
+    model = None
+    engine: RolloutEngine
+    if args.engine == "vllm":
+        from bi_ops.rollout.vllm_engine import VllmEngine
+
+        engine = VllmEngine(str(path), plugin=args.plugin, cuda_graphs=args.cuda_graphs)
+    else:
+        from bi_ops.rollout.embedded import EmbeddedEngine
+
+        model = Qwen3ForCausalLM.from_pretrained(str(path))
+        engine = EmbeddedEngine(model)
+    try:
+        longest = args.max_prompt_tokens or max(1, min(engine.max_model_len - args.new_tokens, 512) // 2)
+        prompts = random_prompts(args.prompts, longest, vocab_size, args.seed)
+        params = [SamplingParams(args.new_tokens, seed=derive_seed(args.seed, SAMPLE, i)) for i in range(args.prompts)]
+        completions = engine.generate(prompts, params)
+        described = dict(engine.describe())
+    finally:
+        engine.close()
+    return model or Qwen3ForCausalLM.from_pretrained(str(path)), completions, described
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from bi_ops.verify.recompose import rescore
+
+    for name in ("prompts", "new_tokens", "max_prompt_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    path = Path(args.model)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} is not a checkpoint folder (no config.json in it); download a model with "
+            "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` and name that folder"
+        )
+
+    # vLLM logs to stdout, where a JSON document must stand alone.
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        model, completions, engine = _sample(args, path)
+        reports = rescore(model, completions, seed=args.seed)
+    identical = all(r.identical for r in reports.values())
+
+    if args.json:
+        rows = [
+            {
+                "model": str(path),
+                **engine,
+                "composition": name,
+                "identical": r.identical,
+                "tokens_checked": r.tokens_checked,
+                "tokens_different": r.tokens_different,
+                "max_delta": r.max_delta,
+                "mean_delta": r.mean_delta,
+                "first_difference": None if r.first_difference is None else dataclasses.asdict(r.first_difference),
+            }
+            for name, r in reports.items()
+        ]
+        print(json.dumps(rows, indent=2, default=str))
+        return 0 if identical else 1
+
+    table = Table(title=f"{path}, {args.engine} engine, {args.prompts} prompts x {args.new_tokens} tokens")
+    for column in ("composition", "tokens checked", "different", "max delta", "mean delta"):
+        table.add_column(column, justify="left" if column == "composition" else "right")
+    for name, r in reports.items():
+        numbers = (str(r.tokens_checked), str(r.tokens_different), f"{r.max_delta:.3e}", f"{r.mean_delta:.3e}")
+        table.add_row(name, *numbers, style=None if r.identical else "red")
+    Console().print(table)
+    for name, r in reports.items():
+        if r.first_difference is not None:
+            print(f"bi-ops parity: {name}: first difference: {r.first_difference}", file=sys.stderr)
+    print("bitwise identical" if identical else "DIFFERENT")
+    return 0 if identical else 1

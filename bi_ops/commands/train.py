@@ -1,0 +1,167 @@
+"""`bi-ops train`: GRPO with a bitwise check in every step."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bi_ops.rl import StepMetrics, TrainConfig
+
+DESCRIPTION = """\
+Train a Qwen3 with GRPO on a task generated on the spot. Every step compares every log-probability that the rollout
+engine reported with the one training computes, bit for bit; a difference stops the run and names the token.
+
+Without --model, a tiny Qwen3 with random weights is written to OUTPUT/model first. Settings come from --preset, then
+--config (a JSON file, such as an earlier run's config.json), then the options here, the later over the earlier."""
+
+EPILOG = """\
+examples:
+  bi-ops train --output runs/first                        the defaults: a tiny model, the embedded engine
+  bi-ops train --preset h100 --output runs/h100           vLLM, on one H100
+  bi-ops train --model ./Qwen3-0.6B --engine vllm --task sort --max-new-tokens 8 --output runs/sort
+  bi-ops train --output runs/first --steps 60 --resume    go on where the run stopped
+
+exit codes:
+  0  trained     1  a log-probability differed (OUTPUT/difference.json says where)
+  2  bad usage or bad input     3  the run failed     130  interrupted; go on with --resume
+
+OUTPUT holds config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json, and final/ (Hugging Face format)."""
+
+#: Options whose names and types are those of TrainConfig's fields.
+_PLAIN: tuple[tuple[str, type, str], ...] = (
+    ("steps", int, "GRPO steps"),
+    ("prompts_per_step", int, "different prompts in a step"),
+    ("group_size", int, "completions of each prompt; advantages are taken within a group"),
+    ("updates_per_rollout", int, "optimizer steps on each rollout"),
+    ("max_new_tokens", int, "the longest answer, in tokens"),
+    ("symbols", int, "how many different symbols the task uses"),
+    ("lr", float, "AdamW's learning rate"),
+    ("clip", float, "the importance ratio counts between 1 - CLIP and 1 + CLIP"),
+    ("kl", float, "coefficient of the KL to the initial model"),
+    ("max_grad_norm", float, "gradients are scaled down to this norm"),
+    ("temperature", float, "of sampling; only 1 can be trained on"),
+    ("seed", int, "fixes the weights, the problems and the samples"),
+    ("save_every", int, "steps between checkpoints, 0 for none"),
+    ("max_tokens_per_microbatch", int, "cut the training pass into packs of at most this many tokens"),
+    ("gpu_memory_utilization", float, "vllm: the part of the GPU's memory that vLLM takes; the trainer needs the rest"),
+)
+
+
+def add_parser(commands: Any) -> None:
+    from bi_ops.rl.presets import PRESETS
+    from bi_ops.rl.tasks import TASKS
+
+    parser = commands.add_parser(
+        "train",
+        help="GRPO with a bitwise check in every step",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    given = {"default": argparse.SUPPRESS}  # so that only what was typed overrides a preset or a file
+    parser.add_argument("--output", required=True, metavar="DIR", help="the run's folder; must be new, or --resume")
+    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT's latest checkpoint")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from")
+    parser.add_argument("--config", metavar="FILE", help="a JSON file of settings")
+    parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint of a Qwen3", **given)
+    parser.add_argument("--engine", choices=("embedded", "vllm"), help="what samples", **given)
+    parser.add_argument("--task", choices=sorted(TASKS), help="what is learned", **given)
+    parser.add_argument("--mean", choices=("token", "sequence"), help="what counts equally in the loss", **given)
+    parser.add_argument(
+        "--on-difference", choices=("stop", "warn"), help="what a differing log-probability does", **given
+    )
+    parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode", **given)
+    for name, kind, text in _PLAIN:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, **given)
+
+
+def make_config(args: argparse.Namespace) -> TrainConfig:
+    """Preset, then file (on resume the run's own), then what was typed."""
+    from bi_ops.rl import PRESETS, TrainConfig
+    from bi_ops.rl.config import read_settings
+    from bi_ops.rl.runner import CONFIG
+
+    settings: dict[str, Any] = {}
+    if args.preset:
+        settings |= PRESETS[args.preset].to_dict()
+    own = Path(args.output) / CONFIG
+    if args.config:
+        settings |= read_settings(args.config)
+    elif args.resume and not args.preset and own.exists():
+        settings |= read_settings(own)
+    typed = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
+    return TrainConfig.from_dict(settings | typed)
+
+
+def _line(m: StepMetrics, steps: int) -> str:
+    parity = "identical" if m.tokens_different == 0 else f"{m.tokens_different} DIFFERENT"
+    return (
+        f"step {m.step:>{len(str(steps))}}/{steps}  reward {m.reward_mean:.3f}  "
+        f"parity {m.tokens_checked} tokens {parity}  gradient {m.grad_norm:.3f}  {m.seconds:.1f} s"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from bi_ops import rl
+
+    config = make_config(args)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        summary = _run_with_progress(config, args, console)
+    except rl.DifferenceFound as difference:
+        print(f"bi-ops train: {difference}", file=sys.stderr)
+        print(f"bi-ops train: the report is in {Path(args.output) / 'difference.json'}", file=sys.stderr)
+        return 1
+    first, last = f"{summary.reward_first:.3f}", f"{summary.reward_last:.3f}"
+    console.print(f"reward        {first} (first five steps) -> {last} (last five)")
+    console.print(f"parity        {summary.tokens_checked} tokens checked, {summary.tokens_different} different")
+    console.print(f"weights       sha256 {summary.weights_sha256}")
+    console.print(f"metrics       {Path(args.output) / 'metrics.jsonl'}")
+    console.print(f"checkpoint    {Path(args.output) / 'final'}")
+    return 0
+
+
+def _run_with_progress(config: TrainConfig, args: argparse.Namespace, console: Console) -> Any:
+    """`rl.run` under a progress bar on a terminal, with one line per step elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from bi_ops import rl
+
+    def warn(difference: rl.DifferenceFound) -> None:
+        console.print(f"warning: {difference}")
+
+    if not console.is_terminal:
+
+        def show(m: StepMetrics) -> None:
+            print(_line(m, config.steps), flush=True)
+
+        return rl.run(config, args.output, resume=args.resume, on_step=show, on_difference=warn)
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("reward {task.fields[reward]}"),
+        TextColumn("parity {task.fields[parity]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("train", total=config.steps, reward="-", parity="-")
+        checked = different = 0
+
+        def advance(m: StepMetrics) -> None:
+            nonlocal checked, different
+            checked, different = checked + m.tokens_checked, different + m.tokens_different
+            parity = f"{checked} tokens, " + ("identical" if different == 0 else f"[red]{different} different[/red]")
+            progress.update(bar, completed=m.step, reward=f"{m.reward_mean:.3f}", parity=parity)
+
+        return rl.run(config, args.output, resume=args.resume, on_step=advance, on_difference=warn)

@@ -1,0 +1,150 @@
+"""Sums and means: check, allocate, launch, differentiate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from bi_ops._common import checks
+from bi_ops.reduction import schedule as sched
+from bi_ops.reduction.kernels import sum_kernel
+
+
+def _launch(x: torch.Tensor, out: torch.Tensor, order: sched.Order) -> None:
+    """out[M, C, K] = the sums of the C spans of x[M, N, K]; any strides of x, contiguous out."""
+    m, n, k = x.shape
+    n_spans = out.shape[1]
+    s = sched.schedule(m, k, order.lanes)
+    tiles = m * triton.cdiv(k, s.rows) if s.along_k else triton.cdiv(m * k, s.rows)
+    sum_kernel[(tiles * n_spans,)](
+        x,
+        out,
+        m,
+        n,
+        k,
+        n_spans,
+        *x.stride(),
+        ROWS=s.rows,
+        LANES=order.lanes,
+        LOG2_LANES=order.lanes.bit_length() - 1,
+        SPAN=order.span,
+        ALONG_K=s.along_k,
+        num_warps=s.num_warps,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# custom operator
+
+
+@torch.library.custom_op("bi_ops::sum", mutates_args=())
+def _sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x[M, N, K] summed over N in fp32, rounded once to `dtype`: [M, K]."""
+    m, n, k = x.shape
+    if x.numel() == 0:
+        return x.new_zeros((m, k), dtype=dtype)
+    while True:
+        order = sched.order(n)
+        n_spans = triton.cdiv(n, order.span)
+        out = x.new_empty((m, n_spans, k), dtype=dtype if n_spans == 1 else torch.float32)
+        _launch(x, out, order)
+        if n_spans == 1:
+            return out.view(m, k)
+        x, n = out, n_spans
+
+
+@_sum.register_fake
+def _(x, dtype):
+    return x.new_empty((x.shape[0], x.shape[2]), dtype=dtype)
+
+
+def _sum_setup(ctx, inputs, output):
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+
+
+def _sum_backward(ctx, g):
+    return g[:, None, :].expand(ctx.shape).to(ctx.dtype), None
+
+
+_sum.register_autograd(_sum_backward, setup_context=_sum_setup)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# public functions
+
+
+def _dims(op: str, x: torch.Tensor, dim: int | Sequence[int] | None) -> list[int]:
+    """`dim` as sorted non-negative axes; None and an empty list mean all of them."""
+    rank = max(x.ndim, 1)  # a scalar may be reduced over its axis 0, as in torch
+    dims = set()
+    for d in [dim] if isinstance(dim, int) else dim or []:
+        checks.shape(op, -rank <= d < rank, f"dim {dim} is out of range for x {list(x.shape)}")
+        checks.shape(op, d % rank not in dims, f"dim {dim} names an axis of x {list(x.shape)} twice")
+        dims.add(d % rank)
+    return sorted(dims) if dims and x.ndim > 0 else list(range(x.ndim))
+
+
+def _reduce(
+    op: str, x: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, int]:
+    """(the sums in `dtype`, the number of elements in each)."""
+    dims = _dims(op, x, dim)
+    kept = [d for d in range(x.ndim) if d not in dims]
+    shape = [1 if d in dims else x.shape[d] for d in range(x.ndim)]
+    n = math.prod([x.shape[d] for d in dims])
+    if len(dims) == 0 or dims[-1] - dims[0] == len(dims) - 1:
+        first = dims[0] if dims else 0
+        m, k = math.prod(x.shape[:first]), math.prod(x.shape[first + len(dims) :])
+    else:
+        x = x.permute(*kept, *dims)
+        m, k = math.prod(x.shape[: len(kept)]), 1
+    out = _sum(x.reshape(m, n, k), dtype)
+    return out.reshape(shape if keepdim else [shape[d] for d in kept]), n
+
+
+def _check(op: str, x: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the result."""
+    checks.tensor(op, "x", x)
+    checks.dtype(op, "x", x)
+    dtype = x.dtype if dtype is None else dtype
+    if dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"{op}: dtype {dtype} is not supported; results are bfloat16, float16 or float32")
+    return dtype
+
+
+def sum(
+    x: torch.Tensor,
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The sum over `dim`, accumulated in fp32 in an order that the number of summed elements alone decides.
+
+    Args:
+        x: any shape and strides; bf16, fp16 or fp32.
+        dim: an axis, several, or None for all. Several are walked in row-major order.
+        keepdim: keep reduced axes with size 1.
+        dtype: of the result, the dtype of x by default; the sum is rounded to it once.
+
+    Returns:
+        x's shape without the reduced axes. The gradient is broadcast back.
+
+    Raises:
+        TypeError: an unsupported dtype. ValueError: another device, or a `dim` out of range or named twice.
+    """
+    return _reduce("sum", x, dim, keepdim, _check("sum", x, dtype))[0]
+
+
+def mean(
+    x: torch.Tensor,
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The mean over `dim`: the fp32 `sum` divided by its length, rounded once; NaN over no elements. See `sum`."""
+    dtype = _check("mean", x, dtype)
+    total, n = _reduce("mean", x, dim, keepdim, torch.float32)
+    return (total / n if n else total * math.nan).to(dtype)

@@ -1,0 +1,117 @@
+"""Checkpoints of a run, each there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from bi_ops._common.files import write_atomically, write_json
+
+LATEST = "latest"
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state as name.key; a parameter that never had a gradient has none."""
+    return {
+        f"{name}.{key}": value.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def save(
+    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any]
+) -> Path:
+    """Write `folder`/step_NNNNNN (model, optimizer, state.json) and point `folder`/latest at it.
+
+    Everything is written into a temporary folder and flushed to the disk before it gets its name, and `latest` moves
+    last; a crash at any moment leaves the previous checkpoint the latest one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step_{step:06d}"
+    fresh = folder / f".{final.name}.tmp"
+    for leftover in (fresh, final):  # of a run that died before `latest` moved
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    fresh.mkdir()
+    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, fresh / "model.safetensors")
+    save_file(_optimizer_tensors(model, optimizer), fresh / "optimizer.safetensors")
+    write_json(fresh / "state.json", {"step": step, **extra})
+    for path in fresh.iterdir():
+        _sync(path)
+    _sync(fresh)
+    os.replace(fresh, final)
+    _sync(folder)
+    write_atomically(folder / LATEST, lambda partial: partial.write_text(final.name + "\n"))
+    _sync(folder)
+    return final
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None.
+
+    Raises:
+        ValueError: `latest` names a checkpoint that is not there.
+    """
+    pointer = folder / LATEST
+    if not pointer.exists():
+        return None
+    path = folder / pointer.read_text().strip()
+    if not (path / "state.json").is_file():
+        raise ValueError(f"checkpoint: {pointer} names {path.name}, which is not there; write another name into it")
+    return path
+
+
+def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a checkpoint's tensors into `model` and `optimizer`; returns its state.json.
+
+    Raises:
+        ValueError: tensors missing, extra or of another shape; all are listed.
+    """
+    weights = load_file(path / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    wrong = [f"missing {n}" for n in parameters if n not in weights]
+    wrong += [f"extra {n}" for n in weights if n not in parameters]
+    wrong += [
+        f"{n} is {list(weights[n].shape)}, the model has {list(p.shape)}"
+        for n, p in parameters.items()
+        if n in weights and weights[n].shape != p.shape
+    ]
+    if wrong:
+        raise ValueError(f"checkpoint: {path} does not fit the model: " + "; ".join(wrong))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    moments = load_file(path / "optimizer.safetensors")
+    for name, parameter in parameters.items():
+        found = {k.removeprefix(f"{name}."): v for k, v in moments.items() if k.rpartition(".")[0] == name}
+        if found:
+            # AdamW keeps its step count on the CPU, its moments beside the parameter.
+            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in found.items()}
+    return json.loads((path / "state.json").read_text())
+
+
+def sha256_of_weights(folder: Path) -> str:
+    """SHA-256 over the bytes of the folder's *.safetensors files, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,159 @@
+"""Everything that decides a training run, checked, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bi_ops.rl.tasks import TASKS
+
+#: A Qwen3 small enough for Triton's interpreter, as the fields of its config.json.
+TINY_QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+    "dtype": "float32",
+}
+
+#: Fields that may change when a run is resumed: none of them changes what a step computes.
+FREE_ON_RESUME = ("steps", "save_every", "on_difference", "gpu_memory_utilization")
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a JSON file, unchecked. Raises FileNotFoundError, or ValueError for what is not an object."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"train: {path} is not JSON: {e}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"train: {path} must hold a JSON object of settings")
+    return values
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One GRPO run. Two runs of one config on one machine end in the same bytes.
+
+    model: a Hugging Face checkpoint of a Qwen3, or None for random weights of `architecture` (config.json fields).
+    task, symbols, max_new_tokens: what is learned, from how many symbols, and the longest answer.
+    prompts_per_step x group_size sequences are sampled per step; updates_per_rollout: optimizer steps on each.
+    clip: of the importance ratio. kl: coefficient of the KL to the initial model. mean: what counts equally.
+    max_tokens_per_microbatch: cut the training pass into packs of at most that many tokens (None: one pack). The cut
+    changes no log-probability, but it is part of the order in which gradients are summed.
+    on_difference: what a log-probability that differs between rollout and training does to the run.
+    save_every: steps between checkpoints, 0 for none but the final weights.
+
+    Raises:
+        ValueError: naming the field, its value and what it may be.
+    """
+
+    model: str | None = None
+    architecture: dict[str, Any] = field(default_factory=lambda: dict(TINY_QWEN3))
+    engine: Literal["embedded", "vllm"] = "embedded"
+    task: str = "repeat"
+    symbols: int = 8
+    max_new_tokens: int = 4
+    steps: int = 30
+    prompts_per_step: int = 8
+    group_size: int = 4
+    updates_per_rollout: int = 1
+    lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    clip: float = 0.2
+    kl: float = 0.0
+    mean: Literal["token", "sequence"] = "token"
+    temperature: float = 1.0
+    seed: int = 0
+    save_every: int = 10
+    max_tokens_per_microbatch: int | None = None
+    on_difference: Literal["stop", "warn"] = "stop"
+    gpu_memory_utilization: float = 0.4
+    cuda_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+        def need(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise ValueError(f"train: {name} is {getattr(self, name)!r}; it must be {rule}")
+
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            # JSON and the command line bring any type: name the field before a comparison fails on it.
+            if f.type in ("int", "float"):
+                kinds = (int,) if f.type == "int" else (int, float)
+                need(isinstance(value, kinds) and not isinstance(value, bool), f.name, f"a number ({f.type})")
+            elif f.type == "bool":
+                need(isinstance(value, bool), f.name, "true or false")
+        need(self.engine in ("embedded", "vllm"), "engine", "embedded or vllm")
+        need(self.task in TASKS, "task", "one of " + ", ".join(TASKS))
+        need(self.mean in ("token", "sequence"), "mean", "token or sequence")
+        need(self.on_difference in ("stop", "warn"), "on_difference", "stop or warn")
+        need(
+            self.temperature == 1.0,
+            "temperature",
+            "1: log-probabilities are those of the untempered logits, so another temperature would make the "
+            "importance ratio wrong",
+        )
+        for name in ("max_new_tokens", "steps", "prompts_per_step", "updates_per_rollout"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        need(self.symbols >= 2, "symbols", "at least 2")
+        need(self.group_size >= 2, "group_size", "at least 2, or no sample has another to be compared with")
+        need(0 < self.lr < float("inf"), "lr", "a positive number")
+        need(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")
+        need(0 <= self.weight_decay < float("inf"), "weight_decay", "0 or more")
+        need(self.max_grad_norm > 0, "max_grad_norm", "positive")
+        need(0 < self.clip < 1, "clip", "between 0 and 1")
+        need(0 <= self.kl < float("inf"), "kl", "0 or more")
+        need(0 <= self.seed < 2**63, "seed", "in [0, 2**63)")
+        need(self.save_every >= 0, "save_every", "0 (never) or more")
+        packs = self.max_tokens_per_microbatch
+        need(packs is None or (isinstance(packs, int) and packs >= 1), "max_tokens_per_microbatch", "None or >= 1")
+        need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Raises ValueError listing unknown names."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"train: unknown settings {', '.join(unknown)}; settings are {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> TrainConfig:
+        """Raises as `read_settings` and `from_dict`."""
+        return cls.from_dict(read_settings(path))
+
+    def check_resumes(self, earlier: TrainConfig) -> None:
+        """Raise ValueError listing every setting in which this config would change an earlier run's course."""
+        mine, theirs = self.to_dict(), earlier.to_dict()
+        changed = [
+            f"{name} was {theirs[name]!r}, now {mine[name]!r}"
+            for name in mine
+            if mine[name] != theirs[name] and name not in FREE_ON_RESUME
+        ]
+        if changed:
+            raise ValueError("train: cannot resume with other settings: " + "; ".join(changed))

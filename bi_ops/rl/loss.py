@@ -1,0 +1,123 @@
+"""GRPO: advantages by group, the PPO clip, an optional KL term. Every sum has one fixed order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Reduction = Literal["token", "sequence"]
+
+
+def ordered_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum of all elements, the same bits on every device and with any number of threads; a scalar.
+
+    The second half is added to the first, element by element, until one element is left: the order depends on the
+    element count alone, where `torch.sum` splits the work by thread and by block.
+    """
+    x = x.reshape(-1)
+    if x.numel() == 0:
+        return x.new_zeros(())
+    while (n := x.numel()) > 1:
+        half = (n + 1) // 2
+        x = torch.cat([x[: n - half] + x[half:], x[n - half : half]])
+    return x[0]
+
+
+def group_advantages(rewards: Sequence[float], group_size: int, eps: float = 1e-4) -> torch.Tensor:
+    """(reward - mean) / (std + eps) within each group of `group_size` consecutive rewards; fp32 [B] on the CPU.
+
+    std is the population's. A group of equal rewards teaches nothing and gets zeros.
+
+    Raises:
+        FloatingPointError: a reward is NaN or infinite. ValueError: the rewards do not fill whole groups.
+    """
+    for i, reward in enumerate(rewards):
+        if not math.isfinite(reward):
+            raise FloatingPointError(
+                f"grpo: reward {reward} of prompt {i // group_size}, sample {i % group_size}; a reward must be finite, "
+                "check the task's reward function"
+            )
+    if group_size < 2 or len(rewards) == 0 or len(rewards) % group_size:
+        raise ValueError(f"grpo: {len(rewards)} rewards do not fill groups of {group_size}; a group has at least 2")
+    out: list[float] = []
+    for start in range(0, len(rewards), group_size):
+        group = rewards[start : start + group_size]
+        mean = math.fsum(group) / group_size
+        std = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / group_size)
+        out += [(r - mean) / (std + eps) for r in group]
+    return torch.tensor(out, dtype=torch.float32)
+
+
+def token_weights(lengths: Sequence[int], reduction: Reduction) -> torch.Tensor:
+    """What each token counts in the mean; fp32 [S] on the CPU, summing to 1.
+
+    "token": every token of the batch counts the same. "sequence": every sequence does, and its tokens share that.
+    Weights of the whole batch, sliced, make the loss of micro-batches add up to the loss of the batch.
+    """
+    total = sum(lengths)
+    each = [1 / total if reduction == "token" else 1 / (len(lengths) * n) for n in lengths]
+    return torch.tensor(each, dtype=torch.float32).repeat_interleave(torch.tensor(lengths))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """value: the scalar to differentiate. kl, clip_fraction: weighted means over tokens, detached scalars."""
+
+    value: torch.Tensor
+    kl: torch.Tensor
+    clip_fraction: torch.Tensor
+
+
+def grpo_loss(
+    logprobs: torch.Tensor,
+    rollout: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    clip: float,
+    kl: float = 0.0,
+    reference: torch.Tensor | None = None,
+) -> Loss:
+    """The clipped surrogate, negated, plus `kl` times the k3 estimate of KL(policy || reference).
+
+    Args:
+        logprobs: fp32 [S], of the policy that is trained. rollout: fp32 [S], as the engine reported them when it
+            sampled; the importance ratio is exp(logprobs - rollout). advantages, weights: fp32 [S].
+        clip: the ratio counts between 1 - clip and 1 + clip. reference: fp32 [S], needed where kl is not 0.
+
+    Raises:
+        ValueError: shapes differ, or kl without a reference.
+        FloatingPointError: the loss is NaN or infinite.
+    """
+    named = {"logprobs": logprobs, "rollout": rollout, "advantages": advantages, "weights": weights}
+    if reference is not None:
+        named["reference"] = reference
+    if any(t.shape != logprobs.shape or t.ndim != 1 for t in named.values()):
+        raise ValueError("grpo_loss: needs one [S], got " + ", ".join(f"{n} {list(t.shape)}" for n, t in named.items()))
+    if kl != 0 and reference is None:
+        raise ValueError(f"grpo_loss: kl={kl} needs the reference's log-probabilities")
+    ratio = torch.exp(logprobs - rollout)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    terms = -torch.minimum(ratio * advantages, clipped * advantages)
+    divergence = torch.zeros_like(terms)
+    if reference is not None:
+        delta = reference - logprobs
+        divergence = torch.exp(delta) - delta - 1
+        terms = terms + kl * divergence
+    value = ordered_sum(weights * terms)
+    if not bool(torch.isfinite(value)):
+        bad = int((~torch.isfinite(terms)).sum())
+        raise FloatingPointError(
+            f"grpo_loss: the loss is {value.item()} ({bad} of {terms.numel()} tokens are not finite); "
+            "lower the learning rate, or check the model's weights"
+        )
+    is_clipped = clipped * advantages < ratio * advantages
+    return Loss(
+        value,
+        ordered_sum(weights * divergence.detach()),
+        ordered_sum(weights * is_clipped.to(weights.dtype)),
+    )

@@ -1,0 +1,204 @@
+"""A run: its folder, its model and engine, its steps, its final weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bi_ops._common.files import write_json
+from bi_ops.rl import checkpoint
+from bi_ops.rl.config import TrainConfig
+from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics
+from bi_ops.rl.seeds import INIT, derive_seed
+from bi_ops.rl.tasks import Alphabet, make_task
+from bi_ops.rl.trainer import DifferenceFound, Trainer
+from bi_ops.rollout.base import RolloutEngine
+
+if TYPE_CHECKING:
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+
+#: Names inside a run's folder.
+CONFIG, METRICS, CHECKPOINTS = "config.json", "metrics.jsonl", "checkpoints"
+INITIAL, FINAL, SUMMARY, DIFFERENCE = "model", "final", "summary.json", "difference.json"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run came to. reward_first, reward_last: mean reward of its first and last five steps."""
+
+    steps: int
+    reward_first: float
+    reward_last: float
+    tokens_checked: int
+    tokens_different: int
+    max_delta: float
+    seconds: float
+    weights_sha256: str
+    engine: dict[str, Any]
+
+
+def prepare_folder(output: Path, config: TrainConfig, resume: bool) -> None:
+    """Make `output` the folder of this run.
+
+    Raises:
+        FileExistsError: it holds files and `resume` is False. FileNotFoundError: `resume`, and no run is there.
+        ValueError: `resume`, and the run there has other settings.
+    """
+    path = output / CONFIG
+    if resume:
+        if not path.exists():
+            raise FileNotFoundError(f"train: {output} holds no run to resume (no {CONFIG}); leave --resume out")
+        config.check_resumes(TrainConfig.from_file(path))
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(
+            f"train: {output} already holds {'another run' if path.exists() else 'files'}; "
+            "choose another output folder, or resume the run with --resume"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(path, config.to_dict())
+
+
+def initial_model(config: TrainConfig, output: Path) -> Path:
+    """The checkpoint training starts from: config.model, or random weights written to `output`/model.
+
+    Raises:
+        FileNotFoundError: config.model is not a checkpoint's folder. ValueError: an architecture Qwen3 cannot have.
+    """
+    if config.model is not None:
+        path = Path(config.model)
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"train: {path} is not a checkpoint folder (no config.json in it); download a model with "
+                "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` and name that folder"
+            )
+        return path
+    path = output / INITIAL
+    if not (path / "config.json").is_file():
+        from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+
+        model = Qwen3ForCausalLM(Qwen3Config.from_dict(config.architecture))
+        model.init_weights(derive_seed(config.seed, INIT))
+        model.save_pretrained(path)
+    return path
+
+
+def make_engine(config: TrainConfig, path: Path, model: Qwen3ForCausalLM | None) -> RolloutEngine:
+    """The rollout engine of `config`; the embedded one needs `model`, vLLM reads the checkpoint at `path`."""
+    if config.engine == "vllm":
+        from bi_ops.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            str(path), cuda_graphs=config.cuda_graphs, gpu_memory_utilization=config.gpu_memory_utilization
+        )
+    from bi_ops.rollout.embedded import EmbeddedEngine
+
+    assert model is not None
+    return EmbeddedEngine(model)
+
+
+def load_model_and_engine(config: TrainConfig, path: Path) -> tuple[Qwen3ForCausalLM, RolloutEngine]:
+    """The trained model (fp32 master weights) and the engine that samples from it."""
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+
+    if config.engine == "vllm":
+        # Both share one GPU, and vLLM sizes its KV cache from what is free: it goes first.
+        engine = make_engine(config, path, None)
+        return Qwen3ForCausalLM.from_pretrained(str(path)), engine
+    model = Qwen3ForCausalLM.from_pretrained(str(path))
+    return model, make_engine(config, path, model)
+
+
+def make_alphabet(config: TrainConfig, path: Path, vocab_size: int) -> Alphabet:
+    """The tokenizer's symbols where the checkpoint has one, plain integers otherwise."""
+    tokenizer = path / "tokenizer.json"
+    if tokenizer.is_file():
+        return Alphabet.from_tokenizer(tokenizer, config.symbols)
+    return Alphabet.integers(vocab_size, config.symbols)
+
+
+def run(
+    config: TrainConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    on_step: Callable[[StepMetrics], None] = lambda metrics: None,
+    on_difference: Callable[[DifferenceFound], None] = lambda difference: None,
+) -> Summary:
+    """Train, from the beginning or from the latest checkpoint of `output`.
+
+    Leaves in `output`: config.json, metrics.jsonl, tensorboard/, checkpoints/, final/ (a Hugging Face checkpoint) and
+    summary.json. A resumed run ends in the same bytes as one that was never interrupted.
+
+    Raises:
+        DifferenceFound: rollout and training differ in some bit; the report is in `output`/difference.json too.
+        FileExistsError, FileNotFoundError, ValueError: as `prepare_folder`, `initial_model`; bad settings.
+        FloatingPointError: a reward, the loss or a gradient is not finite.
+    """
+    output = Path(output)
+    prepare_folder(output, config, resume)
+    path = initial_model(config, output)
+    model, engine = load_model_and_engine(config, path)
+    try:
+        reference = None
+        if config.kl != 0:
+            reference = type(model).from_pretrained(str(path)).requires_grad_(False)
+        task = make_task(config.task, make_alphabet(config, path, model.config.vocab_size), config.max_new_tokens)
+        trainer = Trainer(config, model, engine, task, reference, on_difference)
+        done = restore(trainer, output) if resume else 0
+        train(trainer, output, done, on_step)
+        model.save_pretrained(output / FINAL)
+        summary = summarize(output, engine)
+    finally:
+        engine.close()
+    write_json(output / SUMMARY, dataclasses.asdict(summary))
+    return summary
+
+
+def restore(trainer: Trainer, output: Path) -> int:
+    """Put the latest checkpoint into the trainer and its engine; returns the last step done (0: none saved)."""
+    latest = checkpoint.latest(output / CHECKPOINTS)
+    if latest is None:
+        return 0
+    state = checkpoint.load(latest, trainer.model, trainer.optimizer)
+    trainer.engine.update_weights(trainer.model)
+    return int(state["step"])
+
+
+def train(trainer: Trainer, output: Path, done: int, on_step: Callable[[StepMetrics], None]) -> None:
+    """Steps done + 1 to config.steps, with metrics and checkpoints."""
+    config = trainer.config
+    (output / DIFFERENCE).unlink(missing_ok=True)  # of a run that is resumed
+    metrics = MetricsWriter(output, after_step=done)
+    try:
+        for step in range(done + 1, config.steps + 1):
+            record = trainer.step(step)
+            metrics.write(record)
+            if config.save_every and step % config.save_every == 0:
+                extra = {"config": config.to_dict(), "seed": config.seed}
+                checkpoint.save(output / CHECKPOINTS, step, trainer.model, trainer.optimizer, extra)
+            on_step(record)
+    except DifferenceFound as difference:
+        write_json(output / DIFFERENCE, difference.record)
+        raise
+    finally:
+        metrics.close()
+
+
+def summarize(output: Path, engine: RolloutEngine) -> Summary:
+    """The summary of a run from its metrics and final weights."""
+    records = read_metrics(output / METRICS)
+    rewards = [r["reward_mean"] for r in records]
+    return Summary(
+        steps=len(records),
+        reward_first=sum(rewards[:5]) / len(rewards[:5]),
+        reward_last=sum(rewards[-5:]) / len(rewards[-5:]),
+        tokens_checked=sum(r["tokens_checked"] for r in records),
+        tokens_different=sum(r["tokens_different"] for r in records),
+        max_delta=max(r["max_delta"] for r in records),
+        seconds=sum(r["seconds"] for r in records),
+        weights_sha256=checkpoint.sha256_of_weights(output / FINAL),
+        engine=engine.describe(),
+    )

@@ -1,0 +1,194 @@
+"""The command line: what it prints, where errors go, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rl_fakes import TableEngine, TableModel
+from tiny import tiny_model
+
+from bi_ops import cli
+from bi_ops.rl import PRESETS, TrainConfig, runner
+from bi_ops.rollout import embedded
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """`bi-ops train` with the table model; returns a dict whose "broken_at" breaks the engine."""
+    settings: dict = {"broken_at": None}
+
+    def initial(config, output):
+        TableModel().save_pretrained(output / "model")
+        return output / "model"
+
+    def load(config, path):
+        model = TableModel.from_pretrained(path)
+        return model, TableEngine(model, settings["broken_at"])
+
+    monkeypatch.setattr(runner, "initial_model", initial)
+    monkeypatch.setattr(runner, "load_model_and_engine", load)
+    return settings
+
+
+def call(capsys, *argv) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of one command, argparse's exits included."""
+    try:
+        code = cli.main([str(a) for a in argv])
+    except SystemExit as e:
+        code = e.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("parity",), ("doctor",)])
+def test_help_teaches_with_examples(capsys, command):
+    code, out, _ = call(capsys, *command, "--help")
+    assert code == 0
+    assert "bi-ops train" in out or f"bi-ops {command[0]}" in out
+    assert "exit codes" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "COMMAND"),
+        (("fly",), "invalid choice"),
+        (("train",), "--output"),
+        (("train", "--output", "x", "--task", "chess"), "invalid choice"),
+        (("train", "--output", "x", "--steps", "many"), "invalid int"),
+        (("train", "--output", "x", "--temperature", "0.7"), "temperature is 0.7"),
+        (("train", "--output", "x", "--group-size", "1"), "group_size is 1"),
+        (("train", "--output", "x", "--config", "nothing.json"), "nothing.json"),
+        (("parity", "nowhere"), "not a checkpoint folder"),
+        (("parity", "nowhere", "--prompts", "0"), "--prompts is 0"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(capsys, argv, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, *argv)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_prints_every_step_and_the_weights_hash(capsys, table, tmp_path):
+    code, out, err = call(capsys, "train", "--output", tmp_path / "run", "--symbols", 4, "--steps", 3)
+    assert (code, err) == (0, "")
+    assert out.count("128 tokens identical") == 3
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["weights_sha256"] in out
+    assert str(tmp_path / "run" / "metrics.jsonl") in out
+
+
+def test_train_stops_on_a_difference_with_exit_code_1(capsys, table, tmp_path):
+    table["broken_at"] = (1, 4, 2)
+    code, _, err = call(capsys, "train", "--output", tmp_path / "run", "--symbols", 4, "--steps", 3)
+    assert code == 1
+    assert "step 2" in err
+    assert "sequence 4, completion position 2" in err
+    assert "difference.json" in err
+
+
+def test_train_refuses_a_used_folder_and_resumes_with_its_settings(capsys, table, tmp_path):
+    run = ("train", "--output", tmp_path / "run")
+    assert call(capsys, *run, "--symbols", 4, "--steps", 2, "--save-every", 1)[0] == 0
+    code, _, err = call(capsys, *run, "--symbols", 4)
+    assert code == 2
+    assert err.startswith("bi-ops train: error: ")
+    assert err.count("\n") == 1
+    assert "--resume" in err
+    code, out, _ = call(capsys, *run, "--resume", "--steps", 3)
+    assert code == 0
+    assert "step 3/3" in out
+    assert "step 2/" not in out
+    assert "lr was" in call(capsys, *run, "--resume", "--lr", 0.5)[2]
+
+
+def test_a_failed_run_has_exit_code_3_and_debug_shows_where(capsys, table, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("lost")
+
+    monkeypatch.setattr(TableEngine, "generate", fail)
+    argv = ("train", "--symbols", 4, "--output")
+    code, _, err = call(capsys, *argv, tmp_path / "a")
+    assert code == 3
+    assert "KeyError" in err
+    with pytest.raises(KeyError):
+        call(capsys, *argv, tmp_path / "b", "--debug")
+
+
+def test_an_interrupted_run_says_so(capsys, table, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TableEngine, "generate", interrupt)
+    assert call(capsys, "train", "--symbols", 4, "--output", tmp_path / "a")[0] == 130
+
+
+def test_settings_come_from_preset_then_file_then_options(table, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"lr": 0.5, "steps": 7}))
+    argv = ["train", "--preset", "h100", "--config", str(tmp_path / "c.json"), "--steps", "9", "--output", "x"]
+    config = cli.train.make_config(cli.make_parser().parse_args(argv))
+    assert (config.steps, config.lr, config.engine) == (9, 0.5, "vllm")
+    demo = cli.train.make_config(cli.make_parser().parse_args(["train", "--preset", "demo", "--output", "x"]))
+    assert demo == PRESETS["demo"]
+    assert cli.train.make_config(cli.make_parser().parse_args(["train", "--output", "x"])) == TrainConfig()
+
+
+def test_doctor_says_what_runs_each_operator(capsys):
+    code, out, _ = call(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["versions"]["torch"] == torch.__version__
+    operators = {o["op"]: o for o in found["operators"]}
+    assert {"matmul", "norm", "attention", "activation", "rope", "embedding", "logprob"} <= set(operators)
+    assert all(o["provider"] and o["why"] for o in operators.values())
+    assert "vllm" in {operators["matmul"]["provider"], *operators["matmul"]["others"]}
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0
+    assert "matmul" in out
+
+
+@pytest.fixture
+def checkpoint_folder(tmp_path):
+    tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+PARITY = ("--prompts", 3, "--new-tokens", 2, "--max-prompt-tokens", 5)
+
+
+def test_parity_of_a_real_model_is_identical(capsys, checkpoint_folder, monkeypatch):
+    honest = embedded.EmbeddedEngine.generate
+
+    def chatty(self, prompts, params):
+        print("a library that logs to stdout")
+        return honest(self, prompts, params)
+
+    monkeypatch.setattr(embedded.EmbeddedEngine, "generate", chatty)
+    code, out, err = call(capsys, "parity", checkpoint_folder, *PARITY, "--json")
+    rows = json.loads(out)
+    assert (code, err) == (0, "a library that logs to stdout\n")
+    assert [r["composition"] for r in rows] == ["alone", "together", "shuffled", "strangers"]
+    assert all(r["engine"] == "embedded" and r["cuda_graphs"] is False and r["versions"] for r in rows)
+    assert all(r["identical"] and r["tokens_checked"] == 6 and r["tokens_different"] == 0 for r in rows)
+
+
+def test_parity_of_an_engine_one_bit_off_is_exit_code_1(capsys, checkpoint_folder, monkeypatch):
+    honest = embedded.EmbeddedEngine.generate
+
+    def off(self, prompts, params):
+        completions = honest(self, prompts, params)
+        completions[1].logprobs.view(torch.int32)[1] ^= 1
+        return completions
+
+    monkeypatch.setattr(embedded.EmbeddedEngine, "generate", off)
+    code, out, err = call(capsys, "parity", checkpoint_folder, *PARITY)
+    assert code == 1
+    assert "DIFFERENT" in out
+    assert "together" in out
+    assert "sequence 1, completion position 1" in err

@@ -1,0 +1,275 @@
+"""The loop: deterministic, resumable, and stopped by a single bit. A table stands in for the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from rl_fakes import TableEngine, TableModel
+
+from bi_ops.rl import DifferenceFound, TrainConfig, checkpoint, runner
+from bi_ops.rl.metrics import read_metrics
+from bi_ops.rl.tasks import Alphabet, Problem, make_task
+from bi_ops.rl.trainer import Trainer, clip_gradients, microbatches
+
+CONFIG = TrainConfig(steps=6, symbols=4, prompts_per_step=3, group_size=4, lr=0.1, save_every=2)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """`runner.run` with the table model; returns a dict whose "broken_at" breaks the engine."""
+    settings: dict = {"broken_at": None}
+
+    def initial(config, output):
+        TableModel(seed=config.seed).save_pretrained(output / "model")
+        return output / "model"
+
+    def load(config, path):
+        model = TableModel.from_pretrained(path)
+        return model, TableEngine(model, settings["broken_at"])
+
+    monkeypatch.setattr(runner, "initial_model", initial)
+    monkeypatch.setattr(runner, "load_model_and_engine", load)
+    return settings
+
+
+def deterministic(folder):
+    """The metrics that must not depend on the clock."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_two_runs_of_one_seed_end_in_the_same_bytes(table, tmp_path):
+    a, b = (runner.run(CONFIG, tmp_path / name) for name in "ab")
+    other = runner.run(dataclasses.replace(CONFIG, seed=1), tmp_path / "c")
+    assert a.weights_sha256 == b.weights_sha256 != other.weights_sha256
+    assert deterministic(tmp_path / "a") == deterministic(tmp_path / "b")
+    assert a.tokens_checked == 6 * 3 * 4 * CONFIG.max_new_tokens
+    assert a.tokens_different == 0
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["weights_sha256"] == a.weights_sha256
+    assert list((tmp_path / "a" / "tensorboard").glob("events*"))
+
+
+def test_every_step_records_everything(table, tmp_path):
+    runner.run(CONFIG, tmp_path / "run")
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    names = {"reward_mean", "reward_std", "tokens_checked", "tokens_different", "max_delta", "mean_delta", "loss"}
+    names |= {"step", "grad_norm", "kl", "clip_fraction", "response_length", "seconds"}
+    assert all(set(r) == names for r in records)
+
+
+def test_the_task_is_learned(table, tmp_path):
+    summary = runner.run(dataclasses.replace(CONFIG, steps=30, lr=0.2), tmp_path / "run")
+    assert summary.reward_last >= 2 * summary.reward_first
+
+
+@pytest.mark.parametrize("dies_after", [1, 2, 3, 5])
+def test_a_resumed_run_ends_in_the_bytes_of_an_uninterrupted_one(table, tmp_path, dies_after):
+    whole = runner.run(CONFIG, tmp_path / "whole")
+
+    def die(metrics):
+        if metrics.step == dies_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(CONFIG, tmp_path / "cut", on_step=die)
+    resumed = runner.run(CONFIG, tmp_path / "cut", resume=True)
+    assert resumed.weights_sha256 == whole.weights_sha256
+    assert deterministic(tmp_path / "cut") == deterministic(tmp_path / "whole")
+
+
+def test_a_resumed_run_keeps_the_initial_model_as_its_reference(table, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=4, kl=0.5)
+    whole = runner.run(config, tmp_path / "whole")
+    runner.run(dataclasses.replace(config, steps=2), tmp_path / "cut")
+    assert runner.run(config, tmp_path / "cut", resume=True).weights_sha256 == whole.weights_sha256
+    assert runner.run(dataclasses.replace(config, kl=0.0), tmp_path / "free").weights_sha256 != whole.weights_sha256
+
+
+def test_resuming_a_finished_run_with_more_steps_goes_on(table, tmp_path):
+    whole = runner.run(CONFIG, tmp_path / "whole")
+    runner.run(dataclasses.replace(CONFIG, steps=4), tmp_path / "short")
+    assert runner.run(CONFIG, tmp_path / "short", resume=True).weights_sha256 == whole.weights_sha256
+
+
+def test_a_flipped_bit_stops_the_run_before_it_learns_and_is_named(table, tmp_path):
+    table["broken_at"] = (2, 7, 1)
+    with pytest.raises(DifferenceFound, match=r"step 3: .* 1 different, .*sequence 7, completion position 1"):
+        runner.run(CONFIG, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "difference.json").read_text())
+    assert (record["step"], record["sequence"], record["position"], record["tokens_different"]) == (3, 7, 1, 1)
+    assert record["completion"][1] == record["token"]
+    assert record["rollout"] != record["training"]
+    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_on_difference_warn_goes_on_and_records_it(table, tmp_path):
+    table["broken_at"] = (2, 7, 1)
+    seen = []
+    config = dataclasses.replace(CONFIG, on_difference="warn")
+    summary = runner.run(config, tmp_path / "run", on_difference=seen.append)
+    assert summary.tokens_different == 1
+    assert len(seen) == 1
+    assert [r["tokens_different"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 0, 1, 0, 0, 0]
+
+
+def test_a_folder_with_another_run_is_refused(table, tmp_path):
+    runner.run(CONFIG, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="already holds another run"):
+        runner.run(CONFIG, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"lr was 0.1, now 0.2; seed was 0, now 5"):
+        runner.run(dataclasses.replace(CONFIG, lr=0.2, seed=5), tmp_path / "run", resume=True)
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        runner.run(CONFIG, tmp_path / "nothing", resume=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="already holds files"):
+        runner.run(CONFIG, tmp_path / "full")
+
+
+def trainer(config, task=None, broken_at=None):
+    model = TableModel()
+    reference = TableModel().requires_grad_(False)
+    task = task or make_task("repeat", Alphabet.integers(12, 4), config.max_new_tokens)
+    return Trainer(config, model, TableEngine(model, broken_at), task, reference)
+
+
+def test_a_nan_reward_is_named():
+    class Broken:
+        name = "broken"
+
+        def sample(self, rng):
+            return Problem((1,), 2, lambda completion: float("nan"))
+
+    with pytest.raises(FloatingPointError, match="reward nan of prompt 0, sample 0"):
+        trainer(CONFIG, Broken()).step(1)
+
+
+def test_kl_needs_a_reference_and_grows_from_zero():
+    config = dataclasses.replace(CONFIG, kl=0.1)
+    with pytest.raises(ValueError, match="needs a reference"):
+        Trainer(config, TableModel(), None, None)
+    t = trainer(config)
+    first, second = t.step(1), t.step(2)
+    assert first.kl == 0 < second.kl
+
+
+def test_more_updates_per_rollout_leave_the_ratio_at_one():
+    once = trainer(dataclasses.replace(CONFIG, lr=1.0, max_grad_norm=100.0)).step(1)
+    often = trainer(dataclasses.replace(CONFIG, lr=1.0, max_grad_norm=100.0, updates_per_rollout=4)).step(1)
+    assert once.clip_fraction == 0 < often.clip_fraction
+    assert often.tokens_different == 0
+
+
+def test_microbatches_add_up_to_the_batch():
+    assert list(microbatches([3, 3, 9, 1], 6)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert list(microbatches([3, 3], None)) == [slice(0, 2)]
+    whole, cut = trainer(CONFIG), trainer(dataclasses.replace(CONFIG, max_tokens_per_microbatch=20))
+    a, b = whole.step(1), cut.step(1)
+    assert (a.tokens_checked, a.tokens_different) == (b.tokens_checked, b.tokens_different)
+    assert a.loss == pytest.approx(b.loss, abs=1e-6)
+    assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
+
+
+def test_clip_gradients_scales_the_joint_norm():
+    p, q = (torch.nn.Parameter(torch.zeros(n)) for n in (3, 1))
+    p.grad, q.grad = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([2.0])
+    assert clip_gradients([p, q], 1.5) == 3.0
+    torch.testing.assert_close(p.grad, torch.tensor([1.0, 0.0, 0.5]))
+    q.grad = torch.tensor([float("inf")])
+    with pytest.raises(FloatingPointError, match="gradient norm"):
+        clip_gradients([p, q], 1.5)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def stepped_model():
+    model = TableModel()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.table.square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_a_checkpoint_gives_back_weights_and_moments(tmp_path):
+    model, optimizer = stepped_model()
+    path = checkpoint.save(tmp_path, 3, model, optimizer, {"seed": 1})
+    assert checkpoint.latest(tmp_path) == path
+    fresh = TableModel(seed=9)
+    other = torch.optim.AdamW(fresh.parameters(), lr=0.1)
+    assert checkpoint.load(path, fresh, other) == {"step": 3, "seed": 1}
+    assert torch.equal(fresh.table, model.table)
+    for key, value in optimizer.state[model.table].items():
+        assert torch.equal(other.state[fresh.table][key], value), key
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    model, optimizer = stepped_model()
+    before = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    for moment in ("save_file", "write_json", "write_atomically"):
+
+        def crash(*args, **kwargs):
+            raise OSError("no space left on device")
+
+        with monkeypatch.context() as m:
+            m.setattr(checkpoint, moment, crash)
+            with pytest.raises(OSError, match="no space"):
+                checkpoint.save(tmp_path, 2, model, optimizer, {})
+        assert checkpoint.latest(tmp_path) == before
+        checkpoint.load(before, model, optimizer)
+    assert checkpoint.latest(tmp_path) == before
+    assert checkpoint.save(tmp_path, 2, model, optimizer, {}) == checkpoint.latest(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"step_000001", "step_000002", "latest"}
+
+
+def test_a_checkpoint_that_does_not_fit_lists_what_does_not(tmp_path):
+    model, optimizer = stepped_model()
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    with pytest.raises(ValueError, match=r"table is \[12, 12\], the model has \[5, 5\]"):
+        checkpoint.load(path, TableModel(5), optimizer)
+    other = torch.nn.Linear(2, 2, bias=False)
+    with pytest.raises(ValueError, match="missing weight; extra table"):
+        checkpoint.load(path, other, torch.optim.AdamW(other.parameters()))
+    (tmp_path / "latest").write_text("step_000009\n")
+    with pytest.raises(ValueError, match="names step_000009"):
+        checkpoint.latest(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def test_a_config_survives_json(tmp_path):
+    config = TrainConfig(lr=1e-3, betas=(0.8, 0.9), max_tokens_per_microbatch=100, kl=0.1)
+    (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
+    assert TrainConfig.from_file(tmp_path / "c.json") == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.7}, "temperature is 0.7; it must be 1"),
+        ({"group_size": 1}, "group_size is 1; it must be at least 2"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"task": "chess"}, "one of repeat"),
+        ({"engine": "sglang"}, "embedded or vllm"),
+        ({"clip": 1.5}, "clip is 1.5"),
+        ({"kl": float("nan")}, "kl is nan"),
+        ({"learning_rate": 1}, "unknown settings learning_rate"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict(settings)
+
+
+def test_a_metrics_file_cut_by_a_crash_is_read_up_to_the_cut(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
