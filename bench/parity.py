@@ -13,8 +13,6 @@ Every engine runs in a process of its own: vLLM's mode is set once per process, 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import json
 import os
 import random
@@ -24,6 +22,10 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from record import find_commit, now
+
+from bi_ops._common.files import write_json
 
 SEED = 0
 MAX_MODEL_LEN = 1024
@@ -164,18 +166,12 @@ def make_prompts(folder: str, vocab_size: int, count: int) -> list[list[int]]:
 # one engine
 
 
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
 def append_row(path: Path, row: dict[str, object]) -> None:
     """Add `row` to the list in `path`, in place of an older answer to the same question. Never leaves half a file."""
     question = ("model", "engine", "cuda_graphs", "composition", "plugin")
     rows = json.loads(path.read_text()) if path.exists() else []
     rows = [r for r in rows if any(r[q] != row[q] for q in question)] + [row]
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(part, path)
+    write_json(path, rows)
 
 
 def run_job(job: Job) -> None:
@@ -250,16 +246,6 @@ def plan(args: argparse.Namespace, folders: dict[str, str], commit: str) -> list
                 out = str(args.out / "parity.json")
                 jobs.append(Job(model, folders[model], out, cuda_graphs, plugin, args.prompts, args.new_tokens, commit))
     return jobs
-
-
-def find_commit(given: str | None) -> str:
-    """The commit that is measured: `given`, else the checkout's."""
-    if given is not None:
-        return given
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        run = ["git", "rev-parse", "HEAD"]
-        return subprocess.run(run, cwd=Path(__file__).parent, check=True, capture_output=True, text=True).stdout.strip()
-    return "unknown"
 
 
 def failures(path: Path, jobs: list[Job], since: str) -> list[str]:

@@ -13,7 +13,8 @@ from bi_ops.verify.properties import bits_equal
 
 HEAD_DIMS = (40,) if runtime.INTERPRET else (64, 80, 96, 112, 128, 256)
 LENGTHS = [1, 3, 64, 65, 100] if runtime.INTERPRET else [1, 2, 63, 64, 65, 129, 1000, 2049]
-PAGES = (1, 7, 16, 64)
+FEW_HEAD_DIMS = (40,) if runtime.INTERPRET else (64, 128)  # full fp32 compiles slowly
+PAGES = (1, 7, 16, 64) if runtime.INTERPRET else (7, 16, 256)
 DTYPES = [torch.bfloat16, torch.float32]
 
 
@@ -61,7 +62,7 @@ def last_rows(x, lengths):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page", PAGES)
 def test_decoded_rows_have_the_bits_of_prefilled_rows(page, dtype, device):
-    for head_dim in HEAD_DIMS:
+    for head_dim in HEAD_DIMS if dtype == torch.bfloat16 else FEW_HEAD_DIMS:
         q, k, v = make(head_dim, dtype, device)
         prefill = attention.flash_attention(q, k, v, cu(LENGTHS, device))
         k_cache, v_cache, table = paged(k, v, LENGTHS, page)

@@ -1,0 +1,61 @@
+"""What every benchmark shares: where it ran, and result files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import bi_ops  # noqa: F401  (before triton)
+from bi_ops._common.files import write_atomically
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def find_commit(given: str | None = None) -> str:
+    """The commit that is measured: `given`, else the checkout's."""
+    if given is not None:
+        return given
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+    return "unknown"
+
+
+def versions() -> dict[str, str | None]:
+    import torch
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in ("torch", "triton", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def provenance(commit: str | None = None) -> dict[str, object]:
+    """device, versions, commit and date: what a figure needs to be reproduced."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton interpreter"
+    return {"device": device, "versions": versions(), "commit": find_commit(commit), "date": now()}
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """`rows` with the columns of the first one, written atomically."""
+    rows = list(rows)
+
+    def write(partial: Path) -> None:
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)

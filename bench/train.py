@@ -1,0 +1,65 @@
+"""Does training on vLLM's samples learn, agree bit for bit, and repeat itself? Writes train.json.
+
+    python bench/train.py --out bench/results/h100 [--steps 30] [--runs 2]
+
+Runs `bi-ops train --preset h100` several times with one seed, each in a process of its own. Exit status 0 only if
+every step of every run had 0 tokens different, the reward at least doubled, and all final weights are the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from record import provenance
+
+from bi_ops._common.files import write_json
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder that train.json is written to")
+    parser.add_argument("--preset", default="h100")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    args = parser.parse_args()
+
+    runs = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for i in range(args.runs):
+            folder = Path(scratch) / str(i)
+            options = ["--preset", args.preset, "--steps", str(args.steps), "--output", str(folder)]
+            subprocess.run([sys.executable, "-m", "bi_ops.cli", "train", *options], check=True)
+            summary = json.loads((folder / "summary.json").read_text())
+            steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            runs.append({**summary, "metrics": steps})
+            config = json.loads((folder / "config.json").read_text())
+
+    record = {
+        "preset": args.preset,
+        "weights_byte_equal": len({r["weights_sha256"] for r in runs}) == 1,
+        **provenance(args.commit),
+        "config": config,
+        "runs": runs,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "train.json", record)
+    held = {
+        "0 tokens different": all(r["tokens_different"] == 0 for r in runs),
+        "reward doubled": all(r["reward_last"] >= 2 * r["reward_first"] for r in runs),
+        "weights byte-equal": record["weights_byte_equal"],
+    }
+    for r in runs:
+        print(f"reward {r['reward_first']:.3f} -> {r['reward_last']:.3f}, {r['tokens_checked']} tokens checked")
+    for claim, ok in held.items():
+        print(f"{claim}: {'yes' if ok else 'NO'}")
+    return 0 if all(held.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
