@@ -102,7 +102,7 @@ def test_a_decoded_row_does_not_depend_on_the_batch(dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunked_prefill_has_the_bits_of_prefill(dtype, device):
     n = LENGTHS[-1]
-    for head_dim in HEAD_DIMS:
+    for head_dim in HEAD_DIMS if dtype == torch.bfloat16 else FEW_HEAD_DIMS:
         q, k, v = make(head_dim, dtype, device, [n])
         prefill = attention.flash_attention(q, k, v, cu([n], device))
         k_cache, v_cache, table = paged(k, v, [n], 16)
