@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 import bi_ops  # noqa: F401  (before torch: decides how triton is imported)
 from bi_ops._common import runtime
@@ -11,9 +12,13 @@ from bi_ops._common import runtime
 _empty, _empty_like, _new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
 
+# `with torch.device(...)` keeps a list of the functions it redirects, made on first use: it has to hold torch's own.
+_device_constructors()
+
+
 def _poison(t: torch.Tensor) -> torch.Tensor:
     if t.is_floating_point() and t.device.type != "meta" and not isinstance(t, torch._subclasses.FakeTensor):
-        t.fill_(float("nan"))
+        t.detach().fill_(float("nan"))
     return t
 
 

@@ -69,6 +69,7 @@ def rms_norm_dx_kernel(
     p_dx,  # [R, N]
     R,
     N,
+    stride_g,  # of g and gsum
     stride_x,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -84,7 +85,7 @@ def rms_norm_dx_kernel(
     for start in range(0, N, BLOCK):
         o_c = start + tl.arange(0, BLOCK)
         m = m_r & (o_c < N)[None, :]
-        b_g = tl.load(p_g + o_r[:, None] * N + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+        b_g = tl.load(p_g + o_r[:, None] * stride_g + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + o_r[:, None] * stride_x + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         if HAS_WEIGHT:
             b_g = b_g * tl.load(p_w + o_c, mask=o_c < N, other=0.0).to(tl.float32)[None, :]
@@ -94,13 +95,13 @@ def rms_norm_dx_kernel(
     for start in range(0, N, BLOCK):
         o_c = start + tl.arange(0, BLOCK)
         m = m_r & (o_c < N)[None, :]
-        b_g = tl.load(p_g + o_r[:, None] * N + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+        b_g = tl.load(p_g + o_r[:, None] * stride_g + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + o_r[:, None] * stride_x + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         if HAS_WEIGHT:
             b_g = b_g * tl.load(p_w + o_c, mask=o_c < N, other=0.0).to(tl.float32)[None, :]
         b_dx = inv * (b_g - (b_x * inv) * mean)
         if HAS_SUM:
-            b_dx += tl.load(p_gsum + o_r[:, None] * N + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+            b_dx += tl.load(p_gsum + o_r[:, None] * stride_g + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         tl.store(p_dx + o_r[:, None] * N + o_c[None, :], cast(b_dx, p_dx.dtype.element_ty), mask=m)
 
 
@@ -112,6 +113,7 @@ def rms_norm_dweight_kernel(
     p_partial,  # [cdiv(R, CHUNK), N] fp32
     R,
     N,
+    stride_g,
     stride_x,
     CHUNK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -125,7 +127,7 @@ def rms_norm_dweight_kernel(
     for start in range(0, CHUNK, TILE_ROWS):
         o_r = i_chunk * CHUNK + start + tl.arange(0, TILE_ROWS)
         m = (o_r < R)[:, None] & m_c
-        b_g = tl.load(p_g + o_r[:, None] * N + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+        b_g = tl.load(p_g + o_r[:, None] * stride_g + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + o_r[:, None] * stride_x + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)
         acc += tl.sum(b_g * (b_x * inv[:, None]), axis=0)

@@ -73,6 +73,7 @@ def _backward(
         dx,
         n_rows,
         n_cols,
+        g2.stride(0),
         x2.stride(0),
         ROWS=rows,
         BLOCK=order.block,
@@ -85,7 +86,7 @@ def _backward(
         partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
         tiles = {"TILE_ROWS": tokens.tile_rows, "TILE_COLS": tokens.tile_cols, "num_warps": tokens.num_warps}
         rms_norm_dweight_kernel[(n_chunks, n_tiles)](
-            g2, x2, inv, partial, n_rows, n_cols, x2.stride(0), CHUNK=tokens.chunk, **tiles
+            g2, x2, inv, partial, n_rows, n_cols, g2.stride(0), x2.stride(0), CHUNK=tokens.chunk, **tiles
         )
         sum_chunks_kernel[(n_tiles,)](partial, dw, n_chunks, n_cols, **tiles)
     return dx, dw

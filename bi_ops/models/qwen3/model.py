@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,9 +24,9 @@ LOGIT_ROWS = 4096
 class Projection(nn.Module):
     """`x @ weight.T`; weight [out, in]."""
 
-    def __init__(self, out_features: int, in_features: int) -> None:
+    def __init__(self, out_features: int, in_features: int, **factory: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return matmul.linear(x, self.weight)
@@ -35,9 +35,9 @@ class Projection(nn.Module):
 class RMSNorm(nn.Module):
     """RMS norm, alone or after a residual add."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, **factory: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight = nn.Parameter(torch.empty(size, **factory))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,13 +48,13 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: Qwen3Config, layer: int) -> None:
+    def __init__(self, config: Qwen3Config, layer: int, **factory: Any) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.qkv_proj = Projection(config.q_size + 2 * config.kv_size, config.hidden_size)
-        self.o_proj = Projection(config.hidden_size, config.q_size)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.qkv_proj = Projection(config.q_size + 2 * config.kv_size, config.hidden_size, **factory)
+        self.o_proj = Projection(config.hidden_size, config.q_size, **factory)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, **factory)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, **factory)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         c = self.config
@@ -68,36 +68,36 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: Qwen3Config, **factory: Any) -> None:
         super().__init__()
-        self.gate_up_proj = Projection(2 * config.intermediate_size, config.hidden_size)
-        self.down_proj = Projection(config.hidden_size, config.intermediate_size)
+        self.gate_up_proj = Projection(2 * config.intermediate_size, config.hidden_size, **factory)
+        self.down_proj = Projection(config.hidden_size, config.intermediate_size, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(activation.silu_and_mul(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Qwen3Config, layer: int) -> None:
+    def __init__(self, config: Qwen3Config, layer: int, **factory: Any) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config, layer)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, layer, **factory)
+        self.mlp = MLP(config, **factory)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
 
 class Embedding(nn.Module):
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: Qwen3Config, **factory: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **factory))
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: Qwen3Config, **factory: Any) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed_tokens = Embedding(config, **factory)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, **factory) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
 
 class Qwen3ForCausalLM(nn.Module):
@@ -126,15 +126,10 @@ class Qwen3ForCausalLM(nn.Module):
         self.source: Path | None = None
         #: The checkpoint stores tied embeddings twice; kept, so that saving gives back the same file.
         self.has_tied_copy = False
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(param_dtype)
-        try:
-            with device:
-                self.model = Decoder(config)
-                if not config.tie_word_embeddings:
-                    self.lm_head = Projection(config.vocab_size, config.hidden_size)
-        finally:
-            torch.set_default_dtype(before)
+        factory = {"dtype": param_dtype, "device": device}
+        self.model = Decoder(config, **factory)
+        if not config.tie_word_embeddings:
+            self.lm_head = Projection(config.vocab_size, config.hidden_size, **factory)
         cos_sin = rope.cos_sin_cache(
             config.head_dim, config.max_position_embeddings, config.rope_theta, compute_dtype, device
         )
