@@ -1,9 +1,9 @@
 """Runs the whole test suite on this GPU and keeps the outcome of every test. Writes tests.json.
 
-    python bench/gpu_tests.py --out bench/results/h100 [--jobs 6] [FILE ...]
+    python bench/gpu_tests.py --out bench/results/h100 [--jobs 14] [FILE ...]
 
-Each test file runs in a process of its own (compiling kernels is most of the time, and vLLM sets its mode once per
-process). Exit status 0 only if nothing failed.
+Compiling kernels is most of the time, so every file is dealt out to several processes. Exit status 0 only if nothing
+failed.
 """
 
 from __future__ import annotations
@@ -27,17 +27,30 @@ ROOT = Path(__file__).resolve().parents[1]
 ALONE = ("tests/test_vllm_plugin.py", "tests/test_rl_end_to_end.py")
 
 
-def run(file: str, limit: float, scratch: Path) -> list[dict[str, object]]:
-    """One record per test of `file`."""
-    report = scratch / f"{Path(file).stem}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", file]
+def deal(files: list[str], hand: int) -> list[tuple[str, list[str]]]:
+    """(file, tests) for each process: the tests of a file are dealt out one by one to processes of about `hand`."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *files]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    shards = []
+    for file in files:
+        tests = [line for line in listed.stdout.splitlines() if line.startswith(f"{file}::")]
+        if not tests:
+            raise SystemExit(f"{file}: no tests collected\n{listed.stdout[-2000:]}")
+        hands = 1 if file in ALONE else min(8, -(-len(tests) // hand))
+        shards += [(file, tests[i::hands]) for i in range(hands)]
+    return shards
+
+
+def run(file: str, tests: list[str], limit: float, report: Path) -> list[dict[str, object]]:
+    """One record per test."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
     start = time.monotonic()
     try:
         done = subprocess.run(command, cwd=ROOT, timeout=limit, capture_output=True, text=True)
-        tail = done.stdout[-6000:] if done.returncode not in (0, 5) else ""
+        tail = done.stdout[-6000:] if done.returncode != 0 else ""
     except subprocess.TimeoutExpired as e:
         tail = f"timed out after {limit:.0f} s\n{(e.stdout or b'')[-2000:].decode()}"
-    print(f"{file}: {time.monotonic() - start:.0f} s\n{tail}", flush=True)
+    print(f"{file} ({len(tests)} tests): {time.monotonic() - start:.0f} s\n{tail}", end="", flush=True)
     if not report.exists():
         return [{"file": file, "test": "", "outcome": "failed", "seconds": limit, "message": "did not finish"}]
     records = []
@@ -60,16 +73,20 @@ def run(file: str, limit: float, scratch: Path) -> list[dict[str, object]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that tests.json is written to")
-    parser.add_argument("--jobs", type=int, default=6, help="test files at a time")
-    parser.add_argument("--limit", type=float, default=500, help="seconds for one file")
+    parser.add_argument("--jobs", type=int, default=14, help="processes at a time")
+    parser.add_argument("--hand", type=int, default=12, help="tests per process, about")
+    parser.add_argument("--limit", type=float, default=500, help="seconds for one process")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("files", nargs="*", help="test files; all of them by default")
     args = parser.parse_args()
     files = args.files or sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py"))
+    shards = deal(files, args.hand)
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
-        together = pool.map(lambda f: run(f, args.limit, Path(scratch)), [f for f in files if f not in ALONE])
+        reports = [Path(scratch) / f"{i}.xml" for i in range(len(shards))]
+        jobs = [(file, tests, args.limit, report) for (file, tests), report in zip(shards, reports, strict=True)]
+        together = pool.map(lambda job: run(*job), [job for job in jobs if job[0] not in ALONE])
         records = [r for rs in together for r in rs]
-        records += [r for f in files if f in ALONE for r in run(f, args.limit, Path(scratch))]
+        records += [r for job in jobs if job[0] in ALONE for r in run(*job)]
     count = {o: sum(r["outcome"] == o for r in records) for o in ("passed", "failed", "skipped")}
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "tests.json", {**provenance(args.commit), **count, "tests": records})

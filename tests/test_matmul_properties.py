@@ -15,6 +15,17 @@ K, N, M = (48, 40, 257) if runtime.INTERPRET else (2048, 1024, 8192)
 RERUNS = 3 if runtime.INTERPRET else 100
 
 
+#: The step of the reduced axis after which the interpreter, and the tensor cores, round.
+STEP = 128 if runtime.INTERPRET else 16
+
+
+@pytest.fixture(params=["triton"] if runtime.INTERPRET else ["cublaslt", "triton"], autouse=True)
+def provider(request):
+    """Every property holds for every provider."""
+    with mm_ops.providers.forced(request.param):
+        yield request.param
+
+
 def randn(*shape, dtype=torch.bfloat16, device):
     return torch.randn(*shape, device=device).to(dtype)
 
@@ -167,8 +178,119 @@ def test_bits_equal_vllms_kernel(dtype, device):
         weight = randn(n, k, dtype=dtype, device=device)
         for m in (1, 2, 15, 16, 17, 64, 65, 128, 129, 257, 1000, 4096):
             x = randn(m, k, dtype=dtype, device=device)
+            ours = mm_ops.linear(x, weight)
             with mm_ops.providers.forced("vllm"):
                 theirs = mm_ops.linear(x, weight)
-            with mm_ops.providers.forced("triton"):
-                ours = mm_ops.linear(x, weight)
             assert torch.equal(ours, theirs), (m, n, k)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# weight gradients carried on in a buffer
+
+
+def pieces(total, cuts):
+    return list(zip((0, *cuts), (*cuts, total), strict=True))
+
+
+def carried(g, x, cuts):
+    buffer = torch.zeros(g.shape[1], x.shape[1], device=g.device)
+    for a, b in pieces(len(g), cuts):
+        mm_ops.accumulate_weight_grad(buffer, g[a:b], x[a:b])
+    return buffer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_micro_batches_cut_on_the_step_end_in_the_bits_of_one_pass(dtype, device):
+    tokens = 7 * STEP + 5
+    for n, k in ((24, 40),) if runtime.INTERPRET else ((24, 40), (1024, 2048), (520, 264)):
+        g, x = randn(tokens, n, dtype=dtype, device=device), randn(tokens, k, dtype=dtype, device=device)
+        whole = carried(g, x, ())
+        weight = torch.zeros(n, k, device=device, requires_grad=True)  # an fp32 master: its gradient is not rounded
+        assert torch.equal(torch.autograd.grad(mm_ops.linear(x, weight), weight, g)[0], whole)
+        for cuts in ((STEP,), (STEP, 4 * STEP), tuple(range(STEP, 7 * STEP, STEP))):
+            assert torch.equal(carried(g, x, cuts), whole), (n, k, cuts)
+
+
+def test_a_cut_off_the_step_is_caught(device):
+    """Negative control."""
+    g, x = randn(4 * STEP, 64, device=device), randn(4 * STEP, 64, device=device)
+    whole = carried(g, x, ())
+    assert not torch.equal(carried(g, x, (STEP + STEP // 2,)), whole)
+    assert not torch.equal(carried(g, x, (2 * STEP - 3, 3 * STEP + 1)), whole)
+
+
+def test_rows_of_zeros_add_exactly_nothing(device):
+    g, x = randn(2 * STEP, 24, device=device), randn(2 * STEP, 40, device=device)
+    g[STEP - 3 : STEP] = 0
+    padded = carried(g, x, (STEP,))
+    assert torch.equal(carried(g[: STEP - 3], x[: STEP - 3], ()), carried(g[:STEP], x[:STEP], ()))
+    x[STEP - 3 : STEP] = 7.0
+    assert torch.equal(carried(g, x, (STEP,)), padded)
+
+
+def test_linear_adds_its_weight_gradient_to_the_buffer(device):
+    x, g = randn(3, 10, 24, device=device).requires_grad_(), randn(3, 10, 16, device=device)
+    weight = torch.randn(16, 24, device=device, requires_grad=True)
+    dx, dw = torch.autograd.grad(mm_ops.linear(x, weight), (x, weight), g)
+    buffer = torch.zeros(16, 24, device=device)
+    mm_ops.linear(x, weight, main_grad=buffer).backward(g)
+    assert weight.grad is None
+    assert torch.equal(x.grad, dx)
+    assert torch.equal(buffer, dw)
+    with pytest.raises(TypeError, match="main_grad"):
+        mm_ops.linear(x, weight, main_grad=buffer.half())
+    with pytest.raises(ValueError, match="contiguous"):
+        mm_ops.linear(x, weight, main_grad=buffer.t())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# certificates
+
+
+@pytest.fixture
+def product(tmp_path, monkeypatch):
+    from bi_ops.matmul import certificate
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(certificate, "_verdicts", {})
+    monkeypatch.setattr(certificate, "_file", None)
+    return certificate.Product(0, torch.bfloat16, torch.bfloat16, "m", 1024, 3072, False, True, False)
+
+
+@pytest.mark.gpu
+def test_a_certificate_is_given_once_and_kept(product, monkeypatch):
+    from bi_ops.matmul import certificate
+
+    assert certificate.holds(product) is True
+    assert list(certificate.stored()) == [product.key()]
+    monkeypatch.setattr(certificate, "_verdicts", {})
+    monkeypatch.setattr(certificate, "differing", lambda p: pytest.fail("compared again"))
+    assert certificate.holds(product) is True
+
+
+@pytest.mark.gpu
+def test_the_certificate_refuses_split_k(product, monkeypatch):
+    """Negative control: with the restriction lifted cuBLASLt splits K here; the product then falls to Triton."""
+    from bi_ops.matmul import certificate, launch
+
+    assert certificate.differing(product) == []
+    assert certificate.differing(product, restricted=False) != []
+    free = certificate.differing
+    monkeypatch.setattr(certificate, "differing", lambda p: free(p, restricted=False))
+    assert certificate.holds(product) is False
+    a, b = torch.ones(4, 3072, device="cuda").bfloat16(), torch.ones(1024, 3072, device="cuda").bfloat16().t()
+    assert launch.launch_cublaslt(a, b, None, torch.empty(4, 1024, device="cuda").bfloat16(), "m") is False
+
+
+@pytest.mark.gpu
+def test_products_are_captured_in_cuda_graphs(device):
+    x, weight = randn(33, 2048, device=device), randn(1024, 2048, device=device)
+    expected = mm_ops.linear(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mm_ops.linear(x, weight)
+    for _ in range(2):
+        x.copy_(x.flip(0))
+        graph.replay()
+        expected = expected.flip(0)
+        assert torch.equal(out, expected)

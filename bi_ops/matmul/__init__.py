@@ -1,5 +1,5 @@
 """Matrix products whose rows do not depend on how many rows there are."""
 
-from bi_ops.matmul.ops import addmm, bmm, linear, matmul, mm, providers
+from bi_ops.matmul.ops import accumulate_weight_grad, addmm, bmm, linear, matmul, mm, providers
 
-__all__ = ["addmm", "bmm", "linear", "matmul", "mm", "providers"]
+__all__ = ["accumulate_weight_grad", "addmm", "bmm", "linear", "matmul", "mm", "providers"]

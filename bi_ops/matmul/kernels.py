@@ -9,6 +9,18 @@ from bi_ops._common.triton_helpers import cast, dot
 
 
 @triton.jit
+def _tile_of(pid, n_tiles_m, n_tiles_n, GROUP_M: tl.constexpr):
+    """(tile row, tile column) of a program. Neighbours share rows of A and columns of B in L2: GROUP_M tile rows are
+    walked column by column."""
+    group = pid // (GROUP_M * n_tiles_n)
+    first_m = group * GROUP_M
+    rows_in_group = min(n_tiles_m - first_m, GROUP_M)
+    i_m = first_m + (pid % (GROUP_M * n_tiles_n)) % rows_in_group
+    return i_m, (pid % (GROUP_M * n_tiles_n)) // rows_in_group
+
+
+# M is the batch: a new one must not compile a new kernel.
+@triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
     p_a,  # [B, M, K]
     p_b,  # [B, K, N]
@@ -31,20 +43,14 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # C is fp32 and where the accumulator starts
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K: no mask
     LARGE: tl.constexpr,  # some operand has 2**31 elements or more: offsets need 64 bits
 ):
     pid = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64)
 
-    # Neighbouring programs share rows of A and columns of B in L2: GROUP_M tile rows are walked column by column.
-    n_tiles_m = tl.cdiv(M, BLOCK_M)
-    n_tiles_n = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * n_tiles_n)
-    first_m = group * GROUP_M
-    rows_in_group = min(n_tiles_m - first_m, GROUP_M)
-    i_m = first_m + (pid % (GROUP_M * n_tiles_n)) % rows_in_group
-    i_n = (pid % (GROUP_M * n_tiles_n)) // rows_in_group
-
+    i_m, i_n = _tile_of(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m = o_m < M
@@ -58,20 +64,73 @@ def matmul_kernel(
 
     p_a += i_b * stride_ab
     p_b += i_b * stride_bb
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    m_out = m_m[:, None] & m_n[None, :]
+    if LARGE:
+        o_m = o_m.to(tl.int64)
+        o_n = o_n.to(tl.int64)
+    p_out = p_c + i_b * stride_cb + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
+    if ACCUMULATE:
+        acc = tl.load(p_out, mask=m_out, other=0.0)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         m_k = o_k < K
         if LARGE:
             o_k = o_k.to(tl.int64)
-        b_a = tl.load(p_a + a_m[:, None] * stride_am + o_k[None, :] * stride_ak, mask=m_k[None, :], other=0.0)
-        b_b = tl.load(p_b + o_k[:, None] * stride_bk + b_n[None, :] * stride_bn, mask=m_k[:, None], other=0.0)
+        p_at = p_a + a_m[:, None] * stride_am + o_k[None, :] * stride_ak
+        p_bt = p_b + o_k[:, None] * stride_bk + b_n[None, :] * stride_bn
+        if EVEN_K:
+            b_a = tl.load(p_at)
+            b_b = tl.load(p_bt)
+        else:
+            b_a = tl.load(p_at, mask=m_k[None, :], other=0.0)
+            b_b = tl.load(p_bt, mask=m_k[:, None], other=0.0)
         acc = dot(b_a, b_b, acc)
 
     if HAS_BIAS:
         acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    if LARGE:
-        o_m = o_m.to(tl.int64)
-        o_n = o_n.to(tl.int64)
-    p_out = p_c + i_b * stride_cb + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
-    tl.store(p_out, cast(acc, p_c.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    tl.store(p_out, cast(acc, p_c.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def matmul_tma_kernel(
+    d_a,  # descriptor of A [M, K] with tiles [BLOCK_M, BLOCK_K], or of A.T [K, M] with tiles [BLOCK_K, BLOCK_M]
+    d_b,  # descriptor of B [K, N] with tiles [BLOCK_K, BLOCK_N], or of B.T [N, K] with tiles [BLOCK_N, BLOCK_K]
+    p_c,  # [M, N], row-major
+    M,
+    N,
+    K,
+    stride_cm,
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # C is fp32 and where the accumulator starts: a sum carried on from an earlier launch
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """C = A @ B (+ C) in the canonical order, tiles fetched by the copy engine; any number of programs."""
+    n_tiles_m = tl.cdiv(M, BLOCK_M)
+    n_tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0), flatten=not ACCUMULATE):
+        i_m, i_n = _tile_of(tile, n_tiles_m, n_tiles_n, GROUP_M)
+        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        p_out = p_c + o_m.to(tl.int64)[:, None] * stride_cm + o_n[None, :]
+        m_out = (o_m < M)[:, None] & (o_n < N)[None, :]
+        if ACCUMULATE:
+            acc = tl.load(p_out, mask=m_out, other=0.0)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
+            if A_TRANSPOSED:
+                b_a = d_a.load([k, i_m * BLOCK_M]).T
+            else:
+                b_a = d_a.load([i_m * BLOCK_M, k])
+            if B_TRANSPOSED:
+                b_b = d_b.load([i_n * BLOCK_N, k]).T
+            else:
+                b_b = d_b.load([k, i_n * BLOCK_N])
+            acc = dot(b_a, b_b, acc)
+        tl.store(p_out, cast(acc, p_c.dtype.element_ty), mask=m_out)

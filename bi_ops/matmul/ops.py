@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
-import triton
 
 from bi_ops._common import checks, runtime
 from bi_ops._common.providers import Availability, Provider, ProviderTable, vllm_availability
-from bi_ops.matmul import schedule as sched
-from bi_ops.matmul.kernels import matmul_kernel
+from bi_ops.matmul import certificate, cublaslt
+from bi_ops.matmul.launch import launch_accumulate, launch_cublaslt, launch_triton
 
 
 def _vllm_available() -> Availability:
@@ -24,58 +24,44 @@ def _triton_available() -> Availability:
     return Availability(True, f"{where}, same bits as vLLM's kernel on Hopper")
 
 
-#: Who computes products. Both have the same bits on Hopper; vLLM's is the one rollouts use.
+@functools.cache
+def _cublaslt_available() -> Availability:
+    if runtime.INTERPRET:
+        return Availability(False, "no GPU: cuBLASLt needs one")
+    if runtime.architecture() != "sm_90":
+        return Availability(
+            False, f"the canonical order of tensor cores was shown on sm_90, not {runtime.architecture()}"
+        )
+    return cublaslt.availability()
+
+
+#: Who computes products. All have the same bits on Hopper, so the order of preference is that of speed.
 providers = ProviderTable(
     "matmul",
     (
-        Provider("vllm", _vllm_available, True, "vllm matmul_persistent; bf16 and fp16 forward"),
+        Provider("cublaslt", _cublaslt_available, True, "no split-K, each shape certified; bf16 and fp16"),
         Provider("triton", _triton_available, True, "own kernel, every dtype and layout"),
+        Provider("vllm", _vllm_available, True, "vllm matmul_persistent; bf16 and fp16 forward"),
     ),
 )
 
 
 # --------------------------------------------------------------------------------------------------------------
-# launch
-
-
-def _launch(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out[B, M, N] = a[B, M, K] @ b[B, K, N] (+ bias[N]) with the Triton kernel; any strides."""
-    batch, m, k = a.shape
-    n = b.shape[2]
-    if batch == 0 or m == 0 or n == 0:
-        return
-    s = sched.schedule(m, n, k, a.dtype)
-    # Strided views reach past their element count, so the test is on the furthest offset.
-    large = any(sum((d - 1) * st for d, st in zip(t.shape, t.stride(), strict=True)) >= 2**31 for t in (a, b, out))
-    grid = (triton.cdiv(m, s.block_m) * triton.cdiv(n, s.block_n), batch)
-    matmul_kernel[grid](
-        a,
-        b,
-        bias,
-        out,
-        m,
-        n,
-        k,
-        *a.stride(),
-        *b.stride(),
-        *out.stride(),
-        BLOCK_M=s.block_m,
-        BLOCK_N=s.block_n,
-        BLOCK_K=s.block_k,
-        GROUP_M=s.group_m,
-        HAS_BIAS=bias is not None,
-        LARGE=large,
-        num_warps=s.num_warps,
-        num_stages=s.num_stages,
-    )
+# products of two matrices
 
 
 def _mm_out(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    free: certificate.Free = "m",
+    provider: str | None = None,
 ) -> torch.Tensor:
-    """a[M, K] @ b[K, N] by the Triton kernel, rounded once to `out_dtype`."""
+    """a[M, K] @ b[K, N], rounded once to `out_dtype`; `free` is the axis that the batch sets."""
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype or a.dtype)
-    _launch(a[None], b[None], bias, out[None])
+    if (provider or providers.choose()) != "cublaslt" or not launch_cublaslt(a, b, bias, out, free):
+        launch_triton(a[None], b[None], bias, out[None])
     return out
 
 
@@ -87,8 +73,8 @@ def _is_transposed(b: torch.Tensor) -> bool:
 def _grad_b(a: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a.T @ g, the sum over rows in row order, laid out like b and in b's dtype."""
     if _is_transposed(b):
-        return _mm_out(g.t(), a, out_dtype=b.dtype).t()
-    return _mm_out(a.t(), g, out_dtype=b.dtype)
+        return _mm_out(g.t(), a, out_dtype=b.dtype, free="k").t()
+    return _mm_out(a.t(), g, out_dtype=b.dtype, free="k")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -103,7 +89,7 @@ def _mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, provider: s
         from vllm.model_executor.layers.batch_invariant import matmul_persistent
 
         return matmul_persistent(a, b, bias)
-    return _mm_out(a, b, bias)
+    return _mm_out(a, b, bias, provider=provider)
 
 
 @_mm.register_fake
@@ -148,7 +134,7 @@ _mm.register_autograd(_mm_backward, setup_context=_mm_setup)
 @torch.library.custom_op("bi_ops::bmm", mutates_args=())
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
-    _launch(a, b, None, out)
+    launch_triton(a, b, None, out)
     return out
 
 
@@ -168,6 +154,33 @@ def _bmm_backward(ctx, g):
 
 
 _bmm.register_autograd(_bmm_backward, setup_context=_bmm_setup)
+
+
+@torch.library.custom_op("bi_ops::accumulate_weight_grad", mutates_args={"main_grad"})
+def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> None:
+    launch_accumulate(g.t(), x, main_grad)
+
+
+@_accumulate.register_fake
+def _(main_grad, g, x):
+    return None
+
+
+class _LinearIntoBuffer(torch.autograd.Function):
+    """x @ weight.T whose weight gradient goes into a buffer and not to autograd."""
+
+    @staticmethod
+    def forward(ctx, x, weight, main_grad):
+        ctx.save_for_backward(x, weight)
+        ctx.main_grad = main_grad
+        return _mm(x, weight.t(), None, providers.choose())
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            _accumulate(ctx.main_grad, g.contiguous(), x)
+        return _mm_grad(g, x, weight.t(), True, False)[0] if ctx.needs_input_grad[0] else None, None, None
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -213,13 +226,17 @@ def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return mm(a, b, bias)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, main_grad: torch.Tensor | None = None
+) -> torch.Tensor:
     """``x @ weight.T + bias`` as `torch.nn.functional.linear`.
 
     The product is rounded before the bias is added, as in vLLM's batch-invariant linear.
 
     Args:
         x: [..., K], bf16, fp16 or fp32. weight: [N, K], the dtype of x or fp32. bias: [N] or None.
+        main_grad: fp32 [N, K], contiguous, or None. If given, the weight's gradient is added to it in place and
+            `weight.grad` stays as it is; see `accumulate_weight_grad`.
 
     Returns:
         [..., N] in the dtype of x.
@@ -236,12 +253,46 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     )
     if weight.dtype != torch.float32:
         checks.same_dtype("linear", x=x, weight=weight)
-    out = _mm(x.reshape(-1, x.shape[-1]), weight.t(), None, providers.choose())
+    rows = x.reshape(-1, x.shape[-1])
+    if main_grad is None:
+        out = _mm(rows, weight.t(), None, providers.choose())
+    else:
+        _check_main_grad("linear", main_grad, weight.shape)
+        out = _LinearIntoBuffer.apply(rows, weight, main_grad)
     out = out.reshape(*x.shape[:-1], weight.shape[0])
     if bias is None:
         return out
     checks.shape("linear", bias.shape == weight.shape[:1], f"bias {list(bias.shape)} for {weight.shape[0]} columns")
     return _AddBias.apply(out, bias)
+
+
+def _check_main_grad(op: str, main_grad: torch.Tensor, shape: torch.Size) -> None:
+    checks.tensor(op, "main_grad", main_grad, ndim=2)
+    checks.dtype(op, "main_grad", main_grad, (torch.float32,))
+    fits = main_grad.shape == shape and main_grad.is_contiguous()
+    checks.shape(op, fits, f"main_grad must be contiguous {list(shape)}, got {list(main_grad.shape)}")
+
+
+def accumulate_weight_grad(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
+    """Carry the sum ``main_grad += grad.T @ x`` on, over the tokens in order, in place.
+
+    The buffer is where the fp32 accumulator starts, so a batch cut into pieces ends in the bits of one pass, as long
+    as every cut lies on a multiple of 16 tokens, the step in which tensor cores sum. Rows of zeros add exactly
+    nothing: pad with them to get there.
+
+    Args:
+        main_grad: fp32 [N, K], contiguous. grad: [T, N], x: [T, K], one dtype.
+
+    Raises:
+        TypeError, ValueError: as `mm`, or main_grad of another dtype, shape or layout.
+    """
+    op = "accumulate_weight_grad"
+    _check(op, grad, x, ("grad", "x"))
+    checks.same_dtype(op, grad=grad, x=x)
+    ok = grad.ndim == 2 and x.ndim == 2 and grad.shape[0] == x.shape[0]
+    checks.shape(op, ok, f"needs [T, N] and [T, K], got {list(grad.shape)} and {list(x.shape)}")
+    _check_main_grad(op, main_grad, torch.Size((grad.shape[1], x.shape[1])))
+    _accumulate(main_grad, grad, x)
 
 
 class _AddBias(torch.autograd.Function):

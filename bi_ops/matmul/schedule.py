@@ -60,3 +60,8 @@ def schedule(m: int, n: int, k: int, dtype: torch.dtype) -> Schedule:
     if m <= 512:
         return Schedule(64, 128, 64, 8, 4, 4)
     return Schedule(128, 256, 64, 8, 8, 3)
+
+
+def tma_schedule() -> Schedule:
+    """The tile of the weight gradient that is carried on in fp32: its accumulator starts in memory."""
+    return Schedule(128, 256, 64, 8, 8, 3)

@@ -1,0 +1,234 @@
+"""Puts the committed results into README.md and draws the plots from them.
+
+    python bench/report.py            # rewrite the marked blocks of README.md, and docs/plots
+    python bench/report.py --check    # exit status 1 if any of them is stale; needs no matplotlib
+
+A block of the README stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->` and is what `BLOCKS[NAME]` makes of
+bench/results. A plot is stale when its data or its drawing code is not what the file was made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README, RESULTS, PLOTS = ROOT / "README.md", ROOT / "bench" / "results", ROOT / "docs" / "plots"
+
+_BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what blocks are made of
+
+
+def load(results: Path, name: str) -> Any:
+    """`results`/`name` parsed; None where nothing was measured yet."""
+    path = results / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; every column after the first is right-aligned where all its cells are numbers."""
+    cells = [[str(c) for c in row] for row in rows]
+    numeric = [all(re.fullmatch(r"[\d,.e+-]+", row[i]) for row in cells) for i in range(len(header))]
+    lines = [header, ["---:" if n else "---" for n in numeric], *cells]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def provenance(records: Sequence[Mapping[str, Any]], file: str) -> str:
+    """One line: where `records` of `file` were measured, with what, of which commit, when."""
+
+    def all_of(values: Iterable[str]) -> str:
+        return ", ".join(sorted(set(values)))
+
+    libraries = ("vllm", "torch", "triton")
+    versions = all_of(" ".join(f"{n} {str(r['versions'].get(n)).split('+')[0]}" for n in libraries) for r in records)
+    where, commits = all_of(r["device"] for r in records), all_of(r["commit"] for r in records)
+    dates = all_of(r["date"][:10] for r in records)
+    return f"{where}; {versions}; commit {commits}; {dates}; [`{file}`](bench/results/{file}).\n"
+
+
+def delta(value: float) -> str:
+    """A difference of log-probabilities, to three digits."""
+    return "0" if value == 0 else f"{value:.3g}"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# one function per block: bench/results -> Markdown
+
+
+def parity(results: Path) -> str:
+    """Per engine run, its compositions added up."""
+    records = load(results, "h100/parity.json")
+    runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in records:
+        runs.setdefault((not r["plugin"], r["model"], not r["cuda_graphs"]), []).append(r)
+    rows = []
+    for (no_plugin, model, eager), group in sorted(runs.items()):
+        rows.append(
+            (
+                f"Qwen3-{model}",
+                "stock vLLM (control)" if no_plugin else "with the bi_ops plugin",
+                "eager" if eager else "full CUDA graphs",
+                f"{sum(r['tokens_checked'] for r in group):,}",
+                f"{sum(r['tokens_different'] for r in group):,}",
+                delta(max(r["max_delta"] for r in group)),
+            )
+        )
+    head = ("shape", "vLLM, batch-invariant", "run", "log-probabilities compared", "with other bits", "largest gap")
+    compositions = ", ".join(dict.fromkeys(r["composition"] for r in records))
+    sizes = sorted({f"{r['prompts']} prompts x {r['new_tokens']} sampled tokens" for r in records})
+    note = f"{', '.join(sizes)}, each scored again by the training model in these batches: {compositions}. "
+    return table(head, rows) + "\n" + note + provenance(records, "h100/parity.json")
+
+
+def train(results: Path) -> str:
+    """The runs of the training benchmark, one row each."""
+    record = load(results, "h100/train.json")
+    rows = [
+        (
+            i,
+            f"{r['reward_first']:.3f}",
+            f"{r['reward_last']:.3f}",
+            f"{r['tokens_checked']:,}",
+            f"{r['tokens_different']:,}",
+            f"`{r['weights_sha256'][:16]}`",
+        )
+        for i, r in enumerate(record["runs"], 1)
+    ]
+    head = (
+        *("run", "reward, first 5 steps", "last 5 steps", "log-probabilities compared"),
+        *("with other bits", "SHA-256 of the final weights"),
+    )
+    config = record["config"]
+    what = (
+        f"`bi-ops train --preset {record['preset']}`: {record['runs'][0]['steps']} steps of GRPO on task "
+        f"{config['task']!r}, {config['prompts_per_step']} prompts x {config['group_size']} samples a step, seed "
+        f"{config['seed']}, every run in a process of its own. "
+    )
+    return table(head, rows) + "\n" + what + provenance([record], "h100/train.json")
+
+
+def tests(results: Path) -> str:
+    """The outcome of the test suite on a GPU."""
+    record = load(results, "h100/tests.json")
+    if record is None:
+        return "No run of the test suite on a GPU is committed yet.\n"
+    rows = [(record["passed"], record["failed"], record["skipped"])]
+    return table(("passed", "failed", "skipped"), rows) + "\n" + provenance([record], "h100/tests.json")
+
+
+#: Every block the README may have. A further benchmark adds a function above and its name here.
+BLOCKS: dict[str, Callable[[Path], str]] = {"parity": parity, "train": train, "tests": tests}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# plots: what is drawn, as JSON can hold it, and how
+
+
+def rewards(results: Path) -> dict[str, Any]:
+    """Reward and compared log-probabilities by step, of every run."""
+    record = load(results, "h100/train.json")
+    series = [[m["reward_mean"] for m in r["metrics"]] for r in record["runs"]]
+    checked, different = (sum(r[k] for r in record["runs"]) for k in ("tokens_checked", "tokens_different"))
+    return {"rewards": series, "checked": checked, "different": different}
+
+
+def draw_rewards(data: dict[str, Any], ax: Any) -> None:
+    """Reward over steps. Later runs are drawn thinner, so that equal ones are all seen."""
+    runs = data["rewards"]
+    for i, rewards in enumerate(runs):
+        width = 2.0 * (len(runs) - i)
+        ax.plot(range(1, len(rewards) + 1), rewards, color=f"C{i}", linewidth=width, label=f"run {i + 1}")
+    ax.set(xlabel="step", ylabel="mean reward", ylim=(0, 1.05))
+    ax.set_title(f"{data['different']:,} of {data['checked']:,} log-probabilities differ between vLLM and training")
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right")
+
+
+#: File name to (what is drawn, how).
+FIGURES: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], None]]] = {"train.svg": (rewards, draw_rewards)}
+
+
+def fingerprint(data: Any, draw: Callable[[Any, Any], None]) -> str:
+    """What a plot was made from: its data and its drawing code."""
+    text = json.dumps(data, sort_keys=True) + inspect.getsource(draw)
+    return "made from " + hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def write_plot(path: Path, data: Any, draw: Callable[[Any, Any], None]) -> None:
+    """Draw into `path`; one matplotlib gives the same bytes every time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = path.name
+    figure, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    draw(data, ax)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None, "Description": fingerprint(data, draw)})
+    plt.close(figure)
+    # matplotlib leaves blanks at line ends, which checks on committed text refuse.
+    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """`text` with every marked block made anew.
+
+    Raises:
+        ValueError: a block that no function makes, or a begin without its end.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ValueError(f"report: no block is called {name!r}; blocks are {', '.join(BLOCKS)}")
+        return f"{match[1]}{BLOCKS[name](results)}{match[4]}"
+
+    if len(_BLOCK.findall(text)) != text.count("<!-- begin: "):
+        raise ValueError("report: a block has no end; write `<!-- end: NAME -->` on a line of its own")
+    return _BLOCK.sub(block, text)
+
+
+def stale() -> list[str]:
+    """Names of what is not what bench/results would make of it."""
+    text = README.read_text(encoding="utf-8")
+    found = [] if render(text) == text else [str(README.relative_to(ROOT))]
+    for name, (collect, draw) in FIGURES.items():
+        path = PLOTS / name
+        if not path.exists() or fingerprint(collect(RESULTS), draw) not in path.read_text(encoding="utf-8"):
+            found.append(str(path.relative_to(ROOT)))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is stale")
+    args = parser.parse_args()
+    if args.check:
+        for name in (names := stale()):
+            print(f"{name} is stale; run `python bench/report.py`", file=sys.stderr)
+        return 1 if names else 0
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    wanted = stale()
+    for name, (collect, draw) in FIGURES.items():
+        path = PLOTS / name
+        if str(path.relative_to(ROOT)) in wanted:  # another matplotlib would only change bytes
+            write_plot(path, collect(RESULTS), draw)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Certificates: proof on this GPU that products another library schedules have the canonical order's bits.
+
+cuBLASLt is asked for algorithms without split-K, but what it picks is its own business and changes with M, the GPU and
+the library. So before it is trusted with a product, its bits are compared with the Triton kernel's over a sweep of the
+free axis: the rows of a forward or dX, the tokens of dW. The verdict is kept in a file, per GPU and library version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from bi_ops._common.files import write_json
+from bi_ops.matmul import cublaslt
+
+#: Lengths of the free axis that are compared; the largest are left out where they would need gigabytes.
+SWEEP = (1, 2, 8, 15, 16, 17, 31, 48, 63, 64, 65, 100, 128, 129, 255, 256, 257, 500, 512, 1024, 2048, 4096)
+_MOST_ELEMENTS = 1 << 28
+
+Free = Literal["m", "k"]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What a certificate is for: everything about a product except the length of its free axis.
+
+    n: columns of the result. other: its rows where `free` is "k", else the reduced length. a_transposed, b_transposed:
+    the operand is stored the other way round.
+    """
+
+    device: int
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    free: Free
+    n: int
+    other: int
+    a_transposed: bool
+    b_transposed: bool
+    bias: bool
+
+    def key(self) -> str:
+        """The name in the file; the GPU and the library are part of it."""
+        layout = ("T" if self.a_transposed else "N") + ("T" if self.b_transposed else "N")
+        names = [str(d).removeprefix("torch.") for d in (self.dtype, self.out_dtype)]
+        fixed = f"n={self.n} k={self.other}" if self.free == "m" else f"m={self.other} n={self.n}"
+        where = f"{torch.cuda.get_device_name(self.device)}, cuBLASLt {cublaslt.extension().version()}"
+        return f"{where}: {names[0]} to {names[1]}, {fixed}, {layout}{', bias' if self.bias else ''}"
+
+
+_verdicts: dict[Product, bool] = {}
+_file: dict[str, dict[str, object]] | None = None
+
+
+def path() -> Path:
+    """Where certificates are kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bi_ops" / "certificates.json"
+
+
+def stored() -> dict[str, dict[str, object]]:
+    """Every certificate in the file, by `Product.key`; empty where there is none or it cannot be read."""
+    try:
+        return dict(json.loads(path().read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _keep(key: str, record: dict[str, object]) -> None:
+    """Add one certificate to the file. A folder that cannot be written costs the next process a new comparison."""
+    try:
+        path().parent.mkdir(parents=True, exist_ok=True)
+        write_json(path(), stored() | {key: record})
+    except OSError:
+        pass
+
+
+def _stored_as(rows: int, cols: int, transposed: bool, p: Product) -> torch.Tensor:
+    """A random [rows, cols] operand in the layout of the product."""
+    shape = (cols, rows) if transposed else (rows, cols)
+    t = torch.randn(shape, device=torch.device("cuda", p.device), dtype=p.dtype)
+    return t.t() if transposed else t
+
+
+def lengths(p: Product) -> list[int]:
+    """The lengths of the free axis that fit."""
+    return [s for s in SWEEP if s * max(p.n, p.other) <= _MOST_ELEMENTS]
+
+
+def differing(p: Product, *, restricted: bool = True) -> list[int]:
+    """Lengths of the free axis at which cuBLASLt has other bits than the Triton kernel.
+
+    Args:
+        restricted: False lifts the ban on split-K; the negative control.
+    """
+    from bi_ops.matmul.launch import launch_triton
+
+    lt = cublaslt.extension()
+    broken = []
+    with torch.random.fork_rng(devices=[p.device]), torch.cuda.device(p.device):
+        torch.cuda.manual_seed(0)
+        bias = torch.randn(p.n, device="cuda", dtype=p.out_dtype) if p.bias else None
+        for s in lengths(p):
+            m, k = (s, p.other) if p.free == "m" else (p.other, s)
+            a, b = _stored_as(m, k, p.a_transposed, p), _stored_as(k, p.n, p.b_transposed, p)
+            ours, theirs = (torch.empty(m, p.n, device="cuda", dtype=p.out_dtype) for _ in range(2))
+            launch_triton(a[None], b[None], bias, ours[None])
+            if not lt.run(a, b, theirs, bias, 0, restricted) or not torch.equal(ours, theirs):
+                broken.append(s)
+    return broken
+
+
+def holds(p: Product) -> bool | None:
+    """May cuBLASLt compute this product? None: not known, and a CUDA graph is being captured, so not to be found out.
+
+    The answer comes from this process, else the file, else a comparison now (some ten milliseconds, once).
+    """
+    global _file
+    verdict = _verdicts.get(p)
+    if verdict is not None:
+        return verdict
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    if _file is None:
+        _file = stored()
+    key = p.key()
+    if key not in _file:
+        broken = differing(p)
+        record = {**{n: str(v) for n, v in asdict(p).items()}, "holds": not broken, "differs_at": broken}
+        _file[key] = record
+        _keep(key, record)
+    verdict = _verdicts[p] = bool(_file[key]["holds"])
+    return verdict

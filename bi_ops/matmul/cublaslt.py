@@ -1,0 +1,83 @@
+"""The cuBLASLt binding: built from csrc/ on first use, one shared library per torch and CUDA version."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from bi_ops._common import runtime
+from bi_ops._common.providers import Availability
+
+_SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cublaslt.cpp"
+
+
+def _first(paths: list[Path], name: str) -> Path | None:
+    return next((p for p in paths if (p / name).exists()), None)
+
+
+def _wheels() -> list[Path]:
+    """Folders of NVIDIA's wheels, which torch brings along."""
+    return sorted((Path(torch.__file__).resolve().parents[1] / "nvidia").glob("*"))
+
+
+def _include_folder() -> Path | None:
+    homes = [Path(h) for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
+    return _first([*(h / "include" for h in homes), *(w / "include" for w in _wheels())], "cublasLt.h")
+
+
+def _library_folder(name: str) -> Path | None:
+    homes = [Path(h) for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
+    return _first([*(w / "lib" for w in _wheels()), *(h / "lib64" for h in homes)], name)
+
+
+@functools.cache
+def _build() -> tuple[ModuleType | None, str]:
+    """(the extension, why not). Compiling takes about a minute, once; later calls load what is there."""
+    if runtime.INTERPRET:
+        return None, "no GPU"
+    include = _include_folder()
+    library = f"libcublasLt.so.{str(torch.version.cuda).split('.')[0]}"
+    folder = _library_folder(library)
+    if include is None or folder is None:
+        return None, "no cublasLt.h or library; install a CUDA toolkit or nvidia-cublas"
+    from torch.utils import cpp_extension
+
+    torch_lib = Path(torch.__file__).parent / "lib"
+    version = "".join(c if c.isalnum() else "_" for c in f"{torch.__version__}_cu{torch.version.cuda}")
+    try:
+        module = cpp_extension.load(
+            name=f"bi_ops_cublaslt_{version}",
+            sources=[str(_SOURCE)],
+            extra_include_paths=[str(include)],
+            extra_cflags=["-O2"],
+            extra_ldflags=[
+                *(f"-L{torch_lib}", "-lc10_cuda", "-ltorch_cuda"),
+                *(f"-L{folder}", f"-l:{library}", f"-Wl,-rpath,{folder}"),
+            ],
+            with_cuda=False,
+        )
+    except (RuntimeError, OSError, ImportError) as e:
+        return None, f"building csrc/cublaslt.cpp failed: {str(e).splitlines()[0]}"
+    return module, f"cuBLASLt {module.version()}"
+
+
+def availability() -> Availability:
+    """Whether the binding can be had here."""
+    module, reason = _build()
+    return Availability(module is not None, reason)
+
+
+def extension() -> ModuleType:
+    """The binding: count, run, describe, version.
+
+    Raises:
+        RuntimeError: it cannot be built here; the reason says why.
+    """
+    module, reason = _build()
+    if module is None:
+        raise RuntimeError(f"matmul: cuBLASLt is not available: {reason}")
+    return module

@@ -1,0 +1,123 @@
+"""Launches of products on plain tensors, no autograd: the Triton kernels and cuBLASLt. All end in the same bits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from bi_ops._common import runtime
+from bi_ops.matmul import certificate, cublaslt
+from bi_ops.matmul import schedule as sched
+from bi_ops.matmul.kernels import matmul_kernel, matmul_tma_kernel
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def launch_triton(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, accumulate: bool = False
+) -> None:
+    """out[B, M, N] = a[B, M, K] @ b[B, K, N] (+ bias[N]) with the Triton kernel: any strides, any dtypes.
+
+    accumulate: out is fp32 and where the accumulator starts.
+    """
+    batch, m, k = a.shape
+    n = b.shape[2]
+    if batch == 0 or m == 0 or n == 0:
+        return
+    s = sched.schedule(m, n, k, a.dtype)
+    # Strided views reach past their element count, so the test is on the furthest offset.
+    large = any(sum((d - 1) * st for d, st in zip(t.shape, t.stride(), strict=True)) >= 2**31 for t in (a, b, out))
+    grid = (triton.cdiv(m, s.block_m) * triton.cdiv(n, s.block_n), batch)
+    matmul_kernel[grid](
+        a,
+        b,
+        bias,
+        out,
+        m,
+        n,
+        k,
+        *a.stride(),
+        *b.stride(),
+        *out.stride(),
+        BLOCK_M=s.block_m,
+        BLOCK_N=s.block_n,
+        BLOCK_K=s.block_k,
+        GROUP_M=s.group_m,
+        HAS_BIAS=bias is not None,
+        ACCUMULATE=accumulate,
+        EVEN_K=k % s.block_k == 0,
+        LARGE=large,
+        num_warps=s.num_warps,
+        num_stages=s.num_stages,
+    )
+
+
+def _is_matrix(t: torch.Tensor) -> bool:
+    """Rows or columns are contiguous, lie apart, and start at multiples of 16 bytes (of a 16-bit dtype)."""
+    (r, c), (sr, sc) = t.shape, t.stride()
+    if t.data_ptr() % 16:
+        return False
+    return (sc == 1 and sr >= c and sr % 8 == 0) or (sr == 1 and sc >= r and sc % 8 == 0)
+
+
+def launch_cublaslt(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, free: certificate.Free
+) -> bool:
+    """out[M, N] = a @ b (+ bias) with cuBLASLt; False, and nothing done, where it may not or cannot.
+
+    free: the axis whose length the batch sets; the certificate holds for every length.
+    """
+    if a.dtype not in _HALVES or out.numel() == 0 or a.shape[1] == 0 or not (_is_matrix(a) and _is_matrix(b)):
+        return False
+    if out.stride(0) * out.element_size() % 16 or (bias is not None and bias.dtype != out.dtype):
+        return False
+    product = certificate.Product(
+        a.device.index,
+        a.dtype,
+        out.dtype,
+        free,
+        out.shape[1],
+        a.shape[1] if free == "m" else out.shape[0],
+        a.stride(1) != 1,
+        b.stride(1) != 1,
+        bias is not None,
+    )
+    return bool(certificate.holds(product)) and cublaslt.extension().run(a, b, out, bias, 0, True)
+
+
+def launch_accumulate(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out[M, N] += a[M, K] @ b[K, N], out fp32 and contiguous: the sum over K is carried on from what out holds."""
+    fast = not runtime.INTERPRET and a.dtype in _HALVES and _is_matrix(a) and _is_matrix(b) and out.shape[1] % 8 == 0
+    if not fast or out.numel() == 0 or a.shape[1] == 0:
+        launch_triton(a[None], b[None], None, out[None], accumulate=True)
+        return
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    s = sched.tma_schedule()
+    a_transposed, b_transposed = a.stride(1) != 1, b.stride(1) != 1
+    d_a = TensorDescriptor.from_tensor(
+        a.t() if a_transposed else a, [s.block_k, s.block_m] if a_transposed else [s.block_m, s.block_k]
+    )
+    d_b = TensorDescriptor.from_tensor(
+        b.t() if b_transposed else b, [s.block_n, s.block_k] if b_transposed else [s.block_k, s.block_n]
+    )
+    (m, k), n = a.shape, b.shape[1]
+    tiles = triton.cdiv(m, s.block_m) * triton.cdiv(n, s.block_n)
+    matmul_tma_kernel[(tiles,)](
+        d_a,
+        d_b,
+        out,
+        m,
+        n,
+        k,
+        out.stride(0),
+        A_TRANSPOSED=a_transposed,
+        B_TRANSPOSED=b_transposed,
+        ACCUMULATE=True,
+        BLOCK_M=s.block_m,
+        BLOCK_N=s.block_n,
+        BLOCK_K=s.block_k,
+        GROUP_M=s.group_m,
+        num_warps=s.num_warps,
+        num_stages=s.num_stages,
+    )

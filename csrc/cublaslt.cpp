@@ -1,0 +1,241 @@
+// cuBLASLt restricted to the canonical order: no split-K, no stream-K, no reduction scheme, no workspace.
+//
+// out[M, N] = a[M, K] @ b[K, N], batched or not. Tensors are row-major and cuBLASLt is column-major, so it is asked for
+// out^T = b^T a^T. Plans (descriptors and the admitted algorithms) are made once per shape, layout and alignment.
+
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <cublasLt.h>
+#include <torch/extension.h>
+
+#include <array>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace {
+
+void check(cublasStatus_t status, const char* what) {
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "bi_ops cublaslt: ", what, ": ", cublasLtGetStatusString(status));
+}
+
+// A 2-D tensor as column-major storage: `rows` x `cols` with leading dimension `ld`; `transposed` if that storage is
+// the transpose of what the product wants.
+struct View {
+  int64_t rows, cols, ld;
+  bool transposed;
+};
+
+// t [R, C] seen as t^T [C, R] in column-major order.
+View view(const at::Tensor& t, const char* name) {
+  const int64_t r = t.size(-2), c = t.size(-1), sr = t.stride(-2), sc = t.stride(-1);
+  if ((sc == 1 || c == 1) && (sr >= c || r == 1)) return {c, r, r == 1 ? std::max<int64_t>(sr, c) : sr, false};
+  TORCH_CHECK((sr == 1 || r == 1) && (sc >= r || c == 1), "bi_ops cublaslt: ", name, " has strides [", sr, ", ", sc,
+              "]; one of them must be 1");
+  return {r, c, c == 1 ? std::max<int64_t>(sc, r) : sc, true};
+}
+
+cudaDataType_t type_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kBFloat16: return CUDA_R_16BF;
+    case at::kHalf: return CUDA_R_16F;
+    case at::kFloat: return CUDA_R_32F;
+    default: TORCH_CHECK(false, "bi_ops cublaslt: dtype ", t.scalar_type(), " is not supported");
+  }
+}
+
+uint32_t alignment(const at::Tensor& t) {
+  const auto address = reinterpret_cast<uintptr_t>(t.data_ptr());
+  uint32_t a = 256;
+  while (address % a) a /= 2;
+  return a;
+}
+
+struct Layout {
+  cublasLtMatrixLayout_t raw{};
+  Layout(const at::Tensor& t, const View& v) {
+    check(cublasLtMatrixLayoutCreate(&raw, type_of(t), v.rows, v.cols, v.ld), "layout");
+    if (t.dim() == 3) {
+      const int32_t count = static_cast<int32_t>(t.size(0));
+      const int64_t stride = t.stride(0);
+      check(cublasLtMatrixLayoutSetAttribute(raw, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof(count)), "batch");
+      check(cublasLtMatrixLayoutSetAttribute(raw, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof(stride)),
+            "batch stride");
+    }
+  }
+  ~Layout() { cublasLtMatrixLayoutDestroy(raw); }
+  Layout(const Layout&) = delete;
+};
+
+struct Operation {
+  cublasLtMatmulDesc_t raw{};
+  Operation(const View& a, const View& b, bool bias) {
+    check(cublasLtMatmulDescCreate(&raw, CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation");
+    const cublasOperation_t n = CUBLAS_OP_N, t = CUBLAS_OP_T;
+    set(CUBLASLT_MATMUL_DESC_TRANSA, b.transposed ? t : n);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, a.transposed ? t : n);
+    if (bias) set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+  }
+  template <typename T>
+  void set(cublasLtMatmulDescAttributes_t attribute, const T& value) {
+    check(cublasLtMatmulDescSetAttribute(raw, attribute, &value, sizeof(value)), "operation attribute");
+  }
+  ~Operation() { cublasLtMatmulDescDestroy(raw); }
+  Operation(const Operation&) = delete;
+};
+
+struct Preference {
+  cublasLtMatmulPreference_t raw{};
+  Preference() { check(cublasLtMatmulPreferenceCreate(&raw), "preference"); }
+  template <typename T>
+  void set(cublasLtMatmulPreferenceAttributes_t attribute, const T& value) {
+    check(cublasLtMatmulPreferenceSetAttribute(raw, attribute, &value, sizeof(value)), "preference attribute");
+  }
+  ~Preference() { cublasLtMatmulPreferenceDestroy(raw); }
+  Preference(const Preference&) = delete;
+};
+
+template <typename T>
+T config(const cublasLtMatmulAlgo_t& algo, cublasLtMatmulAlgoConfigAttributes_t attribute) {
+  T value{};
+  size_t written = 0;
+  const auto status = cublasLtMatmulAlgoConfigGetAttribute(&algo, attribute, &value, sizeof(value), &written);
+  return status == CUBLAS_STATUS_SUCCESS ? value : T{};
+}
+
+bool keeps_the_order(const cublasLtMatmulHeuristicResult_t& r) {
+  return r.workspaceSize == 0 && config<int32_t>(r.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1 &&
+         config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) == CUBLASLT_REDUCTION_SCHEME_NONE;
+}
+
+constexpr int kMostCandidates = 16;
+constexpr size_t kMostPlans = 4096;  // a new token count makes new plans; beyond this many, start again
+constexpr size_t kFreeWorkspace = 32u << 20;  // for the unrestricted plans of the negative control
+
+struct Plan {
+  std::unique_ptr<Operation> operation;
+  std::unique_ptr<Layout> a, b, out;
+  std::vector<cublasLtMatmulHeuristicResult_t> candidates;
+};
+
+using Key = std::array<int64_t, 20>;
+std::map<Key, std::unique_ptr<Plan>> plans;
+std::mutex lock;
+
+Plan& plan_for(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool bias, bool restricted) {
+  const View va = view(a, "a"), vb = view(b, "b"), vo = view(out, "out");
+  TORCH_CHECK(!vo.transposed, "bi_ops cublaslt: out must be row-major");
+  const bool batched = out.dim() == 3;
+  const Key key{a.get_device(), static_cast<int64_t>(a.scalar_type()), static_cast<int64_t>(out.scalar_type()),
+                batched ? out.size(0) : -1, out.size(-2), out.size(-1), a.size(-1), va.ld, va.transposed, vb.ld,
+                vb.transposed, vo.ld, batched ? a.stride(0) : 0, batched ? b.stride(0) : 0,
+                batched ? out.stride(0) : 0, alignment(a), alignment(b), alignment(out), bias, restricted};
+  if (plans.size() >= kMostPlans && plans.find(key) == plans.end()) plans.clear();
+  auto& slot = plans[key];
+  if (slot) return *slot;
+
+  auto plan = std::make_unique<Plan>();
+  plan->operation = std::make_unique<Operation>(va, vb, bias);
+  plan->a = std::make_unique<Layout>(b, vb);  // cuBLASLt's A is our b: the product is transposed
+  plan->b = std::make_unique<Layout>(a, va);
+  plan->out = std::make_unique<Layout>(out, vo);
+
+  Preference preference;
+  const size_t workspace = restricted ? 0 : kFreeWorkspace;
+  preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace);
+  if (restricted) {
+    const uint32_t none = CUBLASLT_REDUCTION_SCHEME_NONE;
+    preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, none);
+  }
+  preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(b));
+  preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(a));
+  preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(out));
+  preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(out));
+
+  std::array<cublasLtMatmulHeuristicResult_t, kMostCandidates> found{};
+  int count = 0;
+  auto handle = reinterpret_cast<cublasLtHandle_t>(at::cuda::getCurrentCUDABlasHandle());
+  const auto status =
+      cublasLtMatmulAlgoGetHeuristic(handle, plan->operation->raw, plan->a->raw, plan->b->raw, plan->out->raw,
+                                     plan->out->raw, preference.raw, kMostCandidates, found.data(), &count);
+  if (status != CUBLAS_STATUS_NOT_SUPPORTED) check(status, "heuristic");
+  for (int i = 0; i < count; ++i)
+    if (found[i].state == CUBLAS_STATUS_SUCCESS && (!restricted || keeps_the_order(found[i])))
+      plan->candidates.push_back(found[i]);
+  slot = std::move(plan);
+  return *slot;
+}
+
+void check_product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
+  TORCH_CHECK(a.is_cuda() && b.device() == a.device() && out.device() == a.device(), "bi_ops cublaslt: devices differ");
+  TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.scalar_type() != at::kFloat,
+              "bi_ops cublaslt: a and b must both be bf16 or both fp16");
+  TORCH_CHECK(a.dim() == out.dim() && b.dim() == out.dim() && a.size(-1) == b.size(-2) && out.size(-2) == a.size(-2) &&
+                  out.size(-1) == b.size(-1),
+              "bi_ops cublaslt: shapes ", a.sizes(), " @ ", b.sizes(), " -> ", out.sizes());
+}
+
+// How many algorithms cuBLASLt offers for this product.
+int64_t count(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool restricted) {
+  check_product(a, b, out);
+  const c10::cuda::CUDAGuard guard(a.device());
+  const std::lock_guard<std::mutex> held(lock);
+  return static_cast<int64_t>(plan_for(a, b, out, false, restricted).candidates.size());
+}
+
+// out = a @ b (+ bias) with candidate `index`; false, and nothing done, if there are not that many.
+bool run(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const std::optional<at::Tensor>& bias,
+         int64_t index, bool restricted) {
+  check_product(a, b, out);
+  if (out.numel() == 0) return true;
+  const c10::cuda::CUDAGuard guard(a.device());
+  const std::lock_guard<std::mutex> held(lock);
+  auto& plan = plan_for(a, b, out, bias.has_value(), restricted);
+  if (index >= static_cast<int64_t>(plan.candidates.size())) return false;
+  const auto& candidate = plan.candidates[static_cast<size_t>(index)];
+  if (bias.has_value()) {
+    const void* pointer = bias->data_ptr();
+    plan.operation->set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, pointer);
+    plan.operation->set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, static_cast<int32_t>(type_of(*bias)));
+  }
+  at::Tensor workspace;
+  if (candidate.workspaceSize > 0)
+    workspace = at::empty({static_cast<int64_t>(candidate.workspaceSize)}, a.options().dtype(at::kByte));
+  const float one = 1.0f, zero = 0.0f;
+  auto handle = reinterpret_cast<cublasLtHandle_t>(at::cuda::getCurrentCUDABlasHandle());
+  check(cublasLtMatmul(handle, plan.operation->raw, &one, b.data_ptr(), plan.a->raw, a.data_ptr(), plan.b->raw, &zero,
+                       out.data_ptr(), plan.out->raw, out.data_ptr(), plan.out->raw, &candidate.algo,
+                       workspace.defined() ? workspace.data_ptr() : nullptr, candidate.workspaceSize,
+                       at::cuda::getCurrentCUDAStream()),
+        "matmul");
+  return true;
+}
+
+// What candidate `index` is made of, for people.
+std::string describe(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, int64_t index, bool restricted) {
+  check_product(a, b, out);
+  const c10::cuda::CUDAGuard guard(a.device());
+  const std::lock_guard<std::mutex> held(lock);
+  auto& plan = plan_for(a, b, out, false, restricted);
+  TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(plan.candidates.size()), "bi_ops cublaslt: no candidate ", index);
+  const auto& r = plan.candidates[static_cast<size_t>(index)];
+  return "id=" + std::to_string(config<int32_t>(r.algo, CUBLASLT_ALGO_CONFIG_ID)) +
+         " tile=" + std::to_string(config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_TILE_ID)) +
+         " stages=" + std::to_string(config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_STAGES_ID)) +
+         " splitk=" + std::to_string(config<int32_t>(r.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM)) +
+         " reduction=" + std::to_string(config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME)) +
+         " custom=" + std::to_string(config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION)) +
+         " cluster=" + std::to_string(config<uint16_t>(r.algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID)) +
+         " workspace=" + std::to_string(r.workspaceSize);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("count", &count);
+  m.def("run", &run);
+  m.def("describe", &describe);
+  m.def("version", [] { return static_cast<int64_t>(cublasLtGetVersion()); });
+}

@@ -1,0 +1,184 @@
+"""Who may import whom: docs/architecture.md's rules, read off the source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = frozenset(p.parent.name for p in (ROOT / "bi_ops").glob("*/kernels.py"))
+
+#: Part of bi_ops to the parts that it may import besides itself.
+MAY_IMPORT: dict[str, frozenset[str]] = {
+    "_common": frozenset(),
+    **dict.fromkeys(FAMILIES, frozenset({"_common"})),
+    "nn": FAMILIES,
+    "_aten": FAMILIES | {"_common"},
+    "mode": frozenset({"_aten", "_common"}),
+    "vllm_plugin": FAMILIES | {"_common"},
+    "models": FAMILIES | {"_common", "nn"},
+    "verify": frozenset({"_common", "models"}),
+    "rollout": FAMILIES | {"_common", "nn", "models", "vllm_plugin"},
+    "rl": frozenset({"_common", "models", "rollout", "verify"}),
+    "commands": FAMILIES | {"", "_common", "models", "rollout", "rl", "verify"},
+    "cli": frozenset({"", "commands"}),
+    "": FAMILIES | {"_common", "nn", "mode"},  # bi_ops/__init__.py
+}
+
+#: What an order may depend on: sizes along which is summed, and the dtype. Never a count of rows, tokens or sequences.
+ORDER_MAY_TAKE = frozenset({"k", "n", "head_dim", "hidden_size", "vocab_size", "dtype"})
+
+#: Imported inside the functions that need them.
+OPTIONAL = frozenset({"vllm", "transformers", "flash_attn", "flash_attn_interface"})
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name. at_import: when the module itself is imported. checking: for the type checker only."""
+
+    line: int
+    name: str
+    at_import: bool
+    checking: bool
+
+
+def imports(source: str, package: str = "") -> list[Import]:
+    """Every import of a module, `from a import b` as a.b. package: what relative imports start from."""
+
+    def walk(node: ast.AST, at_import: bool, checking: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(child.lineno, alias.name, at_import, checking)
+            elif isinstance(child, ast.ImportFrom):
+                above = package.split(".")[: len(package.split(".")) - child.level + 1] if child.level else []
+                base = ".".join([*above, *([child.module] if child.module else [])])
+                for alias in child.names:
+                    yield Import(child.lineno, f"{base}.{alias.name}", at_import, checking)
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                yield from walk(child, False, checking)
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                yield from walk(child, at_import, True)
+            else:
+                yield from walk(child, at_import, checking)
+
+    return list(walk(ast.parse(source), True, False))
+
+
+def part_of(name: str) -> str:
+    """``bi_ops.matmul.ops.mm`` -> ``matmul``; "" for what bi_ops itself holds."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else ""
+
+
+def broken_rules(path: str, source: str) -> list[str]:
+    """What the module at `path` (relative to the root) imports against the rules."""
+    module = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    package = module if path.endswith("__init__.py") else module.rpartition(".")[0]
+    part = part_of(module)
+    found = []
+    for i in imports(source, package):
+        where = f"{path}:{i.line} imports {i.name}"
+        top = i.name.split(".")[0]
+        if path.endswith("/reference.py") and top not in ("torch", "__future__", "math", "collections", "typing"):
+            found.append(f"{where}: a reference imports torch alone")
+        if i.at_import and not i.checking and top in OPTIONAL:
+            found.append(f"{where}: import it inside the function that needs it")
+        if top != "bi_ops" or i.checking:
+            continue
+        other = part_of(i.name)
+        if other != part and other not in MAY_IMPORT[part]:
+            found.append(f"{where}: {part or 'bi_ops'} may not import {other or 'bi_ops'}")
+        inner = len(i.name.split(".")) > 3 or i.name.split(".")[-1] in ("ops", "kernels", "schedule", "reference")
+        if other in FAMILIES and other != part and inner:
+            found.append(f"{where}: outside its folder a family is known by its public names")
+        if path.endswith("/kernels.py") and other == part and not i.name.startswith(f"{package}.kernels"):
+            found.append(f"{where}: kernels know nothing of their launchers")
+        if path.endswith("/schedule.py") and other == part and ".schedule" not in i.name:
+            found.append(f"{where}: a schedule is pure choice")
+    return found
+
+
+def orders(source: str) -> dict[str, set[str]]:
+    """The functions of a schedule.py that return an order, and what each takes."""
+    functions = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.returns is not None]
+    return {
+        f.name: {a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)}
+        for f in functions
+        if ast.unparse(f.returns).endswith("Order")
+    }
+
+
+FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "bi_ops").rglob("*.py"))
+
+
+def test_every_part_has_a_rule():
+    parts = {Path(f).parts[1].removesuffix(".py") for f in FILES} - {"__init__"}
+    assert parts <= MAY_IMPORT.keys()
+    assert set(MAY_IMPORT) - {""} <= parts
+    assert {"matmul", "norm", "attention", "logprob"} <= FAMILIES
+
+
+def test_every_folder_is_a_package():
+    """Or it would be missing from the wheel."""
+    assert {Path(f).parent for f in FILES} == {Path(f).parent for f in FILES if f.endswith("__init__.py")}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_an_operator_folder_has_its_rooms(family):
+    folder = ROOT / "bi_ops" / family
+    assert {"__init__.py", "kernels.py", "ops.py", "reference.py", "schedule.py"} <= {p.name for p in folder.iterdir()}
+
+
+def test_imports_keep_the_rules():
+    assert [rule for f in FILES for rule in broken_rules(f, (ROOT / f).read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "rule"),
+    [
+        ("bi_ops/norm/ops.py", "from bi_ops.matmul import mm", "norm may not import matmul"),
+        ("bi_ops/norm/ops.py", "from ..matmul import mm", "norm may not import matmul"),
+        ("bi_ops/_common/checks.py", "from bi_ops import norm", "_common may not import norm"),
+        ("bi_ops/norm/reference.py", "import triton", "a reference imports torch alone"),
+        ("bi_ops/norm/reference.py", "from bi_ops._common import checks", "a reference imports torch alone"),
+        ("bi_ops/rollout/base.py", "try:\n    import vllm\nexcept ImportError: pass", "inside the function"),
+        ("bi_ops/rollout/base.py", "class A:\n    from transformers import AutoModel", "inside the function"),
+        ("bi_ops/models/packing.py", "def f():\n    from bi_ops.rl import run", "models may not import rl"),
+        ("bi_ops/nn/layers.py", "from bi_ops.matmul.kernels import matmul_kernel", "by its public names"),
+        ("bi_ops/nn/layers.py", "from bi_ops.matmul import ops", "by its public names"),
+        ("bi_ops/_aten.py", "from bi_ops.norm.ops import rms_norm", "by its public names"),
+        ("bi_ops/norm/kernels.py", "from bi_ops.norm import ops", "kernels know nothing"),
+        ("bi_ops/norm/schedule.py", "from bi_ops.norm.kernels import rms_norm_kernel", "pure choice"),
+    ],
+)
+def test_a_broken_rule_is_caught(path, source, rule):
+    """Negative control: one import against each rule."""
+    assert any(rule in broken for broken in broken_rules(path, source))
+
+
+def test_what_is_allowed_passes():
+    allowed = {
+        "bi_ops/rollout/base.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import vllm",
+        "bi_ops/rollout/vllm_engine.py": "def start():\n    import vllm",
+        "bi_ops/norm/ops.py": "from bi_ops.norm.kernels import rms_norm_kernel\nfrom bi_ops._common import checks",
+        "bi_ops/nn/layers.py": "from bi_ops import matmul\nfrom bi_ops.norm import rms_norm",
+    }
+    assert [rule for path, source in allowed.items() for rule in broken_rules(path, source)] == []
+
+
+def test_an_order_takes_no_batch_size():
+    found = {f: orders((ROOT / f).read_text(encoding="utf-8")) for f in FILES if f.endswith("/schedule.py")}
+    assert sum(len(functions) for functions in found.values()) >= 5
+    taken = {f"{f}: {name}": names for f, functions in found.items() for name, names in functions.items()}
+    assert {name: names for name, names in taken.items() if not names <= ORDER_MAY_TAKE} == {}
+
+
+def test_an_order_by_row_count_is_caught():
+    """Negative control."""
+    assert orders("def order(m: int, k: int) -> Order: ...") == {"order": {"m", "k"}}
+    assert "m" not in ORDER_MAY_TAKE
