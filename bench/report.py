@@ -10,9 +10,11 @@ bench/results. A plot is stale when its data or its drawing code is not what the
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +43,30 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     numeric = [all(re.fullmatch(r"[\d,.e+-]+", row[i]) for row in cells) for i in range(len(header))]
     lines = [header, ["---:" if n else "---" for n in numeric], *cells]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def load_csv(results: Path, name: str) -> list[dict[str, str]]:
+    """The rows of `results`/`name`; empty where nothing was measured yet."""
+    path = results / name
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def csv_provenance(rows: Sequence[Mapping[str, str]], file: str) -> str:
+    """`provenance` of CSV rows, whose versions are one text."""
+    parsed = [{**r, "versions": dict(v.split("=", 1) for v in r["versions"].split())} for r in rows]
+    return provenance(parsed, file)
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def ratios(rows: Iterable[Mapping[str, str]], rival: str) -> list[float]:
+    """How many times faster than `rival` ours is, per row that has both."""
+    return [float(r[rival]) / float(r["ours_us"]) for r in rows if r[rival]]
 
 
 def provenance(records: Sequence[Mapping[str, Any]], file: str) -> str:
@@ -126,8 +152,51 @@ def tests(results: Path) -> str:
     return table(("passed", "failed", "skipped"), rows) + "\n" + provenance([record], "h100/tests.json")
 
 
+def products(results: Path) -> str:
+    """Products against cuBLAS and vLLM: the forward by row count, then the backward."""
+    rows = load_csv(results, "h100/products.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    out = []
+    buckets = ((1, 1), (2, 16), (32, 64), (128, 512), (1024, 16384))
+    parts = [
+        (
+            f"forward, {low} row{'s' * (high > 1)}" + (f" to {high:,}" if high > low else ""),
+            [r for r in rows if r["pass"] == "fwd" and low <= int(r["m"]) <= high],
+        )
+        for low, high in buckets
+    ]
+    names = {"dx": "dX", "dw": "dW", "dw_fp32": "dW added to an fp32 buffer"}
+    parts += [(f"{label}, 8,192 tokens", [r for r in rows if r["pass"] == key]) for key, label in names.items()]
+    for label, part in parts:
+        cublas, vllm = ratios(part, "cublas_us"), ratios(part, "vllm_us")
+        exact = all(r["m_invariant"] == "True" and r["bits_equal_vllm"] in ("True", "") for r in part)
+        out.append(
+            (
+                label,
+                len(part),
+                f"{geometric_mean(cublas):.2f}x",
+                f"{min(cublas):.2f}x",
+                f"{geometric_mean(vllm):.2f}x" if vllm else "",
+                f"{geometric_mean(ratios(part, 'roof_us')):.0%}",
+                "yes" if exact else "NO",
+            )
+        )
+    head = (
+        *("pass", "cells", "speed against cuBLAS", "worst cell", "against vLLM's invariant kernel"),
+        *("of the roof", "bits hold"),
+    )
+    what = "Every product of six Qwen3 sizes, LM head included; geometric means. "
+    return table(head, out) + "\n" + what + csv_provenance(rows, "h100/products.csv")
+
+
 #: Every block the README may have. A further benchmark adds a function above and its name here.
-BLOCKS: dict[str, Callable[[Path], str]] = {"parity": parity, "train": train, "tests": tests}
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "parity": parity,
+    "train": train,
+    "tests": tests,
+    "products": products,
+}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -154,8 +223,30 @@ def draw_rewards(data: dict[str, Any], ax: Any) -> None:
     ax.legend(loc="lower right")
 
 
+def product_speed(results: Path) -> dict[str, Any]:
+    """Speed against cuBLAS of every forward product at every row count."""
+    rows = [r for r in load_csv(results, "h100/products.csv") if r["pass"] == "fwd"]
+    names = list(dict.fromkeys(f"{r['model']} {r['product']}" for r in rows))
+    sizes = sorted({int(r["m"]) for r in rows})
+    cells = {(f"{r['model']} {r['product']}", int(r["m"])): float(r["cublas_us"]) / float(r["ours_us"]) for r in rows}
+    return {"names": names, "sizes": sizes, "ratios": [[round(cells[n, m], 3) for m in sizes] for n in names]}
+
+
+def draw_product_speed(data: dict[str, Any], ax: Any) -> None:
+    """A heat map; white is the speed of cuBLAS, blue faster."""
+    ax.figure.set_size_inches(8, 8)
+    image = ax.imshow(data["ratios"], cmap="RdBu", vmin=0.7, vmax=1.3, aspect="auto")
+    ax.set_xticks(range(len(data["sizes"])), [str(m) for m in data["sizes"]], rotation=60)
+    ax.set_yticks(range(len(data["names"])), data["names"], fontsize=7)
+    ax.set(xlabel="rows", title="Forward products on an H100: speed against cuBLAS, same bits at every row count")
+    ax.figure.colorbar(image, ax=ax, label="times as fast as cuBLAS")
+
+
 #: File name to (what is drawn, how).
-FIGURES: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], None]]] = {"train.svg": (rewards, draw_rewards)}
+FIGURES: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], None]]] = {
+    "train.svg": (rewards, draw_rewards),
+    "products.svg": (product_speed, draw_product_speed),
+}
 
 
 def fingerprint(data: Any, draw: Callable[[Any, Any], None]) -> str:

@@ -12,7 +12,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace {
@@ -213,13 +216,78 @@ bool run(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const 
   return true;
 }
 
+// --------------------------------------------------------------------------------------------------------------
+// linear without Python on the way: x @ weight.T for shapes whose certificate Python holds. The backward is the
+// operator that differentiates `bi_ops::mm`.
+
+using Weight = std::tuple<int64_t, at::ScalarType, int64_t, int64_t>;  // device, dtype, N, K
+std::set<Weight> admitted;
+
+void admit(int64_t device, at::ScalarType dtype, int64_t n, int64_t k) {
+  const std::lock_guard<std::mutex> held(lock);
+  admitted.insert({device, dtype, n, k});
+}
+
+bool is_plain(const at::Tensor& t) {
+  using c10::DispatchKey;
+  const c10::DispatchKeySet wrapped({DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper,
+                                     DispatchKey::Python, DispatchKey::Functionalize});
+  return t.is_cuda() && t.is_contiguous() && !t.key_set().has_any(wrapped) &&
+         reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+}
+
+at::Tensor times_weight(const at::Tensor& x, const at::Tensor& weight) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  auto out = at::empty(sizes, x.options());
+  run(x.view({-1, x.size(-1)}), weight.t(), out.view({-1, weight.size(0)}), std::nullopt, 0, true);
+  return out;
+}
+
+struct Linear : torch::autograd::Function<Linear> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight) {
+    ctx->save_for_backward({x, weight});
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return times_weight(x, weight);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    using Signature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool,
+                                                         bool);
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("bi_ops::mm_backward", "").typed<Signature>();
+    const auto saved = ctx->get_saved_variables();
+    const auto &x = saved[0], &weight = saved[1];
+    const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
+    const auto g = grads[0].reshape({-1, weight.size(0)});
+    auto [dx, dw] = op.call(g, x.reshape({-1, x.size(-1)}), weight.t(), need_x, need_weight);
+    return {need_x ? dx.view(x.sizes()) : at::Tensor(), need_weight ? dw.t() : at::Tensor()};
+  }
+};
+
+// x [..., K] @ weight[N, K].T; nothing where the shape is not admitted or the tensors are not plain ones.
+std::optional<at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight) {
+  if (x.dim() < 1 || weight.dim() != 2 || x.scalar_type() != weight.scalar_type() || x.numel() == 0 ||
+      x.size(-1) != weight.size(1) || !is_plain(x) || !is_plain(weight) || x.device() != weight.device())
+    return std::nullopt;
+  {
+    const std::lock_guard<std::mutex> held(lock);
+    if (!admitted.count({x.get_device(), x.scalar_type(), weight.size(0), weight.size(1)})) return std::nullopt;
+  }
+  if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad())) return Linear::apply(x, weight);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return times_weight(x, weight);
+}
+
 // What candidate `index` is made of, for people.
 std::string describe(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, int64_t index, bool restricted) {
   check_product(a, b, out);
   const c10::cuda::CUDAGuard guard(a.device());
   const std::lock_guard<std::mutex> held(lock);
   auto& plan = plan_for(a, b, out, false, restricted);
-  TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(plan.candidates.size()), "bi_ops cublaslt: no candidate ", index);
+  const auto found = static_cast<int64_t>(plan.candidates.size());
+  TORCH_CHECK(index >= 0 && index < found, "bi_ops cublaslt: no candidate ", index, " of ", found);
   const auto& r = plan.candidates[static_cast<size_t>(index)];
   return "id=" + std::to_string(config<int32_t>(r.algo, CUBLASLT_ALGO_CONFIG_ID)) +
          " tile=" + std::to_string(config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_TILE_ID)) +
@@ -236,6 +304,10 @@ std::string describe(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("count", &count);
   m.def("run", &run);
+  m.def("admit", [](int64_t device, py::object dtype, int64_t n, int64_t k) {
+    admit(device, torch::python::detail::py_object_to_dtype(std::move(dtype)), n, k);
+  });
+  m.def("linear", &linear);
   m.def("describe", &describe);
   m.def("version", [] { return static_cast<int64_t>(cublasLtGetVersion()); });
 }

@@ -35,6 +35,45 @@ def _lanes(PER: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def _find_tile(p_cu, i_tile, n_seqs, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """(sequence, tile of it) of tile `i_tile` in a list that holds those of sequence 0, then those of 1, and so on.
+
+    Sequence b starts at cu[b] * PER_TOKEN // BLOCK + b, which leaves room for its rows, and at most one tile more.
+    """
+    low = n_seqs * 0
+    high = n_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(p_cu + middle) * PER_TOKEN // BLOCK + middle <= i_tile:
+            low = middle
+        else:
+            high = middle
+    return low, i_tile - (tl.load(p_cu + low) * PER_TOKEN // BLOCK + low)
+
+
+@triton.jit
+def _own_tile(
+    p_cu,
+    n_pairs,
+    HKV: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DENSE: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
+):
+    """(first pair, tile) of this program, in a grid of pairs and tiles if DENSE, else in a list of tiles that exist."""
+    if DENSE:
+        return tl.program_id(0) * GROUPS, tl.program_id(1)
+    else:
+        i_tile = tl.program_id(0) // HKV
+        if LAST_FIRST:
+            i_tile = tl.num_programs(0) // HKV - 1 - i_tile
+        i_b, i_tile = _find_tile(p_cu, i_tile, n_pairs // HKV, PER_TOKEN, BLOCK)
+        return i_b * HKV + tl.program_id(0) % HKV, i_tile
+
+
+@triton.jit
 def _span(p_cu, pair, n_pairs, HKV: tl.constexpr):
     """(start, length) of the sequence that `pair` belongs to; past the last pair the length is 0."""
     i_b = tl.minimum(pair, n_pairs - 1) // HKV
@@ -62,10 +101,16 @@ def _seen(o_t, q_len, k_len, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _row_offsets(o_r, stride_t, stride_h, HEADS: tl.constexpr):
+    """Offsets, int64, of rows `o_r` of a pair. Cheap enough to compute where used: kept, they cost registers."""
+    return (o_r // HEADS).to(tl.int64) * stride_t + o_r % HEADS * stride_h
+
+
+@triton.jit
 def _load_rows(p, offsets, m_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows [R, BLOCK_D] at `offsets` [R]; zeros past D and, if MASKED, where `m_rows` is false."""
+    """Rows [R, BLOCK_D] at `offsets` [R] from p (one pointer, or [R]); zeros past D, and outside `m_rows` if MASKED."""
     o_d = tl.arange(0, BLOCK_D)
-    ptrs = p + offsets[:, None] + o_d[None, :]
+    ptrs = (p + offsets)[:, None] + o_d[None, :]
     if MASKED:
         return tl.load(ptrs, mask=m_rows[:, None] & (o_d < D)[None, :], other=0.0)
     elif BLOCK_D != D:
@@ -114,7 +159,7 @@ def _across(x, N: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr):
         return tl.reshape(x, (GROUPS * N, M))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs", "n_tokens"])
 def attention_kernel(
     p_q,  # [T, HKV * HEADS, D]
     p_k,  # [Tk, HKV, D], or pages [n, PAGE, HKV, D]
@@ -143,12 +188,13 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,
+    DENSE: tl.constexpr,
     CAUSAL: tl.constexpr,
     PAGE: tl.constexpr,  # tokens per page; 0 means dense
     HAS_LSE: tl.constexpr,
 ):
-    first_pair = tl.program_id(0) * GROUPS
-    i_m = tl.num_programs(1) - 1 - tl.program_id(1)  # causal tiles at the end have most to do: they start first
+    # Causal tiles at the end have most to do: they start first.
+    first_pair, i_m = _own_tile(p_cu_q, n_pairs, HKV, HEADS, BLOCK_M, GROUPS, DENSE, True)
 
     pair_m = _pairs(first_pair, BLOCK_M, GROUPS)
     q_start, q_len = _span(p_cu_q, pair_m, n_pairs, HKV)
@@ -165,6 +211,9 @@ def attention_kernel(
     k_start, k_len = _key_span(p_cu_k, pair_n, n_pairs, HKV, PAGE)
     i_h = (pair_n % HKV).to(tl.int64)
     lane_n = _lanes(BLOCK_N, GROUPS)
+    if PAGE == 0:
+        p_k += k_start.to(tl.int64) * stride_kt + i_h * stride_kh
+        p_v += k_start.to(tl.int64) * stride_vt + i_h * stride_vh
 
     # Keys before `full` are seen by every row: no mask there, and the arithmetic is the same with one.
     end = tl.max(n_seen, 0)
@@ -187,9 +236,8 @@ def attention_kernel(
             o_n = n + lane_n
             m_n = o_n < k_len
             if PAGE == 0:
-                o_token = (k_start + o_n).to(tl.int64)
-                o_k = o_token * stride_kt + i_h * stride_kh
-                o_v = o_token * stride_vt + i_h * stride_vh
+                o_k = o_n.to(tl.int64) * stride_kt
+                o_v = o_n.to(tl.int64) * stride_vt
             else:
                 page = tl.load(p_table + (pair_n // HKV) * stride_table + o_n // PAGE, mask=m_n, other=0).to(tl.int64)
                 o_k = page * stride_kp + (o_n % PAGE) * stride_kt + i_h * stride_kh
@@ -219,14 +267,17 @@ def attention_kernel(
         tl.store(p_lse + o_h.to(tl.int64) * n_tokens + o_q, lse, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_tokens"])
 def attention_delta_kernel(
     p_g,  # [T * H, D], contiguous
     p_out,  # [T * H, D], contiguous
-    p_delta,  # fp32 [H, T]
+    p_lse,  # fp32 [H, T]
+    p_delta,  # fp32 [H / HEADS, T, HEADS]: the rows of a pair lie side by side
+    p_shift,  # fp32 [H / HEADS, T, HEADS]: -lse in base 2
     n_rows,
     n_tokens,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -235,17 +286,22 @@ def attention_delta_kernel(
     m_r = o_r < n_rows
     b_g = _load_rows(p_g, o_r * D, m_r, D, BLOCK_D, True).to(tl.float32)
     b_out = _load_rows(p_out, o_r * D, m_r, D, BLOCK_D, True).to(tl.float32)
-    tl.store(p_delta + (o_r % H) * n_tokens + o_r // H, tl.sum(b_g * b_out, 1), mask=m_r)
+    o_t = o_r // H
+    o_h = o_r % H
+    o_row = (o_h // HEADS * n_tokens + o_t) * HEADS + o_h % HEADS
+    tl.store(p_delta + o_row, tl.sum(b_g * b_out, 1), mask=m_r)
+    lse = tl.load(p_lse + o_h * n_tokens + o_t, mask=m_r, other=0.0)
+    tl.store(p_shift + o_row, -(lse * LOG2E), mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs", "n_tokens"])
 def attention_dq_kernel(
     p_g,  # [T, HKV * HEADS, D], contiguous
     p_q,  # [T, HKV * HEADS, D]
     p_k,  # [Tk, HKV, D]
     p_v,  # [Tk, HKV, D]
-    p_lse,  # fp32 [HKV * HEADS, T]
-    p_delta,  # fp32 [HKV * HEADS, T]
+    p_shift,  # fp32 [HKV, T, HEADS]: -lse in base 2
+    p_delta,  # fp32 [HKV, T, HEADS]
     p_dq,  # [T, HKV * HEADS, D], contiguous
     p_cu_q,
     p_cu_k,
@@ -265,10 +321,10 @@ def attention_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,
+    DENSE: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    first_pair = tl.program_id(0) * GROUPS
-    i_m = tl.num_programs(1) - 1 - tl.program_id(1)
+    first_pair, i_m = _own_tile(p_cu_q, n_pairs, HKV, HEADS, BLOCK_M, GROUPS, DENSE, True)
 
     pair_m = _pairs(first_pair, BLOCK_M, GROUPS)
     q_start, q_len = _span(p_cu_q, pair_m, n_pairs, HKV)
@@ -280,15 +336,18 @@ def attention_dq_kernel(
     n_seen = tl.where(m_r, _seen(o_t, q_len, k_len, CAUSAL), 0)
     o_q = (q_start + o_t).to(tl.int64)
     o_row = (o_q * (HKV * HEADS) + o_h) * D
+    o_stat = ((pair_m % HKV).to(tl.int64) * n_tokens + q_start) * HEADS + o_r
     b_q = _load_rows(p_q, o_q * stride_qt + o_h * stride_qh, m_r, D, BLOCK_D, True)
     b_g = _load_rows(p_g, o_row, m_r, D, BLOCK_D, True)
-    lse2 = tl.load(p_lse + o_h * n_tokens + o_q, mask=m_r, other=0.0) * LOG2E
-    b_delta = tl.load(p_delta + o_h * n_tokens + o_q, mask=m_r, other=0.0)
+    shift = tl.load(p_shift + o_stat, mask=m_r, other=0.0)
+    b_delta = tl.load(p_delta + o_stat, mask=m_r, other=0.0)
 
     pair_n = _pairs(first_pair, BLOCK_N, GROUPS)
     k_start, k_len = _span(p_cu_k, pair_n, n_pairs, HKV)
     i_h = (pair_n % HKV).to(tl.int64)
     lane_n = _lanes(BLOCK_N, GROUPS)
+    p_k += k_start.to(tl.int64) * stride_kt + i_h * stride_kh
+    p_v += k_start.to(tl.int64) * stride_vt + i_h * stride_vh
 
     end = tl.max(n_seen, 0)
     full = end * 0
@@ -307,11 +366,10 @@ def attention_dq_kernel(
         for n in range(begin, stop, BLOCK_N):
             o_n = n + lane_n
             m_n = o_n < k_len
-            o_token = (k_start + o_n).to(tl.int64)
-            b_k = _load_rows(p_k, o_token * stride_kt + i_h * stride_kh, m_n, D, BLOCK_D, MASKED == 1)
-            b_v = _load_rows(p_v, o_token * stride_vt + i_h * stride_vh, m_n, D, BLOCK_D, MASKED == 1)
+            b_k = _load_rows(p_k, o_n.to(tl.int64) * stride_kt, m_n, D, BLOCK_D, MASKED == 1)
+            b_v = _load_rows(p_v, o_n.to(tl.int64) * stride_vt, m_n, D, BLOCK_D, MASKED == 1)
             b_s = _dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS)
-            b_p = tl.exp2(tl.fma(b_s, scale2, -lse2[:, None]))
+            b_p = tl.exp2(tl.fma(b_s, scale2, shift[:, None]))
             if MASKED == 1:
                 b_p = tl.where((n + tl.arange(0, BLOCK_N))[None, :] < n_seen[:, None], b_p, 0.0)
             b_dp = _dot_nt(b_g, b_v, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS)
@@ -321,14 +379,14 @@ def attention_dq_kernel(
     _store_rows(p_dq, o_row, acc * scale, m_r, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs", "n_tokens"])
 def attention_dkv_kernel(
     p_g,  # [T, HKV * HEADS, D], contiguous
     p_q,  # [T, HKV * HEADS, D]
     p_k,  # [Tk, HKV, D]
     p_v,  # [Tk, HKV, D]
-    p_lse,  # fp32 [HKV * HEADS, T]
-    p_delta,  # fp32 [HKV * HEADS, T]
+    p_shift,  # fp32 [HKV, T, HEADS]: -lse in base 2
+    p_delta,  # fp32 [HKV, T, HEADS]
     p_dk,  # [Tk, HKV, D], contiguous
     p_dv,  # [Tk, HKV, D], contiguous
     p_cu_q,
@@ -349,62 +407,76 @@ def attention_dkv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUPS: tl.constexpr,
+    DENSE: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    first_pair = tl.program_id(0) * GROUPS
+    first_pair, i_n = _own_tile(p_cu_k, n_pairs, HKV, 1, BLOCK_N, GROUPS, DENSE, False)
 
     pair_n = _pairs(first_pair, BLOCK_N, GROUPS)
     k_start, k_len = _span(p_cu_k, pair_n, n_pairs, HKV)
     _, q_len = _span(p_cu_q, pair_n, n_pairs, HKV)
-    o_n = tl.program_id(1) * BLOCK_N + _lanes(BLOCK_N, GROUPS)
+    o_n = i_n * BLOCK_N + _lanes(BLOCK_N, GROUPS)
     m_n = o_n < k_len
     o_k = (k_start + o_n).to(tl.int64)
     i_h = (pair_n % HKV).to(tl.int64)
     b_k = _load_rows(p_k, o_k * stride_kt + i_h * stride_kh, m_n, D, BLOCK_D, True)
     b_v = _load_rows(p_v, o_k * stride_vt + i_h * stride_vh, m_n, D, BLOCK_D, True)
 
-    # The first query that sees each key, and the rows this tile walks: from the first that sees any key (`begin`),
-    # through those that see only some (up to `full`), to the last.
+    # The first query that sees each key, and the steps of rows this tile walks: from the first row that sees any key,
+    # through those that see only some (up to `full`), to the last whole step (`whole`), and what is left.
     first_q = o_n * 0
     if CAUSAL:
         first_q = tl.maximum(o_n - (k_len - q_len), 0)
-    end = tl.max(tl.where(m_n, q_len * HEADS, 0), 0)
-    begin_row = tl.min(tl.where(m_n, first_q * HEADS, end), 0) // BLOCK_R * BLOCK_R
+    n_rows = tl.max(tl.where(m_n, q_len * HEADS, 0), 0)
+    first = tl.min(tl.where(m_n, first_q * HEADS, n_rows), 0) // BLOCK_R
+    end = (n_rows + BLOCK_R - 1) // BLOCK_R
     full = end
     if GROUPS == 1:
-        full = tl.max(tl.where(m_n, first_q * HEADS, 0), 0)
-        full = tl.minimum((full + BLOCK_R - 1) // BLOCK_R * BLOCK_R, end)
+        full = (tl.max(tl.where(m_n, first_q * HEADS, 0), 0) + BLOCK_R - 1) // BLOCK_R
+        full = tl.maximum(tl.minimum(full, end), first)
+    whole = tl.maximum(n_rows // BLOCK_R, full)
 
     pair_r = _pairs(first_pair, BLOCK_R, GROUPS)
     q_start, q_len = _span(p_cu_q, pair_r, n_pairs, HKV)
     lane_r = _lanes(BLOCK_R, GROUPS)
+    first_h = ((pair_r % HKV) * HEADS).to(tl.int64)
+    p_q += q_start.to(tl.int64) * stride_qt + first_h * stride_qh
+    p_g += (q_start.to(tl.int64) * (HKV * HEADS) + first_h) * D
+    first_stat = ((pair_r % HKV).to(tl.int64) * n_tokens + q_start) * HEADS
 
     acc_k = tl.zeros((GROUPS * BLOCK_N, BLOCK_D), dtype=tl.float32)
     acc_v = tl.zeros((GROUPS * BLOCK_N, BLOCK_D), dtype=tl.float32)
     scale2 = tl.full((), LOG2E, tl.float32) * scale
-    for PART in tl.static_range(0, 2):
+    for PART in tl.static_range(0, 3):
         if PART == 0:
-            begin = begin_row
+            begin = first
             stop = full
+        elif PART == 1:
+            begin = full
+            stop = whole
         else:
-            begin = tl.maximum(full, begin_row)
+            begin = whole
             stop = end
-        for r in range(begin, stop, BLOCK_R):
-            o_r = r + lane_r
-            o_t = o_r // HEADS
-            o_h = ((pair_r % HKV) * HEADS + o_r % HEADS).to(tl.int64)
-            m_r = o_t < q_len
-            o_q = (q_start + o_t).to(tl.int64)
+        for i in range(begin, stop):
+            o_r = i * BLOCK_R + lane_r
+            m_r = o_r < q_len * HEADS
             # Rows past the end are zeros with a finite lse: they add exactly nothing.
-            b_q = _load_rows(p_q, o_q * stride_qt + o_h * stride_qh, m_r, D, BLOCK_D, True)
-            b_g = _load_rows(p_g, (o_q * (HKV * HEADS) + o_h) * D, m_r, D, BLOCK_D, True)
-            lse2 = tl.load(p_lse + o_h * n_tokens + o_q, mask=m_r, other=0.0) * LOG2E
-            b_delta = tl.load(p_delta + o_h * n_tokens + o_q, mask=m_r, other=0.0)
+            o_q = _row_offsets(o_r, stride_qt, stride_qh, HEADS)
+            b_q = _load_rows(p_q, o_q, m_r, D, BLOCK_D, PART != 1)
+            o_g = _row_offsets(o_r, HKV * HEADS * D, D, HEADS)
+            b_g = _load_rows(p_g, o_g, m_r, D, BLOCK_D, PART != 1)
+            o_stat = first_stat + o_r
+            if PART == 1:
+                shift = tl.load(p_shift + o_stat)
+                b_delta = tl.load(p_delta + o_stat)
+            else:
+                shift = tl.load(p_shift + o_stat, mask=m_r, other=0.0)
+                b_delta = tl.load(p_delta + o_stat, mask=m_r, other=0.0)
 
             b_s = _dot_nt(b_k, b_q, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS)
-            b_p = tl.exp2(tl.fma(b_s, scale2, -_across(lse2, BLOCK_N, BLOCK_R, GROUPS)))
+            b_p = tl.exp2(tl.fma(b_s, scale2, _across(shift, BLOCK_N, BLOCK_R, GROUPS)))
             if PART == 0:
-                o_query = (r + tl.arange(0, BLOCK_R)) // HEADS
+                o_query = (i * BLOCK_R + tl.arange(0, BLOCK_R)) // HEADS
                 b_p = tl.where(first_q[:, None] <= o_query[None, :], b_p, 0.0)
             acc_v = _dot_nn(cast(b_p, p_v.dtype.element_ty), b_g, acc_v, BLOCK_N, BLOCK_D, BLOCK_R, GROUPS)
             b_dp = _dot_nt(b_v, b_g, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS)

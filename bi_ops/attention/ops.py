@@ -117,6 +117,21 @@ def _constants(q: torch.Tensor, hkv: int, causal: bool) -> dict[str, int | bool]
     return {"HKV": hkv, "HEADS": heads, "D": head_dim, "BLOCK_D": sched.block_d(head_dim), "CAUSAL": causal}
 
 
+def _dense(s: sched.Schedule, longest: int) -> bool:
+    """Is the grid one of pairs and tiles: where a program takes several pairs, or a pair is one tile, as in decoding.
+
+    Otherwise it is a list of the tiles that exist, so that one long sequence costs the short ones nothing.
+    """
+    return s.groups > 1 or longest <= s.block
+
+
+def _grid(s: sched.Schedule, n_pairs: int, hkv: int, n_rows: int, longest: int) -> tuple[int, ...]:
+    """Programs for tiles of `s.block` rows. n_rows: of a key head in all sequences; longest: of the longest one."""
+    if _dense(s, longest):
+        return triton.cdiv(n_pairs, s.groups), triton.cdiv(longest, s.block)
+    return ((n_rows // s.block + n_pairs // hkv) * hkv,)  # the kernels' `_find_tile` knows which is whose
+
+
 def _launch_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -138,7 +153,7 @@ def _launch_forward(
     if n_pairs == 0 or max_rows == 0:
         return out
     s = sched.forward(max_rows, n_pairs, head_dim, q.dtype)
-    attention_kernel[(triton.cdiv(n_pairs, s.groups), triton.cdiv(max_rows, s.block))](
+    attention_kernel[_grid(s, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
         q,
         k,
         v,
@@ -158,6 +173,7 @@ def _launch_forward(
         BLOCK_M=s.block,
         BLOCK_N=sched.order(head_dim, q.dtype).block_n,
         GROUPS=s.groups,
+        DENSE=_dense(s, max_rows),
         PAGE=0 if table is None else k.shape[1],
         HAS_LSE=lse is not None,
         num_warps=s.num_warps,
@@ -204,26 +220,34 @@ def _vllm_forward(
     )
 
 
-def _launch_delta(g: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Row sums of g * out, fp32 [Hq, T]; g and out are contiguous [T, Hq, D]."""
+def _launch_delta(
+    g: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row sums of g * out, and -lse in base 2, both fp32 [Hq / heads, T, heads].
+
+    g and out are contiguous [T, Hq, D], lse is [Hq, T]; `heads` query heads share a key head.
+    """
     n_tokens, hq, head_dim = out.shape
-    delta = out.new_empty((hq, n_tokens), dtype=torch.float32)
+    delta, shift = (out.new_empty((hq // heads, n_tokens, heads), dtype=torch.float32) for _ in range(2))
     if n_tokens == 0:
-        return delta
+        return delta, shift
     rows, num_warps = sched.delta(n_tokens * hq)
     attention_delta_kernel[(triton.cdiv(n_tokens * hq, rows),)](
         g,
         out,
+        lse,
         delta,
+        shift,
         n_tokens * hq,
         n_tokens,
         H=hq,
+        HEADS=heads,
         D=head_dim,
         BLOCK_D=sched.block_d(head_dim),
         ROWS=rows,
         num_warps=num_warps,
     )
-    return delta
+    return delta, shift
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -286,27 +310,29 @@ def _flash_grad(
     if n_pairs == 0:
         return dq, dk, dv
     order = sched.order(head_dim, q.dtype)
-    delta = _launch_delta(g, out)
+    delta, shift = _launch_delta(g, out, lse, hq // hkv)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if need_q and max_rows > 0:
         s = sched.backward_dq(max_rows, n_pairs, head_dim, q.dtype)
-        attention_dq_kernel[(triton.cdiv(n_pairs, s.groups), triton.cdiv(max_rows, s.block))](
-            *(g, q, k, v, lse, delta, dq, cu_q, cu_k, scale, n_pairs, n_tokens, *strides),
+        attention_dq_kernel[_grid(s, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
+            *(g, q, k, v, shift, delta, dq, cu_q, cu_k, scale, n_pairs, n_tokens, *strides),
             **_constants(q, hkv, causal),
             BLOCK_M=s.block,
-            BLOCK_N=order.block_n,
+            BLOCK_N=order.block_dq,
             GROUPS=s.groups,
+            DENSE=_dense(s, max_rows),
             num_warps=s.num_warps,
             num_stages=s.num_stages,
         )
     if need_kv and max_k > 0:
         s = sched.backward_dkv(max_k, n_pairs, head_dim, q.dtype)
-        attention_dkv_kernel[(triton.cdiv(n_pairs, s.groups), triton.cdiv(max_k, s.block))](
-            *(g, q, k, v, lse, delta, dk, dv, cu_q, cu_k, scale, n_pairs, n_tokens, *strides),
+        attention_dkv_kernel[_grid(s, n_pairs, hkv, k.shape[0], max_k)](
+            *(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, scale, n_pairs, n_tokens, *strides),
             **_constants(q, hkv, causal),
             BLOCK_N=s.block,
             BLOCK_R=order.block_r,
             GROUPS=s.groups,
+            DENSE=_dense(s, max_k),
             num_warps=s.num_warps,
             num_stages=s.num_stages,
         )

@@ -43,6 +43,11 @@ class Product:
     b_transposed: bool
     bias: bool
 
+    def is_linear(self) -> bool:
+        """Is it x @ weight.T of a contiguous x and weight, which the binding can serve without Python?"""
+        layout = (self.a_transposed, self.b_transposed, self.bias)
+        return self.free == "m" and layout == (False, True, False) and self.dtype == self.out_dtype
+
     def key(self) -> str:
         """The name in the file; the GPU and the library are part of it."""
         layout = ("T" if self.a_transposed else "N") + ("T" if self.b_transposed else "N")
@@ -134,4 +139,6 @@ def holds(p: Product) -> bool | None:
         _file[key] = record
         _keep(key, record)
     verdict = _verdicts[p] = bool(_file[key]["holds"])
+    if verdict and p.is_linear():
+        cublaslt.extension().admit(p.device, p.dtype, p.n, p.other)
     return verdict

@@ -61,7 +61,8 @@ def _build() -> tuple[ModuleType | None, str]:
             with_cuda=False,
         )
     except (RuntimeError, OSError, ImportError) as e:
-        return None, f"building csrc/cublaslt.cpp failed: {str(e).splitlines()[0]}"
+        lines = [line for line in str(e).splitlines() if "error" in line.lower()] or str(e).splitlines()
+        return None, f"building csrc/cublaslt.cpp failed: {'; '.join(lines[-3:])}"
     return module, f"cuBLASLt {module.version()}"
 
 
@@ -72,7 +73,7 @@ def availability() -> Availability:
 
 
 def extension() -> ModuleType:
-    """The binding: count, run, describe, version.
+    """The binding: count, run, describe, version; linear and admit.
 
     Raises:
         RuntimeError: it cannot be built here; the reason says why.

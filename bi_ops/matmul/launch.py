@@ -93,7 +93,8 @@ def launch_accumulate(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> No
         return
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    s = sched.tma_schedule()
+    (m, k), n = a.shape, b.shape[1]
+    s = sched.tma_schedule(m, n)
     a_transposed, b_transposed = a.stride(1) != 1, b.stride(1) != 1
     d_a = TensorDescriptor.from_tensor(
         a.t() if a_transposed else a, [s.block_k, s.block_m] if a_transposed else [s.block_m, s.block_k]
@@ -101,7 +102,6 @@ def launch_accumulate(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> No
     d_b = TensorDescriptor.from_tensor(
         b.t() if b_transposed else b, [s.block_n, s.block_k] if b_transposed else [s.block_k, s.block_n]
     )
-    (m, k), n = a.shape, b.shape[1]
     tiles = triton.cdiv(m, s.block_m) * triton.cdiv(n, s.block_n)
     matmul_tma_kernel[(tiles,)](
         d_a,

@@ -226,6 +226,11 @@ def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return mm(a, b, bias)
 
 
+def _is_plain(*tensors: object) -> bool:
+    """Tensors that no tracer and no subclass has to see go through the binding without Python's cost per call."""
+    return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors) and not torch.compiler.is_compiling()
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, main_grad: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -244,6 +249,10 @@ def linear(
     Raises:
         TypeError, ValueError: as `mm`.
     """
+    if bias is None and main_grad is None and _is_plain(x, weight) and providers.choose() == "cublaslt":
+        fast = cublaslt.extension().linear(x, weight)
+        if fast is not None:  # otherwise the shape has no certificate yet, or it is not for cuBLASLt
+            return fast
     _check("linear", x, weight, ("x", "weight"))
     checks.shape("linear", weight.ndim == 2, f"weight must be [N, K], got {list(weight.shape)}")
     checks.shape(

@@ -1,0 +1,264 @@
+"""Which attention schedule is fastest? Times tiles, warps and stages; writes tune_attention.csv, fastest first.
+
+    python bench/tune_attention.py --out bench/results/h100 [--head-dims 128] [--kernels fwd dq dkv decode] [--top 5]
+
+Schedules of one order must give the bits of the schedule in use, and are compared with it. Other steps are other
+orders: one may be adopted, but with it every bit changes, and `block_n` is that of the forward and of decoding.
+Variants are compiled beforehand in parallel, since compiling takes most of the time; what is not compiled after
+--compile-seconds is left out and counted. The sizes are those of bench/attention.py.
+`--dry` runs every line of this in Triton's interpreter on tiny inputs; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from attention import (
+    DECODE_CONTEXT,
+    GROUP,
+    HEAD_DIMS,
+    PAGE,
+    TOKENS,
+    WIDTH,
+    Case,
+    cu,
+    equal,
+    inputs,
+    random_like,
+    seconds,
+)
+from record import provenance, write_csv
+
+from bi_ops import attention
+from bi_ops._common import runtime
+from bi_ops.attention import ops
+from bi_ops.attention import schedule as sched
+
+KERNELS = ("fwd", "dq", "dkv", "decode")
+#: The schedule function that each kernel asks.
+ASKS = {"fwd": "forward", "decode": "forward", "dq": "backward_dq", "dkv": "backward_dkv"}
+#: The step of the order that each kernel walks in.
+STEP = {"fwd": "block_n", "decode": "block_n", "dq": "block_dq", "dkv": "block_r"}
+SHARED_MEMORY = 227 * 1024
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One schedule under one order. order None: the one in use; schedule None: likewise."""
+
+    kernel: str
+    head_dim: int
+    schedule: sched.Schedule | None = None
+    order: sched.Order | None = None
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Launches inside the block use this schedule and order."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attention.providers.forced("triton"))
+            if self.order is not None:
+                stack.enter_context(mock.patch.object(sched, "order", return_value=self.order))
+            if self.schedule is not None:
+                stack.enter_context(mock.patch.object(sched, ASKS[self.kernel], return_value=self.schedule))
+            yield
+
+    def __str__(self) -> str:
+        return f"{self.kernel} d{self.head_dim} {self.schedule} {self.order}"
+
+
+def variants(kernel: str, head_dim: int, dry: bool) -> Iterator[Variant]:
+    """The schedule in use, then every candidate that may fit."""
+    yield Variant(kernel, head_dim)
+    now = sched.order(head_dim, torch.bfloat16)
+    if dry:
+        yield Variant(kernel, head_dim, sched.Schedule(16, 1, 1, 1), now)
+        yield Variant(kernel, head_dim, sched.Schedule(32, 2, 1, 1), replace(now, **{STEP[kernel]: 32}))
+        return
+    tiles = {
+        "fwd": ((64, 4), (128, 4), (128, 8)),
+        "decode": ((16, 1), (32, 2), (64, 4)),
+        "dq": ((64, 4), (64, 8), (128, 4), (128, 8)),
+        "dkv": ((64, 4), (64, 8), (128, 4), (128, 8)),
+    }[kernel]
+    stages = {"fwd": (2, 3, 4), "decode": (2, 3, 4, 5), "dq": (1, 2, 3), "dkv": (1, 2, 3)}[kernel]
+    kept, sums, scores = {"fwd": (1, 1, 1), "decode": (1, 1, 1), "dq": (2, 1, 2), "dkv": (2, 2, 2)}[kernel]
+    for (block, warps), step, n_stages in itertools.product(tiles, (32, 64, 128), stages):
+        # Bytes of tiles in shared memory, and fp32 values in the registers of a warp: about what can fit.
+        shared = 2 * head_dim * (kept * block + 2 * step * n_stages)
+        values = block * (head_dim * sums + step * scores)
+        if shared <= 1.1 * SHARED_MEMORY and values <= 250 * 32 * warps and (step > 32 or head_dim > 64):
+            yield Variant(
+                kernel, head_dim, sched.Schedule(block, 1, warps, n_stages), replace(now, **{STEP[kernel]: step})
+            )
+
+
+class Bench:
+    """One kernel on one shape: `run` launches it under whatever schedule is in use."""
+
+    def __init__(self, kernel: str, head_dim: int, lengths: tuple[int, ...], heads: int):
+        self.kernel = kernel
+        case = Case("decode" if kernel == "decode" else "fwd", lengths, head_dim, heads, heads // GROUP)
+        self.case, n = case, len(lengths)
+        if kernel == "decode":
+            pages = n * -(-lengths[0] // PAGE)
+            self.cache = tuple(random_like(pages, PAGE, case.kv_heads, head_dim) for _ in range(2))
+            device = runtime.default_device()
+            self.table = torch.randperm(pages, device=device).int().view(n, -1)
+            self.q, self.cu = random_like(n, heads, head_dim), cu((1,) * n)
+            self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+            return
+        self.q, self.k, self.v, self.g = inputs(case)
+        self.cu, self.longest = cu(lengths), max(lengths)
+        if kernel != "fwd":
+            with attention.providers.forced("triton"):
+                self.out, self.lse = self.forward()
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        longest, scale = self.longest, self.q.shape[2] ** -0.5
+        return ops._flash(self.q, self.k, self.v, self.cu, self.cu, longest, longest, True, scale, "triton")
+
+    def run(self):
+        if self.kernel == "decode":
+            return attention.paged_attention(self.q, *self.cache, self.table, self.cu, self.lengths, max_seqlen_q=1)
+        if self.kernel == "fwd":
+            return self.forward()
+        tensors = (self.g, self.q, self.k, self.v, self.out, self.lse, self.cu, self.cu)
+        options = (self.longest, self.longest, True, self.q.shape[2] ** -0.5, self.kernel == "dq", self.kernel == "dkv")
+        return ops._flash_grad(*tensors, *options)
+
+    def figure(self, time_s: float) -> float:
+        """TFLOP/s of the products this kernel computes, or GB/s when decoding."""
+        if self.kernel == "decode":
+            return self.case.cache_bytes / time_s / 1e9
+        products = {"fwd": 2, "dq": 3, "dkv": 4}[self.kernel]
+        return self.case.flops * products / 2 / time_s / 1e12
+
+
+def compile_variant(variant: Variant, heads: int) -> str:
+    """Compile one variant into Triton's disk cache by running it on short sequences; why not, if it does not fit."""
+    with variant.used():
+        bench = Bench(variant.kernel, variant.head_dim, (192, 192), heads)
+        return launch_error(bench)
+
+
+def launch_error(bench: Bench) -> str:
+    import triton
+
+    try:
+        bench.run()
+    except triton.runtime.errors.OutOfResources as e:
+        return str(e).splitlines()[0]
+    except RuntimeError as e:  # PassManager failures of the compiler among them
+        return (str(e).splitlines() or [type(e).__name__])[0][:100]
+    return ""
+
+
+def compile_all(todo: list[tuple[Variant, int]], workers: int, budget: float) -> dict[Variant, str]:
+    """Error ('' if none) of every variant compiled within `budget` seconds."""
+    deadline, done = time.perf_counter() + budget, {}
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pending = {pool.submit(compile_variant, *t): t[0] for t in todo}
+    while pending and (left := deadline - time.perf_counter()) > 0:
+        finished, _ = wait(pending, timeout=left, return_when=FIRST_COMPLETED)
+        for future in finished:
+            done[pending.pop(future)] = future.result()
+    children = list(pool._processes.values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    if pending:
+        for child in children:
+            child.kill()
+    return done
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder that tune_attention.csv is written to")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=sorted(HEAD_DIMS, key=lambda d: d != 128))
+    parser.add_argument("--seqlens", type=int, nargs="+", default=(2048, 8192))
+    parser.add_argument("--top", type=int, default=5, help="how many of each shape are printed")
+    parser.add_argument("--workers", type=int, default=16, help="processes that compile")
+    parser.add_argument("--compile-seconds", type=float, default=90)
+    parser.add_argument("--seconds", type=float, default=160, help="stop timing after this long in all")
+    parser.add_argument("--dry", action="store_true", help="tiny inputs in Triton's interpreter; figures mean nothing")
+    parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    args = parser.parse_args()
+    if runtime.INTERPRET and not args.dry:
+        parser.error("no GPU: give --dry to try this in Triton's interpreter")
+    batch, context, tokens = 64, DECODE_CONTEXT, TOKENS
+    if args.dry:
+        args.head_dims, args.seqlens, args.workers = (32,), (32, 64), 1
+        batch, context, tokens = 2, 64, 64
+
+    began = time.perf_counter()
+    heads = {d: GROUP if args.dry else WIDTH // d for d in args.head_dims}
+    todo = [v for d in args.head_dims for kernel in args.kernels for v in variants(kernel, d, args.dry)]
+    errors = compile_all([(v, heads[v.head_dim]) for v in todo], args.workers, args.compile_seconds)
+    left_out = sum(v not in errors for v in todo)
+    print(f"{len(todo)} variants, {left_out} not compiled in time, {time.perf_counter() - began:.0f} s")
+
+    record, rows = provenance(args.commit), []
+    args.out.mkdir(parents=True, exist_ok=True)
+    for d, kernel in itertools.product(args.head_dims, args.kernels):
+        mine = [v for v in todo if (v.kernel, v.head_dim) == (kernel, d) and v in errors]
+        shapes = [(context,) * batch] if kernel == "decode" else [(s,) * max(tokens // s, 1) for s in args.seqlens]
+        for lengths in shapes:
+            bench, found, usual = Bench(kernel, d, lengths, heads[d]), [], None
+            now = sched.order(d, torch.bfloat16)
+            for v in mine:
+                if time.perf_counter() - began > args.seconds:
+                    print("out of time; the rest is left out")
+                    break
+                with v.used():
+                    error = errors[v] or launch_error(bench)
+                    same_order = v.order in (None, now)
+                    time_s = same = None
+                    if not error:
+                        got = bench.run()
+                        usual = got if v.schedule is None else usual
+                        same = equal(got, usual) if same_order and usual is not None else None
+                        del got
+                        time_s = seconds(bench.run, budget=0.01, rounds=3)
+                    used = v.schedule or sched.Schedule(0, 0, 0, 0)
+                    found.append(
+                        {
+                            "kernel": kernel,
+                            "head_dim": d,
+                            "seqlen": lengths[0],
+                            "batch": len(lengths),
+                            "in_use": v.schedule is None,
+                            "block": used.block,
+                            "step": getattr(v.order or now, STEP[kernel]),
+                            "num_warps": used.num_warps,
+                            "num_stages": used.num_stages,
+                            "ms": time_s and round(time_s * 1e3, 4),
+                            "rate": time_s and round(bench.figure(time_s), 1),
+                            "unit": "GB/s" if kernel == "decode" else "TFLOP/s",
+                            "same_bits": same,
+                            "error": error,
+                        }
+                    )
+            found.sort(key=lambda row: (row["ms"] is None, row["ms"]))
+            rows += [row | record for row in found]
+            if rows:
+                write_csv(args.out / "tune_attention.csv", rows)
+            for i, row in enumerate(found):
+                if i < args.top or row["in_use"] or row["same_bits"] is False:
+                    print({k: v for k, v in row.items() if v not in ("", None)}, flush=True)
+    print(f"{time.perf_counter() - began:.0f} s")
+    return 1 if any(row["same_bits"] is False for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
