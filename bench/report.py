@@ -10,6 +10,7 @@ bench/results. A plot is stale when its data or its drawing code is not what the
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import hashlib
 import inspect
@@ -149,7 +150,9 @@ def tests(results: Path) -> str:
     if record is None:
         return "No run of the test suite on a GPU is committed yet.\n"
     rows = [(record["passed"], record["failed"], record["skipped"])]
-    return table(("passed", "failed", "skipped"), rows) + "\n" + provenance([record], "h100/tests.json")
+    failed = [f"`{t['file']}::{t['test']}`" for t in record["tests"] if t["outcome"] == "failed"]
+    what = f"Failed: {', '.join(failed)}. " if failed else ""
+    return table(("passed", "failed", "skipped"), rows) + "\n" + what + provenance([record], "h100/tests.json")
 
 
 def products(results: Path) -> str:
@@ -190,12 +193,49 @@ def products(results: Path) -> str:
     return table(head, out) + "\n" + what + csv_provenance(rows, "h100/products.csv")
 
 
+def attention(results: Path) -> str:
+    """Attention against its rivals, forward and backward, then decoding."""
+    rows = load_csv(results, "h100/attention.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    rivals = ("ours", "fa3", "cudnn", "cudnn_deterministic", "fa2")
+    out = []
+    for r in rows:
+        length = (
+            f"packed, longest {int(r['seqlen']):,}" if r["packed"] == "True" else f"{r['batch']} x {int(r['seqlen']):,}"
+        )
+        unit = "gbs" if r["pass"] == "decode" else "tflops"
+        figures = [r.get(f"{rival}_{unit}", "") for rival in rivals]
+        bits = "yes" if r["reruns_equal"] == r["batch_invariant"] == "True" else "NO"
+        label = {"fwd": "forward", "bwd": "backward", "decode": "decode, GB/s"}[r["pass"]]
+        out.append((label, length, r["head_dim"], *(f or "-" for f in figures), bits))
+    head = (
+        *("pass, TFLOP/s", "sequences", "head_dim", "ours (Triton)", "FlashAttention 3", "cuDNN"),
+        *("cuDNN deterministic", "FlashAttention 2", "bits hold"),
+    )
+    shape = rows[0]
+    what = f"Causal, {shape['heads']} query heads on {shape['kv_heads']} key heads. Higher is faster. "
+    parsed = [{**r, "versions": ast.literal_eval(r["versions"])} for r in rows]
+    return table(head, out) + "\n" + what + provenance(parsed, "h100/attention.csv")
+
+
+def host(results: Path) -> str:
+    """What an eager call costs the host."""
+    rows = load_csv(results, "h100/products_host.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    out = [(f"`{r['call']}`", "yes" if r["requires_grad"] == "True" else "no", r["host_us"]) for r in rows]
+    return table(("eager call", "with a gradient", "host, us"), out)
+
+
 #: Every block the README may have. A further benchmark adds a function above and its name here.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "parity": parity,
     "train": train,
     "tests": tests,
     "products": products,
+    "host": host,
+    "attention": attention,
 }
 
 

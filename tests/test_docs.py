@@ -47,6 +47,7 @@ def test_a_stale_block_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     monkeypatch.setattr(report, "PLOTS", tmp_path / "plots")
+    monkeypatch.setattr(report, "FIGURES", {"train.svg": report.FIGURES["train.svg"]})
     collect, draw = report.FIGURES["train.svg"]
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "train.svg").write_text(report.fingerprint({"rewards": []}, draw))
