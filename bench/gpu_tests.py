@@ -57,7 +57,8 @@ def run(file: str, tests: list[str], limit: float, report: Path) -> list[dict[st
     for case in ET.parse(report).getroot().iter("testcase"):
         kinds = {child.tag for child in case}
         outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        message = next((c.get("message") or "" for c in case if c.tag != "system-out"), "")[:300]
+        message = next((c.get("message") or "" for c in case if c.tag != "system-out"), "")
+        message = message.replace(str(ROOT), ".")[:300]
         records.append(
             {
                 "file": file,
