@@ -292,6 +292,15 @@ def test_bad_input_is_named(kwargs, error, message, device):
         bad(device, **kwargs)
 
 
+@pytest.mark.parametrize("maximum", [-1, 5])
+def test_a_maximum_without_room_is_named_where_contents_are_not_read(maximum):
+    """As on a GPU, where reading cu_seqlens would wait: 2 sequences of at most 5 cannot hold 11 tokens."""
+    starts = torch.empty(3, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match=f"maximum of {maximum} for 2 sequences of cu_seqlens has no room for 11"):
+        ops._longest("flash_attention", "cu_seqlens", starts, 11, maximum)
+    assert ops._longest("flash_attention", "cu_seqlens", starts, 11, 6) == 6
+
+
 @pytest.mark.skipif(not runtime.INTERPRET, reason="on a GPU a given maximum is trusted")
 def test_a_maximum_that_is_too_small_is_named(device):
     with pytest.raises(ValueError, match="has 6 tokens, but the given maximum is 5"):

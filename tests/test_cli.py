@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from rl_fakes import TableEngine, TableModel
 from tiny import tiny_model
 
 from bi_ops import cli
+from bi_ops._common import runtime
+from bi_ops.models.qwen3 import Qwen3ForCausalLM
 from bi_ops.rl import PRESETS, TrainConfig, runner
-from bi_ops.rollout import embedded
+from bi_ops.rollout import embedded, vllm_engine
+from bi_ops.verify.recompose import COMPOSITIONS
 
 
 @pytest.fixture
@@ -63,6 +67,9 @@ def test_help_teaches_with_examples(capsys, command):
         (("train", "--output", "x", "--config", "nothing.json"), "nothing.json"),
         (("parity", "nowhere"), "not a checkpoint folder"),
         (("parity", "nowhere", "--prompts", "0"), "--prompts is 0"),
+        (("parity", "nowhere", "--no-plugin"), "add --engine vllm"),
+        (("parity", "nowhere", "--no-cuda-graphs"), "add --engine vllm"),
+        (("train", "--output", "x", "--model", "nowhere"), "not a checkpoint folder"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(capsys, argv, message, monkeypatch, tmp_path):
@@ -121,6 +128,18 @@ def test_a_failed_run_has_exit_code_3_and_debug_shows_where(capsys, table, tmp_p
         call(capsys, *argv, tmp_path / "b", "--debug")
 
 
+@pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")
+def test_a_run_that_could_not_start_leaves_the_folder_free(capsys, tmp_path):
+    argv = ("train", "--output", tmp_path / "run", "--steps", 1, "--engine")
+    code, _, err = call(capsys, *argv, "vllm")
+    assert (code, "needs a CUDA GPU" in err) == (3, True)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    assert call(capsys, *argv, "vllm")[0] == 2
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
 def test_an_interrupted_run_says_so(capsys, table, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -151,6 +170,32 @@ def test_doctor_says_what_runs_each_operator(capsys):
     code, out, _ = call(capsys, "doctor")
     assert code == 0
     assert "matmul" in out
+
+
+def test_doctor_lists_certificates_and_what_was_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert json.loads(call(capsys, "doctor", "--json")[1])["certificates"]["count"] == 0
+    file = tmp_path / "bi_ops" / "certificates.json"
+    file.parent.mkdir()
+    records = {"good": {"holds": True, "differs_at": []}, "bad": {"holds": False, "differs_at": [8, 16]}}
+    file.write_text(json.dumps(records | {"foreign": 1, "cut": {}}))
+    found = json.loads(call(capsys, "doctor", "--json")[1])["certificates"]
+    assert found == {"file": str(file), "count": 2, "refused": {"bad": [8, 16]}}
+    out = call(capsys, "doctor")[1]
+    assert "2 products, 1 refused" in out
+    assert "bad: other bits at [8, 16]" in out
+    for unreadable in ("[1]", "{", "null"):
+        file.write_text(unreadable)
+        assert json.loads(call(capsys, "doctor", "--json")[1])["certificates"]["count"] == 0
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")
+def test_doctor_says_how_to_get_cublaslt(monkeypatch):
+    assert "cuBLASLt" not in [item["what"] for item in cli.doctor.missing(None)]
+    monkeypatch.setattr(runtime, "architecture", lambda: "sm_90")
+    [item] = [item for item in cli.doctor.missing("an H100") if item["what"] == "cuBLASLt"]
+    assert "Triton" in item["means"]
+    assert "g++" in item["how"]
 
 
 @pytest.fixture
@@ -192,3 +237,54 @@ def test_parity_of_an_engine_one_bit_off_is_exit_code_1(capsys, checkpoint_folde
     assert "DIFFERENT" in out
     assert "together" in out
     assert "sequence 1, completion position 1" in err
+
+
+class FakeVllm(embedded.EmbeddedEngine):
+    """The embedded engine under vLLM's name and arguments; without the plugin one bit of every sequence is off."""
+
+    name = "vllm"
+    started: ClassVar[list] = []
+
+    def __init__(self, path, *, plugin, cuda_graphs):
+        super().__init__(Qwen3ForCausalLM.from_pretrained(path))
+        self.plugin, self.cuda_graphs = plugin, cuda_graphs
+        self.started.append((plugin, cuda_graphs))
+
+    def generate(self, prompts, params):
+        completions = super().generate(prompts, params)
+        for c in completions if not self.plugin else ():
+            c.logprobs.view(torch.int32)[0] ^= 1
+        return completions
+
+    def describe(self):
+        return super().describe() | {"plugin": self.plugin, "cuda_graphs": self.cuda_graphs}
+
+
+@pytest.mark.parametrize(
+    ("options", "plugin", "cuda_graphs"),
+    [
+        ((), True, True),
+        (("--no-cuda-graphs",), True, False),
+        (("--no-plugin",), False, True),
+        (("--no-plugin", "--no-cuda-graphs"), False, False),
+    ],
+)
+def test_parity_runs_vllm_each_way_it_can_run(options, plugin, cuda_graphs, capsys, checkpoint_folder, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "VllmEngine", FakeVllm)
+    monkeypatch.setattr(FakeVllm, "started", [])
+    code, out, _ = call(capsys, "parity", checkpoint_folder, *PARITY, "--engine", "vllm", *options, "--json")
+    rows = json.loads(out)
+    assert FakeVllm.started == [(plugin, cuda_graphs)]
+    assert code == (0 if plugin else 1)
+    assert [r["composition"] for r in rows] == list(COMPOSITIONS)
+    assert {(r["engine"], r["plugin"], r["cuda_graphs"]) for r in rows} == {("vllm", plugin, cuda_graphs)}
+    assert {r["tokens_different"] for r in rows} == {0 if plugin else 3}
+
+
+def test_parity_prompts_have_mixed_lengths_and_come_from_the_seed(capsys, checkpoint_folder):
+    prompts = cli.parity.random_prompts(64, 40, 48, seed=0)
+    assert len(prompts) == 64
+    assert len({len(p) for p in prompts}) > 16
+    assert prompts == cli.parity.random_prompts(64, 40, 48, seed=0) != cli.parity.random_prompts(64, 40, 48, seed=1)
+    code, _, err = call(capsys, "parity", checkpoint_folder, "--new-tokens", 300)
+    assert (code, "model's length is 256" in err) == (2, True)

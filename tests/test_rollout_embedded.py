@@ -105,3 +105,30 @@ def test_bad_requests_are_refused(model, prompts, new, message):
     engine = EmbeddedEngine(model, max_model_len=64)
     with pytest.raises(ValueError, match=message):
         engine.generate(prompts, SamplingParams(new))
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(ValueError, match="finite and not negative"):
+        SamplingParams(1, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 0}, r"max_model_len must be in \[2, 256\]"),
+        ({"block_size": 0}, "block_size must be at least 1"),
+    ],
+)
+def test_sizes_that_no_cache_has_are_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        EmbeddedEngine(model, **options)
+
+
+def test_a_closed_engine_says_so(model):
+    engine = EmbeddedEngine(model)
+    engine.close()
+    engine.close()
+    for call in (lambda: engine.generate([[1]], SamplingParams(1)), lambda: engine.update_weights(model)):
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            call()

@@ -95,6 +95,11 @@ def _check_lengths_tensor(op: str, name: str, t: torch.Tensor) -> None:
 def _longest(op: str, name: str, cu_seqlens: torch.Tensor, total: int, given: int | None) -> int:
     """The longest length; contents are checked where that costs no wait for a GPU, or one is needed anyway."""
     if given is not None and cu_seqlens.device.type != "cpu":
+        sequences = cu_seqlens.shape[0] - 1
+        if given < 0 or given * sequences < total:
+            raise ValueError(
+                f"{op}: a given maximum of {given} for {sequences} sequences of {name} has no room for {total} tokens"
+            )
         return given
     longest = check_cu_seqlens(cu_seqlens, total, name, op)
     if given is not None and given < longest:
@@ -453,7 +458,7 @@ def flash_attention(
         cu_seqlens: int32 [B + 1], where each sequence starts in q; sequences may be empty.
         cu_seqlens_k: the same for k and v; None: as `cu_seqlens`.
         max_seqlen, max_seqlen_k: at least the longest sequence. Without them a GPU call waits for `cu_seqlens`, and
-            then checks its contents; with them a GPU call does not look (see `check_cu_seqlens`).
+            then checks its contents; with them a GPU call sees only that they leave room (see `check_cu_seqlens`).
         causal: query i of n sees key j of m when j <= i + m - n (the last query sees the last key).
         softmax_scale: > 0; None: D ** -0.5.
 

@@ -16,7 +16,7 @@ FAMILIES = ("matmul", "norm", "attention", "activation", "rope", "embedding", "l
 
 DESCRIPTION = """\
 Say what this machine has: GPU, versions, whether kernels are compiled or interpreted, which provider computes each
-operator and why, and what is missing with the command that gets it."""
+operator and why, how many products cuBLASLt is certified for, and what is missing with the command that gets it."""
 
 EPILOG = """\
 examples:
@@ -71,12 +71,23 @@ def operators() -> list[dict[str, Any]]:
     return records
 
 
+def certificates() -> dict[str, Any]:
+    """The certificates of products that this machine keeps: file, count, and the products whose bits differed."""
+    from bi_ops.matmul import certificate
+
+    kept = certificate.stored()
+    refused = {key: record.get("differs_at", []) for key, record in kept.items() if not record["holds"]}
+    return {"file": str(certificate.path()), "count": len(kept), "refused": refused}
+
+
 def missing(gpu: str | None) -> list[dict[str, str]]:
     """What this machine lacks: what, what that means, how to get it."""
     import torch
 
+    from bi_ops import matmul
     from bi_ops._common import runtime
     from bi_ops._common.providers import SUPPORTED_VLLM, vllm_availability
+    from bi_ops.matmul import cublaslt
 
     out = []
     if gpu is None:
@@ -89,6 +100,10 @@ def missing(gpu: str | None) -> list[dict[str, str]]:
     if gpu is not None and runtime.architecture() != "sm_90":
         means = f"bits were shown to agree on sm_90, not on {runtime.architecture()}"
         out.append({"what": "Hopper", "means": means, "how": "check with bi-ops parity, or use an H100 or H200"})
+    binding = matmul.providers.get("cublaslt").available()
+    if gpu is not None and runtime.architecture() == "sm_90" and not binding.ok:
+        means = f"products run in Triton: the same bits, more slowly ({binding.reason})"
+        out.append({"what": "cuBLASLt", "means": means, "how": cublaslt.REQUIREMENTS})
     vllm = vllm_availability()
     if not vllm.ok:
         how = f"pip install 'bi-ops[vllm]' (vLLM {', '.join(SUPPORTED_VLLM)}) on a machine with a GPU"
@@ -119,6 +134,7 @@ def diagnose() -> dict[str, Any]:
             "transformers": _version("transformers"),
         },
         "operators": operators(),
+        "certificates": certificates(),
         "missing": missing(gpu),
     }
 
@@ -144,6 +160,10 @@ def run(args: argparse.Namespace) -> int:
         others = "\n".join(f"{name}: {reason}" for name, reason in record["others"].items())
         table.add_row(record["op"], record["provider"] or "NONE", record["why"], others)
     console.print(table)
+    kept = found["certificates"]
+    console.print(f"cuBLASLt certificates: {kept['count']} products, {len(kept['refused'])} refused; {kept['file']}")
+    for key, lengths in kept["refused"].items():
+        console.print(f"  refused, so Triton computes it: {key}: other bits at {lengths}", soft_wrap=True, markup=False)
     for item in found["missing"]:
         console.print(
             f"missing: {item['what']}: {item['means']}. To get it: {item['how']}", soft_wrap=True, markup=False

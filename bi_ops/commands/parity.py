@@ -20,7 +20,8 @@ EPILOG = """\
 examples:
   bi-ops parity runs/demo/final                                  the embedded engine, here
   bi-ops parity ./Qwen3-0.6B --engine vllm --prompts 64 --new-tokens 256
-  bi-ops parity ./Qwen3-0.6B --engine vllm --no-plugin           what stock vLLM does
+  bi-ops parity ./Qwen3-0.6B --engine vllm --no-cuda-graphs      the same eagerly
+  bi-ops parity ./Qwen3-0.6B --engine vllm --no-plugin           what stock vLLM does: the negative control
   bi-ops parity runs/demo/final --json > parity.json
 
 exit codes:
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if args.engine != "vllm" and not (args.cuda_graphs and args.plugin):
+        raise ValueError("--no-cuda-graphs and --no-plugin change what vLLM does; add --engine vllm")
     path = Path(args.model)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(

@@ -152,10 +152,15 @@ _token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_token
 # public functions
 
 
-def _check(op: str, name: str, x: torch.Tensor) -> None:
+def _check(op: str, name: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of the result: `dtype`, else that of x."""
     checks.tensor(op, name, x)
     checks.dtype(op, name, x)
     checks.shape(op, x.ndim >= 1 and x.shape[-1] > 0, f"{name} needs a last dimension to normalise, {list(x.shape)}")
+    dtype = x.dtype if dtype is None else dtype
+    if dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"{op}: dtype {dtype} is not supported; results are bfloat16, float16 or float32")
+    return dtype
 
 
 def log_softmax(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -167,14 +172,12 @@ def log_softmax(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tens
     Raises:
         TypeError: an unsupported dtype. ValueError: wrong shape or device.
     """
-    _check("log_softmax", "x", x)
-    return _softmax(x, True, dtype or x.dtype)
+    return _softmax(x, True, _check("log_softmax", "x", x, dtype))
 
 
 def softmax(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """``exp(x - max) / sum(exp(x - max))`` over the last dimension. Arguments and errors as `log_softmax`."""
-    _check("softmax", "x", x)
-    return _softmax(x, False, dtype or x.dtype)
+    return _softmax(x, False, _check("softmax", "x", x, dtype))
 
 
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 cuBLASLt is asked for algorithms without split-K, but what it picks is its own business and changes with M, the GPU and
 the library. So before it is trusted with a product, its bits are compared with the Triton kernel's over a sweep of the
-free axis: the rows of a forward or dX, the tokens of dW. The verdict is kept in a file, per GPU and library version.
+free axis: the rows of a forward or dX, the tokens of dW. The verdict is kept in a file, per GPU and library versions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import triton
 
 from bi_ops._common.files import write_json
 from bi_ops.matmul import cublaslt
@@ -49,11 +50,12 @@ class Product:
         return self.free == "m" and layout == (False, True, False) and self.dtype == self.out_dtype
 
     def key(self) -> str:
-        """The name in the file; the GPU and the library are part of it."""
+        """The name in the file; the GPU, the library and the compiler of the kernel that judges it are part of it."""
         layout = ("T" if self.a_transposed else "N") + ("T" if self.b_transposed else "N")
         names = [str(d).removeprefix("torch.") for d in (self.dtype, self.out_dtype)]
         fixed = f"n={self.n} k={self.other}" if self.free == "m" else f"m={self.other} n={self.n}"
-        where = f"{torch.cuda.get_device_name(self.device)}, cuBLASLt {cublaslt.extension().version()}"
+        judges = f"cuBLASLt {cublaslt.extension().version()}, Triton {triton.__version__}"
+        where = f"{torch.cuda.get_device_name(self.device)}, {judges}"
         return f"{where}: {names[0]} to {names[1]}, {fixed}, {layout}{', bias' if self.bias else ''}"
 
 
@@ -68,11 +70,16 @@ def path() -> Path:
 
 
 def stored() -> dict[str, dict[str, object]]:
-    """Every certificate in the file, by `Product.key`; empty where there is none or it cannot be read."""
+    """Every certificate in the file, by `Product.key`; what is not one, or cannot be read, is left out.
+
+    "holds": may cuBLASLt compute the product. "differs_at": the lengths of the free axis where its bits are others.
+    """
     try:
-        return dict(json.loads(path().read_text(encoding="utf-8")))
+        found = json.loads(path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    records = found.items() if isinstance(found, dict) else ()
+    return {key: r for key, r in records if isinstance(r, dict) and isinstance(r.get("holds"), bool)}
 
 
 def _keep(key: str, record: dict[str, object]) -> None:
@@ -133,9 +140,10 @@ def holds(p: Product) -> bool | None:
     if _file is None:
         _file = stored()
     key = p.key()
-    if key not in _file:
+    if _file.get(key, {}).get("swept") != lengths(p):  # none yet, or one that compared less than is asked for now
         broken = differing(p)
-        record = {**{n: str(v) for n, v in asdict(p).items()}, "holds": not broken, "differs_at": broken}
+        fixed = {n: str(v) for n, v in asdict(p).items()}
+        record = {**fixed, "swept": lengths(p), "holds": not broken, "differs_at": broken}
         _file[key] = record
         _keep(key, record)
     verdict = _verdicts[p] = bool(_file[key]["holds"])

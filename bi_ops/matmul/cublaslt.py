@@ -1,9 +1,13 @@
-"""The cuBLASLt binding: built from csrc/ on first use, one shared library per torch and CUDA version."""
+"""The cuBLASLt binding: built from bi_ops/csrc on first use, one shared library per torch and CUDA version."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +16,14 @@ import torch
 from bi_ops._common import runtime
 from bi_ops._common.providers import Availability
 
-_SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cublaslt.cpp"
+#: Inside the package, so that a wheel carries it too.
+_SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cublaslt.cpp"
+
+#: What building needs, for people.
+REQUIREMENTS = (
+    "a C++ compiler (apt install g++), ninja (pip install ninja) and cuBLAS's headers and library (a CUDA toolkit, or "
+    "pip install nvidia-cublas)"
+)
 
 
 def _first(paths: list[Path], name: str) -> Path | None:
@@ -34,6 +45,18 @@ def _library_folder(name: str) -> Path | None:
     return _first([*(w / "lib" for w in _wheels()), *(h / "lib64" for h in homes)], name)
 
 
+@contextlib.contextmanager
+def _environments_ninja() -> Iterator[None]:
+    """Find the ninja installed beside this Python also where its virtual environment is not activated."""
+    before, beside = os.environ.get("PATH", ""), Path(sys.executable).parent
+    if shutil.which("ninja") is None and (beside / "ninja").exists():
+        os.environ["PATH"] = f"{beside}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
 @functools.cache
 def _build() -> tuple[ModuleType | None, str]:
     """(the extension, why not). Compiling takes about a minute, once; later calls load what is there."""
@@ -43,26 +66,30 @@ def _build() -> tuple[ModuleType | None, str]:
     library = f"libcublasLt.so.{str(torch.version.cuda).split('.')[0]}"
     folder = _library_folder(library)
     if include is None or folder is None:
-        return None, "no cublasLt.h or library; install a CUDA toolkit or nvidia-cublas"
+        return None, f"no cublasLt.h or no {library}"
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return None, f"no C++ compiler ({compiler}) to build the binding with"
     from torch.utils import cpp_extension
 
     torch_lib = Path(torch.__file__).parent / "lib"
     version = "".join(c if c.isalnum() else "_" for c in f"{torch.__version__}_cu{torch.version.cuda}")
     try:
-        module = cpp_extension.load(
-            name=f"bi_ops_cublaslt_{version}",
-            sources=[str(_SOURCE)],
-            extra_include_paths=[str(include)],
-            extra_cflags=["-O2"],
-            extra_ldflags=[
-                *(f"-L{torch_lib}", "-lc10_cuda", "-ltorch_cuda"),
-                *(f"-L{folder}", f"-l:{library}", f"-Wl,-rpath,{folder}"),
-            ],
-            with_cuda=False,
-        )
+        with _environments_ninja():
+            module = cpp_extension.load(
+                name=f"bi_ops_cublaslt_{version}",
+                sources=[str(_SOURCE)],
+                extra_include_paths=[str(include)],
+                extra_cflags=["-O2"],
+                extra_ldflags=[
+                    *(f"-L{torch_lib}", "-lc10_cuda", "-ltorch_cuda"),
+                    *(f"-L{folder}", f"-l:{library}", f"-Wl,-rpath,{folder}"),
+                ],
+                with_cuda=False,
+            )
     except (RuntimeError, OSError, ImportError) as e:
         lines = [line for line in str(e).splitlines() if "error" in line.lower()] or str(e).splitlines()
-        return None, f"building csrc/cublaslt.cpp failed: {'; '.join(lines[-3:])}"
+        return None, f"building {_SOURCE.name} failed: {'; '.join(lines[-3:])}"
     return module, f"cuBLASLt {module.version()}"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,14 @@ def prepare_folder(output: Path, config: TrainConfig, resume: bool) -> None:
         )
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, config.to_dict())
+
+
+def abandon_folder(output: Path) -> None:
+    """Take back what a run that could not start has written, so that the corrected command may use the folder."""
+    (output / CONFIG).unlink(missing_ok=True)
+    shutil.rmtree(output / INITIAL, ignore_errors=True)
+    with contextlib.suppress(OSError):  # somebody else's files, or the current folder
+        output.rmdir()
 
 
 def initial_model(config: TrainConfig, output: Path) -> Path:
@@ -139,6 +149,25 @@ def run(
     """
     output = Path(output)
     prepare_folder(output, config, resume)
+    try:
+        trainer = set_up(config, output, on_difference)
+    except BaseException:
+        if not resume:
+            abandon_folder(output)
+        raise
+    try:
+        done = restore(trainer, output) if resume else 0
+        train(trainer, output, done, on_step)
+        trainer.model.save_pretrained(output / FINAL)
+        summary = summarize(output, trainer.engine)
+    finally:
+        trainer.engine.close()
+    write_json(output / SUMMARY, dataclasses.asdict(summary))
+    return summary
+
+
+def set_up(config: TrainConfig, output: Path, on_difference: Callable[[DifferenceFound], None]) -> Trainer:
+    """The trainer of a run, its engine started; nothing stays open where that fails."""
     path = initial_model(config, output)
     model, engine = load_model_and_engine(config, path)
     try:
@@ -146,15 +175,10 @@ def run(
         if config.kl != 0:
             reference = type(model).from_pretrained(str(path)).requires_grad_(False)
         task = make_task(config.task, make_alphabet(config, path, model.config.vocab_size), config.max_new_tokens)
-        trainer = Trainer(config, model, engine, task, reference, on_difference)
-        done = restore(trainer, output) if resume else 0
-        train(trainer, output, done, on_step)
-        model.save_pretrained(output / FINAL)
-        summary = summarize(output, engine)
-    finally:
+        return Trainer(config, model, engine, task, reference, on_difference)
+    except BaseException:
         engine.close()
-    write_json(output / SUMMARY, dataclasses.asdict(summary))
-    return summary
+        raise
 
 
 def restore(trainer: Trainer, output: Path) -> int:

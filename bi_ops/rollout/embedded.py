@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import triton
 
 from bi_ops import attention, logprob, matmul
 from bi_ops._common import runtime
@@ -86,6 +88,9 @@ class EmbeddedEngine:
         max_model_len: prompt + completion, in tokens; None is the model's positions.
         block_size: tokens per KV-cache block. max_batch_tokens: KV-cache size and prefill size, in tokens; requests
             that do not fit together run one after the other. Neither changes any bit.
+
+    Raises:
+        ValueError: a max_model_len that the model does not have, or a block_size below 1.
     """
 
     name = "embedded"
@@ -99,25 +104,33 @@ class EmbeddedEngine:
     ) -> None:
         config = model.config
         positions = config.max_position_embeddings
-        self.max_model_len = max_model_len or positions
+        self.max_model_len = positions if max_model_len is None else max_model_len
         if not 1 < self.max_model_len <= positions:
             raise ValueError(f"EmbeddedEngine: max_model_len must be in [2, {positions}], got {self.max_model_len}")
+        if block_size < 1:
+            raise ValueError(f"EmbeddedEngine: block_size must be at least 1, got {block_size}")
         if max_batch_tokens < self.max_model_len:
             max_batch_tokens = self.max_model_len
         self.device, self.block_size = model.device, block_size
         self.model = Qwen3ForCausalLM(config, model.compute_dtype, model.compute_dtype, self.device)
+        self._closed = False
         self.num_blocks = -(-max_batch_tokens // block_size)
         #: (keys, values) of each layer, allocated for the largest batch seen.
         self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.update_weights(model)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("EmbeddedEngine: the engine is closed; make a new one")
 
     @torch.no_grad()
     def update_weights(self, model: Qwen3ForCausalLM) -> None:
         """Take the model's weights, rounded to the compute dtype. The cache never outlives a `generate`.
 
         Raises:
-            ValueError: another config.
+            ValueError: another config. RuntimeError: the engine is closed.
         """
+        self._check_open()
         if model.config != self.model.config:
             raise ValueError("update_weights: the model's config is not the engine's; make a new EmbeddedEngine")
         for own, new in zip(self.model.parameters(), model.parameters(), strict=True):
@@ -127,7 +140,8 @@ class EmbeddedEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] | SamplingParams
     ) -> list[Completion]:
-        """One completion per prompt, in order. Raises as `RolloutEngine.generate`."""
+        """One completion per prompt, in order. Raises as `RolloutEngine.generate`; RuntimeError: it is closed."""
+        self._check_open()
         vocab = self.model.config.vocab_size
         each = check_request(prompts, params, vocab_size=vocab, max_model_len=self.max_model_len)
         waiting = list(range(len(prompts)))
@@ -190,6 +204,7 @@ class EmbeddedEngine:
 
     def describe(self) -> dict[str, object]:
         """See `RolloutEngine.describe`."""
+        self._check_open()
         return {
             "engine": self.name,
             "dtype": str(self.model.compute_dtype).removeprefix("torch."),
@@ -197,10 +212,16 @@ class EmbeddedEngine:
             "cuda_graphs": False,
             "plugin": False,
             "providers": {"matmul": matmul.providers.choose(), "attention": attention.providers.choose()},
-            "versions": {"torch": torch.__version__},
+            "versions": {
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "cuda": torch.version.cuda,
+                "python": platform.python_version(),
+            },
         }
 
     def close(self) -> None:
-        """Free the cache and the weights."""
-        self.caches = []
-        del self.model
+        """Free the cache and the weights. Closing twice is fine."""
+        if not self._closed:
+            self._closed, self.caches = True, []
+            del self.model

@@ -142,26 +142,28 @@ class VllmEngine:
         else:
             vllm_plugin.unregister()
         bmm = torch.bmm
-        self._llm: Any = LLM(
-            model=str(path),
-            skip_tokenizer_init=True,
-            dtype=dtype,
-            seed=seed,
-            tensor_parallel_size=tensor_parallel_size,
-            gpu_memory_utilization=gpu_memory_utilization,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            enable_prefix_caching=False,
-            generation_config="vllm",  # the checkpoint's own would add sampling defaults and stop tokens
-            logprobs_mode="raw_logprobs",
-            enforce_eager=not cuda_graphs,
-            # Mode 0 keeps Inductor from rewriting norms and activations; graphs then hold the eager kernels.
-            compilation_config=CompilationConfig(mode=0, cudagraph_mode="FULL") if cuda_graphs else None,
-            attention_config={"backend": "FLASH_ATTN", "flash_attn_version": 3},
-        )
-        # vLLM's batch-invariant mode puts a function without a gradient in torch.bmm's place, for the whole process.
-        # Its override of aten::bmm, under which autograd still works, stays and runs the same kernel.
-        torch.bmm = bmm
+        try:
+            self._llm: Any = LLM(
+                model=str(path),
+                skip_tokenizer_init=True,
+                dtype=dtype,
+                seed=seed,
+                tensor_parallel_size=tensor_parallel_size,
+                gpu_memory_utilization=gpu_memory_utilization,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                enable_prefix_caching=False,
+                generation_config="vllm",  # the checkpoint's own would add sampling defaults and stop tokens
+                logprobs_mode="raw_logprobs",
+                enforce_eager=not cuda_graphs,
+                # Mode 0 keeps Inductor from rewriting norms and activations; graphs then hold the eager kernels.
+                compilation_config=CompilationConfig(mode=0, cudagraph_mode="FULL") if cuda_graphs else None,
+                attention_config={"backend": "FLASH_ATTN", "flash_attn_version": 3},
+            )
+        finally:
+            # vLLM's batch-invariant mode puts a function without a gradient in torch.bmm's place, for the whole
+            # process. Its override of aten::bmm, under which autograd still works, stays and runs the same kernel.
+            torch.bmm = bmm
         self.plugin, self.cuda_graphs, self.dtype = plugin, cuda_graphs, dtype
         self.max_model_len: int = self._llm.model_config.max_model_len
         self._vocab_size = config.vocab_size

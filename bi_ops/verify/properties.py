@@ -37,9 +37,14 @@ def row_variant(op: RowOp, rows: Tensors, counts: Iterable[int] = ROW_COUNTS) ->
         rows: the inputs, [M_max, ...] each. Both the first and the last m rows are tried, so that a row is seen at
             another position too.
         counts: the values of m; those above M_max are left out.
+
+    Raises:
+        ValueError: no m below M_max, so nothing would be compared.
     """
+    counts, total = tuple(counts), rows[0].shape[0]
+    if not any(m < total for m in counts):
+        raise ValueError(f"row_variant: no row count in {counts} is below the {total} rows given: nothing to compare")
     full = _tuple(op(*rows))
-    total = rows[0].shape[0]
     broken = []
     for m in counts:
         if m > total:
@@ -53,7 +58,13 @@ def row_variant(op: RowOp, rows: Tensors, counts: Iterable[int] = ROW_COUNTS) ->
 
 
 def order_variant(op: RowOp, rows: Tensors, trials: int = 3, seed: int = 0) -> list[int]:
-    """Trials in which shuffling the rows changed some row's bits."""
+    """Trials in which shuffling the rows changed some row's bits.
+
+    Raises:
+        ValueError: fewer than two rows or no trial, so nothing would be compared.
+    """
+    if trials < 1 or rows[0].shape[0] < 2:
+        raise ValueError(f"order_variant: {trials} trials of {rows[0].shape[0]} rows leave nothing to compare")
     full = _tuple(op(*rows))
     generator = torch.Generator().manual_seed(seed)
     broken = []
@@ -66,7 +77,9 @@ def order_variant(op: RowOp, rows: Tensors, trials: int = 3, seed: int = 0) -> l
 
 
 def rerun_variant(op: Callable[[], torch.Tensor | Tensors], runs: int = 100) -> list[int]:
-    """Reruns (1-based) whose result differs from the first run's."""
+    """Reruns (1-based) whose result differs from the first run's. Raises ValueError for fewer than two runs."""
+    if runs < 2:
+        raise ValueError(f"rerun_variant: {runs} runs leave nothing to compare; use at least 2")
     first = _tuple(op())
     return [
         run for run in range(1, runs) if not all(bits_equal(a, b) for a, b in zip(_tuple(op()), first, strict=True))

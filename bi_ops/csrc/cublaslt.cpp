@@ -9,6 +9,7 @@
 #include <torch/extension.h>
 
 #include <array>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -236,11 +237,15 @@ bool is_plain(const at::Tensor& t) {
          reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
 }
 
+// cuBLASLt has no algorithm in the canonical order for this row count: the caller takes another way.
+struct NoAlgorithm : std::exception {};
+
 at::Tensor times_weight(const at::Tensor& x, const at::Tensor& weight) {
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
   auto out = at::empty(sizes, x.options());
-  run(x.view({-1, x.size(-1)}), weight.t(), out.view({-1, weight.size(0)}), std::nullopt, 0, true);
+  if (!run(x.view({-1, x.size(-1)}), weight.t(), out.view({-1, weight.size(0)}), std::nullopt, 0, true))
+    throw NoAlgorithm();
   return out;
 }
 
@@ -266,7 +271,8 @@ struct Linear : torch::autograd::Function<Linear> {
   }
 };
 
-// x [..., K] @ weight[N, K].T; nothing where the shape is not admitted or the tensors are not plain ones.
+// x [..., K] @ weight[N, K].T; nothing where the shape is not admitted, the tensors are not plain ones, or there is no
+// algorithm for them.
 std::optional<at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight) {
   if (x.dim() < 1 || weight.dim() != 2 || x.scalar_type() != weight.scalar_type() || x.numel() == 0 ||
       x.size(-1) != weight.size(1) || !is_plain(x) || !is_plain(weight) || x.device() != weight.device())
@@ -275,9 +281,13 @@ std::optional<at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight) 
     const std::lock_guard<std::mutex> held(lock);
     if (!admitted.count({x.get_device(), x.scalar_type(), weight.size(0), weight.size(1)})) return std::nullopt;
   }
-  if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad())) return Linear::apply(x, weight);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return times_weight(x, weight);
+  try {
+    if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad())) return Linear::apply(x, weight);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return times_weight(x, weight);
+  } catch (const NoAlgorithm&) {
+    return std::nullopt;
+  }
 }
 
 // What candidate `index` is made of, for people.
