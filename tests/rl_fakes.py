@@ -26,6 +26,12 @@ class TableModel(nn.Module):
         rows = self.logprobs(batch.input_ids[batch.predictors])
         return rows.gather(1, batch.targets[:, None])[:, 0]
 
+    def allocate_main_grads(self) -> None:
+        """Autograd's own sum will do."""
+
+    def collect_main_grads(self) -> None:
+        """See allocate_main_grads."""
+
     def save_pretrained(self, path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
         save_file({"table": self.table.detach()}, Path(path) / "model.safetensors")

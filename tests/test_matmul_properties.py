@@ -16,7 +16,7 @@ RERUNS = 3 if runtime.INTERPRET else 100
 
 
 #: The step of the reduced axis after which the interpreter, and the tensor cores, round.
-STEP = 128 if runtime.INTERPRET else 16
+STEP = mm_ops.TOKEN_STEP
 
 
 @pytest.fixture(params=["triton"] if runtime.INTERPRET else ["cublaslt", "triton"], autouse=True)

@@ -7,7 +7,7 @@ import torch
 
 from bi_ops import norm
 from bi_ops._common import runtime
-from bi_ops.norm import reference
+from bi_ops.norm import ops, reference, schedule
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 
 N, M = (1100, 300) if runtime.INTERPRET else (2048, 8192)
@@ -81,6 +81,19 @@ def test_a_norm_that_changes_its_block_at_256_rows_is_caught(device):
 
     broken = row_variant(changes_block, (torch.randn(300, 64, device=device),), (8, 16, 255, 256, 257))
     assert broken == [8, 16, 255]
+
+
+def test_the_schedule_of_the_weight_gradient_changes_no_bit(device, monkeypatch):
+    x, weight = torch.randn(100, 70, device=device), torch.randn(70, device=device, requires_grad=True)
+    g = torch.randn(100, 70, device=device)
+    (first,) = torch.autograd.grad(norm.rms_norm(x, weight), weight, g)
+    for tile in (
+        schedule.TokenSchedule(1, 128, 3),
+        schedule.TokenSchedule(4, 32, 16),
+        schedule.TokenSchedule(8, 64, 1),
+    ):
+        monkeypatch.setattr(ops.sched, "token_schedule", lambda *_, tile=tile: tile)
+        assert torch.equal(torch.autograd.grad(norm.rms_norm(x, weight), weight, g)[0], first), tile
 
 
 def test_gradients_are_the_same_on_every_run(device):

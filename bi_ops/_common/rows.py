@@ -7,6 +7,10 @@ import torch
 #: Triton specialises a kernel on pointers (in bytes) and strides (in elements) divisible by this.
 ALIGNMENT = 16
 
+#: Cut at multiples of this many tokens, a batch's sums over tokens can be carried on in the bits of one pass: it is the
+#: step in which tensor cores sum, and every other such sum keeps to it. `bi_ops.models.packing.pack` pads to it.
+TOKEN_STEP = 16
+
 
 def aligned_rows(t: torch.Tensor) -> torch.Tensor:
     """`t` as [R, N] rows that start at multiples of 16, in bytes and in elements; a copy only where they do not yet.

@@ -36,11 +36,12 @@ def embedding_backward_kernel(
     p_ids,  # [N] int64, sorted; V or more: no row of the table
     p_token,  # [N] int64, where each sorted id stood; ascending within one id
     p_start,  # [S + 1] int64, where each run of equal ids begins; N once there are no more
-    p_dw,  # [V, D], zeros
+    p_dw,  # [V, D], zeros, or what the sums start from
     S,
     N,
     D,
     V,
+    ACCUMULATE: tl.constexpr,  # dw is fp32 and where the sums start
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -56,11 +57,16 @@ def embedding_backward_kernel(
     p_run = p_token + start
     p_col = p_g + o_c
 
-    acc = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    p_out = p_dw + ids[:, None] * D + o_c
+    m_out = (ids < V)[:, None] & m_c
+    if ACCUMULATE:
+        acc = tl.load(p_out, mask=m_out, other=0.0)
+    else:
+        acc = tl.zeros([ROWS, COLS], dtype=tl.float32)
     for first in range(0, tl.max(length, axis=0), UNROLL):
         for step in tl.static_range(UNROLL):
             m_t = first + step < length
             token = tl.load(p_run + (first + step), mask=m_t, other=0)
             # A run that has ended adds 0.0, which changes no bit: a sum that began at 0.0 is never -0.0.
             acc += tl.load(p_col + token[:, None] * D, mask=m_t[:, None] & m_c, other=0.0).to(tl.float32)
-    tl.store(p_dw + ids[:, None] * D + o_c, cast(acc, p_dw.dtype.element_ty), mask=(ids < V)[:, None] & m_c)
+    tl.store(p_out, cast(acc, p_dw.dtype.element_ty), mask=m_out)

@@ -45,15 +45,16 @@ def _lookup(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torc
     return y
 
 
-def _sum_rows(
-    g: torch.Tensor, ids: torch.Tensor, num_embeddings: int, padding_idx: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """dweight [V, D] in `dtype`. No step of it waits for the device."""
+def _sum_rows(dw: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int, accumulate: bool) -> None:
+    """dw[V, D] = each id's rows of g, summed; accumulate: dw is fp32 and where the sums start, else it holds zeros.
+
+    No step of it waits for the device.
+    """
+    num_embeddings = dw.shape[0]
     _check_range("embedding_backward", ids, num_embeddings)
     n_rows, n_cols = ids.numel(), g.shape[-1]
-    dw = g.new_zeros((num_embeddings, n_cols), dtype=dtype)
     if g.numel() == 0 or num_embeddings == 0:
-        return dw
+        return
     ids = ids.reshape(-1).long()
     served = (ids >= 0) & (ids < num_embeddings) & (ids != padding_idx)
     # A stable sort keeps the tokens of one id in the order in which they stand in the batch.
@@ -75,12 +76,12 @@ def _sum_rows(
         n_rows,
         n_cols,
         num_embeddings,
+        ACCUMULATE=accumulate,
         ROWS=s.rows,
         COLS=s.cols,
         UNROLL=s.unroll,
         num_warps=s.num_warps,
     )
-    return dw
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -101,12 +102,24 @@ def _(ids, weight, dtype, padding_idx):
 def _embedding_grad(
     g: torch.Tensor, ids: torch.Tensor, num_embeddings: int, padding_idx: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    return _sum_rows(g, ids, num_embeddings, padding_idx, dtype)
+    dw = g.new_zeros((num_embeddings, g.shape[-1]), dtype=dtype)
+    _sum_rows(dw, g, ids, padding_idx, accumulate=False)
+    return dw
 
 
 @_embedding_grad.register_fake
 def _(g, ids, num_embeddings, padding_idx, dtype):
     return g.new_empty((num_embeddings, g.shape[-1]), dtype=dtype)
+
+
+@torch.library.custom_op("bi_ops::accumulate_embedding_grad", mutates_args={"main_grad"})
+def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int) -> None:
+    _sum_rows(main_grad, g, ids, padding_idx, accumulate=True)
+
+
+@_accumulate.register_fake
+def _(main_grad, g, ids, padding_idx):
+    return None
 
 
 def _setup(ctx, inputs, output):
@@ -123,12 +136,32 @@ def _backward(ctx, g):
 _embedding.register_autograd(_backward, setup_context=_setup)
 
 
+class _EmbeddingIntoBuffer(torch.autograd.Function):
+    """The lookup whose weight gradient goes into a buffer and not to autograd."""
+
+    @staticmethod
+    def forward(ctx, ids, weight, dtype, padding_idx, main_grad):
+        ctx.save_for_backward(ids)
+        ctx.padding_idx, ctx.main_grad = padding_idx, main_grad
+        return _embedding(ids, weight, dtype, padding_idx)
+
+    @staticmethod
+    def backward(ctx, g):
+        (ids,) = ctx.saved_tensors
+        _accumulate(ctx.main_grad, g, ids, ctx.padding_idx)
+        return None, None, None, None, None
+
+
 # --------------------------------------------------------------------------------------------------------------
 # public functions
 
 
 def embedding(
-    ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | None = None, padding_idx: int = -1
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    dtype: torch.dtype | None = None,
+    padding_idx: int = -1,
+    main_grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rows of `weight`, cast to `dtype`: a 16-bit forward over an fp32 master weight needs no copy of the table.
 
@@ -138,12 +171,15 @@ def embedding(
         ids: [...], int64 or int32, in 0..V-1. On a GPU an id outside gives a row of NaN.
         weight: [V, D], bf16, fp16 or fp32. dtype: of the result; None for the weight's.
         padding_idx: the row that gets no gradient; -1 for none.
+        main_grad: fp32 [V, D], contiguous, or None. If given, each id's sum is carried on in it, in place, and
+            `weight.grad` stays as it is: a batch cut anywhere ends in the bits of one pass.
 
     Returns:
         [..., D] in `dtype`.
 
     Raises:
-        TypeError: unsupported dtypes. ValueError: wrong rank, device or padding_idx. IndexError: ids outside (CPU).
+        TypeError: unsupported dtypes. ValueError: wrong rank, shape, device or padding_idx. IndexError: ids outside
+            (CPU).
     """
     checks.tensor("embedding", "ids", ids)
     checks.dtype("embedding", "ids", ids, _ID_DTYPES)
@@ -152,6 +188,14 @@ def embedding(
     checks.same_device("embedding", ids=ids, weight=weight)
     dtype = _checked_dtype("embedding", dtype or weight.dtype)
     _check_padding("embedding", padding_idx, weight.shape[0])
+    if main_grad is not None:
+        checks.tensor("embedding", "main_grad", main_grad, ndim=2)
+        checks.dtype("embedding", "main_grad", main_grad, (torch.float32,))
+        checks.same_device("embedding", weight=weight, main_grad=main_grad)
+        fits = main_grad.shape == weight.shape and main_grad.is_contiguous()
+        rule = f"main_grad must be contiguous {list(weight.shape)}, got {list(main_grad.shape)}"
+        checks.shape("embedding", fits, rule)
+        return _EmbeddingIntoBuffer.apply(ids, weight, dtype, padding_idx, main_grad)
     return _embedding(ids, weight, dtype, padding_idx)
 
 

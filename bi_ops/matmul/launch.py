@@ -14,17 +14,22 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def launch_triton(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, accumulate: bool = False
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    accumulate: bool = False,
+    over_tokens: bool = False,
 ) -> None:
     """out[B, M, N] = a[B, M, K] @ b[B, K, N] (+ bias[N]) with the Triton kernel: any strides, any dtypes.
 
-    accumulate: out is fp32 and where the accumulator starts.
+    accumulate: out is fp32 and where the accumulator starts. over_tokens: as `schedule`.
     """
     batch, m, k = a.shape
     n = b.shape[2]
     if batch == 0 or m == 0 or n == 0:
         return
-    s = sched.schedule(m, n, k, a.dtype)
+    s = sched.schedule(m, n, k, a.dtype, over_tokens)
     # Strided views reach past their element count, so the test is on the furthest offset.
     large = any(sum((d - 1) * st for d, st in zip(t.shape, t.stride(), strict=True)) >= 2**31 for t in (a, b, out))
     grid = (triton.cdiv(m, s.block_m) * triton.cdiv(n, s.block_n), batch)
@@ -89,7 +94,7 @@ def launch_accumulate(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> No
     """out[M, N] += a[M, K] @ b[K, N], out fp32 and contiguous: the sum over K is carried on from what out holds."""
     fast = not runtime.INTERPRET and a.dtype in _HALVES and _is_matrix(a) and _is_matrix(b) and out.shape[1] % 8 == 0
     if not fast or out.numel() == 0 or a.shape[1] == 0:
-        launch_triton(a[None], b[None], None, out[None], accumulate=True)
+        launch_triton(a[None], b[None], None, out[None], accumulate=True, over_tokens=True)
         return
     from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -61,7 +61,7 @@ def _mm_out(
     """a[M, K] @ b[K, N], rounded once to `out_dtype`; `free` is the axis that the batch sets."""
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype or a.dtype)
     if (provider or providers.choose()) != "cublaslt" or not launch_cublaslt(a, b, bias, out, free):
-        launch_triton(a[None], b[None], bias, out[None])
+        launch_triton(a[None], b[None], bias, out[None], over_tokens=free == "k")
     return out
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bi_ops._common import runtime
+from bi_ops._common.rows import TOKEN_STEP
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,16 @@ def _pow2(n: int, low: int, high: int) -> int:
     return min(max(1 << max(n - 1, 0).bit_length(), low), high)
 
 
-def schedule(m: int, n: int, k: int, dtype: torch.dtype) -> Schedule:
-    """The fastest known tile for an [m, k] x [k, n] product. Any choice gives the same bits."""
+def schedule(m: int, n: int, k: int, dtype: torch.dtype, over_tokens: bool = False) -> Schedule:
+    """The fastest known tile for an [m, k] x [k, n] product. Any choice gives the same bits.
+
+    over_tokens: k counts tokens; the sum of a weight gradient, which has to go on across launches.
+    """
     if runtime.INTERPRET:
         # A program costs milliseconds whatever its size: few and large. block_k is fixed because the interpreter
         # rounds to fp32 once per tile step, so there it is part of the order.
-        return Schedule(_pow2(m, 16, 512), _pow2(n, 16, 512), 128, 1, 1, 1)
+        block_k = TOKEN_STEP if over_tokens else 128
+        return Schedule(_pow2(m, 16, 512), _pow2(n, 16, 512), block_k, 1, 1, 1)
     if dtype == torch.float32:
         # No tensor cores in full fp32: small tiles keep the accumulators in registers.
         return Schedule(64, 64, 32, 8, 8, 2)

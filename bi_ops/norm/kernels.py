@@ -116,38 +116,44 @@ def rms_norm_dweight_kernel(
     stride_g,
     stride_x,
     CHUNK: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """partial[i] = sum of g * xhat over chunk i of the rows, front to back."""
-    i_chunk = tl.program_id(0).to(tl.int64)
-    o_c = tl.program_id(1) * TILE_COLS + tl.arange(0, TILE_COLS)
-    m_c = (o_c < N)[None, :]
-    acc = tl.zeros([TILE_COLS], dtype=tl.float32)
-    for start in range(0, CHUNK, TILE_ROWS):
-        o_r = i_chunk * CHUNK + start + tl.arange(0, TILE_ROWS)
-        m = (o_r < R)[:, None] & m_c
-        b_g = tl.load(p_g + o_r[:, None] * stride_g + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-        b_x = tl.load(p_x + o_r[:, None] * stride_x + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    """partial[i] = g * xhat of rows i * CHUNK and on, added front to back; ROWS chunks side by side."""
+    o_i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    acc = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    for step in tl.static_range(CHUNK):
+        o_r = o_i * CHUNK + step
+        m = (o_r < R)[:, None] & (o_c < N)
+        # A row past the end adds 0.0, which changes no bit: a sum that began at 0.0 is never -0.0.
+        b_g = tl.load(p_g + o_r[:, None] * stride_g + o_c, mask=m, other=0.0).to(tl.float32)
+        b_x = tl.load(p_x + o_r[:, None] * stride_x + o_c, mask=m, other=0.0).to(tl.float32)
         inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)
-        acc += tl.sum(b_g * (b_x * inv[:, None]), axis=0)
-    tl.store(p_partial + i_chunk * N + o_c, acc, mask=o_c < N)
+        acc += b_g * (b_x * inv[:, None])
+    tl.store(p_partial + o_i[:, None] * N + o_c, acc, mask=(o_i * CHUNK < R)[:, None] & (o_c < N))
 
 
 @triton.jit
-def sum_chunks_kernel(
+def add_chunks_kernel(
     p_partial,  # [C, N] fp32
     p_out,  # [N]
     C,
     N,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # out is fp32 and where the sum starts
+    COLS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """out = the chunks' partial sums, added front to back."""
-    o_c = tl.program_id(0) * TILE_COLS + tl.arange(0, TILE_COLS)
-    acc = tl.zeros([TILE_COLS], dtype=tl.float32)
-    for start in range(0, C, TILE_ROWS):
-        o_r = (start + tl.arange(0, TILE_ROWS)).to(tl.int64)
-        m = (o_r < C)[:, None] & (o_c < N)[None, :]
-        acc += tl.sum(tl.load(p_partial + o_r[:, None] * N + o_c[None, :], mask=m, other=0.0), axis=0)
-    tl.store(p_out + o_c, cast(acc, p_out.dtype.element_ty), mask=o_c < N)
+    """out = the chunks' partial sums, added one after another."""
+    o_c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    m_c = o_c < N
+    if ACCUMULATE:
+        acc = tl.load(p_out + o_c, mask=m_c, other=0.0)
+    else:
+        acc = tl.zeros([COLS], dtype=tl.float32)
+    o_at, end = o_c.to(tl.int64), tl.cast(C, tl.int64) * N
+    for _first in range(0, C, UNROLL):
+        for _step in tl.static_range(UNROLL):
+            acc += tl.load(p_partial + o_at, mask=m_c & (o_at < end), other=0.0)
+            o_at += N
+    tl.store(p_out + o_c, cast(acc, p_out.dtype.element_ty), mask=m_c)

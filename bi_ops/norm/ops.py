@@ -8,7 +8,7 @@ import triton
 from bi_ops._common import checks
 from bi_ops._common.rows import aligned_rows
 from bi_ops.norm import schedule as sched
-from bi_ops.norm.kernels import rms_norm_dweight_kernel, rms_norm_dx_kernel, rms_norm_kernel, sum_chunks_kernel
+from bi_ops.norm.kernels import add_chunks_kernel, rms_norm_dweight_kernel, rms_norm_dx_kernel, rms_norm_kernel
 
 # --------------------------------------------------------------------------------------------------------------
 # launch: everything below works on rows [R, N] whose last dimension is contiguous
@@ -48,20 +48,15 @@ def _forward(
     return y, total, inv
 
 
-def _backward(
-    g: torch.Tensor,
-    g_sum: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    inv: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _dx(
+    g: torch.Tensor, g_sum: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor | None, inv: torch.Tensor
+) -> torch.Tensor:
     g2, x2 = aligned_rows(g.contiguous()), aligned_rows(x)
     n_rows, n_cols = x2.shape
     dx = x.new_empty(x.shape)
-    dw = x.new_zeros(0) if weight is None else torch.zeros_like(weight, memory_format=torch.contiguous_format)
     if x.numel() == 0:
-        return dx, dw
-    order, tokens = sched.row_order(), sched.token_order()
+        return dx
+    order = sched.row_order()
     weight = None if weight is None else aligned_rows(weight.to(x.dtype))[0]
     rows = sched.rows_per_program(n_rows)
     rms_norm_dx_kernel[(triton.cdiv(n_rows, rows),)](
@@ -81,15 +76,37 @@ def _backward(
         HAS_WEIGHT=weight is not None,
         num_warps=order.num_warps,
     )
-    if weight is not None:
-        n_chunks, n_tiles = triton.cdiv(n_rows, tokens.chunk), triton.cdiv(n_cols, tokens.tile_cols)
-        partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
-        tiles = {"TILE_ROWS": tokens.tile_rows, "TILE_COLS": tokens.tile_cols, "num_warps": tokens.num_warps}
-        rms_norm_dweight_kernel[(n_chunks, n_tiles)](
-            g2, x2, inv, partial, n_rows, n_cols, g2.stride(0), x2.stride(0), CHUNK=tokens.chunk, **tiles
-        )
-        sum_chunks_kernel[(n_tiles,)](partial, dw, n_chunks, n_cols, **tiles)
-    return dx, dw
+    return dx
+
+
+def _sum_over_rows(out: torch.Tensor, g: torch.Tensor, x: torch.Tensor, inv: torch.Tensor, accumulate: bool) -> None:
+    """out[N] = sum of g * xhat over rows; accumulate: out is fp32 and where the sum starts."""
+    if x.numel() == 0:
+        return
+    g2, x2 = aligned_rows(g.contiguous()), aligned_rows(x)
+    n_rows, n_cols = x2.shape
+    chunk = sched.token_order().chunk
+    n_chunks = triton.cdiv(n_rows, chunk)
+    s = sched.token_schedule(n_chunks, n_cols)
+    n_tiles = triton.cdiv(n_cols, s.cols)
+    partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
+    rms_norm_dweight_kernel[(triton.cdiv(n_chunks, s.rows), n_tiles)](
+        g2,
+        x2,
+        inv,
+        partial,
+        n_rows,
+        n_cols,
+        g2.stride(0),
+        x2.stride(0),
+        CHUNK=chunk,
+        ROWS=s.rows,
+        COLS=s.cols,
+        num_warps=s.num_warps,
+    )
+    add_chunks_kernel[(n_tiles,)](
+        partial, out, n_chunks, n_cols, ACCUMULATE=accumulate, COLS=s.cols, UNROLL=s.unroll, num_warps=s.num_warps
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -119,20 +136,38 @@ def _(x, residual, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
 
 
-@torch.library.custom_op("bi_ops::rms_norm_backward", mutates_args=())
-def _rms_norm_grad(
-    g: torch.Tensor,
-    g_sum: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    inv: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _backward(g, g_sum, x, weight, inv)
+@torch.library.custom_op("bi_ops::rms_norm_dx", mutates_args=())
+def _rms_norm_dx(
+    g: torch.Tensor, g_sum: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor | None, inv: torch.Tensor
+) -> torch.Tensor:
+    return _dx(g, g_sum, x, weight, inv)
 
 
-@_rms_norm_grad.register_fake
+@_rms_norm_dx.register_fake
 def _(g, g_sum, x, weight, inv):
-    return x.new_empty(x.shape), x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("bi_ops::rms_norm_dweight", mutates_args=())
+def _rms_norm_dweight(g: torch.Tensor, x: torch.Tensor, inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    dw = x.new_zeros(x.shape[-1], dtype=dtype)
+    _sum_over_rows(dw, g, x, inv, accumulate=False)
+    return dw
+
+
+@_rms_norm_dweight.register_fake
+def _(g, x, inv, dtype):
+    return x.new_empty(x.shape[-1], dtype=dtype)
+
+
+@torch.library.custom_op("bi_ops::accumulate_norm_grad", mutates_args={"main_grad"})
+def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor, inv: torch.Tensor) -> None:
+    _sum_over_rows(main_grad, g, x, inv, accumulate=True)
+
+
+@_accumulate.register_fake
+def _(main_grad, g, x, inv):
+    return None
 
 
 def _norm_setup(ctx, inputs, output):
@@ -143,8 +178,9 @@ def _norm_setup(ctx, inputs, output):
 
 def _norm_backward(ctx, g, _):
     x, weight, inv = ctx.saved_tensors
-    dx, dw = _rms_norm_grad(g, None, x, weight, inv)
-    return dx, None if weight is None else dw, None
+    dx = _rms_norm_dx(g, None, x, weight, inv) if ctx.needs_input_grad[0] else None
+    dw = _rms_norm_dweight(g, x, inv, weight.dtype) if ctx.needs_input_grad[1] else None
+    return dx, dw, None
 
 
 def _add_norm_setup(ctx, inputs, output):
@@ -155,19 +191,57 @@ def _add_norm_setup(ctx, inputs, output):
 
 def _add_norm_backward(ctx, g, g_sum, _):
     total, weight, inv = ctx.saved_tensors
-    dx, dw = _rms_norm_grad(g, g_sum, total, weight, inv)
-    return dx, dx, None if weight is None else dw, None
+    dx = _rms_norm_dx(g, g_sum, total, weight, inv) if any(ctx.needs_input_grad[:2]) else None
+    dw = _rms_norm_dweight(g, total, inv, weight.dtype) if ctx.needs_input_grad[2] else None
+    return dx, dx, dw, None
 
 
 _rms_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
 _add_rms_norm.register_autograd(_add_norm_backward, setup_context=_add_norm_setup)
 
 
+class _NormIntoBuffer(torch.autograd.Function):
+    """rms_norm whose weight gradient goes into a buffer and not to autograd."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, main_grad):
+        y, inv = _rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inv)
+        ctx.main_grad = main_grad
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, inv = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            _accumulate(ctx.main_grad, g, x, inv)
+        return _rms_norm_dx(g, None, x, weight, inv) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+class _AddNormIntoBuffer(torch.autograd.Function):
+    """add_rms_norm whose weight gradient goes into a buffer and not to autograd."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, main_grad):
+        y, total, inv = _add_rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight, inv)
+        ctx.main_grad = main_grad
+        return y, total
+
+    @staticmethod
+    def backward(ctx, g, g_sum):
+        total, weight, inv = ctx.saved_tensors
+        if ctx.needs_input_grad[2]:
+            _accumulate(ctx.main_grad, g, total, inv)
+        dx = _rms_norm_dx(g, g_sum, total, weight, inv) if any(ctx.needs_input_grad[:2]) else None
+        return dx, dx, None, None, None
+
+
 # --------------------------------------------------------------------------------------------------------------
 # public functions
 
 
-def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> None:
+def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float, main_grad: torch.Tensor | None) -> None:
     checks.tensor(op, "x", x)
     checks.dtype(op, "x", x)
     checks.shape(op, x.ndim >= 1 and x.shape[-1] > 0, f"x must have a last dimension to normalise, got {list(x.shape)}")
@@ -180,47 +254,69 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float) ->
         checks.same_device(op, x=x, weight=weight)
         fits = weight.shape[0] == x.shape[-1]
         checks.shape(op, fits, f"weight {list(weight.shape)} does not fit x {list(x.shape)}")
+    if main_grad is not None:
+        checks.shape(op, weight is not None, "main_grad needs a weight whose gradient it holds")
+        checks.tensor(op, "main_grad", main_grad)
+        checks.dtype(op, "main_grad", main_grad, (torch.float32,))
+        checks.same_device(op, x=x, main_grad=main_grad)
+        fits = main_grad.shape == x.shape[-1:] and main_grad.is_contiguous()
+        checks.shape(op, fits, f"main_grad must be contiguous {list(x.shape[-1:])}, got {list(main_grad.shape)}")
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    main_grad: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimension (Zhang and Sennrich, 2019).
 
     Computed in fp32 and rounded once; where N is a multiple of 16, the bits of vLLM's `rms_norm_batch_invariant`. dX
-    depends on its own row; the gradient of the weight sums rows in fixed chunks.
+    depends on its own row; the gradient of the weight sums rows in chunks of TOKEN_STEP, the chunks front to back.
 
     Args:
         x: [..., N], bf16, fp16 or fp32; for per-head norms [..., heads, head_dim].
         weight: [N], the dtype of x or fp32 (a master weight: rounded to the dtype of x first, its gradient comes back
             in fp32), or None.
         eps: >= 0.
+        main_grad: fp32 [N], contiguous, or None. If given, the weight's sum is carried on in it, in place, and
+            `weight.grad` stays as it is: cut at multiples of TOKEN_STEP rows, a batch ends in the bits of one pass.
 
     Returns:
         [..., N] in the dtype of x.
 
     Raises:
-        TypeError: an unsupported dtype. ValueError: wrong shape, device or eps.
+        TypeError: an unsupported dtype. ValueError: wrong shape, device or eps; main_grad without a weight.
     """
-    _check("rms_norm", x, weight, eps)
+    _check("rms_norm", x, weight, eps, main_grad)
+    if main_grad is not None:
+        return _NormIntoBuffer.apply(x, weight, eps, main_grad)
     return _rms_norm(x, weight, eps)[0]
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    main_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(x + residual), x + residual), the sum rounded to the dtype of x before it is normalised.
 
     Args:
-        x, residual: [..., N], one dtype and shape. weight, eps: as `rms_norm`.
+        x, residual: [..., N], one dtype and shape. weight, eps, main_grad: as `rms_norm`.
 
     Raises:
         TypeError, ValueError: as `rms_norm`, and when x and residual differ in shape or dtype.
     """
-    _check("add_rms_norm", x, weight, eps)
+    _check("add_rms_norm", x, weight, eps, main_grad)
     checks.tensor("add_rms_norm", "residual", residual)
     checks.same_dtype("add_rms_norm", x=x, residual=residual)
     checks.same_device("add_rms_norm", x=x, residual=residual)
     checks.shape(
         "add_rms_norm", x.shape == residual.shape, f"x {list(x.shape)} and residual {list(residual.shape)} differ"
     )
+    if main_grad is not None:
+        return _AddNormIntoBuffer.apply(x, residual, weight, eps, main_grad)
     y, total, _ = _add_rms_norm(x, residual, weight, eps)
     return y, total

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bi_ops._common import runtime
+from bi_ops._common.rows import TOKEN_STEP
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,22 @@ class RowOrder:
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """dweight sums rows front to back inside chunks of `chunk` rows, then the chunks front to back.
+    """dweight adds rows front to back inside chunks of `chunk` rows, then the chunks front to back.
 
-    The chunk is counted in rows, never in SMs: the bits belong to no GPU size.
+    A chunk divides TOKEN_STEP tokens whatever number of rows (heads) a token has, so the sum of a batch that is cut
+    there can be carried on. It is counted in rows, never in SMs: the bits belong to no GPU size.
     """
 
-    chunk: int = 256
-    tile_rows: int = 32
-    tile_cols: int = 128
+    chunk: int = TOKEN_STEP
+
+
+@dataclass(frozen=True)
+class TokenSchedule:
+    """One program sums `rows` chunks x `cols` columns; the sum of the chunks has `unroll` loads in flight."""
+
+    rows: int
+    cols: int
+    unroll: int
     num_warps: int = 4
 
 
@@ -42,6 +51,20 @@ def token_order() -> TokenOrder:
     return TokenOrder()
 
 
+def token_schedule(n_chunks: int, n_cols: int) -> TokenSchedule:
+    """Four columns per thread on a GPU; in the interpreter one program does nearly all. Any gives the same bits.
+
+    Adding the chunks is one chain per column, so loads ahead of it are what hides the memory.
+    """
+    elements = 1 << 18 if runtime.INTERPRET else 512
+    cols = min(_next_power_of_2(n_cols), elements)
+    return TokenSchedule(min(_next_power_of_2(n_chunks), elements // cols), cols, 1 if runtime.INTERPRET else 16)
+
+
 def rows_per_program(n_rows: int) -> int:
     """Rows one program handles: one on a GPU; all of them in the interpreter, where programs are dear."""
-    return min(1 << max(n_rows - 1, 0).bit_length(), 256) if runtime.INTERPRET else 1
+    return min(_next_power_of_2(n_rows), 256) if runtime.INTERPRET else 1
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -31,8 +31,8 @@ TINY_QWEN3: dict[str, Any] = {
     "dtype": "float32",
 }
 
-#: Fields that may change when a run is resumed: none of them changes what a step computes.
-FREE_ON_RESUME = ("steps", "save_every", "on_difference", "gpu_memory_utilization")
+#: Fields that may change when a run is resumed: none of them changes what a step learns.
+FREE_ON_RESUME = ("steps", "save_every", "on_difference", "gpu_memory_utilization", "max_tokens_per_microbatch")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -54,8 +54,9 @@ class TrainConfig:
     task, symbols, max_new_tokens: what is learned, from how many symbols, and the longest answer.
     prompts_per_step x group_size sequences are sampled per step; updates_per_rollout: optimizer steps on each.
     clip: of the importance ratio. kl: coefficient of the KL to the initial model. mean: what counts equally.
-    max_tokens_per_microbatch: cut the training pass into packs of at most that many tokens (None: one pack). The cut
-    changes no log-probability, but it is part of the order in which gradients are summed.
+    max_tokens_per_microbatch: cut the training pass into packs of at most that many tokens, padding not counted
+    (None: one pack). The cut changes no bit of a log-probability or of the update; only the loss that is reported is
+    added up pack by pack.
     on_difference: what a log-probability that differs between rollout and training does to the run.
     save_every: steps between checkpoints, 0 for none but the final weights.
 

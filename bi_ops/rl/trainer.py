@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bi_ops._common.rows import TOKEN_STEP
 from bi_ops.models.packing import pack
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.loss import group_advantages, grpo_loss, ordered_sum, token_weights
@@ -183,7 +184,11 @@ class Trainer:
         ]
 
     def backward(self, completions: Sequence[Completion], advantages: torch.Tensor) -> _Pass:
-        """Fill the gradients with those of the batch's loss, pack by pack in order."""
+        """Fill the gradients with those of the batch's loss, pack by pack in order.
+
+        Their bits do not depend on where packs end: a token's weight in the loss is that of the whole batch, sequences
+        are padded to the step in which tokens are summed, and every sum is carried on from one pack to the next.
+        """
         config, device = self.config, self.parameters[0].device
         lengths = [len(c.tokens) for c in completions]
         weights = token_weights(lengths, config.mean)
@@ -191,11 +196,13 @@ class Trainer:
         rollout = torch.cat([c.logprobs for c in completions])
 
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.allocate_main_grads()
         logprobs: list[torch.Tensor] = []
         loss, kl, clip_fraction, at = 0.0, 0.0, 0.0, 0
         totals = [len(c.prompt) + len(c.tokens) for c in completions]
         for part in microbatches(totals, config.max_tokens_per_microbatch):
-            batch = pack([c.prompt for c in completions[part]], [c.tokens for c in completions[part]], device)
+            prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
+            batch = pack(prompts, tokens, device, align=TOKEN_STEP)
             scores = self.model.token_logprobs(batch)
             reference = None
             if self.reference is not None and config.kl != 0:
@@ -216,6 +223,7 @@ class Trainer:
             loss += float(terms.value.detach())
             kl += float(terms.kl)
             clip_fraction += float(terms.clip_fraction)
+        self.model.collect_main_grads()
         return _Pass(logprobs, loss, kl, clip_fraction)
 
     def check(self, step: int, completions: Sequence[Completion], logprobs: list[torch.Tensor]) -> ParityReport:

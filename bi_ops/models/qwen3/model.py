@@ -24,16 +24,20 @@ LOGIT_ROWS = 4096
 class Projection(nn.Module):
     """`x @ weight.T`; weight [out, in]."""
 
+    main_grad: torch.Tensor | None = None
+
     def __init__(self, out_features: int, in_features: int, **factory: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return matmul.linear(x, self.weight)
+        return matmul.linear(x, self.weight, main_grad=self.main_grad)
 
 
 class RMSNorm(nn.Module):
     """RMS norm, alone or after a residual add."""
+
+    main_grad: torch.Tensor | None = None
 
     def __init__(self, size: int, eps: float, **factory: Any) -> None:
         super().__init__()
@@ -41,10 +45,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return norm.rms_norm(x, self.weight, self.eps)
+        return norm.rms_norm(x, self.weight, self.eps, self.main_grad)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return norm.add_rms_norm(x, residual, self.weight, self.eps)
+        return norm.add_rms_norm(x, residual, self.weight, self.eps, self.main_grad)
 
 
 class SelfAttention(nn.Module):
@@ -87,9 +91,23 @@ class DecoderLayer(nn.Module):
 
 
 class Embedding(nn.Module):
+    """The table [vocab, hidden], and with tied weights the head too.
+
+    Each use has a buffer of its own: in one buffer the two sums would take turns, micro-batch by micro-batch.
+    """
+
+    main_grad: torch.Tensor | None = None
+    head_main_grad: torch.Tensor | None = None
+
     def __init__(self, config: Qwen3Config, **factory: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **factory))
+
+    def forward(self, input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return embedding.embedding(input_ids, self.weight, dtype, main_grad=self.main_grad)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return matmul.linear(hidden, self.weight, main_grad=self.head_main_grad)
 
 
 class Decoder(nn.Module):
@@ -154,7 +172,7 @@ class Qwen3ForCausalLM(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Hidden states [T, hidden] after the final norm; input_ids, positions: int64 [T]."""
-        x = embedding.embedding(input_ids, self.model.embed_tokens.weight, self.compute_dtype)
+        x = self.model.embed_tokens(input_ids, self.compute_dtype)
         residual: torch.Tensor | None = None
         for layer in cast(Iterable[DecoderLayer], self.model.layers):
             if residual is None:
@@ -169,8 +187,29 @@ class Qwen3ForCausalLM(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, vocab] in the compute dtype."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return matmul.linear(hidden, head.weight)
+        return self.model.embed_tokens.head(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+
+    def allocate_main_grads(self) -> None:
+        """From now on a backward sums weight gradients over tokens in fp32 buffers, not in `.grad`.
+
+        Each sum is carried on from one backward to the next, so a batch ends in the same bits however it is cut into
+        micro-batches, if they are packed with align=TOKEN_STEP. `collect_main_grads` ends it.
+        """
+        for module in self.modules():
+            if isinstance(module, Projection | RMSNorm | Embedding) and module.weight.requires_grad:
+                module.main_grad = torch.zeros_like(module.weight, dtype=torch.float32)
+                if isinstance(module, Embedding) and self.config.tie_word_embeddings:
+                    module.head_main_grad = torch.zeros_like(module.main_grad)
+
+    def collect_main_grads(self) -> None:
+        """Hand the finished sums over as `.grad`, in the dtype of the weight; a tied weight's two are added here."""
+        for module in self.modules():
+            if isinstance(module, Projection | RMSNorm | Embedding) and module.main_grad is not None:
+                if isinstance(module, Embedding) and module.head_main_grad is not None:
+                    module.main_grad += module.head_main_grad
+                    module.head_main_grad = None
+                module.weight.grad = module.main_grad.to(module.weight.dtype)
+                module.main_grad = None
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probabilities fp32 [S] of `batch.targets`; differentiable.
@@ -189,7 +228,10 @@ class Qwen3ForCausalLM(nn.Module):
 
         hidden = self(batch.input_ids, batch.positions, attend)[batch.predictors]
         if torch.is_grad_enabled():
-            return logprob.token_logprobs(self.logits(hidden), batch.targets)
+            if batch.n_slots == len(batch.targets):
+                return logprob.token_logprobs(self.logits(hidden), batch.targets)
+            # The head's gradient sums over the scored tokens alone, so these are padded for themselves.
+            return logprob.token_logprobs(self.logits(batch.spread(hidden)), batch.spread(batch.targets))[batch.slots]
         parts = zip(hidden.split(LOGIT_ROWS), batch.targets.split(LOGIT_ROWS), strict=True)
         return torch.cat([logprob.token_logprobs(self.logits(h), ids) for h, ids in parts])
 
