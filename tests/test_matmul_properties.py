@@ -144,6 +144,12 @@ def test_strided_inputs_have_the_bits_of_contiguous_ones(device):
             TypeError,
             "int32",
         ),
+        (lambda d: mm_ops.linear(torch.ones(2, 3, device=d), torch.ones(4, 3, device=d), [1.0]), TypeError, "bias"),
+        (
+            lambda d: mm_ops.linear(*(torch.ones(s, device=d) for s in ((2, 3), (4, 3), 5))),
+            ValueError,
+            "for 4 columns",
+        ),
         (
             lambda d: mm_ops.bmm(torch.ones(2, 3, 4, device=d), torch.ones(3, 4, 5, device=d)),
             ValueError,

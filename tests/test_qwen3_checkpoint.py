@@ -113,11 +113,19 @@ def test_a_trained_model_is_saved_without_loss(tmp_path):
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type"),
         ({"num_key_value_heads": 3}, "cannot be shared"),
         ({"head_dim": 15}, "even"),
+        ({"num_attention_heads": None}, "lacks num_attention_heads"),
+        ({"torch_dtype": "float8"}, "float8"),
     ],
 )
 def test_configs_that_are_not_built_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Qwen3Config.from_dict(tiny_config().to_dict() | change)
+
+
+def test_a_config_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        Qwen3Config.from_pretrained(tmp_path)
 
 
 def test_no_checkpoint_there(tmp_path):

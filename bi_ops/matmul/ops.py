@@ -217,6 +217,7 @@ def mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> to
     if bias is not None:
         checks.tensor("mm", "bias", bias, ndim=1)
         checks.dtype("mm", "bias", bias)
+        checks.same_device("mm", a=a, bias=bias)
         checks.shape("mm", bias.shape[0] == b.shape[1], f"bias {list(bias.shape)} for {b.shape[1]} columns")
     return _mm(a, b, bias, providers.choose())
 
@@ -262,6 +263,12 @@ def linear(
     )
     if weight.dtype != torch.float32:
         checks.same_dtype("linear", x=x, weight=weight)
+    if bias is not None:
+        checks.tensor("linear", "bias", bias, ndim=1)
+        checks.dtype("linear", "bias", bias)
+        checks.same_device("linear", x=x, bias=bias)
+        n = weight.shape[0]
+        checks.shape("linear", bias.shape[0] == n, f"bias {list(bias.shape)} for {n} columns")
     rows = x.reshape(-1, x.shape[-1])
     if main_grad is None:
         out = _mm(rows, weight.t(), None, providers.choose())
@@ -271,7 +278,6 @@ def linear(
     out = out.reshape(*x.shape[:-1], weight.shape[0])
     if bias is None:
         return out
-    checks.shape("linear", bias.shape == weight.shape[:1], f"bias {list(bias.shape)} for {weight.shape[0]} columns")
     return _AddBias.apply(out, bias)
 
 

@@ -63,7 +63,11 @@ class Qwen3Config:
         file = Path(path) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"Qwen3Config: {file} does not exist; give a folder that holds a checkpoint")
-        return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise ValueError(f"Qwen3Config: {file} is not JSON: {e}") from e
+        return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Qwen3Config:
@@ -85,10 +89,17 @@ class Qwen3Config:
         known.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
         if "rope_theta" not in known and "rope_theta" in rope:
             known["rope_theta"] = rope["rope_theta"]
-        missing = [n for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if n not in known]
-        if missing or known["num_key_value_heads"] is None:
-            raise ValueError(f"Qwen3Config: config.json lacks {', '.join(missing) or 'num_attention_heads'}")
-        dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"))
+        needed = (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "num_key_value_heads"),
+        )
+        missing = [n for n in needed if not isinstance(known.get(n), int)]
+        if missing:
+            raise ValueError(f"Qwen3Config: config.json lacks {', '.join(missing)}")
+        name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+        dtype = getattr(torch, name, None)
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"Qwen3Config: dtype {name!r} is not supported; supported: bfloat16, float16, float32")
         return cls(**known, dtype=dtype, others=raw)
 
     def to_dict(self) -> dict[str, Any]:
