@@ -96,6 +96,24 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
         assert expected in str(error.value)
 
 
+@pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b"", lambda b: b"<!DOCTYPE html>" + b])
+def test_a_damaged_file_is_named_with_its_folder_and_the_way_out(tmp_path, damage):
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .* download it again") as error:
+        Qwen3ForCausalLM.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(tmp_path, text):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json cannot be read .* download it again"):
+        Qwen3ForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_trained_model_is_saved_without_loss(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)

@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
-import json
 import platform
 import sys
 from typing import Any
+
+from bi_ops._common.files import to_json
 
 #: Operator families that choose among providers have a table; the others have their Triton kernel alone.
 FAMILIES = ("matmul", "norm", "attention", "activation", "rope", "embedding", "logprob", "reduction")
@@ -36,7 +37,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (strict: NaN and infinity as null)")
 
 
 def _version(package: str) -> str | None:
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         found = diagnose()
     code = 0 if all(record["ok"] for record in found["operators"]) else 1
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(to_json(found, indent=2))
         return code
 
     from rich.console import Console

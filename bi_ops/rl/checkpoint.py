@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bi_ops._common.files import write_atomically, write_json
@@ -78,13 +79,24 @@ def latest(folder: Path) -> Path | None:
     return path
 
 
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file. Raises ValueError naming it and the way out if it is not whole."""
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise ValueError(
+            f"checkpoint: {path} cannot be read ({e}), it is damaged; write the name of an earlier checkpoint into "
+            f"{path.parents[1] / LATEST}"
+        ) from e
+
+
 def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put a checkpoint's tensors into `model` and `optimizer`; returns its state.json.
 
     Raises:
-        ValueError: tensors missing, extra or of another shape; all are listed.
+        ValueError: tensors missing, extra or of another shape (all are listed), or a damaged file.
     """
-    weights = load_file(path / "model.safetensors")
+    weights = _read(path / "model.safetensors")
     parameters = dict(model.named_parameters())
     wrong = [f"missing {n}" for n in parameters if n not in weights]
     wrong += [f"extra {n}" for n in weights if n not in parameters]
@@ -98,7 +110,7 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    moments = load_file(path / "optimizer.safetensors")
+    moments = _read(path / "optimizer.safetensors")
     for name, parameter in parameters.items():
         found = {k.removeprefix(f"{name}."): v for k, v in moments.items() if k.rpartition(".")[0] == name}
         if found:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bi_ops._common.files import to_json
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -33,7 +35,10 @@ class StepMetrics:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, in order. A last line that a crash cut short is left out."""
+    """The records of a metrics file, in order; None is a number that was NaN or infinite.
+
+    A last line that a crash cut short is left out.
+    """
     records = []
     for line in Path(path).read_text().splitlines(keepends=True):
         if line.endswith("\n"):
@@ -42,7 +47,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Writes `folder`/metrics.jsonl and `folder`/tensorboard.
+    """Writes `folder`/metrics.jsonl (strict JSON, so NaN and infinity are null there) and `folder`/tensorboard.
 
     after_step: records of later steps, left by a run that died after its last checkpoint, are dropped.
     """
@@ -53,13 +58,13 @@ class MetricsWriter:
         path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(path) if r["step"] <= after_step] if path.exists() else []
         fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        fresh.write_text("".join(to_json(r) + "\n" for r in kept))
         os.replace(fresh, path)
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after_step + 1)
 
     def write(self, metrics: StepMetrics) -> None:
-        self._file.write(json.dumps(metrics.to_dict()) + "\n")
+        self._file.write(to_json(metrics.to_dict()) + "\n")
         self._file.flush()
         for name, value in metrics.to_dict().items():
             if name != "step":

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bi_ops._common.files import write_atomically, write_json
@@ -74,9 +74,27 @@ def pieces(config: Qwen3Config) -> Iterator[Piece]:
         yield Piece(HEAD, HEAD, 0, config.vocab_size)
 
 
+def _damaged(path: Path, name: str, cause: Exception) -> ValueError:
+    return ValueError(
+        f"checkpoint {path}: {name} cannot be read ({type(cause).__name__}: {cause}), it is damaged or was not copied "
+        "whole; copy or download it again"
+    )
+
+
+def _open(file: Path) -> Any:
+    """`file`, opened for the tensors in it. Raises ValueError naming folder and file if it is not whole."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as e:
+        raise _damaged(file.parent, file.name, e) from e
+
+
 def _weight_files(path: Path) -> list[Path]:
     if (path / INDEX).is_file():
-        names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise _damaged(path, INDEX, e) from e
         files = [path / n for n in sorted(names)]
     else:
         files = [path / WEIGHTS]
@@ -92,7 +110,7 @@ def load(model: Qwen3ForCausalLM, path: Path) -> None:
     parameters = dict(model.named_parameters())
     expected = {p.name: p for p in pieces(model.config)}
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(f, framework="pt")) for f in _weight_files(path)]
+        files = [stack.enter_context(_open(f)) for f in _weight_files(path)]
         found = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
         tied_copy = model.config.tie_word_embeddings and HEAD in found
         shapes = {name: list(file.get_slice(name).get_shape()) for name, file in found.items()}
