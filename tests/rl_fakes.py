@@ -46,10 +46,12 @@ class TableModel(nn.Module):
 
 
 class TableEngine:
-    """`broken_at`: a (call, sequence, position) whose log-probability is off by one bit; calls count from 0."""
+    """`broken_at`: a (call, sequence, position) whose log-probability is off by one bit, or NaN; calls count from 0."""
 
     name = "table"
     max_model_len = 64
+    attention = None
+    breaks_to_nan = False
 
     def __init__(self, model: TableModel, broken_at: tuple[int, int, int] | None = None) -> None:
         self.model = TableModel(model.config.vocab_size)
@@ -74,7 +76,10 @@ class TableEngine:
                 scores.append(row[tokens[-1]])
             logprobs = torch.stack(scores)
             if self.broken_at is not None and self.broken_at[:2] == (self.calls, i):
-                logprobs.view(torch.int32)[self.broken_at[2]] ^= 1
+                if self.breaks_to_nan:
+                    logprobs[self.broken_at[2]] = float("nan")
+                else:
+                    logprobs.view(torch.int32)[self.broken_at[2]] ^= 1
             out.append(Completion(tuple(prompt), tuple(tokens), logprobs, "length"))
         self.calls += 1
         return out

@@ -10,11 +10,12 @@ import torch
 from rl_fakes import TableEngine, TableModel
 from tiny import tiny_model
 
-from bi_ops import cli
+from bi_ops import attention, cli
 from bi_ops._common import runtime
 from bi_ops.models.qwen3 import Qwen3ForCausalLM
 from bi_ops.rl import PRESETS, TrainConfig, runner
 from bi_ops.rollout import embedded, vllm_engine
+from bi_ops.verify import recompose
 from bi_ops.verify.recompose import COMPOSITIONS
 
 
@@ -80,6 +81,12 @@ def test_bad_usage_is_one_line_and_exit_code_2(capsys, argv, message, monkeypatc
     assert "Traceback" not in err
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_setting_of_another_type_in_a_file_is_bad_input(capsys, tmp_path):
+    (tmp_path / "c.json").write_text('{"steps": "3"}')
+    code, _, err = call(capsys, "train", "--config", tmp_path / "c.json", "--output", tmp_path / "run")
+    assert (code, err) == (2, "bi-ops train: error: train: steps is '3', str; it must be a whole number\n")
 
 
 def test_train_prints_every_step_and_the_weights_hash(capsys, table, tmp_path):
@@ -239,16 +246,42 @@ def test_parity_of_an_engine_one_bit_off_is_exit_code_1(capsys, checkpoint_folde
     assert "sequence 1, completion position 1" in err
 
 
+def test_parity_says_null_where_a_delta_is_infinite(capsys, checkpoint_folder, monkeypatch):
+    honest = embedded.EmbeddedEngine.generate
+
+    def broken(self, prompts, params):
+        completions = honest(self, prompts, params)
+        completions[1].logprobs[1] = float("nan")
+        return completions
+
+    monkeypatch.setattr(embedded.EmbeddedEngine, "generate", broken)
+    code, out, _ = call(capsys, "parity", checkpoint_folder, *PARITY, "--json")
+    rows = json.loads(out, parse_constant=pytest.fail)
+    assert code == 1
+    assert {(r["tokens_different"], r["max_delta"], r["mean_delta"]) for r in rows} == {(1, None, None)}
+    assert all(r["first_difference"]["rollout"] is None for r in rows)
+
+
+def test_parity_shows_its_progress_on_a_terminal_alone(capsys, checkpoint_folder, monkeypatch):
+    argv = ("parity", checkpoint_folder, *PARITY)
+    assert call(capsys, *argv)[2] == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich: stderr is a terminal
+    code, out, err = call(capsys, *argv)
+    assert (code, "strangers" in err, "15/15" in err) == (0, True, True)
+    assert out.rstrip().endswith("bitwise identical")
+    assert call(capsys, *argv, "--json")[2] == ""
+
+
 class FakeVllm(embedded.EmbeddedEngine):
     """The embedded engine under vLLM's name and arguments; without the plugin one bit of every sequence is off."""
 
     name = "vllm"
     started: ClassVar[list] = []
 
-    def __init__(self, path, *, plugin, cuda_graphs):
+    def __init__(self, path, *, plugin, attention, cuda_graphs):
         super().__init__(Qwen3ForCausalLM.from_pretrained(path))
         self.plugin, self.cuda_graphs = plugin, cuda_graphs
-        self.started.append((plugin, cuda_graphs))
+        self.started.append((plugin, attention, cuda_graphs))
 
     def generate(self, prompts, params):
         completions = super().generate(prompts, params)
@@ -261,24 +294,45 @@ class FakeVllm(embedded.EmbeddedEngine):
 
 
 @pytest.mark.parametrize(
-    ("options", "plugin", "cuda_graphs"),
+    ("options", "plugin", "attention", "cuda_graphs"),
     [
-        ((), True, True),
-        (("--no-cuda-graphs",), True, False),
-        (("--no-plugin",), False, True),
-        (("--no-plugin", "--no-cuda-graphs"), False, False),
+        ((), True, "vllm", True),
+        (("--no-cuda-graphs",), True, "vllm", False),
+        (("--no-plugin",), False, "vllm", True),
+        (("--no-plugin", "--no-cuda-graphs"), False, "vllm", False),
+        (("--attention", "triton"), True, "triton", True),
     ],
 )
-def test_parity_runs_vllm_each_way_it_can_run(options, plugin, cuda_graphs, capsys, checkpoint_folder, monkeypatch):
+def test_parity_runs_vllm_each_way_it_can_run(
+    options, plugin, attention, cuda_graphs, capsys, checkpoint_folder, monkeypatch
+):
     monkeypatch.setattr(vllm_engine, "VllmEngine", FakeVllm)
     monkeypatch.setattr(FakeVllm, "started", [])
     code, out, _ = call(capsys, "parity", checkpoint_folder, *PARITY, "--engine", "vllm", *options, "--json")
     rows = json.loads(out)
-    assert FakeVllm.started == [(plugin, cuda_graphs)]
+    assert FakeVllm.started == [(plugin, attention, cuda_graphs)]
     assert code == (0 if plugin else 1)
     assert [r["composition"] for r in rows] == list(COMPOSITIONS)
     assert {(r["engine"], r["plugin"], r["cuda_graphs"]) for r in rows} == {("vllm", plugin, cuda_graphs)}
     assert {r["tokens_different"] for r in rows} == {0 if plugin else 3}
+
+
+def test_parity_scores_with_the_attention_that_sampled(capsys, checkpoint_folder, monkeypatch):
+    seen = []
+
+    def rescore(model, completions, **options):
+        seen.append((providers.choose(), providers.why()))
+        return honest(model, completions, **options)
+
+    providers, honest = attention.providers, recompose.rescore
+    monkeypatch.setattr(recompose, "rescore", rescore)
+    assert call(capsys, "parity", checkpoint_folder, *PARITY, "--attention", "triton")[0] == 0
+    assert seen == [("triton", "forced")]
+    monkeypatch.setattr(embedded.EmbeddedEngine, "attention", "vllm", raising=False)
+    with providers.forced("triton"):
+        code, _, err = call(capsys, "parity", checkpoint_folder, *PARITY, "--attention", "vllm")
+    assert code == 3
+    assert "provider 'vllm'" in err
 
 
 def test_parity_prompts_have_mixed_lengths_and_come_from_the_seed(capsys, checkpoint_folder):

@@ -268,6 +268,8 @@ def test_without_buffers_nothing_changes():
 class Replay:
     """An engine that says the same every time; the log-probabilities are the model's own."""
 
+    attention = None
+
     def __init__(self, model):
         self.model = model
 

@@ -35,3 +35,16 @@ def test_two_runs_and_a_resumed_one_agree_bit_for_bit(tmp_path):
 def test_training_with_vllm_agrees_bit_for_bit(tmp_path):
     summary = run(dataclasses.replace(PRESETS["h100"], steps=3), tmp_path / "run")
     assert summary.tokens_different == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+def test_training_with_own_attention_in_vllm_agrees_bit_for_bit(tmp_path):
+    """At a head size that FlashAttention 3 cannot keep."""
+    preset = PRESETS["h100"]
+    small = dataclasses.replace(
+        preset, steps=3, attention="triton", architecture={**preset.architecture, "head_dim": 64}
+    )
+    summary = run(small, tmp_path / "run")
+    assert summary.tokens_different == 0
+    assert summary.engine["providers"]["attention"] == "bi_ops triton"

@@ -9,8 +9,9 @@ import pytest
 import torch
 from rl_fakes import TableEngine, TableModel
 
+from bi_ops import attention
 from bi_ops.rl import DifferenceFound, TrainConfig, checkpoint, runner
-from bi_ops.rl.metrics import read_metrics
+from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics
 from bi_ops.rl.tasks import Alphabet, Problem, make_task
 from bi_ops.rl.trainer import Trainer, clip_gradients, microbatches
 
@@ -104,6 +105,56 @@ def test_a_flipped_bit_stops_the_run_before_it_learns_and_is_named(table, tmp_pa
     assert record["rollout"] != record["training"]
     assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
     assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize("packs", [None, 20])
+def test_a_nan_is_a_difference_at_a_token_and_not_a_loss(table, tmp_path, monkeypatch, packs):
+    table["broken_at"] = (1, 7, 1)
+    monkeypatch.setattr(TableEngine, "breaks_to_nan", True)
+    config = dataclasses.replace(CONFIG, max_tokens_per_microbatch=packs)
+    with pytest.raises(DifferenceFound, match=r"step 2: .* 1 different, .*sequence 7, completion position 1"):
+        runner.run(config, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "difference.json").read_text(), parse_constant=pytest.fail)
+    assert (record["sequence"], record["position"]) == (7, 1)
+    assert (record["rollout"], record["max_delta"], record["mean_delta"]) == (None, None, None)
+    assert record["training"] < 0
+    seen = []
+    warned = dataclasses.replace(config, on_difference="warn")
+    with pytest.raises(FloatingPointError, match="the loss is nan"):  # nothing can be learned from it
+        runner.run(warned, tmp_path / "warned", on_difference=seen.append)
+    assert [d.report.first_difference.sequence for d in seen] == [7]
+
+
+def test_the_same_nan_on_both_sides_is_a_loss(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(TableModel, "logprobs", lambda self, ids: self.table[ids] * float("nan"))
+    monkeypatch.setattr(torch, "multinomial", lambda *a, **k: torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        runner.run(CONFIG, tmp_path / "run")
+
+
+def test_every_training_pass_has_the_attention_that_sampled(monkeypatch):
+    t, seen = trainer(dataclasses.replace(CONFIG, updates_per_rollout=2)), []
+    honest = t.model.token_logprobs
+
+    def token_logprobs(batch):
+        seen.append((attention.providers.choose(), attention.providers.why()))
+        return honest(batch)
+
+    monkeypatch.setattr(t.model, "token_logprobs", token_logprobs)
+    monkeypatch.setattr(TableEngine, "attention", "triton")
+    t.step(1)
+    assert seen == [("triton", "forced")] * 2
+    assert attention.providers.why() != "forced"
+
+
+def test_a_difference_in_a_micro_batch_names_the_sequence_of_the_step(table, tmp_path):
+    table["broken_at"] = (0, 9, 0)
+    with pytest.raises(DifferenceFound, match="sequence 9, completion position 0"):
+        runner.run(dataclasses.replace(CONFIG, max_tokens_per_microbatch=20), tmp_path / "run")
+    warned = dataclasses.replace(CONFIG, max_tokens_per_microbatch=20, on_difference="warn")
+    summary = runner.run(warned, tmp_path / "warned")
+    assert (summary.tokens_checked, summary.tokens_different) == (6 * 3 * 4 * CONFIG.max_new_tokens, 1)
+    assert 0 < summary.max_delta < 1e-5
 
 
 def test_on_difference_warn_goes_on_and_records_it(table, tmp_path):
@@ -240,6 +291,15 @@ def test_a_checkpoint_that_does_not_fit_lists_what_does_not(tmp_path):
         checkpoint.latest(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, name):
+    model, optimizer = stepped_model()
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    (path / name).write_bytes((path / name).read_bytes()[:-3])
+    with pytest.raises(ValueError, match=f"step_000001/{name} cannot be read .*earlier checkpoint into .*/latest"):
+        checkpoint.load(path, model, optimizer)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # settings
 
@@ -256,18 +316,54 @@ def test_a_config_survives_json(tmp_path):
         ({"temperature": 0.7}, "temperature is 0.7; it must be 1"),
         ({"group_size": 1}, "group_size is 1; it must be at least 2"),
         ({"lr": 0.0}, "lr is 0.0"),
-        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
-        ({"steps": 2.5}, "steps is 2.5"),
         ({"task": "chess"}, "one of repeat"),
         ({"engine": "sglang"}, "embedded or vllm"),
         ({"clip": 1.5}, "clip is 1.5"),
+        ({"attention": "flash"}, "attention is 'flash'; it must be vllm, triton or null"),
         ({"kl": float("nan")}, "kl is nan"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm is inf"),
+        ({"betas": [0.9]}, r"betas is \(0.9,\)"),
+        ({"max_tokens_per_microbatch": 0}, "max_tokens_per_microbatch is 0"),
         ({"learning_rate": 1}, "unknown settings learning_rate"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig.from_dict(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": "3"}, "steps is '3', str; it must be a whole number"),
+        ({"steps": 2.5}, "steps is 2.5, float; it must be a whole number"),
+        ({"seed": True}, "seed is True, bool"),
+        ({"max_tokens_per_microbatch": "9"}, "max_tokens_per_microbatch is '9', str; .* a whole number or null"),
+        ({"lr": "fast"}, "lr is 'fast', str; it must be a number"),
+        ({"betas": 0.9}, "betas is 0.9, float; it must be a list of numbers"),
+        ({"betas": ["a", 1]}, "it must be a list of numbers"),
+        ({"cuda_graphs": 1}, "cuda_graphs is 1, int; it must be true or false"),
+        ({"task": None}, "task is None, NoneType; it must be a string"),
+        ({"engine": ["vllm"]}, "engine is .*, list; it must be a string"),
+        ({"model": 3}, "model is 3, int; it must be a string or null"),
+        ({"architecture": "qwen3"}, "architecture is 'qwen3', str; it must be an object"),
+    ],
+)
+def test_settings_of_another_type_are_named(settings, message):
+    with pytest.raises(TypeError, match=f"train: .*{message}"):
+        TrainConfig.from_dict(settings)
+
+
+def test_metrics_are_strict_json(tmp_path):
+    values = dict.fromkeys((f.name for f in dataclasses.fields(StepMetrics)), 1.0)
+    metrics = StepMetrics(**(values | {"step": 1, "max_delta": float("inf"), "mean_delta": float("nan")}))
+    writer = MetricsWriter(tmp_path)
+    writer.write(metrics)
+    writer.close()
+    MetricsWriter(tmp_path, after_step=1).close()  # resuming writes the records anew
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=pytest.fail)
+    assert (record["max_delta"], record["mean_delta"], record["loss"]) == (None, None, 1.0)
 
 
 def test_a_metrics_file_cut_by_a_crash_is_read_up_to_the_cut(tmp_path):

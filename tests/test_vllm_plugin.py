@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.metadata
 import sys
 import types
+from collections import namedtuple
 
 import pytest
 import torch
 
-from bi_ops import vllm_plugin
+from bi_ops import attention, vllm_plugin
 from bi_ops._common import providers, runtime
 from bi_ops.rollout import vllm_engine
-from bi_ops.rollout.base import SamplingParams
+from bi_ops.rollout.base import SamplingParams, attention_of
+from bi_ops.vllm_plugin import backend
 
 ORIGIN = "vllm.model_executor.layers.batch_invariant"
 LAYERNORM = "vllm.model_executor.layers.layernorm"
+SELECTOR = "vllm.v1.attention.selector"
+REGISTRY = "vllm.v1.attention.backends.registry"
+VERSION = "vllm.v1.attention.backends.fa_utils"
 
 
 def stock_rms_norm(input, weight, eps=1e-6, residual=None):
@@ -29,13 +35,33 @@ def stock_rms_norm(input, weight, eps=1e-6, residual=None):
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(input.dtype)
 
 
+@functools.cache
+def stock_choice(backend, attn_selector_config, num_heads=None):
+    """vLLM's choice of an attention backend, cached as there."""
+    return types.SimpleNamespace(get_name=lambda: backend)
+
+
+class Slots(dict):
+    """vLLM's enumeration of backends: the paths that are registered."""
+
+    def __getitem__(self, name):
+        return types.SimpleNamespace(
+            is_overridden=lambda: name in self,
+            get_path=lambda: self.get(name),
+            clear_override=lambda: self.pop(name, None),
+            put=lambda path: self.update({name: path}),
+        )
+
+
 @pytest.fixture
 def vllm(monkeypatch):
     """A fake vLLM 0.26.0 in batch-invariant mode; the real one, if installed, is put aside."""
     for name in [n for n in sys.modules if n == "vllm" or n.startswith("vllm.")]:
         monkeypatch.delitem(sys.modules, name)
     modules = {}
-    for name in ("vllm", "vllm.envs", "vllm.model_executor", "vllm.model_executor.layers", ORIGIN, LAYERNORM):
+    packages = ("vllm", "vllm.envs", "vllm.model_executor", "vllm.model_executor.layers", "vllm.v1")
+    packages += ("vllm.v1.attention", "vllm.v1.attention.backends")
+    for name in (*packages, ORIGIN, LAYERNORM, SELECTOR, REGISTRY, VERSION):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__path__ = []
@@ -47,6 +73,10 @@ def vllm(monkeypatch):
     modules["vllm.envs"].VLLM_BATCH_INVARIANT = True
     modules["vllm.envs"].VLLM_ENABLE_V1_MULTIPROCESSING = False
     modules[ORIGIN].rms_norm_batch_invariant = modules[LAYERNORM].rms_norm_batch_invariant = stock_rms_norm
+    modules[SELECTOR]._cached_get_attn_backend = stock_choice
+    modules[VERSION].get_flash_attn_version = lambda head_size: 3
+    modules[REGISTRY].AttentionBackendEnum = Slots()
+    modules[REGISTRY].register_backend = lambda slot, path: slot.put(path)
     real_version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.26.0" if n == "vllm" else real_version(n))
     providers.vllm_availability.cache_clear()
@@ -56,20 +86,23 @@ def vllm(monkeypatch):
 
 
 def in_force(vllm) -> list[bool]:
-    return [vllm[m].rms_norm_batch_invariant is not stock_rms_norm for m in (ORIGIN, LAYERNORM)]
+    """Is each patch, and the backend?"""
+    patched = [vllm[m].rms_norm_batch_invariant is not stock_rms_norm for m in (ORIGIN, LAYERNORM)]
+    offered = dict(vllm[REGISTRY].AttentionBackendEnum) == {"CUSTOM": backend.PATH}
+    return [*patched, vllm[SELECTOR]._cached_get_attn_backend is not stock_choice, offered]
 
 
 def test_register_is_idempotent_and_unregister_gives_back(vllm):
     vllm_plugin.register()
     assert vllm_plugin.is_registered()
-    assert in_force(vllm) == [True, True]
+    assert in_force(vllm) == [True] * 4
     first = vllm[LAYERNORM].rms_norm_batch_invariant
     vllm_plugin.register()
     assert vllm[LAYERNORM].rms_norm_batch_invariant is first
     vllm_plugin.unregister()
     vllm_plugin.unregister()
     assert not vllm_plugin.is_registered()
-    assert in_force(vllm) == [False, False]
+    assert in_force(vllm) == [False] * 4
 
 
 def test_the_residual_path_is_a_rounded_add_then_the_stock_norm(vllm):
@@ -93,7 +126,7 @@ def test_nothing_happens_outside_batch_invariant_mode(vllm, caplog, monkeypatch)
     with caplog.at_level("INFO"):
         vllm_plugin.register()
     assert not vllm_plugin.is_registered()
-    assert in_force(vllm) == [False, False]
+    assert in_force(vllm) == [False] * 4
     assert "VLLM_BATCH_INVARIANT is not set" in caplog.text
 
 
@@ -101,7 +134,7 @@ def test_another_vllm_version_is_refused(vllm, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.27.1")
     with pytest.raises(RuntimeError, match=r"vLLM 0\.27\.1 is not supported; supported: 0\.26\.0"):
         vllm_plugin.register()
-    assert in_force(vllm) == [False, False]
+    assert in_force(vllm) == [False] * 4
 
 
 @pytest.mark.parametrize("change", ["signature", "missing"])
@@ -114,6 +147,37 @@ def test_a_patch_point_that_looks_different_is_refused_and_nothing_is_patched(vl
         vllm_plugin.register()
     assert vllm[ORIGIN].rms_norm_batch_invariant is stock_rms_norm
     assert not vllm_plugin.is_registered()
+
+
+def test_another_plugin_that_has_the_backends_name_is_named_and_nothing_is_patched(vllm):
+    vllm[REGISTRY].AttentionBackendEnum.update(CUSTOM="their.module.Backend")
+    with pytest.raises(RuntimeError, match=r"CUSTOM is already their\.module\.Backend"):
+        vllm_plugin.register()
+    assert in_force(vllm) == [False] * 4
+
+
+Layer = namedtuple("Layer", ("head_size", "attn_type"))  # as far as the plugin reads vLLM's
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 80])
+def test_a_head_size_that_flash_attention_cannot_keep_is_refused_with_the_way_out(vllm, head_dim):
+    vllm_plugin.register()
+    choose = vllm[SELECTOR]._cached_get_attn_backend
+    with pytest.raises(ValueError, match=rf"^attention: .* head_dim {head_dim}, .*attention='triton'.* CUSTOM$"):
+        choose(backend="FLASH_ATTN", attn_selector_config=Layer(head_dim, "decoder"), num_heads=None)
+    assert choose("CUSTOM", Layer(head_dim, "decoder")).get_name() == "CUSTOM"
+    assert choose("FLASH_ATTN", Layer(head_dim, "encoder_only")).get_name() == "FLASH_ATTN"
+    assert choose("FLASH_ATTN", Layer(128, "decoder")).get_name() == "FLASH_ATTN"
+    vllm[VERSION].get_flash_attn_version = lambda head_size: 2
+    assert choose("FLASH_ATTN", Layer(head_dim, "decoder")).get_name() == "FLASH_ATTN"
+    vllm_plugin.unregister()
+    choose = vllm[SELECTOR]._cached_get_attn_backend
+    assert choose("FLASH_ATTN", Layer(head_dim, "decoder")).get_name() == "FLASH_ATTN"
+
+
+def test_a_head_size_that_nothing_serves_offers_no_option():
+    assert "use another model" in backend.way_out(264)
+    assert [d for d in (8, 16, 20, 64, 80, 96, 256, 264) if backend.served(d)] == [16, 64, 80, 96, 256]
 
 
 def test_without_vllm_the_error_says_how_to_get_it(vllm, monkeypatch):
@@ -134,7 +198,194 @@ def test_the_installed_vllm_has_the_patch_points():
 
 
 # --------------------------------------------------------------------------------------------------------------
+# the attention backend
+
+HEADS, HEAD_DIM, BLOCK = (4, 2), 24 if runtime.INTERPRET else 96, 16
+
+#: A batch as (keys computed before, new queries) per sequence.
+BATCHES = {
+    "prefill": [(0, 40), (0, 3), (0, 17)],
+    "chunked prefill": [(16, 24), (0, 3), (5, 12)],
+    "decode": [(39, 1), (2, 1), (16, 1)],
+    "mixed": [(39, 1), (0, 3), (16, 1)],
+}
+
+
+def metadata(**changes):
+    """vLLM's FlashAttentionMetadata, as far as it is read."""
+    unused = {"mm_prefix_range_tensor": None, "rswa_prefix_lens": None, "dcp_context_kv_lens": None}
+    return types.SimpleNamespace(**({"causal": True, "use_cascade": False, **unused} | changes))
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(batch, layout, device):
+    hq, hkv = HEADS
+    lengths = [before + new for before, new in BATCHES[batch]]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    q, k, v = (torch.randn(sum(lengths), h, HEAD_DIM, device=device).bfloat16() for h in (hq, hkv, hkv))
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+    with attention.providers.forced("triton"):
+        trained = attention.flash_attention(q, k, v, cu_seqlens)
+
+    blocks = [-(-n // BLOCK) for n in lengths]
+    table = torch.full((len(lengths), max(blocks)), 1, dtype=torch.int32)
+    free = iter(torch.randperm(sum(blocks)).tolist())
+    sizes = (sum(blocks), BLOCK, hkv) if layout == "NHD" else (sum(blocks), hkv, BLOCK)
+    cache = torch.full((*sizes, 2 * HEAD_DIM), 7.0, device=device).bfloat16()
+    cache = (
+        cache.transpose(1, 2) if layout == "NHD" else cache
+    )  # [blocks, Hkv, block_size, 2 * D], as vLLM hands it over
+    for i, n in enumerate(lengths):
+        for at in range(n):
+            if at % BLOCK == 0:
+                table[i, at // BLOCK] = next(free)
+            row = torch.cat((k[starts[i] + at], v[starts[i] + at]), -1)
+            cache[int(table[i, at // BLOCK]), :, at % BLOCK] = row
+
+    rows = [starts[i] + at for i, (before, new) in enumerate(BATCHES[batch]) for at in range(before, before + new)]
+    news = [new for _, new in BATCHES[batch]]
+    query = torch.cat((q[rows], torch.zeros_like(q[:2])))  # vLLM pads a batch
+    output = torch.full_like(query, -1.0)
+    found = metadata(
+        num_actual_tokens=len(rows),
+        max_query_len=max(news),
+        query_start_loc=torch.tensor([sum(news[:i]) for i in range(len(news) + 1)], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_table=table.to(device),
+    )
+    with torch.no_grad():
+        assert backend.attend(query, cache, found, HEAD_DIM, HEAD_DIM**-0.5, output) is output
+    assert torch.equal(output[: len(rows)], trained[rows])
+    assert torch.equal(output[len(rows) :], torch.full_like(output[len(rows) :], -1.0))
+    assert attention.providers.why() != "forced"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"causal": False}, "not causal"),
+        ({"causal": torch.ones(1)}, "not causal"),
+        ({"use_cascade": True}, "cascade"),
+        ({"rswa_prefix_lens": torch.ones(1)}, "sliding windows"),
+        ({"dcp_context_kv_lens": torch.ones(1), "use_cascade": True}, "cascade attention, context parallelism"),
+    ],
+)
+def test_what_the_kernel_does_not_compute_is_refused(change, what):
+    none = torch.empty(0)
+    with pytest.raises(NotImplementedError, match=what):
+        backend.attend(none, none, metadata(**change), 64, 0.125, none)
+
+
+def real(name):
+    """A module of the installed vLLM, which is imported before bi_ops' stand-ins; skips without it."""
+    pytest.importorskip("transformers.tokenization_utils_base")
+    return pytest.importorskip(f"vllm.{name}")
+
+
+def test_the_installed_vllm_finds_the_backend_and_what_it_cannot_do():
+    """Checks the real thing where it is installed, GPU or not."""
+    registry, interface = real("v1.attention.backends.registry"), real("v1.attention.backend")
+    flash = real("v1.attention.backends.flash_attn")
+    backend.install()
+    try:
+        found = registry.AttentionBackendEnum.CUSTOM.get_class()
+        assert found is backend.PagedAttentionBackend
+        assert found.full_cls_name() == tuple(backend.PATH.rsplit(".", 1))
+        assert issubclass(found, flash.FlashAttentionBackend)
+        assert registry.AttentionBackendEnum[found.get_name()].get_path() == backend.PATH
+    finally:
+        backend.uninstall()
+    assert not registry.AttentionBackendEnum.CUSTOM.is_overridden()
+
+    asked = {"head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 16, "use_mla": False}
+    asked |= {"has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False}
+    asked |= {"device_capability": real("platforms.interface").DeviceCapability(9, 0), "attn_type": "decoder"}
+    asked |= {"use_batch_invariant": True}
+    assert found.validate_configuration(**asked) == []
+    for change in (
+        *({"head_size": 20}, {"dtype": torch.float32}, {"kv_cache_dtype": "fp8"}, {"block_size": 8}),
+        *({"has_sink": True}, {"use_mm_prefix": True}, {"attn_type": "encoder_only"}, {"has_sliding_window": True}),
+        *({"use_non_causal": True}, {"use_mla": True}, {"use_kv_connector": True, "use_pcp": True}),
+    ):
+        assert found.validate_configuration(**(asked | change)) != [], change
+    builder = found.get_builder_cls()
+    assert builder.get_cudagraph_support(None, None) == interface.AttentionCGSupport.UNIFORM_BATCH
+    assert builder.use_cascade_attention(None) is False
+
+
+def test_the_installed_vllms_layer_runs_the_kernel(device, monkeypatch):
+    """The methods that vLLM calls, with its own metadata class, on one decoded row."""
+    flash = real("v1.attention.backends.flash_attn")
+    monkeypatch.setattr(flash, "get_flash_attn_version", lambda **_: 3)
+    impl_cls = backend.PagedAttentionBackend.get_impl_cls()
+    impl = impl_cls(2, 64, 0.125, 2, None, None, "auto")
+    k = torch.randn(20, 2, 128, device=device).bfloat16()
+    shape = backend.PagedAttentionBackend.get_kv_cache_shape(2, 16, 2, 64)
+    cache = torch.zeros(shape, device=device).bfloat16()
+    assert cache.shape == (2, 2, 16, 128)
+    cache[0], cache[1, :, :4] = k[:16].transpose(0, 1), k[16:].transpose(0, 1)
+    whole = torch.tensor([0, 20], dtype=torch.int32, device=device)
+    query = torch.randn(20, 2, 64, device=device).bfloat16()
+    with attention.providers.forced("triton"):
+        expected = attention.flash_attention(query, k[..., :64].contiguous(), k[..., 64:].contiguous(), whole)
+    given = {
+        "num_actual_tokens": 1,
+        "max_query_len": 1,
+        "max_seq_len": 20,
+        "use_cascade": False,
+        "common_prefix_len": 0,
+    }
+    given |= {"slot_mapping": None, "cu_prefix_query_lens": None, "prefix_kv_lens": None, "suffix_kv_lens": None}
+    given |= {"block_table": torch.tensor([[0, 1]], dtype=torch.int32, device=device)}
+    given |= {"query_start_loc": torch.tensor([0, 1], dtype=torch.int32, device=device), "seq_lens": whole[1:]}
+    output = torch.zeros(1, 2, 64, device=device).bfloat16()
+    with torch.inference_mode():
+        impl.forward(None, query[19:], None, None, cache, flash.FlashAttentionMetadata(**given), output)
+    assert torch.equal(output[0], expected[19])
+    assert not impl.forward(None, query, None, None, cache, None, torch.ones(1, 2, 64, device=device)).any()
+    with pytest.raises(NotImplementedError, match="quantize"):
+        impl.forward(None, query, None, None, cache, None, output, output_scale=torch.ones(1))
+    for args, what in (((None, 8, "auto"), "sliding windows"), ((None, None, "auto", 30.0), "soft-capped")):
+        with pytest.raises(NotImplementedError, match=what):
+            impl_cls(2, 64, 0.125, 2, *args)
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+def test_vllms_own_choice_of_flash_attention_is_refused_at_model_load():
+    selector, registry = real("v1.attention.selector"), real("v1.attention.backends.registry")
+    layer = selector.AttentionSelectorConfig(64, torch.bfloat16, "auto", None, use_batch_invariant=True)
+    flash = registry.AttentionBackendEnum.FLASH_ATTN
+    stock = selector._cached_get_attn_backend
+    assert stock(flash, layer).get_name() == "FLASH_ATTN"
+    with pytest.raises(ValueError, match=r"head_dim 64.*attention='triton'"):
+        backend.refuse_head_sizes(stock)(flash, layer)
+
+
+# --------------------------------------------------------------------------------------------------------------
 # the engine, as far as it needs neither vLLM nor a GPU
+
+
+@pytest.mark.parametrize(
+    ("attention", "head_dim", "plugin", "message"),
+    [
+        ("vllm", 64, True, r"head_dim 64, .*attention='triton'"),
+        ("vllm", 96, True, r"head_dim 96, .*--attention triton"),
+        ("triton", 20, True, "head_dim 20 is not built; it must be a multiple of 8"),
+        ("triton", 128, False, "a part of the plugin"),
+        ("flash", 128, True, "attention is 'flash'; it must be vllm or triton"),
+    ],
+)
+def test_attention_that_cannot_keep_the_contract_is_refused(attention, head_dim, plugin, message):
+    with pytest.raises(ValueError, match=f"VllmEngine: .*{message}"):
+        vllm_engine.check_attention(attention, head_dim, plugin)
+
+
+def test_attention_that_can_is_not():
+    for case in (("vllm", 128, True), ("vllm", 256, True), ("triton", 64, True), ("triton", 128, True)):
+        vllm_engine.check_attention(*case)
+    vllm_engine.check_attention("vllm", 64, False)  # the negative control
 
 
 @pytest.mark.parametrize(("name", "value"), [("VLLM_BATCH_INVARIANT", "0"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "1")])
@@ -218,9 +469,7 @@ PROMPTS = [[5, 6, 7], [9] * 300, list(range(1, 130)), [3]]
 PARAMS = [SamplingParams(24, temperature=t, seed=s) for s, t in enumerate((1.0, 0.0, 0.7, 1.0))]
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """The folders of two tiny random checkpoints with head_dim 128."""
+def tiny_checkpoint(folder, seed, head_dim):
     from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -230,16 +479,19 @@ def checkpoints(tmp_path_factory):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=128,
+        head_dim=head_dim,
         max_position_embeddings=1024,
     )
-    folders = []
-    for seed in (0, 1):
-        model = Qwen3ForCausalLM(config)
-        model.init_weights(seed)
-        folders.append(tmp_path_factory.mktemp(f"seed{seed}"))
-        model.save_pretrained(folders[-1])
-    return folders
+    model = Qwen3ForCausalLM(config)
+    model.init_weights(seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The folders of two tiny random checkpoints with head_dim 128."""
+    return [tiny_checkpoint(tmp_path_factory.mktemp(f"seed{seed}"), seed, 128) for seed in (0, 1)]
 
 
 def same(a, b) -> bool:
@@ -287,3 +539,53 @@ def test_engine_on_a_gpu(checkpoints, cuda_graphs):
         assert same(updated, fresh.generate(PROMPTS, PARAMS))
     finally:
         fresh.close()
+
+
+def prefilled_otherwise(engine) -> int:
+    """How many greedily decoded tokens have other bits when everything before them is a prompt."""
+    decoded = engine.generate(PROMPTS, SamplingParams(24, temperature=0))
+    prompts = [(*c.prompt, *c.tokens[:i]) for c in decoded for i in range(24)]
+    prefilled = engine.generate(prompts, SamplingParams(1, temperature=0))
+    logprobs, tokens = torch.cat([c.logprobs for c in decoded]), [t for c in decoded for t in c.tokens]
+    return sum(
+        c.tokens != (token,) or not torch.equal(c.logprobs, logprob[None])
+        for c, token, logprob in zip(prefilled, tokens, logprobs, strict=True)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.parametrize(("head_dim", "cuda_graphs"), [(64, False), (64, True), (96, True), (128, True)])
+def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.verify.recompose import rescore
+
+    folder = tiny_checkpoint(tmp_path, 0, head_dim)
+    # Fewer places than prompts: prefill and decode share batches.
+    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512, "max_num_seqs": 3}
+    if head_dim != 128:
+        with pytest.raises(ValueError, match=f"head_dim {head_dim}, .*attention='triton'"):
+            vllm_engine.VllmEngine(folder, **options)
+    engine = vllm_engine.VllmEngine(folder, attention="triton", **options)
+    try:
+        assert engine.describe()["providers"]["attention"] == "bi_ops triton"
+        completions = engine.generate(PROMPTS, PARAMS)
+        assert same(completions, [engine.generate([p], s)[0] for p, s in zip(PROMPTS, PARAMS, strict=True)])
+        assert prefilled_otherwise(engine) == 0
+    finally:
+        engine.close()
+    with attention_of(engine):
+        reports = rescore(Qwen3ForCausalLM.from_pretrained(folder), completions)
+    assert all(r.identical for r in reports.values()), reports
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+def test_flash_attention_at_head_dim_64_is_caught(tmp_path):
+    """Negative control: what is refused, forced by leaving the plugin out."""
+    folder = tiny_checkpoint(tmp_path, 0, 64)
+    engine = vllm_engine.VllmEngine(folder, plugin=False, cuda_graphs=False, gpu_memory_utilization=0.2)
+    try:
+        assert prefilled_otherwise(engine) > 0
+    finally:
+        engine.close()

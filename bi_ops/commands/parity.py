@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import random
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from bi_ops._common.files import to_json
+
+if TYPE_CHECKING:
+    from bi_ops.rollout.base import RolloutEngine
 
 DESCRIPTION = """\
 Sample from MODEL with a rollout engine, then compute the log-probability of every sampled token again with the
@@ -22,6 +27,7 @@ examples:
   bi-ops parity ./Qwen3-0.6B --engine vllm --prompts 64 --new-tokens 256
   bi-ops parity ./Qwen3-0.6B --engine vllm --no-cuda-graphs      the same eagerly
   bi-ops parity ./Qwen3-0.6B --engine vllm --no-plugin           what stock vLLM does: the negative control
+  bi-ops parity ./Model --engine vllm --attention triton         a head size that FlashAttention 3 cannot keep
   bi-ops parity runs/demo/final --json > parity.json
 
 exit codes:
@@ -40,13 +46,22 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face checkpoint of a Qwen3")
     parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded", help="what samples")
+    parser.add_argument(
+        "--attention",
+        choices=("vllm", "triton"),
+        help="who computes attention in both: FlashAttention 3, or bi_ops' kernel (any head size)",
+    )
     parser.add_argument("--prompts", type=int, default=8, help="how many prompts (8)")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens to sample for each (8)")
     parser.add_argument("--max-prompt-tokens", type=int, default=None, help="prompts have 1 to this many tokens")
     parser.add_argument("--seed", type=int, default=0, help="fixes the prompts and the samples")
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode")
     parser.add_argument("--no-plugin", dest="plugin", action="store_false", help="vllm: without bi_ops' plugin")
-    parser.add_argument("--json", action="store_true", help="print a JSON list, one object per composition")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print a JSON list, one object per composition; NaN and infinity, as a delta may be, are null",
+    )
 
 
 def random_prompts(count: int, longest: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -55,11 +70,35 @@ def random_prompts(count: int, longest: int, vocab_size: int, seed: int) -> list
     return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-def _sample(args: argparse.Namespace, path: Path) -> tuple[Any, list[Any], dict[str, object]]:
-    """The training model, the completions, and the engine in words; the engine is closed before scoring."""
+@contextlib.contextmanager
+def _progress(shown: bool, prompts: int, compositions: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr over generation and the compositions; yields what is told (work, sequences done in it).
+
+    Silent unless `shown` and stderr is a terminal.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+        bar = progress.add_task("generating", total=prompts * (1 + compositions))
+        finished, current = 0, ""
+
+        def tell(work: str, done: int) -> None:
+            nonlocal finished, current
+            if work != current:
+                finished, current = finished + (prompts if current else 0), work
+            progress.update(bar, description=work, completed=finished + done)
+
+        yield tell
+
+
+def _sample(args: argparse.Namespace, path: Path) -> tuple[Any, list[Any], RolloutEngine, dict[str, object]]:
+    """The training model, the completions, the engine, closed so that it leaves room for scoring, and it in words."""
     from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
     from bi_ops.rl.seeds import SAMPLE, derive_seed
-    from bi_ops.rollout.base import RolloutEngine, SamplingParams
+    from bi_ops.rollout.base import SamplingParams
 
     vocab_size = Qwen3Config.from_pretrained(str(path)).vocab_size
     model = None
@@ -67,12 +106,14 @@ def _sample(args: argparse.Namespace, path: Path) -> tuple[Any, list[Any], dict[
     if args.engine == "vllm":
         from bi_ops.rollout.vllm_engine import VllmEngine
 
-        engine = VllmEngine(str(path), plugin=args.plugin, cuda_graphs=args.cuda_graphs)
+        engine = VllmEngine(
+            str(path), plugin=args.plugin, attention=args.attention or "vllm", cuda_graphs=args.cuda_graphs
+        )
     else:
         from bi_ops.rollout.embedded import EmbeddedEngine
 
         model = Qwen3ForCausalLM.from_pretrained(str(path))
-        engine = EmbeddedEngine(model)
+        engine = EmbeddedEngine(model, attention=args.attention)
     try:
         longest = args.max_prompt_tokens or max(1, min(engine.max_model_len - args.new_tokens, 512) // 2)
         prompts = random_prompts(args.prompts, longest, vocab_size, args.seed)
@@ -81,14 +122,15 @@ def _sample(args: argparse.Namespace, path: Path) -> tuple[Any, list[Any], dict[
         described = dict(engine.describe())
     finally:
         engine.close()
-    return model or Qwen3ForCausalLM.from_pretrained(str(path)), completions, described
+    return model or Qwen3ForCausalLM.from_pretrained(str(path)), completions, engine, described
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from bi_ops.verify.recompose import rescore
+    from bi_ops.rollout.base import attention_of
+    from bi_ops.verify.recompose import COMPOSITIONS, rescore
 
     for name in ("prompts", "new_tokens", "max_prompt_tokens"):
         value = getattr(args, name)
@@ -104,16 +146,21 @@ def run(args: argparse.Namespace) -> int:
         )
 
     # vLLM logs to stdout, where a JSON document must stand alone.
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        model, completions, engine = _sample(args, path)
-        reports = rescore(model, completions, seed=args.seed)
+    with (
+        contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext(),
+        _progress(not args.json, args.prompts, len(COMPOSITIONS)) as tell,
+    ):
+        tell("generating", 0)
+        model, completions, engine, described = _sample(args, path)
+        with attention_of(engine):
+            reports = rescore(model, completions, seed=args.seed, progress=lambda name, done, _: tell(name, done))
     identical = all(r.identical for r in reports.values())
 
     if args.json:
         rows = [
             {
                 "model": str(path),
-                **engine,
+                **described,
                 "composition": name,
                 "identical": r.identical,
                 "tokens_checked": r.tokens_checked,
@@ -124,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
             }
             for name, r in reports.items()
         ]
-        print(json.dumps(rows, indent=2, default=str))
+        print(to_json(rows, indent=2))
         return 0 if identical else 1
 
     table = Table(title=f"{path}, {args.engine} engine, {args.prompts} prompts x {args.new_tokens} tokens")

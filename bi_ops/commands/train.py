@@ -31,7 +31,8 @@ exit codes:
   0  trained     1  a log-probability differed (OUTPUT/difference.json says where)
   2  bad usage or bad input     3  the run failed     130  interrupted; go on with --resume
 
-OUTPUT holds config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json, and final/ (Hugging Face format)."""
+OUTPUT holds config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json, and final/ (Hugging Face format).
+All JSON is strict: a number that is NaN or infinite, as a delta may be, is null."""
 
 #: Options whose names and types are those of TrainConfig's fields.
 _PLAIN: tuple[tuple[str, type, str], ...] = (
@@ -72,6 +73,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--config", metavar="FILE", help="a JSON file of settings")
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint of a Qwen3", **given)
     parser.add_argument("--engine", choices=("embedded", "vllm"), help="what samples", **given)
+    parser.add_argument(
+        "--attention",
+        choices=("vllm", "triton"),
+        help="who computes attention in rollout and training: FlashAttention 3, or bi_ops' kernel (any head size)",
+        **given,
+    )
     parser.add_argument("--task", choices=sorted(TASKS), help="what is learned", **given)
     parser.add_argument("--mean", choices=("token", "sequence"), help="what counts equally in the loss", **given)
     parser.add_argument(
@@ -97,7 +104,10 @@ def make_config(args: argparse.Namespace) -> TrainConfig:
     elif args.resume and not args.preset and own.exists():
         settings |= read_settings(own)
     typed = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
-    return TrainConfig.from_dict(settings | typed)
+    try:
+        return TrainConfig.from_dict(settings | typed)
+    except TypeError as e:  # of the file: bad input, where a TypeError from anywhere else is a failed run
+        raise ValueError(str(e)) from e
 
 
 def _line(m: StepMetrics, steps: int) -> str:

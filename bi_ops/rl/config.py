@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,11 +47,36 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+#: A field's annotation to what an error calls its type, and whether a value is of it. Any other field is a string.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    "int | None": ("a whole number or null", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool))),
+    "float": ("a number", _number),
+    "tuple[float, float]": ("a list of numbers", lambda v: isinstance(v, list | tuple) and all(map(_number, v))),
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "str | None": ("a string or null", lambda v: v is None or isinstance(v, str)),
+    "dict[str, Any]": ("an object", lambda v: isinstance(v, dict)),
+}
+
+
+def _check_type(name: str, annotation: str, value: object) -> None:
+    """Raise TypeError unless `value` is of the field's type: JSON brings any, and a comparison would fail on it."""
+    words, holds = _TYPES.get(annotation, ("a string", lambda v: isinstance(v, str)))
+    if not holds(value):
+        raise TypeError(f"train: {name} is {value!r}, {type(value).__name__}; it must be {words}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One GRPO run. Two runs of one config on one machine end in the same bytes.
 
     model: a Hugging Face checkpoint of a Qwen3, or None for random weights of `architecture` (config.json fields).
+    attention: who computes it, in rollout and training alike: vllm (FlashAttention 3) or triton (bi_ops' own kernel,
+    any head size); None: vllm where engine is vllm, else what this machine has.
     task, symbols, max_new_tokens: what is learned, from how many symbols, and the longest answer.
     prompts_per_step x group_size sequences are sampled per step; updates_per_rollout: optimizer steps on each.
     clip: of the importance ratio. kl: coefficient of the KL to the initial model. mean: what counts equally.
@@ -61,12 +87,14 @@ class TrainConfig:
     save_every: steps between checkpoints, 0 for none but the final weights.
 
     Raises:
+        TypeError: naming a field of another type, what it must be and what it is.
         ValueError: naming the field, its value and what it may be.
     """
 
     model: str | None = None
     architecture: dict[str, Any] = field(default_factory=lambda: dict(TINY_QWEN3))
     engine: Literal["embedded", "vllm"] = "embedded"
+    attention: str | None = None
     task: str = "repeat"
     symbols: int = 8
     max_new_tokens: int = 4
@@ -90,21 +118,16 @@ class TrainConfig:
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_type(f.name, str(f.type), getattr(self, f.name))
         object.__setattr__(self, "betas", tuple(self.betas))
 
         def need(ok: bool, name: str, rule: str) -> None:
             if not ok:
                 raise ValueError(f"train: {name} is {getattr(self, name)!r}; it must be {rule}")
 
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            # JSON and the command line bring any type: name the field before a comparison fails on it.
-            if f.type in ("int", "float"):
-                kinds = (int,) if f.type == "int" else (int, float)
-                need(isinstance(value, kinds) and not isinstance(value, bool), f.name, f"a number ({f.type})")
-            elif f.type == "bool":
-                need(isinstance(value, bool), f.name, "true or false")
         need(self.engine in ("embedded", "vllm"), "engine", "embedded or vllm")
+        need(self.attention in (None, "vllm", "triton"), "attention", "vllm, triton or null")
         need(self.task in TASKS, "task", "one of " + ", ".join(TASKS))
         need(self.mean in ("token", "sequence"), "mean", "token or sequence")
         need(self.on_difference in ("stop", "warn"), "on_difference", "stop or warn")
@@ -121,13 +144,13 @@ class TrainConfig:
         need(0 < self.lr < float("inf"), "lr", "a positive number")
         need(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")
         need(0 <= self.weight_decay < float("inf"), "weight_decay", "0 or more")
-        need(self.max_grad_norm > 0, "max_grad_norm", "positive")
+        need(0 < self.max_grad_norm < float("inf"), "max_grad_norm", "a positive number; a large one scales nothing")
         need(0 < self.clip < 1, "clip", "between 0 and 1")
         need(0 <= self.kl < float("inf"), "kl", "0 or more")
         need(0 <= self.seed < 2**63, "seed", "in [0, 2**63)")
         need(self.save_every >= 0, "save_every", "0 (never) or more")
         packs = self.max_tokens_per_microbatch
-        need(packs is None or (isinstance(packs, int) and packs >= 1), "max_tokens_per_microbatch", "None or >= 1")
+        need(packs is None or packs >= 1, "max_tokens_per_microbatch", "None or >= 1")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,7 +159,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Raises ValueError listing unknown names."""
+        """Raises ValueError listing unknown names; TypeError and ValueError as the class."""
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:

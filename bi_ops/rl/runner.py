@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ INITIAL, FINAL, SUMMARY, DIFFERENCE = "model", "final", "summary.json", "differe
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run came to. reward_first, reward_last: mean reward of its first and last five steps."""
+    """What a finished run came to. reward_first, reward_last: mean reward of its first and last five steps.
+
+    max_delta is infinite where a log-probability was NaN on one side; summary.json says null then.
+    """
 
     steps: int
     reward_first: float
@@ -101,12 +105,15 @@ def make_engine(config: TrainConfig, path: Path, model: Qwen3ForCausalLM | None)
         from bi_ops.rollout.vllm_engine import VllmEngine
 
         return VllmEngine(
-            str(path), cuda_graphs=config.cuda_graphs, gpu_memory_utilization=config.gpu_memory_utilization
+            str(path),
+            attention=config.attention or "vllm",
+            cuda_graphs=config.cuda_graphs,
+            gpu_memory_utilization=config.gpu_memory_utilization,
         )
     from bi_ops.rollout.embedded import EmbeddedEngine
 
     assert model is not None
-    return EmbeddedEngine(model)
+    return EmbeddedEngine(model, attention=config.attention)
 
 
 def load_model_and_engine(config: TrainConfig, path: Path) -> tuple[Qwen3ForCausalLM, RolloutEngine]:
@@ -221,7 +228,7 @@ def summarize(output: Path, engine: RolloutEngine) -> Summary:
         reward_last=sum(rewards[-5:]) / len(rewards[-5:]),
         tokens_checked=sum(r["tokens_checked"] for r in records),
         tokens_different=sum(r["tokens_different"] for r in records),
-        max_delta=max(r["max_delta"] for r in records),
+        max_delta=max(math.inf if r["max_delta"] is None else r["max_delta"] for r in records),
         seconds=sum(r["seconds"] for r in records),
         weights_sha256=checkpoint.sha256_of_weights(output / FINAL),
         engine=engine.describe(),

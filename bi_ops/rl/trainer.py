@@ -17,8 +17,8 @@ from bi_ops.rl.loss import group_advantages, grpo_loss, ordered_sum, token_weigh
 from bi_ops.rl.metrics import StepMetrics
 from bi_ops.rl.seeds import PROBLEM, SAMPLE, derive_seed
 from bi_ops.rl.tasks import Problem, Task
-from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams
-from bi_ops.verify.parity import ParityReport, compare
+from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams, attention_of
+from bi_ops.verify.parity import ParityReport, compare, joined
 
 if TYPE_CHECKING:
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class DifferenceFound(RuntimeError):
     """A rollout log-probability and the training one have different bits.
 
-    report: the comparison. record: what a bug report needs, as JSON can hold it.
+    report: the comparison of the micro-batch in which it was found. record: what a bug report needs, for JSON.
     """
 
     def __init__(self, step: int, report: ParityReport, completions: Sequence[Completion], engine: dict[str, Any]):
@@ -54,9 +54,8 @@ class DifferenceFound(RuntimeError):
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one training pass over a rollout found. logprobs: one fp32 tensor per sequence, on the CPU."""
+    """What one training pass over a rollout found."""
 
-    logprobs: list[torch.Tensor]
     loss: float
     kl: float
     clip_fraction: float
@@ -125,7 +124,8 @@ class Trainer:
         """One step, counted from 1: sample, score, check the bits, learn, hand the weights to the engine.
 
         Raises:
-            DifferenceFound: a log-probability differs and config.on_difference is "stop"; nothing was learned.
+            DifferenceFound: a log-probability differs, be it by a NaN, and config.on_difference is "stop"; nothing was
+                learned.
             FloatingPointError: a reward, the loss or the gradient norm is not finite.
         """
         started = time.perf_counter()
@@ -136,12 +136,19 @@ class Trainer:
         rewards = [p.reward(c.tokens) for p, c in zip(problems, completions, strict=True)]
         advantages = group_advantages(rewards, config.group_size)
 
-        result = self.backward(completions, advantages)
-        report = self.check(step, completions, result.logprobs)
+        reports: list[ParityReport] = []
+
+        def check(part: slice, logprobs: Sequence[torch.Tensor]) -> None:
+            reports.append(self.check(step, completions, part, logprobs))
+
+        with attention_of(self.engine):
+            result = self.backward(completions, advantages, check)
+        report = joined(reports)
         grad_norm = clip_gradients(self.parameters, config.max_grad_norm)
         self.optimizer.step()
         for _ in range(config.updates_per_rollout - 1):  # from here on the ratio is not 1, and the clip has work
-            result = self.backward(completions, advantages)
+            with attention_of(self.engine):
+                result = self.backward(completions, advantages)
             grad_norm = clip_gradients(self.parameters, config.max_grad_norm)
             self.optimizer.step()
         self.engine.update_weights(self.model)
@@ -183,8 +190,16 @@ class Trainer:
             for i, problem in enumerate(problems)
         ]
 
-    def backward(self, completions: Sequence[Completion], advantages: torch.Tensor) -> _Pass:
+    def backward(
+        self,
+        completions: Sequence[Completion],
+        advantages: torch.Tensor,
+        check: Callable[[slice, Sequence[torch.Tensor]], None] = lambda part, logprobs: None,
+    ) -> _Pass:
         """Fill the gradients with those of the batch's loss, pack by pack in order.
+
+        `check` sees the log-probabilities of each pack (the completions `part`, fp32, on the CPU) before its loss is
+        taken: a NaN is reported as a difference at a token, not as a loss.
 
         Their bits do not depend on where packs end: a token's weight in the loss is that of the whole batch, sequences
         are padded to the step in which tokens are summed, and every sum is carried on from one pack to the next.
@@ -197,13 +212,13 @@ class Trainer:
 
         self.optimizer.zero_grad(set_to_none=True)
         self.model.allocate_main_grads()
-        logprobs: list[torch.Tensor] = []
         loss, kl, clip_fraction, at = 0.0, 0.0, 0.0, 0
         totals = [len(c.prompt) + len(c.tokens) for c in completions]
         for part in microbatches(totals, config.max_tokens_per_microbatch):
             prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
             batch = pack(prompts, tokens, device, align=TOKEN_STEP)
             scores = self.model.token_logprobs(batch)
+            check(part, batch.split(scores.detach().cpu()))
             reference = None
             if self.reference is not None and config.kl != 0:
                 with torch.no_grad():
@@ -219,16 +234,18 @@ class Trainer:
                 reference=reference,
             )
             terms.value.backward()
-            logprobs += batch.split(scores.detach().cpu())
             loss += float(terms.value.detach())
             kl += float(terms.kl)
             clip_fraction += float(terms.clip_fraction)
         self.model.collect_main_grads()
-        return _Pass(logprobs, loss, kl, clip_fraction)
+        return _Pass(loss, kl, clip_fraction)
 
-    def check(self, step: int, completions: Sequence[Completion], logprobs: list[torch.Tensor]) -> ParityReport:
-        """Compare the bits of every log-probability; on a difference do as config.on_difference says."""
-        report = compare([c.logprobs for c in completions], logprobs, [c.tokens for c in completions])
+    def check(
+        self, step: int, completions: Sequence[Completion], part: slice, logprobs: Sequence[torch.Tensor]
+    ) -> ParityReport:
+        """Compare the bits of `part`'s log-probabilities; on a difference do as config.on_difference says."""
+        members = completions[part]
+        report = compare([c.logprobs for c in members], logprobs, [c.tokens for c in members], part.start)
         if not report.identical:
             difference = DifferenceFound(step, report, completions, self.engine.describe())
             if self.config.on_difference == "stop":

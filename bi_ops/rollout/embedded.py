@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 import triton
 
-from bi_ops import attention, logprob, matmul
+from bi_ops import logprob, matmul
 from bi_ops._common import runtime
+from bi_ops.attention import paged_attention, providers
 from bi_ops.models.qwen3 import Qwen3ForCausalLM
-from bi_ops.rollout.base import Completion, SamplingParams, check_request
+from bi_ops.rollout.base import Completion, SamplingParams, attention_of, check_request
 from bi_ops.rollout.sampling import sample
 
 
@@ -68,7 +69,7 @@ class _PagedAttend:
         k_cache, v_cache = self.caches[layer]
         k_cache.flatten(0, 1)[self.slots] = k
         v_cache.flatten(0, 1)[self.slots] = v
-        return attention.paged_attention(
+        return paged_attention(
             q,
             k_cache,
             v_cache,
@@ -88,9 +89,12 @@ class EmbeddedEngine:
         max_model_len: prompt + completion, in tokens; None is the model's positions.
         block_size: tokens per KV-cache block. max_batch_tokens: KV-cache size and prefill size, in tokens; requests
             that do not fit together run one after the other. Neither changes any bit.
+        attention: the provider that computes attention, "vllm" or "triton"; None: the one that
+            `bi_ops.attention.providers` chooses.
 
     Raises:
-        ValueError: a max_model_len that the model does not have, or a block_size below 1.
+        ValueError: a max_model_len that the model does not have, a block_size below 1, or an unknown provider.
+        RuntimeError: the provider cannot run here.
     """
 
     name = "embedded"
@@ -101,6 +105,7 @@ class EmbeddedEngine:
         max_model_len: int | None = None,
         block_size: int = 16,
         max_batch_tokens: int = 65536,
+        attention: str | None = None,
     ) -> None:
         config = model.config
         positions = config.max_position_embeddings
@@ -109,6 +114,9 @@ class EmbeddedEngine:
             raise ValueError(f"EmbeddedEngine: max_model_len must be in [2, {positions}], got {self.max_model_len}")
         if block_size < 1:
             raise ValueError(f"EmbeddedEngine: block_size must be at least 1, got {block_size}")
+        if attention is not None:
+            providers.check(attention)
+        self.attention = attention
         if max_batch_tokens < self.max_model_len:
             max_batch_tokens = self.max_model_len
         self.device, self.block_size = model.device, block_size
@@ -160,7 +168,8 @@ class EmbeddedEngine:
             self._allocate(used)
             running = batch
             while running:
-                self._step(running)
+                with attention_of(self):
+                    self._step(running)
                 running = [s for s in running if s.finish_reason is None]
             done += [self._completion(s) for s in batch]
         return done
@@ -211,7 +220,7 @@ class EmbeddedEngine:
             "device": "Triton interpreter" if runtime.INTERPRET else torch.cuda.get_device_name(self.device),
             "cuda_graphs": False,
             "plugin": False,
-            "providers": {"matmul": matmul.providers.choose(), "attention": attention.providers.choose()},
+            "providers": {"matmul": matmul.providers.choose(), "attention": self.attention or providers.choose()},
             "versions": {
                 "torch": torch.__version__,
                 "triton": triton.__version__,

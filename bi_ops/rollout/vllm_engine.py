@@ -20,9 +20,8 @@ from bi_ops.rollout.base import Completion, SamplingParams, check_request
 if TYPE_CHECKING:
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
 
-#: Head sizes at which FlashAttention 3 was seen to give prefill and decode the same bits. At 64 and 96 it picks
-#: another tile for decode: 44 of 54 probed rows differed.
-HEAD_DIMS = (128, 256)
+#: Who may compute attention in vLLM: vLLM's FlashAttention 3, or bi_ops' own kernel as a backend of vLLM's.
+ATTENTION = ("vllm", "triton")
 
 #: vLLM reads its mode from the environment. In-process, because that is where weights can be handed over.
 _ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -79,13 +78,31 @@ def copy_weights(source: Mapping[str, torch.Tensor], target: torch.nn.Module) ->
             parameters[name].data[: tensor.shape[0]].copy_(tensor)
 
 
+def check_attention(attention: str, head_dim: int, plugin: bool) -> None:
+    """Raise ValueError unless `attention` can keep the contract at `head_dim`; without the plugin nothing keeps it."""
+    if attention not in ATTENTION:
+        raise ValueError(f"VllmEngine: attention is {attention!r}; it must be {' or '.join(ATTENTION)}")
+    if attention == "triton":
+        if not plugin:
+            raise ValueError("VllmEngine: attention='triton' is a part of the plugin; leave plugin=False out")
+        if not vllm_plugin.backend.served(head_dim):
+            raise ValueError(
+                f"VllmEngine: attention at head_dim {head_dim} is not built; it must be a multiple of 8 from 16 to 256"
+            )
+    elif plugin and head_dim not in vllm_plugin.backend.FLASH_ATTN_HEAD_DIMS:
+        raise ValueError(f"VllmEngine: {vllm_plugin.backend.way_out(head_dim)}")
+
+
 class VllmEngine:
-    """vLLM 0.26 in its batch-invariant mode, with FlashAttention 3, on one GPU.
+    """vLLM 0.26 in its batch-invariant mode on one GPU.
 
     Args:
         path: a Qwen3 checkpoint folder.
         plugin: replace what is batch-variant in stock vLLM. False is the negative control and breaks the contract.
-        cuda_graphs: capture full CUDA graphs; False runs eagerly. Same bits.
+        attention: "vllm", its FlashAttention 3, at head_dim 128 and 256; or "triton", bi_ops' own kernel, at every
+            head_dim. They differ in bits: training uses the same one (`attention_of`).
+        cuda_graphs: capture full CUDA graphs; False runs eagerly. Same bits. With attention="triton" graphs hold
+            decoding, and prefill runs eagerly.
         dtype: of weights and activations.
         max_model_len: longest prompt + completion; None takes the model's.
         gpu_memory_utilization: the share of the GPU's memory that vLLM may fill.
@@ -95,7 +112,7 @@ class VllmEngine:
 
     Raises:
         RuntimeError: no GPU, no supported vLLM, another mode already set, or vLLM chose another attention kernel.
-        ValueError: a head size or a tensor-parallel size that cannot keep the contract.
+        ValueError: a head size or a tensor-parallel size that cannot keep the contract, or an unknown attention.
     """
 
     name = "vllm"
@@ -105,6 +122,7 @@ class VllmEngine:
         path: str | Path,
         *,
         plugin: bool = True,
+        attention: str = "vllm",
         cuda_graphs: bool = True,
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
@@ -124,12 +142,7 @@ class VllmEngine:
                 "than one GPU does, so training could not reproduce the log-probabilities; use 1"
             )
         config = Qwen3Config.from_pretrained(path)
-        if config.head_dim not in HEAD_DIMS:
-            raise ValueError(
-                f"VllmEngine: FlashAttention 3 uses another tile for decode than for prefill at head_dim "
-                f"{config.head_dim}, so log-probabilities would depend on the batch; use a model with head_dim "
-                f"{' or '.join(map(str, HEAD_DIMS))}, or bi_ops.rollout.embedded.EmbeddedEngine"
-            )
+        check_attention(attention, config.head_dim, plugin)
         _prepare_environment()
         from vllm import LLM
         from vllm.config import CompilationConfig
@@ -141,6 +154,10 @@ class VllmEngine:
             vllm_plugin.register()
         else:
             vllm_plugin.unregister()
+        backend: dict[str, object] = {"backend": "FLASH_ATTN", "flash_attn_version": 3}
+        graphs = "FULL"
+        if attention == "triton":
+            backend, graphs = {"backend": vllm_plugin.backend.NAME}, "FULL_DECODE_ONLY"
         bmm = torch.bmm
         try:
             self._llm: Any = LLM(
@@ -157,14 +174,16 @@ class VllmEngine:
                 logprobs_mode="raw_logprobs",
                 enforce_eager=not cuda_graphs,
                 # Mode 0 keeps Inductor from rewriting norms and activations; graphs then hold the eager kernels.
-                compilation_config=CompilationConfig(mode=0, cudagraph_mode="FULL") if cuda_graphs else None,
-                attention_config={"backend": "FLASH_ATTN", "flash_attn_version": 3},
+                compilation_config=CompilationConfig(mode=0, cudagraph_mode=graphs) if cuda_graphs else None,
+                attention_config=backend,
             )
         finally:
             # vLLM's batch-invariant mode puts a function without a gradient in torch.bmm's place, for the whole
             # process. Its override of aten::bmm, under which autograd still works, stays and runs the same kernel.
             torch.bmm = bmm
-        self.plugin, self.cuda_graphs, self.dtype = plugin, cuda_graphs, dtype
+        self.plugin, self.cuda_graphs, self.dtype, self._kernel = plugin, cuda_graphs, dtype, attention
+        #: See `RolloutEngine`; without the plugin there are no bits that training could have.
+        self.attention: str | None = attention if plugin else None
         self.max_model_len: int = self._llm.model_config.max_model_len
         self._vocab_size = config.vocab_size
         try:
@@ -175,11 +194,12 @@ class VllmEngine:
 
     def _check_choices(self) -> None:
         """Raise RuntimeError where vLLM silently chose something else than it was asked for."""
-        [versions] = self._llm.apply_model(_flash_attention_versions)
-        if versions != {3}:
+        [found] = self._llm.apply_model(_attention_kernels)
+        wanted = "FLASH_ATTN 3" if self._kernel == "vllm" else vllm_plugin.backend.NAME
+        if found != {wanted}:
             raise RuntimeError(
-                f"VllmEngine: vLLM chose attention versions {sorted(map(str, versions))} instead of FlashAttention 3; "
-                "the contract was shown on Hopper (sm_90) only"
+                f"VllmEngine: vLLM chose attention {sorted(found)} instead of {wanted}; the contract was shown on "
+                "Hopper (sm_90) only"
             )
         mode = self._llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
         if mode.has_full_cudagraphs() != self.cuda_graphs:
@@ -236,7 +256,10 @@ class VllmEngine:
             "cuda_graphs": self.cuda_graphs,
             "plugin": self.plugin,
             "model_runner": "v2" if config.use_v2_model_runner else "v1",
-            "providers": {"attention": "FLASH_ATTN 3", "linear": "vllm matmul_persistent"},
+            "providers": {
+                "attention": "FLASH_ATTN 3" if self._kernel == "vllm" else "bi_ops triton",
+                "linear": "vllm matmul_persistent",
+            },
             "versions": {
                 "vllm": vllm.__version__,
                 "torch": torch.__version__,
@@ -256,10 +279,15 @@ class VllmEngine:
         torch.cuda.empty_cache()
 
 
-def _flash_attention_versions(model: torch.nn.Module) -> set[int | None]:
-    """The FlashAttention versions of a vLLM model's attention layers; None for another backend."""
-    impls = (getattr(module, "impl", None) for module in model.modules())
-    return {getattr(impl, "vllm_flash_attn_version", None) for impl in impls if impl is not None}
+def _attention_kernels(model: torch.nn.Module) -> set[str]:
+    """What computes attention in a vLLM model's layers: the backend's name, FLASH_ATTN with its version."""
+    names = set()
+    for layer in model.modules():
+        if (backend := getattr(layer, "attn_backend", None)) is not None:
+            name = backend.get_name()
+            version = f" {getattr(layer.impl, 'vllm_flash_attn_version', None)}" if name == "FLASH_ATTN" else ""
+            names.add(name + version)
+    return names
 
 
 def _vllm_params(index: int, params: SamplingParams) -> Any:

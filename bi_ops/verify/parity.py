@@ -49,10 +49,27 @@ class ParityReport:
         return text if self.first_difference is None else f"{text}; first: {self.first_difference}"
 
 
+def joined(reports: Sequence[ParityReport]) -> ParityReport:
+    """One report of all that `reports` (at least one) compared, in their order."""
+    checked = sum(r.tokens_checked for r in reports)
+    return ParityReport(
+        checked,
+        sum(r.tokens_different for r in reports),
+        max(r.max_delta for r in reports),
+        sum(r.mean_delta * r.tokens_checked for r in reports) / checked,
+        next((r.first_difference for r in reports if r.first_difference is not None), None),
+    )
+
+
 def compare(
-    rollout: Sequence[torch.Tensor], training: Sequence[torch.Tensor], tokens: Sequence[Sequence[int]]
+    rollout: Sequence[torch.Tensor],
+    training: Sequence[torch.Tensor],
+    tokens: Sequence[Sequence[int]],
+    first_sequence: int = 0,
 ) -> ParityReport:
     """Compare fp32 log-probabilities, one tensor [n_i] per sequence on each side, for the sampled `tokens`.
+
+    A report numbers the sequences from `first_sequence`.
 
     Bits are compared, so NaN equals the same NaN; a delta with a NaN in it counts as infinite.
 
@@ -79,7 +96,7 @@ def compare(
         total += float(delta.sum())
         if first is None and bool(unequal.any()):
             at = int(unequal.nonzero()[0])
-            first = Difference(i, at, int(ids[at]), float(r[at]), float(t[at]))
+            first = Difference(first_sequence + i, at, int(ids[at]), float(r[at]), float(t[at]))
     if checked == 0:
         raise ValueError("compare: no tokens to compare")
     return ParityReport(checked, different, largest, total / checked, first)

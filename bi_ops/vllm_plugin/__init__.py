@@ -1,4 +1,4 @@
-"""The vLLM plugin: makes `VLLM_BATCH_INVARIANT=1` hold where stock vLLM breaks it.
+"""The vLLM plugin: makes `VLLM_BATCH_INVARIANT=1` hold where stock vLLM breaks it, and brings an attention backend.
 
 vLLM loads `register` through the `vllm.general_plugins` entry point in every one of its processes. Outside vLLM's
 batch-invariant mode it changes nothing.
@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_ops._common.providers import require_vllm
+from bi_ops.vllm_plugin import backend
 from bi_ops.vllm_plugin.patches import PATCHES, Patch
 
-__all__ = ["PATCHES", "is_registered", "register", "unregister"]
+__all__ = ["PATCHES", "backend", "is_registered", "register", "unregister"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,13 @@ def is_registered() -> bool:
 
 
 def register() -> None:
-    """Put every patch in force; nothing happens when they are already, or outside vLLM's batch-invariant mode.
+    """Put every patch in force and offer the attention backend.
+
+    Nothing happens when they are already, or outside vLLM's batch-invariant mode.
 
     Raises:
-        RuntimeError: vLLM is missing or not a supported version, or a patch point does not look as it did there.
-            Nothing is patched then.
+        RuntimeError: vLLM is missing or not a supported version, a patch point does not look as it did there, or
+            another plugin has taken the backend's name. Nothing is patched then.
     """
     if _stock:
         return
@@ -49,6 +52,7 @@ def register() -> None:
     # function by name, and unregister could not give it the stock one back.
     modules = [importlib.import_module(p.module) for p in PATCHES]
     stock = [p.stock(m) for p, m in zip(PATCHES, modules, strict=True)]
+    backend.install()
     for patch, module, function in zip(PATCHES, modules, stock, strict=True):
         setattr(module, patch.attribute, patch.build(function))
         _stock[patch] = function
@@ -57,6 +61,8 @@ def register() -> None:
 
 def unregister() -> None:
     """Give vLLM its own functions back. CUDA graphs that an engine captured before keep what they captured."""
+    if _stock:
+        backend.uninstall()
     while _stock:
         patch, function = _stock.popitem()
         setattr(importlib.import_module(patch.module), patch.attribute, function)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from bi_ops.vllm_plugin.backend import refuse_head_sizes
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -72,7 +74,7 @@ def _rms_norm(module: str, why: str) -> Patch:
     return Patch(module, "rms_norm_batch_invariant", parameters, add_then_norm, why)
 
 
-#: Every replacement. The same function twice, because layernorm.py imports it by name.
+#: Every replacement. The norm twice, because layernorm.py imports it by name.
 PATCHES = (
     _rms_norm(
         "vllm.model_executor.layers.batch_invariant",
@@ -80,4 +82,11 @@ PATCHES = (
         "changes at 256 tokens",
     ),
     _rms_norm("vllm.model_executor.layers.layernorm", "RMSNorm.forward_cuda looks the function up here"),
+    Patch(
+        "vllm.v1.attention.selector",
+        "_cached_get_attn_backend",
+        ("backend", "attn_selector_config", "num_heads"),
+        refuse_head_sizes,
+        "FlashAttention 3 picks another tile for decode than for prefill at some head sizes, which is refused here",
+    ),
 )

@@ -1,0 +1,238 @@
+"""vLLM's attention through bi_ops' own kernel: any head size, the bits that provider 'triton' trains with.
+
+FlashAttention 3 changes its tile between prefill and decode at some head sizes. A backend of vLLM's named CUSTOM, which
+writes the KV cache as FLASH_ATTN does and reads it with `paged_attention`, does not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bi_ops import attention
+
+#: Head sizes at which FlashAttention 3 was seen to give prefill and decode the same bits. At 64 and 96 it picks
+#: another tile for decode: 44 of 54 probed rows differed.
+FLASH_ATTN_HEAD_DIMS = (128, 256)
+
+#: What vLLM calls the backend, and where it finds the class.
+NAME, PATH = "CUSTOM", f"{__name__}.PagedAttentionBackend"
+
+
+def served(head_dim: int) -> bool:
+    """Can the backend serve this head size?"""
+    return head_dim % 8 == 0 and 16 <= head_dim <= 256
+
+
+def way_out(head_dim: int) -> str:
+    """Why FlashAttention 3 is refused at `head_dim`, and what to do."""
+    option = (
+        "let bi_ops' own kernel compute it: VllmEngine(..., attention='triton'), or --attention triton, or for vLLM by "
+        f"itself --attention-backend {NAME}"
+    )
+    return (
+        f"attention: FlashAttention 3 is not known to give decode and prefill the same bits at head_dim {head_dim}, "
+        f"only at {' and '.join(map(str, FLASH_ATTN_HEAD_DIMS))}, so log-probabilities would depend on the batch; "
+        f"{option if served(head_dim) else 'use another model'}"
+    )
+
+
+def refuse_head_sizes(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's choice of a backend for a layer, which raises where FLASH_ATTN would be batch-variant.
+
+    Only layers that decode: an encoder's never do. Only version 3, whose tiles are known.
+    """
+
+    @functools.wraps(stock)
+    def choose(backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> Any:
+        chosen = stock(backend, attn_selector_config, num_heads)
+        head_dim = attn_selector_config.head_size
+        decodes = attn_selector_config.attn_type in ("decoder", "encoder_decoder")
+        if decodes and chosen.get_name() == "FLASH_ATTN" and head_dim not in FLASH_ATTN_HEAD_DIMS:
+            from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+            if get_flash_attn_version(head_size=head_dim) == 3:
+                raise ValueError(way_out(head_dim))
+        return chosen
+
+    return choose
+
+
+def attend(
+    query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, head_dim: int, scale: float, output: torch.Tensor
+) -> torch.Tensor:
+    """Attention of one layer over vLLM's cache, whatever is in the batch: prefill, chunks of it, decode.
+
+    Waits for no GPU. In a CUDA graph `metadata.max_query_len` is that of the capture, so a graph may only hold batches
+    whose queries are no longer: those of one query length, which is decoding.
+
+    Args:
+        query: [T, Hq, D]. kv_cache: [blocks, Hkv, block_size, 2 * D], keys then values in the last dimension, any
+            strides. metadata: vLLM's FlashAttentionMetadata. output: [T, Hq, D], whose first `num_actual_tokens` rows
+            are written.
+
+    Raises:
+        NotImplementedError: the batch asks for what `paged_attention` does not compute.
+    """
+    unsupported = {
+        "attention that is not causal": metadata.causal is not True,
+        "cascade attention": metadata.use_cascade,
+        "multimodal prefixes": metadata.mm_prefix_range_tensor is not None,
+        "reference sliding windows": metadata.rswa_prefix_lens is not None,
+        "context parallelism": metadata.dcp_context_kv_lens is not None,
+    }
+    if any(unsupported.values()):
+        names = ", ".join(name for name, asked in unsupported.items() if asked)
+        raise NotImplementedError(f"attention: backend {NAME} does not compute {names}; use a model without")
+    k_cache, v_cache = kv_cache.transpose(1, 2).split(head_dim, dim=-1)
+    n = metadata.num_actual_tokens
+    with attention.providers.forced("triton"):
+        output[:n] = attention.paged_attention(
+            query[:n],
+            k_cache,
+            v_cache,
+            metadata.block_table,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            max_seqlen_q=metadata.max_query_len,
+            softmax_scale=scale,
+        )
+    return output
+
+
+@functools.cache
+def _backend() -> type:
+    """The class behind `PATH`."""
+    from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
+    from vllm.v1.attention.backends.flash_attn import (
+        FlashAttentionBackend,
+        FlashAttentionImpl,
+        FlashAttentionMetadataBuilder,
+    )
+
+    class PagedAttentionImpl(FlashAttentionImpl):
+        """Writes the cache as its parent does, reads it with `paged_attention`."""
+
+        can_return_lse_for_decode = False  # so vLLM refuses it for decode context parallelism
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            unsupported = {
+                "ALiBi": self.alibi_slopes is not None,
+                "soft-capped scores": bool(self.logits_soft_cap),
+                "sliding windows": self.sliding_window != (-1, -1),
+                "attention sinks": self.sinks is not None,
+            }
+            if any(unsupported.values()):
+                names = ", ".join(name for name, asked in unsupported.items() if asked)
+                raise NotImplementedError(f"attention: backend {NAME} does not compute {names}; use a model without")
+
+        def forward(
+            self,
+            layer: torch.nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            output_scale: torch.Tensor | None = None,
+            output_block_scale: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            if output_scale is not None or output_block_scale is not None:
+                raise NotImplementedError(f"attention: backend {NAME} does not quantize its output")
+            if attn_metadata is None:  # vLLM measures its memory
+                return output.fill_(0)
+            return attend(query, kv_cache, attn_metadata, self.head_size, self.scale, output)
+
+    class PagedAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
+        # A graph's grid is that of the longest query at its capture, so it must hold one query length.
+        _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+        def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
+            return False
+
+    class PagedAttentionBackend(FlashAttentionBackend):
+        """What vLLM asks before it chooses; everything not overridden is as FLASH_ATTN, the cache's layout too."""
+
+        @staticmethod
+        def get_name() -> str:
+            return NAME
+
+        @staticmethod
+        def get_impl_cls() -> type:
+            return PagedAttentionImpl
+
+        @staticmethod
+        def get_builder_cls() -> type:
+            return PagedAttentionMetadataBuilder
+
+        @classmethod
+        def supports_head_size(cls, head_size: int) -> bool:
+            return served(head_size)
+
+        @classmethod
+        def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+            return kv_cache_dtype in (None, "auto", "float16", "bfloat16")
+
+        @classmethod
+        def supports_attn_type(cls, attn_type: str) -> bool:
+            return attn_type == AttentionType.DECODER
+
+        @classmethod
+        def supports_sliding_window(cls) -> bool:
+            return False
+
+        @classmethod
+        def supports_non_causal(cls) -> bool:
+            return False
+
+        @classmethod
+        def supports_mm_prefix(cls) -> bool:
+            return False
+
+        @classmethod
+        def supports_sink(cls) -> bool:
+            return False
+
+        @classmethod
+        def supports_per_head_quant_scales(cls) -> bool:
+            return False
+
+    # vLLM looks a backend up by this name again and again.
+    PagedAttentionBackend.__module__, PagedAttentionBackend.__qualname__ = PATH.rsplit(".", 1)
+    return PagedAttentionBackend
+
+
+def __getattr__(name: str) -> Any:
+    """`PATH`, made when vLLM asks for it: it derives from vLLM's class, and importing bi_ops imports no vLLM."""
+    if name == PATH.rsplit(".", 1)[1]:
+        return _backend()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def install() -> None:
+    """Tell vLLM of the backend; nothing uses it unless it is asked for.
+
+    Raises:
+        RuntimeError: another plugin has taken the name.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    slot = AttentionBackendEnum[NAME]
+    if slot.is_overridden() and slot.get_path() != PATH:
+        raise RuntimeError(
+            f"vllm_plugin: vLLM's attention backend {NAME} is already {slot.get_path()}; bi_ops needs the name, so "
+            "remove the other plugin (VLLM_PLUGINS lists those that load)"
+        )
+    register_backend(slot, PATH)
+
+
+def uninstall() -> None:
+    """Take the backend back from vLLM."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    AttentionBackendEnum[NAME].clear_override()
