@@ -69,8 +69,9 @@ def times(sides: dict[str, list[Callable[[], object]]], rounds: int) -> dict[str
                     call()
             graphs[name].replay()
         taken: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(rounds):
-            for name, graph in graphs.items():
+        for i in range(rounds):
+            # There and back: what runs second finds the GPU warmer and its clock lower.
+            for name, graph in list(graphs.items())[:: -1 if i % 2 else 1]:
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record(stream)
                 graph.replay()

@@ -22,7 +22,8 @@ def asked(tmp_path, monkeypatch):
         seen.compared += 1
         return seen.broken
 
-    binding = SimpleNamespace(admit=lambda *shape: seen.admitted.append(shape), version=lambda: 1)
+    binding = SimpleNamespace(admit=lambda *shape: seen.admitted.append(shape), version=lambda: 1, COMPETING=5)
+    seen.binding = binding
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(certificate, "differing", differing)
     monkeypatch.setattr(certificate.cublaslt, "extension", lambda: binding)
@@ -60,6 +61,24 @@ def test_a_certificate_of_another_sweep_or_compiler_is_none(asked, monkeypatch):
     monkeypatch.setattr(certificate.triton, "__version__", "0")
     assert certificate.holds(PRODUCT) is True
     assert asked.compared == 3
+    restart(monkeypatch)
+    asked.binding.COMPETING = 6
+    assert certificate.holds(PRODUCT) is True
+    assert asked.compared == 4
+
+
+@pytest.mark.parametrize(("candidates", "holds"), [([0, 0], True), ([], False), ([0, 1], False), ([0] * 5 + [1], True)])
+def test_every_candidate_that_may_run_is_compared(candidates, holds, monkeypatch):
+    """Each is off by what the list says; the sixth never comes to run."""
+
+    def run(a, b, out, bias, index, restricted):
+        if index < len(candidates):
+            out.copy_(a @ b + candidates[index])
+        return index < len(candidates)
+
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    monkeypatch.setattr(certificate.cublaslt, "extension", lambda: SimpleNamespace(run=run, COMPETING=5))
+    assert certificate._all_equal(a @ b, a, b, None, True) is holds
 
 
 def test_a_captured_graph_asks_nothing(asked):

@@ -217,6 +217,33 @@ def test_micro_batches_cut_on_the_step_end_in_the_bits_of_one_pass(dtype, device
             assert torch.equal(carried(g, x, cuts), whole), (n, k, cuts)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["WIDE", "NARROW"])
+def test_carrying_on_hopper_has_the_bits_of_the_plain_kernel(name, dtype, device):
+    """Tiles at the edges, more tiles than multiprocessors, fewer tokens than a step; often, for races."""
+    from bi_ops.matmul import hopper, launch, schedule
+
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    for n, k, tokens in ((24, 40, 117), (520, 264, 16), (1000, 3000, 999), (2560, 8192, 333)):
+        g, x = randn(tokens, n, dtype=dtype, device=device), randn(tokens, k, dtype=dtype, device=device)
+        start = torch.randn(n, k, device=device)
+        plain = start.clone()
+        launch.launch_triton(g.t()[None], x[None], None, plain[None], accumulate=True, over_tokens=True)
+        for _ in range(10):
+            carried_on = start.clone()
+            hopper.launch(g, x, carried_on, getattr(schedule, name), processors)
+            assert torch.equal(carried_on, plain), (n, k, tokens)
+
+
+def test_carrying_takes_the_tile_that_needs_less_time():
+    from bi_ops.matmul.schedule import NARROW, WIDE, carry_schedule
+
+    assert carry_schedule(4096, 12288, 132) == WIDE  # 1,536 wide tiles, 12 rounds, against 24
+    assert carry_schedule(1024, 2048, 132) == NARROW  # one round of either
+    assert carry_schedule(6144, 1024, 132) == NARROW  # 3 short rounds against 2 long ones
+
+
 def test_a_cut_off_the_step_is_caught(device):
     """Negative control."""
     g, x = randn(4 * STEP, 64, device=device), randn(4 * STEP, 64, device=device)
@@ -286,6 +313,23 @@ def test_the_certificate_refuses_split_k(product, monkeypatch):
     assert certificate.holds(product) is False
     a, b = torch.ones(4, 3072, device="cuda").bfloat16(), torch.ones(1024, 3072, device="cuda").bfloat16().t()
     assert launch.launch_cublaslt(a, b, None, torch.empty(4, 1024, device="cuda").bfloat16(), "m") is False
+
+
+@pytest.mark.gpu
+def test_whichever_candidate_is_fastest_the_bits_are_the_first_ones(device):
+    """A product large enough to be timed: met first in a captured graph, where nothing is timed, then outside."""
+    from bi_ops.matmul import cublaslt
+
+    lt = cublaslt.extension()
+    x, weight = randn(2048, 2816, device=device), randn(3072, 2816, device=device)
+    outs = [torch.empty(2048, 3072, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert lt.run(x, weight.t(), outs[0], None, -1, True)
+    graph.replay()
+    for out, index in zip(outs[1:], (-1, 0), strict=True):
+        assert lt.run(x, weight.t(), out, None, index, True)
+        assert torch.equal(out, outs[0])
 
 
 @pytest.mark.gpu

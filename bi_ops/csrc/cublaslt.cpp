@@ -2,14 +2,20 @@
 //
 // out[M, N] = a[M, K] @ b[K, N], batched or not. Tensors are row-major and cuBLASLt is column-major, so it is asked for
 // out^T = b^T a^T. Plans (descriptors and the admitted algorithms) are made once per shape, layout and alignment.
+// Admitted algorithms have the same bits, so which of them runs is a matter of time: see `settle`.
 
 #include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cublasLt.h>
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <array>
 #include <exception>
+#include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -115,18 +121,76 @@ bool keeps_the_order(const cublasLtMatmulHeuristicResult_t& r) {
 }
 
 constexpr int kMostCandidates = 16;
+constexpr size_t kCompeting = 5;  // candidates that are timed; a certificate compares the bits of all of them
+constexpr double kWorthTiming = 0x1p32;  // multiply-adds (10 us); below, cuBLASLt's first candidate runs
 constexpr size_t kMostPlans = 4096;  // a new token count makes new plans; beyond this many, start again
 constexpr size_t kFreeWorkspace = 32u << 20;  // for the unrestricted plans of the negative control
+
+using Key = std::array<int64_t, 20>;
 
 struct Plan {
   std::unique_ptr<Operation> operation;
   std::unique_ptr<Layout> a, b, out;
   std::vector<cublasLtMatmulHeuristicResult_t> candidates;
+  size_t fastest = 0;
+  bool settled = true;  // is `fastest` known
+  Key like;  // the key with powers of two for M and K: products of about this size
 };
 
-using Key = std::array<int64_t, 20>;
 std::map<Key, std::unique_ptr<Plan>> plans;
 std::mutex lock;
+
+// What tells one candidate from another, whatever the shape.
+using Identity = std::array<int64_t, 7>;
+
+Identity identity(const cublasLtMatmulHeuristicResult_t& r) {
+  return {config<int32_t>(r.algo, CUBLASLT_ALGO_CONFIG_ID),
+          config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_TILE_ID),
+          config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_STAGES_ID),
+          config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING),
+          config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION),
+          config<uint16_t>(r.algo, CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID),
+          config<uint16_t>(r.algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID)};
+}
+
+std::map<Key, Identity> winners;
+
+int64_t power_of_two(int64_t n) {
+  int64_t p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+using Launch = std::function<void(const cublasLtMatmulHeuristicResult_t&)>;
+
+// Finds the fastest candidate, once per size: the first product of about this size is computed by each of them, a few
+// times. Nothing is timed while a CUDA graph is captured: the first candidate runs, and the question stays open.
+void settle(Plan& plan, const Launch& launch) {
+  const size_t competing = std::min(plan.candidates.size(), kCompeting);
+  if (const auto won = winners.find(plan.like); won != winners.end()) {
+    plan.settled = true;
+    for (size_t i = competing; i-- > 0;)
+      if (identity(plan.candidates[i]) == won->second) plan.fastest = i;
+    return;
+  }
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return;
+  plan.settled = true;
+  std::array<float, kCompeting> best;
+  best.fill(std::numeric_limits<float>::infinity());
+  at::cuda::CUDAEvent start(cudaEventDefault), end(cudaEventDefault);
+  for (int round = 0; round < 4; ++round)
+    for (size_t i = 0; i < competing; ++i) {
+      start.record();
+      launch(plan.candidates[i]);
+      end.record();
+      end.synchronize();
+      best[i] = std::min(best[i], start.elapsed_time(end));
+    }
+  for (size_t i = 1; i < competing; ++i)
+    if (best[i] < best[plan.fastest] && best[i] < 0.98f * best[0]) plan.fastest = i;  // 2%: not for noise
+  if (winners.size() >= kMostPlans) winners.clear();
+  winners[plan.like] = identity(plan.candidates[plan.fastest]);
+}
 
 Plan& plan_for(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool bias, bool restricted) {
   const View va = view(a, "a"), vb = view(b, "b"), vo = view(out, "out");
@@ -141,6 +205,8 @@ Plan& plan_for(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, 
   if (slot) return *slot;
 
   auto plan = std::make_unique<Plan>();
+  plan->like = key;
+  for (const size_t i : {4, 6}) plan->like[i] = power_of_two(key[i]);
   plan->operation = std::make_unique<Operation>(va, vb, bias);
   plan->a = std::make_unique<Layout>(b, vb);  // cuBLASLt's A is our b: the product is transposed
   plan->b = std::make_unique<Layout>(a, va);
@@ -168,6 +234,8 @@ Plan& plan_for(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, 
   for (int i = 0; i < count; ++i)
     if (found[i].state == CUBLAS_STATUS_SUCCESS && (!restricted || keeps_the_order(found[i])))
       plan->candidates.push_back(found[i]);
+  const double work = static_cast<double>(out.numel()) * static_cast<double>(a.size(-1));
+  plan->settled = !restricted || plan->candidates.size() < 2 || work < kWorthTiming;
   slot = std::move(plan);
   return *slot;
 }
@@ -189,7 +257,7 @@ int64_t count(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, b
   return static_cast<int64_t>(plan_for(a, b, out, false, restricted).candidates.size());
 }
 
-// out = a @ b (+ bias) with candidate `index`; false, and nothing done, if there are not that many.
+// out = a @ b (+ bias) with candidate `index`, -1 for the fastest; false, and nothing done, if there are not that many.
 bool run(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const std::optional<at::Tensor>& bias,
          int64_t index, bool restricted) {
   check_product(a, b, out);
@@ -197,23 +265,26 @@ bool run(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const 
   const c10::cuda::CUDAGuard guard(a.device());
   const std::lock_guard<std::mutex> held(lock);
   auto& plan = plan_for(a, b, out, bias.has_value(), restricted);
-  if (index >= static_cast<int64_t>(plan.candidates.size())) return false;
-  const auto& candidate = plan.candidates[static_cast<size_t>(index)];
+  if (std::max<int64_t>(index, 0) >= static_cast<int64_t>(plan.candidates.size())) return false;
   if (bias.has_value()) {
     const void* pointer = bias->data_ptr();
     plan.operation->set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, pointer);
     plan.operation->set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, static_cast<int32_t>(type_of(*bias)));
   }
-  at::Tensor workspace;
-  if (candidate.workspaceSize > 0)
-    workspace = at::empty({static_cast<int64_t>(candidate.workspaceSize)}, a.options().dtype(at::kByte));
-  const float one = 1.0f, zero = 0.0f;
-  auto handle = reinterpret_cast<cublasLtHandle_t>(at::cuda::getCurrentCUDABlasHandle());
-  check(cublasLtMatmul(handle, plan.operation->raw, &one, b.data_ptr(), plan.a->raw, a.data_ptr(), plan.b->raw, &zero,
-                       out.data_ptr(), plan.out->raw, out.data_ptr(), plan.out->raw, &candidate.algo,
-                       workspace.defined() ? workspace.data_ptr() : nullptr, candidate.workspaceSize,
-                       at::cuda::getCurrentCUDAStream()),
-        "matmul");
+  const auto launch = [&](const cublasLtMatmulHeuristicResult_t& candidate) {
+    at::Tensor workspace;
+    if (candidate.workspaceSize > 0)
+      workspace = at::empty({static_cast<int64_t>(candidate.workspaceSize)}, a.options().dtype(at::kByte));
+    const float one = 1.0f, zero = 0.0f;
+    auto handle = reinterpret_cast<cublasLtHandle_t>(at::cuda::getCurrentCUDABlasHandle());
+    check(cublasLtMatmul(handle, plan.operation->raw, &one, b.data_ptr(), plan.a->raw, a.data_ptr(), plan.b->raw, &zero,
+                         out.data_ptr(), plan.out->raw, out.data_ptr(), plan.out->raw, &candidate.algo,
+                         workspace.defined() ? workspace.data_ptr() : nullptr, candidate.workspaceSize,
+                         at::cuda::getCurrentCUDAStream()),
+          "matmul");
+  };
+  if (index < 0 && !plan.settled) settle(plan, launch);
+  launch(plan.candidates[index < 0 ? plan.fastest : static_cast<size_t>(index)]);
   return true;
 }
 
@@ -244,7 +315,7 @@ at::Tensor times_weight(const at::Tensor& x, const at::Tensor& weight) {
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
   auto out = at::empty(sizes, x.options());
-  if (!run(x.view({-1, x.size(-1)}), weight.t(), out.view({-1, weight.size(0)}), std::nullopt, 0, true))
+  if (!run(x.view({-1, x.size(-1)}), weight.t(), out.view({-1, weight.size(0)}), std::nullopt, -1, true))
     throw NoAlgorithm();
   return out;
 }
@@ -319,5 +390,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("linear", &linear);
   m.def("describe", &describe);
+  m.attr("COMPETING") = kCompeting;
   m.def("version", [] { return static_cast<int64_t>(cublasLtGetVersion()); });
 }

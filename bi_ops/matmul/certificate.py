@@ -2,7 +2,8 @@
 
 cuBLASLt is asked for algorithms without split-K, but what it picks is its own business and changes with M, the GPU and
 the library. So before it is trusted with a product, its bits are compared with the Triton kernel's over a sweep of the
-free axis: the rows of a forward or dX, the tokens of dW. The verdict is kept in a file, per GPU and library versions.
+free axis: the rows of a forward or dX, the tokens of dW. Compared are all candidates among which the binding takes the
+fastest. The verdict is kept in a file, per GPU and library versions.
 """
 
 from __future__ import annotations
@@ -103,6 +104,20 @@ def lengths(p: Product) -> list[int]:
     return [s for s in SWEEP if s * max(p.n, p.other) <= _MOST_ELEMENTS]
 
 
+def _all_equal(
+    ours: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, restricted: bool
+) -> bool:
+    """Has every candidate that may come to run these bits? There has to be one."""
+    lt = cublaslt.extension()
+    for i in range(lt.COMPETING):
+        theirs = torch.full_like(ours, torch.nan)
+        if not lt.run(a, b, theirs, bias, i, restricted):
+            return i > 0
+        if not torch.equal(ours, theirs):
+            return False
+    return True
+
+
 def differing(p: Product, *, restricted: bool = True) -> list[int]:
     """Lengths of the free axis at which cuBLASLt has other bits than the Triton kernel.
 
@@ -111,7 +126,6 @@ def differing(p: Product, *, restricted: bool = True) -> list[int]:
     """
     from bi_ops.matmul.launch import launch_triton
 
-    lt = cublaslt.extension()
     broken = []
     with torch.random.fork_rng(devices=[p.device]), torch.cuda.device(p.device):
         torch.cuda.manual_seed(0)
@@ -119,9 +133,9 @@ def differing(p: Product, *, restricted: bool = True) -> list[int]:
         for s in lengths(p):
             m, k = (s, p.other) if p.free == "m" else (p.other, s)
             a, b = _stored_as(m, k, p.a_transposed, p), _stored_as(k, p.n, p.b_transposed, p)
-            ours, theirs = (torch.empty(m, p.n, device="cuda", dtype=p.out_dtype) for _ in range(2))
+            ours = torch.empty(m, p.n, device="cuda", dtype=p.out_dtype)
             launch_triton(a[None], b[None], bias, ours[None])
-            if not lt.run(a, b, theirs, bias, 0, restricted) or not torch.equal(ours, theirs):
+            if not _all_equal(ours, a, b, bias, restricted):
                 broken.append(s)
     return broken
 
@@ -129,7 +143,7 @@ def differing(p: Product, *, restricted: bool = True) -> list[int]:
 def holds(p: Product) -> bool | None:
     """May cuBLASLt compute this product? None: not known, and a CUDA graph is being captured, so not to be found out.
 
-    The answer comes from this process, else the file, else a comparison now (some ten milliseconds, once).
+    The answer comes from this process, else the file, else a comparison now (a tenth of a second, once).
     """
     global _file
     verdict = _verdicts.get(p)
@@ -140,10 +154,12 @@ def holds(p: Product) -> bool | None:
     if _file is None:
         _file = stored()
     key = p.key()
-    if _file.get(key, {}).get("swept") != lengths(p):  # none yet, or one that compared less than is asked for now
+    asked = {"swept": lengths(p), "candidates": cublaslt.extension().COMPETING}
+    known = _file.get(key, {})
+    if any(known.get(name) != value for name, value in asked.items()):  # none yet, or it compared less
         broken = differing(p)
         fixed = {n: str(v) for n, v in asdict(p).items()}
-        record = {**fixed, "swept": lengths(p), "holds": not broken, "differs_at": broken}
+        record = {**fixed, **asked, "holds": not broken, "differs_at": broken}
         _file[key] = record
         _keep(key, record)
     verdict = _verdicts[p] = bool(_file[key]["holds"])

@@ -1,15 +1,18 @@
-"""The cuBLASLt binding: built from bi_ops/csrc on first use, one shared library per torch and CUDA version."""
+"""The cuBLASLt binding, one shared library per torch and CUDA version: installed with the package (setup.py), or built
+from bi_ops/csrc on first use."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -57,11 +60,15 @@ def _environments_ninja() -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-@functools.cache
-def _build() -> tuple[ModuleType | None, str]:
-    """(the extension, why not). Compiling takes about a minute, once; later calls load what is there."""
-    if runtime.INTERPRET:
-        return None, "no GPU"
+def name() -> str:
+    """The shared library's name; one built for another torch or CUDA has another and is never loaded."""
+    return "bi_ops_cublaslt_" + "".join(
+        c if c.isalnum() else "_" for c in f"{torch.__version__}_cu{torch.version.cuda}"
+    )
+
+
+def recipe() -> tuple[dict[str, Any] | None, str]:
+    """(sources, include_dirs, extra_compile_args and extra_link_args of the extension, why not)."""
     include = _include_folder()
     library = f"libcublasLt.so.{str(torch.version.cuda).split('.')[0]}"
     folder = _library_folder(library)
@@ -70,21 +77,37 @@ def _build() -> tuple[ModuleType | None, str]:
     compiler = (os.environ.get("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         return None, f"no C++ compiler ({compiler}) to build the binding with"
+    torch_lib = Path(torch.__file__).parent / "lib"
+    links = [f"-L{torch_lib}", "-lc10_cuda", "-ltorch_cuda", f"-L{folder}", f"-l:{library}", f"-Wl,-rpath,{folder}"]
+    return {
+        "sources": [str(_SOURCE)],
+        "include_dirs": [str(include)],
+        "extra_compile_args": ["-O2", "-g0"],
+        "extra_link_args": links,
+    }, ""
+
+
+@functools.cache
+def _build() -> tuple[ModuleType | None, str]:
+    """(the extension, why not). Compiling takes about a minute, once; later calls load what is there."""
+    if runtime.INTERPRET:
+        return None, "no GPU"
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module(f"bi_ops.matmul.{name()}")
+        return module, f"cuBLASLt {module.version()}, installed"
+    how, reason = recipe()
+    if how is None:
+        return None, reason
     from torch.utils import cpp_extension
 
-    torch_lib = Path(torch.__file__).parent / "lib"
-    version = "".join(c if c.isalnum() else "_" for c in f"{torch.__version__}_cu{torch.version.cuda}")
     try:
         with _environments_ninja():
             module = cpp_extension.load(
-                name=f"bi_ops_cublaslt_{version}",
-                sources=[str(_SOURCE)],
-                extra_include_paths=[str(include)],
-                extra_cflags=["-O2"],
-                extra_ldflags=[
-                    *(f"-L{torch_lib}", "-lc10_cuda", "-ltorch_cuda"),
-                    *(f"-L{folder}", f"-l:{library}", f"-Wl,-rpath,{folder}"),
-                ],
+                name=name(),
+                sources=how["sources"],
+                extra_include_paths=how["include_dirs"],
+                extra_cflags=how["extra_compile_args"],
+                extra_ldflags=how["extra_link_args"],
                 with_cuda=False,
             )
     except (RuntimeError, OSError, ImportError) as e:
@@ -100,7 +123,7 @@ def availability() -> Availability:
 
 
 def extension() -> ModuleType:
-    """The binding: count, run, describe, version; linear and admit.
+    """The binding: count, run, describe, version, COMPETING; linear and admit.
 
     Raises:
         RuntimeError: it cannot be built here; the reason says why.

@@ -8,7 +8,7 @@ import triton
 from bi_ops._common import runtime
 from bi_ops.matmul import certificate, cublaslt
 from bi_ops.matmul import schedule as sched
-from bi_ops.matmul.kernels import matmul_kernel, matmul_tma_kernel
+from bi_ops.matmul.kernels import matmul_kernel
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -87,42 +87,23 @@ def launch_cublaslt(
         b.stride(1) != 1,
         bias is not None,
     )
-    return bool(certificate.holds(product)) and cublaslt.extension().run(a, b, out, bias, 0, True)
+    return bool(certificate.holds(product)) and cublaslt.extension().run(a, b, out, bias, -1, True)
+
+
+def _hopper_serves(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> bool:
+    """Can `hopper.launch` compute out += a @ b, both of them stored with tokens as rows?"""
+    if runtime.INTERPRET or a.dtype not in _HALVES or runtime.architecture(a.device) != "sm_90":
+        return False
+    stored = a.stride(0) == 1 and b.stride(1) == 1 and _is_matrix(a) and _is_matrix(b)
+    return stored and out.data_ptr() % 16 == 0 and out.shape[1] % 4 == 0 and min(*a.shape, out.shape[1]) > 0
 
 
 def launch_accumulate(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out[M, N] += a[M, K] @ b[K, N], out fp32 and contiguous: the sum over K is carried on from what out holds."""
-    fast = not runtime.INTERPRET and a.dtype in _HALVES and _is_matrix(a) and _is_matrix(b) and out.shape[1] % 8 == 0
-    if not fast or out.numel() == 0 or a.shape[1] == 0:
+    if not _hopper_serves(a, b, out):
         launch_triton(a[None], b[None], None, out[None], accumulate=True, over_tokens=True)
         return
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from bi_ops.matmul import hopper
 
-    (m, k), n = a.shape, b.shape[1]
-    s = sched.tma_schedule(m, n)
-    a_transposed, b_transposed = a.stride(1) != 1, b.stride(1) != 1
-    d_a = TensorDescriptor.from_tensor(
-        a.t() if a_transposed else a, [s.block_k, s.block_m] if a_transposed else [s.block_m, s.block_k]
-    )
-    d_b = TensorDescriptor.from_tensor(
-        b.t() if b_transposed else b, [s.block_n, s.block_k] if b_transposed else [s.block_k, s.block_n]
-    )
-    tiles = triton.cdiv(m, s.block_m) * triton.cdiv(n, s.block_n)
-    matmul_tma_kernel[(tiles,)](
-        d_a,
-        d_b,
-        out,
-        m,
-        n,
-        k,
-        out.stride(0),
-        A_TRANSPOSED=a_transposed,
-        B_TRANSPOSED=b_transposed,
-        ACCUMULATE=True,
-        BLOCK_M=s.block_m,
-        BLOCK_N=s.block_n,
-        BLOCK_K=s.block_k,
-        GROUP_M=s.group_m,
-        num_warps=s.num_warps,
-        num_stages=s.num_stages,
-    )
+    (m, n), processors = out.shape, torch.cuda.get_device_properties(out.device).multi_processor_count
+    hopper.launch(a.t(), b, out, sched.carry_schedule(m, n, processors), processors)

@@ -67,13 +67,29 @@ def schedule(m: int, n: int, k: int, dtype: torch.dtype, over_tokens: bool = Fal
     return Schedule(128, 256, 64, 8, 8, 3)
 
 
-def tma_schedule(m: int, n: int) -> Schedule:
-    """The tile of an [m, n] weight gradient that is carried on in fp32: its accumulator starts in memory.
+@dataclass(frozen=True)
+class CarrySchedule:
+    """Tiles of `hopper.carry_kernel`: 128 rows by `block_n` columns, `slots` steps of `block_t` tokens under way."""
 
-    On an H100, 0.84x of cuBLAS's bf16 gradient over 30 products of Qwen3 at 8,192 tokens (bench/LOG.md): reading and
-    writing 4 bytes per weight, where cuBLAS writes 2, is not hidden behind the products. Where large tiles would leave
-    multiprocessors idle, smaller ones do not.
+    block_n: int
+    block_t: int
+    slots: int
+    group_m: int
+
+
+#: What fits beside the accumulators, which take half a KiB of shared memory per column.
+WIDE = CarrySchedule(256, 16, 8, 8)
+NARROW = CarrySchedule(128, 64, 4, 8)
+
+#: Time of a narrow tile over that of a wide one. More than half: it fetches 4/3 of the bytes per product.
+NARROW_COST = 0.53
+
+
+def carry_schedule(m: int, n: int, processors: int) -> CarrySchedule:
+    """The tile of an [m, n] weight gradient that is carried on in fp32: the one whose rounds take less time.
+
+    A round is one tile on every multiprocessor; a last round of few tiles takes as long as a full one.
     """
-    if -(-m // 128) * -(-n // 256) < 132:
-        return Schedule(128, 128, 64, 8, 4, 4)
-    return Schedule(128, 256, 32, 8, 8, 4)
+    rows = -(-m // 128)
+    wide, narrow = (-(-rows * -(-n // s.block_n) // processors) for s in (WIDE, NARROW))
+    return NARROW if narrow * NARROW_COST < wide else WIDE
