@@ -220,7 +220,7 @@ def fa3(case: Case, q, k, v, g) -> Run:
     if case.kind == "bwd":
         raise NotImplementedError("vLLM's FlashAttention 3 has no backward")
     cu_seqlens, longest, scale = cu(case.lengths), max(case.lengths), case.head_dim**-0.5
-    return lambda: ops._vllm_forward(q, k, v, cu_seqlens, cu_seqlens, None, longest, longest, True, scale)
+    return lambda: ops._vllm_forward(q, k, v, cu_seqlens, cu_seqlens, None, longest, longest, ops.Scores(True, scale))
 
 
 def deterministic_cudnn(case: Case) -> float | None:
@@ -319,7 +319,7 @@ class Decoding:
     def fa3(self) -> torch.Tensor:
         table = next(self.turn)
         most = table.shape[1] * PAGE
-        return ops._vllm_forward(self.q, self.k, self.v, self.cu, self.lengths, table, 1, most, True, self.scale)[0]
+        return ops._vllm_forward(self.q, self.k, self.v, self.cu, self.lengths, table, 1, most, ops.Scores(True, self.scale))[0]
 
 
 def measure_decode(case: Case, roof: float) -> dict[str, object]:

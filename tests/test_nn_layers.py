@@ -161,9 +161,10 @@ def test_attention_passes_its_options_on(device, monkeypatch):
     )
     q, kv = torch.ones(5, 4, 16, device=device), torch.ones(5, 2, 16, device=device)
     cu_seqlens = torch.tensor([0, 5], device=device, dtype=torch.int32)
-    layer = bi_ops.nn.Attention(4, 16, num_kv_heads=2, causal=False, softmax_scale=0.5)
+    options = {"causal": False, "softmax_scale": 0.5, "window_size": (3, 1), "softcap": 20.0}
+    layer = bi_ops.nn.Attention(4, 16, num_kv_heads=2, **options)
     assert layer(q, kv, kv, cu_seqlens, max_seqlen=5) is q
-    assert calls[0][1] == {"max_seqlen": 5, "causal": False, "softmax_scale": 0.5}
+    assert calls[0][1] == {"max_seqlen": 5, "sinks": None, **options}
     with pytest.raises(ValueError, match=r"k must be \[T, 2, 16\]"):
         layer(q, q, kv, cu_seqlens)
     assert not layer.state_dict()
@@ -174,6 +175,17 @@ def test_attention_has_the_bits_of_its_operator(device):
     cu_seqlens = torch.tensor([0, 4, 9], device=device, dtype=torch.int32)
     ours = bi_ops.nn.Attention(4, 16, num_kv_heads=2)(q, k, v, cu_seqlens)
     assert bits_equal(ours, bi_ops.attention.flash_attention(q, k, v, cu_seqlens))
+
+
+def test_attention_learns_its_sinks(device):
+    layer = bi_ops.nn.Attention(4, 16, num_kv_heads=2, sinks=True, device=device)
+    assert list(layer.state_dict()) == ["sinks"]
+    q, kv = torch.ones(5, 4, 16, device=device), torch.ones(5, 2, 16, device=device)
+    cu_seqlens = torch.tensor([0, 5], device=device, dtype=torch.int32)
+    out = layer(q, kv, kv, cu_seqlens)
+    assert (out < 1).all()  # the sink takes its share
+    out.sum().backward()
+    assert (layer.sinks.grad < 0).all()
 
 
 @pytest.mark.parametrize("args", [(4, 16, 3), (0, 16), (4, 0), (4, 16, 0)])

@@ -92,12 +92,76 @@ def _key_span(p_cu, pair, n_pairs, HKV: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _seen(o_t, q_len, k_len, CAUSAL: tl.constexpr):
-    """How many keys query `o_t` sees, counted from the first; causal is aligned to the last query and key."""
+def _seen(o_t, q_len, k_len, left, right, CAUSAL: tl.constexpr):
+    """Query `o_t` sees the keys from the first number to before the second; its last query and key are aligned.
+
+    left, right: how many keys it sees before and after its own; None: all. CAUSAL: none after.
+    """
+    first = o_t * 0
+    if left is not None:
+        first = tl.minimum(tl.maximum(o_t + (k_len - q_len) - left, 0), k_len)
     if CAUSAL:
-        return tl.minimum(tl.maximum(o_t + (k_len - q_len) + 1, 0), k_len)
+        return first, tl.minimum(tl.maximum(o_t + (k_len - q_len) + 1, 0), k_len)
+    elif right is not None:
+        return first, tl.minimum(tl.maximum(o_t + (k_len - q_len) + 1 + right, 0), k_len)
     else:
-        return o_t * 0 + k_len
+        return first, o_t * 0 + k_len
+
+
+@triton.jit
+def _steps(m_r, first, n_seen, left, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
+    """(begin, inner, full, end): rows see keys from begin to end only, and every row sees all from inner to full.
+
+    There no mask is needed, and the arithmetic is the same with one. Steps are counted from the start of the sequence;
+    those before begin and after end are skipped, for a row that sees nothing of a step keeps its bits.
+    """
+    end = tl.max(n_seen, 0)
+    full = end * 0
+    if GROUPS == 1:
+        full = tl.min(tl.where(m_r, n_seen, end), 0) // BLOCK_N * BLOCK_N
+    if left is None:
+        return full * 0, full * 0, full, end
+    else:
+        begin = tl.min(tl.where(m_r, first, end), 0) // BLOCK_N * BLOCK_N
+        inner = tl.minimum((tl.max(tl.where(m_r, first, 0), 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N, end)
+        return begin, inner, tl.maximum(full, inner), end
+
+
+@triton.jit
+def _visible(o_n, first, n_seen, left):
+    """Which of the keys `o_n` [N] each row sees: [R, N]."""
+    if left is None:
+        return o_n[None, :] < n_seen[:, None]
+    else:
+        return (o_n[None, :] < n_seen[:, None]) & (o_n[None, :] >= first[:, None])
+
+
+@triton.jit
+def _exponent_scale(scale, softcap):
+    """What makes an exponent of 2 of a score that `_capped` returned."""
+    if softcap is None:
+        return tl.full((), LOG2E, tl.float32) * scale
+    else:
+        return tl.full((), LOG2E, tl.float32) * softcap
+
+
+@triton.jit
+def _capped(b_s, scale, softcap):
+    """The products themselves; with a softcap tanh(b_s * scale / softcap), to an ulp or two.
+
+    Near 0 a polynomial, because 1 - 2 / (e^2x + 1) cancels there. Explicit fma, as everywhere in a loop.
+    """
+    if softcap is None:
+        return b_s
+    else:
+        b_x = b_s * (tl.full((), 1.0, tl.float32) * scale / softcap)
+        b_far = tl.fma(1.0 / (tl.exp2(tl.abs(b_x) * (2 * LOG2E)) + 1.0), -2.0, 1.0)
+        b_sq = b_x * b_x
+        b_near = tl.fma(b_sq, 0.0157396831, -0.0523039624)
+        b_near = tl.fma(b_near, b_sq, 0.133152977)
+        b_near = tl.fma(b_near, b_sq, -0.333327681)
+        b_near = tl.fma(b_near * b_sq, b_x, b_x)
+        return tl.where(tl.abs(b_x) < 0.55, b_near, tl.where(b_x < 0, -b_far, b_far))
 
 
 @triton.jit
@@ -159,7 +223,7 @@ def _across(x, N: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr):
         return tl.reshape(x, (GROUPS * N, M))
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_tokens"])
+@triton.jit(do_not_specialize=["n_pairs", "n_tokens", "left", "right"])
 def attention_kernel(
     p_q,  # [T, HKV * HEADS, D]
     p_k,  # [Tk, HKV, D], or pages [n, PAGE, HKV, D]
@@ -169,7 +233,11 @@ def attention_kernel(
     p_cu_q,  # int32 [B + 1]
     p_cu_k,  # int32 [B + 1], or lengths int32 [B] if paged
     p_table,  # int32 [B, max_blocks] if paged
+    p_sinks,  # [HKV * HEADS]: a score per head that takes no value; or None
     scale,  # softmax_scale
+    left,  # keys seen before a query's own; None: all
+    right,  # and after it, unless CAUSAL
+    softcap,  # scores become softcap * tanh(score / softcap); None: they stay
     n_pairs,
     n_tokens,
     stride_qt,
@@ -203,7 +271,8 @@ def attention_kernel(
     o_t = o_r // HEADS
     o_h = (pair_m % HKV) * HEADS + o_r % HEADS
     m_r = o_t < q_len
-    n_seen = tl.where(m_r, _seen(o_t, q_len, k_len, CAUSAL), 0)
+    first, n_seen = _seen(o_t, q_len, k_len, left, right, CAUSAL)
+    n_seen = tl.where(m_r, n_seen, 0)
     o_q = (q_start + o_t).to(tl.int64)
     b_q = _load_rows(p_q, o_q * stride_qt + o_h * stride_qh, m_r, D, BLOCK_D, True)
 
@@ -215,19 +284,23 @@ def attention_kernel(
         p_k += k_start.to(tl.int64) * stride_kt + i_h * stride_kh
         p_v += k_start.to(tl.int64) * stride_vt + i_h * stride_vh
 
-    # Keys before `full` are seen by every row: no mask there, and the arithmetic is the same with one.
-    end = tl.max(n_seen, 0)
-    full = end * 0
-    if GROUPS == 1:
-        full = tl.min(tl.where(m_r, n_seen, end), 0) // BLOCK_N * BLOCK_N
+    before, inner, full, end = _steps(m_r, first, n_seen, left, BLOCK_N, GROUPS)
 
     acc = tl.zeros((GROUPS * BLOCK_M, BLOCK_D), dtype=tl.float32)
-    total = tl.zeros((GROUPS * BLOCK_M,), dtype=tl.float32)
-    top = tl.full((GROUPS * BLOCK_M,), float("-inf"), dtype=tl.float32)
-    scale2 = tl.full((), LOG2E, tl.float32) * scale
-    for MASKED in tl.static_range(0, 2):
-        if MASKED == 0:
-            begin = full * 0
+    if p_sinks is None:
+        total = tl.zeros((GROUPS * BLOCK_M,), dtype=tl.float32)
+        top = tl.full((GROUPS * BLOCK_M,), float("-inf"), dtype=tl.float32)
+    else:
+        # The sink is what every row has seen before its first key.
+        top = tl.load(p_sinks + o_h, mask=m_r, other=float("-inf")).to(tl.float32) * LOG2E
+        total = tl.where(top > float("-inf"), 1.0, 0.0)
+    scale2 = _exponent_scale(scale, softcap)
+    for PART in tl.static_range(1 if left is None else 0, 3):
+        if PART == 0:
+            begin = before
+            stop = inner
+        elif PART == 1:
+            begin = inner
             stop = full
         else:
             begin = full
@@ -242,10 +315,10 @@ def attention_kernel(
                 page = tl.load(p_table + (pair_n // HKV) * stride_table + o_n // PAGE, mask=m_n, other=0).to(tl.int64)
                 o_k = page * stride_kp + (o_n % PAGE) * stride_kt + i_h * stride_kh
                 o_v = page * stride_vp + (o_n % PAGE) * stride_vt + i_h * stride_vh
-            b_k = _load_rows(p_k, o_k, m_n, D, BLOCK_D, MASKED == 1)
-            b_s = _dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS)
-            if MASKED == 1:
-                b_s = tl.where((n + tl.arange(0, BLOCK_N))[None, :] < n_seen[:, None], b_s, float("-inf"))
+            b_k = _load_rows(p_k, o_k, m_n, D, BLOCK_D, PART != 1)
+            b_s = _capped(_dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS), scale, softcap)
+            if PART != 1:
+                b_s = tl.where(_visible(n + tl.arange(0, BLOCK_N), first, n_seen, left), b_s, float("-inf"))
             # Explicit fma: left to the compiler, contraction could differ between the two loops.
             new_top = tl.maximum(top, tl.max(b_s, 1) * scale2)
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -253,7 +326,7 @@ def attention_kernel(
             decay = tl.exp2(top - shift)
             total = tl.fma(total, decay, tl.sum(b_p, 1))
             top = new_top
-            b_v = _load_rows(p_v, o_v, m_n, D, BLOCK_D, MASKED == 1)
+            b_v = _load_rows(p_v, o_v, m_n, D, BLOCK_D, PART != 1)
             acc = acc * decay[:, None]
             acc = _dot_nn(cast(b_p, p_v.dtype.element_ty), b_v, acc, BLOCK_M, BLOCK_D, BLOCK_N, GROUPS)
 
@@ -272,6 +345,7 @@ def attention_delta_kernel(
     p_g,  # [T * H, D], contiguous
     p_out,  # [T * H, D], contiguous
     p_lse,  # fp32 [H, T]
+    p_glse,  # fp32 [H, T], gradient of lse, or None
     p_delta,  # fp32 [H / HEADS, T, HEADS]: the rows of a pair lie side by side
     p_shift,  # fp32 [H / HEADS, T, HEADS]: -lse in base 2
     n_rows,
@@ -289,12 +363,63 @@ def attention_delta_kernel(
     o_t = o_r // H
     o_h = o_r % H
     o_row = (o_h // HEADS * n_tokens + o_t) * HEADS + o_h % HEADS
-    tl.store(p_delta + o_row, tl.sum(b_g * b_out, 1), mask=m_r)
+    delta = tl.sum(b_g * b_out, 1)
+    if p_glse is not None:
+        delta -= tl.load(p_glse + o_h * n_tokens + o_t, mask=m_r, other=0.0)
+    tl.store(p_delta + o_row, delta, mask=m_r)
     lse = tl.load(p_lse + o_h * n_tokens + o_t, mask=m_r, other=0.0)
     tl.store(p_shift + o_row, -(lse * LOG2E), mask=m_r)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_tokens"])
+@triton.jit(do_not_specialize=["n_tokens"])
+def attention_dsinks_kernel(
+    p_sinks,  # [H]
+    p_shift,  # fp32 [H / HEADS, T, HEADS]: -lse in base 2
+    p_delta,  # fp32 [H / HEADS, T, HEADS]
+    p_partial,  # fp32 [cdiv(T, CHUNK), H]
+    n_tokens,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """partial[i] = -exp(sink - lse) * delta of tokens i * CHUNK and on, front to back; ROWS chunks side by side."""
+    o_i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    m_h = o_h < H
+    b_sink = tl.load(p_sinks + o_h, mask=m_h, other=0.0).to(tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_H), dtype=tl.float32)
+    for step in tl.static_range(CHUNK):
+        o_t = o_i * CHUNK + step
+        m = (o_t < n_tokens) & m_h
+        o_stat = (o_h // HEADS * n_tokens + o_t) * HEADS + o_h % HEADS
+        b_p = tl.exp2(tl.fma(b_sink, LOG2E, tl.load(p_shift + o_stat, mask=m, other=0.0)))
+        acc = tl.fma(-b_p, tl.load(p_delta + o_stat, mask=m, other=0.0), acc)
+    tl.store(p_partial + o_i * H + o_h, acc, mask=(o_i * CHUNK < n_tokens) & m_h)
+
+
+@triton.jit(do_not_specialize=["n_chunks"])
+def attention_add_chunks_kernel(
+    p_partial,  # fp32 [n_chunks, H]
+    p_out,  # [H]
+    n_chunks,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """out = the chunks' partial sums, added one after another."""
+    o_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    o_at, end = o_h.to(tl.int64), tl.cast(n_chunks, tl.int64) * H
+    for _first in range(0, n_chunks, UNROLL):
+        for _step in tl.static_range(UNROLL):
+            acc += tl.load(p_partial + o_at, mask=(o_h < H) & (o_at < end), other=0.0)
+            o_at += H
+    tl.store(p_out + o_h, cast(acc, p_out.dtype.element_ty), mask=o_h < H)
+
+
+@triton.jit(do_not_specialize=["n_pairs", "n_tokens", "left", "right"])
 def attention_dq_kernel(
     p_g,  # [T, HKV * HEADS, D], contiguous
     p_q,  # [T, HKV * HEADS, D]
@@ -306,6 +431,9 @@ def attention_dq_kernel(
     p_cu_q,
     p_cu_k,
     scale,  # softmax_scale
+    left,  # left, right and softcap as in `attention_kernel`
+    right,
+    softcap,
     n_pairs,
     n_tokens,
     stride_qt,
@@ -333,7 +461,8 @@ def attention_dq_kernel(
     o_t = o_r // HEADS
     o_h = ((pair_m % HKV) * HEADS + o_r % HEADS).to(tl.int64)
     m_r = o_t < q_len
-    n_seen = tl.where(m_r, _seen(o_t, q_len, k_len, CAUSAL), 0)
+    first, n_seen = _seen(o_t, q_len, k_len, left, right, CAUSAL)
+    n_seen = tl.where(m_r, n_seen, 0)
     o_q = (q_start + o_t).to(tl.int64)
     o_row = (o_q * (HKV * HEADS) + o_h) * D
     o_stat = ((pair_m % HKV).to(tl.int64) * n_tokens + q_start) * HEADS + o_r
@@ -349,16 +478,16 @@ def attention_dq_kernel(
     p_k += k_start.to(tl.int64) * stride_kt + i_h * stride_kh
     p_v += k_start.to(tl.int64) * stride_vt + i_h * stride_vh
 
-    end = tl.max(n_seen, 0)
-    full = end * 0
-    if GROUPS == 1:
-        full = tl.min(tl.where(m_r, n_seen, end), 0) // BLOCK_N * BLOCK_N
+    before, inner, full, end = _steps(m_r, first, n_seen, left, BLOCK_N, GROUPS)
 
     acc = tl.zeros((GROUPS * BLOCK_M, BLOCK_D), dtype=tl.float32)
-    scale2 = tl.full((), LOG2E, tl.float32) * scale
-    for MASKED in tl.static_range(0, 2):
-        if MASKED == 0:
-            begin = full * 0
+    scale2 = _exponent_scale(scale, softcap)
+    for PART in tl.static_range(1 if left is None else 0, 3):
+        if PART == 0:
+            begin = before
+            stop = inner
+        elif PART == 1:
+            begin = inner
             stop = full
         else:
             begin = full
@@ -366,12 +495,14 @@ def attention_dq_kernel(
         for n in range(begin, stop, BLOCK_N):
             o_n = n + lane_n
             m_n = o_n < k_len
-            b_k = _load_rows(p_k, o_n.to(tl.int64) * stride_kt, m_n, D, BLOCK_D, MASKED == 1)
-            b_v = _load_rows(p_v, o_n.to(tl.int64) * stride_vt, m_n, D, BLOCK_D, MASKED == 1)
-            b_s = _dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS)
+            b_k = _load_rows(p_k, o_n.to(tl.int64) * stride_kt, m_n, D, BLOCK_D, PART != 1)
+            b_v = _load_rows(p_v, o_n.to(tl.int64) * stride_vt, m_n, D, BLOCK_D, PART != 1)
+            b_s = _capped(_dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS), scale, softcap)
             b_p = tl.exp2(tl.fma(b_s, scale2, shift[:, None]))
-            if MASKED == 1:
-                b_p = tl.where((n + tl.arange(0, BLOCK_N))[None, :] < n_seen[:, None], b_p, 0.0)
+            if PART != 1:
+                b_p = tl.where(_visible(n + tl.arange(0, BLOCK_N), first, n_seen, left), b_p, 0.0)
+            if softcap is not None:
+                b_p = b_p * tl.fma(-b_s, b_s, 1.0)  # the derivative of tanh
             b_dp = _dot_nt(b_g, b_v, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS)
             b_ds = cast(b_p * (b_dp - b_delta[:, None]), p_k.dtype.element_ty)
             acc = _dot_nn(b_ds, b_k, acc, BLOCK_M, BLOCK_D, BLOCK_N, GROUPS)
@@ -379,7 +510,7 @@ def attention_dq_kernel(
     _store_rows(p_dq, o_row, acc * scale, m_r, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_tokens"])
+@triton.jit(do_not_specialize=["n_pairs", "n_tokens", "left", "right"])
 def attention_dkv_kernel(
     p_g,  # [T, HKV * HEADS, D], contiguous
     p_q,  # [T, HKV * HEADS, D]
@@ -392,6 +523,9 @@ def attention_dkv_kernel(
     p_cu_q,
     p_cu_k,
     scale,  # softmax_scale
+    left,  # left, right and softcap as in `attention_kernel`
+    right,
+    softcap,
     n_pairs,
     n_tokens,
     stride_qt,
@@ -422,19 +556,26 @@ def attention_dkv_kernel(
     b_k = _load_rows(p_k, o_k * stride_kt + i_h * stride_kh, m_n, D, BLOCK_D, True)
     b_v = _load_rows(p_v, o_k * stride_vt + i_h * stride_vh, m_n, D, BLOCK_D, True)
 
-    # The first query that sees each key, and the steps of rows this tile walks: from the first row that sees any key,
-    # through those that see only some (up to `full`), to the last whole step (`whole`), and what is left.
+    # The queries that see each key, and the steps of rows this tile walks: from the first row that sees any key,
+    # through those that see only some (up to `full`), to the last whole step that sees all (`whole`), and what is left.
     first_q = o_n * 0
     if CAUSAL:
         first_q = tl.maximum(o_n - (k_len - q_len), 0)
+    elif right is not None:
+        first_q = tl.maximum(o_n - (k_len - q_len) - right, 0)
     n_rows = tl.max(tl.where(m_n, q_len * HEADS, 0), 0)
     first = tl.min(tl.where(m_n, first_q * HEADS, n_rows), 0) // BLOCK_R
+    n_all = n_rows
+    if left is not None:
+        end_q = tl.minimum(tl.maximum(o_n - (k_len - q_len) + left + 1, 0), q_len)
+        n_all = tl.min(tl.where(m_n, end_q * HEADS, n_rows), 0)
+        n_rows = tl.max(tl.where(m_n, end_q * HEADS, 0), 0)
     end = (n_rows + BLOCK_R - 1) // BLOCK_R
     full = end
     if GROUPS == 1:
         full = (tl.max(tl.where(m_n, first_q * HEADS, 0), 0) + BLOCK_R - 1) // BLOCK_R
         full = tl.maximum(tl.minimum(full, end), first)
-    whole = tl.maximum(n_rows // BLOCK_R, full)
+    whole = tl.maximum(n_all // BLOCK_R, full)
 
     pair_r = _pairs(first_pair, BLOCK_R, GROUPS)
     q_start, q_len = _span(p_cu_q, pair_r, n_pairs, HKV)
@@ -446,7 +587,7 @@ def attention_dkv_kernel(
 
     acc_k = tl.zeros((GROUPS * BLOCK_N, BLOCK_D), dtype=tl.float32)
     acc_v = tl.zeros((GROUPS * BLOCK_N, BLOCK_D), dtype=tl.float32)
-    scale2 = tl.full((), LOG2E, tl.float32) * scale
+    scale2 = _exponent_scale(scale, softcap)
     for PART in tl.static_range(0, 3):
         if PART == 0:
             begin = first
@@ -473,12 +614,16 @@ def attention_dkv_kernel(
                 shift = tl.load(p_shift + o_stat, mask=m_r, other=0.0)
                 b_delta = tl.load(p_delta + o_stat, mask=m_r, other=0.0)
 
-            b_s = _dot_nt(b_k, b_q, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS)
+            b_s = _capped(_dot_nt(b_k, b_q, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS), scale, softcap)
             b_p = tl.exp2(tl.fma(b_s, scale2, _across(shift, BLOCK_N, BLOCK_R, GROUPS)))
+            o_query = (i * BLOCK_R + tl.arange(0, BLOCK_R)) // HEADS
             if PART == 0:
-                o_query = (i * BLOCK_R + tl.arange(0, BLOCK_R)) // HEADS
                 b_p = tl.where(first_q[:, None] <= o_query[None, :], b_p, 0.0)
+            if left is not None and PART != 1:
+                b_p = tl.where(o_query[None, :] < end_q[:, None], b_p, 0.0)
             acc_v = _dot_nn(cast(b_p, p_v.dtype.element_ty), b_g, acc_v, BLOCK_N, BLOCK_D, BLOCK_R, GROUPS)
+            if softcap is not None:
+                b_p = b_p * tl.fma(-b_s, b_s, 1.0)
             b_dp = _dot_nt(b_v, b_g, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS)
             b_ds = b_p * (b_dp - _across(b_delta, BLOCK_N, BLOCK_R, GROUPS))
             acc_k = _dot_nn(cast(b_ds, p_k.dtype.element_ty), b_q, acc_k, BLOCK_N, BLOCK_D, BLOCK_R, GROUPS)

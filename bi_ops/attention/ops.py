@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import triton
 
 from bi_ops._common import checks, runtime
 from bi_ops._common.providers import Availability, Provider, ProviderTable, vllm_availability
+from bi_ops.attention import hopper
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.kernels import (
+    attention_add_chunks_kernel,
     attention_delta_kernel,
     attention_dkv_kernel,
     attention_dq_kernel,
+    attention_dsinks_kernel,
     attention_kernel,
 )
 
@@ -35,27 +42,65 @@ def _triton_available() -> Availability:
 
 
 #: Who computes the forward, dense and paged alike. They do not agree in bits: one choice serves rollout and training.
+#: Windows, soft-capping and sinks are the own kernel's; 'vllm' raises for them where it is forced.
 providers = ProviderTable(
     "attention",
     (
-        Provider("vllm", _vllm_available, False, "vLLM's FlashAttention 3; bf16 and fp16, head_dim 128 and 256"),
-        Provider("triton", _triton_available, True, "own kernel, every dtype and head_dim; every backward"),
+        Provider(
+            "vllm",
+            _vllm_available,
+            False,
+            "vLLM's FlashAttention 3; bf16 and fp16, head_dim 128 and 256, no window, softcap or sinks",
+        ),
+        Provider("triton", _triton_available, True, "own kernel, every dtype, head_dim and feature; every backward"),
     ),
 )
 
 
-def _provider(op: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Who computes the forward for this dtype and head size: never a function of the batch."""
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of the products of queries and keys before the softmax.
+
+    left, right: how many keys a query sees before and after its own, -1: all. softcap: 0 leaves the scores alone.
+    """
+
+    causal: bool
+    scale: float
+    left: int = -1
+    right: int = -1
+    softcap: float = 0.0
+
+    def features(self, sinks: torch.Tensor | None) -> tuple[str, ...]:
+        """The features in use beyond plain attention, by the names of their arguments."""
+        asked = {
+            "window_size": self.left >= 0 or self.right >= 0,
+            "softcap": self.softcap > 0,
+            "sinks": sinks is not None,
+        }
+        return tuple(name for name, used in asked.items() if used)
+
+    def arguments(self) -> tuple[float, int | None, int | None, float | None]:
+        """The kernels' scale, left, right and softcap; None where one is off, and compiled out."""
+        left = self.left if self.left >= 0 else None
+        right = self.right if self.right >= 0 and not self.causal else None
+        return self.scale, left, right, self.softcap if self.softcap > 0 else None
+
+
+def _provider(op: str, dtype: torch.dtype, head_dim: int, features: Sequence[str] = ()) -> str:
+    """Who computes the forward for this dtype, head size and these features: never a function of the batch."""
     name = providers.choose()
     if name != "vllm" or dtype == torch.float32:
         return "triton"
-    if head_dim in VLLM_HEAD_DIMS:
+    if head_dim in VLLM_HEAD_DIMS and not features:
         return "vllm"
     if providers.why() == "forced":
-        raise RuntimeError(
-            f"{op}: provider 'vllm' cannot serve head_dim {head_dim}: FlashAttention 3 is known to give decoded and "
-            f"prefilled rows the same bits at head_dim {VLLM_HEAD_DIMS} only. Use provider 'triton'"
-        )
+        why = f"{' and '.join(features)}: it serves plain attention only"
+        if not features:
+            why = (
+                f"head_dim {head_dim}: FlashAttention 3 is known to give decoded and prefilled rows the same bits at "
+                f"head_dim {VLLM_HEAD_DIMS} only"
+            )
+        raise RuntimeError(f"{op}: provider 'vllm' cannot serve {why}. Use provider 'triton'")
     return "triton"
 
 
@@ -116,10 +161,10 @@ def _unit(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _constants(q: torch.Tensor, hkv: int, causal: bool) -> dict[str, int | bool]:
+def _constants(q: torch.Tensor, hkv: int, scores: Scores) -> dict[str, int | bool]:
     head_dim = q.shape[2]
     heads = q.shape[1] // hkv
-    return {"HKV": hkv, "HEADS": heads, "D": head_dim, "BLOCK_D": sched.block_d(head_dim), "CAUSAL": causal}
+    return {"HKV": hkv, "HEADS": heads, "D": head_dim, "BLOCK_D": sched.block_d(head_dim), "CAUSAL": scores.causal}
 
 
 def _dense(s: sched.Schedule, longest: int) -> bool:
@@ -146,8 +191,8 @@ def _launch_forward(
     cu_k: torch.Tensor,
     table: torch.Tensor | None,
     max_q: int,
-    causal: bool,
-    scale: float,
+    scores: Scores,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """The Triton forward: k and v [Tk, Hkv, D] with cu_k [B + 1], or pages with lengths cu_k [B] and their table."""
     q, k, v = _unit(q), _unit(k), _unit(v)
@@ -167,14 +212,15 @@ def _launch_forward(
         cu_q,
         cu_k,
         table,
-        scale,
+        sinks,
+        *scores.arguments(),
         n_pairs,
         n_tokens,
         *q.stride()[:2],
         *(k.stride()[:3] if table is not None else (0, *k.stride()[:2])),
         *(v.stride()[:3] if table is not None else (0, *v.stride()[:2])),
         0 if table is None else table.stride(0),
-        **_constants(q, hkv, causal),
+        **_constants(q, hkv, scores),
         BLOCK_M=s.block,
         BLOCK_N=sched.order(head_dim, q.dtype).block_n,
         GROUPS=s.groups,
@@ -196,8 +242,7 @@ def _vllm_forward(
     table: torch.Tensor | None,
     max_q: int,
     max_k: int,
-    causal: bool,
-    scale: float,
+    scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) as vLLM's FlashAttention backend computes them under VLLM_BATCH_INVARIANT.
 
@@ -213,8 +258,8 @@ def _vllm_forward(
         cu_seqlens_q=cu_q,
         max_seqlen_q=max_q,
         max_seqlen_k=max_k,
-        softmax_scale=scale,
-        causal=causal,
+        softmax_scale=scores.scale,
+        causal=scores.causal,
         window_size=[-1, -1],
         softcap=0.0,
         return_softmax_lse=True,
@@ -225,12 +270,23 @@ def _vllm_forward(
     )
 
 
-def _launch_delta(
-    g: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row sums of g * out, and -lse in base 2, both fp32 [Hq / heads, T, heads].
+def _warp_specialised(q: torch.Tensor, k: torch.Tensor, scores: Scores) -> bool:
+    """Do the kernels of `hopper_forward` (the same bits) and `hopper_backward` (others than two passes') serve?
 
-    g and out are contiguous [T, Hq, D], lse is [Hq, T]; `heads` query heads share a key head.
+    A function of head size, dtype, GPU and features alone, but for there being nothing to compute.
+    """
+    if not hopper.serves(q.shape[2], q.dtype, q.device) or scores.features(None):
+        return False
+    return q.shape[0] > 0 and k.shape[0] > 0
+
+
+def _launch_delta(
+    g: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, g_lse: torch.Tensor | None, heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row sums of g * out, less g_lse, and -lse in base 2, both fp32 [Hq / heads, T, heads].
+
+    g and out are contiguous [T, Hq, D], lse and g_lse [Hq, T]; `heads` query heads share a key head. A score's gradient
+    is p * (dO . v - sum(dO * O)), and p * g_lse through the lse: so one number per row has both.
     """
     n_tokens, hq, head_dim = out.shape
     delta, shift = (out.new_empty((hq // heads, n_tokens, heads), dtype=torch.float32) for _ in range(2))
@@ -241,6 +297,7 @@ def _launch_delta(
         g,
         out,
         lse,
+        g_lse,
         delta,
         shift,
         n_tokens * hq,
@@ -253,6 +310,23 @@ def _launch_delta(
         num_warps=num_warps,
     )
     return delta, shift
+
+
+def _launch_dsinks(sinks: torch.Tensor, delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """The gradient of the sinks [Hq], in their dtype: the tokens' -exp(sink - lse) * delta, added front to back."""
+    n_pairs, n_tokens, heads = delta.shape
+    dsinks = sinks.new_empty(sinks.shape)
+    s = sched.dsinks(sinks.shape[0])
+    n_chunks = triton.cdiv(n_tokens, sched.CHUNK)
+    partial = delta.new_empty((n_chunks, n_pairs * heads))
+    tiles = triton.cdiv(n_pairs * heads, s.block_h)
+    shape = {"H": n_pairs * heads, "BLOCK_H": s.block_h, "num_warps": s.num_warps}
+    if n_chunks > 0:
+        attention_dsinks_kernel[(triton.cdiv(n_chunks, s.rows), tiles)](
+            sinks, shift, delta, partial, n_tokens, HEADS=heads, CHUNK=sched.CHUNK, ROWS=s.rows, **shape
+        )
+    attention_add_chunks_kernel[(tiles,)](partial, dsinks, n_chunks, UNROLL=s.unroll, **shape)
+    return dsinks
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -271,18 +345,29 @@ def _flash(
     causal: bool,
     scale: float,
     provider: str,
+    left: int = -1,
+    right: int = -1,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [T, Hq, D], lse fp32 [Hq, T])."""
+    scores = Scores(causal, scale, left, right, softcap)
     max_q = _longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], max_q)
     max_k = _longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
     if provider == "vllm" and q.shape[0] > 0 and k.shape[0] > 0:
-        return _vllm_forward(q, k, v, cu_q, cu_k, None, max_q, max_k, causal, scale)
+        return _vllm_forward(q, k, v, cu_q, cu_k, None, max_q, max_k, scores)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    return _launch_forward(q, k, v, lse, cu_q, cu_k, None, max_q, causal, scale), lse
+    if max_q > 64 and _warp_specialised(q, k, scores) and sinks is None:
+        from bi_ops.attention import hopper_forward
+
+        out, block_n = q.new_empty(q.shape), sched.order(q.shape[2], q.dtype).block_n
+        hopper_forward.launch(q, k, v, out, lse, cu_q, cu_k, causal, scale, block_n)
+        return out, lse
+    return _launch_forward(q, k, v, lse, cu_q, cu_k, None, max_q, scores, sinks), lse
 
 
 @_flash.register_fake
-def _(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, provider):
+def _(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, provider, *features):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
@@ -302,26 +387,44 @@ def _flash_grad(
     scale: float,
     need_q: bool,
     need_kv: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), contiguous; empty tensors where not needed."""
+    g_lse: torch.Tensor | None = None,
+    left: int = -1,
+    right: int = -1,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv, dsinks), contiguous; empty tensors where not needed. g_lse: [Hq, T], contiguous.
+
+    The forward's sinks are in lse; they are given here if their gradient is needed.
+    """
+    scores = Scores(causal, scale, left, right, softcap)
     max_q = _longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], max_q)
     max_k = _longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
     q, k, v, g = _unit(q), _unit(k), _unit(v), g.contiguous()
     n_tokens, hq, head_dim = q.shape
     hkv = k.shape[1]
     n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, max_q * (hq // hkv)
+    one_pass = _warp_specialised(q, k, scores)
+    dsinks = q.new_empty(0)
+    if sinks is not None or not one_pass:
+        delta, shift = _launch_delta(g, out, lse, g_lse, hq // hkv)
+        dsinks = dsinks if sinks is None else _launch_dsinks(sinks, delta, shift)
+    if one_pass:
+        from bi_ops.attention import hopper_backward
+
+        dq, dk, dv = hopper_backward.launch(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_k, causal, scale)
+        return dq if need_q else dq.new_empty(0), *((dk, dv) if need_kv else (dk.new_empty(0), dk.new_empty(0))), dsinks
     dq = q.new_empty(q.shape if need_q else 0)
     dk, dv = (k.new_empty(k.shape if need_kv else 0) for _ in range(2))
     if n_pairs == 0:
-        return dq, dk, dv
+        return dq, dk, dv, dsinks
     order = sched.order(head_dim, q.dtype)
-    delta, shift = _launch_delta(g, out, lse, hq // hkv)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if need_q and max_rows > 0:
         s = sched.backward_dq(max_rows, n_pairs, head_dim, q.dtype)
         attention_dq_kernel[_grid(s, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
-            *(g, q, k, v, shift, delta, dq, cu_q, cu_k, scale, n_pairs, n_tokens, *strides),
-            **_constants(q, hkv, causal),
+            *(g, q, k, v, shift, delta, dq, cu_q, cu_k, *scores.arguments(), n_pairs, n_tokens, *strides),
+            **_constants(q, hkv, scores),
             BLOCK_M=s.block,
             BLOCK_N=order.block_dq,
             GROUPS=s.groups,
@@ -332,8 +435,8 @@ def _flash_grad(
     if need_kv and max_k > 0:
         s = sched.backward_dkv(max_k, n_pairs, head_dim, q.dtype)
         attention_dkv_kernel[_grid(s, n_pairs, hkv, k.shape[0], max_k)](
-            *(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, scale, n_pairs, n_tokens, *strides),
-            **_constants(q, hkv, causal),
+            *(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, *scores.arguments(), n_pairs, n_tokens, *strides),
+            **_constants(q, hkv, scores),
             BLOCK_N=s.block,
             BLOCK_R=order.block_r,
             GROUPS=s.groups,
@@ -341,29 +444,55 @@ def _flash_grad(
             num_warps=s.num_warps,
             num_stages=s.num_stages,
         )
-    return dq, dk, dv
+    return dq, dk, dv, dsinks
 
 
 @_flash_grad.register_fake
-def _(g, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale, need_q, need_kv):
+def _(
+    g,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    causal,
+    scale,
+    need_q,
+    need_kv,
+    g_lse=None,
+    left=-1,
+    right=-1,
+    softcap=0.0,
+    sinks=None,
+):
     dk, dv = (k.new_empty(k.shape if need_kv else 0) for _ in range(2))
-    return q.new_empty(q.shape if need_q else 0), dk, dv
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape if need_q else 0), dk, dv, dsinks
 
 
 def _flash_setup(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.scale, _ = inputs
+    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.scale, _, *ctx.features, sinks = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, sinks)
+    ctx.set_materialize_grads(False)  # what nobody asked for comes as None
 
 
-def _flash_backward(ctx, g, _):
-    q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+def _flash_backward(ctx, g, g_lse):
+    q, k, v, out, lse, cu_q, cu_k, sinks = ctx.saved_tensors
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
-    dq, dk, dv = _flash_grad(
-        *(g, q, k, v, out, lse, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.scale, need_q, need_k or need_v)
+    need_sinks = ctx.needs_input_grad[-1]
+    g = torch.zeros_like(out) if g is None else g
+    g_lse = None if g_lse is None else g_lse.contiguous()
+    dq, dk, dv, dsinks = _flash_grad(
+        *(g, q, k, v, out, lse, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.scale, need_q, need_k or need_v),
+        *(g_lse, *ctx.features, sinks if need_sinks else None),
     )
-    return dq if need_q else None, dk if need_k else None, dv if need_v else None, *([None] * 7)
+    grads = dq if need_q else None, dk if need_k else None, dv if need_v else None
+    return *grads, *([None] * 10), dsinks if need_sinks else None
 
 
 _flash.register_autograd(_flash_backward, setup_context=_flash_setup)
@@ -381,18 +510,23 @@ def _paged(
     causal: bool,
     scale: float,
     provider: str,
+    left: int = -1,
+    right: int = -1,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    scores = Scores(causal, scale, left, right, softcap)
     max_q = _longest("paged_attention", "cu_seqlens_q", cu_q, q.shape[0], max_q)
     if q.device.type == "cpu":
         _check_pages(k_cache, table, seqlens_k)
     if provider == "vllm" and q.shape[0] > 0 and table.numel() > 0:
         max_k = table.shape[1] * k_cache.shape[1]  # an upper bound is enough, as under vLLM's CUDA graphs
-        return _vllm_forward(q, k_cache, v_cache, cu_q, seqlens_k, table, max_q, max_k, causal, scale)[0]
-    return _launch_forward(q, k_cache, v_cache, None, cu_q, seqlens_k, table, max_q, causal, scale)
+        return _vllm_forward(q, k_cache, v_cache, cu_q, seqlens_k, table, max_q, max_k, scores)[0]
+    return _launch_forward(q, k_cache, v_cache, None, cu_q, seqlens_k, table, max_q, scores, sinks)
 
 
 @_paged.register_fake
-def _(q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, causal, scale, provider):
+def _(q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, causal, scale, provider, *features):
     return q.new_empty(q.shape)
 
 
@@ -435,6 +569,36 @@ def _check_qkv(op: str, scale: float | None, **tensors: torch.Tensor) -> float:
     return scale
 
 
+#: A window of so many keys or more has no limit: no sequence is as long, and positions in the kernels are int32.
+_UNLIMITED = 2**30
+
+
+def _check_features(
+    op: str,
+    q: torch.Tensor,
+    causal: bool,
+    scale: float,
+    window_size: Sequence[int],
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> Scores:
+    """Check what comes on top of plain attention, and gather it with the rest."""
+    ok = len(window_size) == 2 and all(isinstance(n, int) and n >= -1 for n in window_size)
+    checks.shape(
+        op, ok, f"window_size must be (left, right), numbers of keys or -1 for no limit, got {tuple(window_size)}"
+    )
+    ok = 0 <= softcap < math.inf
+    checks.shape(op, ok, f"softcap must be finite and at least 0, which is none, got {softcap}")
+    if sinks is not None:
+        checks.tensor(op, "sinks", sinks)
+        checks.dtype(op, "sinks", sinks)
+        checks.same_device(op, q=q, sinks=sinks)
+        checks.shape(op, sinks.shape == q.shape[1:2], f"sinks must be [{q.shape[1]}], got {list(sinks.shape)}")
+    left, right = (-1 if n >= _UNLIMITED else n for n in window_size)
+    return Scores(causal, scale, left, right, float(softcap))
+
+
+@overload
 def flash_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -446,7 +610,44 @@ def flash_attention(
     max_seqlen_k: int | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
-) -> torch.Tensor:
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+@overload
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention inside each packed sequence (Dao et al., 2022), in memory linear in the tokens.
 
     out, dq, dk and dv of a sequence have the same bits alone or packed with others. Query heads share key heads in
@@ -461,16 +662,24 @@ def flash_attention(
             then checks its contents; with them a GPU call sees only that they leave room (see `check_cu_seqlens`).
         causal: query i of n sees key j of m when j <= i + m - n (the last query sees the last key).
         softmax_scale: > 0; None: D ** -0.5.
+        window_size: (left, right): query i also sees key j only when i + m - n - left <= j <= i + m - n + right; -1
+            is no limit. As flash-attn's, so causal is right = 0.
+        softcap: scores become softcap * tanh(score / softcap), score being scaled by softmax_scale; 0: they stay.
+        sinks: [Hq], a learned score per head, bf16, fp16 or fp32, that joins the softmax and takes no value. Its
+            gradient is a sum over tokens, front to back in chunks of 16: the same bits for the same tokens.
+        return_lse: also return the log of the sum of exponentials, the sink's among them. It has a gradient.
 
     Returns:
-        [T, Hq, D], contiguous, in the dtype of q. A query that sees no key gives zeros.
+        [T, Hq, D], contiguous, in the dtype of q; with return_lse (that, lse fp32 [Hq, T]). A query that sees no key
+        gives zeros, and an lse of +inf, or of its sink.
 
     Raises:
-        TypeError: unsupported or differing dtypes. ValueError: wrong shapes, devices or cu_seqlens. RuntimeError: the
-        forced provider cannot serve this head size.
+        TypeError: unsupported or differing dtypes. ValueError: wrong shapes, devices, cu_seqlens, window_size or
+        softcap. RuntimeError: the forced provider cannot serve this head size or feature.
     """
     op = "flash_attention"
     scale = _check_qkv(op, softmax_scale, q=q, k=k, v=v)
+    scores = _check_features(op, q, causal, scale, window_size, softcap, sinks)
     _check_lengths_tensor(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens_k is None:
         same = q.shape[0] == k.shape[0]
@@ -481,11 +690,12 @@ def flash_attention(
     checks.same_device(op, q=q, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     same = cu_seqlens.shape == cu_seqlens_k.shape
     checks.shape(op, same, f"cu_seqlens {list(cu_seqlens.shape)} and cu_seqlens_k {list(cu_seqlens_k.shape)} differ")
-    provider = _provider(op, q.dtype, q.shape[2])
-    return _flash(
+    provider = _provider(op, q.dtype, q.shape[2], scores.features(sinks))
+    out, lse = _flash(
         *(q, k, v, cu_seqlens.contiguous(), cu_seqlens_k.contiguous(), max_seqlen, max_seqlen_k, causal, scale),
-        provider,
-    )[0]
+        *(provider, scores.left, scores.right, scores.softcap, sinks if sinks is None else sinks.contiguous()),
+    )
+    return (out, lse) if return_lse else out
 
 
 def paged_attention(
@@ -499,6 +709,9 @@ def paged_attention(
     max_seqlen_q: int,
     causal: bool = True,
     softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`flash_attention` with keys and values in pages: decoding and chunked prefill. Forward only, the same bits.
 
@@ -507,7 +720,8 @@ def paged_attention(
             (provider 'vllm': a multiple of 16), with the new tokens' keys and values already written.
         block_table: int32 [B, max_blocks], the blocks of each sequence in order.
         cu_seqlens_q: int32 [B + 1]. seqlens_k: int32 [B], all keys of each sequence, the new ones included.
-        max_seqlen_q: at least the longest of the new parts. causal, softmax_scale: as `flash_attention`.
+        max_seqlen_q: at least the longest of the new parts. causal, softmax_scale, window_size, softcap, sinks: as
+            `flash_attention`. Blocks before a window may hold anything finite.
 
     Returns:
         [T, Hq, D], contiguous, in the dtype of q.
@@ -518,7 +732,9 @@ def paged_attention(
     """
     op = "paged_attention"
     scale = _check_qkv(op, softmax_scale, q=q, k_cache=k_cache, v_cache=v_cache)
-    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
+    scores = _check_features(op, q, causal, scale, window_size, softcap, sinks)
+    learned = (q, k_cache, v_cache, *(() if sinks is None else (sinks,)))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
         raise RuntimeError(f"{op}: has no backward; use flash_attention, or torch.no_grad() to decode")
     _check_lengths_tensor(op, "cu_seqlens_q", cu_seqlens_q)
     checks.tensor(op, "block_table", block_table, ndim=2)
@@ -534,7 +750,7 @@ def paged_attention(
         f"cu_seqlens_q has {n} sequences, block_table {block_table.shape[0]} and seqlens_k {seqlens_k.shape[0]}",
     )
     checks.shape(op, k_cache.shape[1] > 0, f"block_size must not be 0, got k_cache {list(k_cache.shape)}")
-    provider = _provider(op, q.dtype, q.shape[2])
+    provider = _provider(op, q.dtype, q.shape[2], scores.features(sinks))
     if provider == "vllm" and k_cache.shape[1] % 16 != 0:
         raise RuntimeError(
             f"{op}: provider 'vllm' needs a block size that is a multiple of 16, got {k_cache.shape[1]}. Use such a "
@@ -543,5 +759,5 @@ def paged_attention(
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     return _paged(
         *(q, k_cache, v_cache, table, cu_seqlens_q.contiguous(), seqlens_k.contiguous(), max_seqlen_q, causal, scale),
-        provider,
+        *(provider, scores.left, scores.right, scores.softcap, sinks if sinks is None else sinks.contiguous()),
     )

@@ -14,8 +14,9 @@ class Order:
     """How one output row is summed.
 
     A query row takes its keys in steps of `block_n` in the forward, and of `block_dq` for dQ, counted from the start of
-    its sequence, front to back, in fp32; a step the row cannot see changes none of its bits. dK and dV: a key takes the
-    rows (query, head of the group) of its sequence in steps of `block_r`, counted likewise.
+    its sequence, front to back, in fp32; a step the row cannot see changes none of its bits, so steps outside a window
+    are skipped. A sink comes before the first key. dK and dV: a key takes the rows (query, head of the group) of its
+    sequence in steps of `block_r`, counted likewise.
     """
 
     block_n: int
@@ -28,7 +29,11 @@ def order(head_dim: int, dtype: torch.dtype) -> Order:
     if dtype == torch.float32 and not runtime.INTERPRET:
         # No tensor cores in full fp32: small tiles keep the operands in registers.
         return Order(16, 16, 16) if head_dim > 128 else Order(32, 32, 32)
-    return Order(64, 64, 32 if head_dim > 128 else 64)
+    # Measured on an H100 (bench/results/h100/tune_attention.csv) at head_dim 128: steps of 128 keys run at 514 TFLOP/s
+    # against 461 for 64 (8k causal; 382 against 371 at 2k), and decode 64 sequences of 8k at 2.84 TB/s against 2.92. At
+    # head_dim 64 steps of 64 are faster (420 against 373), at 256 two stages of 128 do not fit.
+    wide_step = 64 < head_dim <= 128 and not runtime.INTERPRET
+    return Order(128 if wide_step else 64, 64, 32 if head_dim > 128 else 64)
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,13 @@ def forward(max_rows: int, n_pairs: int, head_dim: int, dtype: torch.dtype) -> S
     if dtype == torch.float32:
         return Schedule(16 if head_dim > 128 else 32, 1, 8, 1)
     # Measured on an H100 (bench/tune_attention.py). Decoding, 64 sequences of 8k: 16 rows and one warp read 2.93 TB/s
-    # at head_dim 64 against 2.34 for 64 rows; at 256 a third stage brings 2.57 against 2.11.
+    # at head_dim 64 against 2.34 for 64 rows, and 2.84 at 128 against 2.73; at 256 a third stage brings 2.57 against
+    # 2.11. 32 rows and two warps read 2.93 at 128, but the warps share rows there: other bits at steps of 64.
     wide = head_dim > 128
     if max_rows > 64:
         return Schedule(128, 1, 8, 2 if wide else 3)
-    if max_rows <= 16 and block_d(head_dim) == 64:
-        return Schedule(16, 1, 1, 4)
+    if max_rows <= 16 and 32 < head_dim <= 128:
+        return Schedule(16, 1, 1, 4 if head_dim <= 64 else 3)
     return Schedule(64, 1, 4, 3)
 
 
@@ -109,3 +115,78 @@ def backward_dkv(max_keys: int, n_pairs: int, head_dim: int, dtype: torch.dtype)
 def delta(n_rows: int) -> tuple[int, int]:
     """(rows per program, warps) of the row sums of dO * O: one pair on a GPU, because it shapes the sum."""
     return (_pow2(n_rows, 16, 1024), 1) if runtime.INTERPRET else (32, 4)
+
+
+@dataclass(frozen=True)
+class OnePassOrder:
+    """How the backward in one pass sums: other bits than two passes have, so what is computed in one always is.
+
+    A tile of dQ, `block_m` queries of one head, takes its keys in tiles of `block_n`, each summed by itself, front to
+    back. dK and dV take the queries in steps of `block_m`, from the sequence's last to its first, and in each step the
+    heads of the group one after the other.
+    """
+
+    block_m: int
+    block_n: int
+
+
+def one_pass_order(head_dim: int, dtype: torch.dtype) -> OnePassOrder:
+    """The order of `hopper_backward` for one head size and dtype."""
+    return OnePassOrder(64, 128)
+
+
+@dataclass(frozen=True)
+class OnePassSchedule:
+    """Steps of Q and of dO in shared memory, and how many pairs of a sequence and a key head run side by side.
+
+    Few pairs wait longer for one another's turns, many lose their dQ from L2 in between. Measured on an H100, causal,
+    head_dim 128, TFLOP/s at 1k / 2k / 8k: 256 / 321 / 414 for one pair, 267 / 335 / 434 for 4, 234 / 306 / 420 for 64.
+    """
+
+    q_stages: int
+    g_stages: int
+    together: int
+
+
+def one_pass() -> OnePassSchedule:
+    """The schedule of `hopper_backward`; any gives the same bits."""
+    return OnePassSchedule(3, 2, 4)
+
+
+@dataclass(frozen=True)
+class TileSchedule:
+    """How `hopper_forward` lays out its work; any gives the same bits.
+
+    stages: steps of keys in shared memory. turns: whether a team hands over its products only when the other has, so
+    that the products of one run while the other takes its exponentials. stay: whether as many programs as there are
+    multiprocessors run and take tile after tile, else one runs for each tile.
+    """
+
+    stages: int
+    turns: bool = True
+    stay: bool = True
+
+
+def tiles(head_dim: int) -> TileSchedule:
+    """The schedule of `hopper_forward`: 500 / 557 TFLOP/s at 2k / 8k, causal, head_dim 128, 496 / 565 without turns."""
+    return TileSchedule(2 if head_dim > 64 else 4)
+
+
+#: Tokens of one partial sum of the sinks' gradient. Part of the order.
+CHUNK = 16
+
+
+@dataclass(frozen=True)
+class SinkSchedule:
+    """Heads of a program, chunks side by side in it, chunks read ahead when they are added; any gives the same bits."""
+
+    block_h: int
+    rows: int
+    unroll: int
+    num_warps: int
+
+
+def dsinks(n_heads: int) -> SinkSchedule:
+    """How the sinks' gradient is launched: little work beside the rest of the backward, so not tuned."""
+    block_h = _pow2(n_heads, 1, 128)
+    return SinkSchedule(block_h, 2**14 // block_h, 8, 1) if runtime.INTERPRET else SinkSchedule(block_h, 8, 32, 4)

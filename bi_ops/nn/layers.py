@@ -71,12 +71,14 @@ class SiluAndMul(torch.nn.Module):
 
 
 class Attention(torch.nn.Module):
-    """Attention over packed sequences; no parameters: projections and rotations stand outside.
+    """Attention over packed sequences; projections and rotations stand outside. No parameters but the sinks.
 
     Args:
         num_heads: query heads. head_dim: of every head. num_kv_heads: key and value heads, a divisor of num_heads
             (None: as many). causal: a token sees itself and what stands before it. softmax_scale: None for
-            1 / sqrt(head_dim).
+            1 / sqrt(head_dim). window_size, softcap: as `bi_ops.attention.flash_attention`. sinks: learn a score per
+            head that joins the softmax and takes no value, `sinks` [num_heads], which starts at 0. device, dtype: of
+            the sinks.
 
     Raises:
         ValueError: sizes that are not positive, or head counts that do not divide.
@@ -89,6 +91,11 @@ class Attention(torch.nn.Module):
         num_kv_heads: int | None = None,
         causal: bool = True,
         softmax_scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        sinks: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -98,7 +105,8 @@ class Attention(torch.nn.Module):
                 "positive, and num_kv_heads must divide num_heads"
             )
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
-        self.causal, self.softmax_scale = causal, softmax_scale
+        self.causal, self.softmax_scale, self.window_size, self.softcap = causal, softmax_scale, window_size, softcap
+        self.sinks = torch.nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sinks else None
 
     def forward(
         self,
@@ -118,8 +126,17 @@ class Attention(torch.nn.Module):
             if t.ndim != 3 or t.shape[1:] != (heads, self.head_dim):
                 raise ValueError(f"Attention: {name} must be [T, {heads}, {self.head_dim}], got {list(t.shape)}")
         return attention.flash_attention(
-            q, k, v, cu_seqlens, max_seqlen=max_seqlen, causal=self.causal, softmax_scale=self.softmax_scale
+            *(q, k, v, cu_seqlens),
+            max_seqlen=max_seqlen,
+            causal=self.causal,
+            softmax_scale=self.softmax_scale,
+            window_size=self.window_size,
+            softcap=self.softcap,
+            sinks=self.sinks,
         )
 
     def extra_repr(self) -> str:
-        return f"{self.num_heads}, {self.head_dim}, num_kv_heads={self.num_kv_heads}, causal={self.causal}"
+        return (
+            f"{self.num_heads}, {self.head_dim}, num_kv_heads={self.num_kv_heads}, causal={self.causal}, "
+            f"window_size={self.window_size}, softcap={self.softcap}, sinks={self.sinks is not None}"
+        )

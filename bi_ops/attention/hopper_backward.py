@@ -1,0 +1,603 @@
+"""Attention's backward on Hopper in one pass: five products per tile, warp-specialised, written in Gluon.
+
+One program owns a tile of keys and sums their dK and dV in registers while it walks the queries that see them. Its
+part of dQ goes through shared memory to a warp that adds it to memory when its turn has come: a tile of dQ takes the
+tiles of keys front to back, so who adds, and when, follows from a sequence's own lengths.
+
+    loader   1 warp      copies Q and dO of the next step, with the two numbers per row, into a ring of shared memory
+    products 8 warps     S, dP, dV, dK, dQ, with the exponentials between them; tensor cores are handed the next step's
+                         products before this one's are waited for
+    writers  2 x 1 warp  take parts of dQ by turns: wait for the turn at a tile, add, pass the turn on
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from bi_ops.attention import schedule as sched
+from bi_ops.attention.hopper import rows
+
+LOG2E = gl.constexpr(1.4426950408889634)
+WRITERS = gl.constexpr(2)
+
+
+@gluon.jit
+def _own_tile(p_cu, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr):
+    """(sequence, key head, tile) of this program. Sequence b has its tiles from cu[b] // BLOCK + b on, as in `kernels`.
+
+    All tiles of one sequence and head, then those of the next: they add to the same dQ, which then stays in L2.
+    """
+    i_tile = gl.program_id(0) // HKV
+    low = n_seqs * 0
+    high = n_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if gl.load(p_cu + middle) // BLOCK + middle <= i_tile:
+            low = middle
+        else:
+            high = middle
+    first = gl.load(p_cu + low) // BLOCK + low
+    n = gl.load(p_cu + low + 1) // BLOCK + low + 1 - first
+    i = gl.program_id(0) - first * HKV
+    return low, i // n, i % n
+
+
+@gluon.jit
+def _wait_turn(p_turn, turn):
+    """Wait until `p_turn` holds `turn`: what was added before the matching `_end_turn` is then there."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred %wait;
+        .reg .b32 %seen;
+        AGAIN:
+        ld.acquire.gpu.global.b32 %seen, [$1];
+        setp.ne.s32 %wait, %seen, $2;
+        @%wait bra AGAIN;
+        fence.proxy.async;
+        mov.b32 $0, %seen;
+        }""",
+        "=r,l,r",
+        [p_turn, turn],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _end_turn(p_turn):
+    """Add 1 to `p_turn` once the copies this warp has begun are in memory."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred %first;
+        .reg .b32 %lane;
+        cp.async.bulk.wait_group 0;
+        fence.proxy.async;
+        bar.warp.sync 0xffffffff;
+        mov.u32 %lane, %laneid;
+        setp.eq.u32 %first, %lane, 0;
+        @%first red.release.gpu.global.add.s32 [$1], 1;
+        mov.b32 $0, %lane;
+        }""",
+        "=r,l",
+        [p_turn],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@builtin
+def _copy_add(descriptor, coord, src, _semantic=None):
+    """Global memory += a tile in shared memory, by the copy engine. As `tma.async_copy_shared_to_global`."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coord, src.handle)
+
+
+@gluon.jit
+def _clear_rows(tile, n_valid, ROWS: gl.constexpr, D: gl.constexpr):
+    """Zeros in rows from `n_valid` on: they are another sequence's, and 0 times a NaN of theirs would be ours."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [8, 1], [1, 0])
+    o_r = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    x = tile.load(layout)
+    tile.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def _load(
+    descriptors,
+    tiles,
+    bars,
+    place,
+    HEADS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    D: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    G_STAGES: gl.constexpr,
+):
+    d_q, d_g, d_k, d_v, d_shift, d_delta = descriptors
+    s_q, s_g, s_k, s_v, _, _, s_shift, s_delta = tiles
+    bar_q, bar_g, bar_q_free, bar_g_free, bar_kv, _, _ = bars
+    q_start, _, n_tiles, first_tile, k_row, _, i_h, _, first, _, end = place
+    mbarrier.expect(bar_kv, d_k.block_type.nbytes + d_v.block_type.nbytes)
+    tma.async_copy_global_to_shared(d_k, [k_row, i_h * D], bar_kv, s_k.index(0))
+    tma.async_copy_global_to_shared(d_v, [k_row, i_h * D], bar_kv, s_v.index(0))
+    for step in range(0, (end - first) * HEADS):
+        i_m = end - 1 - step // HEADS
+        row = q_start + i_m * BLOCK_M
+        head = i_h * HEADS + step % HEADS
+        stat = (head * n_tiles + first_tile + i_m) * BLOCK_M
+        i_q = step % Q_STAGES
+        mbarrier.wait(bar_q_free.index(i_q), (step // Q_STAGES & 1) ^ 1)
+        mbarrier.expect(bar_q.index(i_q), d_q.block_type.nbytes + d_shift.block_type.nbytes)
+        tma.async_copy_global_to_shared(d_q, [row, head * D], bar_q.index(i_q), s_q.index(i_q))
+        tma.async_copy_global_to_shared(d_shift, [stat], bar_q.index(i_q), s_shift.index(i_q))
+        i_g = step % G_STAGES
+        mbarrier.wait(bar_g_free.index(i_g), (step // G_STAGES & 1) ^ 1)
+        mbarrier.expect(bar_g.index(i_g), d_g.block_type.nbytes + d_delta.block_type.nbytes)
+        tma.async_copy_global_to_shared(d_g, [row, head * D], bar_g.index(i_g), s_g.index(i_g))
+        tma.async_copy_global_to_shared(d_delta, [stat], bar_g.index(i_g), s_delta.index(i_g))
+
+
+@gluon.jit
+def _write(
+    d_sum,
+    p_turns,
+    tiles,
+    bars,
+    place,
+    WRITER: gl.constexpr,
+    HEADS: gl.constexpr,
+):
+    """Adds every WRITERS-th part of dQ to memory, from the WRITER-th on."""
+    _, _, _, _, _, s_dq, _, _ = tiles
+    _, _, _, _, _, bar_dq, bar_dq_free = bars
+    _, _, n_tiles, first_tile, _, _, i_h, i_n, first, _, end = place
+    N: gl.constexpr = s_dq.shape[0]
+    ROWS: gl.constexpr = s_dq.shape[1]
+    n_steps = (end - first) * HEADS
+    part = s_dq.index(WRITER)
+    for step in range(WRITER, n_steps, N):
+        tile = (i_h * HEADS + step % HEADS) * n_tiles + first_tile + end - 1 - step // HEADS
+        _wait_turn(p_turns + tile, i_n)
+        mbarrier.wait(bar_dq.index(WRITER), step // N & 1)
+        if i_n == 0:
+            tma.async_copy_shared_to_global(d_sum, [tile * ROWS, 0], part)
+        else:
+            _copy_add(d_sum, [tile * ROWS, 0], part)
+        tma.store_wait(0)
+        mbarrier.arrive(bar_dq_free.index(WRITER))
+        _end_turn(p_turns + tile)
+
+
+@gluon.jit
+def _zero(step):
+    """0, in a way that keeps the compiler from computing every descriptor of a tile ahead of the loop, and spilling."""
+    return step >> 30
+
+
+@gluon.jit
+def _begin(step, tiles, bars, n_valid, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """Wait for the rows of a step, and clear those past the end of the sequence. (q, g, shift, delta, barrier of g)"""
+    s_q, s_g, _, _, _, _, s_shift, s_delta = tiles
+    bar_q, bar_g, _, _, _, _, _ = bars
+    i_q = step % s_q.shape[0]
+    i_g = step % s_g.shape[0]
+    q, g, shift, delta = s_q.index(i_q), s_g.index(i_g), s_shift.index(i_q), s_delta.index(i_g)
+    mbarrier.wait(bar_q.index(i_q), step // s_q.shape[0] & 1)
+    if n_valid < BLOCK_M:
+        mbarrier.wait(bar_g.index(i_g), step // s_g.shape[0] & 1)
+        _clear_rows(q, n_valid, BLOCK_M, D)
+        _clear_rows(g, n_valid, BLOCK_M, D)
+        fence_async_shared()
+    return q, g, shift, delta
+
+
+@gluon.jit
+def _scores(
+    b_s,
+    acc_k,
+    acc_v,
+    step,
+    tiles,
+    bars,
+    g,
+    shift,
+    delta,
+    scale2,
+    first_q,
+    o_q,
+    zeros,
+    PENDING: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """S, in flight, to dS in shared memory and dV. Nothing is in flight afterwards."""
+    _, s_g, _, s_v, s_ds, _, _, _ = tiles
+    _, bar_g, bar_q_free, bar_g_free, _, _, _ = bars
+    l_s: gl.constexpr = zeros.type.layout
+    l_p: gl.constexpr = gl.DotOperandLayout(0, acc_v.type.layout, 2)
+    i_g = step % s_g.shape[0]
+    b_shift = shift.load(gl.SliceLayout(0, l_s))
+    mbarrier.wait(bar_g.index(i_g), step // s_g.shape[0] & 1)
+    b_dp = warpgroup_mma(s_v.index(_zero(step)), g.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if PENDING:
+        acc_k, b_s = warpgroup_mma_wait(1, deps=(acc_k, b_s))
+        n_q: gl.constexpr = bar_q_free.shape[0]
+        mbarrier.arrive(bar_q_free.index((step + n_q - 1) % n_q))
+    else:
+        b_s = warpgroup_mma_wait(1, deps=(b_s,))
+    b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_shift[None, :], b_s)[0]))
+    if MASKED:
+        b_p = gl.where(first_q[:, None] <= o_q[None, :], b_p, 0.0)
+    b_pt = gl.convert_layout(b_p.to(g.dtype), l_p)
+    acc_v = warpgroup_mma(b_pt, g, acc_v, is_async=True)
+    b_delta = delta.load(gl.SliceLayout(0, l_s))
+    b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
+    b_ds = (b_p * (b_dp - b_delta[None, :])).to(g.dtype)
+    acc_v = warpgroup_mma_wait(0, deps=(acc_v,))
+    mbarrier.arrive(bar_g_free.index(i_g))
+    s_ds.index(_zero(step)).store(b_ds)
+    fence_async_shared()
+    return acc_k, acc_v
+
+
+@gluon.jit
+def _by_thread(x):
+    """A product [64, D] in the order in which threads hold it, four values each: stored without bank conflicts.
+
+    `_at` says where an element is.
+    """
+    D: gl.constexpr = x.shape[1]
+    x = gl.permute(x.reshape([4, 2, 8, 2, D // 32, 2, 4, 2]), (4, 1, 3, 0, 2, 6, 5, 7))
+    return x.reshape([D // 4, 256])
+
+
+@gluon.jit
+def _hand_over(b_dq, step, s_dq, bar_dq, bar_dq_free):
+    N: gl.constexpr = s_dq.shape[0]
+    mbarrier.wait(bar_dq_free.index(step % N), (step // N & 1) ^ 1)
+    s_dq.index(step % N).store(_by_thread(b_dq))
+    fence_async_shared()
+    mbarrier.arrive(bar_dq.index(step % N))
+
+
+@gluon.jit
+def _products(
+    p_dk,
+    p_dv,
+    tiles,
+    bars,
+    place,
+    scale,
+    shift_q,
+    HKV: gl.constexpr,
+    HEADS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    CAUSAL: gl.constexpr,
+):
+    s_q, _, s_k, s_v, s_ds, s_dq, _, _ = tiles
+    _, _, _, _, bar_kv, bar_dq, bar_dq_free = bars
+    _, q_len, _, _, k_row, n_keys, i_h, _, first, full, end = place
+    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
+    l_kv: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
+    l_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
+    Q_STAGES: gl.constexpr = s_q.shape[0]
+    scale2 = LOG2E * scale
+    zeros = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, l_s)
+    zeros_q = gl.zeros((BLOCK_M, D), gl.float32, l_dq)
+    acc_k = gl.zeros((BLOCK_N, D), gl.float32, l_kv)
+    acc_v = gl.zeros((BLOCK_N, D), gl.float32, l_kv)
+    # The first query that sees each key; past the last key there is none.
+    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_s))
+    first_q = o_n * 0
+    if CAUSAL:
+        first_q = o_n + shift_q
+    first_q = gl.where(o_n < n_keys, first_q, 2147483647)
+    o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, l_s))
+
+    mbarrier.wait(bar_kv, 0)
+    if n_keys < BLOCK_N:
+        _clear_rows(s_k.index(0), n_keys, BLOCK_N, D)
+        _clear_rows(s_v.index(0), n_keys, BLOCK_N, D)
+        fence_async_shared()
+    n_steps = (end - first) * HEADS
+    if n_steps > 0:
+        # A step's dQ and dK are left to the next, which has its scores begun behind them.
+        m = end - 1
+        q, g, shift, delta = _begin(0, tiles, bars, q_len - m * BLOCK_M, BLOCK_M, D)
+        b_s = warpgroup_mma(s_k.index(0), q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        acc_k, acc_v = _scores(
+            b_s, acc_k, acc_v, 0, tiles, bars, g, shift, delta, scale2, first_q, m * BLOCK_M + o_m, zeros, False, True
+        )
+        for MASKED in gl.static_range(2):
+            if MASKED == 0:
+                begin = n_steps * 0 + 1
+                stop = (end - full) * HEADS
+            else:
+                begin = gl.maximum((end - full) * HEADS, 1)
+                stop = n_steps
+            for step in range(begin, stop):
+                m = end - 1 - step // HEADS
+                q, g, shift, delta = _begin(step, tiles, bars, q_len - m * BLOCK_M, BLOCK_M, D)
+                k = s_k.index(_zero(step))
+                ds = s_ds.index(_zero(step))
+                b_dq = warpgroup_mma(ds.permute((1, 0)), k, zeros_q, use_acc=False, is_async=True)
+                acc_k = warpgroup_mma(ds, s_q.index((step + Q_STAGES - 1) % Q_STAGES), acc_k, is_async=True)
+                b_s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                b_dq = warpgroup_mma_wait(2, deps=(b_dq,))
+                _hand_over(b_dq, step - 1, s_dq, bar_dq, bar_dq_free)
+                o_q = m * BLOCK_M + o_m
+                acc_k, acc_v = _scores(
+                    b_s, acc_k, acc_v, step, tiles, bars, g, shift, delta, scale2, first_q, o_q, zeros, True, MASKED
+                )
+        b_dq = warpgroup_mma(s_ds.index(0).permute((1, 0)), s_k.index(0), zeros_q, use_acc=False, is_async=True)
+        acc_k = warpgroup_mma(s_ds.index(0), s_q.index((n_steps + Q_STAGES - 1) % Q_STAGES), acc_k, is_async=True)
+        b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
+        _hand_over(b_dq, n_steps - 1, s_dq, bar_dq, bar_dq_free)
+        acc_k = warpgroup_mma_wait(0, deps=(acc_k,))
+    o_k = (k_row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_kv))).to(gl.int64)
+    o_d = gl.arange(0, D, gl.SliceLayout(0, l_kv))
+    o_out = ((o_k * HKV + i_h) * D)[:, None] + o_d[None, :]
+    m_k = (gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_kv)) < n_keys)[:, None]
+    gl.store(p_dv + o_out, acc_v.to(s_k.dtype), mask=m_k)
+    gl.store(p_dk + o_out, (acc_k * scale).to(s_k.dtype), mask=m_k)
+
+
+@gluon.jit(do_not_specialize=["n_seqs", "together", "n_tiles"])
+def attention_backward_kernel(
+    d_q,  # [T, HKV * HEADS * D], tiles [BLOCK_M, D]
+    d_g,  # as d_q
+    d_k,  # [Tk, HKV * D], tiles [BLOCK_N, D]
+    d_v,  # as d_k
+    d_shift,  # fp32 [HKV * HEADS * n_tiles * BLOCK_M], tiles [BLOCK_M]: -lse in base 2
+    d_delta,  # as d_shift: row sums of dO * O
+    d_sum,  # fp32 [HKV * HEADS * n_tiles * D / 4, 256], tiles [D / 4, 256] as `_by_thread`: dQ / scale
+    p_turns,  # int32 zeros [HKV * HEADS, n_tiles]: how many have added to a tile of dQ
+    p_dk,  # [Tk, HKV, D], contiguous
+    p_dv,  # as p_dk
+    p_cu_q,  # int32 [B + 1]
+    p_cu_k,  # int32 [B + 1]
+    scale,  # softmax_scale
+    n_seqs,
+    together,
+    n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as in `_find_tile`
+    HKV: gl.constexpr,
+    HEADS: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    G_STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    EQUAL: gl.constexpr,  # every sequence is as long
+):
+    # Whoever is waited for has a lower program id, so it runs or is done: no deadlock on any number of SMs.
+    if EQUAL:
+        # `together` pairs of a sequence and a key head at a time: a tile of dQ is in L2 while its turns are near.
+        n_pairs = n_seqs * HKV
+        n_of_pair = gl.num_programs(0) // n_pairs
+        i = gl.program_id(0) // (n_of_pair * together) * together
+        width = gl.minimum(together, n_pairs - i)
+        j = gl.program_id(0) - i * n_of_pair
+        i_n = j // width
+        i_b = (i + j % width) // HKV
+        i_h = (i + j % width) % HKV
+    else:
+        i_b, i_h, i_n = _own_tile(p_cu_k, n_seqs, HKV, BLOCK_N)
+    q_start = gl.load(p_cu_q + i_b)
+    q_len = gl.load(p_cu_q + i_b + 1) - q_start
+    k_start = gl.load(p_cu_k + i_b)
+    k_len = gl.load(p_cu_k + i_b + 1) - k_start
+    n_keys = k_len - i_n * BLOCK_N
+    k_row = k_start + i_n * BLOCK_N
+    # Tiles of queries this tile of keys is seen by, those from `full` on wholly.
+    # A program whose tile does not exist walks none; it must not return, the warps of all parts end together.
+    end = gl.where(n_keys > 0, (q_len + BLOCK_M - 1) // BLOCK_M, 0)
+    first = end * 0
+    full = end * 0
+    seen = i_n * BLOCK_N - (k_len - q_len)  # the first query that sees the first of these keys
+    if CAUSAL:
+        first = gl.minimum(gl.maximum(seen, 0) // BLOCK_M, end)
+        full = gl.minimum((gl.maximum(seen + BLOCK_N - 1, 0) + BLOCK_M - 1) // BLOCK_M, end)
+    if n_keys < BLOCK_N:
+        full = end
+
+    DTYPE: gl.constexpr = d_q.dtype
+    s_k = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_k.layout)
+    s_v = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_v.layout)
+    s_q = gl.allocate_shared_memory(DTYPE, [Q_STAGES, BLOCK_M, D], d_q.layout)
+    s_g = gl.allocate_shared_memory(DTYPE, [G_STAGES, BLOCK_M, D], d_g.layout)
+    s_ds = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(128, 16, 2))
+    s_dq = gl.allocate_shared_memory(gl.float32, [WRITERS, D // 4, 256], d_sum.layout)
+    s_shift = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_M], d_shift.layout)
+    s_delta = gl.allocate_shared_memory(gl.float32, [G_STAGES, BLOCK_M], d_delta.layout)
+    bar_q = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+    bar_g = gl.allocate_shared_memory(gl.int64, [G_STAGES, 1], mbarrier.MBarrierLayout())
+    bar_q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+    bar_g_free = gl.allocate_shared_memory(gl.int64, [G_STAGES, 1], mbarrier.MBarrierLayout())
+    bar_dq = gl.allocate_shared_memory(gl.int64, [WRITERS, 1], mbarrier.MBarrierLayout())
+    bar_dq_free = gl.allocate_shared_memory(gl.int64, [WRITERS, 1], mbarrier.MBarrierLayout())
+    bar_kv = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(bar_q.index(i), count=1)
+        mbarrier.init(bar_q_free.index(i), count=1)
+    for i in gl.static_range(G_STAGES):
+        mbarrier.init(bar_g.index(i), count=1)
+        mbarrier.init(bar_g_free.index(i), count=1)
+    for i in gl.static_range(WRITERS):
+        mbarrier.init(bar_dq.index(i), count=1)
+        mbarrier.init(bar_dq_free.index(i), count=1)
+    mbarrier.init(bar_kv, count=1)
+    fence_async_shared()
+
+    tiles = (s_q, s_g, s_k, s_v, s_ds, s_dq, s_shift, s_delta)
+    bars = (bar_q, bar_g, bar_q_free, bar_g_free, bar_kv, bar_dq, bar_dq_free)
+    place = (q_start, q_len, n_tiles, q_start // BLOCK_M + i_b, k_row, n_keys, i_h, i_n, first, full, end)
+    descriptors = (d_q, d_g, d_k, d_v, d_shift, d_delta)
+    gl.warp_specialize(
+        [
+            (_products, (p_dk, p_dv, tiles, bars, place, scale, seen, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL)),
+            (_load, (descriptors, tiles, bars, place, HEADS, BLOCK_M, D, Q_STAGES, G_STAGES)),
+            (_write, (d_sum, p_turns, tiles, bars, place, gl.constexpr(0), HEADS)),
+            (_write, (d_sum, p_turns, tiles, bars, place, gl.constexpr(1), HEADS)),
+        ],
+        [1, 1, 1],
+        [24, 24, 24],
+    )
+
+
+@triton.jit
+def _rows_of_tile(p_cu, i_tile, n_seqs, BLOCK: tl.constexpr):
+    """(first row, rows) of a tile in the list of `_find_tile`; no rows where there is no such tile."""
+    low = n_seqs * 0
+    high = n_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(p_cu + middle) // BLOCK + middle <= i_tile:
+            low = middle
+        else:
+            high = middle
+    start = tl.load(p_cu + low)
+    row = start + (i_tile - (start // BLOCK + low)) * BLOCK
+    return row, tl.load(p_cu + low + 1) - row
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"])
+def _stats_kernel(
+    p_g,  # [T, H, D], contiguous
+    p_out,  # [T, H, D], contiguous
+    p_lse,  # fp32 [H, T]
+    p_g_lse,  # fp32 [H, T] or None
+    p_shift,  # fp32 [H, n_tiles, BLOCK_M]: -lse in base 2; 0 past the end of a sequence
+    p_delta,  # as p_shift: row sums of dO * O, less the gradient of the lse
+    p_cu_q,
+    n_tokens,
+    n_seqs,
+    n_tiles,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    row, n_rows = _rows_of_tile(p_cu_q, tl.program_id(0), n_seqs, BLOCK_M)
+    i_h = tl.program_id(1)
+    lane = tl.arange(0, BLOCK_M)
+    m_t = lane < n_rows
+    o_t = (row + lane).to(tl.int64)
+    o_x = (o_t * H + i_h)[:, None] * D + tl.arange(0, D)[None, :]
+    b_g = tl.load(p_g + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)
+    b_out = tl.load(p_out + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)
+    o_lse = i_h.to(tl.int64) * n_tokens + o_t
+    lse = tl.load(p_lse + o_lse, mask=m_t, other=0.0)
+    b_delta = tl.sum(b_g * b_out, 1)
+    if p_g_lse is not None:
+        b_delta -= tl.load(p_g_lse + o_lse, mask=m_t, other=0.0)
+    o_stat = (i_h.to(tl.int64) * n_tiles + tl.program_id(0)) * BLOCK_M + lane
+    tl.store(p_shift + o_stat, -(lse * 1.4426950408889634))
+    tl.store(p_delta + o_stat, b_delta)
+
+
+@triton.jit
+def _at(row, col, D: tl.constexpr):
+    """Where `_by_thread` puts an element of a product."""
+    thread = ((col // (D // 2) * 4 + row // 16) * 8 + row % 8) * 4 + col // 2 % 4
+    return ((col % (D // 2) // 16 * 2 + row // 8 % 2) * 256 + thread) * 4 + col // 8 % 2 * 2 + col % 2
+
+
+@triton.jit(do_not_specialize=["n_seqs", "n_tiles"])
+def _round_kernel(
+    p_sum,  # fp32 [H, n_tiles, BLOCK_M * D], tiles as `_by_thread`
+    p_turns,  # int32 [H, n_tiles]
+    p_dq,  # [T, H, D], contiguous
+    p_cu_q,
+    scale,
+    n_seqs,
+    n_tiles,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    row, n_rows = _rows_of_tile(p_cu_q, tl.program_id(0), n_seqs, BLOCK_M)
+    i_h = tl.program_id(1)
+    lane = tl.arange(0, BLOCK_M)
+    m_t = (lane < n_rows)[:, None]
+    o_d = tl.arange(0, D)[None, :]
+    tile = i_h.to(tl.int64) * n_tiles + tl.program_id(0)
+    # A tile that no key adds to was never written.
+    added = tl.load(p_turns + tile) > 0
+    x = tl.load(p_sum + tile * (BLOCK_M * D) + _at(lane[:, None], o_d, D), mask=m_t & added, other=0.0)
+    p_out = p_dq + ((row + lane).to(tl.int64) * H + i_h)[:, None] * D + o_d
+    tl.store(p_out, (x * scale).to(p_dq.dtype.element_ty), mask=m_t)
+
+
+def _numbers(t: torch.Tensor, block: int) -> TensorDescriptor:
+    return TensorDescriptor(t, [t.numel()], [1], [block], gl.NVMMASharedLayout(0, 32, 1))
+
+
+def launch(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    g_lse: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_k: int,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), contiguous, of packed sequences in `schedule.one_pass_order`.
+
+    Args:
+        g, out: [T, Hq, D], contiguous, bf16 or fp16, D 64 or 128, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D],
+            Tk > 0. lse, g_lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
+    """
+    (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
+    order, s = sched.one_pass_order(head_dim, q.dtype), sched.one_pass()
+    n_seqs = cu_q.shape[0] - 1
+    n_tiles = n_tokens // order.block_m + n_seqs
+    numbers = (hq, n_tiles, order.block_m)
+    shift, delta = (torch.empty(numbers, dtype=torch.float32, device=q.device) for _ in range(2))
+    turns = torch.zeros((hq, n_tiles), dtype=torch.int32, device=q.device)
+    total = torch.empty((hq * n_tiles * head_dim // 4, 256), dtype=torch.float32, device=q.device)
+    d_sum = TensorDescriptor.from_tensor(total, [head_dim // 4, 256], gl.NVMMASharedLayout(0, 32, 2))
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
+    sizes = {"H": hq, "D": head_dim, "BLOCK_M": order.block_m}
+    _stats_kernel[(n_tiles, hq)](g, out, lse, g_lse, shift, delta, cu_q, n_tokens, n_seqs, n_tiles, **sizes)
+    equal = max_k * n_seqs == n_keys
+    programs = triton.cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
+    attention_backward_kernel[(programs * hkv,)](
+        *(rows(q, order.block_m), rows(g, order.block_m), rows(k, order.block_n), rows(v, order.block_n)),
+        *(_numbers(shift, order.block_m), _numbers(delta, order.block_m), d_sum),
+        *(turns, dk, dv, cu_q, cu_k, scale, n_seqs, s.together, n_tiles),
+        HKV=hkv,
+        HEADS=hq // hkv,
+        D=head_dim,
+        BLOCK_M=order.block_m,
+        BLOCK_N=order.block_n,
+        Q_STAGES=s.q_stages,
+        G_STAGES=s.g_stages,
+        CAUSAL=causal,
+        EQUAL=equal,
+        num_warps=8,
+    )
+    _round_kernel[(n_tiles, hq)](total, turns, dq, cu_q, scale, n_seqs, n_tiles, **sizes)
+    return dq, dk, dv

@@ -1,0 +1,423 @@
+"""Attention's forward on Hopper, warp-specialised, written in Gluon: `kernels.attention_kernel`'s order, and its bits.
+
+A program takes a tile of queries of one head, and another when it is done, until none is left.
+
+    loader    1 warp       copies the tile's Q, then K and V step by step, into rings of shared memory
+    products  2 x 4 warps  64 rows each: S, the exponentials, O. The next step's S is handed to the tensor cores with
+                           this step's P V, which runs while the next step's exponentials are taken
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from bi_ops.attention import schedule as sched
+from bi_ops.attention.hopper import rows
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+TEAMS = gl.constexpr(2)
+ROWS = gl.constexpr(64)  # of a team: what four warps hold of a product
+BLOCK_M = gl.constexpr(128)
+
+
+@gluon.jit
+def _find_tile(p_cu, i_tile, n_seqs, BLOCK: gl.constexpr):
+    """(sequence, tile of it) in a list that holds the tiles of sequence 0, then those of 1: as in `kernels`."""
+    low = n_seqs * 0
+    high = n_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if gl.load(p_cu + middle) // BLOCK + middle <= i_tile:
+            low = middle
+        else:
+            high = middle
+    return low, i_tile - (gl.load(p_cu + low) // BLOCK + low)
+
+
+@gluon.jit
+def _place(
+    p_cu_q,
+    p_cu_k,
+    i_item,
+    n_seqs,
+    n_tiles,
+    H: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    CAUSAL: gl.constexpr,
+):
+    """What item `i_item` of the work is: a tile of queries of one head. Tiles with most keys come first.
+
+    (head, start of the queries, of the keys, first query, queries, keys, steps, steps that every row sees wholly)
+    """
+    i_tile = n_tiles - 1 - i_item // H
+    i_b, i_m = _find_tile(p_cu_q, i_tile, n_seqs, BLOCK_M)
+    q_start = gl.load(p_cu_q + i_b)
+    q_len = gl.load(p_cu_q + i_b + 1) - q_start
+    k_start = gl.load(p_cu_k + i_b)
+    k_len = gl.load(p_cu_k + i_b + 1) - k_start
+    m = i_m * BLOCK_M
+    end = k_len
+    full = k_len
+    if CAUSAL:
+        past = k_len - q_len
+        end = gl.minimum(gl.maximum(gl.minimum(m + BLOCK_M, q_len) + past, 0), k_len)
+        full = gl.minimum(gl.maximum(m + 1 + past, 0), k_len)
+    if m >= q_len:
+        end = m * 0
+    return i_item % H, q_start, k_start, m, q_len, k_len, (end + BLOCK_N - 1) // BLOCK_N, full // BLOCK_N
+
+
+@gluon.jit
+def _take(p_count):
+    """Add 1 to `p_count`; what it was, in all lanes of the one warp. `gl.atomic_add` would go through shared memory."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred %first;
+        .reg .b32 %lane;
+        mov.u32 %lane, %laneid;
+        setp.eq.u32 %first, %lane, 0;
+        mov.b32 $0, 0;
+        @%first atom.relaxed.gpu.global.add.s32 $0, [$1], 1;
+        shfl.sync.idx.b32 $0, $0, 0, 31, -1;
+        }""",
+        "=&r,l",
+        [p_count],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _clear_rows(tile, n_valid, ROWS: gl.constexpr, D: gl.constexpr):
+    """Zeros in rows from `n_valid` on: they are another sequence's, and 0 times a NaN of theirs would be ours."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
+    for i in gl.static_range(ROWS // 8):
+        part = tile.slice(i * 8, 8)
+        o_r = i * 8 + gl.arange(0, 8, gl.SliceLayout(1, layout))
+        x = part.load(layout)
+        part.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def _load(
+    descriptors,
+    tiles,
+    bars,
+    lists,
+    sizes,
+    H: gl.constexpr,
+    HEADS: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    STAY: gl.constexpr,
+):
+    d_q, d_k, d_v = descriptors
+    s_q, s_k, s_v = tiles
+    bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, _bar_turn = bars
+    p_cu_q, p_cu_k, p_items = lists
+    p_item = p_items + 1 + gl.program_id(0)
+    n_seqs, n_tiles = sizes
+    items = n_tiles * 0
+    step = n_tiles * 0
+    tails = n_tiles * 0
+    i_item = gl.program_id(0)
+    while i_item < n_tiles * H:
+        head, q_start, k_start, m, q_len, k_len, n_steps, _n_full = _place(
+            p_cu_q, p_cu_k, i_item, n_seqs, n_tiles, H, BLOCK_N, CAUSAL
+        )
+        if m < q_len:
+            mbarrier.wait(bar_q_free, (items & 1) ^ 1)
+            items += 1
+            gl.store(p_item, i_item)
+            for team in gl.static_range(TEAMS):
+                mbarrier.expect(bar_q.index(team), d_q.block_type.nbytes)
+                row = q_start + m + team * ROWS
+                tma.async_copy_global_to_shared(d_q, [row, head * D], bar_q.index(team), s_q.index(team))
+            column = head // HEADS * D
+            # In the order in which they are asked for: K of a step before V of the step before it.
+            for i in range(0, n_steps + 1):
+                if i < n_steps:
+                    stage = step % STAGES
+                    mbarrier.wait(bar_k_free.index(stage), ((step // STAGES) & 1) ^ 1)
+                    mbarrier.expect(bar_k.index(stage), d_k.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        d_k, [k_start + i * BLOCK_N, column], bar_k.index(stage), s_k.index(stage)
+                    )
+                if i > 0:
+                    stage = (step - 1) % STAGES
+                    n = (i - 1) * BLOCK_N
+                    mbarrier.wait(bar_v_free.index(stage), (((step - 1) // STAGES) & 1) ^ 1)
+                    if k_len - n < BLOCK_N:
+                        mbarrier.expect(bar_tail, d_v.block_type.nbytes)
+                        tma.async_copy_global_to_shared(d_v, [k_start + n, column], bar_tail, s_v.index(stage))
+                        mbarrier.wait(bar_tail, tails & 1)
+                        tails += 1
+                        _clear_rows(s_v.index(stage), k_len - n, BLOCK_N, D)
+                        fence_async_shared()
+                        mbarrier.arrive(bar_v.index(stage))
+                    else:
+                        mbarrier.expect(bar_v.index(stage), d_v.block_type.nbytes)
+                        tma.async_copy_global_to_shared(
+                            d_v, [k_start + n, column], bar_v.index(stage), s_v.index(stage)
+                        )
+                step += 1
+            step -= 1
+        i_item = n_tiles * H
+        if STAY:
+            i_item = gl.num_programs(0) + _take(p_items)
+    mbarrier.wait(bar_q_free, (items & 1) ^ 1)
+    gl.store(p_item, n_tiles * H)
+    for team in gl.static_range(TEAMS):
+        mbarrier.arrive(bar_q.index(team))
+
+
+@gluon.jit
+def _softmax(b_s, top, total, n, n_seen, scale2, MASKED: gl.constexpr):
+    """One step of `attention_kernel`: (P in fp32, top, what earlier sums are multiplied by, total)."""
+    l_s: gl.constexpr = b_s.type.layout
+    if MASKED:
+        o_n = gl.arange(0, b_s.shape[1], gl.SliceLayout(0, l_s))
+        b_s = gl.where(o_n[None, :] < (n_seen - n)[:, None], b_s, float("-inf"))
+    new_top = gl.maximum(top, gl.max(b_s, 1) * scale2)
+    shift = gl.where(new_top == float("-inf"), 0.0, new_top)
+    b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast((-shift)[:, None], b_s)[0]))
+    decay = gl.exp2(top - shift)
+    return b_p, new_top, decay, gl.fma(total, decay, gl.sum(b_p, 1))
+
+
+@gluon.jit
+def _products(
+    memory,
+    tiles,
+    bars,
+    lists,
+    sizes,
+    scale,
+    n_tokens,
+    TEAM: gl.constexpr,
+    H: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TURNS: gl.constexpr,
+):
+    p_out, p_lse = memory
+    s_q, s_k, s_v = tiles
+    bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, _bar_tail, bar_turn = bars
+    p_cu_q, p_cu_k, p_items = lists
+    p_item = p_items + 1 + gl.program_id(0)
+    n_seqs, n_tiles = sizes
+    DTYPE: gl.constexpr = s_q.dtype
+    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
+    l_r: gl.constexpr = gl.SliceLayout(1, l_s)
+    l_out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    NEXT: gl.constexpr = (TEAM + 1) % TEAMS
+    AHEAD: gl.constexpr = 1 if TEAM == 0 else 0  # nobody goes before the first team's first turn
+    q = s_q.index(TEAM)
+    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
+    scale2 = LOG2E * scale
+    lane = TEAM * ROWS + gl.arange(0, ROWS, l_r)
+    items = n_tiles * 0
+    step = n_tiles * 0
+    mbarrier.wait(bar_q.index(TEAM), 0)
+    i_item = gl.load(p_item)
+    while i_item < n_tiles * H:
+        head, q_start, _k_start, m, q_len, k_len, n_steps, n_full = _place(
+            p_cu_q, p_cu_k, i_item, n_seqs, n_tiles, H, BLOCK_N, CAUSAL
+        )
+        n_seen = lane * 0 + k_len
+        if CAUSAL:
+            n_seen = gl.minimum(gl.maximum(m + lane + (k_len - q_len) + 1, 0), k_len)
+        acc = gl.zeros((ROWS, D), gl.float32, l_o)
+        total = gl.zeros((ROWS,), gl.float32, l_r)
+        top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
+        if n_steps > 0:
+            stage = step % STAGES
+            mbarrier.wait(bar_k.index(stage), (step // STAGES) & 1)
+            if TURNS:
+                mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ AHEAD)
+            b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            if TURNS:
+                mbarrier.arrive(bar_turn.index(NEXT))
+            b_s = warpgroup_mma_wait(0, deps=(b_s,))
+            mbarrier.arrive(bar_k_free.index(stage))
+            b_p, top, decay, total = _softmax(b_s, top, total, 0, n_seen, scale2, True)
+            step += 1
+            mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=n_steps > 1)
+            for MASKED in gl.static_range(2):
+                if MASKED == 0:
+                    begin = n_steps * 0 + 1
+                    stop = n_full
+                else:
+                    begin = gl.maximum(n_full, 1)
+                    stop = n_steps
+                for i in range(begin, stop):
+                    stage = step % STAGES
+                    stage_v = (step - 1) % STAGES
+                    if TURNS:
+                        mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ AHEAD)
+                    b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                    mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
+                    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+                    b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
+                    if TURNS:
+                        mbarrier.arrive(bar_turn.index(NEXT))
+                    b_s = warpgroup_mma_wait(1, deps=(b_s,))
+                    mbarrier.arrive(bar_k_free.index(stage))
+                    b_p, top, decay, total = _softmax(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED == 1)
+                    step += 1
+                    # Asked for early: without a barrier here ptxas waits for O before it takes the exponentials.
+                    mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=i + 1 < n_steps)
+                    acc = warpgroup_mma_wait(0, deps=(b_o,))
+                    mbarrier.arrive(bar_v_free.index(stage_v))
+                    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
+            mbarrier.arrive(bar_q_free)
+            stage_v = (step - 1) % STAGES
+            mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
+            b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+            b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(b_o,))
+            mbarrier.arrive(bar_v_free.index(stage_v))
+        else:
+            mbarrier.arrive(bar_q_free)
+
+        seen = total > 0
+        divisor = gl.where(seen, total, 1.0)
+        lse = gl.where(seen, (top + gl.log2(divisor)) * LN2, float("inf"))
+        gl.store(p_lse + head.to(gl.int64) * n_tokens + q_start + m + lane, lse, mask=m + lane < q_len)
+        b_out = acc / gl.convert_layout(divisor, gl.SliceLayout(1, l_o))[:, None]
+        b_out = gl.convert_layout(b_out.to(DTYPE), l_out)
+        o_t = m + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_out))
+        o_out = ((q_start + o_t).to(gl.int64) * H + head) * D
+        o_d = gl.arange(0, D, gl.SliceLayout(0, l_out))
+        gl.store(p_out + o_out[:, None] + o_d[None, :], b_out, mask=(o_t < q_len)[:, None])
+        items += 1
+        mbarrier.wait(bar_q.index(TEAM), items & 1)
+        i_item = gl.load(p_item)
+
+
+@gluon.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"])
+def attention_forward_kernel(
+    d_q,  # [T, H * D], tiles [ROWS, D]
+    d_k,  # [Tk, H / HEADS * D], tiles [BLOCK_N, D]
+    d_v,  # as d_k
+    p_out,  # [T, H, D], contiguous
+    p_lse,  # fp32 [H, T], natural logarithm
+    p_cu_q,  # int32 [B + 1]
+    p_cu_k,  # int32 [B + 1]
+    p_items,  # int32 [1 + programs]: zeros; how many items were taken after the first ones, and what each program is at
+    scale,  # softmax_scale
+    n_tokens,
+    n_seqs,
+    n_tiles,  # T // BLOCK_M + B
+    H: gl.constexpr,
+    HEADS: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TURNS: gl.constexpr,  # teams hand their products to the tensor cores in turns
+    STAY: gl.constexpr,  # a program takes items until none is left, else one
+):
+    DTYPE: gl.constexpr = d_q.dtype
+    s_q = gl.allocate_shared_memory(DTYPE, [TEAMS, ROWS, D], d_q.layout)
+    s_k = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_k.layout)
+    s_v = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_v.layout)
+    bar_q = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
+    bar_turn = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
+    bar_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bar_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bar_k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bar_v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bar_one = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(TEAMS):
+        mbarrier.init(bar_q.index(i), count=1)
+        mbarrier.init(bar_turn.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bar_k.index(i), count=1)
+        mbarrier.init(bar_v.index(i), count=1)
+        mbarrier.init(bar_k_free.index(i), count=TEAMS)
+        mbarrier.init(bar_v_free.index(i), count=TEAMS)
+    mbarrier.init(bar_one.index(0), count=TEAMS)
+    mbarrier.init(bar_one.index(1), count=1)
+    fence_async_shared()
+
+    descriptors = (d_q, d_k, d_v)
+    tiles = (s_q, s_k, s_v)
+    bars = (bar_q, bar_k, bar_v, bar_one.index(0), bar_k_free, bar_v_free, bar_one.index(1), bar_turn)
+    lists = (p_cu_q, p_cu_k, p_items)
+    sizes = (n_seqs, n_tiles)
+    memory = (p_out, p_lse)
+    gl.warp_specialize(
+        [
+            (
+                _products,
+                (memory, tiles, bars, lists, sizes, scale, n_tokens, 0, H, D, BLOCK_N, STAGES, CAUSAL, TURNS),
+            ),
+            (
+                _products,
+                (memory, tiles, bars, lists, sizes, scale, n_tokens, 1, H, D, BLOCK_N, STAGES, CAUSAL, TURNS),
+            ),
+            (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, D, BLOCK_N, STAGES, CAUSAL, STAY)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    causal: bool,
+    scale: float,
+    block_n: int,
+    s: sched.TileSchedule | None = None,
+) -> None:
+    """Write out and lse as `attention_kernel` does with steps of `block_n` keys, bit for bit.
+
+    Args:
+        q: [T, Hq, D], bf16 or fp16, D 64 or 128, T > 0. k, v: [Tk, Hkv, D], Tk > 0. out: [T, Hq, D], contiguous.
+        lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. block_n: 64 or 128. s: None: `schedule.tiles`.
+    """
+    (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
+    s = sched.tiles(head_dim) if s is None else s
+    n_seqs = cu_q.shape[0] - 1
+    n_tiles = n_tokens // BLOCK_M.value + n_seqs
+    programs = n_tiles * hq
+    if s.stay:
+        programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    items = torch.zeros(1 + programs, dtype=torch.int32, device=q.device)
+    attention_forward_kernel[(programs,)](
+        *(rows(q, ROWS.value), rows(k, block_n), rows(v, block_n), out, lse, cu_q, cu_k),
+        *(items, scale, n_tokens, n_seqs, n_tiles),
+        H=hq,
+        HEADS=hq // hkv,
+        D=head_dim,
+        BLOCK_N=block_n,
+        STAGES=s.stages,
+        CAUSAL=causal,
+        TURNS=s.turns,
+        STAY=s.stay,
+        num_warps=4,
+    )

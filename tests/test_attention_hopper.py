@@ -1,0 +1,177 @@
+"""The warp-specialised kernels of Hopper: the forward has the Triton kernel's bits, the backward keeps the contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from bi_ops._common import runtime
+from bi_ops.attention import flash_attention, hopper, ops, providers, reference
+from bi_ops.attention import schedule as sched
+
+LENGTHS = [0, 1, 17, 127, 129, 128, 300, 0, 65, 1000]
+D = 128
+
+on_hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        runtime.INTERPRET or not hopper.runs_here(runtime.default_device()), reason="needs a Hopper GPU and its Triton"
+    ),
+]
+
+
+def gpu(test):
+    for mark in on_hopper:
+        test = mark(test)
+    return test
+
+
+def inputs(lengths, hq=8, hkv=2, dtype=torch.bfloat16, head_dim=D):
+    """q, k, v, g and cu_seqlens."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    tensors = [
+        torch.randn((sum(lengths), h, head_dim), generator=generator, device="cuda").to(dtype)
+        for h in (hq, hkv, hkv, hq)
+    ]
+    return *tensors, torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+
+def gradients(q, k, v, g, cu, causal=True):
+    """out, dq, dk, dv."""
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    with providers.forced("triton"):
+        out = flash_attention(q, k, v, cu, max_seqlen=int(cu.diff().max()), causal=causal)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), g)
+
+
+def equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("head_dim", "block_n"), [(64, 128), (128, 128), (128, 64)])
+def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal, monkeypatch):
+    from bi_ops.attention import hopper_forward
+
+    order, forward = sched.order, sched.forward
+    for dtype, hq, hkv in ((torch.bfloat16, 8, 2), (torch.float16, 3, 3)):
+        q, k, v, _, cu = inputs(LENGTHS, hq, hkv, dtype, head_dim)
+        scale = head_dim**-0.5
+        with monkeypatch.context() as m:
+            m.setattr(sched, "order", lambda *a: dataclasses.replace(order(*a), block_n=block_n))
+            m.setattr(sched, "forward", lambda *a: dataclasses.replace(forward(*a), num_stages=2))
+            lse = torch.full(q.shape[1::-1], torch.nan, device="cuda")
+            out = ops._launch_forward(q, k, v, lse, cu, cu, None, max(LENGTHS), ops.Scores(causal, scale), None)
+        for turns, stay in itertools.product((True, False), repeat=2):
+            s = dataclasses.replace(sched.tiles(head_dim), turns=turns, stay=stay)
+            got = torch.full_like(q, torch.nan), torch.full_like(lse, torch.nan)
+            hopper_forward.launch(q, k, v, *got, cu, cu, causal, scale, block_n, s)
+            assert equal(got, (out, lse))
+
+
+@gpu
+@pytest.mark.parametrize("causal", [True, False])
+def test_sequences_are_the_same_alone_packed_and_anywhere(causal):
+    q, k, v, g, cu = inputs(LENGTHS)
+    packed = gradients(q, k, v, g, cu, causal)
+    starts = cu.tolist()
+    for i, n in enumerate(LENGTHS):
+        rows = slice(starts[i], starts[i + 1])
+        if n:
+            one = torch.tensor([0, n], dtype=torch.int32, device="cuda")
+            assert equal(gradients(*(t[rows] for t in (q, k, v, g)), one, causal), [t[rows] for t in packed])
+    back = list(range(len(LENGTHS)))[::-1]
+    rows = torch.cat([torch.arange(starts[i], starts[i + 1], device="cuda") for i in back])
+    turned = torch.tensor([0, *itertools.accumulate(LENGTHS[i] for i in back)], dtype=torch.int32, device="cuda")
+    assert equal(gradients(*(t[rows] for t in (q, k, v, g)), turned, causal), [t[rows] for t in packed])
+
+
+@gpu
+def test_neighbours_full_of_nan_do_not_leak():
+    q, k, v, g, cu = inputs(LENGTHS)
+    want = gradients(q, k, v, g, cu)
+    start, end = cu[4].item(), cu[5].item()
+    for t in (q, k, v, g):
+        t[start:end] = torch.nan
+    got = gradients(q, k, v, g, cu)
+    assert equal([t[:start] for t in got], [t[:start] for t in want])
+    assert equal([t[end:] for t in got], [t[end:] for t in want])
+    assert all(t[start:end].isnan().any() for t in got)
+
+
+@gpu
+@pytest.mark.parametrize("lengths", [LENGTHS, [4096], [512] * 9])
+def test_backward_reruns_and_schedules_give_one_result(lengths, monkeypatch):
+    q, k, v, g, cu = inputs(lengths)
+    want = gradients(q, k, v, g, cu)
+    for _ in range(100):
+        assert equal(gradients(q, k, v, g, cu), want)
+    s = sched.one_pass()
+    for other in (
+        dataclasses.replace(s, together=1),
+        dataclasses.replace(s, together=7),
+        sched.OnePassSchedule(2, 2, 64),
+    ):
+        monkeypatch.setattr(sched, "one_pass", lambda other=other: other)
+        assert equal(gradients(q, k, v, g, cu), want)
+
+
+@gpu
+def test_another_order_is_noticed(monkeypatch):
+    q, k, v, g, cu = inputs([1000])
+    want = gradients(q, k, v, g, cu)
+    monkeypatch.setattr(hopper, "serves", lambda *_: False)  # two passes: dQ in tiles of 64 keys
+    out, *grads = gradients(q, k, v, g, cu)
+    assert torch.equal(out, want[0])
+    assert not equal(grads, want[1:])
+
+
+@gpu
+@pytest.mark.parametrize(("hq", "hkv"), [(8, 2), (6, 6), (5, 1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_backward_is_as_accurate_as_two_passes(hq, hkv, causal, monkeypatch):
+    """Against fp64, at most 1.1 of the error of the two passes, which are held to torch's."""
+    lengths = [300, 1, 65, 129]
+    q, k, v, g, cu = inputs(lengths, hq, hkv)
+    exact = [t.double().detach().requires_grad_() for t in (q, k, v)]
+    out = reference.flash_attention(*exact, cu, causal=causal)
+    want = torch.autograd.grad(out if isinstance(out, torch.Tensor) else out[0], exact, g.double())
+    ours = gradients(q, k, v, g, cu, causal)[1:]
+    monkeypatch.setattr(hopper, "serves", lambda *_: False)
+    theirs = gradients(q, k, v, g, cu, causal)[1:]
+    for a, b, w in zip(ours, theirs, want, strict=True):
+        assert (a - w).norm() <= 1.1 * (b - w).norm()
+
+
+@gpu
+def test_queries_that_see_no_key_have_no_gradient():
+    q, _, _, g, cu = inputs([100, 70])
+    k, v = (torch.randn(40, 2, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    cu_k = torch.tensor([0, 10, 40], dtype=torch.int32, device="cuda")
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    with providers.forced("triton"):
+        out = flash_attention(q, k, v, cu, cu_seqlens_k=cu_k, max_seqlen=100, max_seqlen_k=30)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), g)
+    assert torch.count_nonzero(dq[:90]) == 0
+    assert torch.count_nonzero(dq[100:140]) == 0
+    assert all(t.isfinite().all() and t.abs().max() > 0 for t in (dq, dk, dv))
+
+
+def test_what_the_copy_engine_takes():
+    t = torch.empty((4, 2, D), dtype=torch.bfloat16)
+    assert hopper.copied(t)
+    assert hopper.copied(torch.empty((4, 6, D), dtype=torch.bfloat16)[:, 2:4])
+    assert not hopper.copied(t[:0])
+    assert not hopper.copied(t[:, :1].expand(4, 2, D))
+    assert not hopper.copied(t.transpose(0, 1))
+
+
+def test_nothing_is_served_without_a_hopper():
+    if runtime.INTERPRET:
+        assert not hopper.serves(D, torch.bfloat16, torch.device("cpu"))
+    assert not hopper.serves(D, torch.float32, runtime.default_device())
+    assert not hopper.serves(80, torch.bfloat16, runtime.default_device())
