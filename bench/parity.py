@@ -2,12 +2,10 @@
 
     python bench/parity.py --out bench/results/h100 [--models 0.6B 1.7B] [--prompts 64] [--new-tokens 256] [--quick]
 
-Makes checkpoints of Qwen3's shapes with transformers (random weights, a tokenizer trained on text made here), samples
-from each with vLLM, eagerly and under full CUDA graphs, then scores the samples again with bi_ops' own model: each
-alone, all together, shuffled, and among strangers. The control does the same without the plugin, and has to differ at
-1.7B. Exit status 0 only if all of that held.
-
-Every engine runs in a process of its own: vLLM's mode is set once per process, and its memory is gone with it.
+Makes checkpoints of Qwen3's shapes with transformers (random weights, a tokenizer trained on text made here), and runs
+`bi-ops parity` on each, eagerly and under full CUDA graphs: sampled with vLLM, scored again with bi_ops' own model,
+each sequence alone, all together, shuffled, and among strangers. The control does the same without the plugin, and has
+to differ at 1.7B. Exit status 0 only if all of that held.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from record import find_commit, now
@@ -28,9 +26,8 @@ from record import find_commit, now
 from bi_ops._common.files import write_json
 
 SEED = 0
-MAX_MODEL_LEN = 1024
-#: Prompt lengths around tile sizes and around vLLM's 256-token threshold; the rest are drawn.
-EDGE_LENGTHS = (1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 512, 700)
+#: Prompts have 1 to this many tokens: past tile sizes, and past vLLM's threshold at 256.
+LONGEST_PROMPT = 700
 
 COMMON = {
     "head_dim": 128,
@@ -74,16 +71,14 @@ CONTROLS = ("1.7B",)
 
 @dataclass(frozen=True)
 class Job:
-    """One engine run. model: a key of SHAPES. folder: its checkpoint. out: the JSON file that rows go to."""
+    """One run of `bi-ops parity`. model: a key of SHAPES. folder: its checkpoint."""
 
     model: str
     folder: str
-    out: str
     cuda_graphs: bool
     plugin: bool
     prompts: int
     new_tokens: int
-    commit: str
 
     def __str__(self) -> str:
         graphs = "full CUDA graphs" if self.cuda_graphs else "eager"
@@ -145,25 +140,8 @@ def write_checkpoint(model: str, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
 
 
-def make_prompts(folder: str, vocab_size: int, count: int) -> list[list[int]]:
-    """Token ids of mixed lengths: every other prompt is text, the others are ids from the whole vocabulary."""
-    from tokenizers import Tokenizer
-
-    rng = random.Random(SEED + 1)
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    longest = max(EDGE_LENGTHS)
-    lengths = [*EDGE_LENGTHS, *(rng.randint(1, longest) for _ in range(count))][:count]
-    prompts = []
-    for i, length in enumerate(lengths):
-        if i % 2:
-            prompts.append([rng.randrange(vocab_size) for _ in range(length)])
-        else:
-            prompts.append(tokenizer.encode(" ".join(make_text(rng, length // 8 + 1))).ids[:length])
-    return prompts
-
-
 # --------------------------------------------------------------------------------------------------------------
-# one engine
+# one run
 
 
 def append_row(path: Path, row: dict[str, object]) -> None:
@@ -174,77 +152,46 @@ def append_row(path: Path, row: dict[str, object]) -> None:
     write_json(path, rows)
 
 
-def run_job(job: Job) -> None:
-    """Sample, close the engine, score again; one row per composition."""
-    for name, value in (("VLLM_LOGGING_LEVEL", "WARNING"), ("VLLM_NO_USAGE_STATS", "1"), ("HF_HUB_OFFLINE", "1")):
-        os.environ.setdefault(name, value)
-    import bi_ops  # noqa: F401  (before triton)
-    from bi_ops.models.qwen3 import Qwen3ForCausalLM
-    from bi_ops.rollout.base import SamplingParams
-    from bi_ops.rollout.vllm_engine import VllmEngine
-    from bi_ops.verify.recompose import COMPOSITIONS, rescore
-
-    start = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"  [{time.monotonic() - start:5.1f} s] {text}", flush=True)
-
-    prompts = make_prompts(job.folder, int(SHAPES[job.model]["vocab_size"]), job.prompts)
-    temperatures = (1.0, 1.0, 0.7, 0.0)
-    params = [SamplingParams(job.new_tokens, temperatures[i % 4], seed=i) for i in range(len(prompts))]
-    engine = VllmEngine(
-        job.folder,
-        plugin=job.plugin,
-        cuda_graphs=job.cuda_graphs,
-        max_model_len=MAX_MODEL_LEN,
-        gpu_memory_utilization=0.4,
-    )
-    say("engine started")
-    try:
-        completions = engine.generate(prompts, params)
-        about = engine.describe()
-    finally:
-        engine.close()
-    say(f"sampled {sum(len(c.tokens) for c in completions)} tokens")
-    model = Qwen3ForCausalLM.from_pretrained(job.folder)
-    say("training model loaded")
-    for composition in COMPOSITIONS:
-        report = rescore(model, completions, (composition,), seed=SEED)[composition]
-        row = {
+def run_job(job: Job, out: Path, commit: str) -> None:
+    """`bi-ops parity` in a process of its own; one row per composition."""
+    options = [] if job.cuda_graphs else ["--no-cuda-graphs"]
+    options += [] if job.plugin else ["--no-plugin"]
+    sizes = ["--prompts", str(job.prompts), "--new-tokens", str(job.new_tokens)]
+    sizes += ["--max-prompt-tokens", str(LONGEST_PROMPT), "--seed", str(SEED)]
+    command = [sys.executable, "-m", "bi_ops.cli", "parity", job.folder, "--engine", "vllm", *sizes, *options, "--json"]
+    quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=quiet | dict(os.environ), stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 1):
+        print(f"  exit status {done.returncode}", flush=True)
+        return
+    for found in json.loads(done.stdout):
+        row = found | {
             "model": job.model,
-            "engine": about["engine"],
             "cuda_graphs": job.cuda_graphs,
-            "composition": composition,
             "plugin": job.plugin,
-            "tokens_checked": report.tokens_checked,
-            "tokens_different": report.tokens_different,
-            "max_delta": report.max_delta,
-            "mean_delta": report.mean_delta,
-            "prompts": len(prompts),
+            "prompts": job.prompts,
             "new_tokens": job.new_tokens,
-            "model_runner": about["model_runner"],
-            "providers": about["providers"],
-            "versions": about["versions"],
-            "device": about["device"],
-            "commit": job.commit,
+            "command": f"bi-ops parity MODEL {' '.join(command[5:])}",
+            "commit": commit,
             "date": now(),
         }
-        append_row(Path(job.out), row)
-        say(f"{composition}: {report}")
+        append_row(out, row)
+        print(
+            f"  {row['composition']}: {row['tokens_different']} of {row['tokens_checked']} tokens different", flush=True
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------
 # all of them
 
 
-def plan(args: argparse.Namespace, folders: dict[str, str], commit: str) -> list[Job]:
+def plan(args: argparse.Namespace, folders: dict[str, str]) -> list[Job]:
     """With the plugin first, then the controls, largest model first: what matters most survives a cut-off."""
     jobs = []
     for plugin in (True, False):
         for model in args.models if plugin else reversed(args.models):
             for cuda_graphs in (True, False) if plugin else (True,):
-                out = str(args.out / "parity.json")
-                jobs.append(Job(model, folders[model], out, cuda_graphs, plugin, args.prompts, args.new_tokens, commit))
+                jobs.append(Job(model, folders[model], cuda_graphs, plugin, args.prompts, args.new_tokens))
     return jobs
 
 
@@ -274,20 +221,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model, 16 prompts, 32 tokens")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--budget", type=float, default=460, help="seconds after which no further engine is started")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--write", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.job is not None:
-        run_job(Job(**json.loads(args.job)))
-        return 0
     if args.write is not None:
         write_checkpoint(args.write[0], Path(args.write[1]))
         return 0
     if args.out is None:
         parser.error("--out is required")
-    longest = MAX_MODEL_LEN - max(EDGE_LENGTHS)
-    if args.prompts < 1 or not 1 <= args.new_tokens <= longest:
-        parser.error(f"--prompts must be at least 1 and --new-tokens in 1..{longest}")
+    if args.prompts < 1 or args.new_tokens < 1:
+        parser.error("--prompts and --new-tokens must be at least 1")
     if args.quick:
         args.models, args.prompts, args.new_tokens = ["tiny"], 16, 32
 
@@ -299,14 +241,14 @@ def main() -> int:
         for model, folder in folders.items():
             print(f"[{time.monotonic() - start:5.1f} s] writing {model}", flush=True)
             subprocess.run([*me, "--write", model, folder], check=True)
-        jobs, done = plan(args, folders, find_commit(args.commit)), []
+        jobs, done = plan(args, folders), []
         for job in jobs:
             if time.monotonic() - start > args.budget:
                 print(f"[{time.monotonic() - start:5.1f} s] out of time before {job}", flush=True)
                 continue
             print(f"[{time.monotonic() - start:5.1f} s] {job}", flush=True)
             done.append(job)
-            subprocess.run([*me, "--job", json.dumps(asdict(job))], check=False)
+            run_job(job, args.out / "parity.json", find_commit(args.commit))
     required = [j for j in jobs if j in done or j.plugin or j.model in CONTROLS]
     wrong = failures(args.out / "parity.json", required, since)
     print(f"[{time.monotonic() - start:5.1f} s] " + ("; ".join(wrong) if wrong else "all as it should be"), flush=True)
