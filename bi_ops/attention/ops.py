@@ -38,6 +38,8 @@ def _vllm_available() -> Availability:
 
 def _triton_available() -> Availability:
     where = "Triton's interpreter" if runtime.INTERPRET else "Triton"
+    if not runtime.INTERPRET and hopper.runs_here(runtime.default_device()):
+        where += f", warp-specialised at head_dim {' and '.join(map(str, hopper.HEAD_DIMS))}"
     return Availability(True, f"{where}, own kernel; its bits are not those of vLLM's FlashAttention")
 
 
