@@ -18,7 +18,7 @@ D = 128
 on_hopper = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        runtime.INTERPRET or not hopper.runs_here(runtime.default_device()), reason="needs a Hopper GPU and its Triton"
+        not runtime.warp_specialised(runtime.default_device()), reason="needs a Hopper GPU and its Triton"
     ),
 ]
 

@@ -7,6 +7,7 @@ before anything imports triton; `bi_ops/__init__.py` imports this module first.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 
@@ -52,3 +53,16 @@ def architecture(device: torch.device | None = None) -> str:
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+#: Releases of Triton that the Gluon kernels are written for and were run with: Gluon changes from one to the next.
+GLUON_TRITON = ("3.6",)
+
+
+@functools.cache
+def warp_specialised(device: torch.device) -> bool:
+    """Can the warp-specialised kernels run: on a Hopper GPU, with a Triton that they are written for?"""
+    import triton
+
+    known = any(triton.__version__.startswith(f"{v}.") for v in GLUON_TRITON)
+    return known and not INTERPRET and architecture(device) == "sm_90"

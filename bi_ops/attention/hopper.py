@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 
 from bi_ops._common import runtime
 
 if TYPE_CHECKING:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-#: Gluon changes from release to release; the kernels are written for, and tested with, these.
-TRITON = ("3.6",)
 #: Head sizes at which they were measured to be faster than the Triton kernels.
 HEAD_DIMS = (128,)
 
 
-@functools.cache
-def runs_here(device: torch.device) -> bool:
-    """Is this a Hopper GPU with a Triton that the kernels are written for?"""
-    known = any(triton.__version__.startswith(f"{v}.") for v in TRITON)
-    return known and not runtime.INTERPRET and runtime.architecture(device) == "sm_90"
-
-
 def serves(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Do the warp-specialised kernels compute plain attention of this kind? Never a function of the batch."""
-    return head_dim in HEAD_DIMS and dtype in (torch.bfloat16, torch.float16) and runs_here(device)
+    return head_dim in HEAD_DIMS and dtype in (torch.bfloat16, torch.float16) and runtime.warp_specialised(device)
 
 
 def copied(t: torch.Tensor) -> bool:

@@ -38,7 +38,7 @@ def _vllm_available() -> Availability:
 
 def _triton_available() -> Availability:
     where = "Triton's interpreter" if runtime.INTERPRET else "Triton"
-    if not runtime.INTERPRET and hopper.runs_here(runtime.default_device()):
+    if runtime.warp_specialised(runtime.default_device()):
         where += f", warp-specialised at head_dim {' and '.join(map(str, hopper.HEAD_DIMS))}"
     return Availability(True, f"{where}, own kernel; its bits are not those of vLLM's FlashAttention")
 

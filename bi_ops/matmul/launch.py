@@ -92,7 +92,7 @@ def launch_cublaslt(
 
 def _hopper_serves(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> bool:
     """Can `hopper.launch` compute out += a @ b, both of them stored with tokens as rows?"""
-    if runtime.INTERPRET or a.dtype not in _HALVES or runtime.architecture(a.device) != "sm_90":
+    if a.dtype not in _HALVES or not runtime.warp_specialised(a.device):
         return False
     stored = a.stride(0) == 1 and b.stride(1) == 1 and _is_matrix(a) and _is_matrix(b)
     return stored and out.data_ptr() % 16 == 0 and out.shape[1] % 4 == 0 and min(*a.shape, out.shape[1]) > 0
