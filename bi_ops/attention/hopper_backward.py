@@ -193,7 +193,7 @@ def _zero(step):
 
 @gluon.jit
 def _begin(step, tiles, bars, n_valid, BLOCK_M: gl.constexpr, D: gl.constexpr):
-    """Wait for the rows of a step, and clear those past the end of the sequence. (q, g, shift, delta, barrier of g)"""
+    """Wait for the rows of a step, and clear those past the end of the sequence: (q, g, shift, delta)."""
     s_q, s_g, _, _, _, _, s_shift, s_delta = tiles
     bar_q, bar_g, _, _, _, _, _ = bars
     i_q = step % s_q.shape[0]
