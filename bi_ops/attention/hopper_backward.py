@@ -133,7 +133,7 @@ def _load(
     d_q, d_g, d_k, d_v, d_shift, d_delta = descriptors
     s_q, s_g, s_k, s_v, _, _, s_shift, s_delta = tiles
     bar_q, bar_g, bar_q_free, bar_g_free, bar_kv, _, _ = bars
-    q_start, _, n_tiles, first_tile, k_row, _, i_h, _, first, _, end = place
+    q_start, _, n_tiles, first_tile, k_row, _, i_h, _, first, _, end, _ = place
     mbarrier.expect(bar_kv, d_k.block_type.nbytes + d_v.block_type.nbytes)
     tma.async_copy_global_to_shared(d_k, [k_row, i_h * D], bar_kv, s_k.index(0))
     tma.async_copy_global_to_shared(d_v, [k_row, i_h * D], bar_kv, s_v.index(0))
@@ -164,25 +164,37 @@ def _write(
     WRITER: gl.constexpr,
     HEADS: gl.constexpr,
 ):
-    """Adds every WRITERS-th part of dQ to memory, from the WRITER-th on."""
+    """Serves every WRITERS-th part of dQ, from the WRITER-th on: adds it to memory, or brings the sum it closes."""
     _, _, _, _, _, s_dq, _, _ = tiles
-    _, _, _, _, _, bar_dq, bar_dq_free = bars
-    _, _, n_tiles, first_tile, _, _, i_h, i_n, first, _, end = place
+    _, _, _, _, _, bar_dq, bar_dq_ready = bars
+    _, _, n_tiles, first_tile, _, _, i_h, i_n, first, _, end, open_steps = place
     N: gl.constexpr = s_dq.shape[0]
     ROWS: gl.constexpr = s_dq.shape[1]
     n_steps = (end - first) * HEADS
     part = s_dq.index(WRITER)
+    if open_steps > WRITER:
+        mbarrier.arrive(bar_dq_ready.index(WRITER))
     for step in range(WRITER, n_steps, N):
         tile = (i_h * HEADS + step % HEADS) * n_tiles + first_tile + end - 1 - step // HEADS
-        _wait_turn(p_turns + tile, i_n)
-        mbarrier.wait(bar_dq.index(WRITER), step // N & 1)
-        if i_n == 0:
-            tma.async_copy_shared_to_global(d_sum, [tile * ROWS, 0], part)
+        if step < open_steps:
+            _wait_turn(p_turns + tile, i_n)
+            mbarrier.wait(bar_dq.index(WRITER), step // N & 1)
+            if i_n == 0:
+                tma.async_copy_shared_to_global(d_sum, [tile * ROWS, 0], part)
+            else:
+                _copy_add(d_sum, [tile * ROWS, 0], part)
+            tma.store_wait(0)
+            if step + N < open_steps:
+                mbarrier.arrive(bar_dq_ready.index(WRITER))
+            _end_turn(p_turns + tile)
         else:
-            _copy_add(d_sum, [tile * ROWS, 0], part)
-        tma.store_wait(0)
-        mbarrier.arrive(bar_dq_free.index(WRITER))
-        _end_turn(p_turns + tile)
+            if i_n == 0:
+                mbarrier.arrive(bar_dq_ready.index(WRITER))
+            else:
+                _wait_turn(p_turns + tile, i_n)
+                mbarrier.expect(bar_dq_ready.index(WRITER), d_sum.block_type.nbytes)
+                tma.async_copy_global_to_shared(d_sum, [tile * ROWS, 0], bar_dq_ready.index(WRITER), part)
+            mbarrier.wait(bar_dq.index(WRITER), step // N & 1)
 
 
 @gluon.jit
@@ -258,26 +270,54 @@ def _scores(
 
 @gluon.jit
 def _by_thread(x):
-    """A product [64, D] in the order in which threads hold it, four values each: stored without bank conflicts.
-
-    `_at` says where an element is.
-    """
+    """A product [64, D] in the order in which threads hold it, four values each: stored without bank conflicts."""
     D: gl.constexpr = x.shape[1]
     x = gl.permute(x.reshape([4, 2, 8, 2, D // 32, 2, 4, 2]), (4, 1, 3, 0, 2, 6, 5, 7))
     return x.reshape([D // 4, 256])
 
 
 @gluon.jit
-def _hand_over(b_dq, step, s_dq, bar_dq, bar_dq_free):
+def _by_row(x, D: gl.constexpr):
+    """What `_by_thread` was given."""
+    x = gl.permute(x.reshape([D // 32, 2, 2, 4, 8, 4, 2, 2]), (3, 1, 4, 2, 0, 6, 5, 7))
+    return x.reshape([64, D])
+
+
+@gluon.jit
+def _hand_over(b_dq, step, s_dq, bar_dq, bar_dq_ready):
+    """Leave a part of dQ to a writer."""
     N: gl.constexpr = s_dq.shape[0]
-    mbarrier.wait(bar_dq_free.index(step % N), (step // N & 1) ^ 1)
+    mbarrier.wait(bar_dq_ready.index(step % N), step // N & 1)
     s_dq.index(step % N).store(_by_thread(b_dq))
     fence_async_shared()
     mbarrier.arrive(bar_dq.index(step % N))
 
 
 @gluon.jit
+def _close(p_dq, b_dq, step, s_dq, bar_dq, bar_dq_ready, place, scale, HKV: gl.constexpr, HEADS: gl.constexpr):
+    """Add the last part of a tile of dQ to those before it, which a writer has brought, and round."""
+    q_start, q_len, _, _, _, _, i_h, i_n, _, _, end, _ = place
+    N: gl.constexpr = s_dq.shape[0]
+    ROWS: gl.constexpr = b_dq.shape[0]
+    D: gl.constexpr = b_dq.shape[1]
+    l_dq: gl.constexpr = b_dq.type.layout
+    mbarrier.wait(bar_dq_ready.index(step % N), step // N & 1)
+    b_last = _by_thread(b_dq)
+    b_sum = s_dq.index(step % N).load(b_last.type.layout)
+    mbarrier.arrive(bar_dq.index(step % N))
+    # With no tile of keys before this one, nothing was brought.
+    b_sum = gl.convert_layout(_by_row(gl.where(i_n > 0, b_sum + b_last, b_last), D), l_dq, assert_trivial=True)
+    row = (end - 1 - step // HEADS) * ROWS
+    p_tile = p_dq + ((q_start + row).to(gl.int64) * HKV * HEADS + i_h * HEADS + step % HEADS) * D
+    o_r = gl.arange(0, ROWS, gl.SliceLayout(1, l_dq))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, l_dq))
+    mask = (row + o_r < q_len)[:, None]
+    gl.store(p_tile + o_r[:, None] * (HKV * HEADS * D) + o_d[None, :], (b_sum * scale).to(p_dq.dtype.element_ty), mask)
+
+
+@gluon.jit
 def _products(
+    p_dq,
     p_dk,
     p_dv,
     tiles,
@@ -293,8 +333,8 @@ def _products(
     CAUSAL: gl.constexpr,
 ):
     s_q, _, s_k, s_v, s_ds, s_dq, _, _ = tiles
-    _, _, _, _, bar_kv, bar_dq, bar_dq_free = bars
-    _, q_len, _, _, k_row, n_keys, i_h, _, first, full, end = place
+    _, _, _, _, bar_kv, bar_dq, bar_dq_ready = bars
+    _, q_len, _, _, k_row, n_keys, i_h, _, first, full, end, open_steps = place
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     l_kv: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
     l_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
@@ -342,7 +382,10 @@ def _products(
                 acc_k = warpgroup_mma(ds, s_q.index((step + Q_STAGES - 1) % Q_STAGES), acc_k, is_async=True)
                 b_s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
                 b_dq = warpgroup_mma_wait(2, deps=(b_dq,))
-                _hand_over(b_dq, step - 1, s_dq, bar_dq, bar_dq_free)
+                if MASKED and step > open_steps:
+                    _close(p_dq, b_dq, step - 1, s_dq, bar_dq, bar_dq_ready, place, scale, HKV, HEADS)
+                else:
+                    _hand_over(b_dq, step - 1, s_dq, bar_dq, bar_dq_ready)
                 o_q = m * BLOCK_M + o_m
                 acc_k, acc_v = _scores(
                     b_s, acc_k, acc_v, step, tiles, bars, g, shift, delta, scale2, first_q, o_q, zeros, True, MASKED
@@ -350,7 +393,10 @@ def _products(
         b_dq = warpgroup_mma(s_ds.index(0).permute((1, 0)), s_k.index(0), zeros_q, use_acc=False, is_async=True)
         acc_k = warpgroup_mma(s_ds.index(0), s_q.index((n_steps + Q_STAGES - 1) % Q_STAGES), acc_k, is_async=True)
         b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
-        _hand_over(b_dq, n_steps - 1, s_dq, bar_dq, bar_dq_free)
+        if n_steps > open_steps:
+            _close(p_dq, b_dq, n_steps - 1, s_dq, bar_dq, bar_dq_ready, place, scale, HKV, HEADS)
+        else:
+            _hand_over(b_dq, n_steps - 1, s_dq, bar_dq, bar_dq_ready)
         acc_k = warpgroup_mma_wait(0, deps=(acc_k,))
     o_k = (k_row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_kv))).to(gl.int64)
     o_d = gl.arange(0, D, gl.SliceLayout(0, l_kv))
@@ -368,8 +414,9 @@ def attention_backward_kernel(
     d_v,  # as d_k
     d_shift,  # fp32 [HKV * HEADS * n_tiles * BLOCK_M], tiles [BLOCK_M]: -lse in base 2
     d_delta,  # as d_shift: row sums of dO * O
-    d_sum,  # fp32 [HKV * HEADS * n_tiles * D / 4, 256], tiles [D / 4, 256] as `_by_thread`: dQ / scale
+    d_sum,  # fp32 [HKV * HEADS * n_tiles * D / 4, 256], tiles [D / 4, 256] as `_by_thread`: sums of dQ / scale
     p_turns,  # int32 zeros [HKV * HEADS, n_tiles]: how many have added to a tile of dQ
+    p_dq,  # [T, HKV * HEADS, D], contiguous; tiles of queries that see no key are not written
     p_dk,  # [Tk, HKV, D], contiguous
     p_dv,  # as p_dk
     p_cu_q,  # int32 [B + 1]
@@ -416,8 +463,13 @@ def attention_backward_kernel(
     if CAUSAL:
         first = gl.minimum(gl.maximum(seen, 0) // BLOCK_M, end)
         full = gl.minimum((gl.maximum(seen + BLOCK_N - 1, 0) + BLOCK_M - 1) // BLOCK_M, end)
-    if n_keys < BLOCK_N:
+    # From `open` on no later tile of keys sees them: the sums of dQ are closed here.
+    open = full
+    if CAUSAL:
+        open = gl.minimum(gl.maximum(seen + BLOCK_N, 0) // BLOCK_M, end)
+    if n_keys <= BLOCK_N:
         full = end
+        open = end
 
     DTYPE: gl.constexpr = d_q.dtype
     s_k = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_k.layout)
@@ -433,7 +485,7 @@ def attention_backward_kernel(
     bar_q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
     bar_g_free = gl.allocate_shared_memory(gl.int64, [G_STAGES, 1], mbarrier.MBarrierLayout())
     bar_dq = gl.allocate_shared_memory(gl.int64, [WRITERS, 1], mbarrier.MBarrierLayout())
-    bar_dq_free = gl.allocate_shared_memory(gl.int64, [WRITERS, 1], mbarrier.MBarrierLayout())
+    bar_dq_ready = gl.allocate_shared_memory(gl.int64, [WRITERS, 1], mbarrier.MBarrierLayout())
     bar_kv = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(Q_STAGES):
         mbarrier.init(bar_q.index(i), count=1)
@@ -443,17 +495,30 @@ def attention_backward_kernel(
         mbarrier.init(bar_g_free.index(i), count=1)
     for i in gl.static_range(WRITERS):
         mbarrier.init(bar_dq.index(i), count=1)
-        mbarrier.init(bar_dq_free.index(i), count=1)
+        mbarrier.init(bar_dq_ready.index(i), count=1)
     mbarrier.init(bar_kv, count=1)
     fence_async_shared()
 
     tiles = (s_q, s_g, s_k, s_v, s_ds, s_dq, s_shift, s_delta)
-    bars = (bar_q, bar_g, bar_q_free, bar_g_free, bar_kv, bar_dq, bar_dq_free)
-    place = (q_start, q_len, n_tiles, q_start // BLOCK_M + i_b, k_row, n_keys, i_h, i_n, first, full, end)
+    bars = (bar_q, bar_g, bar_q_free, bar_g_free, bar_kv, bar_dq, bar_dq_ready)
+    place = (
+        q_start,
+        q_len,
+        n_tiles,
+        q_start // BLOCK_M + i_b,
+        k_row,
+        n_keys,
+        i_h,
+        i_n,
+        first,
+        full,
+        end,
+        (end - open) * HEADS,
+    )
     descriptors = (d_q, d_g, d_k, d_v, d_shift, d_delta)
     gl.warp_specialize(
         [
-            (_products, (p_dk, p_dv, tiles, bars, place, scale, seen, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL)),
+            (_products, (p_dq, p_dk, p_dv, tiles, bars, place, scale, seen, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL)),
             (_load, (descriptors, tiles, bars, place, HEADS, BLOCK_M, D, Q_STAGES, G_STAGES)),
             (_write, (d_sum, p_turns, tiles, bars, place, gl.constexpr(0), HEADS)),
             (_write, (d_sum, p_turns, tiles, bars, place, gl.constexpr(1), HEADS)),
@@ -463,43 +528,43 @@ def attention_backward_kernel(
     )
 
 
-@triton.jit
-def _rows_of_tile(p_cu, i_tile, n_seqs, BLOCK: tl.constexpr):
-    """(first row, rows) of a tile in the list of `_find_tile`; no rows where there is no such tile."""
-    low = n_seqs * 0
-    high = n_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(p_cu + middle) // BLOCK + middle <= i_tile:
-            low = middle
-        else:
-            high = middle
-    start = tl.load(p_cu + low)
-    row = start + (i_tile - (start // BLOCK + low)) * BLOCK
-    return row, tl.load(p_cu + low + 1) - row
-
-
 @triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"])
-def _stats_kernel(
+def _prepare_kernel(
     p_g,  # [T, H, D], contiguous
     p_out,  # [T, H, D], contiguous
     p_lse,  # fp32 [H, T]
     p_g_lse,  # fp32 [H, T] or None
     p_shift,  # fp32 [H, n_tiles, BLOCK_M]: -lse in base 2; 0 past the end of a sequence
     p_delta,  # as p_shift: row sums of dO * O, less the gradient of the lse
+    p_turns,  # int32 [H, n_tiles]: zeros
+    p_dq,  # [T, H, D], contiguous: zeros where no key is seen by a whole tile, which no program will write
     p_cu_q,
+    p_cu_k,
     n_tokens,
     n_seqs,
     n_tiles,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
-    row, n_rows = _rows_of_tile(p_cu_q, tl.program_id(0), n_seqs, BLOCK_M)
+    # The sequence of this tile and its place in it, as in `_own_tile`; past a sequence's last tile there are no rows.
+    low = n_seqs * 0
+    high = n_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(p_cu_q + middle) // BLOCK_M + middle <= tl.program_id(0):
+            low = middle
+        else:
+            high = middle
+    start = tl.load(p_cu_q + low)
+    q_len = tl.load(p_cu_q + low + 1) - start
+    k_len = tl.load(p_cu_k + low + 1) - tl.load(p_cu_k + low)
+    i_m = tl.program_id(0) - (start // BLOCK_M + low)
     i_h = tl.program_id(1)
-    lane = tl.arange(0, BLOCK_M)
-    m_t = lane < n_rows
-    o_t = (row + lane).to(tl.int64)
+    lane = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_t = lane < q_len
+    o_t = (start + lane).to(tl.int64)
     o_x = (o_t * H + i_h)[:, None] * D + tl.arange(0, D)[None, :]
     b_g = tl.load(p_g + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)
     b_out = tl.load(p_out + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)
@@ -508,42 +573,16 @@ def _stats_kernel(
     b_delta = tl.sum(b_g * b_out, 1)
     if p_g_lse is not None:
         b_delta -= tl.load(p_g_lse + o_lse, mask=m_t, other=0.0)
-    o_stat = (i_h.to(tl.int64) * n_tiles + tl.program_id(0)) * BLOCK_M + lane
+    tile = i_h.to(tl.int64) * n_tiles + tl.program_id(0)
+    o_stat = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(p_shift + o_stat, -(lse * 1.4426950408889634))
     tl.store(p_delta + o_stat, b_delta)
-
-
-@triton.jit
-def _at(row, col, D: tl.constexpr):
-    """Where `_by_thread` puts an element of a product."""
-    thread = ((col // (D // 2) * 4 + row // 16) * 8 + row % 8) * 4 + col // 2 % 4
-    return ((col % (D // 2) // 16 * 2 + row // 8 % 2) * 256 + thread) * 4 + col // 8 % 2 * 2 + col % 2
-
-
-@triton.jit(do_not_specialize=["n_seqs", "n_tiles"])
-def _round_kernel(
-    p_sum,  # fp32 [H, n_tiles, BLOCK_M * D], tiles as `_by_thread`
-    p_turns,  # int32 [H, n_tiles]
-    p_dq,  # [T, H, D], contiguous
-    p_cu_q,
-    scale,
-    n_seqs,
-    n_tiles,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    row, n_rows = _rows_of_tile(p_cu_q, tl.program_id(0), n_seqs, BLOCK_M)
-    i_h = tl.program_id(1)
-    lane = tl.arange(0, BLOCK_M)
-    m_t = (lane < n_rows)[:, None]
-    o_d = tl.arange(0, D)[None, :]
-    tile = i_h.to(tl.int64) * n_tiles + tl.program_id(0)
-    # A tile that no key adds to was never written.
-    added = tl.load(p_turns + tile) > 0
-    x = tl.load(p_sum + tile * (BLOCK_M * D) + _at(lane[:, None], o_d, D), mask=m_t & added, other=0.0)
-    p_out = p_dq + ((row + lane).to(tl.int64) * H + i_h)[:, None] * D + o_d
-    tl.store(p_out, (x * scale).to(p_dq.dtype.element_ty), mask=m_t)
+    tl.store(p_turns + tile, 0)
+    unseen = k_len == 0
+    if CAUSAL:
+        unseen = unseen | ((i_m + 1) * BLOCK_M <= q_len - k_len)
+    if unseen:
+        tl.store(p_dq + o_x, tl.zeros_like(b_g).to(p_dq.dtype.element_ty), mask=m_t[:, None])
 
 
 def _numbers(t: torch.Tensor, block: int) -> TensorDescriptor:
@@ -576,18 +615,23 @@ def launch(
     n_tiles = n_tokens // order.block_m + n_seqs
     numbers = (hq, n_tiles, order.block_m)
     shift, delta = (torch.empty(numbers, dtype=torch.float32, device=q.device) for _ in range(2))
-    turns = torch.zeros((hq, n_tiles), dtype=torch.int32, device=q.device)
+    turns = torch.empty((hq, n_tiles), dtype=torch.int32, device=q.device)
     total = torch.empty((hq * n_tiles * head_dim // 4, 256), dtype=torch.float32, device=q.device)
     d_sum = TensorDescriptor.from_tensor(total, [head_dim // 4, 256], gl.NVMMASharedLayout(0, 32, 2))
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
-    sizes = {"H": hq, "D": head_dim, "BLOCK_M": order.block_m}
-    _stats_kernel[(n_tiles, hq)](g, out, lse, g_lse, shift, delta, cu_q, n_tokens, n_seqs, n_tiles, **sizes)
+    _prepare_kernel[(n_tiles, hq)](
+        *(g, out, lse, g_lse, shift, delta, turns, dq, cu_q, cu_k, n_tokens, n_seqs, n_tiles),
+        H=hq,
+        D=head_dim,
+        BLOCK_M=order.block_m,
+        CAUSAL=causal,
+    )
     equal = max_k * n_seqs == n_keys
     programs = triton.cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
     attention_backward_kernel[(programs * hkv,)](
         *(rows(q, order.block_m), rows(g, order.block_m), rows(k, order.block_n), rows(v, order.block_n)),
         *(_numbers(shift, order.block_m), _numbers(delta, order.block_m), d_sum),
-        *(turns, dk, dv, cu_q, cu_k, scale, n_seqs, s.together, n_tiles),
+        *(turns, dq, dk, dv, cu_q, cu_k, scale, n_seqs, s.together, n_tiles),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
@@ -599,5 +643,4 @@ def launch(
         EQUAL=equal,
         num_warps=8,
     )
-    _round_kernel[(n_tiles, hq)](total, turns, dq, cu_q, scale, n_seqs, n_tiles, **sizes)
     return dq, dk, dv
