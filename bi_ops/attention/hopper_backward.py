@@ -127,12 +127,11 @@ def _load(
     HEADS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     D: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    G_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     d_q, d_g, d_k, d_v, d_shift, d_delta = descriptors
     s_q, s_g, s_k, s_v, _, _, s_shift, s_delta = tiles
-    bar_q, bar_g, bar_q_free, bar_g_free, bar_kv, _, _ = bars
+    bar_q, bar_g, bar_free, bar_kv, _, _ = bars
     q_start, _, n_tiles, first_tile, k_row, _, i_h, _, first, _, end, _ = place
     mbarrier.expect(bar_kv, d_k.block_type.nbytes + d_v.block_type.nbytes)
     tma.async_copy_global_to_shared(d_k, [k_row, i_h * D], bar_kv, s_k.index(0))
@@ -142,13 +141,12 @@ def _load(
         row = q_start + i_m * BLOCK_M
         head = i_h * HEADS + step % HEADS
         stat = (head * n_tiles + first_tile + i_m) * BLOCK_M
-        i_q = step % Q_STAGES
-        mbarrier.wait(bar_q_free.index(i_q), (step // Q_STAGES & 1) ^ 1)
+        mbarrier.wait(bar_free.index(step % STAGES), (step // STAGES & 1) ^ 1)
+        i_q = step % (STAGES + 1)
         mbarrier.expect(bar_q.index(i_q), d_q.block_type.nbytes + d_shift.block_type.nbytes)
         tma.async_copy_global_to_shared(d_q, [row, head * D], bar_q.index(i_q), s_q.index(i_q))
         tma.async_copy_global_to_shared(d_shift, [stat], bar_q.index(i_q), s_shift.index(i_q))
-        i_g = step % G_STAGES
-        mbarrier.wait(bar_g_free.index(i_g), (step // G_STAGES & 1) ^ 1)
+        i_g = step % STAGES
         mbarrier.expect(bar_g.index(i_g), d_g.block_type.nbytes + d_delta.block_type.nbytes)
         tma.async_copy_global_to_shared(d_g, [row, head * D], bar_g.index(i_g), s_g.index(i_g))
         tma.async_copy_global_to_shared(d_delta, [stat], bar_g.index(i_g), s_delta.index(i_g))
@@ -166,7 +164,7 @@ def _write(
 ):
     """Serves every WRITERS-th part of dQ, from the WRITER-th on: adds it to memory, or brings the sum it closes."""
     _, _, _, _, _, s_dq, _, _ = tiles
-    _, _, _, _, _, bar_dq, bar_dq_ready = bars
+    _, _, _, _, bar_dq, bar_dq_ready = bars
     _, _, n_tiles, first_tile, _, _, i_h, i_n, first, _, end, open_steps = place
     N: gl.constexpr = s_dq.shape[0]
     ROWS: gl.constexpr = s_dq.shape[1]
@@ -207,7 +205,7 @@ def _zero(step):
 def _begin(step, tiles, bars, n_valid, BLOCK_M: gl.constexpr, D: gl.constexpr):
     """Wait for the rows of a step, and clear those past the end of the sequence. (q, g, shift, delta, barrier of g)"""
     s_q, s_g, _, _, _, _, s_shift, s_delta = tiles
-    bar_q, bar_g, _, _, _, _, _ = bars
+    bar_q, bar_g, _, _, _, _ = bars
     i_q = step % s_q.shape[0]
     i_g = step % s_g.shape[0]
     q, g, shift, delta = s_q.index(i_q), s_g.index(i_g), s_shift.index(i_q), s_delta.index(i_g)
@@ -240,7 +238,7 @@ def _scores(
 ):
     """S, in flight, to dS in shared memory and dV. Nothing is in flight afterwards."""
     _, s_g, _, s_v, s_ds, _, _, _ = tiles
-    _, bar_g, bar_q_free, bar_g_free, _, _, _ = bars
+    _, bar_g, bar_free, _, _, _ = bars
     l_s: gl.constexpr = zeros.type.layout
     l_p: gl.constexpr = gl.DotOperandLayout(0, acc_v.type.layout, 2)
     i_g = step % s_g.shape[0]
@@ -249,8 +247,6 @@ def _scores(
     b_dp = warpgroup_mma(s_v.index(_zero(step)), g.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if PENDING:
         acc_k, b_s = warpgroup_mma_wait(1, deps=(acc_k, b_s))
-        n_q: gl.constexpr = bar_q_free.shape[0]
-        mbarrier.arrive(bar_q_free.index((step + n_q - 1) % n_q))
     else:
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_shift[None, :], b_s)[0]))
@@ -262,9 +258,9 @@ def _scores(
     b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(g.dtype)
     acc_v = warpgroup_mma_wait(0, deps=(acc_v,))
-    mbarrier.arrive(bar_g_free.index(i_g))
     s_ds.index(_zero(step)).store(b_ds)
     fence_async_shared()
+    mbarrier.arrive(bar_free.index(i_g))
     return acc_k, acc_v
 
 
@@ -333,7 +329,7 @@ def _products(
     CAUSAL: gl.constexpr,
 ):
     s_q, _, s_k, s_v, s_ds, s_dq, _, _ = tiles
-    _, _, _, _, bar_kv, bar_dq, bar_dq_ready = bars
+    _, _, _, bar_kv, bar_dq, bar_dq_ready = bars
     _, q_len, _, _, k_row, n_keys, i_h, _, first, full, end, open_steps = place
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     l_kv: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
@@ -430,8 +426,7 @@ def attention_backward_kernel(
     D: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    G_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,  # steps of dO in shared memory; those of Q are one more
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,  # every sequence is as long
 ):
@@ -474,25 +469,24 @@ def attention_backward_kernel(
     DTYPE: gl.constexpr = d_q.dtype
     s_k = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_k.layout)
     s_v = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_v.layout)
-    s_q = gl.allocate_shared_memory(DTYPE, [Q_STAGES, BLOCK_M, D], d_q.layout)
-    s_g = gl.allocate_shared_memory(DTYPE, [G_STAGES, BLOCK_M, D], d_g.layout)
+    s_q = gl.allocate_shared_memory(DTYPE, [STAGES + 1, BLOCK_M, D], d_q.layout)
+    s_g = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, D], d_g.layout)
     s_ds = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(128, 16, 2))
     s_dq = gl.allocate_shared_memory(gl.float32, [WRITERS, D // 4, 256], d_sum.layout)
-    s_shift = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_M], d_shift.layout)
-    s_delta = gl.allocate_shared_memory(gl.float32, [G_STAGES, BLOCK_M], d_delta.layout)
-    bar_q = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
-    bar_g = gl.allocate_shared_memory(gl.int64, [G_STAGES, 1], mbarrier.MBarrierLayout())
-    bar_q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
-    bar_g_free = gl.allocate_shared_memory(gl.int64, [G_STAGES, 1], mbarrier.MBarrierLayout())
+    s_shift = gl.allocate_shared_memory(gl.float32, [STAGES + 1, BLOCK_M], d_shift.layout)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], d_delta.layout)
+    bar_q = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    bar_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # Step i is over: its dO, and the Q of the step before it, whose dK was left to it, are free.
+    bar_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_dq = gl.allocate_shared_memory(gl.int64, [WRITERS, 1], mbarrier.MBarrierLayout())
     bar_dq_ready = gl.allocate_shared_memory(gl.int64, [WRITERS, 1], mbarrier.MBarrierLayout())
     bar_kv = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(Q_STAGES):
+    for i in gl.static_range(STAGES + 1):
         mbarrier.init(bar_q.index(i), count=1)
-        mbarrier.init(bar_q_free.index(i), count=1)
-    for i in gl.static_range(G_STAGES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(bar_g.index(i), count=1)
-        mbarrier.init(bar_g_free.index(i), count=1)
+        mbarrier.init(bar_free.index(i), count=1)
     for i in gl.static_range(WRITERS):
         mbarrier.init(bar_dq.index(i), count=1)
         mbarrier.init(bar_dq_ready.index(i), count=1)
@@ -500,7 +494,7 @@ def attention_backward_kernel(
     fence_async_shared()
 
     tiles = (s_q, s_g, s_k, s_v, s_ds, s_dq, s_shift, s_delta)
-    bars = (bar_q, bar_g, bar_q_free, bar_g_free, bar_kv, bar_dq, bar_dq_ready)
+    bars = (bar_q, bar_g, bar_free, bar_kv, bar_dq, bar_dq_ready)
     place = (
         q_start,
         q_len,
@@ -519,7 +513,7 @@ def attention_backward_kernel(
     gl.warp_specialize(
         [
             (_products, (p_dq, p_dk, p_dv, tiles, bars, place, scale, seen, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL)),
-            (_load, (descriptors, tiles, bars, place, HEADS, BLOCK_M, D, Q_STAGES, G_STAGES)),
+            (_load, (descriptors, tiles, bars, place, HEADS, BLOCK_M, D, STAGES)),
             (_write, (d_sum, p_turns, tiles, bars, place, gl.constexpr(0), HEADS)),
             (_write, (d_sum, p_turns, tiles, bars, place, gl.constexpr(1), HEADS)),
         ],
@@ -637,8 +631,7 @@ def launch(
         D=head_dim,
         BLOCK_M=order.block_m,
         BLOCK_N=order.block_n,
-        Q_STAGES=s.q_stages,
-        G_STAGES=s.g_stages,
+        STAGES=s.stages,
         CAUSAL=causal,
         EQUAL=equal,
         num_warps=8,
