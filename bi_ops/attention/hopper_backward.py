@@ -39,11 +39,8 @@ LATER = gl.constexpr(2)  # steps between dS and its dQ, and tiles of dS and part
 
 
 @gluon.jit
-def _own_tile(p_cu, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr):
-    """(sequence, key head, tile) of this program. Sequence b has its tiles from cu[b] // BLOCK + b on, as in `kernels`.
-
-    All tiles of one sequence and head, then those of the next: they add to the same dQ, which then stays in L2.
-    """
+def _own_sequence(p_cu, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr):
+    """(sequence, its tiles of keys, programs before its own). Sequence b has its tiles from cu[b] // BLOCK + b on."""
     i_tile = gl.program_id(0) // HKV
     low = n_seqs * 0
     high = n_seqs
@@ -54,9 +51,7 @@ def _own_tile(p_cu, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr):
         else:
             high = middle
     first = gl.load(p_cu + low) // BLOCK + low
-    n = gl.load(p_cu + low + 1) // BLOCK + low + 1 - first
-    i = gl.program_id(0) - first * HKV
-    return low, i // n, i % n
+    return low, gl.load(p_cu + low + 1) // BLOCK + low + 1 - first, first * HKV
 
 
 @gluon.jit
@@ -429,7 +424,7 @@ def _products(
     gl.store(p_dk + o_out, (acc_k * scale).to(s_k.dtype), mask=m_k)
 
 
-@gluon.jit(do_not_specialize=["n_seqs", "together", "n_tiles"])
+@gluon.jit(do_not_specialize=["n_seqs", "together", "last", "n_tiles"])
 def attention_backward_kernel(
     d_q,  # [T, HKV * HEADS * D], tiles [BLOCK_M, D]
     d_g,  # as d_q
@@ -447,6 +442,7 @@ def attention_backward_kernel(
     scale,  # softmax_scale
     n_seqs,
     together,
+    last,  # a multiple of `together`; only if EQUAL
     n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as in `_find_tile`
     HKV: gl.constexpr,
     HEADS: gl.constexpr,
@@ -458,18 +454,24 @@ def attention_backward_kernel(
     EQUAL: gl.constexpr,  # every sequence is as long
 ):
     # Whoever is waited for has a lower program id, so it runs or is done: no deadlock on any number of SMs.
+    # `together` pairs of a sequence and a key head at a time: a tile of dQ is in L2 while its turns are near. From pair
+    # `last` on all are side by side: then what is begun at the end is short, and the SMs are done at the same time.
     if EQUAL:
-        # `together` pairs of a sequence and a key head at a time: a tile of dQ is in L2 while its turns are near.
+        i_b = n_seqs * 0
         n_pairs = n_seqs * HKV
         n_of_pair = gl.num_programs(0) // n_pairs
-        i = gl.program_id(0) // (n_of_pair * together) * together
-        width = gl.minimum(together, n_pairs - i)
-        j = gl.program_id(0) - i * n_of_pair
-        i_n = j // width
-        i_b = (i + j % width) // HKV
-        i_h = (i + j % width) % HKV
+        j = gl.program_id(0)
     else:
-        i_b, i_h, i_n = _own_tile(p_cu_k, n_seqs, HKV, BLOCK_N)
+        i_b, n_of_pair, before = _own_sequence(p_cu_k, n_seqs, HKV, BLOCK_N)
+        n_pairs = n_seqs * 0 + HKV
+        last = n_pairs
+        j = gl.program_id(0) - before
+    i = gl.minimum(j // (n_of_pair * together) * together, last)
+    width = gl.where(i < last, gl.minimum(together, n_pairs - i), n_pairs - last)
+    j -= i * n_of_pair
+    i_n = j // width
+    i_b += (i + j % width) // HKV
+    i_h = (i + j % width) % HKV
     q_start = gl.load(p_cu_q + i_b)
     q_len = gl.load(p_cu_q + i_b + 1) - q_start
     k_start = gl.load(p_cu_k + i_b)
@@ -641,11 +643,13 @@ def launch(
         CAUSAL=causal,
     )
     equal = max_k * n_seqs == n_keys
+    last = max(n_seqs * hkv - s.last // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
+    last = last // s.together * s.together
     programs = triton.cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
     attention_backward_kernel[(programs * hkv,)](
         *(rows(q, order.block_m), rows(g, order.block_m), rows(k, order.block_n), rows(v, order.block_n)),
         *(_numbers(shift, order.block_m), _numbers(delta, order.block_m), d_sum),
-        *(turns, dq, dk, dv, cu_q, cu_k, scale, n_seqs, s.together, n_tiles),
+        *(turns, dq, dk, dv, cu_q, cu_k, scale, n_seqs, s.together, last, n_tiles),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
