@@ -564,20 +564,22 @@ def _prepare_kernel(
     BLOCK_M: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    # The sequence of this tile and its place in it, as in `_own_tile`; past a sequence's last tile there are no rows.
+    # Heads of a tile side by side: together they read whole rows of memory.
+    i_tile = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    # The sequence of this tile and its place in it, as in `_own_sequence`. Past a sequence's last tile are no rows.
     low = n_seqs * 0
     high = n_seqs
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(p_cu_q + middle) // BLOCK_M + middle <= tl.program_id(0):
+        if tl.load(p_cu_q + middle) // BLOCK_M + middle <= i_tile:
             low = middle
         else:
             high = middle
     start = tl.load(p_cu_q + low)
     q_len = tl.load(p_cu_q + low + 1) - start
     k_len = tl.load(p_cu_k + low + 1) - tl.load(p_cu_k + low)
-    i_m = tl.program_id(0) - (start // BLOCK_M + low)
-    i_h = tl.program_id(1)
+    i_m = i_tile - (start // BLOCK_M + low)
     lane = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_t = lane < q_len
     o_t = (start + lane).to(tl.int64)
@@ -589,7 +591,7 @@ def _prepare_kernel(
     b_delta = tl.sum(b_g * b_out, 1)
     if p_g_lse is not None:
         b_delta -= tl.load(p_g_lse + o_lse, mask=m_t, other=0.0)
-    tile = i_h.to(tl.int64) * n_tiles + tl.program_id(0)
+    tile = i_h.to(tl.int64) * n_tiles + i_tile
     o_stat = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(p_shift + o_stat, -(lse * 1.4426950408889634))
     tl.store(p_delta + o_stat, b_delta)
@@ -635,7 +637,7 @@ def launch(
     total = torch.empty((hq * n_tiles * head_dim // 4, 256), dtype=torch.float32, device=q.device)
     d_sum = TensorDescriptor.from_tensor(total, [head_dim // 8, 256], gl.NVMMASharedLayout(0, 32, 2))
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
-    _prepare_kernel[(n_tiles, hq)](
+    _prepare_kernel[(n_tiles * hq,)](
         *(g, out, lse, g_lse, shift, delta, turns, dq, cu_q, cu_k, n_tokens, n_seqs, n_tiles),
         H=hq,
         D=head_dim,
