@@ -2,12 +2,13 @@
 
 One program owns a tile of keys and sums their dK and dV in registers while it walks the queries that see them. Its
 part of dQ goes through shared memory to a warp that adds it to memory when its turn has come: a tile of dQ takes the
-tiles of keys front to back, so who adds, and when, follows from a sequence's own lengths.
+tiles of keys front to back, so who adds, and when, follows from a sequence's own lengths. The last one closes the sum.
 
-    loader   1 warp      copies Q and dO of the next step, with the two numbers per row, into a ring of shared memory
-    products 8 warps     S, dP, dV, dK, dQ, with the exponentials between them; tensor cores are handed the next step's
-                         products before this one's are waited for
-    writers  2 x 1 warp  take parts of dQ by turns: wait for the turn at a tile, add, pass the turn on
+    loader   1 warp       copies Q and dO of the next step, with the two numbers per row, into a ring of shared memory
+    products 2 x 4 warps  64 keys each: S, dP, dV, dK, with the exponentials between them. What a team leaves of dS in
+                          shared memory is for both: each takes half the columns of dQ, two steps later, so that one
+                          may run most of a step ahead and hand its products over while the other takes exponentials
+    writers  2 x 1 warp   one for each team's half of dQ: wait for the turn at a tile, add, pass the turn on
 """
 
 from __future__ import annotations
@@ -32,15 +33,14 @@ from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import rows
 
 LOG2E = gl.constexpr(1.4426950408889634)
-WRITERS = gl.constexpr(2)
+TEAMS = gl.constexpr(2)
+KEYS = gl.constexpr(64)  # of a team: what four warps hold of a product
+LATER = gl.constexpr(2)  # steps between dS and its dQ, and tiles of dS and parts of dQ in shared memory
 
 
 @gluon.jit
-def _own_tile(p_cu, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr):
-    """(sequence, key head, tile) of this program. Sequence b has its tiles from cu[b] // BLOCK + b on, as in `kernels`.
-
-    All tiles of one sequence and head, then those of the next: they add to the same dQ, which then stays in L2.
-    """
+def _own_sequence(p_cu, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr):
+    """(sequence, its tiles of keys, programs before its own). Sequence b has its tiles from cu[b] // BLOCK + b on."""
     i_tile = gl.program_id(0) // HKV
     low = n_seqs * 0
     high = n_seqs
@@ -51,9 +51,7 @@ def _own_tile(p_cu, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr):
         else:
             high = middle
     first = gl.load(p_cu + low) // BLOCK + low
-    n = gl.load(p_cu + low + 1) // BLOCK + low + 1 - first
-    i = gl.program_id(0) - first * HKV
-    return low, i // n, i % n
+    return low, gl.load(p_cu + low + 1) // BLOCK + low + 1 - first, first * HKV
 
 
 @gluon.jit
@@ -79,22 +77,22 @@ def _wait_turn(p_turn, turn):
 
 
 @gluon.jit
-def _end_turn(p_turn):
-    """Add 1 to `p_turn` once the copies this warp has begun are in memory."""
-    gl.inline_asm_elementwise(
+def _end_turn(p_turn, p_next):
+    """Add 1 to `p_turn` once the copies this warp has begun are in memory. What `p_next` holds by then, or held."""
+    return gl.inline_asm_elementwise(
         """{
         .reg .pred %first;
         .reg .b32 %lane;
+        ld.acquire.gpu.global.b32 $0, [$2];
         cp.async.bulk.wait_group 0;
         fence.proxy.async;
         bar.warp.sync 0xffffffff;
         mov.u32 %lane, %laneid;
         setp.eq.u32 %first, %lane, 0;
         @%first red.release.gpu.global.add.s32 [$1], 1;
-        mov.b32 $0, %lane;
         }""",
-        "=r,l",
-        [p_turn],
+        "=&r,l,l",
+        [p_turn, p_next],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -111,29 +109,25 @@ def _copy_add(descriptor, coord, src, _semantic=None):
 
 @gluon.jit
 def _clear_rows(tile, n_valid, ROWS: gl.constexpr, D: gl.constexpr):
-    """Zeros in rows from `n_valid` on: they are another sequence's, and 0 times a NaN of theirs would be ours."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [8, 1], [1, 0])
-    o_r = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    x = tile.load(layout)
-    tile.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
+    """Zeros in rows from `n_valid` on: they are another sequence's, and 0 times a NaN of theirs would be ours.
+
+    Both teams do it: what one writes again is what is there.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    for i in gl.static_range(ROWS // 32):
+        part = tile.slice(i * 32, 32)
+        o_r = i * 32 + gl.arange(0, 32, gl.SliceLayout(1, layout))
+        x = part.load(layout)
+        part.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
 
 
 @gluon.jit
-def _load(
-    descriptors,
-    tiles,
-    bars,
-    place,
-    HEADS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    D: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    G_STAGES: gl.constexpr,
-):
+def _load(descriptors, tiles, bars, place, HEADS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr):
     d_q, d_g, d_k, d_v, d_shift, d_delta = descriptors
     s_q, s_g, s_k, s_v, _, _, s_shift, s_delta = tiles
-    bar_q, bar_g, bar_q_free, bar_g_free, bar_kv, _, _ = bars
-    q_start, _, n_tiles, first_tile, k_row, _, i_h, _, first, _, end = place
+    bar_q, bar_g, bar_free, bar_kv, _, _, _, _ = bars
+    q_start, _, n_tiles, first_tile, k_row, _, i_h, _, first, _, end, _ = place
+    STAGES: gl.constexpr = s_q.shape[0]
     mbarrier.expect(bar_kv, d_k.block_type.nbytes + d_v.block_type.nbytes)
     tma.async_copy_global_to_shared(d_k, [k_row, i_h * D], bar_kv, s_k.index(0))
     tma.async_copy_global_to_shared(d_v, [k_row, i_h * D], bar_kv, s_v.index(0))
@@ -142,47 +136,54 @@ def _load(
         row = q_start + i_m * BLOCK_M
         head = i_h * HEADS + step % HEADS
         stat = (head * n_tiles + first_tile + i_m) * BLOCK_M
-        i_q = step % Q_STAGES
-        mbarrier.wait(bar_q_free.index(i_q), (step // Q_STAGES & 1) ^ 1)
-        mbarrier.expect(bar_q.index(i_q), d_q.block_type.nbytes + d_shift.block_type.nbytes)
-        tma.async_copy_global_to_shared(d_q, [row, head * D], bar_q.index(i_q), s_q.index(i_q))
-        tma.async_copy_global_to_shared(d_shift, [stat], bar_q.index(i_q), s_shift.index(i_q))
-        i_g = step % G_STAGES
-        mbarrier.wait(bar_g_free.index(i_g), (step // G_STAGES & 1) ^ 1)
-        mbarrier.expect(bar_g.index(i_g), d_g.block_type.nbytes + d_delta.block_type.nbytes)
-        tma.async_copy_global_to_shared(d_g, [row, head * D], bar_g.index(i_g), s_g.index(i_g))
-        tma.async_copy_global_to_shared(d_delta, [stat], bar_g.index(i_g), s_delta.index(i_g))
+        i = step % STAGES
+        mbarrier.wait(bar_free.index(i), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(bar_q.index(i), d_q.block_type.nbytes + d_shift.block_type.nbytes)
+        tma.async_copy_global_to_shared(d_q, [row, head * D], bar_q.index(i), s_q.index(i))
+        tma.async_copy_global_to_shared(d_shift, [stat], bar_q.index(i), s_shift.index(i))
+        mbarrier.expect(bar_g.index(i), d_g.block_type.nbytes + d_delta.block_type.nbytes)
+        tma.async_copy_global_to_shared(d_g, [row, head * D], bar_g.index(i), s_g.index(i))
+        tma.async_copy_global_to_shared(d_delta, [stat], bar_g.index(i), s_delta.index(i))
 
 
 @gluon.jit
-def _write(
-    d_sum,
-    p_turns,
-    tiles,
-    bars,
-    place,
-    WRITER: gl.constexpr,
-    HEADS: gl.constexpr,
-):
-    """Adds every WRITERS-th part of dQ to memory, from the WRITER-th on."""
+def _write(d_sum, p_turns, tiles, bars, place, TEAM: gl.constexpr, HEADS: gl.constexpr):
+    """Serves a team's half of dQ: adds its parts to memory, or brings the sums that it closes."""
     _, _, _, _, _, s_dq, _, _ = tiles
-    _, _, _, _, _, bar_dq, bar_dq_free = bars
-    _, _, n_tiles, first_tile, _, _, i_h, i_n, first, _, end = place
-    N: gl.constexpr = s_dq.shape[0]
+    _, _, _, _, _, _, bar_dq, bar_dq_ready = bars
+    _, _, n_tiles, first_tile, _, _, i_h, i_n, first, _, end, open_steps = place
     ROWS: gl.constexpr = s_dq.shape[1]
     n_steps = (end - first) * HEADS
-    part = s_dq.index(WRITER)
-    for step in range(WRITER, n_steps, N):
-        tile = (i_h * HEADS + step % HEADS) * n_tiles + first_tile + end - 1 - step // HEADS
-        _wait_turn(p_turns + tile, i_n)
-        mbarrier.wait(bar_dq.index(WRITER), step // N & 1)
-        if i_n == 0:
-            tma.async_copy_shared_to_global(d_sum, [tile * ROWS, 0], part)
+    seen = n_steps * 0 - 1
+    for n in gl.static_range(LATER):
+        if open_steps > n:
+            mbarrier.arrive(bar_dq_ready.index(TEAM * LATER + n))
+    for step in range(0, n_steps):
+        half = ((i_h * HEADS + step % HEADS) * n_tiles + first_tile + end - 1 - step // HEADS) * TEAMS + TEAM
+        i = TEAM * LATER + step % LATER
+        if step < open_steps:
+            if seen != i_n:
+                _wait_turn(p_turns + half, i_n)
+            mbarrier.wait(bar_dq.index(i), step // LATER & 1)
+            if i_n == 0:
+                tma.async_copy_shared_to_global(d_sum, [half * ROWS, 0], s_dq.index(i))
+            else:
+                _copy_add(d_sum, [half * ROWS, 0], s_dq.index(i))
+            tma.store_wait(0)
+            if step + LATER < open_steps:
+                mbarrier.arrive(bar_dq_ready.index(i))
+            after = gl.minimum(step + 1, n_steps - 1)
+            tile = (i_h * HEADS + after % HEADS) * n_tiles + first_tile + end - 1 - after // HEADS
+            seen = _end_turn(p_turns + half, p_turns + tile * TEAMS + TEAM)
         else:
-            _copy_add(d_sum, [tile * ROWS, 0], part)
-        tma.store_wait(0)
-        mbarrier.arrive(bar_dq_free.index(WRITER))
-        _end_turn(p_turns + tile)
+            if step - LATER >= open_steps:
+                mbarrier.wait(bar_dq.index(i), (step - LATER) // LATER & 1)
+            if i_n == 0:
+                mbarrier.arrive(bar_dq_ready.index(i))
+            else:
+                _wait_turn(p_turns + half, i_n)
+                mbarrier.expect(bar_dq_ready.index(i), d_sum.block_type.nbytes)
+                tma.async_copy_global_to_shared(d_sum, [half * ROWS, 0], bar_dq_ready.index(i), s_dq.index(i))
 
 
 @gluon.jit
@@ -195,52 +196,65 @@ def _zero(step):
 def _begin(step, tiles, bars, n_valid, BLOCK_M: gl.constexpr, D: gl.constexpr):
     """Wait for the rows of a step, and clear those past the end of the sequence: (q, g, shift, delta)."""
     s_q, s_g, _, _, _, _, s_shift, s_delta = tiles
-    bar_q, bar_g, _, _, _, _, _ = bars
-    i_q = step % s_q.shape[0]
-    i_g = step % s_g.shape[0]
-    q, g, shift, delta = s_q.index(i_q), s_g.index(i_g), s_shift.index(i_q), s_delta.index(i_g)
-    mbarrier.wait(bar_q.index(i_q), step // s_q.shape[0] & 1)
+    bar_q, bar_g, _, _, _, _, _, _ = bars
+    STAGES: gl.constexpr = s_q.shape[0]
+    i = step % STAGES
+    q, g = s_q.index(i), s_g.index(i)
+    mbarrier.wait(bar_q.index(i), step // STAGES & 1)
     if n_valid < BLOCK_M:
-        mbarrier.wait(bar_g.index(i_g), step // s_g.shape[0] & 1)
+        mbarrier.wait(bar_g.index(i), step // STAGES & 1)
         _clear_rows(q, n_valid, BLOCK_M, D)
         _clear_rows(g, n_valid, BLOCK_M, D)
         fence_async_shared()
-    return q, g, shift, delta
+    return q, g, s_shift.index(i), s_delta.index(i)
 
 
 @gluon.jit
-def _scores(
+def _begin_dq(step, tiles, bars, zeros_q, TEAM: gl.constexpr):
+    """Hand a team's half of dQ of a step to the tensor cores."""
+    _, _, s_k, _, s_ds, _, _, _ = tiles
+    _, _, _, _, bar_ds, _, _, _ = bars
+    COLS: gl.constexpr = zeros_q.shape[1]
+    mbarrier.wait(bar_ds.index(step % LATER), step // LATER & 1)
+    k = s_k.index(_zero(step)).slice(TEAM * COLS, COLS, 1)
+    return warpgroup_mma(s_ds.index(step % LATER).permute((1, 0)), k, zeros_q, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _begin_s(step, tiles, q, zeros, TEAM: gl.constexpr):
+    _, _, s_k, _, _, _, _, _ = tiles
+    k = s_k.index(_zero(step)).slice(TEAM * KEYS, KEYS)
+    return warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _finish(
     b_s,
     acc_k,
     acc_v,
     step,
     tiles,
     bars,
-    g,
-    shift,
-    delta,
+    rows_of_step,
     scale2,
     first_q,
     o_q,
     zeros,
-    PENDING: gl.constexpr,
+    TEAM: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """S, in flight, to dS in shared memory and dV. Nothing is in flight afterwards."""
-    _, s_g, _, s_v, s_ds, _, _, _ = tiles
-    _, bar_g, bar_q_free, bar_g_free, _, _, _ = bars
+    """S, in flight, to dS in shared memory, dV and dK. Nothing is in flight afterwards."""
+    s_q, _, _, s_v, s_ds, _, _, _ = tiles
+    _, bar_g, bar_free, _, bar_ds, bar_ds_free, _, _ = bars
+    q, g, shift, delta = rows_of_step
+    STAGES: gl.constexpr = s_q.shape[0]
     l_s: gl.constexpr = zeros.type.layout
     l_p: gl.constexpr = gl.DotOperandLayout(0, acc_v.type.layout, 2)
-    i_g = step % s_g.shape[0]
     b_shift = shift.load(gl.SliceLayout(0, l_s))
-    mbarrier.wait(bar_g.index(i_g), step // s_g.shape[0] & 1)
-    b_dp = warpgroup_mma(s_v.index(_zero(step)), g.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if PENDING:
-        acc_k, b_s = warpgroup_mma_wait(1, deps=(acc_k, b_s))
-        n_q: gl.constexpr = bar_q_free.shape[0]
-        mbarrier.arrive(bar_q_free.index((step + n_q - 1) % n_q))
-    else:
-        b_s = warpgroup_mma_wait(1, deps=(b_s,))
+    mbarrier.wait(bar_g.index(step % STAGES), step // STAGES & 1)
+    v = s_v.index(_zero(step)).slice(TEAM * KEYS, KEYS)
+    b_dp = warpgroup_mma(v, g.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_shift[None, :], b_s)[0]))
     if MASKED:
         b_p = gl.where(first_q[:, None] <= o_q[None, :], b_p, 0.0)
@@ -249,42 +263,90 @@ def _scores(
     b_delta = delta.load(gl.SliceLayout(0, l_s))
     b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(g.dtype)
-    acc_v = warpgroup_mma_wait(0, deps=(acc_v,))
-    mbarrier.arrive(bar_g_free.index(i_g))
-    s_ds.index(_zero(step)).store(b_ds)
+    acc_k = warpgroup_mma(gl.convert_layout(b_ds, l_p), q, acc_k, is_async=True)
+    mbarrier.wait(bar_ds_free.index(step % LATER), (step // LATER & 1) ^ 1)
+    s_ds.index(step % LATER).slice(TEAM * KEYS, KEYS).store(b_ds)
     fence_async_shared()
+    mbarrier.arrive(bar_ds.index(step % LATER))
+    acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
+    mbarrier.arrive(bar_free.index(step % STAGES))
     return acc_k, acc_v
 
 
 @gluon.jit
 def _by_thread(x):
-    """A product [64, D] in the order in which threads hold it, four values each: stored without bank conflicts.
-
-    `_at` says where an element is.
-    """
-    D: gl.constexpr = x.shape[1]
-    x = gl.permute(x.reshape([4, 2, 8, 2, D // 32, 2, 4, 2]), (4, 1, 3, 0, 2, 6, 5, 7))
-    return x.reshape([D // 4, 256])
+    """A product [64, COLS] in the order in which threads hold it, four values each: stored without bank conflicts."""
+    COLS: gl.constexpr = x.shape[1]
+    x = gl.permute(x.reshape([4, 2, 8, COLS // 16, 2, 4, 2]), (3, 1, 0, 2, 5, 4, 6))
+    return x.reshape([COLS // 4, 256])
 
 
 @gluon.jit
-def _hand_over(b_dq, step, s_dq, bar_dq, bar_dq_free):
-    N: gl.constexpr = s_dq.shape[0]
-    mbarrier.wait(bar_dq_free.index(step % N), (step // N & 1) ^ 1)
-    s_dq.index(step % N).store(_by_thread(b_dq))
+def _by_row(x, COLS: gl.constexpr):
+    """What `_by_thread` was given."""
+    x = gl.permute(x.reshape([COLS // 16, 2, 4, 8, 4, 2, 2]), (2, 1, 3, 0, 5, 4, 6))
+    return x.reshape([64, COLS])
+
+
+@gluon.jit
+def _hand_over(b_dq, step, tiles, bars, TEAM: gl.constexpr):
+    """Leave a part of dQ to the writer."""
+    _, _, _, _, _, s_dq, _, _ = tiles
+    _, _, _, _, _, bar_ds_free, bar_dq, bar_dq_ready = bars
+    i = TEAM * LATER + step % LATER
+    mbarrier.wait(bar_dq_ready.index(i), step // LATER & 1)
+    s_dq.index(i).store(_by_thread(b_dq))
     fence_async_shared()
-    mbarrier.arrive(bar_dq.index(step % N))
+    mbarrier.arrive(bar_dq.index(i))
+    mbarrier.arrive(bar_ds_free.index(step % LATER))
+
+
+@gluon.jit
+def _close(
+    p_dq,
+    b_dq,
+    step,
+    tiles,
+    bars,
+    place,
+    scale,
+    TEAM: gl.constexpr,
+    HKV: gl.constexpr,
+    HEADS: gl.constexpr,
+    D: gl.constexpr,
+):
+    """Add the last part of a tile of dQ to those before it, which the writer has brought, and round."""
+    q_start, q_len, _, _, _, _, i_h, i_n, _, _, end, _ = place
+    _, _, _, _, _, s_dq, _, _ = tiles
+    _, _, _, _, _, bar_ds_free, bar_dq, bar_dq_ready = bars
+    ROWS: gl.constexpr = b_dq.shape[0]
+    COLS: gl.constexpr = b_dq.shape[1]
+    l_dq: gl.constexpr = b_dq.type.layout
+    i = TEAM * LATER + step % LATER
+    mbarrier.wait(bar_dq_ready.index(i), step // LATER & 1)
+    b_last = _by_thread(b_dq)
+    b_sum = s_dq.index(i).load(b_last.type.layout)
+    mbarrier.arrive(bar_dq.index(i))
+    mbarrier.arrive(bar_ds_free.index(step % LATER))
+    # With no tile of keys before this one, nothing was brought.
+    b_sum = gl.convert_layout(_by_row(gl.where(i_n > 0, b_sum + b_last, b_last), COLS), l_dq, assert_trivial=True)
+    row = (end - 1 - step // HEADS) * ROWS
+    p_tile = p_dq + ((q_start + row).to(gl.int64) * HKV * HEADS + i_h * HEADS + step % HEADS) * D + TEAM * COLS
+    o_r = gl.arange(0, ROWS, gl.SliceLayout(1, l_dq))
+    o_d = gl.arange(0, COLS, gl.SliceLayout(0, l_dq))
+    mask = (row + o_r < q_len)[:, None]
+    gl.store(p_tile + o_r[:, None] * (HKV * HEADS * D) + o_d[None, :], (b_sum * scale).to(p_dq.dtype.element_ty), mask)
 
 
 @gluon.jit
 def _products(
-    p_dk,
-    p_dv,
+    memory,
     tiles,
     bars,
     place,
     scale,
     shift_q,
+    TEAM: gl.constexpr,
     HKV: gl.constexpr,
     HEADS: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -292,20 +354,20 @@ def _products(
     D: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):
-    s_q, _, s_k, s_v, s_ds, s_dq, _, _ = tiles
-    _, _, _, _, bar_kv, bar_dq, bar_dq_free = bars
-    _, q_len, _, _, k_row, n_keys, i_h, _, first, full, end = place
-    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
-    l_kv: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
-    l_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
-    Q_STAGES: gl.constexpr = s_q.shape[0]
+    p_dq, p_dk, p_dv = memory
+    _, _, s_k, s_v, _, _, _, _ = tiles
+    _, _, _, bar_kv, _, _, _, _ = bars
+    _, q_len, _, _, k_row, n_keys, i_h, _, first, full, end, open_steps = place
+    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    l_kv: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    l_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // TEAMS, 16])
     scale2 = LOG2E * scale
-    zeros = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, l_s)
-    zeros_q = gl.zeros((BLOCK_M, D), gl.float32, l_dq)
-    acc_k = gl.zeros((BLOCK_N, D), gl.float32, l_kv)
-    acc_v = gl.zeros((BLOCK_N, D), gl.float32, l_kv)
+    zeros = gl.zeros((KEYS, BLOCK_M), gl.float32, l_s)
+    zeros_q = gl.zeros((BLOCK_M, D // TEAMS), gl.float32, l_dq)
+    acc_k = gl.zeros((KEYS, D), gl.float32, l_kv)
+    acc_v = gl.zeros((KEYS, D), gl.float32, l_kv)
     # The first query that sees each key; past the last key there is none.
-    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_s))
+    o_n = TEAM * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, l_s))
     first_q = o_n * 0
     if CAUSAL:
         first_q = o_n + shift_q
@@ -318,49 +380,51 @@ def _products(
         _clear_rows(s_v.index(0), n_keys, BLOCK_N, D)
         fence_async_shared()
     n_steps = (end - first) * HEADS
-    if n_steps > 0:
-        # A step's dQ and dK are left to the next, which has its scores begun behind them.
-        m = end - 1
-        q, g, shift, delta = _begin(0, tiles, bars, q_len - m * BLOCK_M, BLOCK_M, D)
-        b_s = warpgroup_mma(s_k.index(0), q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        acc_k, acc_v = _scores(
-            b_s, acc_k, acc_v, 0, tiles, bars, g, shift, delta, scale2, first_q, m * BLOCK_M + o_m, zeros, False, True
-        )
-        for MASKED in gl.static_range(2):
-            if MASKED == 0:
-                begin = n_steps * 0 + 1
-                stop = (end - full) * HEADS
+    for i in gl.static_range(LATER):
+        if n_steps > i:
+            m = end - 1 - i // HEADS
+            rows_of_step = _begin(i, tiles, bars, q_len - m * BLOCK_M, BLOCK_M, D)
+            b_s = _begin_s(n_steps * 0 + i, tiles, rows_of_step[0], zeros, TEAM)
+            o_q = m * BLOCK_M + o_m
+            acc_k, acc_v = _finish(
+                b_s, acc_k, acc_v, i, tiles, bars, rows_of_step, scale2, first_q, o_q, zeros, TEAM, True
+            )
+    for MASKED in gl.static_range(2):
+        if MASKED == 0:
+            begin = n_steps * 0 + LATER
+            stop = (end - full) * HEADS
+        else:
+            begin = gl.maximum((end - full) * HEADS, LATER)
+            stop = n_steps
+        for step in range(begin, stop):
+            m = end - 1 - step // HEADS
+            rows_of_step = _begin(step, tiles, bars, q_len - m * BLOCK_M, BLOCK_M, D)
+            b_dq = _begin_dq(step - LATER, tiles, bars, zeros_q, TEAM)
+            b_s = _begin_s(step, tiles, rows_of_step[0], zeros, TEAM)
+            b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
+            if MASKED and step - LATER >= open_steps:
+                _close(p_dq, b_dq, step - LATER, tiles, bars, place, scale, TEAM, HKV, HEADS, D)
             else:
-                begin = gl.maximum((end - full) * HEADS, 1)
-                stop = n_steps
-            for step in range(begin, stop):
-                m = end - 1 - step // HEADS
-                q, g, shift, delta = _begin(step, tiles, bars, q_len - m * BLOCK_M, BLOCK_M, D)
-                k = s_k.index(_zero(step))
-                ds = s_ds.index(_zero(step))
-                b_dq = warpgroup_mma(ds.permute((1, 0)), k, zeros_q, use_acc=False, is_async=True)
-                acc_k = warpgroup_mma(ds, s_q.index((step + Q_STAGES - 1) % Q_STAGES), acc_k, is_async=True)
-                b_s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                b_dq = warpgroup_mma_wait(2, deps=(b_dq,))
-                _hand_over(b_dq, step - 1, s_dq, bar_dq, bar_dq_free)
-                o_q = m * BLOCK_M + o_m
-                acc_k, acc_v = _scores(
-                    b_s, acc_k, acc_v, step, tiles, bars, g, shift, delta, scale2, first_q, o_q, zeros, True, MASKED
-                )
-        b_dq = warpgroup_mma(s_ds.index(0).permute((1, 0)), s_k.index(0), zeros_q, use_acc=False, is_async=True)
-        acc_k = warpgroup_mma(s_ds.index(0), s_q.index((n_steps + Q_STAGES - 1) % Q_STAGES), acc_k, is_async=True)
-        b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
-        _hand_over(b_dq, n_steps - 1, s_dq, bar_dq, bar_dq_free)
-        acc_k = warpgroup_mma_wait(0, deps=(acc_k,))
-    o_k = (k_row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_kv))).to(gl.int64)
+                _hand_over(b_dq, step - LATER, tiles, bars, TEAM)
+            o_q = m * BLOCK_M + o_m
+            acc_k, acc_v = _finish(
+                b_s, acc_k, acc_v, step, tiles, bars, rows_of_step, scale2, first_q, o_q, zeros, TEAM, MASKED
+            )
+    for step in range(gl.maximum(n_steps - LATER, 0), n_steps):
+        b_dq = warpgroup_mma_wait(0, deps=(_begin_dq(step, tiles, bars, zeros_q, TEAM),))
+        if step >= open_steps:
+            _close(p_dq, b_dq, step, tiles, bars, place, scale, TEAM, HKV, HEADS, D)
+        else:
+            _hand_over(b_dq, step, tiles, bars, TEAM)
+    o_k = (k_row + TEAM * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, l_kv))).to(gl.int64)
     o_d = gl.arange(0, D, gl.SliceLayout(0, l_kv))
     o_out = ((o_k * HKV + i_h) * D)[:, None] + o_d[None, :]
-    m_k = (gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_kv)) < n_keys)[:, None]
+    m_k = (TEAM * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, l_kv)) < n_keys)[:, None]
     gl.store(p_dv + o_out, acc_v.to(s_k.dtype), mask=m_k)
     gl.store(p_dk + o_out, (acc_k * scale).to(s_k.dtype), mask=m_k)
 
 
-@gluon.jit(do_not_specialize=["n_seqs", "together", "n_tiles"])
+@gluon.jit(do_not_specialize=["n_seqs", "together", "last", "n_tiles"])
 def attention_backward_kernel(
     d_q,  # [T, HKV * HEADS * D], tiles [BLOCK_M, D]
     d_g,  # as d_q
@@ -368,8 +432,9 @@ def attention_backward_kernel(
     d_v,  # as d_k
     d_shift,  # fp32 [HKV * HEADS * n_tiles * BLOCK_M], tiles [BLOCK_M]: -lse in base 2
     d_delta,  # as d_shift: row sums of dO * O
-    d_sum,  # fp32 [HKV * HEADS * n_tiles * D / 4, 256], tiles [D / 4, 256] as `_by_thread`: dQ / scale
-    p_turns,  # int32 zeros [HKV * HEADS, n_tiles]: how many have added to a tile of dQ
+    d_sum,  # fp32 [HKV * HEADS * n_tiles * D / 4, 256], a team's tiles [D / 8, 256] as `_by_thread`: sums of dQ / scale
+    p_turns,  # int32 zeros [HKV * HEADS, n_tiles, TEAMS]: how many have added to half a tile of dQ
+    p_dq,  # [T, HKV * HEADS, D], contiguous; tiles of queries that see no key are not written
     p_dk,  # [Tk, HKV, D], contiguous
     p_dv,  # as p_dk
     p_cu_q,  # int32 [B + 1]
@@ -377,30 +442,36 @@ def attention_backward_kernel(
     scale,  # softmax_scale
     n_seqs,
     together,
+    last,  # a multiple of `together`; only if EQUAL
     n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as in `_find_tile`
     HKV: gl.constexpr,
     HEADS: gl.constexpr,
     D: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    G_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,  # every sequence is as long
 ):
     # Whoever is waited for has a lower program id, so it runs or is done: no deadlock on any number of SMs.
+    # `together` pairs of a sequence and a key head at a time: a tile of dQ is in L2 while its turns are near. From pair
+    # `last` on all are side by side: then what is begun at the end is short, and the SMs are done at the same time.
     if EQUAL:
-        # `together` pairs of a sequence and a key head at a time: a tile of dQ is in L2 while its turns are near.
+        i_b = n_seqs * 0
         n_pairs = n_seqs * HKV
         n_of_pair = gl.num_programs(0) // n_pairs
-        i = gl.program_id(0) // (n_of_pair * together) * together
-        width = gl.minimum(together, n_pairs - i)
-        j = gl.program_id(0) - i * n_of_pair
-        i_n = j // width
-        i_b = (i + j % width) // HKV
-        i_h = (i + j % width) % HKV
+        j = gl.program_id(0)
     else:
-        i_b, i_h, i_n = _own_tile(p_cu_k, n_seqs, HKV, BLOCK_N)
+        i_b, n_of_pair, before = _own_sequence(p_cu_k, n_seqs, HKV, BLOCK_N)
+        n_pairs = n_seqs * 0 + HKV
+        last = n_pairs
+        j = gl.program_id(0) - before
+    i = gl.minimum(j // (n_of_pair * together) * together, last)
+    width = gl.where(i < last, gl.minimum(together, n_pairs - i), n_pairs - last)
+    j -= i * n_of_pair
+    i_n = j // width
+    i_b += (i + j % width) // HKV
+    i_h = (i + j % width) % HKV
     q_start = gl.load(p_cu_q + i_b)
     q_len = gl.load(p_cu_q + i_b + 1) - q_start
     k_start = gl.load(p_cu_k + i_b)
@@ -416,90 +487,102 @@ def attention_backward_kernel(
     if CAUSAL:
         first = gl.minimum(gl.maximum(seen, 0) // BLOCK_M, end)
         full = gl.minimum((gl.maximum(seen + BLOCK_N - 1, 0) + BLOCK_M - 1) // BLOCK_M, end)
-    if n_keys < BLOCK_N:
+    # From `open` on no later tile of keys sees them: the sums of dQ are closed here.
+    open = full
+    if CAUSAL:
+        open = gl.minimum(gl.maximum(seen + BLOCK_N, 0) // BLOCK_M, end)
+    if n_keys <= BLOCK_N:
         full = end
+        open = end
 
     DTYPE: gl.constexpr = d_q.dtype
     s_k = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_k.layout)
     s_v = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_v.layout)
-    s_q = gl.allocate_shared_memory(DTYPE, [Q_STAGES, BLOCK_M, D], d_q.layout)
-    s_g = gl.allocate_shared_memory(DTYPE, [G_STAGES, BLOCK_M, D], d_g.layout)
-    s_ds = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(128, 16, 2))
-    s_dq = gl.allocate_shared_memory(gl.float32, [WRITERS, D // 4, 256], d_sum.layout)
-    s_shift = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_M], d_shift.layout)
-    s_delta = gl.allocate_shared_memory(gl.float32, [G_STAGES, BLOCK_M], d_delta.layout)
-    bar_q = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
-    bar_g = gl.allocate_shared_memory(gl.int64, [G_STAGES, 1], mbarrier.MBarrierLayout())
-    bar_q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
-    bar_g_free = gl.allocate_shared_memory(gl.int64, [G_STAGES, 1], mbarrier.MBarrierLayout())
-    bar_dq = gl.allocate_shared_memory(gl.int64, [WRITERS, 1], mbarrier.MBarrierLayout())
-    bar_dq_free = gl.allocate_shared_memory(gl.int64, [WRITERS, 1], mbarrier.MBarrierLayout())
+    s_q = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, D], d_q.layout)
+    s_g = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, D], d_g.layout)
+    s_ds = gl.allocate_shared_memory(DTYPE, [LATER, BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(128, 16, 2))
+    s_dq = gl.allocate_shared_memory(gl.float32, [TEAMS * LATER, D // 8, 256], d_sum.layout)
+    s_shift = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], d_shift.layout)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], d_delta.layout)
+    bar_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bar_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bar_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bar_ds = gl.allocate_shared_memory(gl.int64, [LATER, 1], mbarrier.MBarrierLayout())
+    bar_ds_free = gl.allocate_shared_memory(gl.int64, [LATER, 1], mbarrier.MBarrierLayout())
+    bar_dq = gl.allocate_shared_memory(gl.int64, [TEAMS * LATER, 1], mbarrier.MBarrierLayout())
+    bar_dq_ready = gl.allocate_shared_memory(gl.int64, [TEAMS * LATER, 1], mbarrier.MBarrierLayout())
     bar_kv = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(Q_STAGES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(bar_q.index(i), count=1)
-        mbarrier.init(bar_q_free.index(i), count=1)
-    for i in gl.static_range(G_STAGES):
         mbarrier.init(bar_g.index(i), count=1)
-        mbarrier.init(bar_g_free.index(i), count=1)
-    for i in gl.static_range(WRITERS):
+        mbarrier.init(bar_free.index(i), count=TEAMS)
+    for i in gl.static_range(LATER):
+        mbarrier.init(bar_ds.index(i), count=TEAMS)
+        mbarrier.init(bar_ds_free.index(i), count=TEAMS)
+    for i in gl.static_range(TEAMS * LATER):
         mbarrier.init(bar_dq.index(i), count=1)
-        mbarrier.init(bar_dq_free.index(i), count=1)
+        mbarrier.init(bar_dq_ready.index(i), count=1)
     mbarrier.init(bar_kv, count=1)
     fence_async_shared()
 
+    memory = (p_dq, p_dk, p_dv)
     tiles = (s_q, s_g, s_k, s_v, s_ds, s_dq, s_shift, s_delta)
-    bars = (bar_q, bar_g, bar_q_free, bar_g_free, bar_kv, bar_dq, bar_dq_free)
-    place = (q_start, q_len, n_tiles, q_start // BLOCK_M + i_b, k_row, n_keys, i_h, i_n, first, full, end)
+    bars = (bar_q, bar_g, bar_free, bar_kv, bar_ds, bar_ds_free, bar_dq, bar_dq_ready)
+    first_tile = q_start // BLOCK_M + i_b
+    place = (q_start, q_len, n_tiles, first_tile, k_row, n_keys, i_h, i_n, first, full, end, (end - open) * HEADS)
     descriptors = (d_q, d_g, d_k, d_v, d_shift, d_delta)
     gl.warp_specialize(
         [
-            (_products, (p_dk, p_dv, tiles, bars, place, scale, seen, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL)),
-            (_load, (descriptors, tiles, bars, place, HEADS, BLOCK_M, D, Q_STAGES, G_STAGES)),
-            (_write, (d_sum, p_turns, tiles, bars, place, gl.constexpr(0), HEADS)),
-            (_write, (d_sum, p_turns, tiles, bars, place, gl.constexpr(1), HEADS)),
+            (_products, (memory, tiles, bars, place, scale, seen, 0, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL)),
+            (_products, (memory, tiles, bars, place, scale, seen, 1, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL)),
+            (_load, (descriptors, tiles, bars, place, HEADS, BLOCK_M, D)),
+            (_write, (d_sum, p_turns, tiles, bars, place, 0, HEADS)),
+            (_write, (d_sum, p_turns, tiles, bars, place, 1, HEADS)),
         ],
-        [1, 1, 1],
-        [24, 24, 24],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
     )
 
 
-@triton.jit
-def _rows_of_tile(p_cu, i_tile, n_seqs, BLOCK: tl.constexpr):
-    """(first row, rows) of a tile in the list of `_find_tile`; no rows where there is no such tile."""
-    low = n_seqs * 0
-    high = n_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(p_cu + middle) // BLOCK + middle <= i_tile:
-            low = middle
-        else:
-            high = middle
-    start = tl.load(p_cu + low)
-    row = start + (i_tile - (start // BLOCK + low)) * BLOCK
-    return row, tl.load(p_cu + low + 1) - row
-
-
 @triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"])
-def _stats_kernel(
+def _prepare_kernel(
     p_g,  # [T, H, D], contiguous
     p_out,  # [T, H, D], contiguous
     p_lse,  # fp32 [H, T]
     p_g_lse,  # fp32 [H, T] or None
     p_shift,  # fp32 [H, n_tiles, BLOCK_M]: -lse in base 2; 0 past the end of a sequence
     p_delta,  # as p_shift: row sums of dO * O, less the gradient of the lse
+    p_turns,  # int32 [H, n_tiles, 2]: zeros
+    p_dq,  # [T, H, D], contiguous: zeros where no key is seen by a whole tile, which no program will write
     p_cu_q,
+    p_cu_k,
     n_tokens,
     n_seqs,
     n_tiles,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
-    row, n_rows = _rows_of_tile(p_cu_q, tl.program_id(0), n_seqs, BLOCK_M)
-    i_h = tl.program_id(1)
-    lane = tl.arange(0, BLOCK_M)
-    m_t = lane < n_rows
-    o_t = (row + lane).to(tl.int64)
+    # Heads of a tile side by side: together they read whole rows of memory.
+    i_tile = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    # The sequence of this tile and its place in it, as in `_own_sequence`. Past a sequence's last tile are no rows.
+    low = n_seqs * 0
+    high = n_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(p_cu_q + middle) // BLOCK_M + middle <= i_tile:
+            low = middle
+        else:
+            high = middle
+    start = tl.load(p_cu_q + low)
+    q_len = tl.load(p_cu_q + low + 1) - start
+    k_len = tl.load(p_cu_k + low + 1) - tl.load(p_cu_k + low)
+    i_m = i_tile - (start // BLOCK_M + low)
+    lane = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_t = lane < q_len
+    o_t = (start + lane).to(tl.int64)
     o_x = (o_t * H + i_h)[:, None] * D + tl.arange(0, D)[None, :]
     b_g = tl.load(p_g + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)
     b_out = tl.load(p_out + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)
@@ -508,42 +591,16 @@ def _stats_kernel(
     b_delta = tl.sum(b_g * b_out, 1)
     if p_g_lse is not None:
         b_delta -= tl.load(p_g_lse + o_lse, mask=m_t, other=0.0)
-    o_stat = (i_h.to(tl.int64) * n_tiles + tl.program_id(0)) * BLOCK_M + lane
+    tile = i_h.to(tl.int64) * n_tiles + i_tile
+    o_stat = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(p_shift + o_stat, -(lse * 1.4426950408889634))
     tl.store(p_delta + o_stat, b_delta)
-
-
-@triton.jit
-def _at(row, col, D: tl.constexpr):
-    """Where `_by_thread` puts an element of a product."""
-    thread = ((col // (D // 2) * 4 + row // 16) * 8 + row % 8) * 4 + col // 2 % 4
-    return ((col % (D // 2) // 16 * 2 + row // 8 % 2) * 256 + thread) * 4 + col // 8 % 2 * 2 + col % 2
-
-
-@triton.jit(do_not_specialize=["n_seqs", "n_tiles"])
-def _round_kernel(
-    p_sum,  # fp32 [H, n_tiles, BLOCK_M * D], tiles as `_by_thread`
-    p_turns,  # int32 [H, n_tiles]
-    p_dq,  # [T, H, D], contiguous
-    p_cu_q,
-    scale,
-    n_seqs,
-    n_tiles,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    row, n_rows = _rows_of_tile(p_cu_q, tl.program_id(0), n_seqs, BLOCK_M)
-    i_h = tl.program_id(1)
-    lane = tl.arange(0, BLOCK_M)
-    m_t = (lane < n_rows)[:, None]
-    o_d = tl.arange(0, D)[None, :]
-    tile = i_h.to(tl.int64) * n_tiles + tl.program_id(0)
-    # A tile that no key adds to was never written.
-    added = tl.load(p_turns + tile) > 0
-    x = tl.load(p_sum + tile * (BLOCK_M * D) + _at(lane[:, None], o_d, D), mask=m_t & added, other=0.0)
-    p_out = p_dq + ((row + lane).to(tl.int64) * H + i_h)[:, None] * D + o_d
-    tl.store(p_out, (x * scale).to(p_dq.dtype.element_ty), mask=m_t)
+    tl.store(p_turns + tile * 2 + tl.arange(0, 2), 0)
+    unseen = k_len == 0
+    if CAUSAL:
+        unseen = unseen | ((i_m + 1) * BLOCK_M <= q_len - k_len)
+    if unseen:
+        tl.store(p_dq + o_x, tl.zeros_like(b_g).to(p_dq.dtype.element_ty), mask=m_t[:, None])
 
 
 def _numbers(t: torch.Tensor, block: int) -> TensorDescriptor:
@@ -567,7 +624,7 @@ def launch(
     """(dq, dk, dv), contiguous, of packed sequences in `schedule.one_pass_order`.
 
     Args:
-        g, out: [T, Hq, D], contiguous, bf16 or fp16, D 64 or 128, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D],
+        g, out: [T, Hq, D], contiguous, bf16 or fp16, D 128, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D],
             Tk > 0. lse, g_lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
     """
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
@@ -576,28 +633,33 @@ def launch(
     n_tiles = n_tokens // order.block_m + n_seqs
     numbers = (hq, n_tiles, order.block_m)
     shift, delta = (torch.empty(numbers, dtype=torch.float32, device=q.device) for _ in range(2))
-    turns = torch.zeros((hq, n_tiles), dtype=torch.int32, device=q.device)
+    turns = torch.empty((hq, n_tiles, TEAMS.value), dtype=torch.int32, device=q.device)
     total = torch.empty((hq * n_tiles * head_dim // 4, 256), dtype=torch.float32, device=q.device)
-    d_sum = TensorDescriptor.from_tensor(total, [head_dim // 4, 256], gl.NVMMASharedLayout(0, 32, 2))
+    d_sum = TensorDescriptor.from_tensor(total, [head_dim // 8, 256], gl.NVMMASharedLayout(0, 32, 2))
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
-    sizes = {"H": hq, "D": head_dim, "BLOCK_M": order.block_m}
-    _stats_kernel[(n_tiles, hq)](g, out, lse, g_lse, shift, delta, cu_q, n_tokens, n_seqs, n_tiles, **sizes)
+    _prepare_kernel[(n_tiles * hq,)](
+        *(g, out, lse, g_lse, shift, delta, turns, dq, cu_q, cu_k, n_tokens, n_seqs, n_tiles),
+        H=hq,
+        D=head_dim,
+        BLOCK_M=order.block_m,
+        CAUSAL=causal,
+    )
     equal = max_k * n_seqs == n_keys
+    last = max(n_seqs * hkv - s.last // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
+    last = last // s.together * s.together
     programs = triton.cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
     attention_backward_kernel[(programs * hkv,)](
         *(rows(q, order.block_m), rows(g, order.block_m), rows(k, order.block_n), rows(v, order.block_n)),
         *(_numbers(shift, order.block_m), _numbers(delta, order.block_m), d_sum),
-        *(turns, dk, dv, cu_q, cu_k, scale, n_seqs, s.together, n_tiles),
+        *(turns, dq, dk, dv, cu_q, cu_k, scale, n_seqs, s.together, last, n_tiles),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
         BLOCK_M=order.block_m,
         BLOCK_N=order.block_n,
-        Q_STAGES=s.q_stages,
-        G_STAGES=s.g_stages,
+        STAGES=s.stages,
         CAUSAL=causal,
         EQUAL=equal,
-        num_warps=8,
+        num_warps=4,
     )
-    _round_kernel[(n_tiles, hq)](total, turns, dq, cu_q, scale, n_seqs, n_tiles, **sizes)
     return dq, dk, dv

@@ -140,17 +140,19 @@ class OnePassSchedule:
     """Steps of Q and of dO in shared memory, and how many pairs of a sequence and a key head run side by side.
 
     Few pairs wait longer for one another's turns, many lose their dQ from L2 in between. Measured on an H100, causal,
-    head_dim 128, TFLOP/s at 1k / 2k / 8k: 256 / 321 / 414 for one pair, 267 / 335 / 434 for 4, 234 / 306 / 420 for 64.
+    head_dim 128, one team of eight warps, TFLOP/s at 1k / 2k / 8k: 256 / 321 / 414 for one pair, 267 / 335 / 434 for 4,
+    234 / 306 / 420 for 64. Where all sequences are as long, the last pairs, those whose fp32 dQ fits into `last` bytes,
+    are all side by side, so that multiprocessors end together.
     """
 
-    q_stages: int
-    g_stages: int
+    stages: int
     together: int
+    last: int
 
 
 def one_pass() -> OnePassSchedule:
     """The schedule of `hopper_backward`; any gives the same bits."""
-    return OnePassSchedule(3, 2, 4)
+    return OnePassSchedule(2, 4, 2**25)
 
 
 @dataclass(frozen=True)
