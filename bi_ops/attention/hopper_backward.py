@@ -8,7 +8,8 @@ tiles of keys front to back, so who adds, and when, follows from a sequence's ow
     products 2 x 4 warps  64 keys each: S, dP, dV, dK, with the exponentials between them. What a team leaves of dS in
                           shared memory is for both: each takes half the columns of dQ, two steps later, so that one
                           may run most of a step ahead and hand its products over while the other takes exponentials
-    writers  2 x 1 warp   one for each team's half of dQ: wait for the turn at a tile, add, pass the turn on
+    writers  2 x 1 warp   every second step each: wait for the turn at a tile of dQ, add both halves, pass the turn on.
+                          That takes longer than a step: polled, added, complete and published are four trips to L2
 """
 
 from __future__ import annotations
@@ -31,27 +32,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import rows
+from bi_ops.attention.hopper_forward import find_sequence
+from bi_ops.attention.kernels import find_tile
 
 LOG2E = gl.constexpr(1.4426950408889634)
 TEAMS = gl.constexpr(2)
 KEYS = gl.constexpr(64)  # of a team: what four warps hold of a product
-LATER = gl.constexpr(2)  # steps between dS and its dQ, and tiles of dS and parts of dQ in shared memory
+LATER = gl.constexpr(2)  # steps between dS and its dQ; tiles of dS and of dQ in shared memory; writers
 
 
 @gluon.jit
 def _own_sequence(p_cu, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr):
-    """(sequence, its tiles of keys, programs before its own). Sequence b has its tiles from cu[b] // BLOCK + b on."""
-    i_tile = gl.program_id(0) // HKV
-    low = n_seqs * 0
-    high = n_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if gl.load(p_cu + middle) // BLOCK + middle <= i_tile:
-            low = middle
-        else:
-            high = middle
-    first = gl.load(p_cu + low) // BLOCK + low
-    return low, gl.load(p_cu + low + 1) // BLOCK + low + 1 - first, first * HKV
+    """(sequence, its tiles of keys, programs before its own)."""
+    i_b, first = find_sequence(p_cu, gl.program_id(0) // HKV, n_seqs, BLOCK)
+    return i_b, gl.load(p_cu + i_b + 1) // BLOCK + i_b + 1 - first, first * HKV
 
 
 @gluon.jit
@@ -147,43 +141,50 @@ def _load(descriptors, tiles, bars, place, HEADS: gl.constexpr, BLOCK_M: gl.cons
 
 
 @gluon.jit
-def _write(d_sum, p_turns, tiles, bars, place, TEAM: gl.constexpr, HEADS: gl.constexpr):
-    """Serves a team's half of dQ: adds its parts to memory, or brings the sums that it closes."""
+def _write(d_sum, p_turns, tiles, bars, place, WRITER: gl.constexpr, HEADS: gl.constexpr):
+    """Serves every second step: adds dQ of both teams to memory, or brings the sums that the step closes."""
     _, _, _, _, _, s_dq, _, _ = tiles
     _, _, _, _, _, _, bar_dq, bar_dq_ready = bars
     _, _, n_tiles, first_tile, _, _, i_h, i_n, first, _, end, open_steps = place
     ROWS: gl.constexpr = s_dq.shape[1]
     n_steps = (end - first) * HEADS
     seen = n_steps * 0 - 1
-    for n in gl.static_range(LATER):
-        if open_steps > n:
-            mbarrier.arrive(bar_dq_ready.index(TEAM * LATER + n))
-    for step in range(0, n_steps):
-        half = ((i_h * HEADS + step % HEADS) * n_tiles + first_tile + end - 1 - step // HEADS) * TEAMS + TEAM
-        i = TEAM * LATER + step % LATER
+    if open_steps > WRITER:
+        for team in gl.static_range(TEAMS):
+            mbarrier.arrive(bar_dq_ready.index(team * LATER + WRITER))
+    for step in range(WRITER, n_steps, LATER):
+        tile = (i_h * HEADS + step % HEADS) * n_tiles + first_tile + end - 1 - step // HEADS
         if step < open_steps:
             if seen != i_n:
-                _wait_turn(p_turns + half, i_n)
-            mbarrier.wait(bar_dq.index(i), step // LATER & 1)
-            if i_n == 0:
-                tma.async_copy_shared_to_global(d_sum, [half * ROWS, 0], s_dq.index(i))
-            else:
-                _copy_add(d_sum, [half * ROWS, 0], s_dq.index(i))
+                _wait_turn(p_turns + tile, i_n)
+            for team in gl.static_range(TEAMS):
+                i = team * LATER + WRITER
+                mbarrier.wait(bar_dq.index(i), step // LATER & 1)
+                if i_n == 0:
+                    tma.async_copy_shared_to_global(d_sum, [(tile * TEAMS + team) * ROWS, 0], s_dq.index(i))
+                else:
+                    _copy_add(d_sum, [(tile * TEAMS + team) * ROWS, 0], s_dq.index(i))
             tma.store_wait(0)
             if step + LATER < open_steps:
-                mbarrier.arrive(bar_dq_ready.index(i))
-            after = gl.minimum(step + 1, n_steps - 1)
-            tile = (i_h * HEADS + after % HEADS) * n_tiles + first_tile + end - 1 - after // HEADS
-            seen = _end_turn(p_turns + half, p_turns + tile * TEAMS + TEAM)
+                for team in gl.static_range(TEAMS):
+                    mbarrier.arrive(bar_dq_ready.index(team * LATER + WRITER))
+            after = gl.minimum(step + LATER, n_steps - 1)
+            next_tile = (i_h * HEADS + after % HEADS) * n_tiles + first_tile + end - 1 - after // HEADS
+            seen = _end_turn(p_turns + tile, p_turns + next_tile)
         else:
-            if step - LATER >= open_steps:
-                mbarrier.wait(bar_dq.index(i), (step - LATER) // LATER & 1)
-            if i_n == 0:
-                mbarrier.arrive(bar_dq_ready.index(i))
-            else:
-                _wait_turn(p_turns + half, i_n)
-                mbarrier.expect(bar_dq_ready.index(i), d_sum.block_type.nbytes)
-                tma.async_copy_global_to_shared(d_sum, [half * ROWS, 0], bar_dq_ready.index(i), s_dq.index(i))
+            if i_n > 0:
+                _wait_turn(p_turns + tile, i_n)
+            for team in gl.static_range(TEAMS):
+                i = team * LATER + WRITER
+                if step - LATER >= open_steps:
+                    mbarrier.wait(bar_dq.index(i), (step - LATER) // LATER & 1)
+                if i_n == 0:
+                    mbarrier.arrive(bar_dq_ready.index(i))
+                else:
+                    mbarrier.expect(bar_dq_ready.index(i), d_sum.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        d_sum, [(tile * TEAMS + team) * ROWS, 0], bar_dq_ready.index(i), s_dq.index(i)
+                    )
 
 
 @gluon.jit
@@ -433,7 +434,7 @@ def attention_backward_kernel(
     d_shift,  # fp32 [HKV * HEADS * n_tiles * BLOCK_M], tiles [BLOCK_M]: -lse in base 2
     d_delta,  # as d_shift: row sums of dO * O
     d_sum,  # fp32 [HKV * HEADS * n_tiles * D / 4, 256], a team's tiles [D / 8, 256] as `_by_thread`: sums of dQ / scale
-    p_turns,  # int32 zeros [HKV * HEADS, n_tiles, TEAMS]: how many have added to half a tile of dQ
+    p_turns,  # int32 zeros [HKV * HEADS, n_tiles]: how many have added to a tile of dQ
     p_dq,  # [T, HKV * HEADS, D], contiguous; tiles of queries that see no key are not written
     p_dk,  # [Tk, HKV, D], contiguous
     p_dv,  # as p_dk
@@ -443,7 +444,7 @@ def attention_backward_kernel(
     n_seqs,
     together,
     last,  # a multiple of `together`; only if EQUAL
-    n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as in `_find_tile`
+    n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as `find_sequence` says
     HKV: gl.constexpr,
     HEADS: gl.constexpr,
     D: gl.constexpr,
@@ -552,7 +553,7 @@ def _prepare_kernel(
     p_g_lse,  # fp32 [H, T] or None
     p_shift,  # fp32 [H, n_tiles, BLOCK_M]: -lse in base 2; 0 past the end of a sequence
     p_delta,  # as p_shift: row sums of dO * O, less the gradient of the lse
-    p_turns,  # int32 [H, n_tiles, 2]: zeros
+    p_turns,  # int32 [H, n_tiles]: zeros
     p_dq,  # [T, H, D], contiguous: zeros where no key is seen by a whole tile, which no program will write
     p_cu_q,
     p_cu_k,
@@ -567,19 +568,10 @@ def _prepare_kernel(
     # Heads of a tile side by side: together they read whole rows of memory.
     i_tile = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
-    # The sequence of this tile and its place in it, as in `_own_sequence`. Past a sequence's last tile are no rows.
-    low = n_seqs * 0
-    high = n_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(p_cu_q + middle) // BLOCK_M + middle <= i_tile:
-            low = middle
-        else:
-            high = middle
-    start = tl.load(p_cu_q + low)
-    q_len = tl.load(p_cu_q + low + 1) - start
-    k_len = tl.load(p_cu_k + low + 1) - tl.load(p_cu_k + low)
-    i_m = i_tile - (start // BLOCK_M + low)
+    i_b, i_m = find_tile(p_cu_q, i_tile, n_seqs, 1, BLOCK_M)  # past a sequence's last tile are no rows
+    start = tl.load(p_cu_q + i_b)
+    q_len = tl.load(p_cu_q + i_b + 1) - start
+    k_len = tl.load(p_cu_k + i_b + 1) - tl.load(p_cu_k + i_b)
     lane = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_t = lane < q_len
     o_t = (start + lane).to(tl.int64)
@@ -595,7 +587,7 @@ def _prepare_kernel(
     o_stat = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(p_shift + o_stat, -(lse * 1.4426950408889634))
     tl.store(p_delta + o_stat, b_delta)
-    tl.store(p_turns + tile * 2 + tl.arange(0, 2), 0)
+    tl.store(p_turns + tile, 0)
     unseen = k_len == 0
     if CAUSAL:
         unseen = unseen | ((i_m + 1) * BLOCK_M <= q_len - k_len)
@@ -633,7 +625,7 @@ def launch(
     n_tiles = n_tokens // order.block_m + n_seqs
     numbers = (hq, n_tiles, order.block_m)
     shift, delta = (torch.empty(numbers, dtype=torch.float32, device=q.device) for _ in range(2))
-    turns = torch.empty((hq, n_tiles, TEAMS.value), dtype=torch.int32, device=q.device)
+    turns = torch.empty((hq, n_tiles), dtype=torch.int32, device=q.device)
     total = torch.empty((hq * n_tiles * head_dim // 4, 256), dtype=torch.float32, device=q.device)
     d_sum = TensorDescriptor.from_tensor(total, [head_dim // 8, 256], gl.NVMMASharedLayout(0, 32, 2))
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)

@@ -31,8 +31,8 @@ BLOCK_M = gl.constexpr(128)
 
 
 @gluon.jit
-def _find_tile(p_cu, i_tile, n_seqs, BLOCK: gl.constexpr):
-    """(sequence, tile of it) in a list that holds the tiles of sequence 0, then those of 1: as in `kernels`."""
+def find_sequence(p_cu, i_tile, n_seqs, BLOCK: gl.constexpr):
+    """(sequence, its first tile) in a list of the tiles of sequence 0, then those of 1: as `kernels.find_tile`."""
     low = n_seqs * 0
     high = n_seqs
     while high - low > 1:
@@ -41,7 +41,7 @@ def _find_tile(p_cu, i_tile, n_seqs, BLOCK: gl.constexpr):
             low = middle
         else:
             high = middle
-    return low, i_tile - (gl.load(p_cu + low) // BLOCK + low)
+    return low, gl.load(p_cu + low) // BLOCK + low
 
 
 @gluon.jit
@@ -60,12 +60,12 @@ def _place(
     (head, start of the queries, of the keys, first query, queries, keys, steps, steps that every row sees wholly)
     """
     i_tile = n_tiles - 1 - i_item // H
-    i_b, i_m = _find_tile(p_cu_q, i_tile, n_seqs, BLOCK_M)
+    i_b, first = find_sequence(p_cu_q, i_tile, n_seqs, BLOCK_M)
     q_start = gl.load(p_cu_q + i_b)
     q_len = gl.load(p_cu_q + i_b + 1) - q_start
     k_start = gl.load(p_cu_k + i_b)
     k_len = gl.load(p_cu_k + i_b + 1) - k_start
-    m = i_m * BLOCK_M
+    m = (i_tile - first) * BLOCK_M
     end = k_len
     full = k_len
     if CAUSAL:

@@ -35,7 +35,7 @@ def _lanes(PER: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _find_tile(p_cu, i_tile, n_seqs, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+def find_tile(p_cu, i_tile, n_seqs, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
     """(sequence, tile of it) of tile `i_tile` in a list that holds those of sequence 0, then those of 1, and so on.
 
     Sequence b starts at cu[b] * PER_TOKEN // BLOCK + b, which leaves room for its rows, and at most one tile more.
@@ -69,7 +69,7 @@ def _own_tile(
         i_tile = tl.program_id(0) // HKV
         if LAST_FIRST:
             i_tile = tl.num_programs(0) // HKV - 1 - i_tile
-        i_b, i_tile = _find_tile(p_cu, i_tile, n_pairs // HKV, PER_TOKEN, BLOCK)
+        i_b, i_tile = find_tile(p_cu, i_tile, n_pairs // HKV, PER_TOKEN, BLOCK)
         return i_b * HKV + tl.program_id(0) % HKV, i_tile
 
 

@@ -181,7 +181,7 @@ def _grid(s: sched.Schedule, n_pairs: int, hkv: int, n_rows: int, longest: int) 
     """Programs for tiles of `s.block` rows. n_rows: of a key head in all sequences; longest: of the longest one."""
     if _dense(s, longest):
         return triton.cdiv(n_pairs, s.groups), triton.cdiv(longest, s.block)
-    return ((n_rows // s.block + n_pairs // hkv) * hkv,)  # the kernels' `_find_tile` knows which is whose
+    return ((n_rows // s.block + n_pairs // hkv) * hkv,)  # the kernels' `find_tile` knows which is whose
 
 
 def _launch_forward(
