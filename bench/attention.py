@@ -44,8 +44,10 @@ HEAD_DIMS = (64, 128, 256)
 #: Query heads times head_dim of every case; a key head serves GROUP query heads.
 WIDTH, GROUP = 2048, 4
 DECODE_BATCHES, DECODE_CONTEXT, PAGE = (1, 16, 64), 8192, 16
-#: Every result is computed this often and compared; where a thousand take longer than LONG seconds, FEW times.
-RERUNS, FEW, LONG = 1000, 20, 5.0
+#: Every result is computed this often and compared; as often as LONG seconds allow where they allow less, FEW at least.
+RERUNS, FEW, LONG = 1000, 5, 3.0
+#: Longer sequences, for the memory they take, at this head size only; as is decoding.
+LONGEST, MAIN_HEAD_DIM = 32768, 128
 
 Run = Callable[[], Any]
 
@@ -91,9 +93,11 @@ def rl_lengths(total: int) -> tuple[int, ...]:
 def all_cases(args: argparse.Namespace) -> Iterator[Case]:
     for d in args.head_dims:
         heads = (d, WIDTH // d, WIDTH // d // GROUP) if not args.dry else (d, GROUP, 1)
-        batches = [(s,) * max(args.tokens // s, 1) for s in args.seqlens] + [rl_lengths(args.tokens)]
+        main = args.dry or d == MAIN_HEAD_DIM
+        seqlens = [s for s in args.seqlens if main or s <= LONGEST]
+        batches = [(s,) * max(args.tokens // s, 1) for s in seqlens] + [rl_lengths(args.tokens)]
         yield from (Case(kind, lengths, *heads) for lengths in batches for kind in ("fwd", "bwd"))
-        if d == 128 or args.dry:
+        if main:
             yield from (Case("decode", (args.context,) * b, *heads) for b in args.decode_batches)
 
 
@@ -278,7 +282,7 @@ def blank(case: Case) -> dict[str, object]:
 
 def rerun(run: Run, first: Any, time_s: float) -> dict[str, object]:
     """How often `run` was computed again, at `time_s` a time, and whether it gave `first` every time."""
-    count = 2 if runtime.INTERPRET else RERUNS if RERUNS * time_s < LONG else FEW
+    count = 2 if runtime.INTERPRET else min(max(int(LONG / time_s), FEW), RERUNS)
     return {"reruns": count, "reruns_equal": all(equal(run(), first) for _ in range(count))}
 
 

@@ -221,27 +221,51 @@ def test_micro_batches_cut_on_the_step_end_in_the_bits_of_one_pass(dtype, device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["WIDE", "NARROW"])
 def test_carrying_on_hopper_has_the_bits_of_the_plain_kernel(name, dtype, device):
-    """Tiles at the edges, more tiles than multiprocessors, fewer tokens than a step; often, for races."""
+    """Tiles at the edges, more tiles than multiprocessors, fewer tokens than a step, cut tiles; often, for races."""
     from bi_ops.matmul import hopper, launch, schedule
 
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    for n, k, tokens in ((24, 40, 117), (520, 264, 16), (1000, 3000, 999), (2560, 8192, 333)):
+    all_of_them = torch.cuda.get_device_properties(device).multi_processor_count
+    cases = ((24, 40, 117), (520, 264, 16), (1000, 3000, 999), (2560, 8192, 333), (2560, 4096, 2101), (520, 264, 2500))
+    for n, k, tokens in cases:
         g, x = randn(tokens, n, dtype=dtype, device=device), randn(tokens, k, dtype=dtype, device=device)
         start = torch.randn(n, k, device=device)
         plain = start.clone()
         launch.launch_triton(g.t()[None], x[None], None, plain[None], accumulate=True, over_tokens=True)
-        for _ in range(10):
-            carried_on = start.clone()
-            hopper.launch(g, x, carried_on, getattr(schedule, name), processors)
-            assert torch.equal(carried_on, plain), (n, k, tokens)
+        for processors in (all_of_them, 3, 4, 7) if n * k < 2**20 else (all_of_them, 100):
+            for _ in range(10):
+                carried_on = start.clone()
+                hopper.launch(g, x, carried_on, getattr(schedule, name), processors)
+                assert torch.equal(carried_on, plain), (n, k, tokens, processors)
 
 
 def test_carrying_takes_the_tile_that_needs_less_time():
     from bi_ops.matmul.schedule import NARROW, WIDE, carry_schedule
 
-    assert carry_schedule(4096, 12288, 132) == WIDE  # 1,536 wide tiles, 12 rounds, against 24
-    assert carry_schedule(1024, 2048, 132) == NARROW  # one round of either
-    assert carry_schedule(6144, 1024, 132) == NARROW  # 3 short rounds against 2 long ones
+    assert carry_schedule(4096, 12288, 8192, 132) == WIDE  # 1,536 wide tiles, 12 rounds, against 24
+    assert carry_schedule(1024, 2048, 8192, 132) == NARROW  # one round of either
+    assert carry_schedule(6144, 1024, 8192, 132) == WIDE  # one round and a half, its tiles cut, against 3 short ones
+    assert carry_schedule(6144, 1024, 1024, 132) == NARROW  # too few tokens to cut: 3 short rounds against 2 long ones
+
+
+def test_tiles_are_cut_where_a_last_round_would_not_be_full():
+    from bi_ops.matmul.schedule import carry_split
+
+    for tiles in range(1, 700):
+        for tokens in (16, 2047, 2048, 8192, 9999):
+            for step in (16, 64):
+                whole, piece = carry_split(tiles, tokens, step, 132)
+                left = tiles - whole
+                assert (piece == 0) == (left == 0)
+                if piece:
+                    assert whole % 132 == 0
+                    assert piece % step == 0
+                    assert tokens >= 2048
+                    assert left * tokens <= 132 * piece  # together they take all of it
+                    assert piece < tokens  # of two tiles at most
+    assert carry_split(320, 8192, 16, 132) == (264, 3488)  # 56 tiles left: each of 132 programs takes 0.43 of one
+    assert carry_split(800, 8192, 16, 132) == (792, 1184)  # 8 left: by 7 pieces, one in each round
+    assert carry_split(132, 8192, 16, 132) == (132, 0)
+    assert carry_split(96, 8192, 16, 132) == (96, 0)  # not a round: there is no time before or after to put a piece
 
 
 def test_a_cut_off_the_step_is_caught(device):

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bi_ops._common.turns import end_turn, wait_turn
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import rows
 from bi_ops.attention.hopper_forward import find_sequence
@@ -46,51 +47,6 @@ def _own_sequence(p_cu, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr):
     """(sequence, its tiles of keys, programs before its own)."""
     i_b, first = find_sequence(p_cu, gl.program_id(0) // HKV, n_seqs, BLOCK)
     return i_b, gl.load(p_cu + i_b + 1) // BLOCK + i_b + 1 - first, first * HKV
-
-
-@gluon.jit
-def _wait_turn(p_turn, turn):
-    """Wait until `p_turn` holds `turn`: what was added before the matching `_end_turn` is then there."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred %wait;
-        .reg .b32 %seen;
-        AGAIN:
-        ld.acquire.gpu.global.b32 %seen, [$1];
-        setp.ne.s32 %wait, %seen, $2;
-        @%wait bra AGAIN;
-        fence.proxy.async;
-        mov.b32 $0, %seen;
-        }""",
-        "=r,l,r",
-        [p_turn, turn],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _end_turn(p_turn, p_next):
-    """Add 1 to `p_turn` once the copies this warp has begun are in memory. What `p_next` holds by then, or held."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred %first;
-        .reg .b32 %lane;
-        ld.acquire.gpu.global.b32 $0, [$2];
-        cp.async.bulk.wait_group 0;
-        fence.proxy.async;
-        bar.warp.sync 0xffffffff;
-        mov.u32 %lane, %laneid;
-        setp.eq.u32 %first, %lane, 0;
-        @%first red.release.gpu.global.add.s32 [$1], 1;
-        }""",
-        "=&r,l,l",
-        [p_turn, p_next],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @builtin
@@ -156,7 +112,7 @@ def _write(d_sum, p_turns, tiles, bars, place, WRITER: gl.constexpr, HEADS: gl.c
         tile = (i_h * HEADS + step % HEADS) * n_tiles + first_tile + end - 1 - step // HEADS
         if step < open_steps:
             if seen != i_n:
-                _wait_turn(p_turns + tile, i_n)
+                wait_turn(p_turns + tile, i_n)
             for team in gl.static_range(TEAMS):
                 i = team * LATER + WRITER
                 mbarrier.wait(bar_dq.index(i), step // LATER & 1)
@@ -170,10 +126,10 @@ def _write(d_sum, p_turns, tiles, bars, place, WRITER: gl.constexpr, HEADS: gl.c
                     mbarrier.arrive(bar_dq_ready.index(team * LATER + WRITER))
             after = gl.minimum(step + LATER, n_steps - 1)
             next_tile = (i_h * HEADS + after % HEADS) * n_tiles + first_tile + end - 1 - after // HEADS
-            seen = _end_turn(p_turns + tile, p_turns + next_tile)
+            seen = end_turn(p_turns + tile, p_turns + next_tile)
         else:
             if i_n > 0:
-                _wait_turn(p_turns + tile, i_n)
+                wait_turn(p_turns + tile, i_n)
             for team in gl.static_range(TEAMS):
                 i = team * LATER + WRITER
                 if step - LATER >= open_steps:
@@ -620,7 +576,9 @@ def launch(
             Tk > 0. lse, g_lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
     """
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
-    order, s = sched.one_pass_order(head_dim, q.dtype), sched.one_pass()
+    order = sched.one_pass_order(head_dim, q.dtype)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    s = sched.one_pass(triton.cdiv(max_k, order.block_n), processors)
     n_seqs = cu_q.shape[0] - 1
     n_tiles = n_tokens // order.block_m + n_seqs
     numbers = (hq, n_tiles, order.block_m)

@@ -137,12 +137,12 @@ def one_pass_order(head_dim: int, dtype: torch.dtype) -> OnePassOrder:
 
 @dataclass(frozen=True)
 class OnePassSchedule:
-    """Steps of Q and of dO in shared memory, and how many pairs of a sequence and a key head run side by side.
+    """How `hopper_backward` lays out its work; any gives the same bits.
 
-    Few pairs wait longer for one another's turns, many lose their dQ from L2 in between. Measured on an H100, causal,
-    head_dim 128, one team of eight warps, TFLOP/s at 1k / 2k / 8k: 256 / 321 / 414 for one pair, 267 / 335 / 434 for 4,
-    234 / 306 / 420 for 64. Where all sequences are as long, the last pairs, those whose fp32 dQ fits into `last` bytes,
-    are all side by side, so that multiprocessors end together.
+    stages: steps of Q and dO in shared memory. together: pairs of a sequence and a key head that run side by side,
+    where all sequences are as long. Few wait longer for one another's turns, many lose their dQ from L2 in between.
+    last: the last pairs, those whose fp32 dQ fits into so many bytes, are all side by side, so that multiprocessors
+    end together.
     """
 
     stages: int
@@ -150,9 +150,15 @@ class OnePassSchedule:
     last: int
 
 
-def one_pass() -> OnePassSchedule:
-    """The schedule of `hopper_backward`; any gives the same bits."""
-    return OnePassSchedule(2, 4, 2**25)
+def one_pass(n_tiles: int, processors: int) -> OnePassSchedule:
+    """The schedule for sequences of `n_tiles` tiles of keys.
+
+    Measured on an H100 (bench/results/h100/attention_exploration.csv), causal, head_dim 128, 16k tokens: pairs that
+    together just fill the multiprocessors all wait for the first, and again at every round: at 4k 4 pairs (128
+    programs) run at 433 TFLOP/s and 5 at 505, at 8k 2 at 486 and 4 at 527. `last` of 64 MiB costs a sixth at 1k.
+    """
+    fills = 0.75 < 4 * n_tiles / processors <= 1
+    return OnePassSchedule(2, 5 if fills else 4, 2**25)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Weight gradients carried on in fp32 on Hopper, in Gluon: C[M, N] += G[T, M].T @ X[T, N], C's traffic behind products.
 
 The accumulator starts in memory and ends there: 8 bytes per weight, a tenth of the time of a gradient over 8,192 tokens
-where nothing hides it. A program takes a tile of C of 128 rows, and another when it is done, until none is left.
+where nothing hides it. A program takes a tile of C of 128 rows, and another when it is done, until none is left. The
+tiles of a last round that would not be full are cut along the tokens: programs carry such a sum on one after the other,
+front to back, each at another time between its own tiles. Where it is cut changes no bit.
 
     fetcher   1 warp       copies tiles of G and X, step by step, into a ring of shared memory
     products  2 x 4 warps  64 rows each. While they multiply, the copy engine takes the sums of the tile before away and
@@ -23,7 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bi_ops.matmul.schedule import CarrySchedule
+from bi_ops._common.turns import end_turn, wait_turn
+from bi_ops.matmul.schedule import CarrySchedule, carry_split
 
 # Later releases than triton 3.6 call them by other names.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -31,6 +34,55 @@ _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 #: Rows of C that one group of four warps owns, half a tile's.
 HALF = gl.constexpr(64)
+#: Warps of a group: as many end a turn.
+WARPS = gl.constexpr(4)
+
+
+@gluon.jit
+def _plan(tiles, whole, piece, T, BLOCK_T: gl.constexpr):
+    """A program's items: whole tiles, and of the cut ones [whole, tiles) as much as `piece` tokens are.
+
+    The tokens of all cut tiles make a line, of which program j takes the piece [j, j + 1) * piece: the end of a tile's
+    sum, the begin of the next one's, or both. A begin comes first, an end when those before it had the time: after as
+    many tiles as programs have a part in that sum before this one.
+
+    (items, begins, items before the end, tile begun, its tokens, tile ended, its first, its last, programs before)
+    """
+    length = gl.cdiv(T, BLOCK_T) * BLOCK_T
+    alone = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
+    start = gl.program_id(0) * piece
+    stop = gl.minimum(start + piece, (tiles - whole) * length)
+    tile = start // length
+    first = start - tile * length
+    edge = (tile + 1) * length
+    ends = (first > 0) & (stop > start)
+    begins = (stop > start) & ((first == 0) | (stop > edge))
+    begun = gl.where(first == 0, tile, tile + 1)
+    before = gl.program_id(0) - tile * length // gl.maximum(piece, 1)
+    n_begins = begins.to(gl.int32)
+    place = gl.where(ends, n_begins + gl.minimum(before, alone), 2147483647)
+    items = alone + n_begins + ends.to(gl.int32)
+    return (
+        items,
+        n_begins,
+        place,
+        whole + begun,
+        stop - begun * length,
+        whole + tile,
+        first,
+        gl.minimum(stop, edge) - tile * length,
+        before,
+    )
+
+
+@gluon.jit
+def _item(i, plan, T):
+    """(tile, first token, last, programs that had a part of it before) of a program's item `i`."""
+    _, n_begins, place, begun, begun_to, ended, ended_from, ended_to, before = plan
+    tile = gl.program_id(0) + (i - n_begins - (i > place).to(gl.int32)) * gl.num_programs(0)
+    tile = gl.where(i < n_begins, begun, gl.where(i == place, ended, tile))
+    end = gl.minimum(gl.where(i < n_begins, begun_to, gl.where(i == place, ended_to, T)), T)
+    return tile, gl.where(i == place, ended_from, 0), end, gl.where(i == place, before, 0)
 
 
 @gluon.jit
@@ -45,17 +97,17 @@ def _corner(tile, M, N, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.
 
 
 @gluon.jit
-def _fetch(d_g, d_x, s_g, s_x, full, empty, M, N, T, GROUP_M: gl.constexpr):
+def _fetch(d_g, d_x, s_g, s_x, full, empty, plan, M, N, T, GROUP_M: gl.constexpr):
     """Brings tiles of G and X, in the order in which both groups need them."""
     SLOTS: gl.constexpr = s_x.type.shape[0]
     BLOCK_T: gl.constexpr = s_x.type.shape[1]
     BLOCK_N: gl.constexpr = s_x.type.shape[2]
     slot = 0
     phase = 1  # a slot that was never filled counts as emptied
-    tiles = gl.cdiv(M, 2 * HALF) * gl.cdiv(N, BLOCK_N)
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for i in range(0, plan[0]):
+        tile, begin, end, _ = _item(i, plan, T)
         m, n = _corner(tile, M, N, 0, BLOCK_N, GROUP_M)
-        for t in range(0, T, BLOCK_T):
+        for t in range(begin, end, BLOCK_T):
             mbarrier.wait(empty.index(slot), phase)
             filled = full.index(slot)
             mbarrier.expect(filled, 2 * d_g.block_type.nbytes + d_x.block_type.nbytes)
@@ -124,13 +176,15 @@ def _bring(d_c, m, n, here, s_c, wanted):
 
 
 @gluon.jit
-def _multiply(d_c, s_g, s_x, s_c, full, empty, here, M, N, T, GROUP: gl.constexpr, GROUP_M: gl.constexpr):
+def _multiply(
+    d_c, p_turns, s_g, s_x, s_c, full, empty, here, plan, M, N, T, whole, GROUP: gl.constexpr, GROUP_M: gl.constexpr
+):
     """Carries rows [64 GROUP, 64 GROUP + 64) of each tile on."""
     BLOCK_T: gl.constexpr = s_x.type.shape[1]
     BLOCK_N: gl.constexpr = s_x.type.shape[2]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    tiles = gl.cdiv(M, 2 * HALF) * gl.cdiv(N, BLOCK_N)
-    m, n = _corner(gl.program_id(0), M, N, GROUP, BLOCK_N, GROUP_M)
+    tile, begin, end, _ = _item(0, plan, T)  # no other program has a part of it before
+    m, n = _corner(tile, M, N, GROUP, BLOCK_N, GROUP_M)
     _bring(d_c, m, n, here, s_c, True)
     mbarrier.wait(here, 0)
     left, right = _halves(gl.zeros([HALF, BLOCK_N], gl.float32, LAYOUT), BLOCK_N)
@@ -139,16 +193,21 @@ def _multiply(d_c, s_g, s_x, s_c, full, empty, here, M, N, T, GROUP: gl.constexp
     slot = 0
     phase = 0
     turn = 1
-    # Programs turn to C at different times, a sixteenth to a half into a tile: not all of them to memory at once.
-    begun = gl.cdiv(T, BLOCK_T) * (1 + gl.program_id(0) % 8) // 16 * BLOCK_T
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        acc, slot, phase = _walk(acc, 0, begun, slot, phase, s_g, s_x, full, empty, GROUP)
+    for i in range(0, plan[0]):
+        follows = i + 1 < plan[0]
+        next_tile, next_begin, next_end, before = _item(i + 1, plan, T)
+        # Programs turn to C at different times, a sixteenth to a half into a tile: not all of them to memory at once.
+        # What others carry on before is brought as late as can be.
+        sixteenths = gl.where(before > 0, 15, 1 + gl.program_id(0) % 8)
+        middle = begin + gl.cdiv(end - begin, BLOCK_T) * sixteenths // 16 * BLOCK_T
+        acc, slot, phase = _walk(acc, begin, middle, slot, phase, s_g, s_x, full, empty, GROUP)
         tma.store_wait(0)  # the sums of the tile before have left shared memory
         fence_async_shared()
-        follows = tile + gl.num_programs(0) < tiles
-        next_m, next_n = _corner(tile + gl.num_programs(0), M, N, GROUP, BLOCK_N, GROUP_M)
+        next_m, next_n = _corner(next_tile, M, N, GROUP, BLOCK_N, GROUP_M)
+        if follows & (before > 0):
+            wait_turn(p_turns + (next_tile - whole) * 2 + GROUP, before * WARPS)
         _bring(d_c, next_m, next_n, here, s_c, follows)
-        acc, slot, phase = _walk(acc, begun, T, slot, phase, s_g, s_x, full, empty, GROUP)
+        acc, slot, phase = _walk(acc, middle, end, slot, phase, s_g, s_x, full, empty, GROUP)
 
         mbarrier.wait(here, turn, pred=follows)
         left, right = _halves(acc, BLOCK_N)
@@ -158,24 +217,36 @@ def _multiply(d_c, s_g, s_x, s_c, full, empty, here, M, N, T, GROUP: gl.constexp
         fence_async_shared()
         _store(d_c, [m, n], s_c.index(0))
         _store(d_c, [m, n + BLOCK_N // 2], s_c.index(1))
+        if tile >= whole:
+            p_turn = p_turns + (tile - whole) * 2 + GROUP
+            end_turn(p_turn, p_turn)
+        tile = next_tile
+        begin = next_begin
+        end = next_end
         m = next_m
         n = next_n
         turn ^= 1
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "T"])
+@gluon.jit(do_not_specialize=["M", "N", "T", "whole", "piece"])
 def carry_kernel(
     d_g,  # descriptor of G [T, M] with tiles [BLOCK_T, 64]
     d_x,  # descriptor of X [T, N] with tiles [BLOCK_T, BLOCK_N]
     d_c,  # descriptor of C [M, N], fp32, with tiles [64, BLOCK_N // 2]
+    p_turns,  # int32 zeros [tiles - whole, 2]: warps that have ended their turn at half a tile
     M,
     N,
     T,
+    whole,  # tiles that one program computes alone; the others are cut
+    piece,  # tokens of cut tiles that a program takes, a multiple of BLOCK_T
     SLOTS: gl.constexpr,  # steps of G and X that shared memory holds
     GROUP_M: gl.constexpr,
 ):
-    """C += G.T @ X in the canonical order; any number of programs, each with a tile at least."""
+    """C += G.T @ X in the canonical order; any number of programs, each with a whole tile at least.
+
+    A program waits for those with a lower id only, which run or are done: no deadlock on any number of SMs.
+    """
     BLOCK_T: gl.constexpr = d_x.block_type.shape[0]
     BLOCK_N: gl.constexpr = d_x.block_type.shape[1]
     s_g = gl.allocate_shared_memory(d_g.dtype, [2 * SLOTS, BLOCK_T, HALF], d_g.layout)
@@ -191,11 +262,12 @@ def carry_kernel(
         mbarrier.init(empty.index(slot), count=2)
     mbarrier.init(above, count=1)
     mbarrier.init(below, count=1)
+    plan = _plan(gl.cdiv(M, 2 * HALF) * gl.cdiv(N, BLOCK_N), whole, piece, T, BLOCK_T)
     gl.warp_specialize(
         [
-            (_multiply, (d_c, s_g, s_x, s_above, full, empty, above, M, N, T, gl.constexpr(0), GROUP_M)),
-            (_multiply, (d_c, s_g, s_x, s_below, full, empty, below, M, N, T, gl.constexpr(1), GROUP_M)),
-            (_fetch, (d_g, d_x, s_g, s_x, full, empty, M, N, T, GROUP_M)),
+            (_multiply, (d_c, p_turns, s_g, s_x, s_above, full, empty, above, plan, M, N, T, whole, 0, GROUP_M)),
+            (_multiply, (d_c, p_turns, s_g, s_x, s_below, full, empty, below, plan, M, N, T, whole, 1, GROUP_M)),
+            (_fetch, (d_g, d_x, s_g, s_x, full, empty, plan, M, N, T, GROUP_M)),
         ],
         [4, 1],
         [240, 24],
@@ -216,13 +288,18 @@ def launch(g: torch.Tensor, x: torch.Tensor, c: torch.Tensor, s: CarrySchedule, 
     """
     (t, m), n = g.shape, x.shape[1]
     tiles = triton.cdiv(m, 2 * HALF.value) * triton.cdiv(n, s.block_n)
+    whole, piece = carry_split(tiles, t, s.block_t, processors)
+    turns = torch.zeros(2 * (tiles - whole), dtype=torch.int32, device=c.device) if piece else c
     carry_kernel[(min(tiles, processors),)](
         _descriptor(g, [s.block_t, HALF.value]),
         _descriptor(x, [s.block_t, s.block_n]),
         _descriptor(c, [HALF.value, s.block_n // 2]),
+        turns,
         m,
         n,
         t,
+        whole,
+        piece,
         SLOTS=s.slots,
         GROUP_M=s.group_m,
         num_warps=4,

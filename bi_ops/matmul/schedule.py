@@ -84,12 +84,34 @@ NARROW = CarrySchedule(128, 64, 4, 8)
 #: Time of a narrow tile over that of a wide one. More than half: it fetches 4/3 of the bytes per product.
 NARROW_COST = 0.53
 
+#: Below as many tokens a tile is computed faster than a sum is handed on.
+CUT_TOKENS = 2048
 
-def carry_schedule(m: int, n: int, processors: int) -> CarrySchedule:
-    """The tile of an [m, n] weight gradient that is carried on in fp32: the one whose rounds take less time.
 
-    A round is one tile on every multiprocessor; a last round of few tiles takes as long as a full one.
+def carry_split(tiles: int, tokens: int, step: int, processors: int) -> tuple[int, int]:
+    """(tiles that one program computes alone, tokens of the others' sums that each program takes).
+
+    A last round of few tiles takes as long as a full one, so its tiles are cut along the tokens, and every program
+    takes a piece. The pieces of a tile are computed one after the other, so there are about as many as rounds. No
+    tile is cut, and the second number is 0, where that gains less than a tenth of a round.
     """
-    rows = -(-m // 128)
-    wide, narrow = (-(-rows * -(-n // s.block_n) // processors) for s in (WIDE, NARROW))
-    return NARROW if narrow * NARROW_COST < wide else WIDE
+    rounds, left = divmod(tiles, processors)
+    if not rounds or not left or tokens < CUT_TOKENS:
+        return tiles, 0
+    steps = -(-tokens // step)
+    piece = max(-(-left * steps // processors), -(-steps // (rounds + 1)))
+    return (tiles, 0) if piece > 0.9 * steps else (tiles - left, piece * step)
+
+
+def carry_schedule(m: int, n: int, tokens: int, processors: int) -> CarrySchedule:
+    """The tile of an [m, n] weight gradient that is carried on in fp32: the one that takes less time.
+
+    Counted in rounds; a round is one tile on every multiprocessor.
+    """
+
+    def rounds(s: CarrySchedule) -> float:
+        tiles = -(-m // 128) * -(-n // s.block_n)
+        whole, piece = carry_split(tiles, tokens, s.block_t, processors)
+        return -(-whole // processors) + piece / tokens
+
+    return NARROW if rounds(NARROW) * NARROW_COST < rounds(WIDE) else WIDE
