@@ -257,13 +257,15 @@ def test_tiles_are_cut_where_a_last_round_would_not_be_full():
                 left = tiles - whole
                 assert (piece == 0) == (left == 0)
                 if piece:
+                    pieces = -(-tokens // piece)
                     assert whole % 132 == 0
                     assert piece % step == 0
                     assert tokens >= 2048
-                    assert left * tokens <= 132 * piece  # together they take all of it
-                    assert piece < tokens  # of two tiles at most
-    assert carry_split(320, 8192, 16, 132) == (264, 3488)  # 56 tiles left: each of 132 programs takes 0.43 of one
-    assert carry_split(800, 8192, 16, 132) == (792, 1184)  # 8 left: by 7 pieces, one in each round
+                    assert 2 <= pieces <= whole // 132 + 1  # a round for each
+                    assert pieces * left <= 132  # and a program
+    assert carry_split(320, 8192, 16, 132) == (264, 4096)  # 56 tiles left: 112 programs take half of one each
+    assert carry_split(800, 8192, 16, 132) == (792, 1184)  # 8 left: 7 pieces, one in each round
+    assert carry_split(480, 8192, 16, 132) == (480, 0)  # 84 left: more than half as many as programs
     assert carry_split(132, 8192, 16, 132) == (132, 0)
     assert carry_split(96, 8192, 16, 132) == (96, 0)  # not a round: there is no time before or after to put a piece
 

@@ -39,50 +39,29 @@ WARPS = gl.constexpr(4)
 
 
 @gluon.jit
-def _plan(tiles, whole, piece, T, BLOCK_T: gl.constexpr):
-    """A program's items: whole tiles, and of the cut ones [whole, tiles) as much as `piece` tokens are.
+def _plan(tiles, whole, piece, T):
+    """(items, place of the piece among them, its tile, first token, last, pieces of that tile before).
 
-    The tokens of all cut tiles make a line, of which program j takes the piece [j, j + 1) * piece: the end of a tile's
-    sum, the begin of the next one's, or both. A begin comes first, an end when those before it had the time: after as
-    many tiles as programs have a part in that sum before this one.
-
-    (items, begins, items before the end, tile begun, its tokens, tile ended, its first, its last, programs before)
+    A program's items are whole tiles and at most one piece of a cut tile, [whole, tiles): programs 0, 1, ... take the
+    first pieces of all of them and begin with these, the next as many programs take the second ones after their first
+    whole tile, and so on. So those that work at one time are at the same tokens, or at two places, and share G and X.
     """
-    length = gl.cdiv(T, BLOCK_T) * BLOCK_T
-    alone = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
-    start = gl.program_id(0) * piece
-    stop = gl.minimum(start + piece, (tiles - whole) * length)
-    tile = start // length
-    first = start - tile * length
-    edge = (tile + 1) * length
-    ends = (first > 0) & (stop > start)
-    begins = (stop > start) & ((first == 0) | (stop > edge))
-    begun = gl.where(first == 0, tile, tile + 1)
-    before = gl.program_id(0) - tile * length // gl.maximum(piece, 1)
-    n_begins = begins.to(gl.int32)
-    place = gl.where(ends, n_begins + gl.minimum(before, alone), 2147483647)
-    items = alone + n_begins + ends.to(gl.int32)
-    return (
-        items,
-        n_begins,
-        place,
-        whole + begun,
-        stop - begun * length,
-        whole + tile,
-        first,
-        gl.minimum(stop, edge) - tile * length,
-        before,
-    )
+    items = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
+    cut = tiles - whole
+    before = gl.program_id(0) // gl.maximum(cut, 1)
+    begin = before * piece
+    taken = (cut > 0) & (begin < T)
+    place = gl.where(taken, before, 2147483647)
+    tile = whole + gl.program_id(0) % gl.maximum(cut, 1)
+    return items + taken.to(gl.int32), place, tile, begin, gl.minimum(begin + piece, T), before
 
 
 @gluon.jit
 def _item(i, plan, T):
-    """(tile, first token, last, programs that had a part of it before) of a program's item `i`."""
-    _, n_begins, place, begun, begun_to, ended, ended_from, ended_to, before = plan
-    tile = gl.program_id(0) + (i - n_begins - (i > place).to(gl.int32)) * gl.num_programs(0)
-    tile = gl.where(i < n_begins, begun, gl.where(i == place, ended, tile))
-    end = gl.minimum(gl.where(i < n_begins, begun_to, gl.where(i == place, ended_to, T)), T)
-    return tile, gl.where(i == place, ended_from, 0), end, gl.where(i == place, before, 0)
+    """(tile, first token, last) of a program's item `i`."""
+    _, place, tile, begin, end, _ = plan
+    alone = gl.program_id(0) + (i - (i > place).to(gl.int32)) * gl.num_programs(0)
+    return gl.where(i == place, tile, alone), gl.where(i == place, begin, 0), gl.where(i == place, end, T)
 
 
 @gluon.jit
@@ -105,7 +84,7 @@ def _fetch(d_g, d_x, s_g, s_x, full, empty, plan, M, N, T, GROUP_M: gl.constexpr
     slot = 0
     phase = 1  # a slot that was never filled counts as emptied
     for i in range(0, plan[0]):
-        tile, begin, end, _ = _item(i, plan, T)
+        tile, begin, end = _item(i, plan, T)
         m, n = _corner(tile, M, N, 0, BLOCK_N, GROUP_M)
         for t in range(begin, end, BLOCK_T):
             mbarrier.wait(empty.index(slot), phase)
@@ -177,13 +156,30 @@ def _bring(d_c, m, n, here, s_c, wanted):
 
 @gluon.jit
 def _multiply(
-    d_c, p_turns, s_g, s_x, s_c, full, empty, here, plan, M, N, T, whole, GROUP: gl.constexpr, GROUP_M: gl.constexpr
+    d_c,
+    p_turns,
+    s_g,
+    s_x,
+    s_c,
+    full,
+    empty,
+    here,
+    plan,
+    M,
+    N,
+    T,
+    whole,
+    piece,
+    GROUP: gl.constexpr,
+    GROUP_M: gl.constexpr,
 ):
     """Carries rows [64 GROUP, 64 GROUP + 64) of each tile on."""
     BLOCK_T: gl.constexpr = s_x.type.shape[1]
     BLOCK_N: gl.constexpr = s_x.type.shape[2]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    tile, begin, end, _ = _item(0, plan, T)  # no other program has a part of it before
+    items, place, cut_tile, _, cut_end, before = plan
+    p_turn = p_turns + (cut_tile - whole) * 2 + GROUP
+    tile, begin, end = _item(0, plan, T)  # no other program has a part of it before
     m, n = _corner(tile, M, N, GROUP, BLOCK_N, GROUP_M)
     _bring(d_c, m, n, here, s_c, True)
     mbarrier.wait(here, 0)
@@ -193,19 +189,22 @@ def _multiply(
     slot = 0
     phase = 0
     turn = 1
-    for i in range(0, plan[0]):
-        follows = i + 1 < plan[0]
-        next_tile, next_begin, next_end, before = _item(i + 1, plan, T)
+    for i in range(0, items):
+        follows = i + 1 < items
+        next_tile, next_begin, next_end = _item(i + 1, plan, T)
         # Programs turn to C at different times, a sixteenth to a half into a tile: not all of them to memory at once.
-        # What others carry on before is brought as late as can be.
-        sixteenths = gl.where(before > 0, 15, 1 + gl.program_id(0) % 8)
+        # A piece is handed on soon, and brought when whoever had it before is through with his.
+        sixteenths = gl.where(i == place + 1, 1, 1 + gl.program_id(0) % 8)
+        sixteenths = gl.where(i + 1 == place, gl.minimum(gl.cdiv(piece * 16, T) + 2, 15), sixteenths)
         middle = begin + gl.cdiv(end - begin, BLOCK_T) * sixteenths // 16 * BLOCK_T
         acc, slot, phase = _walk(acc, begin, middle, slot, phase, s_g, s_x, full, empty, GROUP)
         tma.store_wait(0)  # the sums of the tile before have left shared memory
+        if (i == place + 1) & (cut_end < T):
+            end_turn(p_turn, p_turn)
+        if (i + 1 == place) & follows:
+            wait_turn(p_turn, before * WARPS)
         fence_async_shared()
         next_m, next_n = _corner(next_tile, M, N, GROUP, BLOCK_N, GROUP_M)
-        if follows & (before > 0):
-            wait_turn(p_turns + (next_tile - whole) * 2 + GROUP, before * WARPS)
         _bring(d_c, next_m, next_n, here, s_c, follows)
         acc, slot, phase = _walk(acc, middle, end, slot, phase, s_g, s_x, full, empty, GROUP)
 
@@ -217,10 +216,6 @@ def _multiply(
         fence_async_shared()
         _store(d_c, [m, n], s_c.index(0))
         _store(d_c, [m, n + BLOCK_N // 2], s_c.index(1))
-        if tile >= whole:
-            p_turn = p_turns + (tile - whole) * 2 + GROUP
-            end_turn(p_turn, p_turn)
-        tile = next_tile
         begin = next_begin
         end = next_end
         m = next_m
@@ -239,7 +234,7 @@ def carry_kernel(
     N,
     T,
     whole,  # tiles that one program computes alone; the others are cut
-    piece,  # tokens of cut tiles that a program takes, a multiple of BLOCK_T
+    piece,  # tokens of a cut tile that a program takes, a multiple of BLOCK_T
     SLOTS: gl.constexpr,  # steps of G and X that shared memory holds
     GROUP_M: gl.constexpr,
 ):
@@ -262,11 +257,11 @@ def carry_kernel(
         mbarrier.init(empty.index(slot), count=2)
     mbarrier.init(above, count=1)
     mbarrier.init(below, count=1)
-    plan = _plan(gl.cdiv(M, 2 * HALF) * gl.cdiv(N, BLOCK_N), whole, piece, T, BLOCK_T)
+    plan = _plan(gl.cdiv(M, 2 * HALF) * gl.cdiv(N, BLOCK_N), whole, piece, T)
     gl.warp_specialize(
         [
-            (_multiply, (d_c, p_turns, s_g, s_x, s_above, full, empty, above, plan, M, N, T, whole, 0, GROUP_M)),
-            (_multiply, (d_c, p_turns, s_g, s_x, s_below, full, empty, below, plan, M, N, T, whole, 1, GROUP_M)),
+            (_multiply, (d_c, p_turns, s_g, s_x, s_above, full, empty, above, plan, M, N, T, whole, piece, 0, GROUP_M)),
+            (_multiply, (d_c, p_turns, s_g, s_x, s_below, full, empty, below, plan, M, N, T, whole, piece, 1, GROUP_M)),
             (_fetch, (d_g, d_x, s_g, s_x, full, empty, plan, M, N, T, GROUP_M)),
         ],
         [4, 1],
@@ -289,7 +284,7 @@ def launch(g: torch.Tensor, x: torch.Tensor, c: torch.Tensor, s: CarrySchedule, 
     (t, m), n = g.shape, x.shape[1]
     tiles = triton.cdiv(m, 2 * HALF.value) * triton.cdiv(n, s.block_n)
     whole, piece = carry_split(tiles, t, s.block_t, processors)
-    turns = torch.zeros(2 * (tiles - whole), dtype=torch.int32, device=c.device) if piece else c
+    turns = torch.zeros(2 * (tiles - whole), dtype=torch.int32, device=c.device)
     carry_kernel[(min(tiles, processors),)](
         _descriptor(g, [s.block_t, HALF.value]),
         _descriptor(x, [s.block_t, s.block_n]),
