@@ -193,14 +193,20 @@ def products(results: Path) -> str:
     return table(head, out) + "\n" + what + csv_provenance(rows, "h100/products.csv")
 
 
+#: The head size whose cases are listed; of the others the table says how they stand against the best rival.
+MAIN_HEAD_DIM = "128"
+
+
 def attention(results: Path) -> str:
-    """Attention against its rivals, forward and backward, then decoding."""
+    """Attention against its rivals: every case of the main head size, then what the other sizes come to."""
     rows = load_csv(results, "h100/attention.csv")
     if not rows:
         return "Not measured yet.\n"
     rivals = ("ours", "fa3", "cudnn", "cudnn_deterministic", "fa2")
     out = []
     for r in rows:
+        if r["head_dim"] != MAIN_HEAD_DIM:
+            continue
         length = (
             f"packed, longest {int(r['seqlen']):,}" if r["packed"] == "True" else f"{r['batch']} x {int(r['seqlen']):,}"
         )
@@ -208,15 +214,44 @@ def attention(results: Path) -> str:
         figures = [r.get(f"{rival}_{unit}", "") for rival in rivals]
         bits = "yes" if r["reruns_equal"] == r["batch_invariant"] == "True" else "NO"
         label = {"fwd": "forward", "bwd": "backward", "decode": "decode, GB/s"}[r["pass"]]
-        out.append((label, length, r["head_dim"], *(f or "-" for f in figures), bits))
+        out.append((label, length, *(f"{float(f):,.0f}" if f else "-" for f in figures), f"{r['reruns']}, {bits}"))
     head = (
-        *("pass, TFLOP/s", "sequences", "head_dim", "ours (Triton)", "FlashAttention 3", "cuDNN"),
-        *("cuDNN deterministic", "FlashAttention 2", "bits hold"),
+        *("pass, TFLOP/s", "sequences", "ours", "FlashAttention 3", "cuDNN"),
+        *("cuDNN deterministic", "FlashAttention 2", "reruns, bits hold"),
     )
-    shape = rows[0]
-    what = f"Causal, {shape['heads']} query heads on {shape['kv_heads']} key heads. Higher is faster. "
     parsed = [{**r, "versions": ast.literal_eval(r["versions"])} for r in rows]
-    return table(head, out) + "\n" + what + provenance(parsed, "h100/attention.csv")
+    return "\n".join(
+        (
+            table(head, sorted(out, key=lambda row: ("forward", "backward", "decode, GB/s").index(row[0]))),
+            f"head_dim {MAIN_HEAD_DIM}, causal, four query heads to a key head. " + HEAD_SIZES + "\n",
+            head_sizes(rows),
+            provenance(parsed, "h100/attention.csv"),
+        )
+    )
+
+
+HEAD_SIZES = "Every head size, geometric means over the lengths:"
+
+
+def head_sizes(rows: Sequence[Mapping[str, str]]) -> str:
+    """Per head size and pass: how many times as fast as the rival."""
+    out = []
+    for kind, label, rival, name in (
+        ("fwd", "forward", "fa3", "FlashAttention 3"),
+        ("bwd", "backward", "cudnn_deterministic", "cuDNN, deterministic"),
+        ("bwd", "backward", "fa2", "FlashAttention 2"),
+    ):
+        for d in sorted({int(r["head_dim"]) for r in rows}):
+            ratios = {
+                f"{int(r['seqlen']):,}{', packed' if r['packed'] == 'True' else ''}": float(r["ours_tflops"])
+                / float(r[f"{rival}_tflops"])
+                for r in rows
+                if r["pass"] == kind and r["head_dim"] == str(d) and r[f"{rival}_tflops"]
+            }
+            worst = min(ratios, key=lambda length: ratios[length])
+            speed = f"{geometric_mean(list(ratios.values())):.2f}x"
+            out.append((label, d, name, speed, f"{ratios[worst]:.2f}x at {worst}"))
+    return table(("pass", "head_dim", "against", "speed", "worst"), out)
 
 
 def host(results: Path) -> str:
@@ -282,10 +317,58 @@ def draw_product_speed(data: dict[str, Any], ax: Any) -> None:
     ax.figure.colorbar(image, ax=ax, label="times as fast as cuBLAS")
 
 
+def attention_speed(results: Path) -> dict[str, Any]:
+    """TFLOP/s by length, per head size, pass and side, of equal sequences."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for r in load_csv(results, "h100/attention.csv"):
+        if r["pass"] == "decode" or r["packed"] == "True":
+            continue
+        sides = panels.setdefault(f"{r['pass']} {r['head_dim']}", {})
+        for side in ("ours", "fa3", "cudnn", "cudnn_deterministic", "fa2"):
+            if r[f"{side}_tflops"] and not (side == "cudnn" and r["pass"] == "bwd"):  # a backward's is the same line
+                sides.setdefault(side, []).append((int(r["seqlen"]), float(r[f"{side}_tflops"])))
+    return panels
+
+
+def draw_attention_speed(data: dict[str, Any], ax: Any) -> None:
+    """A panel for each pass and head size."""
+    looks = {
+        "ours": ("bi_ops", "C0", "-"),
+        "fa3": ("FlashAttention 3", "C1", "--"),
+        "cudnn": ("cuDNN", "C2", "--"),
+        "cudnn_deterministic": ("cuDNN, deterministic", "C2", ":"),
+        "fa2": ("FlashAttention 2", "C7", "--"),
+    }
+    figure = ax.figure
+    ax.remove()
+    figure.set_size_inches(9, 5.5)
+    sizes = sorted({int(name.split()[1]) for name in data})
+    axes = figure.subplots(2, len(sizes), sharex=True, sharey="row", squeeze=False)
+    handles: dict[str, Any] = {}
+    for i, kind in enumerate(("fwd", "bwd")):
+        for j, d in enumerate(sizes):
+            panel = axes[i][j]
+            for side, points in data[f"{kind} {d}"].items():
+                label, color, style = looks[side]
+                xs, ys = zip(*points, strict=True)
+                width = 2.5 if side == "ours" else 1.2
+                (handles[label],) = panel.plot(xs, ys, style, color=color, linewidth=width, marker=".", label=label)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks([2**9, 2**11, 2**13, 2**15, 2**17], ["512", "2k", "8k", "32k", "128k"])
+            panel.set_title(f"{'forward' if kind == 'fwd' else 'backward'}, head_dim {d}", fontsize=9)
+            panel.grid(alpha=0.3)
+        axes[i][0].set_ylabel("TFLOP/s")
+        axes[i][0].set_ylim(0, 1.05 * max(y for d in sizes for ps in data[f"{kind} {d}"].values() for _, y in ps))
+    for panel in axes[1]:
+        panel.set_xlabel("tokens of a sequence")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
+
+
 #: File name to (what is drawn, how).
 FIGURES: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], None]]] = {
     "train.svg": (rewards, draw_rewards),
     "products.svg": (product_speed, draw_product_speed),
+    "attention.svg": (attention_speed, draw_attention_speed),
 }
 
 
