@@ -3,7 +3,8 @@
     python bench/attention.py --out bench/results/h100 [--quick] [--head-dims 64 128 256] [--seqlens 512 ... 32768]
 
 Forward and backward: causal, bf16, four query heads to a key head, 16k tokens cut into equal sequences of each
-length, single sequences of 32k and 128k, and lognormal lengths as an RL batch has them. Decoding: 8k paged keys.
+length, single sequences of 32k and 128k, and lognormal lengths as an RL batch has them, with as many equal ones beside
+them. Decoding: 8k paged keys.
 TFLOP/s count as flash-attention does: 4 * S * S * D a head, half of it if causal, 2.5 times that for the backward.
 A rival's column is empty where it lacks the case. Decoding is counted in GB/s of keys and values, beside the card's
 own rate of copying.
@@ -95,7 +96,9 @@ def all_cases(args: argparse.Namespace) -> Iterator[Case]:
         heads = (d, WIDTH // d, WIDTH // d // GROUP) if not args.dry else (d, GROUP, 1)
         main = args.dry or d == MAIN_HEAD_DIM
         seqlens = [s for s in args.seqlens if main or s <= LONGEST]
-        batches = [(s,) * max(args.tokens // s, 1) for s in seqlens] + [rl_lengths(args.tokens)]
+        packed = rl_lengths(args.tokens)
+        as_many = (args.tokens // len(packed),) * len(packed)  # equal ones, to compare the packed batch with
+        batches = [(s,) * max(args.tokens // s, 1) for s in seqlens] + [as_many, packed]
         yield from (Case(kind, lengths, *heads) for lengths in batches for kind in ("fwd", "bwd"))
         if main:
             yield from (Case("decode", (args.context,) * b, *heads) for b in args.decode_batches)

@@ -33,20 +33,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from bi_ops._common.turns import end_turn, wait_turn
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import rows
-from bi_ops.attention.hopper_forward import find_sequence
+from bi_ops.attention.hopper_lists import by_length, find_sequence
 from bi_ops.attention.kernels import find_tile
 
 LOG2E = gl.constexpr(1.4426950408889634)
 TEAMS = gl.constexpr(2)
 KEYS = gl.constexpr(64)  # of a team: what four warps hold of a product
 LATER = gl.constexpr(2)  # steps between dS and its dQ; tiles of dS and of dQ in shared memory; writers
-
-
-@gluon.jit
-def _own_sequence(p_cu, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr):
-    """(sequence, its tiles of keys, programs before its own)."""
-    i_b, first = find_sequence(p_cu, gl.program_id(0) // HKV, n_seqs, BLOCK)
-    return i_b, gl.load(p_cu + i_b + 1) // BLOCK + i_b + 1 - first, first * HKV
 
 
 @builtin
@@ -396,11 +389,12 @@ def attention_backward_kernel(
     p_dv,  # as p_dk
     p_cu_q,  # int32 [B + 1]
     p_cu_k,  # int32 [B + 1]
+    p_lists,  # int32 [2, B]: as `by_length` makes them; not read if EQUAL
     scale,  # softmax_scale
     n_seqs,
     together,
     last,  # a multiple of `together`; only if EQUAL
-    n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as `find_sequence` says
+    n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as `kernels.find_tile` says
     HKV: gl.constexpr,
     HEADS: gl.constexpr,
     D: gl.constexpr,
@@ -419,12 +413,14 @@ def attention_backward_kernel(
         n_of_pair = gl.num_programs(0) // n_pairs
         j = gl.program_id(0)
     else:
-        i_b, n_of_pair, before = _own_sequence(p_cu_k, n_seqs, HKV, BLOCK_N)
+        i_b, first_of_pair = find_sequence(p_lists, gl.program_id(0) // HKV, n_seqs)
+        n_of_pair = (gl.load(p_cu_k + i_b + 1) - gl.load(p_cu_k + i_b) + BLOCK_N - 1) // BLOCK_N
+        n_of_pair = gl.maximum(n_of_pair, 1)
         n_pairs = n_seqs * 0 + HKV
         last = n_pairs
-        j = gl.program_id(0) - before
+        j = gl.program_id(0) - first_of_pair * HKV
     i = gl.minimum(j // (n_of_pair * together) * together, last)
-    width = gl.where(i < last, gl.minimum(together, n_pairs - i), n_pairs - last)
+    width = gl.where(i < last, gl.minimum(together, n_pairs - i), gl.maximum(n_pairs - last, 1))
     j -= i * n_of_pair
     i_n = j // width
     i_b += (i + j % width) // HKV
@@ -598,10 +594,11 @@ def launch(
     last = max(n_seqs * hkv - s.last // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
     last = last // s.together * s.together
     programs = triton.cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
+    lists = cu_k if equal else by_length(cu_k, order.block_n)
     attention_backward_kernel[(programs * hkv,)](
         *(rows(q, order.block_m), rows(g, order.block_m), rows(k, order.block_n), rows(v, order.block_n)),
         *(_numbers(shift, order.block_m), _numbers(delta, order.block_m), d_sum),
-        *(turns, dq, dk, dv, cu_q, cu_k, scale, n_seqs, s.together, last, n_tiles),
+        *(turns, dq, dk, dv, cu_q, cu_k, lists, scale, n_seqs, s.together, last, n_tiles),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,

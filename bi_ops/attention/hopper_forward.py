@@ -10,6 +10,7 @@ A program takes a tile of queries of one head, and another when it is done, unti
 from __future__ import annotations
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import rows
+from bi_ops.attention.hopper_lists import by_length, find_sequence
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -31,41 +33,35 @@ BLOCK_M = gl.constexpr(128)
 
 
 @gluon.jit
-def find_sequence(p_cu, i_tile, n_seqs, BLOCK: gl.constexpr):
-    """(sequence, its first tile) in a list of the tiles of sequence 0, then those of 1: as `kernels.find_tile`."""
-    low = n_seqs * 0
-    high = n_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if gl.load(p_cu + middle) // BLOCK + middle <= i_tile:
-            low = middle
-        else:
-            high = middle
-    return low, gl.load(p_cu + low) // BLOCK + low
-
-
-@gluon.jit
 def _place(
     p_cu_q,
     p_cu_k,
+    p_lists,
     i_item,
     n_seqs,
     n_tiles,
     H: gl.constexpr,
     BLOCK_N: gl.constexpr,
     CAUSAL: gl.constexpr,
+    EQUAL: gl.constexpr,
 ):
     """What item `i_item` of the work is: a tile of queries of one head. Tiles with most keys come first.
 
     (head, start of the queries, of the keys, first query, queries, keys, steps, steps that every row sees wholly)
     """
-    i_tile = n_tiles - 1 - i_item // H
-    i_b, first = find_sequence(p_cu_q, i_tile, n_seqs, BLOCK_M)
+    if EQUAL:
+        of_one = n_tiles // n_seqs
+        i_b = i_item // H // of_one
+        from_last = i_item // H % of_one
+    else:
+        i_b, first = find_sequence(p_lists, i_item // H, n_seqs)
+        from_last = i_item // H - first
     q_start = gl.load(p_cu_q + i_b)
     q_len = gl.load(p_cu_q + i_b + 1) - q_start
     k_start = gl.load(p_cu_k + i_b)
     k_len = gl.load(p_cu_k + i_b + 1) - k_start
-    m = (i_tile - first) * BLOCK_M
+    i_m = (q_len + BLOCK_M - 1) // BLOCK_M - 1 - from_last
+    m = gl.where(i_m >= 0, i_m * BLOCK_M, q_len)
     end = k_len
     full = k_len
     if CAUSAL:
@@ -123,11 +119,12 @@ def _load(
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     STAY: gl.constexpr,
+    EQUAL: gl.constexpr,
 ):
     d_q, d_k, d_v = descriptors
     s_q, s_k, s_v = tiles
     bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, _bar_turn = bars
-    p_cu_q, p_cu_k, p_items = lists
+    p_cu_q, p_cu_k, p_lists, p_items = lists
     p_item = p_items + 1 + gl.program_id(0)
     n_seqs, n_tiles = sizes
     items = n_tiles * 0
@@ -136,7 +133,7 @@ def _load(
     i_item = gl.program_id(0)
     while i_item < n_tiles * H:
         head, q_start, k_start, m, q_len, k_len, n_steps, _n_full = _place(
-            p_cu_q, p_cu_k, i_item, n_seqs, n_tiles, H, BLOCK_N, CAUSAL
+            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, BLOCK_N, CAUSAL, EQUAL
         )
         if m < q_len:
             mbarrier.wait(bar_q_free, (items & 1) ^ 1)
@@ -214,11 +211,12 @@ def _products(
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,
+    EQUAL: gl.constexpr,
 ):
     p_out, p_lse = memory
     s_q, s_k, s_v = tiles
     bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, _bar_tail, bar_turn = bars
-    p_cu_q, p_cu_k, p_items = lists
+    p_cu_q, p_cu_k, p_lists, p_items = lists
     p_item = p_items + 1 + gl.program_id(0)
     n_seqs, n_tiles = sizes
     DTYPE: gl.constexpr = s_q.dtype
@@ -239,7 +237,7 @@ def _products(
     i_item = gl.load(p_item)
     while i_item < n_tiles * H:
         head, q_start, _k_start, m, q_len, k_len, n_steps, n_full = _place(
-            p_cu_q, p_cu_k, i_item, n_seqs, n_tiles, H, BLOCK_N, CAUSAL
+            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, BLOCK_N, CAUSAL, EQUAL
         )
         n_seen = lane * 0 + k_len
         if CAUSAL:
@@ -321,11 +319,12 @@ def attention_forward_kernel(
     p_lse,  # fp32 [H, T], natural logarithm
     p_cu_q,  # int32 [B + 1]
     p_cu_k,  # int32 [B + 1]
+    p_lists,  # int32 [2, B]: as `by_length` makes them; not read if EQUAL
     p_items,  # int32 [1 + programs]: zeros; how many items were taken after the first ones, and what each program is at
     scale,  # softmax_scale
     n_tokens,
     n_seqs,
-    n_tiles,  # T // BLOCK_M + B
+    n_tiles,  # as many as there are if EQUAL, else at least: T // BLOCK_M + B
     H: gl.constexpr,
     HEADS: gl.constexpr,
     D: gl.constexpr,
@@ -334,6 +333,7 @@ def attention_forward_kernel(
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,  # teams hand their products to the tensor cores in turns
     STAY: gl.constexpr,  # a program takes items until none is left, else one
+    EQUAL: gl.constexpr,  # every sequence has as many queries
 ):
     DTYPE: gl.constexpr = d_q.dtype
     s_q = gl.allocate_shared_memory(DTYPE, [TEAMS, ROWS, D], d_q.layout)
@@ -361,20 +361,20 @@ def attention_forward_kernel(
     descriptors = (d_q, d_k, d_v)
     tiles = (s_q, s_k, s_v)
     bars = (bar_q, bar_k, bar_v, bar_one.index(0), bar_k_free, bar_v_free, bar_one.index(1), bar_turn)
-    lists = (p_cu_q, p_cu_k, p_items)
+    lists = (p_cu_q, p_cu_k, p_lists, p_items)
     sizes = (n_seqs, n_tiles)
     memory = (p_out, p_lse)
     gl.warp_specialize(
         [
             (
                 _products,
-                (memory, tiles, bars, lists, sizes, scale, n_tokens, 0, H, D, BLOCK_N, STAGES, CAUSAL, TURNS),
+                (memory, tiles, bars, lists, sizes, scale, n_tokens, 0, H, D, BLOCK_N, STAGES, CAUSAL, TURNS, EQUAL),
             ),
             (
                 _products,
-                (memory, tiles, bars, lists, sizes, scale, n_tokens, 1, H, D, BLOCK_N, STAGES, CAUSAL, TURNS),
+                (memory, tiles, bars, lists, sizes, scale, n_tokens, 1, H, D, BLOCK_N, STAGES, CAUSAL, TURNS, EQUAL),
             ),
-            (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, D, BLOCK_N, STAGES, CAUSAL, STAY)),
+            (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, D, BLOCK_N, STAGES, CAUSAL, STAY, EQUAL)),
         ],
         [4, 1],
         [240, 24],
@@ -389,6 +389,7 @@ def launch(
     lse: torch.Tensor,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
+    max_q: int,
     causal: bool,
     scale: float,
     block_n: int,
@@ -398,18 +399,21 @@ def launch(
 
     Args:
         q: [T, Hq, D], bf16 or fp16, D 64 or 128, T > 0. k, v: [Tk, Hkv, D], Tk > 0. out: [T, Hq, D], contiguous.
-        lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. block_n: 64 or 128. s: None: `schedule.tiles`.
+        lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at least the most queries of one. block_n: 64 or
+            128. s: None: `schedule.tiles`.
     """
     (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
     s = sched.tiles(head_dim) if s is None else s
     n_seqs = cu_q.shape[0] - 1
-    n_tiles = n_tokens // BLOCK_M.value + n_seqs
+    equal = max_q * n_seqs == n_tokens
+    n_tiles = triton.cdiv(max_q, BLOCK_M.value) * n_seqs if equal else n_tokens // BLOCK_M.value + n_seqs
+    lists = cu_q if equal else by_length(cu_q, BLOCK_M.value)
     programs = n_tiles * hq
     if s.stay:
         programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
     items = torch.zeros(1 + programs, dtype=torch.int32, device=q.device)
     attention_forward_kernel[(programs,)](
-        *(rows(q, ROWS.value), rows(k, block_n), rows(v, block_n), out, lse, cu_q, cu_k),
+        *(rows(q, ROWS.value), rows(k, block_n), rows(v, block_n), out, lse, cu_q, cu_k, lists),
         *(items, scale, n_tokens, n_seqs, n_tiles),
         H=hq,
         HEADS=hq // hkv,
@@ -419,5 +423,6 @@ def launch(
         CAUSAL=causal,
         TURNS=s.turns,
         STAY=s.stay,
+        EQUAL=equal,
         num_warps=4,
     )

@@ -363,7 +363,7 @@ def _flash(
         from bi_ops.attention import hopper_forward
 
         out, block_n = q.new_empty(q.shape), sched.order(q.shape[2], q.dtype).block_n
-        hopper_forward.launch(q, k, v, out, lse, cu_q, cu_k, causal, scale, block_n)
+        hopper_forward.launch(q, k, v, out, lse, cu_q, cu_k, max_q, causal, scale, block_n)
         return out, lse
     return _launch_forward(q, k, v, lse, cu_q, cu_k, None, max_q, scores, sinks), lse
 

@@ -1,0 +1,73 @@
+"""Which tile of which sequence a program of the Hopper kernels takes: the longest sequence's first.
+
+What is begun last should be short, or multiprocessors are idle at the end. The order of programs is a schedule: it
+changes no bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+#: Sequences of a program, and how many others it compares them with at a time.
+ROWS, STEP = 32, 128
+
+
+@triton.jit
+def by_length_kernel(
+    p_cu,  # int32 [B + 1]
+    p_first,  # int32 [B]: tiles before those of the sequence that is as long as so many others, ascending
+    p_sequence,  # int32 [B]: which sequence that is
+    n_seqs,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Every sequence counts those before it: longer ones, and of those as long the ones with a lower index."""
+    o_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_i = o_i < n_seqs
+    length_i = tl.load(p_cu + o_i + 1, mask=m_i, other=0) - tl.load(p_cu + o_i, mask=m_i, other=0)
+    place = tl.zeros((ROWS,), tl.int32)
+    first = tl.zeros((ROWS,), tl.int32)
+    for j in range(0, n_seqs, STEP):
+        o_j = j + tl.arange(0, STEP)
+        m_j = o_j < n_seqs
+        length_j = tl.load(p_cu + o_j + 1, mask=m_j, other=0) - tl.load(p_cu + o_j, mask=m_j, other=0)
+        longer = length_j[None, :] > length_i[:, None]
+        as_long = (length_j[None, :] == length_i[:, None]) & (o_j[None, :] < o_i[:, None])
+        before = (longer | as_long) & m_j[None, :]
+        place += tl.sum(before.to(tl.int32), 1)
+        first += tl.sum(tl.where(before, ((length_j + BLOCK - 1) // BLOCK)[None, :], 0), 1)
+    tl.store(p_first + place, first, mask=m_i)
+    tl.store(p_sequence + place, o_i, mask=m_i)
+
+
+def by_length(cu_seqlens: torch.Tensor, block: int) -> torch.Tensor:
+    """int32 [2, B]: (tiles of `block` tokens before it, sequence), longest sequence first.
+
+    Args:
+        cu_seqlens: int32 [B + 1], B > 0.
+    """
+    n_seqs = cu_seqlens.shape[0] - 1
+    lists = cu_seqlens.new_empty((2, n_seqs))
+    by_length_kernel[(triton.cdiv(n_seqs, ROWS),)](
+        *(cu_seqlens, lists[0], lists[1], n_seqs), BLOCK=block, ROWS=ROWS, STEP=STEP, num_warps=4
+    )
+    return lists
+
+
+@gluon.jit
+def find_sequence(p_lists, i_tile, n_seqs):
+    """(sequence, its first tile) of tile `i_tile` in the lists of `by_length`; past the last tile, the last ones."""
+    low = n_seqs * 0
+    high = n_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if gl.load(p_lists + middle) <= i_tile:
+            low = middle
+        else:
+            high = middle
+    return gl.load(p_lists + n_seqs + low), gl.load(p_lists + low)
