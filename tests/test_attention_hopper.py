@@ -53,7 +53,7 @@ def equal(ours, theirs):
 
 @gpu
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("head_dim", "block_n"), [(64, 128), (128, 128), (128, 64)])
+@pytest.mark.parametrize(("head_dim", "block_n"), [(64, 64), (64, 128), (128, 128), (128, 64), (256, 64)])
 def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal, monkeypatch):
     from bi_ops.attention import hopper_forward
 
