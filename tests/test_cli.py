@@ -205,6 +205,15 @@ def test_doctor_says_how_to_get_cublaslt(monkeypatch):
     assert "g++" in item["how"]
 
 
+def test_doctor_says_why_flash_attn_does_not_serve_and_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(runtime, "INTERPRET", True)
+    operators = {o["op"]: o for o in json.loads(call(capsys, "doctor", "--json")[1])["operators"]}
+    reason = operators["attention"]["others"]["flash_attn"]
+    assert "pip install --no-build-isolation 'bi-ops[flash-attn]'" in reason
+    assert reason in call(capsys, "doctor")[1]  # brackets are no markup
+
+
 @pytest.fixture
 def checkpoint_folder(tmp_path):
     tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "model")

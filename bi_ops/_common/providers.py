@@ -55,12 +55,14 @@ class Provider:
     """One implementation of an operator.
 
     name: what users force it by. available: can it run on this machine. same_bits: equals the Triton kernel.
+    batch_invariant: keeps the contract; one that does not serves where it is forced by name, and never in the mode.
     """
 
     name: str
     available: Callable[[], Availability]
     same_bits: bool
     note: str = ""
+    batch_invariant: bool = True
 
 
 @dataclass

@@ -13,7 +13,7 @@ import triton
 
 from bi_ops._common import checks, runtime
 from bi_ops._common.providers import Availability, Provider, ProviderTable, vllm_availability
-from bi_ops.attention import hopper
+from bi_ops.attention import flash_attn, hopper
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.kernels import (
     attention_add_chunks_kernel,
@@ -44,7 +44,8 @@ def _triton_available() -> Availability:
 
 
 #: Who computes the forward, dense and paged alike. They do not agree in bits: one choice serves rollout and training.
-#: Windows, soft-capping and sinks are the own kernel's; 'vllm' raises for them where it is forced.
+#: Windows, soft-capping and sinks are the own kernel's; 'vllm' raises for them where it is forced. flash-attn's come
+#: after the own kernel, which runs everywhere: they serve where they are forced and nowhere else.
 providers = ProviderTable(
     "attention",
     (
@@ -55,6 +56,7 @@ providers = ProviderTable(
             "vLLM's FlashAttention 3; bf16 and fp16, head_dim 128 and 256, no window, softcap or sinks",
         ),
         Provider("triton", _triton_available, True, "own kernel, every dtype, head_dim and feature; every backward"),
+        *flash_attn.PROVIDERS,
     ),
 )
 
@@ -91,6 +93,9 @@ class Scores:
 def _provider(op: str, dtype: torch.dtype, head_dim: int, features: Sequence[str] = ()) -> str:
     """Who computes the forward for this dtype, head size and these features: never a function of the batch."""
     name = providers.choose()
+    if name in flash_attn.NAMES:
+        flash_attn.check(op, name, dtype, features)
+        return name
     if name != "vllm" or dtype == torch.float32:
         return "triton"
     if head_dim in VLLM_HEAD_DIMS and not features:
@@ -358,6 +363,8 @@ def _flash(
     max_k = _longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
     if provider == "vllm" and q.shape[0] > 0 and k.shape[0] > 0:
         return _vllm_forward(q, k, v, cu_q, cu_k, None, max_q, max_k, scores)
+    if provider in flash_attn.NAMES and q.shape[0] > 0 and k.shape[0] > 0:
+        return flash_attn.forward(q, k, v, cu_q, cu_k, max_q, max_k, scores)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     if max_q > 64 and _warp_specialised(q, k, scores) and sinks is None:
         from bi_ops.attention import hopper_forward
@@ -394,10 +401,11 @@ def _flash_grad(
     right: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    provider: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsinks), contiguous; empty tensors where not needed. g_lse: [Hq, T], contiguous.
 
-    The forward's sinks are in lse; they are given here if their gradient is needed.
+    The forward's sinks are in lse; they are given here if their gradient is needed. provider: who computed the forward.
     """
     scores = Scores(causal, scale, left, right, softcap)
     max_q = _longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], max_q)
@@ -406,15 +414,19 @@ def _flash_grad(
     n_tokens, hq, head_dim = q.shape
     hkv = k.shape[1]
     n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, max_q * (hq // hkv)
+    theirs = provider == flash_attn.DETERMINISTIC and n_tokens > 0 and k.shape[0] > 0
     one_pass = _warp_specialised(q, k, scores)
     dsinks = q.new_empty(0)
-    if sinks is not None or not one_pass:
+    if sinks is not None or not (one_pass or theirs):
         delta, shift = _launch_delta(g, out, lse, g_lse, hq // hkv)
         dsinks = dsinks if sinks is None else _launch_dsinks(sinks, delta, shift)
-    if one_pass:
-        from bi_ops.attention import hopper_backward
+    if one_pass or theirs:
+        if theirs:
+            dq, dk, dv = flash_attn.backward(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_q, max_k, scores)
+        else:
+            from bi_ops.attention import hopper_backward
 
-        dq, dk, dv = hopper_backward.launch(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_k, causal, scale)
+            dq, dk, dv = hopper_backward.launch(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_k, causal, scale)
         return dq if need_q else dq.new_empty(0), *((dk, dv) if need_kv else (dk.new_empty(0), dk.new_empty(0))), dsinks
     dq = q.new_empty(q.shape if need_q else 0)
     dk, dv = (k.new_empty(k.shape if need_kv else 0) for _ in range(2))
@@ -470,6 +482,7 @@ def _(
     right=-1,
     softcap=0.0,
     sinks=None,
+    provider="triton",
 ):
     dk, dv = (k.new_empty(k.shape if need_kv else 0) for _ in range(2))
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
@@ -477,7 +490,7 @@ def _(
 
 
 def _flash_setup(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.scale, _, *ctx.features, sinks = inputs
+    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.scale, ctx.provider, *ctx.features, sinks = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, sinks)
     ctx.set_materialize_grads(False)  # what nobody asked for comes as None
@@ -491,7 +504,7 @@ def _flash_backward(ctx, g, g_lse):
     g_lse = None if g_lse is None else g_lse.contiguous()
     dq, dk, dv, dsinks = _flash_grad(
         *(g, q, k, v, out, lse, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.scale, need_q, need_k or need_v),
-        *(g_lse, *ctx.features, sinks if need_sinks else None),
+        *(g_lse, *ctx.features, sinks if need_sinks else None, ctx.provider),
     )
     grads = dq if need_q else None, dk if need_k else None, dv if need_v else None
     return *grads, *([None] * 10), dsinks if need_sinks else None
@@ -652,8 +665,8 @@ def flash_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention inside each packed sequence (Dao et al., 2022), in memory linear in the tokens.
 
-    out, dq, dk and dv of a sequence have the same bits alone or packed with others. Query heads share key heads in
-    order: query head h uses key head h // (Hq / Hkv).
+    out, dq, dk and dv of a sequence have the same bits alone or packed with others (but for the gradients of a forced
+    'flash_attn_deterministic'). Query heads share key heads in order: query head h uses key head h // (Hq / Hkv).
 
     Args:
         q: [T, Hq, D], bf16, fp16 or fp32; D a multiple of 8 from 16 to 256. k, v: [Tk, Hkv, D], Hkv divides Hq. The
@@ -677,7 +690,7 @@ def flash_attention(
 
     Raises:
         TypeError: unsupported or differing dtypes. ValueError: wrong shapes, devices, cu_seqlens, window_size or
-        softcap. RuntimeError: the forced provider cannot serve this head size or feature.
+        softcap. RuntimeError: the forced provider cannot serve this head size, dtype or feature.
     """
     op = "flash_attention"
     scale = _check_qkv(op, softmax_scale, q=q, k=k, v=v)

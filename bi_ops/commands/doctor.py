@@ -149,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
         return code
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
     table = Table("operator", "provider", "why", "others")
     for record in found["operators"]:
         others = "\n".join(f"{name}: {reason}" for name, reason in record["others"].items())
-        table.add_row(record["op"], record["provider"] or "NONE", record["why"], others)
+        table.add_row(record["op"], record["provider"] or "NONE", escape(record["why"]), escape(others))
     console.print(table)
     kept = found["certificates"]
     console.print(f"cuBLASLt certificates: {kept['count']} products, {len(kept['refused'])} refused; {kept['file']}")
