@@ -125,7 +125,8 @@ def _load(
     s_q, s_k, s_v = tiles
     bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, _bar_turn = bars
     p_cu_q, p_cu_k, p_lists, p_items = lists
-    p_item = p_items + 1 + gl.program_id(0)
+    QUERIES: gl.constexpr = bar_q_free.shape[0]
+    p_item = p_items + 1 + gl.program_id(0) * QUERIES
     n_seqs, n_tiles = sizes
     items = n_tiles * 0
     step = n_tiles * 0
@@ -136,13 +137,15 @@ def _load(
             p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, BLOCK_N, CAUSAL, EQUAL
         )
         if m < q_len:
-            mbarrier.wait(bar_q_free, (items & 1) ^ 1)
+            place = items % QUERIES
+            mbarrier.wait(bar_q_free.index(place), (items // QUERIES & 1) ^ 1)
             items += 1
-            gl.store(p_item, i_item)
+            gl.store(p_item + place, i_item)
             for team in gl.static_range(TEAMS):
-                mbarrier.expect(bar_q.index(team), d_q.block_type.nbytes)
+                bar = bar_q.index(place * TEAMS + team)
+                mbarrier.expect(bar, d_q.block_type.nbytes)
                 row = q_start + m + team * ROWS
-                tma.async_copy_global_to_shared(d_q, [row, head * D], bar_q.index(team), s_q.index(team))
+                tma.async_copy_global_to_shared(d_q, [row, head * D], bar, s_q.index(place * TEAMS + team))
             column = head // HEADS * D
             # In the order in which they are asked for: K of a step before V of the step before it.
             for i in range(0, n_steps + 1):
@@ -175,10 +178,11 @@ def _load(
         i_item = n_tiles * H
         if STAY:
             i_item = gl.num_programs(0) + _take(p_items)
-    mbarrier.wait(bar_q_free, (items & 1) ^ 1)
-    gl.store(p_item, n_tiles * H)
+    place = items % QUERIES
+    mbarrier.wait(bar_q_free.index(place), (items // QUERIES & 1) ^ 1)
+    gl.store(p_item + place, n_tiles * H)
     for team in gl.static_range(TEAMS):
-        mbarrier.arrive(bar_q.index(team))
+        mbarrier.arrive(bar_q.index(place * TEAMS + team))
 
 
 @gluon.jit
@@ -217,7 +221,8 @@ def _products(
     s_q, s_k, s_v = tiles
     bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, _bar_tail, bar_turn = bars
     p_cu_q, p_cu_k, p_lists, p_items = lists
-    p_item = p_items + 1 + gl.program_id(0)
+    QUERIES: gl.constexpr = bar_q_free.shape[0]
+    p_item = p_items + 1 + gl.program_id(0) * QUERIES
     n_seqs, n_tiles = sizes
     DTYPE: gl.constexpr = s_q.dtype
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -227,12 +232,12 @@ def _products(
     l_out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     NEXT: gl.constexpr = (TEAM + 1) % TEAMS
     AHEAD: gl.constexpr = 1 if TEAM == 0 else 0  # nobody goes before the first team's first turn
-    q = s_q.index(TEAM)
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
     scale2 = LOG2E * scale
     lane = TEAM * ROWS + gl.arange(0, ROWS, l_r)
     items = n_tiles * 0
     step = n_tiles * 0
+    place = n_tiles * 0
     mbarrier.wait(bar_q.index(TEAM), 0)
     i_item = gl.load(p_item)
     while i_item < n_tiles * H:
@@ -242,6 +247,7 @@ def _products(
         n_seen = lane * 0 + k_len
         if CAUSAL:
             n_seen = gl.minimum(gl.maximum(m + lane + (k_len - q_len) + 1, 0), k_len)
+        q = s_q.index(place * TEAMS + TEAM)
         acc = gl.zeros((ROWS, D), gl.float32, l_o)
         total = gl.zeros((ROWS,), gl.float32, l_r)
         top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
@@ -285,7 +291,7 @@ def _products(
                     acc = warpgroup_mma_wait(0, deps=(b_o,))
                     mbarrier.arrive(bar_v_free.index(stage_v))
                     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
-            mbarrier.arrive(bar_q_free)
+            mbarrier.arrive(bar_q_free.index(place))
             stage_v = (step - 1) % STAGES
             mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
             b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
@@ -293,7 +299,7 @@ def _products(
             acc = warpgroup_mma_wait(0, deps=(b_o,))
             mbarrier.arrive(bar_v_free.index(stage_v))
         else:
-            mbarrier.arrive(bar_q_free)
+            mbarrier.arrive(bar_q_free.index(place))
 
         seen = total > 0
         divisor = gl.where(seen, total, 1.0)
@@ -306,8 +312,9 @@ def _products(
         o_d = gl.arange(0, D, gl.SliceLayout(0, l_out))
         gl.store(p_out + o_out[:, None] + o_d[None, :], b_out, mask=(o_t < q_len)[:, None])
         items += 1
-        mbarrier.wait(bar_q.index(TEAM), items & 1)
-        i_item = gl.load(p_item)
+        place = items % QUERIES
+        mbarrier.wait(bar_q.index(place * TEAMS + TEAM), items // QUERIES & 1)
+        i_item = gl.load(p_item + place)
 
 
 @gluon.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"])
@@ -320,7 +327,7 @@ def attention_forward_kernel(
     p_cu_q,  # int32 [B + 1]
     p_cu_k,  # int32 [B + 1]
     p_lists,  # int32 [2, B]: as `by_length` makes them; not read if EQUAL
-    p_items,  # int32 [1 + programs]: zeros; how many items were taken after the first ones, and what each program is at
+    p_items,  # int32 [1 + programs * QUERIES]: zeros; how many were taken after the first ones; what each Q in place is
     scale,  # softmax_scale
     n_tokens,
     n_seqs,
@@ -330,37 +337,41 @@ def attention_forward_kernel(
     D: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    QUERIES: gl.constexpr,  # tiles of Q in shared memory: that of an item, and those of the next ones
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,  # teams hand their products to the tensor cores in turns
     STAY: gl.constexpr,  # a program takes items until none is left, else one
     EQUAL: gl.constexpr,  # every sequence has as many queries
 ):
     DTYPE: gl.constexpr = d_q.dtype
-    s_q = gl.allocate_shared_memory(DTYPE, [TEAMS, ROWS, D], d_q.layout)
+    s_q = gl.allocate_shared_memory(DTYPE, [QUERIES * TEAMS, ROWS, D], d_q.layout)
     s_k = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_k.layout)
     s_v = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_v.layout)
-    bar_q = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
+    bar_q = gl.allocate_shared_memory(gl.int64, [QUERIES * TEAMS, 1], mbarrier.MBarrierLayout())
+    bar_q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())
     bar_turn = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
     bar_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bar_one = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(TEAMS):
+    bar_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(QUERIES * TEAMS):
         mbarrier.init(bar_q.index(i), count=1)
+    for i in gl.static_range(QUERIES):
+        mbarrier.init(bar_q_free.index(i), count=TEAMS)
+    for i in gl.static_range(TEAMS):
         mbarrier.init(bar_turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(bar_k.index(i), count=1)
         mbarrier.init(bar_v.index(i), count=1)
         mbarrier.init(bar_k_free.index(i), count=TEAMS)
         mbarrier.init(bar_v_free.index(i), count=TEAMS)
-    mbarrier.init(bar_one.index(0), count=TEAMS)
-    mbarrier.init(bar_one.index(1), count=1)
+    mbarrier.init(bar_tail, count=1)
     fence_async_shared()
 
     descriptors = (d_q, d_k, d_v)
     tiles = (s_q, s_k, s_v)
-    bars = (bar_q, bar_k, bar_v, bar_one.index(0), bar_k_free, bar_v_free, bar_one.index(1), bar_turn)
+    bars = (bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, bar_turn)
     lists = (p_cu_q, p_cu_k, p_lists, p_items)
     sizes = (n_seqs, n_tiles)
     memory = (p_out, p_lse)
@@ -398,7 +409,7 @@ def launch(
     """Write out and lse as `attention_kernel` does with steps of `block_n` keys, bit for bit.
 
     Args:
-        q: [T, Hq, D], bf16 or fp16, D 64 or 128, T > 0. k, v: [Tk, Hkv, D], Tk > 0. out: [T, Hq, D], contiguous.
+        q: [T, Hq, D], bf16 or fp16, D 64, 128 or 256, T > 0. k, v: [Tk, Hkv, D], Tk > 0. out: [T, Hq, D], contiguous.
         lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at least the most queries of one. block_n: 64 or
             128. s: None: `schedule.tiles`.
     """
@@ -411,7 +422,7 @@ def launch(
     programs = n_tiles * hq
     if s.stay:
         programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    items = torch.zeros(1 + programs, dtype=torch.int32, device=q.device)
+    items = torch.zeros(1 + programs * s.queries, dtype=torch.int32, device=q.device)
     attention_forward_kernel[(programs,)](
         *(rows(q, ROWS.value), rows(k, block_n), rows(v, block_n), out, lse, cu_q, cu_k, lists),
         *(items, scale, n_tokens, n_seqs, n_tiles),
@@ -420,6 +431,7 @@ def launch(
         D=head_dim,
         BLOCK_N=block_n,
         STAGES=s.stages,
+        QUERIES=s.queries,
         CAUSAL=causal,
         TURNS=s.turns,
         STAY=s.stay,

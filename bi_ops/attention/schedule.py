@@ -165,19 +165,21 @@ def one_pass(n_tiles: int, processors: int) -> OnePassSchedule:
 class TileSchedule:
     """How `hopper_forward` lays out its work; any gives the same bits.
 
-    stages: steps of keys in shared memory. turns: whether a team hands over its products only when the other has, so
+    stages: steps of keys in shared memory. queries: tiles of queries in it, so that one is there when the one before is
+    done. turns: whether a team hands over its products only when the other has, so
     that the products of one run while the other takes its exponentials. stay: whether as many programs as there are
     multiprocessors run and take tile after tile, else one runs for each tile.
     """
 
     stages: int
+    queries: int
     turns: bool = True
     stay: bool = True
 
 
 def tiles(head_dim: int) -> TileSchedule:
     """The schedule of `hopper_forward`: 500 / 557 TFLOP/s at 2k / 8k, causal, head_dim 128, 496 / 565 without turns."""
-    return TileSchedule(2 if head_dim > 64 else 4)
+    return TileSchedule(2 if head_dim > 64 else 4, 1 if head_dim > 128 else 2)
 
 
 #: Tokens of one partial sum of the sinks' gradient. Part of the order.
