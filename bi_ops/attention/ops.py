@@ -736,7 +736,7 @@ def paged_attention(
         block_table: int32 [B, max_blocks], the blocks of each sequence in order.
         cu_seqlens_q: int32 [B + 1]. seqlens_k: int32 [B], all keys of each sequence, the new ones included.
         max_seqlen_q: at least the longest of the new parts. causal, softmax_scale, window_size, softcap, sinks: as
-            `flash_attention`. Blocks before a window may hold anything finite.
+            `flash_attention`. Blocks before the first new token's window may hold anything.
 
     Returns:
         [T, Hq, D], contiguous, in the dtype of q.
