@@ -10,7 +10,7 @@ from test_attention_paged import ints, last_rows, paged
 
 from bi_ops import attention
 from bi_ops._common import runtime
-from bi_ops.attention import hopper, ops, reference
+from bi_ops.attention import hopper, launch, ops, reference
 from bi_ops.attention import schedule as sched
 from bi_ops.verify import gradient_errors, rerun_variant
 from bi_ops.verify.properties import bits_equal
@@ -303,15 +303,15 @@ def test_the_sinks_gradient_adds_chunks_of_tokens_front_to_back(device):
     """Tokens that add nothing change no bit of the sum, however many programs share it; another order does."""
     rows = torch.randn(2, HKV, 53, HQ // HKV, device=device)
     delta, shift = rows[0].contiguous(), rows[1].contiguous()
-    whole = ops._launch_dsinks(torch.zeros(HQ, device=device), delta, shift)
+    whole = launch.launch_dsinks(torch.zeros(HQ, device=device), delta, shift)
     padded = torch.zeros(HKV, 64, HQ // HKV, device=device)
     padded[:, :53] = delta
     shift64 = torch.zeros_like(padded)
     shift64[:, :53] = shift
-    assert bits_equal(whole, ops._launch_dsinks(torch.zeros(HQ, device=device), padded, shift64))
+    assert bits_equal(whole, launch.launch_dsinks(torch.zeros(HQ, device=device), padded, shift64))
     exact = -(shift.double().exp2() * delta.double()).sum(1).flatten()
     torch.testing.assert_close(whole.double(), exact, rtol=1e-5, atol=1e-5)
-    turned = ops._launch_dsinks(torch.zeros(HQ, device=device), delta.flip(1), shift.flip(1))
+    turned = launch.launch_dsinks(torch.zeros(HQ, device=device), delta.flip(1), shift.flip(1))
     assert not bits_equal(whole, turned)  # negative control
 
 
