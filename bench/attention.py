@@ -36,7 +36,7 @@ from record import provenance, write_csv
 import bi_ops  # noqa: F401  (before triton)
 from bi_ops import attention
 from bi_ops._common import runtime
-from bi_ops.attention import ops
+from bi_ops.attention import launch
 
 SEED = 0
 TOKENS = 16384
@@ -228,7 +228,8 @@ def fa3(case: Case, q, k, v, g) -> Run:
     if case.kind == "bwd":
         raise NotImplementedError("vLLM's FlashAttention 3 has no backward")
     cu_seqlens, longest, scale = cu(case.lengths), max(case.lengths), case.head_dim**-0.5
-    return lambda: ops._vllm_forward(q, k, v, cu_seqlens, cu_seqlens, None, longest, longest, ops.Scores(True, scale))
+    scores = launch.Scores(True, scale)
+    return lambda: launch.launch_vllm(q, k, v, cu_seqlens, cu_seqlens, None, longest, longest, scores)
 
 
 def deterministic_cudnn(case: Case) -> float | None:
@@ -333,8 +334,8 @@ class Decoding:
     def fa3(self) -> torch.Tensor:
         table = next(self.turn)
         most = table.shape[1] * PAGE
-        return ops._vllm_forward(
-            self.q, self.k, self.v, self.cu, self.lengths, table, 1, most, ops.Scores(True, self.scale)
+        return launch.launch_vllm(
+            self.q, self.k, self.v, self.cu, self.lengths, table, 1, most, launch.Scores(True, self.scale)
         )[0]
 
 

@@ -10,7 +10,7 @@ from test_attention_paged import ints, last_rows, paged
 
 from bi_ops import attention
 from bi_ops._common import runtime
-from bi_ops.attention import hopper, ops, reference
+from bi_ops.attention import hopper, launch, ops, reference
 from bi_ops.attention import schedule as sched
 from bi_ops.verify import gradient_errors, rerun_variant
 from bi_ops.verify.properties import bits_equal
@@ -31,6 +31,16 @@ FEATURES = {
     "softcap": {"softcap": 3.0},
     "sinks": {"sinks": True},
     "everything": {"window_size": (33, 0), "softcap": 3.0, "sinks": True},
+}
+#: Head sizes and sizes of the blocks of a paged cache, each once, and how features go together in it.
+PAGES = (
+    [(80, 16), (96, 256)] if runtime.INTERPRET else [(64, 64), (80, 16), (96, 256), (112, 32), (128, 128), (256, 16)]
+)
+COMBINATIONS = {
+    "window and softcap": {"window_size": (33, 0), "softcap": 3.0},
+    "window and sinks": {"window_size": (33, 0), "sinks": True},
+    "softcap and sinks": {"softcap": 3.0, "sinks": True},
+    "everything": FEATURES["everything"],
 }
 NAMES = ("out", "lse", "dq", "dk", "dv")
 features = pytest.mark.parametrize("feature", FEATURES)
@@ -58,7 +68,7 @@ def sinks_of(device, hq=HQ) -> torch.Tensor:
 
 def arguments(feature, device) -> dict:
     """The arguments of flash_attention, sinks a tensor."""
-    given = FEATURES[feature]
+    given = (FEATURES | COMBINATIONS)[feature]
     return given | {"sinks": sinks_of(device)} if "sinks" in given else given
 
 
@@ -293,15 +303,15 @@ def test_the_sinks_gradient_adds_chunks_of_tokens_front_to_back(device):
     """Tokens that add nothing change no bit of the sum, however many programs share it; another order does."""
     rows = torch.randn(2, HKV, 53, HQ // HKV, device=device)
     delta, shift = rows[0].contiguous(), rows[1].contiguous()
-    whole = ops._launch_dsinks(torch.zeros(HQ, device=device), delta, shift)
+    whole = launch.launch_dsinks(torch.zeros(HQ, device=device), delta, shift)
     padded = torch.zeros(HKV, 64, HQ // HKV, device=device)
     padded[:, :53] = delta
     shift64 = torch.zeros_like(padded)
     shift64[:, :53] = shift
-    assert bits_equal(whole, ops._launch_dsinks(torch.zeros(HQ, device=device), padded, shift64))
+    assert bits_equal(whole, launch.launch_dsinks(torch.zeros(HQ, device=device), padded, shift64))
     exact = -(shift.double().exp2() * delta.double()).sum(1).flatten()
     torch.testing.assert_close(whole.double(), exact, rtol=1e-5, atol=1e-5)
-    turned = ops._launch_dsinks(torch.zeros(HQ, device=device), delta.flip(1), shift.flip(1))
+    turned = launch.launch_dsinks(torch.zeros(HQ, device=device), delta.flip(1), shift.flip(1))
     assert not bits_equal(whole, turned)  # negative control
 
 
@@ -333,6 +343,77 @@ def test_decoded_rows_have_the_bits_of_prefilled_rows(feature, device):
                 **options,
             )
             assert bits_equal(whole, prefill), (head_dim, page)
+
+
+def paged_rows(q, k, v, lengths, before, page, device, **options):
+    """The rows of each sequence from `before` of them on, by one call with a paged cache."""
+    new = [n - b for n, b in zip(lengths, before, strict=True)]
+    rows = torch.cat([s[b:] for s, b in zip(q.split(lengths), before, strict=True)])
+    args = (rows, *paged(k, v, lengths, page), cu(new, device), ints(lengths, device))
+    return attention.paged_attention(*args, max_seqlen_q=max(new), **options)
+
+
+@pytest.mark.parametrize(("head_dim", "page"), PAGES)
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_paged_rows_have_the_dense_bits_at_every_head_size_and_block_size(combination, head_dim, page, device):
+    """Prefill, decoding, and a batch of both and a chunk."""
+    lengths, options = [3, 130, 33] if runtime.INTERPRET else LENGTHS[2:], arguments(combination, device)
+    q, k, v = tensors(sum(lengths), sum(lengths), head_dim, torch.bfloat16, device).values()
+    dense = attention.flash_attention(q, k, v, cu(lengths, device), **options).split(lengths)
+    mixed = [(0, n // 2, n - 1)[i % 3] for i, n in enumerate(lengths)]
+    for before in ([0] * len(lengths), [n - 1 for n in lengths], mixed):
+        rows = paged_rows(q, k, v, lengths, before, page, device, **options)
+        assert bits_equal(rows, torch.cat([s[b:] for s, b in zip(dense, before, strict=True)])), before
+
+
+@features
+def test_chunked_prefill_has_the_bits_of_prefill(feature, device):
+    """For causal attention: a chunk ends at its last query, so to the right nothing is there to see yet."""
+    n, options = LENGTHS[-1], arguments(feature, device) | {"causal": True}
+    q, k, v = tensors(n, n, HEAD_DIM, torch.bfloat16, device).values()
+    prefill = attention.flash_attention(q, k, v, cu([n], device), **options)
+    for a, b in itertools.pairwise([0, 7, 64, 65, 128, n]):
+        chunk = paged_rows(q[:b], k[:b], v[:b], [b], [a], 16, device, **options)
+        assert bits_equal(chunk, prefill[a:b]), (a, b)
+
+
+@pytest.mark.parametrize("change", [{"window_size": (34, 0)}, {"softcap": 0.0}, {"sinks": None}])
+def test_a_paged_cache_that_is_read_with_other_features_is_caught(change, device):
+    """Negative control."""
+    lengths, options = [100, 130], arguments("everything", device)
+    q, k, v = tensors(230, 230, HEAD_DIM, torch.bfloat16, device).values()
+    dense = last_rows(attention.flash_attention(q, k, v, cu(lengths, device), **options), lengths)
+    assert bits_equal(decode(q, k, v, lengths, 16, device, **options), dense)
+    for other, row in zip(decode(q, k, v, lengths, 16, device, **(options | change)), dense, strict=True):
+        assert not bits_equal(other, row)
+
+
+@pytest.mark.parametrize("page", [7, 16, 64])
+@pytest.mark.parametrize("new", [1, 40])
+def test_blocks_before_a_window_may_hold_anything(page, new, device):
+    """A cache frees them, and another sequence's values may follow, finite or not."""
+    left, lengths = 20, [41, 70, 130]
+    options = {"window_size": (left, 0), "sinks": sinks_of(device)}
+    q, k, v = tensors(sum(lengths), sum(lengths), HEAD_DIM, torch.bfloat16, device).values()
+    rows = torch.cat([s[-new:] for s in q.split(lengths)])
+    starts, totals = cu([new] * len(lengths), device), ints(lengths, device)
+    k_cache, v_cache, table = paged(k, v, lengths, page)
+
+    def run():
+        return attention.paged_attention(rows, k_cache, v_cache, table, starts, totals, max_seqlen_q=new, **options)
+
+    kept = run()
+    dense = attention.flash_attention(q, k, v, cu(lengths, device), **options)
+    assert bits_equal(kept, torch.cat([s[-new:] for s in dense.split(lengths)]))
+    dead = [table[i, j] for i, n in enumerate(lengths) for j in range((n - new - left) // page)]
+    for value in (float("nan"), float("inf"), -1e30):
+        for cache in (k_cache, v_cache):
+            cache[torch.stack(dead)] = value
+        assert bits_equal(run(), kept), value
+    for i, n in enumerate(lengths):  # negative control: the first key that the window shows
+        at = max(n - new - left, 0)
+        v_cache[table[i, at // page], at % page] = float("nan")
+    assert all(row.isnan().all() for row in run()[::new])
 
 
 def test_a_decoded_row_of_everything_does_not_depend_on_the_batch(device):

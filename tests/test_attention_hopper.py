@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bi_ops._common import runtime
-from bi_ops.attention import flash_attention, hopper, ops, providers, reference
+from bi_ops.attention import flash_attention, hopper, launch, providers, reference
 from bi_ops.attention import schedule as sched
 
 LENGTHS = [0, 1, 17, 127, 129, 128, 300, 0, 65, 1000]
@@ -65,7 +65,7 @@ def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal, monkeypatc
             m.setattr(sched, "order", lambda *a: dataclasses.replace(order(*a), block_n=block_n))
             m.setattr(sched, "forward", lambda *a: dataclasses.replace(forward(*a), num_stages=2))
             lse = torch.full(q.shape[1::-1], torch.nan, device="cuda")
-            out = ops._launch_forward(q, k, v, lse, cu, cu, None, max(LENGTHS), ops.Scores(causal, scale), None)
+            out = launch.launch_forward(q, k, v, lse, cu, cu, None, max(LENGTHS), launch.Scores(causal, scale), None)
         for turns, stay in itertools.product((True, False), repeat=2):
             s = dataclasses.replace(sched.tiles(head_dim), turns=turns, stay=stay)
             got = torch.full_like(q, torch.nan), torch.full_like(lse, torch.nan)

@@ -9,7 +9,7 @@ import torch
 
 from bi_ops import attention
 from bi_ops._common import runtime
-from bi_ops.attention import ops, reference
+from bi_ops.attention import checks, ops, reference
 from bi_ops.attention import schedule as sched
 from bi_ops.verify import gradient_errors, rerun_variant
 from bi_ops.verify.properties import bits_equal
@@ -297,8 +297,8 @@ def test_a_maximum_without_room_is_named_where_contents_are_not_read(maximum):
     """As on a GPU, where reading cu_seqlens would wait: 2 sequences of at most 5 cannot hold 11 tokens."""
     starts = torch.empty(3, dtype=torch.int32, device="meta")
     with pytest.raises(ValueError, match=f"maximum of {maximum} for 2 sequences of cu_seqlens has no room for 11"):
-        ops._longest("flash_attention", "cu_seqlens", starts, 11, maximum)
-    assert ops._longest("flash_attention", "cu_seqlens", starts, 11, 6) == 6
+        checks.longest("flash_attention", "cu_seqlens", starts, 11, maximum)
+    assert checks.longest("flash_attention", "cu_seqlens", starts, 11, 6) == 6
 
 
 @pytest.mark.skipif(not runtime.INTERPRET, reason="on a GPU a given maximum is trusted")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.metadata
+import json
 import sys
 import types
 from collections import namedtuple
@@ -210,6 +211,25 @@ BATCHES = {
     "mixed": [(39, 1), (0, 3), (16, 1)],
 }
 
+#: What a layer has beyond plain attention, as vLLM's models build it: sliding_window, logits_soft_cap and sinks.
+LAYERS = {
+    "plain": (None, None, None),
+    "window": (9, None, None),
+    "softcap": (None, 3.0, None),
+    "sinks": (None, None, torch.linspace(-1, 3, HEADS[0])),
+    "everything": (9, 3.0, torch.linspace(-1, 3, HEADS[0])),
+}
+
+
+def features(layer, device):
+    """The arguments of bi_ops' attention for it: a window of 9 keys is a query's own and 8 before."""
+    window, softcap, sinks = LAYERS[layer]
+    return {
+        "window_size": (-1, -1) if window is None else (window - 1, 0),
+        "softcap": softcap or 0.0,
+        "sinks": None if sinks is None else sinks.to(device),
+    }
+
 
 def metadata(**changes):
     """vLLM's FlashAttentionMetadata, as far as it is read."""
@@ -219,14 +239,15 @@ def metadata(**changes):
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(batch, layout, device):
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(layer, batch, layout, device):
     hq, hkv = HEADS
     lengths = [before + new for before, new in BATCHES[batch]]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     q, k, v = (torch.randn(sum(lengths), h, HEAD_DIM, device=device).bfloat16() for h in (hq, hkv, hkv))
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
     with attention.providers.forced("triton"):
-        trained = attention.flash_attention(q, k, v, cu_seqlens)
+        trained = attention.flash_attention(q, k, v, cu_seqlens, **features(layer, device))
 
     blocks = [-(-n // BLOCK) for n in lengths]
     table = torch.full((len(lengths), max(blocks)), 1, dtype=torch.int32)
@@ -255,7 +276,10 @@ def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(batch, layout, d
         block_table=table.to(device),
     )
     with torch.no_grad():
-        assert backend.attend(query, cache, found, HEAD_DIM, HEAD_DIM**-0.5, output) is output
+        attend = functools.partial(backend.attend, query, cache, found, HEAD_DIM, HEAD_DIM**-0.5)
+        assert attend(output, **features(layer, device)) is output
+        if layer != "plain":  # negative control
+            assert not torch.equal(attend(output.clone())[: len(rows)], trained[rows])
     assert torch.equal(output[: len(rows)], trained[rows])
     assert torch.equal(output[len(rows) :], torch.full_like(output[len(rows) :], -1.0))
     assert attention.providers.why() != "forced"
@@ -303,10 +327,11 @@ def test_the_installed_vllm_finds_the_backend_and_what_it_cannot_do():
     asked |= {"device_capability": real("platforms.interface").DeviceCapability(9, 0), "attn_type": "decoder"}
     asked |= {"use_batch_invariant": True}
     assert found.validate_configuration(**asked) == []
+    assert found.validate_configuration(**(asked | {"has_sliding_window": True, "has_sink": True})) == []
     for change in (
         *({"head_size": 20}, {"dtype": torch.float32}, {"kv_cache_dtype": "fp8"}, {"block_size": 8}),
-        *({"has_sink": True}, {"use_mm_prefix": True}, {"attn_type": "encoder_only"}, {"has_sliding_window": True}),
-        *({"use_non_causal": True}, {"use_mla": True}, {"use_kv_connector": True, "use_pcp": True}),
+        *({"use_mm_prefix": True}, {"attn_type": "encoder_only"}, {"use_non_causal": True}, {"use_mla": True}),
+        *({"use_per_head_quant_scales": True}, {"use_kv_connector": True, "use_pcp": True}),
     ):
         assert found.validate_configuration(**(asked | change)) != [], change
     builder = found.get_builder_cls()
@@ -314,12 +339,17 @@ def test_the_installed_vllm_finds_the_backend_and_what_it_cannot_do():
     assert builder.use_cascade_attention(None) is False
 
 
-def test_the_installed_vllms_layer_runs_the_kernel(device, monkeypatch):
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_installed_vllms_layer_runs_the_kernel(layer, device, monkeypatch):
     """The methods that vLLM calls, with its own metadata class, on one decoded row."""
     flash = real("v1.attention.backends.flash_attn")
     monkeypatch.setattr(flash, "get_flash_attn_version", lambda **_: 3)
+    monkeypatch.setattr(flash, "flash_attn_supports_sinks", lambda: False, raising=False)  # no matter: ours does
     impl_cls = backend.PagedAttentionBackend.get_impl_cls()
-    impl = impl_cls(2, 64, 0.125, 2, None, None, "auto")
+    window, softcap, sinks = LAYERS[layer]
+    if sinks is not None:
+        sinks = torch.nn.Parameter(sinks[:2].to(device))  # as vLLM's models hold them
+    impl = impl_cls(2, 64, 0.125, 2, None, window, "auto", softcap, "decoder", None, sinks=sinks)
     k = torch.randn(20, 2, 128, device=device).bfloat16()
     shape = backend.PagedAttentionBackend.get_kv_cache_shape(2, 16, 2, 64)
     cache = torch.zeros(shape, device=device).bfloat16()
@@ -328,7 +358,9 @@ def test_the_installed_vllms_layer_runs_the_kernel(device, monkeypatch):
     whole = torch.tensor([0, 20], dtype=torch.int32, device=device)
     query = torch.randn(20, 2, 64, device=device).bfloat16()
     with attention.providers.forced("triton"):
-        expected = attention.flash_attention(query, k[..., :64].contiguous(), k[..., 64:].contiguous(), whole)
+        arguments = features(layer, device) | {"sinks": sinks}
+        keys, values = k[..., :64].contiguous(), k[..., 64:].contiguous()
+        expected = attention.flash_attention(query, keys, values, whole, **arguments)
     given = {
         "num_actual_tokens": 1,
         "max_query_len": 1,
@@ -339,6 +371,7 @@ def test_the_installed_vllms_layer_runs_the_kernel(device, monkeypatch):
     given |= {"slot_mapping": None, "cu_prefix_query_lens": None, "prefix_kv_lens": None, "suffix_kv_lens": None}
     given |= {"block_table": torch.tensor([[0, 1]], dtype=torch.int32, device=device)}
     given |= {"query_start_loc": torch.tensor([0, 1], dtype=torch.int32, device=device), "seq_lens": whole[1:]}
+    given |= {"sliding_window": (2, 0)}  # the group's, which is not the layer's
     output = torch.zeros(1, 2, 64, device=device).bfloat16()
     with torch.inference_mode():
         impl.forward(None, query[19:], None, None, cache, flash.FlashAttentionMetadata(**given), output)
@@ -346,9 +379,62 @@ def test_the_installed_vllms_layer_runs_the_kernel(device, monkeypatch):
     assert not impl.forward(None, query, None, None, cache, None, torch.ones(1, 2, 64, device=device)).any()
     with pytest.raises(NotImplementedError, match="quantize"):
         impl.forward(None, query, None, None, cache, None, output, output_scale=torch.ones(1))
-    for args, what in (((None, 8, "auto"), "sliding windows"), ((None, None, "auto", 30.0), "soft-capped")):
-        with pytest.raises(NotImplementedError, match=what):
-            impl_cls(2, 64, 0.125, 2, *args)
+    with pytest.raises(NotImplementedError, match="ALiBi"):
+        impl_cls(2, 64, 0.125, 2, [0.5, 0.25], None, "auto")
+    with pytest.raises(ValueError, match=r"sinks must be \[2\], got \[3\]"):
+        impl_cls(2, 64, 0.125, 2, None, None, "auto", sinks=torch.zeros(3))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_installed_vllms_own_kernel_computes_the_same_function(layer, device, monkeypatch):
+    """Its Triton backend, built from the same arguments: the same window, cap and sinks, in other bits."""
+    if not real("triton_utils").HAS_TRITON:
+        pytest.skip("vLLM has put Triton aside; without a GPU CUDA_VISIBLE_DEVICES='' keeps it")
+    flash, triton_attn = real("v1.attention.backends.flash_attn"), real("v1.attention.backends.triton_attn")
+    monkeypatch.setattr(flash, "get_flash_attn_version", lambda **_: 3)
+    window, softcap, sinks = LAYERS[layer]
+    sinks = None if sinks is None else sinks.to(device)
+    # Triton's interpreter multiplies in bf16 only with bi_ops' help, which vLLM's kernel does not take.
+    dtype, tolerance = (torch.float32, 1e-4) if runtime.INTERPRET else (torch.bfloat16, 2e-2)
+    lengths, page, head_dim = [5, 40, 1], 16, 64
+    q, k, v = (1.5 * torch.randn(sum(lengths), h, head_dim, device=device).to(dtype) for h in (4, 2, 2))
+    cache = torch.zeros(5, 2, page, 2 * head_dim, device=device, dtype=dtype)  # [blocks, Hkv, block_size, 2 * D]
+    starts = [0, 5, 45, 46]
+    table = torch.tensor([[3, 3, 3], [0, 4, 1], [2, 2, 2]], dtype=torch.int32, device=device)
+    for i, n in enumerate(lengths):
+        for at in range(n):
+            row = torch.cat((k[starts[i] + at], v[starts[i] + at]), -1)
+            cache[int(table[i, at // page]), :, at % page] = row
+    found = metadata(
+        num_actual_tokens=46,
+        max_query_len=40,
+        max_seq_len=40,
+        query_start_loc=torch.tensor(starts, dtype=torch.int32, device=device),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_table=table,
+        seq_threshold_3D=None,
+        num_par_softmax_segments=None,
+        softmax_segm_output=None,
+        softmax_segm_max=None,
+        softmax_segm_expsum=None,
+        rswa_window=None,
+    )
+    scales = types.SimpleNamespace(
+        _q_scale=None, **dict.fromkeys(("_k_scale", "_v_scale"), torch.ones(1, device=device))
+    )
+
+    def run(impl_cls, window):
+        impl = impl_cls(4, head_dim, 0.125, 2, None, window, "auto", softcap, "decoder", None, sinks=sinks)
+        with torch.inference_mode():
+            return impl.forward(scales, q, k, v, cache, found, torch.zeros_like(q))
+
+    theirs = run(triton_attn.TritonAttentionImpl, window)
+    impl_cls = backend.PagedAttentionBackend.get_impl_cls()
+    close = functools.partial(torch.allclose, theirs, rtol=tolerance, atol=tolerance)
+    assert close(run(impl_cls, window))
+    if window is not None:  # negative control
+        assert not close(run(impl_cls, window + 1))
+        assert not close(run(impl_cls, window - 1))
 
 
 @pytest.mark.gpu
@@ -576,6 +662,49 @@ def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
         engine.close()
     with attention_of(engine):
         reports = rescore(Qwen3ForCausalLM.from_pretrained(folder), completions)
+    assert all(r.identical for r in reports.values()), reports
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_windows_soft_capping_and_sinks_in_vllm_on_a_gpu(tmp_path, cuda_graphs, device, monkeypatch):
+    """A checkpoint whose layers have a window; vLLM's Qwen3 gives them neither a cap nor sinks, so the test does."""
+    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+    from bi_ops.verify.recompose import rescore
+
+    folder = tiny_checkpoint(tmp_path, 0, 96)
+    config, model = Qwen3Config.from_pretrained(folder), Qwen3ForCausalLM.from_pretrained(folder)
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | window))
+    monkeypatch.setattr(Qwen3Config, "from_pretrained", lambda path: config)  # which refuses windows
+    sinks, softcap = torch.linspace(-1, 3, 4, device=device), 3.0
+    impl_cls = backend.PagedAttentionBackend.get_impl_cls()
+    stock = impl_cls.__init__
+
+    def build(self, *args, **kwargs):
+        stock(self, *args, sinks=sinks, **kwargs)
+        assert (self.sliding_window, self.logits_soft_cap) == ((63, 0), 0)
+        self.logits_soft_cap = softcap
+
+    monkeypatch.setattr(impl_cls, "__init__", build)
+    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512, "max_num_seqs": 3}
+    engine = vllm_engine.VllmEngine(folder, attention="triton", **options)
+    try:
+        completions = engine.generate(PROMPTS, PARAMS)
+        assert same(completions, [engine.generate([p], s)[0] for p, s in zip(PROMPTS, PARAMS, strict=True)])
+        assert prefilled_otherwise(engine) == 0
+    finally:
+        engine.close()
+    features = {"window_size": (63, 0), "softcap": softcap, "sinks": sinks}
+    with attention_of(engine):
+        for left_out in features:  # negative control
+            rest = {name: value for name, value in features.items() if name != left_out}
+            with monkeypatch.context() as m:
+                m.setattr(attention, "flash_attention", functools.partial(attention.flash_attention, **rest))
+                assert not rescore(model, completions, ["together"])["together"].identical, left_out
+        monkeypatch.setattr(attention, "flash_attention", functools.partial(attention.flash_attention, **features))
+        reports = rescore(model, completions)
     assert all(r.identical for r in reports.values()), reports
 
 

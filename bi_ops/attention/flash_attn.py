@@ -17,7 +17,7 @@ from bi_ops._common import runtime
 from bi_ops._common.providers import Availability, Provider
 
 if TYPE_CHECKING:
-    from bi_ops.attention.ops import Scores
+    from bi_ops.attention.launch import Scores
 
 #: From, and below. Before 2.7 the backward has other arguments, and before 2.6 lse another layout.
 SUPPORTED = ((2, 7), (3, 0))

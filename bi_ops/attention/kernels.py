@@ -283,6 +283,11 @@ def attention_kernel(
     if PAGE == 0:
         p_k += k_start.to(tl.int64) * stride_kt + i_h * stride_kh
         p_v += k_start.to(tl.int64) * stride_vt + i_h * stride_vh
+    elif left is not None:
+        # No row of the tile sees a key before those of its first row. The pages there may be another sequence's by now,
+        # and a weight of 0 would not hide a value that is not finite.
+        _, pair_len = _span(p_cu_q, pair_n, n_pairs, HKV)
+        live, _ = _seen(i_m * BLOCK_M // HEADS, pair_len, k_len, left, right, CAUSAL)
 
     before, inner, full, end = _steps(m_r, first, n_seen, left, BLOCK_N, GROUPS)
 
@@ -308,6 +313,9 @@ def attention_kernel(
         for n in range(begin, stop, BLOCK_N):
             o_n = n + lane_n
             m_n = o_n < k_len
+            if PART == 0:
+                if PAGE != 0:
+                    m_n = m_n & (o_n >= live)
             if PAGE == 0:
                 o_k = o_n.to(tl.int64) * stride_kt
                 o_v = o_n.to(tl.int64) * stride_vt

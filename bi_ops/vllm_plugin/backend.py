@@ -1,7 +1,8 @@
 """vLLM's attention through bi_ops' own kernel: any head size, the bits that provider 'triton' trains with.
 
 FlashAttention 3 changes its tile between prefill and decode at some head sizes. A backend of vLLM's named CUSTOM, which
-writes the KV cache as FLASH_ATTN does and reads it with `paged_attention`, does not.
+writes the KV cache as FLASH_ATTN does and reads it with `paged_attention`, does not. Sliding windows, soft-capping and
+sinks are that function's.
 """
 
 from __future__ import annotations
@@ -62,7 +63,16 @@ def refuse_head_sizes(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attend(
-    query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, head_dim: int, scale: float, output: torch.Tensor
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    metadata: Any,
+    head_dim: int,
+    scale: float,
+    output: torch.Tensor,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one layer over vLLM's cache, whatever is in the batch: prefill, chunks of it, decode.
 
@@ -72,7 +82,8 @@ def attend(
     Args:
         query: [T, Hq, D]. kv_cache: [blocks, Hkv, block_size, 2 * D], keys then values in the last dimension, any
             strides. metadata: vLLM's FlashAttentionMetadata. output: [T, Hq, D], whose first `num_actual_tokens` rows
-            are written.
+            are written. window_size, softcap, sinks: as `paged_attention`, the layer's own. The metadata's window is
+            that of the layer's group in the cache, which need not be the same.
 
     Raises:
         NotImplementedError: the batch asks for what `paged_attention` does not compute.
@@ -99,6 +110,9 @@ def attend(
             metadata.seq_lens,
             max_seqlen_q=metadata.max_query_len,
             softmax_scale=scale,
+            window_size=window_size,
+            softcap=softcap,
+            sinks=sinks,
         )
     return output
 
@@ -118,17 +132,14 @@ def _backend() -> type:
 
         can_return_lse_for_decode = False  # so vLLM refuses it for decode context parallelism
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            unsupported = {
-                "ALiBi": self.alibi_slopes is not None,
-                "soft-capped scores": bool(self.logits_soft_cap),
-                "sliding windows": self.sliding_window != (-1, -1),
-                "attention sinks": self.sinks is not None,
-            }
-            if any(unsupported.values()):
-                names = ", ".join(name for name, asked in unsupported.items() if asked)
-                raise NotImplementedError(f"attention: backend {NAME} does not compute {names}; use a model without")
+        def __init__(self, *args: Any, sinks: torch.Tensor | None = None, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)  # which takes sinks only where FlashAttention 3 is
+            if self.alibi_slopes is not None:
+                raise NotImplementedError(f"attention: backend {NAME} does not compute ALiBi; use a model without")
+            if sinks is not None:
+                if sinks.shape != (self.num_heads,):
+                    raise ValueError(f"attention: sinks must be [{self.num_heads}], got {list(sinks.shape)}")
+                self.sinks = sinks
 
         def forward(
             self,
@@ -146,7 +157,12 @@ def _backend() -> type:
                 raise NotImplementedError(f"attention: backend {NAME} does not quantize its output")
             if attn_metadata is None:  # vLLM measures its memory
                 return output.fill_(0)
-            return attend(query, kv_cache, attn_metadata, self.head_size, self.scale, output)
+            return attend(
+                *(query, kv_cache, attn_metadata, self.head_size, self.scale, output),
+                window_size=self.sliding_window,
+                softcap=self.logits_soft_cap,
+                sinks=self.sinks,
+            )
 
     class PagedAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         # A graph's grid is that of the longest query at its capture, so it must hold one query length.
@@ -183,10 +199,6 @@ def _backend() -> type:
             return attn_type == AttentionType.DECODER
 
         @classmethod
-        def supports_sliding_window(cls) -> bool:
-            return False
-
-        @classmethod
         def supports_non_causal(cls) -> bool:
             return False
 
@@ -196,7 +208,7 @@ def _backend() -> type:
 
         @classmethod
         def supports_sink(cls) -> bool:
-            return False
+            return True
 
         @classmethod
         def supports_per_head_quant_scales(cls) -> bool:
