@@ -233,6 +233,32 @@ def attention(results: Path) -> str:
 HEAD_SIZES = "Every head size, geometric means over the lengths:"
 
 
+def attention_ratios(rows: Sequence[Mapping[str, str]], kind: str, head_dim: str, rival: str) -> dict[str, float]:
+    """How many times as fast as `rival`, by length, where it has the case."""
+    return {
+        f"{int(r['seqlen']):,}{', packed' if r['packed'] == 'True' else ''}": float(r["ours_tflops"])
+        / float(r[f"{rival}_tflops"])
+        for r in rows
+        if r["pass"] == kind and r["head_dim"] == head_dim and r[f"{rival}_tflops"]
+    }
+
+
+def headline(results: Path) -> str:
+    """What exactness costs, in one table."""
+    products, attention = (load_csv(results, f"h100/{name}.csv") for name in ("products", "attention"))
+    rows = [
+        (label, "cuBLAS", f"{geometric_mean(ratios([r for r in products if r['pass'] == kind], 'cublas_us')):.2f}x")
+        for kind, label in (("fwd", "products, forward"), ("dx", "products, dX"), ("dw", "products, dW"))
+    ]
+    for kind, label, rival, name in (
+        ("fwd", "forward", "fa3", "FlashAttention 3"),
+        ("bwd", "backward", "cudnn_deterministic", "cuDNN, deterministic"),
+    ):
+        speed = geometric_mean(list(attention_ratios(attention, kind, MAIN_HEAD_DIM, rival).values()))
+        rows.append((f"attention, {label}, head_dim {MAIN_HEAD_DIM}", name, f"{speed:.2f}x"))
+    return table(("exact, and batch-invariant", "rival", "speed"), rows) + "\nGeometric means on an H100.\n"
+
+
 def head_sizes(rows: Sequence[Mapping[str, str]]) -> str:
     """Per head size and pass: how many times as fast as the rival."""
     out = []
@@ -242,12 +268,7 @@ def head_sizes(rows: Sequence[Mapping[str, str]]) -> str:
         ("bwd", "backward", "fa2", "FlashAttention 2"),
     ):
         for d in sorted({int(r["head_dim"]) for r in rows}):
-            ratios = {
-                f"{int(r['seqlen']):,}{', packed' if r['packed'] == 'True' else ''}": float(r["ours_tflops"])
-                / float(r[f"{rival}_tflops"])
-                for r in rows
-                if r["pass"] == kind and r["head_dim"] == str(d) and r[f"{rival}_tflops"]
-            }
+            ratios = attention_ratios(rows, kind, str(d), rival)
             worst = min(ratios, key=lambda length: ratios[length])
             speed = f"{geometric_mean(list(ratios.values())):.2f}x"
             out.append((label, d, name, speed, f"{ratios[worst]:.2f}x at {worst}"))
@@ -265,6 +286,7 @@ def host(results: Path) -> str:
 
 #: Every block the README may have. A further benchmark adds a function above and its name here.
 BLOCKS: dict[str, Callable[[Path], str]] = {
+    "headline": headline,
     "parity": parity,
     "train": train,
     "tests": tests,
@@ -350,7 +372,7 @@ def draw_attention_speed(data: dict[str, Any], ax: Any) -> None:
             panel = axes[i][j]
             for side, points in data[f"{kind} {d}"].items():
                 label, color, style = looks[side]
-                xs, ys = zip(*points, strict=True)
+                xs, ys = zip(*sorted(points), strict=True)
                 width = 2.5 if side == "ours" else 1.2
                 (handles[label],) = panel.plot(xs, ys, style, color=color, linewidth=width, marker=".", label=label)
             panel.set_xscale("log", base=2)
