@@ -3,8 +3,8 @@
 A program takes a tile of queries of one head, and another when it is done, until none is left.
 
     loader    1 warp       copies the tile's Q, then K and V step by step, into rings of shared memory
-    products  2 x 4 warps  64 rows each: S, the exponentials, O. The next step's S is handed to the tensor cores with
-                           this step's P V, which runs while the next step's exponentials are taken
+    products  2 or 3 teams of 4 warps  64 rows each: S, the exponentials, O. The next step's S is handed to the tensor
+                           cores with this step's P V, which runs while the next step's exponentials are taken
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from bi_ops.attention.hopper_lists import by_length, find_sequence
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-TEAMS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a team: what four warps hold of a product
-BLOCK_M = gl.constexpr(128)
 
 
 @gluon.jit
@@ -41,6 +39,7 @@ def _place(
     n_seqs,
     n_tiles,
     H: gl.constexpr,
+    BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,
@@ -114,17 +113,19 @@ def _load(
     sizes,
     H: gl.constexpr,
     HEADS: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    TEAMS: gl.constexpr,
     CAUSAL: gl.constexpr,
     STAY: gl.constexpr,
     EQUAL: gl.constexpr,
 ):
     d_q, d_k, d_v = descriptors
     s_q, s_k, s_v = tiles
-    bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, _bar_turn = bars
+    STAGES: gl.constexpr = s_k.shape[0]
+    BLOCK_N: gl.constexpr = s_k.shape[1]
+    D: gl.constexpr = s_k.shape[2]
+    bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, bar_turn = bars
     p_cu_q, p_cu_k, p_lists, p_items = lists
+    PLACES: gl.constexpr = bar_turn.shape[0]  # of teams: a power of two
     QUERIES: gl.constexpr = bar_q_free.shape[0]
     p_item = p_items + 1 + gl.program_id(0) * QUERIES
     n_seqs, n_tiles = sizes
@@ -134,7 +135,7 @@ def _load(
     i_item = gl.program_id(0)
     while i_item < n_tiles * H:
         head, q_start, k_start, m, q_len, k_len, n_steps, _n_full = _place(
-            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, BLOCK_N, CAUSAL, EQUAL
+            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, BLOCK_N, CAUSAL, EQUAL
         )
         if m < q_len:
             place = items % QUERIES
@@ -142,10 +143,10 @@ def _load(
             items += 1
             gl.store(p_item + place, i_item)
             for team in gl.static_range(TEAMS):
-                bar = bar_q.index(place * TEAMS + team)
+                bar = bar_q.index(place * PLACES + team)
                 mbarrier.expect(bar, d_q.block_type.nbytes)
                 row = q_start + m + team * ROWS
-                tma.async_copy_global_to_shared(d_q, [row, head * D], bar, s_q.index(place * TEAMS + team))
+                tma.async_copy_global_to_shared(d_q, [row, head * D], bar, s_q.index(place * PLACES + team))
             column = head // HEADS * D
             # In the order in which they are asked for: K of a step before V of the step before it.
             for i in range(0, n_steps + 1):
@@ -182,7 +183,7 @@ def _load(
     mbarrier.wait(bar_q_free.index(place), (items // QUERIES & 1) ^ 1)
     gl.store(p_item + place, n_tiles * H)
     for team in gl.static_range(TEAMS):
-        mbarrier.arrive(bar_q.index(place * TEAMS + team))
+        mbarrier.arrive(bar_q.index(place * PLACES + team))
 
 
 @gluon.jit
@@ -204,23 +205,23 @@ def _products(
     memory,
     tiles,
     bars,
-    lists,
-    sizes,
-    scale,
-    n_tokens,
+    given,
     TEAM: gl.constexpr,
     H: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    TEAMS: gl.constexpr,
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,
     EQUAL: gl.constexpr,
 ):
     p_out, p_lse = memory
     s_q, s_k, s_v = tiles
+    STAGES: gl.constexpr = s_k.shape[0]
+    BLOCK_N: gl.constexpr = s_k.shape[1]
+    D: gl.constexpr = s_k.shape[2]
     bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, _bar_tail, bar_turn = bars
+    lists, sizes, scale, n_tokens = given
     p_cu_q, p_cu_k, p_lists, p_items = lists
+    PLACES: gl.constexpr = bar_turn.shape[0]  # of teams: a power of two
     QUERIES: gl.constexpr = bar_q_free.shape[0]
     p_item = p_items + 1 + gl.program_id(0) * QUERIES
     n_seqs, n_tiles = sizes
@@ -242,12 +243,12 @@ def _products(
     i_item = gl.load(p_item)
     while i_item < n_tiles * H:
         head, q_start, _k_start, m, q_len, k_len, n_steps, n_full = _place(
-            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, BLOCK_N, CAUSAL, EQUAL
+            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, BLOCK_N, CAUSAL, EQUAL
         )
         n_seen = lane * 0 + k_len
         if CAUSAL:
             n_seen = gl.minimum(gl.maximum(m + lane + (k_len - q_len) + 1, 0), k_len)
-        q = s_q.index(place * TEAMS + TEAM)
+        q = s_q.index(place * PLACES + TEAM)
         acc = gl.zeros((ROWS, D), gl.float32, l_o)
         total = gl.zeros((ROWS,), gl.float32, l_r)
         top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
@@ -313,7 +314,7 @@ def _products(
         gl.store(p_out + o_out[:, None] + o_d[None, :], b_out, mask=(o_t < q_len)[:, None])
         items += 1
         place = items % QUERIES
-        mbarrier.wait(bar_q.index(place * TEAMS + TEAM), items // QUERIES & 1)
+        mbarrier.wait(bar_q.index(place * PLACES + TEAM), items // QUERIES & 1)
         i_item = gl.load(p_item + place)
 
 
@@ -331,11 +332,12 @@ def attention_forward_kernel(
     scale,  # softmax_scale
     n_tokens,
     n_seqs,
-    n_tiles,  # as many as there are if EQUAL, else at least: T // BLOCK_M + B
+    n_tiles,  # of TEAMS * ROWS queries: as many as there are if EQUAL, else at least
     H: gl.constexpr,
     HEADS: gl.constexpr,
     D: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    TEAMS: gl.constexpr,
     STAGES: gl.constexpr,
     QUERIES: gl.constexpr,  # tiles of Q in shared memory: that of an item, and those of the next ones
     CAUSAL: gl.constexpr,
@@ -344,18 +346,19 @@ def attention_forward_kernel(
     EQUAL: gl.constexpr,  # every sequence has as many queries
 ):
     DTYPE: gl.constexpr = d_q.dtype
-    s_q = gl.allocate_shared_memory(DTYPE, [QUERIES * TEAMS, ROWS, D], d_q.layout)
+    PLACES: gl.constexpr = 4 if TEAMS == 3 else TEAMS
+    s_q = gl.allocate_shared_memory(DTYPE, [QUERIES * PLACES, ROWS, D], d_q.layout)
     s_k = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_k.layout)
     s_v = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_v.layout)
-    bar_q = gl.allocate_shared_memory(gl.int64, [QUERIES * TEAMS, 1], mbarrier.MBarrierLayout())
+    bar_q = gl.allocate_shared_memory(gl.int64, [QUERIES * PLACES, 1], mbarrier.MBarrierLayout())
     bar_q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())
-    bar_turn = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
+    bar_turn = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     bar_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(QUERIES * TEAMS):
+    for i in gl.static_range(QUERIES * PLACES):
         mbarrier.init(bar_q.index(i), count=1)
     for i in gl.static_range(QUERIES):
         mbarrier.init(bar_q_free.index(i), count=TEAMS)
@@ -375,21 +378,28 @@ def attention_forward_kernel(
     lists = (p_cu_q, p_cu_k, p_lists, p_items)
     sizes = (n_seqs, n_tiles)
     memory = (p_out, p_lse)
-    gl.warp_specialize(
-        [
-            (
-                _products,
-                (memory, tiles, bars, lists, sizes, scale, n_tokens, 0, H, D, BLOCK_N, STAGES, CAUSAL, TURNS, EQUAL),
-            ),
-            (
-                _products,
-                (memory, tiles, bars, lists, sizes, scale, n_tokens, 1, H, D, BLOCK_N, STAGES, CAUSAL, TURNS, EQUAL),
-            ),
-            (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, D, BLOCK_N, STAGES, CAUSAL, STAY, EQUAL)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    given = (lists, sizes, scale, n_tokens)
+    if TEAMS == 2:
+        gl.warp_specialize(
+            [
+                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, EQUAL)),
+                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, EQUAL)),
+                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, STAY, EQUAL)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, EQUAL)),
+                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, EQUAL)),
+                (_products, (memory, tiles, bars, given, 2, H, TEAMS, CAUSAL, TURNS, EQUAL)),
+                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, STAY, EQUAL)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )
 
 
 def launch(
@@ -417,8 +427,9 @@ def launch(
     s = sched.tiles(head_dim) if s is None else s
     n_seqs = cu_q.shape[0] - 1
     equal = max_q * n_seqs == n_tokens
-    n_tiles = triton.cdiv(max_q, BLOCK_M.value) * n_seqs if equal else n_tokens // BLOCK_M.value + n_seqs
-    lists = cu_q if equal else by_length(cu_q, BLOCK_M.value)
+    block_m = s.teams * ROWS.value
+    n_tiles = triton.cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
+    lists = cu_q if equal else by_length(cu_q, block_m)
     programs = n_tiles * hq
     if s.stay:
         programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
@@ -430,6 +441,7 @@ def launch(
         HEADS=hq // hkv,
         D=head_dim,
         BLOCK_N=block_n,
+        TEAMS=s.teams,
         STAGES=s.stages,
         QUERIES=s.queries,
         CAUSAL=causal,

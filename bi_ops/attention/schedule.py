@@ -165,12 +165,13 @@ def one_pass(n_tiles: int, processors: int) -> OnePassSchedule:
 class TileSchedule:
     """How `hopper_forward` lays out its work; any gives the same bits.
 
-    stages: steps of keys in shared memory. queries: tiles of queries in it, so that one is there when the one before is
-    done. turns: whether a team hands over its products only when the other has, so
-    that the products of one run while the other takes its exponentials. stay: whether as many programs as there are
-    multiprocessors run and take tile after tile, else one runs for each tile.
+    teams: of four warps and 64 queries each, 2 or 3. stages: steps of keys in shared memory. queries: tiles of queries
+    in it, so that one is there when the one before is done. turns: whether a team hands over its products only when the
+    one before has, so that the products of one run while the others take their exponentials. stay: whether as many
+    programs as there are multiprocessors run and take tile after tile, else one runs for each tile.
     """
 
+    teams: int
     stages: int
     queries: int
     turns: bool = True
@@ -179,7 +180,7 @@ class TileSchedule:
 
 def tiles(head_dim: int) -> TileSchedule:
     """The schedule of `hopper_forward`: 500 / 557 TFLOP/s at 2k / 8k, causal, head_dim 128, 496 / 565 without turns."""
-    return TileSchedule(2 if head_dim > 64 else 4, 1 if head_dim > 128 else 2)
+    return TileSchedule(2, 2 if head_dim > 64 else 4, 1 if head_dim > 128 else 2)
 
 
 #: Tokens of one partial sum of the sinks' gradient. Part of the order.
