@@ -14,10 +14,18 @@ if TYPE_CHECKING:
 #: Head sizes at which they were measured to be faster than the Triton kernels.
 HEAD_DIMS = (128,)
 
+#: Head sizes at which a ring of steps fits into shared memory when few rows decode.
+RING_HEAD_DIMS = (64, 128, 256)
+
 
 def serves(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Do the warp-specialised kernels compute plain attention of this kind? Never a function of the batch."""
     return head_dim in HEAD_DIMS and dtype in (torch.bfloat16, torch.float16) and runtime.warp_specialised(device)
+
+
+def decodes(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Does `hopper_decode` compute plain attention over pages of this kind? It has the Triton kernel's bits."""
+    return head_dim in RING_HEAD_DIMS and dtype in (torch.bfloat16, torch.float16) and runtime.warp_specialised(device)
 
 
 def copied(t: torch.Tensor) -> bool:
@@ -36,3 +44,43 @@ def rows(t: torch.Tensor, block: int) -> TensorDescriptor:
     n, h, d = t.shape
     t = t if copied(t) else t.contiguous()
     return TensorDescriptor(t, [n, h * d], [t.stride(0), 1], [block, d], NVMMASharedLayout(128, 16, 2))
+
+
+def _lattice(cache: torch.Tensor) -> tuple[int, int, int, int]:
+    """A cache [blocks, block_size, H, D] as rows, all as far apart as two tokens of a page.
+
+    (distance, rows from page to page, rows from head to head, columns from head to head)
+    """
+    row = max(cache.stride(1), 1)
+    head = cache.stride(2) if cache.shape[2] > 1 else 0
+    return row, cache.stride(0) // row, head // row, head % row
+
+
+def paged(cache: torch.Tensor, block: int) -> bool:
+    """Can the copy engine take boxes of `block` tokens and a head from the pages [blocks, block_size, H, D]?
+
+    Tokens of a page lie a multiple of 16 bytes apart, pages a multiple of that. A head has columns in every token's row
+    or, in a layout with heads first, rows of its own. Keys and values may lie in one tensor.
+    """
+    n, size, h, d = cache.shape
+    row, page_rows, head_rows, columns = _lattice(cache)
+    even = n == 1 or cache.stride(0) % row == 0
+    dense = cache.stride(3) == 1 and (h - 1) * columns + d <= row
+    aligned = row * cache.element_size() % 16 == 0 and cache.data_ptr() % 16 == 0
+    few = (n - 1) * page_rows + (h - 1) * head_rows + size < 2**31
+    return n > 0 and size % block == 0 and block >= 8 and even and dense and aligned and few
+
+
+def pages(cache: torch.Tensor, block: int) -> tuple[TensorDescriptor, int, int, int]:
+    """A cache as `paged` asks, as the copy engine sees it, in boxes of `block` tokens of a head.
+
+    (descriptor, rows from page to page, rows from head to head, columns from head to head)
+    """
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    n, size, h, d = cache.shape
+    row, page_rows, head_rows, columns = _lattice(cache)
+    shape = [(n - 1) * page_rows + (h - 1) * head_rows + size, (h - 1) * columns + d]
+    layout = NVMMASharedLayout(128, 16, 2)
+    return TensorDescriptor(cache, shape, [row, 1], [block, d], layout), page_rows, head_rows, columns

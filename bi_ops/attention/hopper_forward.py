@@ -94,7 +94,7 @@ def _take(p_count):
 
 
 @gluon.jit
-def _clear_rows(tile, n_valid, ROWS: gl.constexpr, D: gl.constexpr):
+def clear_rows(tile, n_valid, ROWS: gl.constexpr, D: gl.constexpr):
     """Zeros in rows from `n_valid` on: they are another sequence's, and 0 times a NaN of theirs would be ours."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
     for i in gl.static_range(ROWS // 8):
@@ -166,7 +166,7 @@ def _load(
                         tma.async_copy_global_to_shared(d_v, [k_start + n, column], bar_tail, s_v.index(stage))
                         mbarrier.wait(bar_tail, tails & 1)
                         tails += 1
-                        _clear_rows(s_v.index(stage), k_len - n, BLOCK_N, D)
+                        clear_rows(s_v.index(stage), k_len - n, BLOCK_N, D)
                         fence_async_shared()
                         mbarrier.arrive(bar_v.index(stage))
                     else:
@@ -187,7 +187,7 @@ def _load(
 
 
 @gluon.jit
-def _softmax(b_s, top, total, n, n_seen, scale2, MASKED: gl.constexpr):
+def softmax_step(b_s, top, total, n, n_seen, scale2, MASKED: gl.constexpr):
     """One step of `attention_kernel`: (P in fp32, top, what earlier sums are multiplied by, total)."""
     l_s: gl.constexpr = b_s.type.layout
     if MASKED:
@@ -262,7 +262,7 @@ def _products(
                 mbarrier.arrive(bar_turn.index(NEXT))
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             mbarrier.arrive(bar_k_free.index(stage))
-            b_p, top, decay, total = _softmax(b_s, top, total, 0, n_seen, scale2, True)
+            b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
             step += 1
             mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=n_steps > 1)
             for MASKED in gl.static_range(2):
@@ -285,7 +285,7 @@ def _products(
                         mbarrier.arrive(bar_turn.index(NEXT))
                     b_s = warpgroup_mma_wait(1, deps=(b_s,))
                     mbarrier.arrive(bar_k_free.index(stage))
-                    b_p, top, decay, total = _softmax(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED == 1)
+                    b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED == 1)
                     step += 1
                     # Asked for early: without a barrier here ptxas waits for O before it takes the exponentials.
                     mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=i + 1 < n_steps)

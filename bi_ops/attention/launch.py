@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -170,6 +171,23 @@ def warp_specialised(q: torch.Tensor, k: torch.Tensor, scores: Scores) -> bool:
     if not hopper.serves(q.shape[2], q.dtype, q.device) or scores.features(None):
         return False
     return q.shape[0] > 0 and k.shape[0] > 0
+
+
+def ring_schedule(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cu_q: torch.Tensor, max_q: int, scores: Scores
+) -> sched.RingSchedule | None:
+    """How `hopper_decode` runs, None where it does not serve: the Triton forward then gives the same bits.
+
+    Reads no memory of the GPU. The arguments are those of `launch_forward`, without sinks.
+    """
+    (n_tokens, hq, head_dim), (page, hkv) = q.shape, k_cache.shape[1:3]
+    if n_tokens == 0 or not hopper.decodes(head_dim, q.dtype, q.device) or scores.features(None):
+        return None
+    box = math.gcd(page, sched.order(head_dim, q.dtype).block_n)
+    if not (hopper.paged(k_cache, box) and hopper.paged(v_cache, box)):
+        return None
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return sched.ring(max_q * (hq // hkv), (cu_q.shape[0] - 1) * hkv, head_dim, processors)
 
 
 def launch_delta(

@@ -25,6 +25,7 @@ from bi_ops.attention.launch import (
     launch_forward,
     launch_two_passes,
     launch_vllm,
+    ring_schedule,
     unit,
     warp_specialised,
 )
@@ -255,6 +256,12 @@ def _paged(
     if provider == "vllm" and q.shape[0] > 0 and table.numel() > 0:
         max_k = table.shape[1] * k_cache.shape[1]  # an upper bound is enough, as under vLLM's CUDA graphs
         return launch_vllm(q, k_cache, v_cache, cu_q, seqlens_k, table, max_q, max_k, scores)[0]
+    s = ring_schedule(q, k_cache, v_cache, cu_q, max_q, scores) if sinks is None and table.numel() > 0 else None
+    if s is not None:
+        from bi_ops.attention import hopper_decode
+
+        block_n = sched.order(q.shape[2], q.dtype).block_n
+        return hopper_decode.launch(q, k_cache, v_cache, table, cu_q, seqlens_k, causal, scale, block_n, s)
     return launch_forward(q, k_cache, v_cache, None, cu_q, seqlens_k, table, max_q, scores, sinks)
 
 

@@ -183,6 +183,24 @@ def tiles(head_dim: int) -> TileSchedule:
     return TileSchedule(2, 2 if head_dim > 64 else 4, 1 if head_dim > 128 else 2)
 
 
+@dataclass(frozen=True)
+class RingSchedule:
+    """How `hopper_decode` lays out its work; any gives the same bits. slots: tiles of K or V in shared memory, >= 2."""
+
+    slots: int
+
+
+def ring(max_rows: int, n_pairs: int, head_dim: int, processors: int) -> RingSchedule | None:
+    """The schedule of `hopper_decode`, None where `forward`'s does better. Arguments as `forward` takes them.
+
+    A program of it fills a multiprocessor's shared memory, so more than there are run one after the other; by then
+    programs of one warp, several to a multiprocessor, read all that memory gives. To be measured: where that begins.
+    """
+    if max_rows > 64 or n_pairs > processors:
+        return None
+    return RingSchedule(16 if head_dim <= 64 else 6)
+
+
 #: Tokens of one partial sum of the sinks' gradient. Part of the order.
 CHUNK = 16
 
