@@ -227,13 +227,13 @@ def decoding(n_queries, hq, hkv, page, dtype=torch.bfloat16, head_dim=D, layout=
     return q, k, v, table.cuda(), cu, torch.tensor(cached, dtype=torch.int32, device="cuda")
 
 
-def both_decoders(q, k, v, table, cu, lengths, max_q, causal=True, slots=None):
+def both_decoders(q, k, v, table, cu, lengths, max_q, causal=True, s=None):
     """What `hopper_decode` gives, and what the Triton kernel gives."""
     from bi_ops.attention import hopper_decode
 
     head_dim = q.shape[2]
     block_n, scale = sched.order(head_dim, q.dtype).block_n, head_dim**-0.5
-    s = sched.ring(1, 1, head_dim, 1) if slots is None else sched.RingSchedule(slots)
+    s = sched.ring(1, 1, head_dim, 1) if s is None else s
     ours = hopper_decode.launch(q, k, v, table, cu, lengths, causal, scale, block_n, s)
     return ours, launch.launch_forward(q, k, v, None, cu, lengths, table, max_q, launch.Scores(causal, scale), None)
 
@@ -262,8 +262,8 @@ def test_decoding_reads_every_layout_of_a_cache(layout):
 def test_decoding_fills_a_tile_and_any_ring():
     for hq, hkv, n in ((64, 1, 1), (16, 1, 4), (8, 8, 64), (28, 4, 9)):
         given = decoding([n] * len(CACHED), hq, hkv, 32)
-        for slots in (2, 3, 4, 5, 6):
-            assert torch.equal(*both_decoders(*given, n, slots=slots)), (hq, hkv, n, slots)
+        for s in (*(sched.RingSchedule(slots) for slots in (2, 3, 4, 5, 6)), sched.RingSchedule(3, 2)):
+            assert torch.equal(*both_decoders(*given, n, s=s)), (hq, hkv, n, s)
 
 
 @gpu
@@ -341,8 +341,16 @@ def test_where_a_head_of_a_page_lies(layout):
 
 
 def test_few_programs_decode_warp_specialised():
-    for max_rows, n_pairs, some in ((1, 8, True), (64, 132, True), (65, 8, False), (4, 133, False)):
-        assert (sched.ring(max_rows, n_pairs, D, 132) is not None) == some
+    for max_rows, n_pairs, together in (
+        (1, 8, 1),
+        (64, 132, 1),
+        (65, 8, None),
+        (4, 133, 2),
+        (4, 264, 2),
+        (4, 265, None),
+    ):
+        s = sched.ring(max_rows, n_pairs, D, 132)
+        assert (s and s.together) == together
 
 
 @pytest.mark.parametrize("lengths", [(7,), (0, 300, 5, 0, 300, 129, 128), (1,) * 200, tuple(range(150))])

@@ -189,9 +189,11 @@ def attention_decode_kernel(
     BLOCK_N: gl.constexpr,
     PAGE: gl.constexpr,
     SLOTS: gl.constexpr,  # tiles of K or V in shared memory
+    TOGETHER: gl.constexpr,  # programs that fit into a multiprocessor
     CAUSAL: gl.constexpr,
 ):
     DTYPE: gl.constexpr = d_k.dtype
+    REGS: gl.constexpr = 56 if TOGETHER == 1 else 24  # with 24 what the last tile of V needs is spilled
     s_q = gl.allocate_shared_memory(DTYPE, [ROWS, D], gl.NVMMASharedLayout(128, 16, 2))
     ring = gl.allocate_shared_memory(DTYPE, [SLOTS, BLOCK_N, D], d_k.layout)
     bar_full = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())
@@ -220,7 +222,7 @@ def attention_decode_kernel(
             (_load, (d_v, ring, bars, p_table, n_keys, place_v, True, PAGE)),
         ],
         [1, 1],
-        [56, 56],
+        [REGS, REGS],
     )
 
 
@@ -257,8 +259,9 @@ def launch(
         BLOCK_N=block_n,
         PAGE=page,
         SLOTS=s.slots,
+        TOGETHER=s.together,
         CAUSAL=causal,
         num_warps=4,
-        maxnreg=168,  # at the start; then the products take from the loaders
+        maxnreg=168 if s.together == 1 else 128,  # at the start; then the products take from the loaders
     )
     return out
