@@ -96,8 +96,7 @@ def _products(memory, tiles, bars, given, HKV: gl.constexpr, HEADS: gl.constexpr
     o_h = pair_head * HEADS + o_r % HEADS
     o_q = (q_start + o_r // HEADS).to(gl.int64) * stride_qt + o_h * stride_qh
     o_d = gl.arange(0, D, gl.SliceLayout(0, l_q))
-    m_q = (o_r // HEADS < q_len)[:, None] & (o_d < D)[None, :]
-    s_q.store(gl.load((p_q + o_q)[:, None] + o_d[None, :], mask=m_q, other=0.0))
+    s_q.store(gl.load((p_q + o_q)[:, None] + o_d[None, :], mask=(o_r // HEADS < q_len)[:, None], other=0.0))
     fence_async_shared()
 
     lane = gl.arange(0, ROWS, l_r) // HEADS
