@@ -3,9 +3,9 @@
 One program owns 64 keys of a sequence and a key head, and walks the rows (query, head of the group) that see them.
 
     loader   1 warp       copies Q and dO of the next rows, with the two numbers per row, into a ring of shared memory
-    products 2 x 4 warps  S, dP and the exponentials of half the rows each, left in shared memory for both; then half
-                          the columns of dV and dK each. The next rows' S and dP are handed to the tensor cores before
-                          that, so their exponentials are taken while dV and dK are summed
+    products 2 x 4 warps  P and dS of half the rows each, left in shared memory for both, and half the columns of dV and
+                          dK. P is taken and exchanged while the tensor cores are at dP, and dS while they are at dV.
+                          To hand over the next rows' S before that would take both stages, and leave none to load into
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _load(descriptors, numbers, tiles, bars, place, HEADS: gl.constexpr, D: gl.c
     d_q, d_g, d_k, d_v = descriptors
     p_shift, p_delta = numbers
     s_q, s_g, s_k, s_v, _, _, s_shift, s_delta = tiles
-    bar_q, bar_g, bar_free, bar_kv, _ = bars
+    bar_q, bar_g, bar_free, bar_kv, _, _ = bars
     q_start, n_rows, k_row, _, i_h, first, n_steps = place
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     lane = gl.arange(0, BLOCK_R, layout)
@@ -97,7 +97,7 @@ def _rows(s_rows, step):
 def _begin(step, tiles, bars, n_valid, zeros, TEAM: gl.constexpr):
     """Wait for the rows of a step, clear those past the end, and hand a team's S and dP to the tensor cores."""
     s_q, s_g, s_k, s_v, _, _, _, _ = tiles
-    bar_q, bar_g, _, _, _ = bars
+    bar_q, bar_g, _, _, _, _ = bars
     q, g = _rows(s_q, step), _rows(s_g, step)
     mbarrier.wait(bar_q.index(step % STAGES), step // STAGES & 1)
     if n_valid < BLOCK_R:
@@ -105,6 +105,7 @@ def _begin(step, tiles, bars, n_valid, zeros, TEAM: gl.constexpr):
         _clear_rows(q, n_valid)
         _clear_rows(g, n_valid)
         fence_async_shared()
+        gl.thread_barrier()
     q_t = q.slice(TEAM * HALF, HALF).permute((1, 0))
     g_t = g.slice(TEAM * HALF, HALF).permute((1, 0))
     b_s = warpgroup_mma(s_k.index(_zero(step)), q_t, zeros, use_acc=False, is_async=True)
@@ -114,42 +115,23 @@ def _begin(step, tiles, bars, n_valid, zeros, TEAM: gl.constexpr):
 
 
 @gluon.jit
-def _begin_sums(acc_k, acc_v, step, tiles, bars, TEAM: gl.constexpr):
-    """Hand a team's columns of dV and dK to the tensor cores, once both teams have left P and dS."""
-    s_q, s_g, _, _, s_p, s_ds, _, _ = tiles
-    _, _, _, _, bar_p = bars
-    COLS: gl.constexpr = acc_k.shape[1]
-    q = _rows(s_q, step).slice(TEAM * COLS, COLS, 1)
-    g = _rows(s_g, step).slice(TEAM * COLS, COLS, 1)
-    mbarrier.wait(bar_p.index(step % STAGES), step // STAGES & 1)
-    for half in gl.static_range(TEAMS):
-        p = s_p.index(step % STAGES * TEAMS + half)
-        acc_v = warpgroup_mma(p, g.slice(half * HALF, HALF), acc_v, is_async=True)
-    for half in gl.static_range(TEAMS):
-        ds = s_ds.index(step % STAGES * TEAMS + half)
-        acc_k = warpgroup_mma(ds, q.slice(half * HALF, HALF), acc_k, is_async=True)
-    return acc_k, acc_v
+def _leave(x, s_x, bar, step, TEAM: gl.constexpr):
+    """A team's half of P or dS to shared memory."""
+    s_x.index(step % STAGES * TEAMS + TEAM).store(x.to(s_x.dtype))
+    fence_async_shared()
+    mbarrier.arrive(bar.index(step % STAGES))
 
 
 @gluon.jit
-def _leave(b_s, b_dp, step, first, tiles, bars, scale2, first_row, TEAM: gl.constexpr, LATER: gl.constexpr):
-    """S and dP, in flight with LATER products handed over since, to P and dS in shared memory."""
-    _, _, _, _, s_p, s_ds, s_shift, s_delta = tiles
-    _, _, _, _, bar_p = bars
-    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    DTYPE: gl.constexpr = s_p.dtype
-    b_shift = s_shift.index(step % STAGES).slice(TEAM * HALF, HALF).load(gl.SliceLayout(0, l_s))
-    b_delta = s_delta.index(step % STAGES).slice(TEAM * HALF, HALF).load(gl.SliceLayout(0, l_s))
-    b_s = warpgroup_mma_wait(LATER + 1, deps=(b_s,))
-    b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_shift[None, :], b_s)[0]))
-    if first_row is not None:
-        o_r = (first + step) * BLOCK_R + TEAM * HALF + gl.arange(0, HALF, gl.SliceLayout(0, l_s))
-        b_p = gl.where(first_row[:, None] <= o_r[None, :], b_p, 0.0)
-    s_p.index(step % STAGES * TEAMS + TEAM).store(b_p.to(DTYPE))
-    b_dp = warpgroup_mma_wait(LATER, deps=(b_dp,))
-    s_ds.index(step % STAGES * TEAMS + TEAM).store((b_p * (b_dp - b_delta[None, :])).to(DTYPE))
-    fence_async_shared()
-    mbarrier.arrive(bar_p.index(step % STAGES))
+def _begin_sum(s_x, bar, s_rows, acc, step, TEAM: gl.constexpr):
+    """Hand a team's columns of dV or dK to the tensor cores, once both teams have left P or dS."""
+    COLS: gl.constexpr = acc.shape[1]
+    y = _rows(s_rows, step).slice(TEAM * COLS, COLS, 1)
+    mbarrier.wait(bar.index(step % STAGES), step // STAGES & 1)
+    for half in gl.static_range(TEAMS):
+        x = s_x.index(step % STAGES * TEAMS + half)
+        acc = warpgroup_mma(x, y.slice(half * HALF, HALF), acc, is_async=True)
+    return acc
 
 
 @gluon.jit
@@ -167,7 +149,8 @@ def _products(
     CAUSAL: gl.constexpr,
 ):
     p_dk, p_dv = memory
-    _, _, bar_free, bar_kv, _ = bars
+    s_q, s_g, _, _, s_p, s_ds, s_shift, s_delta = tiles
+    _, _, bar_free, bar_kv, bar_p, bar_ds = bars
     _, n_rows, k_row, n_keys, i_h, first, n_steps = place
     COLS: gl.constexpr = D // TEAMS
     DTYPE: gl.constexpr = p_dk.dtype.element_ty
@@ -177,23 +160,26 @@ def _products(
     zeros = gl.zeros((BLOCK_N, HALF), gl.float32, l_s)
     acc_k = gl.zeros((BLOCK_N, COLS), gl.float32, l_kv)
     acc_v = gl.zeros((BLOCK_N, COLS), gl.float32, l_kv)
-    if CAUSAL:
-        first_row = (shift_q + gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_s))) * HEADS
-    else:
-        first_row: gl.constexpr = None
-    if n_steps > 0:
-        mbarrier.wait(bar_kv, 0)
-        b_s, b_dp = _begin(first * 0, tiles, bars, n_rows - first * BLOCK_R, zeros, TEAM)
-        _leave(b_s, b_dp, first * 0, first, tiles, bars, scale2, first_row, TEAM, 0)
-    for step in range(0, n_steps - 1):
-        b_s, b_dp = _begin(step + 1, tiles, bars, n_rows - (first + step + 1) * BLOCK_R, zeros, TEAM)
-        acc_k, acc_v = _begin_sums(acc_k, acc_v, step, tiles, bars, TEAM)
-        _leave(b_s, b_dp, step + 1, first, tiles, bars, scale2, first_row, TEAM, 2 * TEAMS)
+    # The first row that sees each key.
+    first_row = (shift_q + gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_s))) * HEADS
+    o_r = TEAM * HALF + gl.arange(0, HALF, gl.SliceLayout(0, l_s))
+    mbarrier.wait(bar_kv, 0, pred=n_steps > 0)
+    for step in range(0, n_steps):
+        row = (first + step) * BLOCK_R
+        b_s, b_dp = _begin(step, tiles, bars, n_rows - row, zeros, TEAM)
+        b_shift = s_shift.index(step % STAGES).slice(TEAM * HALF, HALF).load(gl.SliceLayout(0, l_s))
+        b_delta = s_delta.index(step % STAGES).slice(TEAM * HALF, HALF).load(gl.SliceLayout(0, l_s))
+        b_s = warpgroup_mma_wait(1, deps=(b_s,))
+        b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_shift[None, :], b_s)[0]))
+        if CAUSAL:
+            b_p = gl.where(first_row[:, None] <= row + o_r[None, :], b_p, 0.0)
+        _leave(b_p, s_p, bar_p, step, TEAM)
+        acc_v = _begin_sum(s_p, bar_p, s_g, acc_v, step, TEAM)
+        b_dp = warpgroup_mma_wait(TEAMS, deps=(b_dp,))
+        _leave(b_p * (b_dp - b_delta[None, :]), s_ds, bar_ds, step, TEAM)
+        acc_k = _begin_sum(s_ds, bar_ds, s_q, acc_k, step, TEAM)
         acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
         mbarrier.arrive(bar_free.index(step % STAGES))
-    if n_steps > 0:
-        acc_k, acc_v = _begin_sums(acc_k, acc_v, n_steps - 1, tiles, bars, TEAM)
-        acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
     o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_kv))
     o_d = TEAM * COLS + gl.arange(0, COLS, gl.SliceLayout(0, l_kv))
     o_out = (((k_row + o_n).to(gl.int64) * HKV + i_h) * D)[:, None] + o_d[None, :]
@@ -265,12 +251,14 @@ def attention_dkv_hopper_kernel(
     bar_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_p = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bar_ds = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_kv = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bar_q.index(i), count=2)  # Q, and the two numbers per row
         mbarrier.init(bar_g.index(i), count=1)
         mbarrier.init(bar_free.index(i), count=TEAMS)
         mbarrier.init(bar_p.index(i), count=TEAMS)
+        mbarrier.init(bar_ds.index(i), count=TEAMS)
     mbarrier.init(bar_kv, count=1)
     fence_async_shared()
 
@@ -279,7 +267,7 @@ def attention_dkv_hopper_kernel(
     numbers = (p_shift + first_number, p_delta + first_number)
     memory = (p_dk, p_dv)
     tiles = (s_q, s_g, s_k, s_v, s_p, s_ds, s_shift, s_delta)
-    bars = (bar_q, bar_g, bar_free, bar_kv, bar_p)
+    bars = (bar_q, bar_g, bar_free, bar_kv, bar_p, bar_ds)
     place = (q_start, n_rows, k_start + i_n * BLOCK_N, n_keys, i_h, first, n_steps)
     gl.warp_specialize(
         [
