@@ -188,7 +188,7 @@ def _products(
     gl.store(p_dk + o_out, (acc_k * scale).to(DTYPE), mask=m_n)
 
 
-@gluon.jit(do_not_specialize=["n_tokens", "n_seqs"])
+@gluon.jit(do_not_specialize=["n_tokens", "n_seqs", "n_processors"])
 def attention_dkv_hopper_kernel(
     d_q,  # [T, HKV * HEADS, D], tiles [BLOCK_R / HEADS, HEADS, D]
     d_g,  # as d_q
@@ -204,31 +204,39 @@ def attention_dkv_hopper_kernel(
     scale,  # softmax_scale
     n_tokens,
     n_seqs,
+    n_processors,
     HKV: gl.constexpr,
     HEADS: gl.constexpr,  # divides BLOCK_R
     D: gl.constexpr,
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,  # every sequence has as many keys
 ):
-    # Tiles of a pair of sequence and key head side by side: they read the same rows. The first has most of them.
+    # Pairs of a sequence and a key head run side by side, as many as fill the multiprocessors, and of each the tiles
+    # from the first: that has most rows, and what runs at one time reads rows that are in L2 together.
     if EQUAL:
-        n_of_pair = gl.num_programs(0) // (n_seqs * HKV)
-        i_b = gl.program_id(0) // (n_of_pair * HKV)
-        j = gl.program_id(0) % (n_of_pair * HKV)
+        i_b = n_seqs * 0
+        n_pairs = n_seqs * HKV
+        n_of_pair = gl.num_programs(0) // n_pairs
+        j = gl.program_id(0)
     else:
         i_b, first_tile = find_sequence(p_lists, gl.program_id(0) // HKV, n_seqs)
         n_of_pair = (gl.load(p_cu_k + i_b + 1) - gl.load(p_cu_k + i_b) + BLOCK_N - 1) // BLOCK_N
         n_of_pair = gl.maximum(n_of_pair, 1)
+        n_pairs = n_seqs * 0 + HKV
         j = gl.program_id(0) - first_tile * HKV
-    i_h = j // n_of_pair
-    i_n = j % n_of_pair
+    together = gl.maximum(n_processors // n_of_pair, 1)
+    i = gl.minimum(j // (n_of_pair * together) * together, n_pairs - 1)
+    width = gl.minimum(together, n_pairs - i)
+    j -= i * n_of_pair
+    i_n = j // width
+    i_b += (i + j % width) // HKV
+    i_h = (i + j % width) % HKV
     q_start = gl.load(p_cu_q + i_b)
     q_len = gl.load(p_cu_q + i_b + 1) - q_start
     k_start = gl.load(p_cu_k + i_b)
     k_len = gl.load(p_cu_k + i_b + 1) - k_start
-    # A program past the last tile has no keys and walks no rows; it must not return, the warps of all parts end
-    # together.
-    n_keys = gl.where(i_h < HKV, k_len - i_n * BLOCK_N, 0)
+    # A program whose tile does not exist walks none; it must not return, the warps of all parts end together.
+    n_keys = k_len - i_n * BLOCK_N
     n_rows = q_len * HEADS
     seen = i_n * BLOCK_N - (k_len - q_len)  # the first query that sees the first of these keys
     first = n_rows * 0
@@ -313,10 +321,11 @@ def launch(
     n_seqs, block_n = cu_q.shape[0] - 1, BLOCK_N.value
     equal = max_k * n_seqs == n_keys
     programs = triton.cdiv(max_k, block_n) * n_seqs if equal else n_keys // block_n + n_seqs
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     lists = cu_k if equal else by_length(cu_k, block_n)
     attention_dkv_hopper_kernel[(programs * hkv,)](
         *(_grouped(q, hq // hkv), _grouped(g, hq // hkv), rows(k, block_n), rows(v, block_n)),
-        *(shift, delta, dk, dv, cu_q, cu_k, lists, scale, n_tokens, n_seqs),
+        *(shift, delta, dk, dv, cu_q, cu_k, lists, scale, n_tokens, n_seqs, processors),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
