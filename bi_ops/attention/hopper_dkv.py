@@ -94,7 +94,7 @@ def _rows(s_rows, step):
 
 
 @gluon.jit
-def _begin(step, tiles, bars, n_valid, zeros, TEAM: gl.constexpr):
+def _begin(step, tiles, bars, n_valid, b_k, zeros, TEAM: gl.constexpr):
     """Wait for the rows of a step, clear those past the end, and hand a team's S and dP to the tensor cores."""
     s_q, s_g, s_k, s_v, _, _, _, _ = tiles
     bar_q, bar_g, _, _, _, _ = bars
@@ -108,7 +108,14 @@ def _begin(step, tiles, bars, n_valid, zeros, TEAM: gl.constexpr):
         gl.thread_barrier()
     q_t = q.slice(TEAM * HALF, HALF).permute((1, 0))
     g_t = g.slice(TEAM * HALF, HALF).permute((1, 0))
-    b_s = warpgroup_mma(s_k.index(_zero(step)), q_t, zeros, use_acc=False, is_async=True)
+    if b_k is None:
+        b_s = warpgroup_mma(s_k.index(_zero(step)), q_t, zeros, use_acc=False, is_async=True)
+    else:
+        FIRST: gl.constexpr = b_k.shape[1]
+        REST: gl.constexpr = q_t.shape[0] - FIRST
+        k = s_k.index(_zero(step)).slice(FIRST, REST, 1)
+        b_s = warpgroup_mma(b_k, q_t.slice(0, FIRST), zeros, use_acc=False, is_async=True)
+        b_s = warpgroup_mma(k, q_t.slice(FIRST, REST), b_s, is_async=True)
     mbarrier.wait(bar_g.index(step % STAGES), step // STAGES & 1)
     b_dp = warpgroup_mma(s_v.index(_zero(step)), g_t, zeros, use_acc=False, is_async=True)
     return b_s, b_dp
@@ -123,14 +130,19 @@ def _leave(x, s_x, bar, step, TEAM: gl.constexpr):
 
 
 @gluon.jit
-def _begin_sum(s_x, bar, s_rows, acc, step, TEAM: gl.constexpr):
-    """Hand a team's columns of dV or dK to the tensor cores, once both teams have left P or dS."""
-    COLS: gl.constexpr = acc.shape[1]
-    y = _rows(s_rows, step).slice(TEAM * COLS, COLS, 1)
-    mbarrier.wait(bar.index(step % STAGES), step // STAGES & 1)
+def _begin_sum(own, s_x, bar, s_rows, acc, step, TEAM: gl.constexpr):
+    """Hand a team's columns of dV or dK to the tensor cores: `own` half of P or dS, and the other team's when left."""
+    l_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, s_rows.shape[3] // TEAMS, 16])
+    y = _rows(s_rows, step).slice(TEAM * (s_rows.shape[3] // TEAMS), s_rows.shape[3] // TEAMS, 1)
     for half in gl.static_range(TEAMS):
-        x = s_x.index(step % STAGES * TEAMS + half)
-        acc = warpgroup_mma(x, y.slice(half * HALF, HALF), acc, is_async=True)
+        if half == TEAM:
+            # From registers: shared memory is what the tensor cores wait for.
+            x = gl.convert_layout(own.to(s_x.dtype), gl.DotOperandLayout(0, l_acc, 2))
+            acc = warpgroup_mma(x, y.slice(half * HALF, HALF), acc, is_async=True)
+        else:
+            mbarrier.wait(bar.index(step % STAGES), step // STAGES & 1)
+            x_s = s_x.index(step % STAGES * TEAMS + half)
+            acc = warpgroup_mma(x_s, y.slice(half * HALF, HALF), acc, is_async=True)
     return acc
 
 
@@ -146,10 +158,11 @@ def _products(
     HKV: gl.constexpr,
     HEADS: gl.constexpr,
     D: gl.constexpr,
+    KEEP: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):
     p_dk, p_dv = memory
-    s_q, s_g, _, _, s_p, s_ds, s_shift, s_delta = tiles
+    s_q, s_g, s_k, _, s_p, s_ds, s_shift, s_delta = tiles
     _, _, bar_free, bar_kv, bar_p, bar_ds = bars
     _, n_rows, k_row, n_keys, i_h, first, n_steps = place
     COLS: gl.constexpr = D // TEAMS
@@ -164,9 +177,13 @@ def _products(
     first_row = (shift_q + gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_s))) * HEADS
     o_r = TEAM * HALF + gl.arange(0, HALF, gl.SliceLayout(0, l_s))
     mbarrier.wait(bar_kv, 0, pred=n_steps > 0)
+    if KEEP > 0:
+        b_k = s_k.index(0).slice(0, KEEP, 1).load(gl.DotOperandLayout(0, l_s, 2))
+    else:
+        b_k: gl.constexpr = None
     for step in range(0, n_steps):
         row = (first + step) * BLOCK_R
-        b_s, b_dp = _begin(step, tiles, bars, n_rows - row, zeros, TEAM)
+        b_s, b_dp = _begin(step, tiles, bars, n_rows - row, b_k, zeros, TEAM)
         b_shift = s_shift.index(step % STAGES).slice(TEAM * HALF, HALF).load(gl.SliceLayout(0, l_s))
         b_delta = s_delta.index(step % STAGES).slice(TEAM * HALF, HALF).load(gl.SliceLayout(0, l_s))
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
@@ -174,10 +191,11 @@ def _products(
         if CAUSAL:
             b_p = gl.where(first_row[:, None] <= row + o_r[None, :], b_p, 0.0)
         _leave(b_p, s_p, bar_p, step, TEAM)
-        acc_v = _begin_sum(s_p, bar_p, s_g, acc_v, step, TEAM)
+        acc_v = _begin_sum(b_p, s_p, bar_p, s_g, acc_v, step, TEAM)
         b_dp = warpgroup_mma_wait(TEAMS, deps=(b_dp,))
-        _leave(b_p * (b_dp - b_delta[None, :]), s_ds, bar_ds, step, TEAM)
-        acc_k = _begin_sum(s_ds, bar_ds, s_q, acc_k, step, TEAM)
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        _leave(b_ds, s_ds, bar_ds, step, TEAM)
+        acc_k = _begin_sum(b_ds, s_ds, bar_ds, s_q, acc_k, step, TEAM)
         acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
         mbarrier.arrive(bar_free.index(step % STAGES))
     o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_kv))
@@ -208,6 +226,7 @@ def attention_dkv_hopper_kernel(
     HKV: gl.constexpr,
     HEADS: gl.constexpr,  # divides BLOCK_R
     D: gl.constexpr,
+    KEEP: gl.constexpr,  # columns of K that both teams keep in registers, 0 or D / 2: shared memory is read less
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,  # every sequence has as many keys
 ):
@@ -279,8 +298,8 @@ def attention_dkv_hopper_kernel(
     place = (q_start, n_rows, k_start + i_n * BLOCK_N, n_keys, i_h, first, n_steps)
     gl.warp_specialize(
         [
-            (_products, (memory, tiles, bars, place, scale, seen, 0, HKV, HEADS, D, CAUSAL)),
-            (_products, (memory, tiles, bars, place, scale, seen, 1, HKV, HEADS, D, CAUSAL)),
+            (_products, (memory, tiles, bars, place, scale, seen, 0, HKV, HEADS, D, KEEP, CAUSAL)),
+            (_products, (memory, tiles, bars, place, scale, seen, 1, HKV, HEADS, D, KEEP, CAUSAL)),
             (_load, (descriptors, numbers, tiles, bars, place, HEADS, D)),
         ],
         [4, 1],
@@ -309,13 +328,15 @@ def launch(
     max_k: int,
     causal: bool,
     scale: float,
+    keep: bool = True,
 ) -> None:
     """Write dk and dv as `attention_dkv_kernel` does, bit for bit.
 
     Args:
         g: [T, Hq, D], contiguous, bf16 or fp16, D 256, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D], Tk > 0,
             Hq / Hkv a power of two up to 64. shift, delta: of `launch_delta`. dk, dv: [Tk, Hkv, D], contiguous.
-            cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
+            cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one. keep: half of K in
+            registers; any gives the same bits.
     """
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
     n_seqs, block_n = cu_q.shape[0] - 1, BLOCK_N.value
@@ -329,6 +350,7 @@ def launch(
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
+        KEEP=head_dim // 2 if keep else 0,
         CAUSAL=causal,
         EQUAL=equal,
         num_warps=4,
