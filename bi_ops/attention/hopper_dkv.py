@@ -132,12 +132,13 @@ def _leave(x, s_x, bar, step, TEAM: gl.constexpr):
 @gluon.jit
 def _begin_sum(own, s_x, bar, s_rows, acc, step, TEAM: gl.constexpr):
     """Hand a team's columns of dV or dK to the tensor cores: `own` half of P or dS, and the other team's when left."""
-    l_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, s_rows.shape[3] // TEAMS, 16])
-    y = _rows(s_rows, step).slice(TEAM * (s_rows.shape[3] // TEAMS), s_rows.shape[3] // TEAMS, 1)
+    COLS: gl.constexpr = s_rows.shape[3] // TEAMS
+    l_own: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16]), 2)
+    y = _rows(s_rows, step).slice(TEAM * COLS, COLS, 1)
     for half in gl.static_range(TEAMS):
         if half == TEAM:
             # From registers: shared memory is what the tensor cores wait for.
-            x = gl.convert_layout(own.to(s_x.dtype), gl.DotOperandLayout(0, l_acc, 2))
+            x = gl.convert_layout(own.to(s_x.dtype), l_own)
             acc = warpgroup_mma(x, y.slice(half * HALF, HALF), acc, is_async=True)
         else:
             mbarrier.wait(bar.index(step % STAGES), step // STAGES & 1)
@@ -177,10 +178,9 @@ def _products(
     first_row = (shift_q + gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_s))) * HEADS
     o_r = TEAM * HALF + gl.arange(0, HALF, gl.SliceLayout(0, l_s))
     mbarrier.wait(bar_kv, 0, pred=n_steps > 0)
+    b_k = None
     if KEEP > 0:
         b_k = s_k.index(0).slice(0, KEEP, 1).load(gl.DotOperandLayout(0, l_s, 2))
-    else:
-        b_k: gl.constexpr = None
     for step in range(0, n_steps):
         row = (first + step) * BLOCK_R
         b_s, b_dp = _begin(step, tiles, bars, n_rows - row, b_k, zeros, TEAM)
