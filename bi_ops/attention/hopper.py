@@ -28,6 +28,15 @@ def decodes(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     return head_dim in RING_HEAD_DIMS and dtype in (torch.bfloat16, torch.float16) and runtime.warp_specialised(device)
 
 
+def serves_dkv(head_dim: int, heads: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Does `hopper_dkv` compute dK and dV of plain attention of this kind, with the bits of the Triton kernel?
+
+    heads: query heads that share a key head. A step of 64 rows has them all for some queries.
+    """
+    served = head_dim == 256 and 64 % heads == 0 and dtype in (torch.bfloat16, torch.float16)
+    return served and runtime.warp_specialised(device)
+
+
 def copied(t: torch.Tensor) -> bool:
     """Can the copy engine take t [T, H, D] as rows of H * D values?"""
     n, h, d = t.shape

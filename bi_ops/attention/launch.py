@@ -279,7 +279,12 @@ def launch_two_passes(
             num_warps=s.num_warps,
             num_stages=s.num_stages,
         )
-    if need_kv and max_k > 0:
+    plain = n_tokens > 0 and k.shape[0] > 0 and not scores.features(None)
+    if need_kv and plain and hopper.serves_dkv(head_dim, hq // hkv, q.dtype, q.device):
+        from bi_ops.attention import hopper_dkv
+
+        hopper_dkv.launch(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, max_k, scores.causal, scores.scale)
+    elif need_kv and max_k > 0:
         s = sched.backward_dkv(max_k, n_pairs, head_dim, q.dtype)
         attention_dkv_kernel[_grid(s, n_pairs, hkv, k.shape[0], max_k)](
             *(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, *scores.arguments(), n_pairs, n_tokens, *strides),
