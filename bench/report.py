@@ -246,6 +246,8 @@ def attention_ratios(rows: Sequence[Mapping[str, str]], kind: str, head_dim: str
 def headline(results: Path) -> str:
     """What exactness costs, in one table."""
     products, attention = (load_csv(results, f"h100/{name}.csv") for name in ("products", "attention"))
+    if not products or not attention:
+        return "Not measured yet.\n"
     rows = [
         (label, "cuBLAS", f"{geometric_mean(ratios([r for r in products if r['pass'] == kind], 'cublas_us')):.2f}x")
         for kind, label in (("fwd", "products, forward"), ("dx", "products, dX"), ("dw", "products, dW"))
@@ -268,10 +270,10 @@ def head_sizes(rows: Sequence[Mapping[str, str]]) -> str:
         ("bwd", "backward", "fa2", "FlashAttention 2"),
     ):
         for d in sorted({int(r["head_dim"]) for r in rows}):
-            ratios = attention_ratios(rows, kind, str(d), rival)
-            worst = min(ratios, key=lambda length: ratios[length])
-            speed = f"{geometric_mean(list(ratios.values())):.2f}x"
-            out.append((label, d, name, speed, f"{ratios[worst]:.2f}x at {worst}"))
+            by_length = attention_ratios(rows, kind, str(d), rival)
+            worst = min(by_length, key=by_length.__getitem__)
+            speed = f"{geometric_mean(list(by_length.values())):.2f}x"
+            out.append((label, d, name, speed, f"{by_length[worst]:.2f}x at {worst}"))
     return table(("pass", "head_dim", "against", "speed", "worst"), out)
 
 
