@@ -417,10 +417,10 @@ def attention_backward_kernel(
         n_of_pair = (gl.load(p_cu_k + i_b + 1) - gl.load(p_cu_k + i_b) + BLOCK_N - 1) // BLOCK_N
         n_of_pair = gl.maximum(n_of_pair, 1)
         n_pairs = n_seqs * 0 + HKV
-        last = n_pairs
+        last = (HKV - 1) // together * together  # what comes after a last pair's tiles is a tile that does not exist
         j = gl.program_id(0) - first_of_pair * HKV
     i = gl.minimum(j // (n_of_pair * together) * together, last)
-    width = gl.where(i < last, gl.minimum(together, n_pairs - i), gl.maximum(n_pairs - last, 1))
+    width = gl.where(i < last, gl.minimum(together, n_pairs - i), n_pairs - last)
     j -= i * n_of_pair
     i_n = j // width
     i_b += (i + j % width) // HKV
