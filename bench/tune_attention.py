@@ -42,7 +42,7 @@ from record import provenance, write_csv
 
 from bi_ops import attention
 from bi_ops._common import runtime
-from bi_ops.attention import ops
+from bi_ops.attention import hopper, ops
 from bi_ops.attention import schedule as sched
 
 KERNELS = ("fwd", "dq", "dkv", "decode")
@@ -64,9 +64,10 @@ class Variant:
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """Launches inside the block use this schedule and order."""
+        """Launches inside the block use this schedule and order, and the Triton kernels everywhere."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(attention.providers.forced("triton"))
+            stack.enter_context(mock.patch.object(hopper, "serves", return_value=False))
             if self.order is not None:
                 stack.enter_context(mock.patch.object(sched, "order", return_value=self.order))
             if self.schedule is not None:

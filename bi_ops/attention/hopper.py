@@ -11,30 +11,29 @@ from bi_ops._common import runtime
 if TYPE_CHECKING:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-#: Head sizes at which they were measured to be faster than the Triton kernels.
-HEAD_DIMS = (128,)
+#: Head sizes of `hopper_forward` and `hopper_decode`.
+HEAD_DIMS = (64, 128, 256)
 
-#: Head sizes at which a ring of steps fits into shared memory when few rows decode.
-RING_HEAD_DIMS = (64, 128, 256)
+#: Head sizes of `hopper_backward`. At 256 what it keeps does not fit into shared memory.
+ONE_PASS_HEAD_DIMS = (64, 128)
 
 
 def serves(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Do the warp-specialised kernels compute plain attention of this kind? Never a function of the batch."""
+    """Can `hopper_forward` and `hopper_decode` compute plain attention of this kind, with the Triton kernel's bits?"""
     return head_dim in HEAD_DIMS and dtype in (torch.bfloat16, torch.float16) and runtime.warp_specialised(device)
 
 
-def decodes(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Does `hopper_decode` compute plain attention over pages of this kind? It has the Triton kernel's bits."""
-    return head_dim in RING_HEAD_DIMS and dtype in (torch.bfloat16, torch.float16) and runtime.warp_specialised(device)
+def serves_one_pass(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Does `hopper_backward` compute plain gradients of this kind, in its own bits? Never a function of the batch."""
+    return head_dim in ONE_PASS_HEAD_DIMS and serves(head_dim, dtype, device)
 
 
 def serves_dkv(head_dim: int, heads: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Does `hopper_dkv` compute dK and dV of plain attention of this kind, with the bits of the Triton kernel?
+    """Can `hopper_dkv` compute dK and dV of plain attention of this kind? It has the Triton kernel's bits.
 
     heads: query heads that share a key head. A step of 64 rows has them all for some queries.
     """
-    served = head_dim == 256 and 64 % heads == 0 and dtype in (torch.bfloat16, torch.float16)
-    return served and runtime.warp_specialised(device)
+    return head_dim == 256 and 64 % heads == 0 and serves(head_dim, dtype, device)
 
 
 def copied(t: torch.Tensor) -> bool:

@@ -33,10 +33,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from bi_ops._common.turns import end_turn, wait_turn
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import rows
+from bi_ops.attention.hopper_forward import LOG2E, clear_rows
 from bi_ops.attention.hopper_lists import by_length, find_sequence
 from bi_ops.attention.kernels import find_tile
 
-LOG2E = gl.constexpr(1.4426950408889634)
 TEAMS = gl.constexpr(2)
 KEYS = gl.constexpr(64)  # of a team: what four warps hold of a product
 LATER = gl.constexpr(2)  # steps between dS and its dQ; tiles of dS and of dQ in shared memory; writers
@@ -48,20 +48,6 @@ def _copy_add(descriptor, coord, src, _semantic=None):
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coord, src.handle)
-
-
-@gluon.jit
-def _clear_rows(tile, n_valid, ROWS: gl.constexpr, D: gl.constexpr):
-    """Zeros in rows from `n_valid` on: they are another sequence's, and 0 times a NaN of theirs would be ours.
-
-    Both teams do it: what one writes again is what is there.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    for i in gl.static_range(ROWS // 32):
-        part = tile.slice(i * 32, 32)
-        o_r = i * 32 + gl.arange(0, 32, gl.SliceLayout(1, layout))
-        x = part.load(layout)
-        part.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
 
 
 @gluon.jit
@@ -153,8 +139,8 @@ def _begin(step, tiles, bars, n_valid, BLOCK_M: gl.constexpr, D: gl.constexpr):
     mbarrier.wait(bar_q.index(i), step // STAGES & 1)
     if n_valid < BLOCK_M:
         mbarrier.wait(bar_g.index(i), step // STAGES & 1)
-        _clear_rows(q, n_valid, BLOCK_M, D)
-        _clear_rows(g, n_valid, BLOCK_M, D)
+        clear_rows(q, n_valid, 4)
+        clear_rows(g, n_valid, 4)
         fence_async_shared()
     return q, g, s_shift.index(i), s_delta.index(i)
 
@@ -326,8 +312,8 @@ def _products(
 
     mbarrier.wait(bar_kv, 0)
     if n_keys < BLOCK_N:
-        _clear_rows(s_k.index(0), n_keys, BLOCK_N, D)
-        _clear_rows(s_v.index(0), n_keys, BLOCK_N, D)
+        clear_rows(s_k.index(0), n_keys, 4)
+        clear_rows(s_v.index(0), n_keys, 4)
         fence_async_shared()
     n_steps = (end - first) * HEADS
     for i in gl.static_range(LATER):
@@ -568,13 +554,13 @@ def launch(
     """(dq, dk, dv), contiguous, of packed sequences in `schedule.one_pass_order`.
 
     Args:
-        g, out: [T, Hq, D], contiguous, bf16 or fp16, D 128, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D],
+        g, out: [T, Hq, D], contiguous, bf16 or fp16, D 64 or 128, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D],
             Tk > 0. lse, g_lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
     """
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
     order = sched.one_pass_order(head_dim, q.dtype)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    s = sched.one_pass(triton.cdiv(max_k, order.block_n), processors)
+    s = sched.one_pass(triton.cdiv(max_k, order.block_n), head_dim, processors)
     n_seqs = cu_q.shape[0] - 1
     n_tiles = n_tokens // order.block_m + n_seqs
     numbers = (hq, n_tiles, order.block_m)

@@ -40,7 +40,6 @@ def _pages(p_table, n, last, PAGE: gl.constexpr, BOX: gl.constexpr, BOXES: gl.co
 def _load(descriptor, ring, bars, p_table, n_keys, place, IS_V: gl.constexpr, PAGE: gl.constexpr):
     SLOTS: gl.constexpr = ring.shape[0]
     BLOCK_N: gl.constexpr = ring.shape[1]
-    D: gl.constexpr = ring.shape[2]
     BOX: gl.constexpr = descriptor.block_type.shape[0]
     BOXES: gl.constexpr = BLOCK_N // BOX
     bar_full, bar_free = bars
@@ -70,7 +69,7 @@ def _load(descriptor, ring, bars, p_table, n_keys, place, IS_V: gl.constexpr, PA
                 tma.async_copy_global_to_shared(descriptor, at, bar, ring.index(slot).slice(j * BOX, BOX))
             if IS_V and cut:
                 mbarrier.wait(bar, 0)
-                clear_rows(ring.index(slot), n_keys - n, BLOCK_N, D)
+                clear_rows(ring.index(slot), n_keys - n, 1)
                 fence_async_shared()
                 mbarrier.arrive(bar_full.index(slot))
             found = later

@@ -24,9 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.attention.hopper import copied, rows
+from bi_ops.attention.hopper_forward import LOG2E, clear_rows
 from bi_ops.attention.hopper_lists import by_length, find_sequence
 
-LOG2E = gl.constexpr(1.4426950408889634)
 TEAMS = gl.constexpr(2)
 BLOCK_N = gl.constexpr(64)  # keys: what four warps hold of a product
 BLOCK_R = gl.constexpr(64)  # rows of a step
@@ -34,21 +34,6 @@ HALF = gl.constexpr(32)  # of them a team's
 # Of rows in shared memory, and of P and dS. They are the same on purpose: rows of a step are there only when both teams
 # are done with those of the step STAGES before it, and so with its P and dS, whose places may then be written again.
 STAGES = gl.constexpr(2)
-
-
-@gluon.jit
-def _clear_rows(tile, n_valid):
-    """Zeros in rows from `n_valid` on: they are another sequence's, and 0 times a NaN of theirs would be ours.
-
-    Both teams do it: what one writes again is what is there.
-    """
-    D: gl.constexpr = tile.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    for i in gl.static_range(BLOCK_R // 16):
-        part = tile.slice(i * 16, 16)
-        o_r = i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
-        x = part.load(layout)
-        part.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
 
 
 @gluon.jit
@@ -102,8 +87,8 @@ def _begin(step, tiles, bars, n_valid, b_k, zeros, TEAM: gl.constexpr):
     mbarrier.wait(bar_q.index(step % STAGES), step // STAGES & 1)
     if n_valid < BLOCK_R:
         mbarrier.wait(bar_g.index(step % STAGES), step // STAGES & 1)
-        _clear_rows(q, n_valid)
-        _clear_rows(g, n_valid)
+        clear_rows(q, n_valid, 4)
+        clear_rows(g, n_valid, 4)
         fence_async_shared()
         gl.thread_barrier()
     q_t = q.slice(TEAM * HALF, HALF).permute((1, 0))

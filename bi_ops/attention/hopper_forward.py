@@ -94,12 +94,17 @@ def _take(p_count):
 
 
 @gluon.jit
-def clear_rows(tile, n_valid, ROWS: gl.constexpr, D: gl.constexpr):
-    """Zeros in rows from `n_valid` on: they are another sequence's, and 0 times a NaN of theirs would be ours."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
-    for i in gl.static_range(ROWS // 8):
-        part = tile.slice(i * 8, 8)
-        o_r = i * 8 + gl.arange(0, 8, gl.SliceLayout(1, layout))
+def clear_rows(tile, n_valid, WARPS: gl.constexpr):
+    """Zeros in rows from `n_valid` on: they are another sequence's, and 0 times a NaN of theirs would be ours.
+
+    Two teams may do it at the same time: what one writes again is what is there.
+    """
+    D: gl.constexpr = tile.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    PART: gl.constexpr = max(8, 1024 * WARPS // D)  # rows at a time: what fits into few registers
+    for i in gl.static_range(tile.shape[0] // PART):
+        part = tile.slice(i * PART, PART)
+        o_r = i * PART + gl.arange(0, PART, gl.SliceLayout(1, layout))
         x = part.load(layout)
         part.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
 
@@ -166,7 +171,7 @@ def _load(
                         tma.async_copy_global_to_shared(d_v, [k_start + n, column], bar_tail, s_v.index(stage))
                         mbarrier.wait(bar_tail, tails & 1)
                         tails += 1
-                        clear_rows(s_v.index(stage), k_len - n, BLOCK_N, D)
+                        clear_rows(s_v.index(stage), k_len - n, 1)
                         fence_async_shared()
                         mbarrier.arrive(bar_v.index(stage))
                     else:
@@ -414,17 +419,16 @@ def launch(
     causal: bool,
     scale: float,
     block_n: int,
-    s: sched.TileSchedule | None = None,
+    s: sched.TileSchedule,
 ) -> None:
     """Write out and lse as `attention_kernel` does with steps of `block_n` keys, bit for bit.
 
     Args:
         q: [T, Hq, D], bf16 or fp16, D 64, 128 or 256, T > 0. k, v: [Tk, Hkv, D], Tk > 0. out: [T, Hq, D], contiguous.
         lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at least the most queries of one. block_n: 64 or
-            128. s: None: `schedule.tiles`.
+            128. s: of `schedule.tiles`, or any.
     """
     (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
-    s = sched.tiles(head_dim) if s is None else s
     n_seqs = cu_q.shape[0] - 1
     equal = max_q * n_seqs == n_tokens
     block_m = s.teams * ROWS.value

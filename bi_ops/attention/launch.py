@@ -163,25 +163,43 @@ def launch_vllm(
     )
 
 
-def warp_specialised(q: torch.Tensor, k: torch.Tensor, scores: Scores) -> bool:
-    """Do the kernels of `hopper_forward` (the same bits) and `hopper_backward` (others than two passes') serve?
+def _plain(q: torch.Tensor, k: torch.Tensor, scores: Scores, sinks: torch.Tensor | None = None) -> bool:
+    """Is there something to compute, and without features? Then the Hopper kernels may serve."""
+    return q.shape[0] > 0 and k.shape[0] > 0 and not scores.features(sinks)
+
+
+def tile_schedule(
+    q: torch.Tensor, k: torch.Tensor, max_q: int, scores: Scores, sinks: torch.Tensor | None
+) -> sched.TileSchedule | None:
+    """How `hopper_forward` runs, None where it does not serve: the Triton forward then gives the same bits."""
+    if not hopper.serves(q.shape[2], q.dtype, q.device) or not _plain(q, k, scores, sinks):
+        return None
+    return sched.tiles(q.shape[2], max_q)
+
+
+def in_one_pass(q: torch.Tensor, k: torch.Tensor, scores: Scores) -> bool:
+    """Does `hopper_backward` serve? Its bits are not those of two passes.
 
     A function of head size, dtype, GPU and features alone, but for there being nothing to compute.
     """
-    if not hopper.serves(q.shape[2], q.dtype, q.device) or scores.features(None):
-        return False
-    return q.shape[0] > 0 and k.shape[0] > 0
+    return hopper.serves_one_pass(q.shape[2], q.dtype, q.device) and _plain(q, k, scores)
 
 
 def ring_schedule(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cu_q: torch.Tensor, max_q: int, scores: Scores
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cu_q: torch.Tensor,
+    max_q: int,
+    scores: Scores,
+    sinks: torch.Tensor | None,
 ) -> sched.RingSchedule | None:
     """How `hopper_decode` runs, None where it does not serve: the Triton forward then gives the same bits.
 
-    Reads no memory of the GPU. The arguments are those of `launch_forward`, without sinks.
+    Reads no memory of the GPU. The arguments are those of `launch_forward`.
     """
-    (n_tokens, hq, head_dim), (page, hkv) = q.shape, k_cache.shape[1:3]
-    if n_tokens == 0 or not hopper.decodes(head_dim, q.dtype, q.device) or scores.features(None):
+    (hq, head_dim), (page, hkv) = q.shape[1:], k_cache.shape[1:3]
+    if not hopper.serves(head_dim, q.dtype, q.device) or not _plain(q, k_cache, scores, sinks):
         return None
     box = math.gcd(page, sched.order(head_dim, q.dtype).block_n)
     if not (hopper.paged(k_cache, box) and hopper.paged(v_cache, box)):
@@ -279,8 +297,7 @@ def launch_two_passes(
             num_warps=s.num_warps,
             num_stages=s.num_stages,
         )
-    plain = n_tokens > 0 and k.shape[0] > 0 and not scores.features(None)
-    if need_kv and plain and hopper.serves_dkv(head_dim, hq // hkv, q.dtype, q.device):
+    if need_kv and _plain(q, k, scores) and hopper.serves_dkv(head_dim, hq // hkv, q.dtype, q.device):
         from bi_ops.attention import hopper_dkv
 
         hopper_dkv.launch(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, max_k, scores.causal, scores.scale)

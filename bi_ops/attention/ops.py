@@ -20,14 +20,15 @@ from bi_ops.attention.checks import (
 )
 from bi_ops.attention.launch import (
     Scores,
+    in_one_pass,
     launch_delta,
     launch_dsinks,
     launch_forward,
     launch_two_passes,
     launch_vllm,
     ring_schedule,
+    tile_schedule,
     unit,
-    warp_specialised,
 )
 
 #: Head sizes at which vLLM's FlashAttention 3 gives a decoded row the bits of a prefilled one.
@@ -45,7 +46,7 @@ def _vllm_available() -> Availability:
 def _triton_available() -> Availability:
     where = "Triton's interpreter" if runtime.INTERPRET else "Triton"
     if runtime.warp_specialised(runtime.default_device()):
-        where += f", warp-specialised at head_dim {' and '.join(map(str, hopper.HEAD_DIMS))}"
+        where += f", warp-specialised at head_dim {', '.join(map(str, hopper.HEAD_DIMS))}"
     return Availability(True, f"{where}, own kernel; its bits are not those of vLLM's FlashAttention")
 
 
@@ -118,11 +119,12 @@ def _flash(
     if provider in flash_attn.NAMES and q.shape[0] > 0 and k.shape[0] > 0:
         return flash_attn.forward(q, k, v, cu_q, cu_k, max_q, max_k, scores)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    if max_q > 64 and warp_specialised(q, k, scores) and sinks is None:
+    tiles = tile_schedule(q, k, max_q, scores, sinks)
+    if tiles is not None:
         from bi_ops.attention import hopper_forward
 
         out, block_n = q.new_empty(q.shape), sched.order(q.shape[2], q.dtype).block_n
-        hopper_forward.launch(q, k, v, out, lse, cu_q, cu_k, max_q, causal, scale, block_n)
+        hopper_forward.launch(q, k, v, out, lse, cu_q, cu_k, max_q, causal, scale, block_n, tiles)
         return out, lse
     return launch_forward(q, k, v, lse, cu_q, cu_k, None, max_q, scores, sinks), lse
 
@@ -164,7 +166,7 @@ def _flash_grad(
     max_k = longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
     q, k, v, g = unit(q), unit(k), unit(v), g.contiguous()
     heads, some = q.shape[1] // k.shape[1], q.shape[0] > 0 and k.shape[0] > 0
-    theirs, one_pass = provider == flash_attn.DETERMINISTIC and some, warp_specialised(q, k, scores)
+    theirs, one_pass = provider == flash_attn.DETERMINISTIC and some, in_one_pass(q, k, scores)
     dsinks = q.new_empty(0)
     if sinks is not None or not (theirs or one_pass):
         delta, shift = launch_delta(g, out, lse, g_lse, heads)
@@ -256,12 +258,12 @@ def _paged(
     if provider == "vllm" and q.shape[0] > 0 and table.numel() > 0:
         max_k = table.shape[1] * k_cache.shape[1]  # an upper bound is enough, as under vLLM's CUDA graphs
         return launch_vllm(q, k_cache, v_cache, cu_q, seqlens_k, table, max_q, max_k, scores)[0]
-    s = ring_schedule(q, k_cache, v_cache, cu_q, max_q, scores) if sinks is None and table.numel() > 0 else None
-    if s is not None:
+    ring = ring_schedule(q, k_cache, v_cache, cu_q, max_q, scores, sinks) if table.numel() > 0 else None
+    if ring is not None:
         from bi_ops.attention import hopper_decode
 
         block_n = sched.order(q.shape[2], q.dtype).block_n
-        return hopper_decode.launch(q, k_cache, v_cache, table, cu_q, seqlens_k, causal, scale, block_n, s)
+        return hopper_decode.launch(q, k_cache, v_cache, table, cu_q, seqlens_k, causal, scale, block_n, ring)
     return launch_forward(q, k_cache, v_cache, None, cu_q, seqlens_k, table, max_q, scores, sinks)
 
 

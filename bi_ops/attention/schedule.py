@@ -106,7 +106,7 @@ def backward_dkv(max_keys: int, n_pairs: int, head_dim: int, dtype: torch.dtype)
         return Schedule(16 if head_dim > 128 else 32, 1, 8, 1)
     # No sum runs along a row here, so warps may share one: two accumulators of 64 x 256 need eight. Measured on an
     # H100, 8k causal, counted TFLOP/s of this pass: 449 at head_dim 64 (326 with 128 keys and 2 stages), 491 at 128
-    # (429 with 2 stages), 216 at 256 (203 with 2 stages).
+    # (429 with 2 stages), 216 at 256 (203 with 2 stages; `hopper_dkv`, which serves there, 589).
     if head_dim > 128:
         return Schedule(64, 1, 8, 3)
     return Schedule(128, 1, 8, 3) if head_dim > 64 else Schedule(64, 1, 4, 3)
@@ -150,13 +150,16 @@ class OnePassSchedule:
     last: int
 
 
-def one_pass(n_tiles: int, processors: int) -> OnePassSchedule:
+def one_pass(n_tiles: int, head_dim: int, processors: int) -> OnePassSchedule:
     """The schedule for sequences of `n_tiles` tiles of keys.
 
     Measured on an H100 (bench/results/h100/attention_exploration.csv), causal, head_dim 128, 16k tokens: pairs that
     together just fill the multiprocessors all wait for the first, and again at every round: at 4k 4 pairs (128
-    programs) run at 433 TFLOP/s and 5 at 505, at 8k 2 at 486 and 4 at 527. `last` of 64 MiB costs a sixth at 1k.
+    programs) run at 433 TFLOP/s and 5 at 505, at 8k 2 at 486 and 4 at 527. `last` of 64 MiB costs a sixth at 1k. At
+    head_dim 64 there is room for a third stage, and 8 pairs are at most 2% behind the best at every length.
     """
+    if head_dim <= 64:
+        return OnePassSchedule(3, 8, 2**25)
     fills = 0.75 < 4 * n_tiles / processors <= 1
     return OnePassSchedule(2, 5 if fills else 4, 2**25)
 
@@ -178,9 +181,18 @@ class TileSchedule:
     stay: bool = True
 
 
-def tiles(head_dim: int) -> TileSchedule:
-    """The schedule of `hopper_forward`: 500 / 557 TFLOP/s at 2k / 8k, causal, head_dim 128, 496 / 565 without turns."""
-    return TileSchedule(2, 2 if head_dim > 64 else 4, 1 if head_dim > 128 else 2)
+def tiles(head_dim: int, max_q: int) -> TileSchedule | None:
+    """The schedule of `hopper_forward`, None where `forward`'s does better. max_q: queries of the longest sequence.
+
+    Measured on an H100 (bench/results/h100/attention_exploration.csv), causal: at head_dim 128 480 / 593 TFLOP/s at
+    2k / 8k, where the Triton kernel has 370 / 473; at 256 543 / 653 and 436 / 516. At head_dim 64 a third team brings
+    380 / 428 at 4k / 8k, two 343 / 371, the Triton kernel 365 / 391; below 4k that is the fastest.
+    """
+    if max_q <= 64 or (head_dim <= 64 and max_q < 4096):
+        return None
+    if head_dim <= 64:
+        return TileSchedule(3, 4, 2)
+    return TileSchedule(2, 2, 2 if head_dim <= 128 else 1)
 
 
 @dataclass(frozen=True)
@@ -197,17 +209,16 @@ class RingSchedule:
 def ring(max_rows: int, n_pairs: int, head_dim: int, processors: int) -> RingSchedule | None:
     """The schedule of `hopper_decode`, None where `forward`'s does better. Arguments as `forward` takes them.
 
-    By arithmetic, to be measured: a program takes 64 KiB of keys and values in 0.7 us at head_dim 128, where one warp
-    takes 3.5. Programs that do not fit side by side run one after the other; by then programs of one warp, several to a
-    multiprocessor, read all that memory gives.
+    Measured on an H100 (bench/results/h100/attention_exploration.csv), 8k keys, 4 key heads, head_dim 128: 16 sequences
+    read 2.74 TB/s, of which the Triton kernel reads 1.03, and 128 read 3.00 and 2.49. With a few more programs than
+    multiprocessors the second round is nearly empty: 40 sequences read 2.79 with two programs to a multiprocessor, 2.61
+    with one. At head_dim 64 128 sequences read 2.94 by programs of one warp, many to a multiprocessor, and 2.82 so.
     """
-    if max_rows > 64:
+    if max_rows > 64 or (head_dim <= 64 and n_pairs > 2 * processors):
         return None
-    if n_pairs <= processors:
-        return RingSchedule(16 if head_dim <= 64 else 6)
-    if n_pairs <= 2 * processors and head_dim <= 128:
+    if head_dim <= 128 and processors < n_pairs <= 3 * processors // 2:
         return RingSchedule(12 if head_dim <= 64 else 3, 2)
-    return None
+    return RingSchedule({64: 16, 128: 4, 256: 6}[head_dim])
 
 
 #: Tokens of one partial sum of the sinks' gradient. Part of the order.
