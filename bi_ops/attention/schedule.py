@@ -212,13 +212,14 @@ def ring(max_rows: int, n_pairs: int, head_dim: int, processors: int) -> RingSch
     Measured on an H100 (bench/results/h100/attention_exploration.csv), 8k keys, 4 key heads, head_dim 128: 16 sequences
     read 2.74 TB/s, of which the Triton kernel reads 1.03, and 128 read 3.00 and 2.49. With a few more programs than
     multiprocessors the second round is nearly empty: 40 sequences read 2.79 with two programs to a multiprocessor, 2.61
-    with one. At head_dim 64 128 sequences read 2.94 by programs of one warp, many to a multiprocessor, and 2.82 so.
+    with one. At head_dim 256 16 read 2.83 and 1.46; at 64 128 read 2.94 by programs of one warp, many to a
+    multiprocessor, and 2.82 so.
     """
     if max_rows > 64 or (head_dim <= 64 and n_pairs > 2 * processors):
         return None
     if head_dim <= 128 and processors < n_pairs <= 3 * processors // 2:
         return RingSchedule(12 if head_dim <= 64 else 3, 2)
-    return RingSchedule({64: 16, 128: 4, 256: 6}[head_dim])
+    return RingSchedule(16 if head_dim <= 64 else 4)
 
 
 #: Tokens of one partial sum of the sinks' gradient. Part of the order.
