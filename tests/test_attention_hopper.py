@@ -422,7 +422,9 @@ def test_programs_take_the_longest_sequence_first(lengths):
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable, as the kernel is
     tiles = [-(-lengths[i] // block) for i in longest_first]
-    first, sequence = by_length(cu, block).tolist()
+    lists, count = by_length(cu, block)
+    first, sequence = lists.tolist()
+    assert count.tolist() == [0]
     assert sequence == longest_first
     assert first == [0, *itertools.accumulate(tiles)][:-1]
 

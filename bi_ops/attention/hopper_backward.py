@@ -580,7 +580,7 @@ def launch(
     last = max(n_seqs * hkv - s.last // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
     last = last // s.together * s.together
     programs = triton.cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
-    lists = cu_k if equal else by_length(cu_k, order.block_n)
+    lists = cu_k if equal else by_length(cu_k, order.block_n)[0]
     attention_backward_kernel[(programs * hkv,)](
         *(rows(q, order.block_m), rows(g, order.block_m), rows(k, order.block_n), rows(v, order.block_n)),
         *(_numbers(shift, order.block_m), _numbers(delta, order.block_m), d_sum),

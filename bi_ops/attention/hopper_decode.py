@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import pages
-from bi_ops.attention.hopper_forward import LOG2E, ROWS, clear_rows, softmax_step
+from bi_ops.attention.hopper_forward import LOG2E, ROWS, clear_rows, inverse, softmax_step
 
 
 @gluon.jit
@@ -148,8 +148,8 @@ def _products(memory, tiles, bars, given, HKV: gl.constexpr, HEADS: gl.constexpr
         b_o = warpgroup_mma(b_pt, ring.index(at % SLOTS), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(b_o,))
 
-    divisor = gl.convert_layout(gl.where(total > 0, total, 1.0), gl.SliceLayout(1, l_o))
-    b_out = (acc / divisor[:, None]).to(DTYPE)
+    divisor = gl.where(total > 0, total, 1.0)
+    b_out = (acc * gl.convert_layout(inverse(divisor), gl.SliceLayout(1, l_o))[:, None]).to(DTYPE)
     o_r = gl.arange(0, ROWS, gl.SliceLayout(1, l_o))
     o_d = gl.arange(0, D, gl.SliceLayout(0, l_o))
     o_out = ((q_start + o_r // HEADS).to(gl.int64) * (HKV * HEADS) + pair_head * HEADS + o_r % HEADS) * D

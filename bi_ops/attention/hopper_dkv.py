@@ -328,7 +328,7 @@ def launch(
     equal = max_k * n_seqs == n_keys
     programs = triton.cdiv(max_k, block_n) * n_seqs if equal else n_keys // block_n + n_seqs
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    lists = cu_k if equal else by_length(cu_k, block_n)
+    lists = cu_k if equal else by_length(cu_k, block_n)[0]
     attention_dkv_hopper_kernel[(programs * hkv,)](
         *(_grouped(q, hq // hkv), _grouped(g, hq // hkv), rows(k, block_n), rows(v, block_n)),
         *(shift, delta, dk, dv, cu_q, cu_k, lists, scale, n_tokens, n_seqs, processors),

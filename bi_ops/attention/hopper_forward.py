@@ -129,10 +129,10 @@ def _load(
     BLOCK_N: gl.constexpr = s_k.shape[1]
     D: gl.constexpr = s_k.shape[2]
     bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, bar_turn = bars
-    p_cu_q, p_cu_k, p_lists, p_items = lists
+    p_cu_q, p_cu_k, p_lists, p_count, p_items = lists
     PLACES: gl.constexpr = bar_turn.shape[0]  # of teams: a power of two
     QUERIES: gl.constexpr = bar_q_free.shape[0]
-    p_item = p_items + 1 + gl.program_id(0) * QUERIES
+    p_item = p_items + gl.program_id(0) * QUERIES
     n_seqs, n_tiles = sizes
     items = n_tiles * 0
     step = n_tiles * 0
@@ -183,7 +183,7 @@ def _load(
             step -= 1
         i_item = n_tiles * H
         if STAY:
-            i_item = gl.num_programs(0) + _take(p_items)
+            i_item = gl.num_programs(0) + _take(p_count)
     place = items % QUERIES
     mbarrier.wait(bar_q_free.index(place), (items // QUERIES & 1) ^ 1)
     gl.store(p_item + place, n_tiles * H)
@@ -206,6 +206,12 @@ def softmax_step(b_s, top, total, n, n_seen, scale2, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def inverse(x):
+    """1 / x as `a / x` takes it: for x from 2^-126 to 2^126, as sums of a softmax are, a * inverse(x) has its bits."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _products(
     memory,
     tiles,
@@ -225,10 +231,10 @@ def _products(
     D: gl.constexpr = s_k.shape[2]
     bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, _bar_tail, bar_turn = bars
     lists, sizes, scale, n_tokens = given
-    p_cu_q, p_cu_k, p_lists, p_items = lists
+    p_cu_q, p_cu_k, p_lists, _p_count, p_items = lists
     PLACES: gl.constexpr = bar_turn.shape[0]  # of teams: a power of two
     QUERIES: gl.constexpr = bar_q_free.shape[0]
-    p_item = p_items + 1 + gl.program_id(0) * QUERIES
+    p_item = p_items + gl.program_id(0) * QUERIES
     n_seqs, n_tiles = sizes
     DTYPE: gl.constexpr = s_q.dtype
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -267,7 +273,10 @@ def _products(
                 mbarrier.arrive(bar_turn.index(NEXT))
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             mbarrier.arrive(bar_k_free.index(stage))
-            b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
+            if n_full > 0:
+                b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, False)
+            else:
+                b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
             step += 1
             mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=n_steps > 1)
             for MASKED in gl.static_range(2):
@@ -311,7 +320,7 @@ def _products(
         divisor = gl.where(seen, total, 1.0)
         lse = gl.where(seen, (top + gl.log2(divisor)) * LN2, float("inf"))
         gl.store(p_lse + head.to(gl.int64) * n_tokens + q_start + m + lane, lse, mask=m + lane < q_len)
-        b_out = acc / gl.convert_layout(divisor, gl.SliceLayout(1, l_o))[:, None]
+        b_out = acc * gl.convert_layout(inverse(divisor), gl.SliceLayout(1, l_o))[:, None]
         b_out = gl.convert_layout(b_out.to(DTYPE), l_out)
         o_t = m + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_out))
         o_out = ((q_start + o_t).to(gl.int64) * H + head) * D
@@ -333,7 +342,8 @@ def attention_forward_kernel(
     p_cu_q,  # int32 [B + 1]
     p_cu_k,  # int32 [B + 1]
     p_lists,  # int32 [2, B]: as `by_length` makes them; not read if EQUAL
-    p_items,  # int32 [1 + programs * QUERIES]: zeros; how many were taken after the first ones; what each Q in place is
+    p_count,  # int32 [1]: 0; how many items were taken after the first ones
+    p_items,  # int32 [programs, QUERIES], uninitialised: which item each Q in place is of
     scale,  # softmax_scale
     n_tokens,
     n_seqs,
@@ -380,7 +390,7 @@ def attention_forward_kernel(
     descriptors = (d_q, d_k, d_v)
     tiles = (s_q, s_k, s_v)
     bars = (bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, bar_turn)
-    lists = (p_cu_q, p_cu_k, p_lists, p_items)
+    lists = (p_cu_q, p_cu_k, p_lists, p_count, p_items)
     sizes = (n_seqs, n_tiles)
     memory = (p_out, p_lse)
     given = (lists, sizes, scale, n_tokens)
@@ -433,14 +443,14 @@ def launch(
     equal = max_q * n_seqs == n_tokens
     block_m = s.teams * ROWS.value
     n_tiles = triton.cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
-    lists = cu_q if equal else by_length(cu_q, block_m)
+    lists, count = (cu_q, cu_q.new_zeros(1)) if equal else by_length(cu_q, block_m)
     programs = n_tiles * hq
     if s.stay:
         programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    items = torch.zeros(1 + programs * s.queries, dtype=torch.int32, device=q.device)
+    items = cu_q.new_empty((programs, s.queries))
     attention_forward_kernel[(programs,)](
         *(rows(q, ROWS.value), rows(k, block_n), rows(v, block_n), out, lse, cu_q, cu_k, lists),
-        *(items, scale, n_tokens, n_seqs, n_tiles),
+        *(count, items, scale, n_tokens, n_seqs, n_tiles),
         H=hq,
         HEADS=hq // hkv,
         D=head_dim,

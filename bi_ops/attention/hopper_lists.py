@@ -21,6 +21,7 @@ def by_length_kernel(
     p_cu,  # int32 [B + 1]
     p_first,  # int32 [B]: tiles before those of the sequence that is as long as so many others, ascending
     p_sequence,  # int32 [B]: which sequence that is
+    p_count,  # int32 [1]: 0
     n_seqs,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -43,20 +44,22 @@ def by_length_kernel(
         first += tl.sum(tl.where(before, ((length_j + BLOCK - 1) // BLOCK)[None, :], 0), 1)
     tl.store(p_first + place, first, mask=m_i)
     tl.store(p_sequence + place, o_i, mask=m_i)
+    tl.store(p_count, 0, mask=tl.program_id(0) == 0)
 
 
-def by_length(cu_seqlens: torch.Tensor, block: int) -> torch.Tensor:
-    """int32 [2, B]: (tiles of `block` tokens before it, sequence), longest sequence first.
+def by_length(cu_seqlens: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 [2, B]: (tiles of `block` tokens before it, sequence), longest sequence first; and int32 [1]: 0, to count.
 
     Args:
         cu_seqlens: int32 [B + 1], B > 0.
     """
     n_seqs = cu_seqlens.shape[0] - 1
-    lists = cu_seqlens.new_empty((2, n_seqs))
+    numbers = cu_seqlens.new_empty(2 * n_seqs + 1)
+    first, sequence, count = numbers.split((n_seqs, n_seqs, 1))
     by_length_kernel[(triton.cdiv(n_seqs, ROWS),)](
-        *(cu_seqlens, lists[0], lists[1], n_seqs), BLOCK=block, ROWS=ROWS, STEP=STEP, num_warps=4
+        *(cu_seqlens, first, sequence, count, n_seqs), BLOCK=block, ROWS=ROWS, STEP=STEP, num_warps=4
     )
-    return lists
+    return numbers[: 2 * n_seqs].view(2, n_seqs), count
 
 
 @gluon.jit
