@@ -40,13 +40,11 @@ def _place(
     n_tiles,
     H: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,
 ):
     """What item `i_item` of the work is: a tile of queries of one head. Tiles with most keys come first.
 
-    (head, start of the queries, of the keys, first query, queries, keys, steps, steps that every row sees wholly)
+    (head, start of the queries, of the keys, first query, queries, keys)
     """
     if EQUAL:
         of_one = n_tiles // n_seqs
@@ -60,7 +58,12 @@ def _place(
     k_start = gl.load(p_cu_k + i_b)
     k_len = gl.load(p_cu_k + i_b + 1) - k_start
     i_m = (q_len + BLOCK_M - 1) // BLOCK_M - 1 - from_last
-    m = gl.where(i_m >= 0, i_m * BLOCK_M, q_len)
+    return i_item % H, q_start, k_start, gl.where(i_m >= 0, i_m * BLOCK_M, q_len), q_len, k_len
+
+
+@gluon.jit
+def _steps(m, q_len, k_len, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """(steps that any of the BLOCK_M queries from `m` on sees, steps that all of them see wholly)"""
     end = k_len
     full = k_len
     if CAUSAL:
@@ -69,7 +72,7 @@ def _place(
         full = gl.minimum(gl.maximum(m + 1 + past, 0), k_len)
     if m >= q_len:
         end = m * 0
-    return i_item % H, q_start, k_start, m, q_len, k_len, (end + BLOCK_N - 1) // BLOCK_N, full // BLOCK_N
+    return (end + BLOCK_N - 1) // BLOCK_N, full // BLOCK_N
 
 
 @gluon.jit
@@ -115,6 +118,7 @@ def _load(
     HEADS: gl.constexpr,
     TEAMS: gl.constexpr,
     CAUSAL: gl.constexpr,
+    AHEAD: gl.constexpr,
     STAY: gl.constexpr,
     EQUAL: gl.constexpr,
 ):
@@ -134,9 +138,10 @@ def _load(
     tails = n_tiles * 0
     i_item = gl.program_id(0)
     while i_item < n_tiles * H:
-        head, q_start, k_start, m, q_len, k_len, n_steps, _n_full = _place(
-            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, BLOCK_N, CAUSAL, EQUAL
+        head, q_start, k_start, m, q_len, k_len = _place(
+            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, EQUAL
         )
+        n_steps, _n_full = _steps(m, q_len, k_len, TEAMS * ROWS, BLOCK_N, CAUSAL)
         if m < q_len:
             place = items % QUERIES
             mbarrier.wait(bar_q_free.index(place), (items // QUERIES & 1) ^ 1)
@@ -152,7 +157,8 @@ def _load(
             for i in range(0, n_steps + 1):
                 if i < n_steps:
                     stage = step % STAGES
-                    mbarrier.wait(bar_k_free.index(stage), ((step // STAGES) & 1) ^ 1)
+                    bar_free = bar_v_free if AHEAD else bar_k_free
+                    mbarrier.wait(bar_free.index(stage), ((step // STAGES) & 1) ^ 1)
                     mbarrier.expect(bar_k.index(stage), d_k.block_type.nbytes)
                     tma.async_copy_global_to_shared(
                         d_k, [k_start + i * BLOCK_N, column], bar_k.index(stage), s_k.index(stage)
@@ -160,7 +166,8 @@ def _load(
                 if i > 0:
                     stage = (step - 1) % STAGES
                     n = (i - 1) * BLOCK_N
-                    mbarrier.wait(bar_v_free.index(stage), (((step - 1) // STAGES) & 1) ^ 1)
+                    if not AHEAD:  # where K of the step has found the stage free, for both
+                        mbarrier.wait(bar_v_free.index(stage), (((step - 1) // STAGES) & 1) ^ 1)
                     if k_len - n < BLOCK_N:
                         mbarrier.expect(bar_tail, d_v.block_type.nbytes)
                         tma.async_copy_global_to_shared(d_v, [k_start + n, column], bar_tail, s_v.index(stage))
@@ -201,6 +208,171 @@ def softmax_step(b_s, top, total, n, n_seen, scale2, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def _walk(
+    q,
+    tiles,
+    bars,
+    limits,
+    step,
+    n_steps,
+    n_full,
+    l_o: gl.constexpr,
+    TEAM: gl.constexpr,
+    TEAMS: gl.constexpr,
+    TURNS: gl.constexpr,
+):
+    """(O before it is divided, top, total) of a tile that sees something. `step`: of the ring, the tile's first one."""
+    s_k, s_v = tiles
+    bar_k, bar_v, bar_k_free, bar_v_free, bar_q_free, bar_turn = bars
+    n_seen, scale2 = limits
+    STAGES: gl.constexpr = s_k.shape[0]
+    BLOCK_N: gl.constexpr = s_k.shape[1]
+    D: gl.constexpr = s_k.shape[2]
+    DTYPE: gl.constexpr = s_k.dtype
+    l_r: gl.constexpr = n_seen.type.layout
+    l_s: gl.constexpr = l_r.parent
+    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
+    NEXT: gl.constexpr = (TEAM + 1) % TEAMS
+    FIRST: gl.constexpr = 1 if TEAM == 0 else 0  # nobody goes before the first team's first turn
+    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
+    acc = gl.zeros((ROWS, D), gl.float32, l_o)
+    total = gl.zeros((ROWS,), gl.float32, l_r)
+    top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
+    stage = step % STAGES
+    mbarrier.wait(bar_k.index(stage), (step // STAGES) & 1)
+    if TURNS:
+        mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ FIRST)
+    b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if TURNS:
+        mbarrier.arrive(bar_turn.index(NEXT))
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    mbarrier.arrive(bar_k_free.index(stage))
+    b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
+    step += 1
+    mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=n_steps > 1)
+    for MASKED in gl.static_range(2):
+        if MASKED == 0:
+            begin = n_steps * 0 + 1
+            stop = n_full
+        else:
+            begin = gl.maximum(n_full, 1)
+            stop = n_steps
+        for i in range(begin, stop):
+            stage = step % STAGES
+            stage_v = (step - 1) % STAGES
+            if TURNS:
+                mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ FIRST)
+            b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
+            b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+            b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
+            if TURNS:
+                mbarrier.arrive(bar_turn.index(NEXT))
+            b_s = warpgroup_mma_wait(1, deps=(b_s,))
+            mbarrier.arrive(bar_k_free.index(stage))
+            b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED == 1)
+            step += 1
+            # Asked for early: without a barrier here ptxas waits for O before it takes the exponentials.
+            mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=i + 1 < n_steps)
+            acc = warpgroup_mma_wait(0, deps=(b_o,))
+            mbarrier.arrive(bar_v_free.index(stage_v))
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
+    mbarrier.arrive(bar_q_free)
+    stage_v = (step - 1) % STAGES
+    mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
+    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+    b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(b_o,))
+    mbarrier.arrive(bar_v_free.index(stage_v))
+    return acc, top, total
+
+
+@gluon.jit
+def _step_ahead(q, tiles, bars, limits, running, i, n_steps, step, MASKED: gl.constexpr):
+    """Step `i` > 0, `step` of the ring: its exponentials, while P V of the step before and S of the next one run.
+
+    running: (S of the step, P of the one before, O without that, top, total); returns the same for the next step.
+    """
+    s_k, s_v = tiles
+    bar_k, bar_v, bar_free = bars
+    n_seen, scale2 = limits
+    b_s, b_pt, acc, top, total = running
+    STAGES: gl.constexpr = s_k.shape[0]
+    BLOCK_N: gl.constexpr = s_k.shape[1]
+    DTYPE: gl.constexpr = s_k.dtype
+    l_s: gl.constexpr = b_s.type.layout
+    l_o: gl.constexpr = acc.type.layout
+    l_p: gl.constexpr = b_pt.type.layout
+    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
+    stage_v = (step - 1) % STAGES
+    b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
+    stage = (step - i + gl.minimum(i + 1, n_steps - 1)) % STAGES  # after the last step its S again, which nobody reads
+    later = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    # Asked for early: without a barrier here, and one below, ptxas takes exponentials before or after the products.
+    mbarrier.wait(bar_k.index((step + 2) % STAGES), ((step + 2) // STAGES) & 1, pred=i + 2 < n_steps)
+    b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED)
+    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+    mbarrier.wait(bar_v.index(step % STAGES), (step // STAGES) & 1)
+    acc, later = warpgroup_mma_wait(0, deps=(b_o, later))
+    mbarrier.arrive(bar_free.index(stage_v))
+    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
+    return later, b_pt, acc, top, total
+
+
+@gluon.jit
+def _walk_ahead(q, tiles, bars, limits, step, n_steps, n_full, l_o: gl.constexpr):
+    """`_walk` with S one step further ahead: a step waits for no product of its own team."""
+    s_k, s_v = tiles
+    bar_k, bar_v, _bar_k_free, bar_free, bar_q_free, _bar_turn = bars
+    n_seen, scale2 = limits
+    STAGES: gl.constexpr = s_k.shape[0]
+    BLOCK_N: gl.constexpr = s_k.shape[1]
+    D: gl.constexpr = s_k.shape[2]
+    DTYPE: gl.constexpr = s_k.dtype
+    l_r: gl.constexpr = n_seen.type.layout
+    l_s: gl.constexpr = l_r.parent
+    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
+    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
+    acc = gl.zeros((ROWS, D), gl.float32, l_o)
+    total = gl.zeros((ROWS,), gl.float32, l_r)
+    top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
+    bars = (bar_k, bar_v, bar_free)
+    mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1)
+    b_s = warpgroup_mma(q, s_k.index(step % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(bar_k.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=n_steps > 1)
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    stage = (step + gl.minimum(1, n_steps - 1)) % STAGES
+    later = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(bar_k.index((step + 2) % STAGES), ((step + 2) // STAGES) & 1, pred=n_steps > 2)
+    b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
+    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+    mbarrier.wait(bar_v.index(step % STAGES), (step // STAGES) & 1)
+    b_s = warpgroup_mma_wait(0, deps=(later,))
+    running = (b_s, b_pt, acc, top, total)
+    # Two steps at a time: the registers of one's S receive the other's.
+    for MASKED in gl.static_range(2):
+        if MASKED == 0:
+            begin = n_steps * 0
+            stop = gl.maximum(n_full - 1, 0) // 2
+        else:
+            begin = gl.maximum(n_full - 1, 0) // 2
+            stop = (n_steps - 1) // 2
+        for pair in range(begin, stop):
+            i = 2 * pair + 1
+            running = _step_ahead(q, tiles, bars, limits, running, i, n_steps, step + i, MASKED == 1)
+            running = _step_ahead(q, tiles, bars, limits, running, i + 1, n_steps, step + i + 1, MASKED == 1)
+    last = step + n_steps - 1
+    if n_steps % 2 == 0:
+        running = _step_ahead(q, tiles, bars, limits, running, n_steps - 1, n_steps, last, True)
+    mbarrier.arrive(bar_q_free)
+    _b_s, b_pt, acc, top, total = running
+    b_o = warpgroup_mma(b_pt, s_v.index(last % STAGES), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(b_o,))
+    mbarrier.arrive(bar_free.index(last % STAGES))
+    return acc, top, total
+
+
+@gluon.jit
 def _products(
     memory,
     tiles,
@@ -211,6 +383,7 @@ def _products(
     TEAMS: gl.constexpr,
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,
+    AHEAD: gl.constexpr,
     EQUAL: gl.constexpr,
 ):
     p_out, p_lse = memory
@@ -228,79 +401,47 @@ def _products(
     DTYPE: gl.constexpr = s_q.dtype
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
     l_r: gl.constexpr = gl.SliceLayout(1, l_s)
     l_out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    NEXT: gl.constexpr = (TEAM + 1) % TEAMS
-    AHEAD: gl.constexpr = 1 if TEAM == 0 else 0  # nobody goes before the first team's first turn
-    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
-    scale2 = LOG2E * scale
     lane = TEAM * ROWS + gl.arange(0, ROWS, l_r)
+    scale2 = LOG2E * scale
     items = n_tiles * 0
     step = n_tiles * 0
     place = n_tiles * 0
     mbarrier.wait(bar_q.index(TEAM), 0)
     i_item = gl.load(p_item)
     while i_item < n_tiles * H:
-        head, q_start, _k_start, m, q_len, k_len, n_steps, n_full = _place(
-            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, BLOCK_N, CAUSAL, EQUAL
+        head, q_start, _k_start, m, q_len, k_len = _place(
+            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, EQUAL
         )
+        n_steps, n_full = _steps(m, q_len, k_len, TEAMS * ROWS, BLOCK_N, CAUSAL)
+        n_loaded = n_steps
+        if AHEAD:  # the team's own rows: no turn is waited for
+            n_steps, n_full = _steps(m + TEAM * ROWS, q_len, k_len, ROWS, BLOCK_N, CAUSAL)
         n_seen = lane * 0 + k_len
         if CAUSAL:
             n_seen = gl.minimum(gl.maximum(m + lane + (k_len - q_len) + 1, 0), k_len)
         q = s_q.index(place * PLACES + TEAM)
+        bar_done = bar_q_free.index(place)
         acc = gl.zeros((ROWS, D), gl.float32, l_o)
         total = gl.zeros((ROWS,), gl.float32, l_r)
         top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
         if n_steps > 0:
-            stage = step % STAGES
-            mbarrier.wait(bar_k.index(stage), (step // STAGES) & 1)
-            if TURNS:
-                mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ AHEAD)
-            b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            if TURNS:
-                mbarrier.arrive(bar_turn.index(NEXT))
-            b_s = warpgroup_mma_wait(0, deps=(b_s,))
-            mbarrier.arrive(bar_k_free.index(stage))
-            b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
-            step += 1
-            mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=n_steps > 1)
-            for MASKED in gl.static_range(2):
-                if MASKED == 0:
-                    begin = n_steps * 0 + 1
-                    stop = n_full
-                else:
-                    begin = gl.maximum(n_full, 1)
-                    stop = n_steps
-                for i in range(begin, stop):
-                    stage = step % STAGES
-                    stage_v = (step - 1) % STAGES
-                    if TURNS:
-                        mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ AHEAD)
-                    b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-                    mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
-                    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-                    b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
-                    if TURNS:
-                        mbarrier.arrive(bar_turn.index(NEXT))
-                    b_s = warpgroup_mma_wait(1, deps=(b_s,))
-                    mbarrier.arrive(bar_k_free.index(stage))
-                    b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED == 1)
-                    step += 1
-                    # Asked for early: without a barrier here ptxas waits for O before it takes the exponentials.
-                    mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=i + 1 < n_steps)
-                    acc = warpgroup_mma_wait(0, deps=(b_o,))
-                    mbarrier.arrive(bar_v_free.index(stage_v))
-                    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
-            mbarrier.arrive(bar_q_free.index(place))
-            stage_v = (step - 1) % STAGES
-            mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
-            b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-            b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(b_o,))
-            mbarrier.arrive(bar_v_free.index(stage_v))
+            ring_bars = (bar_k, bar_v, bar_k_free, bar_v_free, bar_done, bar_turn)
+            limits = (n_seen, scale2)
+            if AHEAD:
+                acc, top, total = _walk_ahead(q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o)
+            else:
+                acc, top, total = _walk(
+                    q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o, TEAM, TEAMS, TURNS
+                )
         else:
-            mbarrier.arrive(bar_q_free.index(place))
+            mbarrier.arrive(bar_done)
+        if AHEAD:
+            for i in range(step + n_steps, step + n_loaded):  # what only other teams' rows see
+                mbarrier.wait(bar_k.index(i % STAGES), (i // STAGES) & 1)
+                mbarrier.arrive(bar_v_free.index(i % STAGES))
+        step += n_loaded
 
         seen = total > 0
         divisor = gl.where(seen, total, 1.0)
@@ -342,6 +483,7 @@ def attention_forward_kernel(
     QUERIES: gl.constexpr,  # tiles of Q in shared memory: that of an item, and those of the next ones
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,  # teams hand their products to the tensor cores in turns
+    AHEAD: gl.constexpr,  # a step's S is handed over before the exponentials of the step before; then without turns
     STAY: gl.constexpr,  # a program takes items until none is left, else one
     EQUAL: gl.constexpr,  # every sequence has as many queries
 ):
@@ -382,9 +524,9 @@ def attention_forward_kernel(
     if TEAMS == 2:
         gl.warp_specialize(
             [
-                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, EQUAL)),
-                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, EQUAL)),
-                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, STAY, EQUAL)),
+                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
+                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
+                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, AHEAD, STAY, EQUAL)),
             ],
             [4, 1],
             [240, 24],
@@ -392,10 +534,10 @@ def attention_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, EQUAL)),
-                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, EQUAL)),
-                (_products, (memory, tiles, bars, given, 2, H, TEAMS, CAUSAL, TURNS, EQUAL)),
-                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, STAY, EQUAL)),
+                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
+                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
+                (_products, (memory, tiles, bars, given, 2, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
+                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, AHEAD, STAY, EQUAL)),
             ],
             [4, 4, 1],
             [160, 160, 32],
@@ -446,6 +588,7 @@ def launch(
         QUERIES=s.queries,
         CAUSAL=causal,
         TURNS=s.turns,
+        AHEAD=s.ahead,
         STAY=s.stay,
         EQUAL=equal,
         num_warps=4,

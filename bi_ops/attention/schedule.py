@@ -176,6 +176,7 @@ class TileSchedule:
     queries: int
     turns: bool = True
     stay: bool = True
+    ahead: bool = False
 
 
 def tiles(head_dim: int) -> TileSchedule:
