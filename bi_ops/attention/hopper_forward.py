@@ -288,6 +288,13 @@ def _walk(
 
 
 @gluon.jit
+def _stage(step, STAGES: gl.constexpr):
+    """(which stage of the ring a step is in, parity of its turn there)"""
+    step = step.to(gl.uint32)  # whose remainders take fewer instructions
+    return (step % STAGES).to(gl.int32), (step // STAGES & 1).to(gl.int32)
+
+
+@gluon.jit
 def _step_ahead(q, tiles, bars, limits, running, i, n_steps, step, MASKED: gl.constexpr):
     """Step `i` > 0, `step` of the ring: its exponentials, while P V of the step before and S of the next one run.
 
@@ -304,17 +311,20 @@ def _step_ahead(q, tiles, bars, limits, running, i, n_steps, step, MASKED: gl.co
     l_o: gl.constexpr = acc.type.layout
     l_p: gl.constexpr = b_pt.type.layout
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
-    stage_v = (step - 1) % STAGES
-    b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
-    stage = (step - i + gl.minimum(i + 1, n_steps - 1)) % STAGES  # after the last step its S again, which nobody reads
-    later = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    before, _parity = _stage(step - 1, STAGES)
+    b_o = warpgroup_mma(b_pt, s_v.index(before), acc, is_async=True)
+    # After the last step its S again, which nobody reads.
+    after, _parity = _stage(step + gl.minimum(n_steps - 1 - i, 1), STAGES)
+    later = warpgroup_mma(q, s_k.index(after).permute((1, 0)), zeros, use_acc=False, is_async=True)
     # Asked for early: without a barrier here, and one below, ptxas takes exponentials before or after the products.
-    mbarrier.wait(bar_k.index((step + 2) % STAGES), ((step + 2) // STAGES) & 1, pred=i + 2 < n_steps)
+    stage, parity = _stage(step + 2, STAGES)
+    mbarrier.wait(bar_k.index(stage), parity, pred=i + 2 < n_steps)
     b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED)
     b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-    mbarrier.wait(bar_v.index(step % STAGES), (step // STAGES) & 1)
+    stage, parity = _stage(step, STAGES)
+    mbarrier.wait(bar_v.index(stage), parity)
     acc, later = warpgroup_mma_wait(0, deps=(b_o, later))
-    mbarrier.arrive(bar_free.index(stage_v))
+    mbarrier.arrive(bar_free.index(before))
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
     return later, b_pt, acc, top, total
 
@@ -337,16 +347,19 @@ def _walk_ahead(q, tiles, bars, limits, step, n_steps, n_full, l_o: gl.constexpr
     total = gl.zeros((ROWS,), gl.float32, l_r)
     top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
     bars = (bar_k, bar_v, bar_free)
-    mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1)
-    b_s = warpgroup_mma(q, s_k.index(step % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(bar_k.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=n_steps > 1)
+    first, parity = _stage(step, STAGES)
+    mbarrier.wait(bar_k.index(first), parity)
+    b_s = warpgroup_mma(q, s_k.index(first).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    # After the last step comes its S again, which nobody reads.
+    after, parity_after = _stage(step + gl.minimum(n_steps - 1, 1), STAGES)
+    mbarrier.wait(bar_k.index(after), parity_after)
     b_s = warpgroup_mma_wait(0, deps=(b_s,))
-    stage = (step + gl.minimum(1, n_steps - 1)) % STAGES
-    later = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(bar_k.index((step + 2) % STAGES), ((step + 2) // STAGES) & 1, pred=n_steps > 2)
+    later = warpgroup_mma(q, s_k.index(after).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    stage, parity_2 = _stage(step + 2, STAGES)
+    mbarrier.wait(bar_k.index(stage), parity_2, pred=n_steps > 2)
     b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
     b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-    mbarrier.wait(bar_v.index(step % STAGES), (step // STAGES) & 1)
+    mbarrier.wait(bar_v.index(first), parity)
     b_s = warpgroup_mma_wait(0, deps=(later,))
     running = (b_s, b_pt, acc, top, total)
     # Two steps at a time: the registers of one's S receive the other's.
@@ -361,14 +374,15 @@ def _walk_ahead(q, tiles, bars, limits, step, n_steps, n_full, l_o: gl.constexpr
             i = 2 * pair + 1
             running = _step_ahead(q, tiles, bars, limits, running, i, n_steps, step + i, MASKED == 1)
             running = _step_ahead(q, tiles, bars, limits, running, i + 1, n_steps, step + i + 1, MASKED == 1)
-    last = step + n_steps - 1
-    if n_steps % 2 == 0:
-        running = _step_ahead(q, tiles, bars, limits, running, n_steps - 1, n_steps, last, True)
+    i = n_steps - 1
+    if i % 2 == 1:
+        running = _step_ahead(q, tiles, bars, limits, running, i, n_steps, step + i, True)
     mbarrier.arrive(bar_q_free)
     _b_s, b_pt, acc, top, total = running
-    b_o = warpgroup_mma(b_pt, s_v.index(last % STAGES), acc, is_async=True)
+    last, _parity = _stage(step + i, STAGES)
+    b_o = warpgroup_mma(b_pt, s_v.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(b_o,))
-    mbarrier.arrive(bar_free.index(last % STAGES))
+    mbarrier.arrive(bar_free.index(last))
     return acc, top, total
 
 
@@ -439,8 +453,9 @@ def _products(
             mbarrier.arrive(bar_done)
         if AHEAD:
             for i in range(step + n_steps, step + n_loaded):  # what only other teams' rows see
-                mbarrier.wait(bar_k.index(i % STAGES), (i // STAGES) & 1)
-                mbarrier.arrive(bar_v_free.index(i % STAGES))
+                stage, parity = _stage(i, STAGES)
+                mbarrier.wait(bar_k.index(stage), parity)
+                mbarrier.arrive(bar_v_free.index(stage))
         step += n_loaded
 
         seen = total > 0
