@@ -303,15 +303,16 @@ def _step_ahead(q, tiles, bars, limits, running, i, n_steps, step, MASKED: gl.co
     s_k, s_v = tiles
     bar_k, bar_v, bar_free = bars
     n_seen, scale2 = limits
-    b_s, b_pt, acc, top, total = running
+    b_s, b_p, acc, top, total = running
     STAGES: gl.constexpr = s_k.shape[0]
     BLOCK_N: gl.constexpr = s_k.shape[1]
     DTYPE: gl.constexpr = s_k.dtype
     l_s: gl.constexpr = b_s.type.layout
     l_o: gl.constexpr = acc.type.layout
-    l_p: gl.constexpr = b_pt.type.layout
+    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
     before, _parity = _stage(step - 1, STAGES)
+    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
     b_o = warpgroup_mma(b_pt, s_v.index(before), acc, is_async=True)
     # After the last step its S again, which nobody reads.
     after, _parity = _stage(step + gl.minimum(n_steps - 1 - i, 1), STAGES)
@@ -320,13 +321,12 @@ def _step_ahead(q, tiles, bars, limits, running, i, n_steps, step, MASKED: gl.co
     stage, parity = _stage(step + 2, STAGES)
     mbarrier.wait(bar_k.index(stage), parity, pred=i + 2 < n_steps)
     b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED)
-    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
     stage, parity = _stage(step, STAGES)
     mbarrier.wait(bar_v.index(stage), parity)
     acc, later = warpgroup_mma_wait(0, deps=(b_o, later))
     mbarrier.arrive(bar_free.index(before))
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
-    return later, b_pt, acc, top, total
+    return later, b_p, acc, top, total
 
 
 @gluon.jit
@@ -358,10 +358,9 @@ def _walk_ahead(q, tiles, bars, limits, step, n_steps, n_full, l_o: gl.constexpr
     stage, parity_2 = _stage(step + 2, STAGES)
     mbarrier.wait(bar_k.index(stage), parity_2, pred=n_steps > 2)
     b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
-    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
     mbarrier.wait(bar_v.index(first), parity)
     b_s = warpgroup_mma_wait(0, deps=(later,))
-    running = (b_s, b_pt, acc, top, total)
+    running = (b_s, b_p, acc, top, total)
     # Two steps at a time: the registers of one's S receive the other's.
     for MASKED in gl.static_range(2):
         if MASKED == 0:
@@ -378,7 +377,8 @@ def _walk_ahead(q, tiles, bars, limits, step, n_steps, n_full, l_o: gl.constexpr
     if i % 2 == 1:
         running = _step_ahead(q, tiles, bars, limits, running, i, n_steps, step + i, True)
     mbarrier.arrive(bar_q_free)
-    _b_s, b_pt, acc, top, total = running
+    _b_s, b_p, acc, top, total = running
+    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
     last, _parity = _stage(step + i, STAGES)
     b_o = warpgroup_mma(b_pt, s_v.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(b_o,))
