@@ -4,7 +4,8 @@ A program takes a tile of queries of one head, and another when it is done, unti
 
     loader    1 warp       copies the tile's Q, then K and V step by step, into rings of shared memory
     products  2 or 3 teams of 4 warps  64 rows each: S, the exponentials, O. The next step's S is handed to the tensor
-                           cores with this step's P V, which runs while the next step's exponentials are taken
+                           cores with this step's P V, which runs while the next step's exponentials are taken. Or
+                           ahead: S of the next step and P V of the one before run while this step's are taken
 """
 
 from __future__ import annotations
@@ -194,16 +195,24 @@ def _load(
 
 
 @gluon.jit
-def softmax_step(b_s, top, total, n, n_seen, scale2, MASKED: gl.constexpr):
-    """One step of `attention_kernel`: (P in fp32, top, what earlier sums are multiplied by, total)."""
+def _exponents(b_s, top, n, n_seen, scale2, MASKED: gl.constexpr):
+    """(binary logarithms of P, top with S, that of what earlier sums are multiplied by)"""
     l_s: gl.constexpr = b_s.type.layout
     if MASKED:
         o_n = gl.arange(0, b_s.shape[1], gl.SliceLayout(0, l_s))
         b_s = gl.where(o_n[None, :] < (n_seen - n)[:, None], b_s, float("-inf"))
     new_top = gl.maximum(top, gl.max(b_s, 1) * scale2)
     shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-    b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast((-shift)[:, None], b_s)[0]))
-    decay = gl.exp2(top - shift)
+    b_x = gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast((-shift)[:, None], b_s)[0])
+    return b_x, new_top, top - shift
+
+
+@gluon.jit
+def softmax_step(b_s, top, total, n, n_seen, scale2, MASKED: gl.constexpr):
+    """One step of `attention_kernel`: (P in fp32, top, what earlier sums are multiplied by, total)."""
+    b_x, new_top, decay = _exponents(b_s, top, n, n_seen, scale2, MASKED)
+    b_p = gl.exp2(b_x)
+    decay = gl.exp2(decay)
     return b_p, new_top, decay, gl.fma(total, decay, gl.sum(b_p, 1))
 
 
@@ -295,47 +304,20 @@ def _stage(step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _step_ahead(q, tiles, bars, limits, running, i, n_steps, step, MASKED: gl.constexpr):
-    """Step `i` > 0, `step` of the ring: its exponentials, while P V of the step before and S of the next one run.
-
-    running: (S of the step, P of the one before, O without that, top, total); returns the same for the next step.
-    """
-    s_k, s_v = tiles
-    bar_k, bar_v, bar_free = bars
-    n_seen, scale2 = limits
-    b_s, b_p, acc, top, total = running
-    STAGES: gl.constexpr = s_k.shape[0]
-    BLOCK_N: gl.constexpr = s_k.shape[1]
-    DTYPE: gl.constexpr = s_k.dtype
-    l_s: gl.constexpr = b_s.type.layout
-    l_o: gl.constexpr = acc.type.layout
-    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
-    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
-    before, _parity = _stage(step - 1, STAGES)
-    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-    b_o = warpgroup_mma(b_pt, s_v.index(before), acc, is_async=True)
-    # After the last step its S again, which nobody reads.
-    after, _parity = _stage(step + gl.minimum(n_steps - 1 - i, 1), STAGES)
-    later = warpgroup_mma(q, s_k.index(after).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    # Asked for early: without a barrier here, and one below, ptxas takes exponentials before or after the products.
-    stage, parity = _stage(step + 2, STAGES)
-    mbarrier.wait(bar_k.index(stage), parity, pred=i + 2 < n_steps)
-    b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED)
-    stage, parity = _stage(step, STAGES)
-    mbarrier.wait(bar_v.index(stage), parity)
-    acc, later = warpgroup_mma_wait(0, deps=(b_o, later))
-    mbarrier.arrive(bar_free.index(before))
-    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
-    return later, b_p, acc, top, total
+def _stage(step, STAGES: gl.constexpr):
+    """(which stage of the ring a step is in, parity of its turn there)"""
+    step = step.to(gl.uint32)  # whose remainders take fewer instructions
+    return (step % STAGES).to(gl.int32), (step // STAGES & 1).to(gl.int32)
 
 
 @gluon.jit
 def _walk_ahead(q, tiles, bars, limits, step, n_steps, n_full, l_o: gl.constexpr):
-    """`_walk` with S one step further ahead: a step waits for no product of its own team."""
+    """`_walk` with S further ahead: the next step's S runs while exponentials of this one are taken, as P V does."""
     s_k, s_v = tiles
     bar_k, bar_v, _bar_k_free, bar_free, bar_q_free, _bar_turn = bars
     n_seen, scale2 = limits
     STAGES: gl.constexpr = s_k.shape[0]
+    gl.static_assert(STAGES > 2)  # the next K comes while the V before is there
     BLOCK_N: gl.constexpr = s_k.shape[1]
     D: gl.constexpr = s_k.shape[2]
     DTYPE: gl.constexpr = s_k.dtype
@@ -346,40 +328,48 @@ def _walk_ahead(q, tiles, bars, limits, step, n_steps, n_full, l_o: gl.constexpr
     acc = gl.zeros((ROWS, D), gl.float32, l_o)
     total = gl.zeros((ROWS,), gl.float32, l_r)
     top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
-    bars = (bar_k, bar_v, bar_free)
-    first, parity = _stage(step, STAGES)
-    mbarrier.wait(bar_k.index(first), parity)
-    b_s = warpgroup_mma(q, s_k.index(first).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    stage, parity = _stage(step, STAGES)
+    mbarrier.wait(bar_k.index(stage), parity)
+    b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     # After the last step comes its S again, which nobody reads.
-    after, parity_after = _stage(step + gl.minimum(n_steps - 1, 1), STAGES)
-    mbarrier.wait(bar_k.index(after), parity_after)
+    after, parity_k = _stage(gl.where(n_steps > 1, step + 1, step), STAGES)
+    mbarrier.wait(bar_k.index(after), parity_k)
     b_s = warpgroup_mma_wait(0, deps=(b_s,))
-    later = warpgroup_mma(q, s_k.index(after).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    stage, parity_2 = _stage(step + 2, STAGES)
-    mbarrier.wait(bar_k.index(stage), parity_2, pred=n_steps > 2)
-    b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
-    mbarrier.wait(bar_v.index(first), parity)
-    b_s = warpgroup_mma_wait(0, deps=(later,))
-    running = (b_s, b_p, acc, top, total)
-    # Two steps at a time: the registers of one's S receive the other's.
+    b_x, top, decay = _exponents(b_s, top, 0, n_seen, scale2, True)
+    b_s = warpgroup_mma(q, s_k.index(after).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(bar_v.index(stage), parity)
+    b_p = gl.exp2(b_x)
+    total = gl.sum(b_p, 1)
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
     for MASKED in gl.static_range(2):
         if MASKED == 0:
-            begin = n_steps * 0
-            stop = gl.maximum(n_full - 1, 0) // 2
+            begin = n_steps * 0 + 1
+            stop = n_full
         else:
-            begin = gl.maximum(n_full - 1, 0) // 2
-            stop = (n_steps - 1) // 2
-        for pair in range(begin, stop):
-            i = 2 * pair + 1
-            running = _step_ahead(q, tiles, bars, limits, running, i, n_steps, step + i, MASKED == 1)
-            running = _step_ahead(q, tiles, bars, limits, running, i + 1, n_steps, step + i + 1, MASKED == 1)
-    i = n_steps - 1
-    if i % 2 == 1:
-        running = _step_ahead(q, tiles, bars, limits, running, i, n_steps, step + i, True)
+            begin = gl.maximum(n_full, 1)
+            stop = n_steps
+        for i in range(begin, stop):
+            before, _parity = _stage(step + i - 1, STAGES)
+            b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+            b_o = warpgroup_mma(b_pt, s_v.index(before), acc, is_async=True)
+            # Barriers, the last one a second time: between two of them ptxas puts nothing off. Else S would be handed
+            # over after the exponentials, or these be taken after the wait for O.
+            after, parity = _stage(gl.where(i + 1 < n_steps, step + i + 1, step + i), STAGES)
+            mbarrier.wait(bar_k.index(after), parity)
+            b_x, top, decay = _exponents(b_s, top, i * BLOCK_N, n_seen, scale2, MASKED == 1)
+            b_s = warpgroup_mma(q, s_k.index(after).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            stage, parity = _stage(step + i, STAGES)
+            mbarrier.wait(bar_v.index(stage), parity)
+            b_p = gl.exp2(b_x)
+            decay = gl.exp2(decay)
+            total = gl.fma(total, decay, gl.sum(b_p, 1))
+            mbarrier.wait(bar_v.index(stage), parity)
+            acc, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
+            mbarrier.arrive(bar_free.index(before))
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
     mbarrier.arrive(bar_q_free)
-    _b_s, b_p, acc, top, total = running
+    last, _parity = _stage(step + n_steps - 1, STAGES)
     b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-    last, _parity = _stage(step + i, STAGES)
     b_o = warpgroup_mma(b_pt, s_v.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(b_o,))
     mbarrier.arrive(bar_free.index(last))

@@ -168,7 +168,8 @@ class TileSchedule:
     teams: of four warps and 64 queries each, 2 or 3. stages: steps of keys in shared memory. queries: tiles of queries
     in it, so that one is there when the one before is done. turns: whether a team hands over its products only when the
     one before has, so that the products of one run while the others take their exponentials. stay: whether as many
-    programs as there are multiprocessors run and take tile after tile, else one runs for each tile.
+    programs as there are multiprocessors run and take tile after tile, else one runs for each tile. ahead: whether a
+    step's S is handed over before the exponentials of the step before; then without turns, and from 3 stages on.
     """
 
     teams: int
