@@ -304,13 +304,6 @@ def _stage(step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _stage(step, STAGES: gl.constexpr):
-    """(which stage of the ring a step is in, parity of its turn there)"""
-    step = step.to(gl.uint32)  # whose remainders take fewer instructions
-    return (step % STAGES).to(gl.int32), (step // STAGES & 1).to(gl.int32)
-
-
-@gluon.jit
 def _walk_ahead(q, tiles, bars, limits, step, n_steps, n_full, l_o: gl.constexpr):
     """`_walk` with S further ahead: the next step's S runs while exponentials of this one are taken, as P V does."""
     s_k, s_v = tiles
