@@ -230,7 +230,7 @@ def _walk(
     TEAMS: gl.constexpr,
     TURNS: gl.constexpr,
 ):
-    """(O before it is divided, top, total) of a tile that sees something. `step`: of the ring, the tile's first one."""
+    """(O before it is divided, top, total, next step of the ring) of a tile that sees something from `step` on."""
     s_k, s_v = tiles
     bar_k, bar_v, bar_k_free, bar_v_free, bar_q_free, bar_turn = bars
     n_seen, scale2 = limits
@@ -293,7 +293,7 @@ def _walk(
     b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(b_o,))
     mbarrier.arrive(bar_v_free.index(stage_v))
-    return acc, top, total
+    return acc, top, total, step
 
 
 @gluon.jit
@@ -429,7 +429,7 @@ def _products(
             if AHEAD:
                 acc, top, total = _walk_ahead(q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o)
             else:
-                acc, top, total = _walk(
+                acc, top, total, step = _walk(
                     q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o, TEAM, TEAMS, TURNS
                 )
         else:
@@ -439,7 +439,7 @@ def _products(
                 stage, parity = _stage(i, STAGES)
                 mbarrier.wait(bar_k.index(stage), parity)
                 mbarrier.arrive(bar_v_free.index(stage))
-        step += n_loaded
+            step += n_loaded
 
         seen = total > 0
         divisor = gl.where(seen, total, 1.0)
