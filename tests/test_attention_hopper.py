@@ -68,7 +68,8 @@ def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal, monkeypatc
             out = launch.launch_forward(q, k, v, lse, cu, cu, None, max(LENGTHS), launch.Scores(causal, scale), None)
         teams = (2, 3) if head_dim == block_n == 64 else (2,)  # the others' registers do not hold a third
         for n, turns, stay in itertools.product(teams, (True, False), (True, False)):
-            s = dataclasses.replace(sched.tiles(head_dim), teams=n, turns=turns, stay=stay)
+            s = dataclasses.replace(sched.tiles(head_dim), teams=n, turns=turns, stay=stay, ahead=False)
+            s = dataclasses.replace(s, stages=min(s.stages, 4))
             got = torch.full_like(q, torch.nan), torch.full_like(lse, torch.nan)
             hopper_forward.launch(q, k, v, *got, cu, cu, max(LENGTHS), causal, scale, block_n, s)
             assert equal(got, (out, lse))
