@@ -59,6 +59,7 @@ def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal, monkeypatc
 
     order, forward = sched.order, sched.forward
     used = sched.tiles(head_dim, 4096)
+    used = dataclasses.replace(used, ahead=False, turns=True, stages=min(used.stages, 4))
     any_teams = (2, 3) if head_dim == block_n == 64 else (2,)  # the others' registers do not hold a third
     any_schedule = [
         dataclasses.replace(used, teams=teams, turns=turns, stay=stay)
@@ -79,6 +80,31 @@ def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal, monkeypatc
             got = torch.full_like(q, torch.nan), torch.full_like(lse, torch.nan)
             hopper_forward.launch(q, k, v, *got, cu, cu, max(LENGTHS), causal, scale, block_n, s)
             assert equal(got, (out, lse))
+
+
+@gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward_ahead_equals_triton_bit_for_bit(dtype, causal):
+    """Steps on both sides of a team's edge, teams without rows or keys, fewer or more keys than queries, reruns."""
+    from bi_ops.attention import hopper_forward
+
+    used = sched.tiles(64, 4096)
+    assert used.ahead
+    lengths = [0, 1, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 300, 1000]
+    others = [5, 0, 64, 1, 65, 200, 127, 500, 128, 1000, 3, 193, 191, 64]
+    q, _, _, _, cu_q = inputs(lengths, 8, 2, dtype, 64)
+    for keys in (lengths, others):
+        _, k, v, _, cu_k = inputs(keys, 8, 2, dtype, 64)
+        lse = torch.full(q.shape[1::-1], torch.nan, device="cuda")
+        out = launch.launch_forward(q, k, v, lse, cu_q, cu_k, None, max(lengths), launch.Scores(causal, 0.125), None)
+        some = itertools.product((2, 3), (3, 8), (True, False)) if dtype == torch.bfloat16 else []
+        for teams, stages, stay in (*some, (used.teams, used.stages, used.stay)):
+            s = dataclasses.replace(used, teams=teams, stages=stages, stay=stay)
+            for _ in range(100 if s == used else 10):
+                got = torch.full_like(q, torch.nan), torch.full_like(lse, torch.nan)
+                hopper_forward.launch(q, k, v, *got, cu_q, cu_k, max(lengths), causal, 0.125, 64, s)
+                assert equal(got, (out, lse))
 
 
 @gpu

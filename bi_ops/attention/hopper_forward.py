@@ -4,7 +4,8 @@ A program takes a tile of queries of one head, and another when it is done, unti
 
     loader    1 warp       copies the tile's Q, then K and V step by step, into rings of shared memory
     products  2 or 3 teams of 4 warps  64 rows each: S, the exponentials, O. The next step's S is handed to the tensor
-                           cores with this step's P V, which runs while the next step's exponentials are taken
+                           cores with this step's P V, which runs while the next step's exponentials are taken. Or
+                           ahead: S of the next step and P V of the one before run while this step's are taken
 """
 
 from __future__ import annotations
@@ -40,13 +41,11 @@ def _place(
     n_tiles,
     H: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,
 ):
     """What item `i_item` of the work is: a tile of queries of one head. Tiles with most keys come first.
 
-    (head, start of the queries, of the keys, first query, queries, keys, steps, steps that every row sees wholly)
+    (head, start of the queries, of the keys, first query, queries, keys)
     """
     if EQUAL:
         of_one = n_tiles // n_seqs
@@ -60,7 +59,12 @@ def _place(
     k_start = gl.load(p_cu_k + i_b)
     k_len = gl.load(p_cu_k + i_b + 1) - k_start
     i_m = (q_len + BLOCK_M - 1) // BLOCK_M - 1 - from_last
-    m = gl.where(i_m >= 0, i_m * BLOCK_M, q_len)
+    return i_item % H, q_start, k_start, gl.where(i_m >= 0, i_m * BLOCK_M, q_len), q_len, k_len
+
+
+@gluon.jit
+def _steps(m, q_len, k_len, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """(steps that any of the BLOCK_M queries from `m` on sees, steps that all of them see wholly)"""
     end = k_len
     full = k_len
     if CAUSAL:
@@ -69,7 +73,7 @@ def _place(
         full = gl.minimum(gl.maximum(m + 1 + past, 0), k_len)
     if m >= q_len:
         end = m * 0
-    return i_item % H, q_start, k_start, m, q_len, k_len, (end + BLOCK_N - 1) // BLOCK_N, full // BLOCK_N
+    return (end + BLOCK_N - 1) // BLOCK_N, full // BLOCK_N
 
 
 @gluon.jit
@@ -120,6 +124,7 @@ def _load(
     HEADS: gl.constexpr,
     TEAMS: gl.constexpr,
     CAUSAL: gl.constexpr,
+    AHEAD: gl.constexpr,
     STAY: gl.constexpr,
     EQUAL: gl.constexpr,
 ):
@@ -130,7 +135,7 @@ def _load(
     D: gl.constexpr = s_k.shape[2]
     bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, bar_turn = bars
     p_cu_q, p_cu_k, p_lists, p_count, p_items = lists
-    PLACES: gl.constexpr = bar_turn.shape[0]  # of teams: a power of two
+    PLACES: gl.constexpr = bar_q.shape[0] // bar_q_free.shape[0]  # of teams: a power of two
     QUERIES: gl.constexpr = bar_q_free.shape[0]
     p_item = p_items + gl.program_id(0) * QUERIES
     n_seqs, n_tiles = sizes
@@ -139,9 +144,10 @@ def _load(
     tails = n_tiles * 0
     i_item = gl.program_id(0)
     while i_item < n_tiles * H:
-        head, q_start, k_start, m, q_len, k_len, n_steps, _n_full = _place(
-            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, BLOCK_N, CAUSAL, EQUAL
+        head, q_start, k_start, m, q_len, k_len = _place(
+            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, EQUAL
         )
+        n_steps, _n_full = _steps(m, q_len, k_len, TEAMS * ROWS, BLOCK_N, CAUSAL)
         if m < q_len:
             place = items % QUERIES
             mbarrier.wait(bar_q_free.index(place), (items // QUERIES & 1) ^ 1)
@@ -157,7 +163,8 @@ def _load(
             for i in range(0, n_steps + 1):
                 if i < n_steps:
                     stage = step % STAGES
-                    mbarrier.wait(bar_k_free.index(stage), ((step // STAGES) & 1) ^ 1)
+                    bar_free = bar_v_free if AHEAD else bar_k_free
+                    mbarrier.wait(bar_free.index(stage), ((step // STAGES) & 1) ^ 1)
                     mbarrier.expect(bar_k.index(stage), d_k.block_type.nbytes)
                     tma.async_copy_global_to_shared(
                         d_k, [k_start + i * BLOCK_N, column], bar_k.index(stage), s_k.index(stage)
@@ -165,7 +172,8 @@ def _load(
                 if i > 0:
                     stage = (step - 1) % STAGES
                     n = (i - 1) * BLOCK_N
-                    mbarrier.wait(bar_v_free.index(stage), (((step - 1) // STAGES) & 1) ^ 1)
+                    if not AHEAD:  # where K of the step has found the stage free, for both
+                        mbarrier.wait(bar_v_free.index(stage), (((step - 1) // STAGES) & 1) ^ 1)
                     if k_len - n < BLOCK_N:
                         mbarrier.expect(bar_tail, d_v.block_type.nbytes)
                         tma.async_copy_global_to_shared(d_v, [k_start + n, column], bar_tail, s_v.index(stage))
@@ -192,17 +200,181 @@ def _load(
 
 
 @gluon.jit
-def softmax_step(b_s, top, total, n, n_seen, scale2, MASKED: gl.constexpr):
-    """One step of `attention_kernel`: (P in fp32, top, what earlier sums are multiplied by, total)."""
+def _exponents(b_s, top, n, n_seen, scale2, MASKED: gl.constexpr):
+    """(binary logarithms of P, top with S, that of what earlier sums are multiplied by)"""
     l_s: gl.constexpr = b_s.type.layout
     if MASKED:
         o_n = gl.arange(0, b_s.shape[1], gl.SliceLayout(0, l_s))
         b_s = gl.where(o_n[None, :] < (n_seen - n)[:, None], b_s, float("-inf"))
     new_top = gl.maximum(top, gl.max(b_s, 1) * scale2)
     shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-    b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast((-shift)[:, None], b_s)[0]))
-    decay = gl.exp2(top - shift)
+    b_x = gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast((-shift)[:, None], b_s)[0])
+    return b_x, new_top, top - shift
+
+
+@gluon.jit
+def softmax_step(b_s, top, total, n, n_seen, scale2, MASKED: gl.constexpr):
+    """One step of `attention_kernel`: (P in fp32, top, what earlier sums are multiplied by, total)."""
+    b_x, new_top, decay = _exponents(b_s, top, n, n_seen, scale2, MASKED)
+    b_p = gl.exp2(b_x)
+    decay = gl.exp2(decay)
     return b_p, new_top, decay, gl.fma(total, decay, gl.sum(b_p, 1))
+
+
+@gluon.jit
+def _walk(
+    q,
+    tiles,
+    bars,
+    limits,
+    step,
+    n_steps,
+    n_full,
+    l_o: gl.constexpr,
+    TEAM: gl.constexpr,
+    TEAMS: gl.constexpr,
+    TURNS: gl.constexpr,
+):
+    """(O before it is divided, top, total, next step of the ring) of a tile that sees something from `step` on."""
+    s_k, s_v = tiles
+    bar_k, bar_v, bar_k_free, bar_v_free, bar_q_free, bar_turn = bars
+    n_seen, scale2 = limits
+    STAGES: gl.constexpr = s_k.shape[0]
+    BLOCK_N: gl.constexpr = s_k.shape[1]
+    D: gl.constexpr = s_k.shape[2]
+    DTYPE: gl.constexpr = s_k.dtype
+    l_r: gl.constexpr = n_seen.type.layout
+    l_s: gl.constexpr = l_r.parent
+    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
+    NEXT: gl.constexpr = (TEAM + 1) % TEAMS
+    FIRST: gl.constexpr = 1 if TEAM == 0 else 0  # nobody goes before the first team's first turn
+    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
+    acc = gl.zeros((ROWS, D), gl.float32, l_o)
+    total = gl.zeros((ROWS,), gl.float32, l_r)
+    top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
+    stage = step % STAGES
+    mbarrier.wait(bar_k.index(stage), (step // STAGES) & 1)
+    if TURNS:
+        mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ FIRST)
+    b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if TURNS:
+        mbarrier.arrive(bar_turn.index(NEXT))
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    mbarrier.arrive(bar_k_free.index(stage))
+    if n_full > 0:
+        b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, False)
+    else:
+        b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
+    step += 1
+    mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=n_steps > 1)
+    for MASKED in gl.static_range(2):
+        if MASKED == 0:
+            begin = n_steps * 0 + 1
+            stop = n_full
+        else:
+            begin = gl.maximum(n_full, 1)
+            stop = n_steps
+        for i in range(begin, stop):
+            stage = step % STAGES
+            stage_v = (step - 1) % STAGES
+            if TURNS:
+                mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ FIRST)
+            b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
+            b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+            b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
+            if TURNS:
+                mbarrier.arrive(bar_turn.index(NEXT))
+            b_s = warpgroup_mma_wait(1, deps=(b_s,))
+            mbarrier.arrive(bar_k_free.index(stage))
+            b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED == 1)
+            step += 1
+            # Asked for early: without a barrier here ptxas waits for O before it takes the exponentials.
+            mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=i + 1 < n_steps)
+            acc = warpgroup_mma_wait(0, deps=(b_o,))
+            mbarrier.arrive(bar_v_free.index(stage_v))
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
+    mbarrier.arrive(bar_q_free)
+    stage_v = (step - 1) % STAGES
+    mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
+    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+    b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(b_o,))
+    mbarrier.arrive(bar_v_free.index(stage_v))
+    return acc, top, total, step
+
+
+@gluon.jit
+def _stage(step, STAGES: gl.constexpr):
+    """(which stage of the ring a step is in, parity of its turn there)"""
+    step = step.to(gl.uint32)  # whose remainders take fewer instructions
+    return (step % STAGES).to(gl.int32), (step // STAGES & 1).to(gl.int32)
+
+
+@gluon.jit
+def _walk_ahead(q, tiles, bars, limits, step, n_steps, n_full, l_o: gl.constexpr):
+    """`_walk` with S further ahead: the next step's S runs while exponentials of this one are taken, as P V does."""
+    s_k, s_v = tiles
+    bar_k, bar_v, _bar_k_free, bar_free, bar_q_free, _bar_turn = bars
+    n_seen, scale2 = limits
+    STAGES: gl.constexpr = s_k.shape[0]
+    gl.static_assert(STAGES > 2)  # the next K comes while the V before is there
+    BLOCK_N: gl.constexpr = s_k.shape[1]
+    D: gl.constexpr = s_k.shape[2]
+    DTYPE: gl.constexpr = s_k.dtype
+    l_r: gl.constexpr = n_seen.type.layout
+    l_s: gl.constexpr = l_r.parent
+    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
+    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
+    acc = gl.zeros((ROWS, D), gl.float32, l_o)
+    total = gl.zeros((ROWS,), gl.float32, l_r)
+    top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
+    stage, parity = _stage(step, STAGES)
+    mbarrier.wait(bar_k.index(stage), parity)
+    b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    # After the last step comes its S again, which nobody reads.
+    after, parity_k = _stage(gl.where(n_steps > 1, step + 1, step), STAGES)
+    mbarrier.wait(bar_k.index(after), parity_k)
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    b_x, top, decay = _exponents(b_s, top, 0, n_seen, scale2, True)
+    b_s = warpgroup_mma(q, s_k.index(after).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(bar_v.index(stage), parity)
+    b_p = gl.exp2(b_x)
+    total = gl.sum(b_p, 1)
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    for MASKED in gl.static_range(2):
+        if MASKED == 0:
+            begin = n_steps * 0 + 1
+            stop = n_full
+        else:
+            begin = gl.maximum(n_full, 1)
+            stop = n_steps
+        for i in range(begin, stop):
+            before, _parity = _stage(step + i - 1, STAGES)
+            b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+            # Barriers, the last one a second time: between two of them ptxas puts nothing off. Else S would be handed
+            # over after the exponentials, or these be taken after the wait for O.
+            after, parity = _stage(gl.where(i + 1 < n_steps, step + i + 1, step + i), STAGES)
+            mbarrier.wait(bar_k.index(after), parity)
+            b_x, top, decay = _exponents(b_s, top, i * BLOCK_N, n_seen, scale2, MASKED == 1)
+            b_o = warpgroup_mma(b_pt, s_v.index(before), acc, is_async=True)
+            b_s = warpgroup_mma(q, s_k.index(after).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            stage, parity = _stage(step + i, STAGES)
+            mbarrier.wait(bar_v.index(stage), parity)
+            b_p = gl.exp2(b_x)
+            decay = gl.exp2(decay)
+            total = gl.fma(total, decay, gl.sum(b_p, 1))
+            mbarrier.wait(bar_v.index(stage), parity)
+            acc, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
+            mbarrier.arrive(bar_free.index(before))
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
+    mbarrier.arrive(bar_q_free)
+    last, _parity = _stage(step + n_steps - 1, STAGES)
+    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
+    b_o = warpgroup_mma(b_pt, s_v.index(last), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(b_o,))
+    mbarrier.arrive(bar_free.index(last))
+    return acc, top, total
 
 
 @gluon.jit
@@ -222,6 +394,7 @@ def _products(
     TEAMS: gl.constexpr,
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,
+    AHEAD: gl.constexpr,
     EQUAL: gl.constexpr,
 ):
     p_out, p_lse = memory
@@ -232,89 +405,55 @@ def _products(
     bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, _bar_tail, bar_turn = bars
     lists, sizes, scale, n_tokens = given
     p_cu_q, p_cu_k, p_lists, _p_count, p_items = lists
-    PLACES: gl.constexpr = bar_turn.shape[0]  # of teams: a power of two
+    PLACES: gl.constexpr = bar_q.shape[0] // bar_q_free.shape[0]  # of teams: a power of two
     QUERIES: gl.constexpr = bar_q_free.shape[0]
     p_item = p_items + gl.program_id(0) * QUERIES
     n_seqs, n_tiles = sizes
     DTYPE: gl.constexpr = s_q.dtype
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
     l_r: gl.constexpr = gl.SliceLayout(1, l_s)
     l_out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    NEXT: gl.constexpr = (TEAM + 1) % TEAMS
-    AHEAD: gl.constexpr = 1 if TEAM == 0 else 0  # nobody goes before the first team's first turn
-    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
-    scale2 = LOG2E * scale
     lane = TEAM * ROWS + gl.arange(0, ROWS, l_r)
+    scale2 = LOG2E * scale
     items = n_tiles * 0
     step = n_tiles * 0
     place = n_tiles * 0
     mbarrier.wait(bar_q.index(TEAM), 0)
     i_item = gl.load(p_item)
     while i_item < n_tiles * H:
-        head, q_start, _k_start, m, q_len, k_len, n_steps, n_full = _place(
-            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, BLOCK_N, CAUSAL, EQUAL
+        head, q_start, _k_start, m, q_len, k_len = _place(
+            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, EQUAL
         )
+        n_steps, n_full = _steps(m, q_len, k_len, TEAMS * ROWS, BLOCK_N, CAUSAL)
+        n_loaded = n_steps
+        if AHEAD:  # the team's own rows: no turn is waited for
+            n_steps, n_full = _steps(m + TEAM * ROWS, q_len, k_len, ROWS, BLOCK_N, CAUSAL)
         n_seen = lane * 0 + k_len
         if CAUSAL:
             n_seen = gl.minimum(gl.maximum(m + lane + (k_len - q_len) + 1, 0), k_len)
         q = s_q.index(place * PLACES + TEAM)
+        bar_done = bar_q_free.index(place)
         acc = gl.zeros((ROWS, D), gl.float32, l_o)
         total = gl.zeros((ROWS,), gl.float32, l_r)
         top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
         if n_steps > 0:
-            stage = step % STAGES
-            mbarrier.wait(bar_k.index(stage), (step // STAGES) & 1)
-            if TURNS:
-                mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ AHEAD)
-            b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            if TURNS:
-                mbarrier.arrive(bar_turn.index(NEXT))
-            b_s = warpgroup_mma_wait(0, deps=(b_s,))
-            mbarrier.arrive(bar_k_free.index(stage))
-            if n_full > 0:
-                b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, False)
+            ring_bars = (bar_k, bar_v, bar_k_free, bar_v_free, bar_done, bar_turn)
+            limits = (n_seen, scale2)
+            if AHEAD:
+                acc, top, total = _walk_ahead(q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o)
             else:
-                b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
-            step += 1
-            mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=n_steps > 1)
-            for MASKED in gl.static_range(2):
-                if MASKED == 0:
-                    begin = n_steps * 0 + 1
-                    stop = n_full
-                else:
-                    begin = gl.maximum(n_full, 1)
-                    stop = n_steps
-                for i in range(begin, stop):
-                    stage = step % STAGES
-                    stage_v = (step - 1) % STAGES
-                    if TURNS:
-                        mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ AHEAD)
-                    b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-                    mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
-                    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-                    b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
-                    if TURNS:
-                        mbarrier.arrive(bar_turn.index(NEXT))
-                    b_s = warpgroup_mma_wait(1, deps=(b_s,))
-                    mbarrier.arrive(bar_k_free.index(stage))
-                    b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED == 1)
-                    step += 1
-                    # Asked for early: without a barrier here ptxas waits for O before it takes the exponentials.
-                    mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=i + 1 < n_steps)
-                    acc = warpgroup_mma_wait(0, deps=(b_o,))
-                    mbarrier.arrive(bar_v_free.index(stage_v))
-                    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
-            mbarrier.arrive(bar_q_free.index(place))
-            stage_v = (step - 1) % STAGES
-            mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
-            b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-            b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(b_o,))
-            mbarrier.arrive(bar_v_free.index(stage_v))
+                acc, top, total, step = _walk(
+                    q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o, TEAM, TEAMS, TURNS
+                )
         else:
-            mbarrier.arrive(bar_q_free.index(place))
+            mbarrier.arrive(bar_done)
+        if AHEAD:
+            for i in range(step + n_steps, step + n_loaded):  # what only other teams' rows see
+                stage, parity = _stage(i, STAGES)
+                mbarrier.wait(bar_k.index(stage), parity)
+                mbarrier.arrive(bar_v_free.index(stage))
+            step += n_loaded
 
         seen = total > 0
         divisor = gl.where(seen, total, 1.0)
@@ -357,6 +496,7 @@ def attention_forward_kernel(
     QUERIES: gl.constexpr,  # tiles of Q in shared memory: that of an item, and those of the next ones
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,  # teams hand their products to the tensor cores in turns
+    AHEAD: gl.constexpr,  # a step's S is handed over before the exponentials of the step before; then without turns
     STAY: gl.constexpr,  # a program takes items until none is left, else one
     EQUAL: gl.constexpr,  # every sequence has as many queries
 ):
@@ -367,23 +507,32 @@ def attention_forward_kernel(
     s_v = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_v.layout)
     bar_q = gl.allocate_shared_memory(gl.int64, [QUERIES * PLACES, 1], mbarrier.MBarrierLayout())
     bar_q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())
-    bar_turn = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     bar_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bar_k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bar_v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # No barrier that nobody uses: its place is given to what is written, which was seen with a barrier's bits in it.
+    if AHEAD:
+        bar_k_free = bar_v_free
+    else:
+        bar_k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    if TURNS:
+        bar_turn = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    else:
+        bar_turn = bar_q
     bar_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(QUERIES * PLACES):
         mbarrier.init(bar_q.index(i), count=1)
     for i in gl.static_range(QUERIES):
         mbarrier.init(bar_q_free.index(i), count=TEAMS)
-    for i in gl.static_range(TEAMS):
-        mbarrier.init(bar_turn.index(i), count=1)
+    if TURNS:
+        for i in gl.static_range(TEAMS):
+            mbarrier.init(bar_turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(bar_k.index(i), count=1)
         mbarrier.init(bar_v.index(i), count=1)
-        mbarrier.init(bar_k_free.index(i), count=TEAMS)
         mbarrier.init(bar_v_free.index(i), count=TEAMS)
+        if not AHEAD:
+            mbarrier.init(bar_k_free.index(i), count=TEAMS)
     mbarrier.init(bar_tail, count=1)
     fence_async_shared()
 
@@ -397,9 +546,9 @@ def attention_forward_kernel(
     if TEAMS == 2:
         gl.warp_specialize(
             [
-                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, EQUAL)),
-                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, EQUAL)),
-                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, STAY, EQUAL)),
+                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
+                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
+                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, AHEAD, STAY, EQUAL)),
             ],
             [4, 1],
             [240, 24],
@@ -407,10 +556,10 @@ def attention_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, EQUAL)),
-                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, EQUAL)),
-                (_products, (memory, tiles, bars, given, 2, H, TEAMS, CAUSAL, TURNS, EQUAL)),
-                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, STAY, EQUAL)),
+                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
+                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
+                (_products, (memory, tiles, bars, given, 2, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
+                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, AHEAD, STAY, EQUAL)),
             ],
             [4, 4, 1],
             [160, 160, 32],
@@ -460,6 +609,7 @@ def launch(
         QUERIES=s.queries,
         CAUSAL=causal,
         TURNS=s.turns,
+        AHEAD=s.ahead,
         STAY=s.stay,
         EQUAL=equal,
         num_warps=4,

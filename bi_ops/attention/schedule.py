@@ -171,7 +171,8 @@ class TileSchedule:
     teams: of four warps and 64 queries each, 2 or 3. stages: steps of keys in shared memory. queries: tiles of queries
     in it, so that one is there when the one before is done. turns: whether a team hands over its products only when the
     one before has, so that the products of one run while the others take their exponentials. stay: whether as many
-    programs as there are multiprocessors run and take tile after tile, else one runs for each tile.
+    programs as there are multiprocessors run and take tile after tile, else one runs for each tile. ahead: whether a
+    step's S is handed over before the exponentials of the step before; then without turns, and from 3 stages on.
     """
 
     teams: int
@@ -179,19 +180,21 @@ class TileSchedule:
     queries: int
     turns: bool = True
     stay: bool = True
+    ahead: bool = False
 
 
 def tiles(head_dim: int, max_q: int) -> TileSchedule | None:
     """The schedule of `hopper_forward`, None where `forward`'s does better. max_q: queries of the longest sequence.
 
     Measured on an H100 (bench/results/h100/attention_exploration.csv), causal: at head_dim 128 480 / 593 TFLOP/s at
-    2k / 8k, where the Triton kernel has 370 / 473; at 256 543 / 653 and 436 / 516. At head_dim 64 a third team brings
-    380 / 428 at 4k / 8k, two 343 / 371, the Triton kernel 365 / 391; below 4k that is the fastest.
+    2k / 8k, where the Triton kernel has 370 / 473; at 256 543 / 653 and 436 / 516. At head_dim 64, where products take
+    no longer than exponentials, 367 / 428 with three teams and S handed over ahead, 338 / 435 without, and then below
+    2k less than the Triton kernel, which has 349 / 377.
     """
-    if max_q <= 64 or (head_dim <= 64 and max_q < 4096):
+    if max_q <= 64:
         return None
     if head_dim <= 64:
-        return TileSchedule(3, 4, 2)
+        return TileSchedule(3, 8, 2, turns=False, ahead=True)
     return TileSchedule(2, 2, 2 if head_dim <= 128 else 1)
 
 
