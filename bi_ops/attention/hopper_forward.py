@@ -133,7 +133,7 @@ def _load(
     STAGES: gl.constexpr = s_k.shape[0]
     BLOCK_N: gl.constexpr = s_k.shape[1]
     D: gl.constexpr = s_k.shape[2]
-    bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, bar_turn = bars
+    bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, _bar_turn = bars
     p_cu_q, p_cu_k, p_lists, p_count, p_items = lists
     PLACES: gl.constexpr = bar_q.shape[0] // bar_q_free.shape[0]  # of teams: a power of two
     QUERIES: gl.constexpr = bar_q_free.shape[0]
