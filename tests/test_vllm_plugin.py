@@ -586,6 +586,7 @@ def same(a, b) -> bool:
 
 @pytest.mark.gpu
 @pytest.mark.vllm
+@pytest.mark.engine
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_engine_on_a_gpu(checkpoints, cuda_graphs):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
@@ -641,6 +642,7 @@ def prefilled_otherwise(engine) -> int:
 
 @pytest.mark.gpu
 @pytest.mark.vllm
+@pytest.mark.engine
 @pytest.mark.parametrize(("head_dim", "cuda_graphs"), [(64, False), (64, True), (96, True), (128, True)])
 def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
@@ -667,6 +669,7 @@ def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
 
 @pytest.mark.gpu
 @pytest.mark.vllm
+@pytest.mark.engine
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_windows_soft_capping_and_sinks_in_vllm_on_a_gpu(tmp_path, cuda_graphs, device, monkeypatch):
     """A checkpoint whose layers have a window; vLLM's Qwen3 gives them neither a cap nor sinks, so the test does."""
@@ -710,6 +713,7 @@ def test_windows_soft_capping_and_sinks_in_vllm_on_a_gpu(tmp_path, cuda_graphs, 
 
 @pytest.mark.gpu
 @pytest.mark.vllm
+@pytest.mark.engine
 def test_flash_attention_at_head_dim_64_is_caught(tmp_path):
     """Negative control: what is refused, forced by leaving the plugin out."""
     folder = tiny_checkpoint(tmp_path, 0, 64)
