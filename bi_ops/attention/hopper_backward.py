@@ -33,8 +33,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from bi_ops._common.turns import end_turn, wait_turn
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import rows
-from bi_ops.attention.hopper_forward import LOG2E, clear_rows
 from bi_ops.attention.hopper_lists import by_length, find_sequence
+from bi_ops.attention.hopper_parts import LOG2E, clear_rows
 from bi_ops.attention.kernels import find_tile
 
 TEAMS = gl.constexpr(2)

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import pages
-from bi_ops.attention.hopper_forward import LOG2E, ROWS, clear_rows, inverse, softmax_step
+from bi_ops.attention.hopper_parts import LOG2E, ROWS, clear_rows, inverse, softmax_step
 
 
 @gluon.jit

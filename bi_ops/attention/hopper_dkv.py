@@ -24,8 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.attention.hopper import copied, rows
-from bi_ops.attention.hopper_forward import LOG2E, clear_rows
 from bi_ops.attention.hopper_lists import by_length, find_sequence
+from bi_ops.attention.hopper_parts import LOG2E, clear_rows
 
 TEAMS = gl.constexpr(2)
 BLOCK_N = gl.constexpr(64)  # keys: what four warps hold of a product

@@ -3,9 +3,7 @@
 A program takes a tile of queries of one head, and another when it is done, until none is left.
 
     loader    1 warp       copies the tile's Q, then K and V step by step, into rings of shared memory
-    products  2 or 3 teams of 4 warps  64 rows each: S, the exponentials, O. The next step's S is handed to the tensor
-                           cores with this step's P V, which runs while the next step's exponentials are taken. Or
-                           ahead: S of the next step and P V of the one before run while this step's are taken
+    products  2 or 3 teams of 4 warps  64 rows each: S, the exponentials, O, as `hopper_walk` says
 """
 
 from __future__ import annotations
@@ -14,21 +12,13 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import rows
 from bi_ops.attention.hopper_lists import by_length, find_sequence
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-ROWS = gl.constexpr(64)  # of a team: what four warps hold of a product
+from bi_ops.attention.hopper_parts import LN2, LOG2E, ROWS, clear_rows, inverse
+from bi_ops.attention.hopper_walk import stage_of, walk, walk_ahead
 
 
 @gluon.jit
@@ -95,22 +85,6 @@ def _take(p_count):
         is_pure=False,
         pack=1,
     )
-
-
-@gluon.jit
-def clear_rows(tile, n_valid, WARPS: gl.constexpr):
-    """Zeros in rows from `n_valid` on: they are another sequence's, and 0 times a NaN of theirs would be ours.
-
-    Two teams may do it at the same time: what one writes again is what is there.
-    """
-    D: gl.constexpr = tile.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
-    PART: gl.constexpr = max(8, 1024 * WARPS // D)  # rows at a time: what fits into few registers
-    for i in gl.static_range(tile.shape[0] // PART):
-        part = tile.slice(i * PART, PART)
-        o_r = i * PART + gl.arange(0, PART, gl.SliceLayout(1, layout))
-        x = part.load(layout)
-        part.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
 
 
 @gluon.jit
@@ -200,190 +174,6 @@ def _load(
 
 
 @gluon.jit
-def _exponents(b_s, top, n, n_seen, scale2, MASKED: gl.constexpr):
-    """(binary logarithms of P, top with S, that of what earlier sums are multiplied by)"""
-    l_s: gl.constexpr = b_s.type.layout
-    if MASKED:
-        o_n = gl.arange(0, b_s.shape[1], gl.SliceLayout(0, l_s))
-        b_s = gl.where(o_n[None, :] < (n_seen - n)[:, None], b_s, float("-inf"))
-    new_top = gl.maximum(top, gl.max(b_s, 1) * scale2)
-    shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-    b_x = gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast((-shift)[:, None], b_s)[0])
-    return b_x, new_top, top - shift
-
-
-@gluon.jit
-def softmax_step(b_s, top, total, n, n_seen, scale2, MASKED: gl.constexpr):
-    """One step of `attention_kernel`: (P in fp32, top, what earlier sums are multiplied by, total)."""
-    b_x, new_top, decay = _exponents(b_s, top, n, n_seen, scale2, MASKED)
-    b_p = gl.exp2(b_x)
-    decay = gl.exp2(decay)
-    return b_p, new_top, decay, gl.fma(total, decay, gl.sum(b_p, 1))
-
-
-@gluon.jit
-def _walk(
-    q,
-    tiles,
-    bars,
-    limits,
-    step,
-    n_steps,
-    n_full,
-    l_o: gl.constexpr,
-    TEAM: gl.constexpr,
-    TEAMS: gl.constexpr,
-    TURNS: gl.constexpr,
-):
-    """(O before it is divided, top, total, next step of the ring) of a tile that sees something from `step` on."""
-    s_k, s_v = tiles
-    bar_k, bar_v, bar_k_free, bar_v_free, bar_q_free, bar_turn = bars
-    n_seen, scale2 = limits
-    STAGES: gl.constexpr = s_k.shape[0]
-    BLOCK_N: gl.constexpr = s_k.shape[1]
-    D: gl.constexpr = s_k.shape[2]
-    DTYPE: gl.constexpr = s_k.dtype
-    l_r: gl.constexpr = n_seen.type.layout
-    l_s: gl.constexpr = l_r.parent
-    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
-    NEXT: gl.constexpr = (TEAM + 1) % TEAMS
-    FIRST: gl.constexpr = 1 if TEAM == 0 else 0  # nobody goes before the first team's first turn
-    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
-    acc = gl.zeros((ROWS, D), gl.float32, l_o)
-    total = gl.zeros((ROWS,), gl.float32, l_r)
-    top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
-    stage = step % STAGES
-    mbarrier.wait(bar_k.index(stage), (step // STAGES) & 1)
-    if TURNS:
-        mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ FIRST)
-    b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if TURNS:
-        mbarrier.arrive(bar_turn.index(NEXT))
-    b_s = warpgroup_mma_wait(0, deps=(b_s,))
-    mbarrier.arrive(bar_k_free.index(stage))
-    if n_full > 0:
-        b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, False)
-    else:
-        b_p, top, decay, total = softmax_step(b_s, top, total, 0, n_seen, scale2, True)
-    step += 1
-    mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=n_steps > 1)
-    for MASKED in gl.static_range(2):
-        if MASKED == 0:
-            begin = n_steps * 0 + 1
-            stop = n_full
-        else:
-            begin = gl.maximum(n_full, 1)
-            stop = n_steps
-        for i in range(begin, stop):
-            stage = step % STAGES
-            stage_v = (step - 1) % STAGES
-            if TURNS:
-                mbarrier.wait(bar_turn.index(TEAM), (step & 1) ^ FIRST)
-            b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
-            b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-            b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
-            if TURNS:
-                mbarrier.arrive(bar_turn.index(NEXT))
-            b_s = warpgroup_mma_wait(1, deps=(b_s,))
-            mbarrier.arrive(bar_k_free.index(stage))
-            b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED == 1)
-            step += 1
-            # Asked for early: without a barrier here ptxas waits for O before it takes the exponentials.
-            mbarrier.wait(bar_k.index(step % STAGES), (step // STAGES) & 1, pred=i + 1 < n_steps)
-            acc = warpgroup_mma_wait(0, deps=(b_o,))
-            mbarrier.arrive(bar_v_free.index(stage_v))
-            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
-    mbarrier.arrive(bar_q_free)
-    stage_v = (step - 1) % STAGES
-    mbarrier.wait(bar_v.index(stage_v), ((step - 1) // STAGES) & 1)
-    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-    b_o = warpgroup_mma(b_pt, s_v.index(stage_v), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(b_o,))
-    mbarrier.arrive(bar_v_free.index(stage_v))
-    return acc, top, total, step
-
-
-@gluon.jit
-def _stage(step, STAGES: gl.constexpr):
-    """(which stage of the ring a step is in, parity of its turn there)"""
-    step = step.to(gl.uint32)  # whose remainders take fewer instructions
-    return (step % STAGES).to(gl.int32), (step // STAGES & 1).to(gl.int32)
-
-
-@gluon.jit
-def _walk_ahead(q, tiles, bars, limits, step, n_steps, n_full, l_o: gl.constexpr):
-    """`_walk` with S further ahead: the next step's S runs while exponentials of this one are taken, as P V does."""
-    s_k, s_v = tiles
-    bar_k, bar_v, _bar_k_free, bar_free, bar_q_free, _bar_turn = bars
-    n_seen, scale2 = limits
-    STAGES: gl.constexpr = s_k.shape[0]
-    gl.static_assert(STAGES > 2)  # the next K comes while the V before is there
-    BLOCK_N: gl.constexpr = s_k.shape[1]
-    D: gl.constexpr = s_k.shape[2]
-    DTYPE: gl.constexpr = s_k.dtype
-    l_r: gl.constexpr = n_seen.type.layout
-    l_s: gl.constexpr = l_r.parent
-    l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
-    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
-    acc = gl.zeros((ROWS, D), gl.float32, l_o)
-    total = gl.zeros((ROWS,), gl.float32, l_r)
-    top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
-    stage, parity = _stage(step, STAGES)
-    mbarrier.wait(bar_k.index(stage), parity)
-    b_s = warpgroup_mma(q, s_k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    # After the last step comes its S again, which nobody reads.
-    after, parity_k = _stage(gl.where(n_steps > 1, step + 1, step), STAGES)
-    mbarrier.wait(bar_k.index(after), parity_k)
-    b_s = warpgroup_mma_wait(0, deps=(b_s,))
-    b_x, top, decay = _exponents(b_s, top, 0, n_seen, scale2, True)
-    b_s = warpgroup_mma(q, s_k.index(after).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(bar_v.index(stage), parity)
-    b_p = gl.exp2(b_x)
-    total = gl.sum(b_p, 1)
-    b_s = warpgroup_mma_wait(0, deps=(b_s,))
-    for MASKED in gl.static_range(2):
-        if MASKED == 0:
-            begin = n_steps * 0 + 1
-            stop = n_full
-        else:
-            begin = gl.maximum(n_full, 1)
-            stop = n_steps
-        for i in range(begin, stop):
-            before, _parity = _stage(step + i - 1, STAGES)
-            b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-            # Barriers, the last one a second time: between two of them ptxas puts nothing off. Else S would be handed
-            # over after the exponentials, or these be taken after the wait for O.
-            after, parity = _stage(gl.where(i + 1 < n_steps, step + i + 1, step + i), STAGES)
-            mbarrier.wait(bar_k.index(after), parity)
-            b_x, top, decay = _exponents(b_s, top, i * BLOCK_N, n_seen, scale2, MASKED == 1)
-            b_o = warpgroup_mma(b_pt, s_v.index(before), acc, is_async=True)
-            b_s = warpgroup_mma(q, s_k.index(after).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            stage, parity = _stage(step + i, STAGES)
-            mbarrier.wait(bar_v.index(stage), parity)
-            b_p = gl.exp2(b_x)
-            decay = gl.exp2(decay)
-            total = gl.fma(total, decay, gl.sum(b_p, 1))
-            mbarrier.wait(bar_v.index(stage), parity)
-            acc, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
-            mbarrier.arrive(bar_free.index(before))
-            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, l_o))[:, None]
-    mbarrier.arrive(bar_q_free)
-    last, _parity = _stage(step + n_steps - 1, STAGES)
-    b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
-    b_o = warpgroup_mma(b_pt, s_v.index(last), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(b_o,))
-    mbarrier.arrive(bar_free.index(last))
-    return acc, top, total
-
-
-@gluon.jit
-def inverse(x):
-    """1 / x as `a / x` takes it: for x from 2^-126 to 2^126, as sums of a softmax are, a * inverse(x) has its bits."""
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
 def _products(
     memory,
     tiles,
@@ -441,16 +231,16 @@ def _products(
             ring_bars = (bar_k, bar_v, bar_k_free, bar_v_free, bar_done, bar_turn)
             limits = (n_seen, scale2)
             if AHEAD:
-                acc, top, total = _walk_ahead(q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o)
+                acc, top, total = walk_ahead(q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o)
             else:
-                acc, top, total, step = _walk(
+                acc, top, total, step = walk(
                     q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o, TEAM, TEAMS, TURNS
                 )
         else:
             mbarrier.arrive(bar_done)
         if AHEAD:
             for i in range(step + n_steps, step + n_loaded):  # what only other teams' rows see
-                stage, parity = _stage(i, STAGES)
+                stage, parity = stage_of(i, STAGES)
                 mbarrier.wait(bar_k.index(stage), parity)
                 mbarrier.arrive(bar_v_free.index(stage))
             step += n_loaded
