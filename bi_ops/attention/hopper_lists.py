@@ -74,3 +74,69 @@ def find_sequence(p_lists, i_tile, n_seqs):
         else:
             high = middle
     return gl.load(p_lists + n_seqs + low), gl.load(p_lists + low)
+
+
+@gluon.jit
+def tile_of(
+    p_cu_q,
+    p_cu_k,
+    p_lists,
+    i_item,
+    n_seqs,
+    n_tiles,
+    H: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    EQUAL: gl.constexpr,
+):
+    """What item `i_item` of the work is: a tile of queries of one head. Tiles with most keys come first.
+
+    (head, start of the queries, of the keys, first query, queries, keys)
+    """
+    if EQUAL:
+        of_one = n_tiles // n_seqs
+        i_b = i_item // H // of_one
+        from_last = i_item // H % of_one
+    else:
+        i_b, first = find_sequence(p_lists, i_item // H, n_seqs)
+        from_last = i_item // H - first
+    q_start = gl.load(p_cu_q + i_b)
+    q_len = gl.load(p_cu_q + i_b + 1) - q_start
+    k_start = gl.load(p_cu_k + i_b)
+    k_len = gl.load(p_cu_k + i_b + 1) - k_start
+    i_m = (q_len + BLOCK_M - 1) // BLOCK_M - 1 - from_last
+    return i_item % H, q_start, k_start, gl.where(i_m >= 0, i_m * BLOCK_M, q_len), q_len, k_len
+
+
+@gluon.jit
+def steps_of(m, q_len, k_len, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """(steps that any of the BLOCK_M queries from `m` on sees, steps that all of them see wholly)"""
+    end = k_len
+    full = k_len
+    if CAUSAL:
+        past = k_len - q_len
+        end = gl.minimum(gl.maximum(gl.minimum(m + BLOCK_M, q_len) + past, 0), k_len)
+        full = gl.minimum(gl.maximum(m + 1 + past, 0), k_len)
+    if m >= q_len:
+        end = m * 0
+    return (end + BLOCK_N - 1) // BLOCK_N, full // BLOCK_N
+
+
+@gluon.jit
+def take(p_count):
+    """Add 1 to `p_count`; what it was, in all lanes of the one warp. `gl.atomic_add` would go through shared memory."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred %first;
+        .reg .b32 %lane;
+        mov.u32 %lane, %laneid;
+        setp.eq.u32 %first, %lane, 0;
+        mov.b32 $0, 0;
+        @%first atom.relaxed.gpu.global.add.s32 $0, [$1], 1;
+        shfl.sync.idx.b32 $0, $0, 0, 31, -1;
+        }""",
+        "=&r,l",
+        [p_count],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
