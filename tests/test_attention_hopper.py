@@ -210,23 +210,24 @@ def test_gradients_are_as_accurate_as_those_of_flash_attention_2(head_dim, causa
         assert (a - w).abs().max() <= 2 * (b - w).abs().max()
 
 
-def dkv(q, k, v, g, cu_q, cu_k, causal):
-    """(dk, dv) of `hopper_dkv`, and of the Triton kernel."""
-    from bi_ops.attention import hopper_dkv
+def passes(q, k, v, g, cu_q, cu_k, causal):
+    """(dq, dk, dv) of `hopper_dq` and `hopper_dkv`, and of the Triton kernels."""
+    from bi_ops.attention import hopper_dkv, hopper_dq
 
     scores = launch.Scores(causal, q.shape[2] ** -0.5)
     max_q, max_k = (int(cu.diff().max()) for cu in (cu_q, cu_k))
     lse = torch.empty(q.shape[1::-1], device="cuda")
     out = launch.launch_forward(q, k, v, lse, cu_q, cu_k, None, max_q, scores, None)
     delta, shift = launch.launch_delta(g, out, lse, None, q.shape[1] // k.shape[1])
-    ours = [torch.full(k.shape, torch.nan, dtype=k.dtype, device="cuda") for _ in range(2)]
-    hopper_dkv.launch(g, q, k, v, shift, delta, *ours, cu_q, cu_k, max_k, causal, scores.scale)
+    given = (g, q, k, v, shift, delta)
+    dq, dk, dv = (torch.full(t.shape, torch.nan, dtype=t.dtype, device="cuda") for t in (q, k, v))
+    hopper_dq.launch(*given, dq, cu_q, cu_k, max_q, causal, scores.scale)
+    hopper_dkv.launch(*given, dk, dv, cu_q, cu_k, max_k, causal, scores.scale)
     with pytest.MonkeyPatch.context() as m:
+        m.setattr(hopper, "serves_dq", lambda *_: False)
         m.setattr(hopper, "serves_dkv", lambda *_: False)
-        _, *theirs = launch.launch_two_passes(
-            *(g, q, k, v, shift, delta, cu_q, cu_k, max_q, max_k, scores, False, True)
-        )
-    return ours, theirs
+        theirs = launch.launch_two_passes(*given, cu_q, cu_k, max_q, max_k, scores, True, True)
+    return (dq, dk, dv), theirs
 
 
 @gpu
@@ -234,40 +235,45 @@ def dkv(q, k, v, g, cu_q, cu_k, causal):
 @pytest.mark.parametrize(
     ("hq", "hkv", "dtype"), [(8, 2, torch.bfloat16), (8, 1, torch.bfloat16), (3, 3, torch.float16)]
 )
-def test_dkv_equals_triton_bit_for_bit(hq, hkv, dtype, causal):
+def test_passes_equal_triton_bit_for_bit(hq, hkv, dtype, causal):
     assert hopper.serves_dkv(256, hq // hkv, dtype, torch.device("cuda"))
+    assert hopper.serves_dq(256, max(LENGTHS), dtype, torch.device("cuda"))
     for lengths_q, lengths_k in (
         (LENGTHS, [5, 1, 64, 300, 63, 0, 1000, 40, 65, 700]),
         ([512] * 3, [512] * 3),
         ([1], [1]),
+        ([2000] * 5, [2000] * 5),
         (LENGTHS, LENGTHS),
     ):
         q, _, _, g, cu_q = inputs(lengths_q, hq, hkv, dtype, 256)
         _, k, v, _, cu_k = inputs(lengths_k, hq, hkv, dtype, 256)
-        assert equal(*dkv(q, k, v, g, cu_q, cu_k, causal))
+        assert equal(*passes(q, k, v, g, cu_q, cu_k, causal))
     fused = torch.cat((q, k, v), 1)
-    assert equal(*dkv(fused[:, :hq], fused[:, hq : hq + hkv], fused[:, hq + hkv :], g, cu_q, cu_k, causal))
+    assert equal(*passes(fused[:, :hq], fused[:, hq : hq + hkv], fused[:, hq + hkv :], g, cu_q, cu_k, causal))
 
 
 @gpu
-def test_dkv_reruns_give_one_result_and_neighbours_full_of_nan_do_not_leak():
+def test_passes_rerun_give_one_result_and_neighbours_full_of_nan_do_not_leak():
     q, k, v, g, cu = inputs(LENGTHS, head_dim=256)
-    want, _ = dkv(q, k, v, g, cu, cu, True)
+    want, _ = passes(q, k, v, g, cu, cu, True)
     for _ in range(50):
-        assert equal(dkv(q, k, v, g, cu, cu, True)[0], want)
-    start, end = cu[4].item(), cu[5].item()
-    for t in (q, k, v, g):
-        t[start:end] = torch.nan
-    got, _ = dkv(q, k, v, g, cu, cu, True)
-    assert equal([t[:start] for t in got], [t[:start] for t in want])
-    assert equal([t[end:] for t in got], [t[end:] for t in want])
-    assert all(t[start:end].isnan().any() for t in got)
+        assert equal(passes(q, k, v, g, cu, cu, True)[0], want)
+    for i in (4, 9):
+        start, end = cu[i].item(), cu[i + 1].item()
+        tensors = [t.clone() for t in (q, k, v, g)]
+        for t in tensors:
+            t[start:end] = torch.nan
+        got, _ = passes(*tensors, cu, cu, True)
+        assert equal([t[:start] for t in got], [t[:start] for t in want])
+        assert equal([t[end:] for t in got], [t[end:] for t in want])
+        assert all(t[start:end].isnan().any() for t in got)
 
 
 @gpu
-def test_queries_that_see_no_key_have_no_gradient():
-    q, _, _, g, cu = inputs([100, 70])
-    k, v = (torch.randn(40, 2, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_queries_that_see_no_key_have_no_gradient(head_dim):
+    q, _, _, g, cu = inputs([100, 70], head_dim=head_dim)
+    k, v = (torch.randn(40, 2, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     cu_k = torch.tensor([0, 10, 40], dtype=torch.int32, device="cuda")
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     with providers.forced("triton"):
@@ -473,4 +479,7 @@ def test_nothing_is_served_without_a_hopper():
     assert not hopper.serves(80, torch.bfloat16, runtime.default_device())
     assert not hopper.serves_dkv(256, 5, torch.bfloat16, runtime.default_device())
     assert not hopper.serves_dkv(256, 4, torch.float32, runtime.default_device())
+    assert not hopper.serves_dq(256, 64, torch.bfloat16, runtime.default_device())
+    assert not hopper.serves_dq(128, 4096, torch.bfloat16, runtime.default_device())
+    assert not hopper.serves_dq(256, 4096, torch.float32, runtime.default_device())
     assert not hopper.serves_one_pass(256, torch.bfloat16, runtime.default_device())

@@ -36,6 +36,15 @@ def serves_dkv(head_dim: int, heads: int, dtype: torch.dtype, device: torch.devi
     return head_dim == 256 and 64 % heads == 0 and serves(head_dim, dtype, device)
 
 
+def serves_dq(head_dim: int, max_q: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Does `hopper_dq` compute dQ of plain attention of this kind? It has the Triton kernel's bits.
+
+    max_q: of the longest sequence. A tile has 128 queries of one head, the Triton kernel's all heads of a group: where
+    sequences are short, those are fuller.
+    """
+    return head_dim == 256 and max_q > 64 and serves(head_dim, dtype, device)
+
+
 def copied(t: torch.Tensor) -> bool:
     """Can the copy engine take t [T, H, D] as rows of H * D values?"""
     n, h, d = t.shape

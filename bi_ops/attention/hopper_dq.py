@@ -1,4 +1,4 @@
-"""dQ on Hopper at head_dim 256, warp-specialised, written in Gluon: `kernels.attention_dq_kernel`'s order, and its bits.
+"""dQ on Hopper at head_dim 256, warp-specialised, written in Gluon: `kernels.attention_dq_kernel`'s bits.
 
 A program takes a tile of queries of one head, and another when it is done, until none is left.
 
@@ -101,17 +101,9 @@ def _zero(step):
 
 
 @gluon.jit
-def _begin_s(q, b_q, k, zeros):
-    """Hand S to the tensor cores; `b_q` are the first columns of `q` in registers, or None."""
-    if b_q is None:
-        b_s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    else:
-        KEEP: gl.constexpr = b_q.shape[1]
-        b_s = warpgroup_mma(b_q, k.slice(0, KEEP, 1).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        if KEEP == 64:
-            b_s = warpgroup_mma(q.slice(64, 64, 1), k.slice(64, 64, 1).permute((1, 0)), b_s, is_async=True)
-        b_s = warpgroup_mma(q.slice(128, 128, 1), k.slice(128, 128, 1).permute((1, 0)), b_s, is_async=True)
-    return b_s
+def _begin_nt(a, b, zeros):
+    """Hand a @ b.T to the tensor cores."""
+    return warpgroup_mma(a, b.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -151,11 +143,10 @@ def _walk(
     n_full,
     l_o: gl.constexpr,
     TEAM: gl.constexpr,
-    KEEP: gl.constexpr,
 ):
     """dQ before it is scaled, of a team's rows that see something, from `step` of the rings on."""
     s_q, s_g, s_k, s_v = tiles
-    bar_q, bar_g, bar_k, bar_v, bar_q_free, bar_g_free, bar_k_free, bar_v_free = bars
+    _bar_q, bar_g, bar_k, bar_v, bar_q_free, bar_g_free, bar_k_free, bar_v_free = bars
     n_seen, k_len, shift, delta = row_numbers
     D: gl.constexpr = s_k.shape[2]
     DTYPE: gl.constexpr = s_k.dtype
@@ -163,15 +154,12 @@ def _walk(
     l_ds: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
     acc = gl.zeros((ROWS, D), gl.float32, l_o)
-    b_q = None
-    if KEEP > 0:
-        b_q = s_q.index(TEAM).slice(0, KEEP, 1).load(gl.DotOperandLayout(0, l_s, 2))
     mbarrier.wait(bar_k.index(step % STAGES), step // STAGES & 1)
     _clear(s_k, bar_k, step, k_len)
-    b_s = _begin_s(s_q.index(TEAM), b_q, s_k.index(step % STAGES), zeros)
+    b_s = _begin_nt(s_q.index(TEAM), s_k.index(step % STAGES), zeros)
     mbarrier.wait(bar_g.index(TEAM), items & 1)
     mbarrier.wait(bar_v, step & 1)
-    b_dp = warpgroup_mma(s_g.index(TEAM), s_v.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    b_dp = _begin_nt(s_g.index(TEAM), s_v.index(0), zeros)
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     mbarrier.arrive(bar_q_free.index(TEAM), pred=n_steps == 1)
     b_p = _probabilities(b_s, shift, scale2)
@@ -193,10 +181,9 @@ def _walk(
                 _clear(s_k, bar_k, now, k_len - i * BLOCK_N)
             b_o = warpgroup_mma(gl.convert_layout(b_ds, l_ds), s_k.index(before), acc, is_async=True)
             mbarrier.wait(bar_k.index(stage), now // STAGES & 1)
-            b_s = _begin_s(s_q.index(_zero(now) + TEAM), b_q, s_k.index(stage), zeros)
+            b_s = _begin_nt(s_q.index(_zero(now) + TEAM), s_k.index(stage), zeros)
             mbarrier.wait(bar_v, now & 1)
-            g, v = s_g.index(_zero(now) + TEAM), s_v.index(_zero(now))
-            b_dp = warpgroup_mma(g, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            b_dp = _begin_nt(s_g.index(_zero(now) + TEAM), s_v.index(_zero(now)), zeros)
             acc = warpgroup_mma_wait(2, deps=(b_o,))
             mbarrier.arrive(bar_k_free.index(before))
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
@@ -225,7 +212,6 @@ def _products(
     TEAM: gl.constexpr,
     H: gl.constexpr,
     HEADS: gl.constexpr,
-    KEEP: gl.constexpr,
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,
 ):
@@ -238,8 +224,8 @@ def _products(
     p_item = p_items + gl.program_id(0) * TEAMS + TEAM
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    # `l_o` but that threads swap two of their values in a place for two in the next: a row is then written 32 bytes at a
-    # time, and there is no shared memory left to reorder more.
+    # `l_o` but that threads swap two of their values in a place for two in the next: rows are then written 32 bytes at
+    # a time. To reorder more takes shared memory, and none is left.
     l_out: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
         [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
@@ -268,9 +254,7 @@ def _products(
         delta = gl.load(p_delta + o_row, mask=m_r, other=0.0)
         acc = gl.zeros((ROWS, D), gl.float32, l_o)
         if n_steps > 0:
-            acc = _walk(
-                tiles, bars, (n_seen, k_len, shift, delta), scale2, step, items, n_steps, n_full, l_o, TEAM, KEEP
-            )
+            acc = _walk(tiles, bars, (n_seen, k_len, shift, delta), scale2, step, items, n_steps, n_full, l_o, TEAM)
         else:
             mbarrier.wait(bar_g.index(TEAM), items & 1)
             mbarrier.arrive(bar_q_free.index(TEAM))
@@ -313,7 +297,6 @@ def attention_dq_hopper_kernel(
     H: gl.constexpr,
     HEADS: gl.constexpr,
     D: gl.constexpr,
-    KEEP: gl.constexpr,  # columns of Q that a team keeps in registers, a multiple of 64: shared memory is read less
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,  # every sequence has as many queries
 ):
@@ -351,8 +334,8 @@ def attention_dq_hopper_kernel(
     given = (lists, sizes, scale, n_tokens)
     gl.warp_specialize(
         [
-            (_products, (memory, tiles, bars, given, 0, H, HEADS, KEEP, CAUSAL, EQUAL)),
-            (_products, (memory, tiles, bars, given, 1, H, HEADS, KEEP, CAUSAL, EQUAL)),
+            (_products, (memory, tiles, bars, given, 0, H, HEADS, CAUSAL, EQUAL)),
+            (_products, (memory, tiles, bars, given, 1, H, HEADS, CAUSAL, EQUAL)),
             (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, CAUSAL, EQUAL)),
         ],
         [4, 1],
@@ -373,14 +356,13 @@ def launch(
     max_q: int,
     causal: bool,
     scale: float,
-    keep: int = 0,
 ) -> None:
     """Write dq as `attention_dq_kernel` does, bit for bit.
 
     Args:
         g: [T, Hq, D], contiguous, bf16 or fp16, D 256, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D], Tk > 0.
             shift, delta: of `launch_delta`. dq: [T, Hq, D], contiguous. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at
-            least the most queries of one. keep: columns of Q in registers; any gives the same bits.
+            least the most queries of one.
     """
     (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
     n_seqs = cu_q.shape[0] - 1
@@ -396,7 +378,6 @@ def launch(
         H=hq,
         HEADS=hq // hkv,
         D=head_dim,
-        KEEP=keep,
         CAUSAL=causal,
         EQUAL=equal,
         num_warps=4,

@@ -285,7 +285,11 @@ def launch_two_passes(
         return dq, dk, dv
     order = sched.order(head_dim, q.dtype)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    if need_q and max_rows > 0:
+    if need_q and _plain(q, k, scores) and hopper.serves_dq(head_dim, max_q, q.dtype, q.device):
+        from bi_ops.attention import hopper_dq
+
+        hopper_dq.launch(g, q, k, v, shift, delta, dq, cu_q, cu_k, max_q, scores.causal, scores.scale)
+    elif need_q and max_rows > 0:
         s = sched.backward_dq(max_rows, n_pairs, head_dim, q.dtype)
         attention_dq_kernel[_grid(s, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
             *(g, q, k, v, shift, delta, dq, cu_q, cu_k, *scores.arguments(), n_pairs, n_tokens, *strides),
