@@ -156,13 +156,14 @@ def _walk(
     acc = gl.zeros((ROWS, D), gl.float32, l_o)
     mbarrier.wait(bar_k.index(step % STAGES), step // STAGES & 1)
     _clear(s_k, bar_k, step, k_len)
-    b_s = _begin_nt(s_q.index(TEAM), s_k.index(step % STAGES), zeros)
+    b_s = _begin_nt(s_q.index(_zero(step) + TEAM), s_k.index(step % STAGES), zeros)
     mbarrier.wait(bar_g.index(TEAM), items & 1)
     mbarrier.wait(bar_v, step & 1)
-    b_dp = _begin_nt(s_g.index(TEAM), s_v.index(0), zeros)
+    b_dp = _begin_nt(s_g.index(_zero(step) + TEAM), s_v.index(_zero(step)), zeros)
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     mbarrier.arrive(bar_q_free.index(TEAM), pred=n_steps == 1)
     b_p = _probabilities(b_s, shift, scale2)
+    mbarrier.wait(bar_v, step & 1)  # once more: without a barrier ptxas waits for dP before it takes the exponentials
     b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
     mbarrier.arrive(bar_v_free)
     b_ds = _gradient(b_p, b_dp, delta, 0, n_seen, DTYPE, True)
@@ -190,8 +191,7 @@ def _walk(
             if MASKED:
                 mbarrier.arrive(bar_q_free.index(TEAM), pred=i + 1 == n_steps)
             b_p = _probabilities(b_s, shift, scale2)
-            # Once more: without a barrier here ptxas waits for dP before it takes the exponentials.
-            mbarrier.wait(bar_v, now & 1)
+            mbarrier.wait(bar_v, now & 1)  # once more, as above
             b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
             mbarrier.arrive(bar_v_free)
             b_ds = _gradient(b_p, b_dp, delta, i * BLOCK_N, n_seen, DTYPE, MASKED == 1)
