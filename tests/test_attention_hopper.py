@@ -279,12 +279,33 @@ def test_queries_that_see_no_key_have_no_gradient():
 
 
 def test_what_the_copy_engine_takes():
-    t = torch.empty((4, 2, D), dtype=torch.bfloat16)
+    t = torch.randn(4, 2, D).bfloat16()
     assert hopper.copied(t)
     assert hopper.copied(torch.empty((4, 6, D), dtype=torch.bfloat16)[:, 2:4])
     assert not hopper.copied(t[:0])
-    assert not hopper.copied(t[:, :1].expand(4, 2, D))
-    assert not hopper.copied(t.transpose(0, 1))
+    odd = torch.randn(4 * 2 * D + 1).bfloat16()[1:].view(4, 2, D)
+    one = torch.randn(2, D, 1).bfloat16().permute(2, 0, 1)
+    assert odd.is_contiguous()
+    assert one.is_contiguous()
+    for other in (odd, one, t[:, :1].expand(4, 2, D), t.transpose(0, 1)):
+        assert not hopper.copied(other)
+        assert hopper.copied(hopper.copyable(other))
+        assert torch.equal(hopper.copyable(other), other)
+    assert hopper.copyable(t) is t
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_dense_inputs_at_odd_addresses_have_the_same_bits(head_dim):
+    """And one token with strides of its own: `contiguous` would return both as they are."""
+    for lengths in ([300], [1]):
+        q, k, v, g, cu = inputs(lengths, head_dim=head_dim)
+        want = gradients(q, k, v, g, cu)
+        odd = [torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape) for t in (q, k, v, g)]
+        assert all(t.is_contiguous() and t.data_ptr() % 16 for t in odd)
+        assert equal(gradients(*odd, cu), want)
+    turned = [t.permute(1, 2, 0).contiguous().permute(2, 0, 1) for t in (q, k, v, g)]
+    assert equal(gradients(*turned, cu), want)
 
 
 CACHED = [0, 1, 17, 127, 128, 129, 1000, 8191]
