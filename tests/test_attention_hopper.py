@@ -313,7 +313,7 @@ def test_many_sequences_some_empty(head_dim):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_sequences_without_keys_or_without_queries(head_dim, causal):
-    """Beside others, and alone: zeros, and an lse of +inf where there are no keys."""
+    """Beside others, and alone: zeros, and an lse of +inf where there are no keys. The forward as the Triton kernel."""
     lens_q, lens_k = [70, 0, 200, 130, 0, 129], [0, 90, 40, 300, 0, 128]
     q, _, _, g, cu_q = inputs(lens_q, head_dim=head_dim)
     _, k, v, _, cu_k = inputs(lens_k, head_dim=head_dim)
@@ -328,6 +328,10 @@ def test_sequences_without_keys_or_without_queries(head_dim, causal):
 
     results = run(q, k, v, g, cu_q, cu_k)
     out, lse, dq, dk, dv = results
+    theirs = torch.empty(q.shape[1::-1], device="cuda")
+    scores = launch.Scores(causal, head_dim**-0.5)
+    assert torch.equal(out, launch.launch_forward(q, k, v, theirs, cu_q, cu_k, None, 200, scores, None))
+    assert torch.equal(lse, theirs.t())
     assert torch.isposinf(lse[:70]).all()
     assert not any(t.any() for t in (out[:70], dq[:70], dk[:90], dv[:90]))
     assert all(t.isfinite().all() for t in (out, dq, dk, dv))
