@@ -284,13 +284,135 @@ def test_queries_that_see_no_key_have_no_gradient(head_dim):
     assert all(t.isfinite().all() and t.abs().max() > 0 for t in (dq, dk, dv))
 
 
+@gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_maximum_that_is_larger_than_needed_changes_no_bit(head_dim):
+    """It makes a list of tiles of what was a grid of equal sequences. Nor does it which gradients are asked for."""
+    for lengths in ([512] * 3, [300], [1, 1], [100, 300]):
+        q, k, v, g, cu = inputs(lengths, head_dim=head_dim)
+        want = gradients(q, k, v, g, cu)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        for longest in (max(lengths) + 1, 3 * max(lengths)):
+            with providers.forced("triton"):
+                out = flash_attention(*leaves, cu, max_seqlen=longest)
+            grads = torch.autograd.grad(out, leaves, g, retain_graph=True)
+            assert equal((out.detach(), *grads), want)
+            assert equal(torch.autograd.grad(out, leaves[2], g, retain_graph=True), want[3:])
+            assert equal(torch.autograd.grad(out, leaves[0], g), want[1:2])
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_many_sequences_some_empty(head_dim):
+    lengths = ([0, 1, 70, 2, 0, 3, 129] * 300)[:-2]
+    q, k, v, g, cu = inputs(lengths, head_dim=head_dim)
+    out, *grads = gradients(q, k, v, g, cu)
+    lse = torch.empty(q.shape[1::-1], device="cuda")
+    scores = launch.Scores(True, head_dim**-0.5)
+    assert torch.equal(out, launch.launch_forward(q, k, v, lse, cu, cu, None, 129, scores, None))
+    cut = cu[1000].item()
+    for part, starts in ((slice(0, cut), cu[:1001]), (slice(cut, None), cu[1000:] - cut)):
+        assert equal(gradients(*(t[part] for t in (q, k, v, g)), starts)[1:], [t[part] for t in grads])
+
+
+@gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_sequences_without_keys_or_without_queries(head_dim, causal):
+    """Beside others, and alone: zeros, and an lse of +inf where there are no keys. The forward as the Triton kernel."""
+    lens_q, lens_k = [70, 0, 200, 130, 0, 129], [0, 90, 40, 300, 0, 128]
+    q, _, _, g, cu_q = inputs(lens_q, head_dim=head_dim)
+    _, k, v, _, cu_k = inputs(lens_k, head_dim=head_dim)
+
+    def run(q, k, v, g, cu_q, cu_k):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        with providers.forced("triton"):
+            out, lse = flash_attention(
+                *leaves, cu_q, cu_seqlens_k=cu_k, max_seqlen=200, max_seqlen_k=300, causal=causal, return_lse=True
+            )
+        return out.detach(), lse.detach().t(), *torch.autograd.grad(out, leaves, g)
+
+    results = run(q, k, v, g, cu_q, cu_k)
+    out, lse, dq, dk, dv = results
+    theirs = torch.empty(q.shape[1::-1], device="cuda")
+    scores = launch.Scores(causal, head_dim**-0.5)
+    assert torch.equal(out, launch.launch_forward(q, k, v, theirs, cu_q, cu_k, None, 200, scores, None))
+    assert torch.equal(lse, theirs.t())
+    assert torch.isposinf(lse[:70]).all()
+    assert not any(t.any() for t in (out[:70], dq[:70], dk[:90], dv[:90]))
+    assert all(t.isfinite().all() for t in (out, dq, dk, dv))
+    for i, (n, m) in enumerate(zip(lens_q, lens_k, strict=True)):
+        q_rows, k_rows = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+        ends = [torch.tensor([0, length], dtype=torch.int32, device="cuda") for length in (n, m)]
+        alone = run(q[q_rows], k[k_rows], v[k_rows], g[q_rows], *ends)
+        assert equal(alone, [t[rows] for t, rows in zip(results, (q_rows,) * 3 + (k_rows,) * 2, strict=True)])
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_outputs_and_gradients_in_a_graph(head_dim):
+    """Lengths and values are read when the graph is replayed, and what counts turns or tiles starts at zero again."""
+    q, k, v, g, cu = inputs(LENGTHS, head_dim=head_dim)
+    turned = torch.tensor([0, *itertools.accumulate(LENGTHS[::-1])], dtype=torch.int32, device="cuda")
+    given = [t.detach().clone() for t in (q, k, v, g, cu)]
+
+    def run():
+        leaves = [t.detach().requires_grad_() for t in given[:3]]
+        with providers.forced("triton"):
+            out = flash_attention(*leaves, given[4], max_seqlen=max(LENGTHS))
+        return out.detach(), *torch.autograd.grad(out, leaves, given[3])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    for starts, flipped in ((cu, False), (turned, True), (turned, True), (cu, False)):
+        now = [t.flip(0) if flipped else t for t in (q, k, v, g)]
+        for t, x in zip(given, (*now, starts), strict=True):
+            t.copy_(x)
+        graph.replay()
+        assert equal(got, gradients(*now, starts))
+
+
+@gpu
+def test_dkv_of_heads_that_fill_a_step():
+    """One query a step: all 64 rows are heads that share a key head."""
+    q, k, v, g, cu = inputs([1, 0, 130], 64, 1, head_dim=256)
+    assert equal(*dkv(q, k, v, g, cu, cu, True))
+
+
 def test_what_the_copy_engine_takes():
-    t = torch.empty((4, 2, D), dtype=torch.bfloat16)
+    t = torch.randn(4, 2, D).bfloat16()
     assert hopper.copied(t)
     assert hopper.copied(torch.empty((4, 6, D), dtype=torch.bfloat16)[:, 2:4])
     assert not hopper.copied(t[:0])
-    assert not hopper.copied(t[:, :1].expand(4, 2, D))
-    assert not hopper.copied(t.transpose(0, 1))
+    odd = torch.randn(4 * 2 * D + 1).bfloat16()[1:].view(4, 2, D)
+    one = torch.randn(2, D, 1).bfloat16().permute(2, 0, 1)
+    assert odd.is_contiguous()
+    assert one.is_contiguous()
+    for other in (odd, one, t[:, :1].expand(4, 2, D), t.transpose(0, 1)):
+        assert not hopper.copied(other)
+        assert hopper.copied(hopper.copyable(other))
+        assert torch.equal(hopper.copyable(other), other)
+    assert hopper.copyable(t) is t
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_dense_inputs_at_odd_addresses_have_the_same_bits(head_dim):
+    """And one token with strides of its own: `contiguous` would return both as they are."""
+    for lengths in ([300], [1]):
+        q, k, v, g, cu = inputs(lengths, head_dim=head_dim)
+        want = gradients(q, k, v, g, cu)
+        odd = [torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape) for t in (q, k, v, g)]
+        assert all(t.is_contiguous() and t.data_ptr() % 16 for t in odd)
+        assert equal(gradients(*odd, cu), want)
+    turned = [t.permute(1, 2, 0).contiguous().permute(2, 0, 1) for t in (q, k, v, g)]
+    assert equal(gradients(*turned, cu), want)
 
 
 CACHED = [0, 1, 17, 127, 128, 129, 1000, 8191]

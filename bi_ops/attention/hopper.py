@@ -53,13 +53,21 @@ def copied(t: torch.Tensor) -> bool:
     return n > 0 and dense and row * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
 
 
+def copyable(t: torch.Tensor) -> torch.Tensor:
+    """t [T, H, D], T > 0, or a copy of it that the copy engine can take.
+
+    Not `contiguous`, which returns what it is given where that is dense but begins at an odd address, or is one token.
+    """
+    return t if copied(t) else t.clone(memory_format=torch.contiguous_format)
+
+
 def rows(t: torch.Tensor, block: int) -> TensorDescriptor:
     """t [T, H, D] as the copy engine sees it: rows of H * D values, taken `block` rows and one head at a time."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     n, h, d = t.shape
-    t = t if copied(t) else t.contiguous()
+    t = copyable(t)
     return TensorDescriptor(t, [n, h * d], [t.stride(0), 1], [block, d], NVMMASharedLayout(128, 16, 2))
 
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bi_ops.attention.hopper import copied, rows
+from bi_ops.attention.hopper import copyable, rows
 from bi_ops.attention.hopper_lists import by_length, find_sequence
 from bi_ops.attention.hopper_parts import LOG2E, clear_rows
 
@@ -294,7 +294,7 @@ def attention_dkv_hopper_kernel(
 
 def _grouped(t: torch.Tensor, heads: int) -> TensorDescriptor:
     """t [T, H, D] as the copy engine sees it: `BLOCK_R` rows (token, one of `heads` heads side by side) at a time."""
-    t = t if copied(t) else t.contiguous()
+    t = copyable(t)
     block = [BLOCK_R.value // heads, heads, t.shape[2]]
     return TensorDescriptor(t, list(t.shape), [t.stride(0), t.shape[2], 1], block, gl.NVMMASharedLayout(128, 16, 3))
 

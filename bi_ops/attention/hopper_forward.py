@@ -195,7 +195,7 @@ def _products(
         i_item = gl.load(p_item + place)
 
 
-@gluon.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"])
+@gluon.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"], do_not_specialize_on_alignment=["p_count"])
 def attention_forward_kernel(
     d_q,  # [T, H * D], tiles [ROWS, D]
     d_k,  # [Tk, H / HEADS * D], tiles [BLOCK_N, D]

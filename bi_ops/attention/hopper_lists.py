@@ -16,7 +16,8 @@ from triton.experimental.gluon import language as gl
 ROWS, STEP = 32, 128
 
 
-@triton.jit
+# Where these lie depends on the number of sequences, for which nothing should be compiled anew.
+@triton.jit(do_not_specialize=["n_seqs"], do_not_specialize_on_alignment=["p_sequence", "p_count"])
 def by_length_kernel(
     p_cu,  # int32 [B + 1]
     p_first,  # int32 [B]: tiles before those of the sequence that is as long as so many others, ascending

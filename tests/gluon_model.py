@@ -1,0 +1,537 @@
+"""Runs a Gluon kernel's own source on the CPU: what it waits for, copies and addresses, not what it computes.
+
+Scalars and indices are real, other tensors have shapes alone. The warps of a program are threads, programs start in the
+order of their ids, `resident` at a time, and a copy into shared memory arrives at any time before somebody waits for
+it. An error says that nobody can go on, that a tile is used before it has come or overwritten while it is read, that a
+shape or an index is out of bounds, or that a barrier is used by nobody: its place would be given away.
+"""
+
+from __future__ import annotations
+
+import collections
+import operator
+import random
+import threading
+import traceback
+import types
+
+import numpy as np
+
+INT32 = 2**31
+
+
+class Failure(Exception):
+    """A kernel does what it must not."""
+
+
+class State(threading.local):
+    """Of a thread: its program, its name, products it has in flight, and tiles that copies of its read."""
+
+    program, programs, name, allocated = 0, 1, "", 0
+
+    def __init__(self):
+        self.groups, self.leaving = [], []
+
+
+here = State()
+lock = threading.Condition()
+machine = types.SimpleNamespace()
+
+
+def fail(message):
+    with lock:
+        machine.failed = machine.failed or message
+        lock.notify_all()
+    raise Failure(message)
+
+
+def until(holds, what):
+    """Wait; the last thread that could change anything does not, but names those that wait."""
+    with lock:
+        if machine.copies and machine.random.random() < 0.3:
+            arrive()
+        me = threading.get_ident()
+        while not holds():
+            if machine.failed:
+                raise Failure(machine.failed)
+            if machine.copies:
+                arrive()
+                continue
+            machine.waiting[me] = holds, f"{here.name}: {what}"
+            if len(machine.waiting) == machine.alive and not any(h() for h, _ in machine.waiting.values()):
+                fail("deadlock: " + "; ".join(w for _, w in machine.waiting.values()))
+            lock.wait(5)
+        machine.waiting.pop(me, None)
+
+
+def arrive():
+    """One of the copies under way is there."""
+    barrier, size, tile = machine.copies.pop(machine.random.randrange(len(machine.copies)))
+    tile.root.coming[tile.slot] -= 1
+    barrier.count(0, -size)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# values
+
+
+def _div(a, b):
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+OPERATORS = {
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne", "xor")},
+    **{"rshift": operator.rshift, "and": operator.and_, "or": operator.or_, "truediv": operator.truediv},
+    **{"floordiv": _div, "mod": lambda a, b: a - _div(a, b) * b},  # as in C
+}
+
+
+class Index(int):
+    """A scalar of 32 bits, but where it was made wider."""
+
+    wide = False
+
+    def to(self, dtype):
+        made = Index(self)
+        made.wide = made.wide or dtype == "int64"
+        return made
+
+
+def _scalar(f, turned):
+    def apply(self, other):
+        if not isinstance(other, int):
+            return NotImplemented
+        a, b = (int(other), int(self)) if turned else (int(self), int(other))
+        value = f(a, b)
+        made = Index(value)
+        made.wide = self.wide or getattr(other, "wide", False)
+        if not made.wide and not -INT32 <= value < INT32:
+            fail(f"{here.name}: {value} of {a} and {b} has no room in 32 bits")
+        return made
+
+    return apply
+
+
+class Tensor:
+    """Indices in `value`, or None: numbers that are not computed."""
+
+    def __init__(self, shape, value=None, layout=None):
+        self.shape, self.value = tuple(int(n) for n in shape), value
+        self.type = types.SimpleNamespace(layout=layout or Layout())
+
+    def like(self, shape, value=None):
+        return Tensor(shape, value, self.type.layout)
+
+    def to(self, dtype):
+        return self
+
+    def __getitem__(self, at):
+        there = np.broadcast_to(0, self.shape)[at] if self.value is None else self.value[at]
+        return self.like(there.shape, None if self.value is None else there)
+
+    def reshape(self, shape):
+        assert np.prod(shape) == np.prod(self.shape)
+        return self.like(shape)
+
+    def permute(self, order):
+        return self.like([self.shape[i] for i in order])
+
+    def apply(self, f, other):
+        if isinstance(other, Tensor):
+            shape, value = np.broadcast_shapes(self.shape, other.shape), other.value
+        else:
+            shape, value = self.shape, int(other) if isinstance(other, int) else None
+        known = self.value is not None and value is not None
+        return self.like(shape, f(self.value, value) if known else None)
+
+    def __neg__(self):
+        return self
+
+
+def _tensor(f, turned):
+    return lambda self, other: (
+        NotImplemented if isinstance(other, Pointer) else self.apply((lambda a, b: f(b, a)) if turned else f, other)
+    )
+
+
+for _name, _f in OPERATORS.items():
+    _numpy = {"floordiv": lambda a, b: np.trunc(a / b).astype(np.int64), "mod": np.fmod}.get(_name, _f)
+    for _prefix in ("", "r") if _name not in ("lt", "le", "gt", "ge", "eq", "ne") else ("",):
+        setattr(Index, f"__{_prefix}{_name}__", _scalar(_f, _prefix == "r"))
+        setattr(Tensor, f"__{_prefix}{_name}__", _tensor(_numpy, _prefix == "r"))
+Index.__hash__ = int.__hash__
+Index.__neg__ = lambda self: 0 - self
+
+
+class Pointer:
+    """Into global memory: a list of numbers, or how often each element of an output was written."""
+
+    dtype = types.SimpleNamespace(element_ty="bfloat16")
+
+    def __init__(self, memory, at=0):
+        self.memory, self.at = memory, at
+
+    def __add__(self, other):
+        if isinstance(other, Tensor) or isinstance(self.at, Tensor):
+            at = self.at if isinstance(self.at, Tensor) else Tensor((), np.int64(self.at))
+            return Pointer(self.memory, at + other)
+        return Pointer(self.memory, int(self.at) + int(other))
+
+    def __getitem__(self, at):
+        return Pointer(self.memory, self.at[at])
+
+
+class Layout:
+    def __init__(self, *args):
+        self.parent = next((a for a in args if isinstance(a, Layout)), None)
+
+
+class Barrier:
+    def __init__(self, n):
+        self.n = self.left = n
+        self.missing = self.phase = 0
+        self.used = False
+
+    def count(self, arrivals, size):
+        with lock:
+            self.used = True
+            self.left -= arrivals
+            self.missing += size
+            if self.left < 0:
+                fail(f"{here.name}: more arrivals than {self.n}")
+            if self.left == self.missing == 0:
+                self.phase, self.left = self.phase + 1, self.n
+            lock.notify_all()
+
+
+class Shared:
+    """Tiles or barriers in shared memory. What is known is known of a whole tile, a `slot`."""
+
+    def __init__(self, dtype, shape, layout, root=None, slot=0):
+        self.dtype, self.shape, self.layout, self.slot = dtype, tuple(int(n) for n in shape), layout, slot
+        self.root = root or self
+        if root is None:
+            self.barriers = {}
+            self.coming, self.readers = collections.Counter(), collections.defaultdict(list)
+            here.allocated += 1
+            with lock:
+                machine.shared[here.allocated].append(self)
+
+    type = property(lambda self: self)
+    barrier = property(lambda self: self.root.barriers[self.slot])
+
+    def view(self, shape, slot=None):
+        return Shared(self.dtype, shape, self.layout, self.root, self.slot if slot is None else int(slot))
+
+    def index(self, i):
+        return self.view(self.shape[1:], i) if 0 <= i < self.shape[0] else fail(f"{here.name}: {i} of {self.shape}")
+
+    def slice(self, start, size, dim=0):
+        if not 0 <= start <= start + size <= self.shape[dim]:
+            fail(f"{here.name}: {start} to {start + size} of {self.shape}")
+        return self.view([*self.shape[:dim], size, *self.shape[dim + 1 :]])
+
+    def permute(self, order):
+        return self.view([self.shape[i] for i in order])
+
+    def reshape(self, shape):
+        return self.view(shape)
+
+    def use(self):
+        if self.root.coming[self.slot]:
+            fail(f"{here.name}: uses {self.shape} in slot {self.slot} before it has come")
+
+    def load(self, layout=None):
+        self.use()
+        return Tensor(self.shape, None, layout)
+
+    def store(self, x):
+        self.use()
+        if self.root.readers[self.slot]:
+            fail(f"{here.name}: writes {self.shape} in slot {self.slot}, read by {self.root.readers[self.slot]}")
+
+
+class Descriptor:
+    """Global memory as the copy engine sees it; what is copied there is in `log`: {corner: [(how, program)]}."""
+
+    dtype = layout = None
+
+    def __init__(self, shape, block, itemsize):
+        self.shape, self.log = shape, collections.defaultdict(list)
+        self.block_type = types.SimpleNamespace(shape=block, nbytes=int(np.prod(block)) * itemsize)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what kernels call
+
+
+class mbarrier:
+    MBarrierLayout = Layout
+
+    def init(bar, count):
+        bar.root.barriers[bar.slot] = Barrier(int(count))
+
+    def expect(bar, size, pred=True):
+        if pred:
+            bar.barrier.count(1, int(size))
+
+    def arrive(bar, pred=True):
+        if pred:
+            bar.barrier.count(1, 0)
+
+    def wait(bar, phase, pred=True):
+        if pred:
+            bar.barrier.used = True
+            until(lambda: bar.barrier.phase & 1 != phase, f"barrier of {len(bar.root.barriers)}, {bar.slot}")
+
+
+class tma:
+    def async_copy_global_to_shared(descriptor, corner, bar, tile, pred=True):
+        if not pred:
+            return
+        with lock:
+            if any(c < 0 for c in corner):
+                fail(f"{here.name}: corner {corner}")
+            if tile.root.readers[tile.slot]:
+                fail(f"{here.name}: copies over slot {tile.slot}, read by {tile.root.readers[tile.slot]}")
+            tile.root.coming[tile.slot] += 1
+            machine.copies.append((bar.barrier, descriptor.block_type.nbytes, tile))
+
+    def async_copy_shared_to_global(descriptor, corner, tile, how="set"):
+        tile.use()
+        with lock:
+            if not 0 <= corner[0] < descriptor.shape[0]:
+                fail(f"{here.name}: corner {corner} of {descriptor.shape}")
+            tile.root.readers[tile.slot].append(here.name)
+            here.leaving.append([tile])
+            descriptor.log[tuple(map(int, corner))].append((how, here.program))
+
+    def store_wait(n):
+        _finish(here.leaving, n)
+
+
+def _finish(groups, n):
+    with lock:
+        while len(groups) > n:
+            for tile in groups.pop(0):
+                tile.root.readers[tile.slot].remove(here.name)
+
+
+def warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
+    if a.shape[1] != b.shape[0] or acc.shape != (a.shape[0], b.shape[1]):
+        fail(f"{here.name}: {a.shape} @ {b.shape} to {acc.shape}")
+    tiles = [x for x in (a, b) if isinstance(x, Shared)]
+    with lock:
+        for tile in tiles:
+            tile.use()
+            tile.root.readers[tile.slot].append(here.name)
+    here.groups.append(tiles)
+    return acc.like(acc.shape)
+
+
+def warpgroup_mma_wait(n, deps):
+    _finish(here.groups, n)
+    return deps[0] if len(deps) == 1 else tuple(deps)
+
+
+def wait_turn(turn, value):
+    until(lambda: turn.memory[turn.at] == value, f"turn {int(value)} at {turn.at}")
+
+
+def end_turn(turn, after):
+    tma.store_wait(0)
+    with lock:
+        seen = Index(after.memory[after.at])
+        turn.memory[turn.at] += 1
+        lock.notify_all()
+        return seen
+
+
+def _take(count):
+    with lock:
+        count.memory[count.at] += 1
+        return Index(count.memory[count.at] - 1)
+
+
+def _both(scalar, array):
+    def f(a, b):
+        if isinstance(a, Tensor):
+            return a.apply(array, b)
+        return b.apply(array, a) if isinstance(b, Tensor) else Index(scalar(a, b))
+
+    return f
+
+
+def _same(x, *args, **kwargs):
+    return x.like(x.shape)
+
+
+def _reduce(x, axis):
+    return Tensor(x.shape[:axis] + x.shape[axis + 1 :], None, Layout(x.type.layout))
+
+
+class gl:
+    SliceLayout = BlockedLayout = NVMMADistributedLayout = DotOperandLayout = Layout
+    NVMMASharedLayout = SwizzledSharedLayout = Layout
+    float32, int32, int64, uint32 = "float32", "int32", "int64", "uint32"
+    static_range, allocate_shared_memory = range, Shared
+    maximum, minimum = _both(max, np.maximum), _both(min, np.minimum)
+    exp2 = log2 = zeros_like = full_like = staticmethod(_same)
+    max = sum = staticmethod(_reduce)
+    permute = Tensor.permute
+
+    def static_assert(holds):
+        assert holds
+
+    def thread_barrier():
+        pass
+
+    def program_id(axis):
+        return Index(here.program)
+
+    def num_programs(axis):
+        return Index(here.programs)
+
+    def arange(start, end, layout=None):
+        return Tensor((end - start,), np.arange(start, end), layout)
+
+    def zeros(shape, dtype, layout=None):
+        return Tensor(shape, None, layout)
+
+    def full(shape, value, dtype, layout=None):
+        return Tensor(shape, None, layout)
+
+    def where(condition, a, b):
+        given = condition, a, b
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        if not tensors:
+            return Index(a if condition else b)
+        values = [x.value if isinstance(x, Tensor) else int(x) if isinstance(x, int) else None for x in given]
+        value = None if any(v is None for v in values) else np.where(*values)
+        return tensors[0].like(np.broadcast_shapes(*(x.shape for x in tensors)), value)
+
+    def fma(a, b, c):
+        return _same(c)
+
+    def broadcast(a, b):
+        return _same(b), b
+
+    def convert_layout(x, layout, assert_trivial=False):
+        return Tensor(x.shape, x.value, layout)
+
+    def inline_asm_elementwise(asm, constraints, args, **kwargs):
+        return _same(args[0])
+
+    def load(pointer, mask=None, other=None):
+        if isinstance(pointer.at, Tensor):
+            return pointer.at.like(pointer.at.shape)
+        return Index(pointer.memory[pointer.at])
+
+    def store(pointer, x, mask=None):
+        if not isinstance(pointer.at, Tensor):
+            pointer.memory[pointer.at] = int(x)
+            return
+        at = np.broadcast_arrays(pointer.at.value, True if mask is None else mask.value)
+        at = at[0][at[1]]
+        if at.size and not 0 <= at.min() <= at.max() < len(pointer.memory):
+            fail(f"{here.name}: writes {at.min()} to {at.max()} of {len(pointer.memory)}")
+        with lock:
+            np.add.at(pointer.memory, at, 1)
+
+    def warp_specialize(parts, warps, registers):
+        program = here.program, here.programs
+
+        def run(i, part, args):
+            here.program, here.programs = program
+            here.name = f"program {here.program}, part {i} {part.__name__}"
+            try:
+                part(*args)
+                warpgroup_mma_wait(0, (None,))
+                tma.store_wait(0)
+            finally:
+                with lock:
+                    machine.alive -= 1
+                    lock.notify_all()
+
+        _run([(run, (i, part, args)) for i, (part, args) in enumerate(parts)], -1)
+
+
+def _run(threads, change):
+    """All of them, and then what follows; an error in one ends the others."""
+
+    def guarded(f, args):
+        try:
+            f(*args)
+        except Failure:
+            pass
+        except BaseException:
+            machine.failed = machine.failed or traceback.format_exc()
+
+    started = [threading.Thread(target=guarded, args=each, daemon=True) for each in threads]
+    with lock:
+        machine.alive += len(started) + change
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    with lock:
+        machine.alive -= change
+
+
+OURS = {
+    **{"gl": gl, "mbarrier": mbarrier, "tma": tma, "wait_turn": wait_turn, "end_turn": end_turn, "_take": _take},
+    **{"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": lambda: None},
+    "_copy_add": lambda descriptor, corner, tile: tma.async_copy_shared_to_global(descriptor, corner, tile, "add"),
+    "clear_rows": lambda tile, n_valid, warps: tile.use(),
+    "range": lambda *args: map(Index, range(*args)),
+}
+
+
+def plain(kernel, made):
+    """A kernel, or what it calls, as a function of Python."""
+    f = kernel.fn
+    if f not in made:
+        names = dict(f.__globals__)
+        made[f] = types.FunctionType(f.__code__, names, f.__name__, f.__defaults__, f.__closure__)
+        for name, value in f.__globals__.items():
+            if name not in OURS and hasattr(value, "fn") and hasattr(value, "arg_names"):
+                names[name] = plain(value, made)
+            elif type(value).__name__ == "constexpr":
+                names[name] = value.value
+        names.update(OURS)
+    return made[f]
+
+
+def launch(kernel, programs, *args, resident=2, seed=0, **kwargs):
+    """Run a kernel of Gluon, and return how many of its barriers no program has used.
+
+    Args:
+        args, kwargs: `Descriptor`, `Pointer`, numbers and constants.
+
+    Raises:
+        Failure: see above.
+    """
+    machine.random, machine.failed, machine.alive = random.Random(seed), None, 0
+    machine.copies, machine.shared, machine.waiting = [], collections.defaultdict(list), {}
+    f, ids = plain(kernel, {}), iter(range(programs))
+    args = [Index(a) if type(a) is int else a for a in args]
+
+    def multiprocessor():
+        try:
+            while not machine.failed:
+                with lock:
+                    here.program, here.programs = next(ids, None), programs
+                if here.program is None:
+                    break
+                here.allocated = 0
+                f(*args, **kwargs)
+        finally:
+            with lock:
+                machine.alive -= 1
+                lock.notify_all()
+
+    _run([(multiprocessor, ())] * min(resident, programs), 0)
+    if machine.failed:
+        raise Failure(machine.failed)
+    rings = [[b for tiles in of_one for b in tiles.barriers.values()] for of_one in machine.shared.values()]
+    return sum(bool(ring) and not any(b.used for b in ring) for ring in rings)

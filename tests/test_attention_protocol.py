@@ -1,0 +1,241 @@
+"""The Hopper kernels' own control flow, run on the CPU: each element written once, nobody waits for ever, no race.
+
+What they compute is shown on the GPU alone (`test_attention_hopper.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import random
+import sys
+from pathlib import Path
+
+import gluon_model as model
+import numpy as np
+import pytest
+from gluon_model import Descriptor, Pointer
+
+from bi_ops.attention import hopper_backward, hopper_decode, hopper_dkv, hopper_forward
+
+EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 192, 193, 257, 300)
+
+
+def starts(lengths):
+    return [0, *itertools.accumulate(lengths)]
+
+
+def lists(lengths, block):
+    """As `hopper_lists.by_length` makes them."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return starts(-(-lengths[i] // block) for i in longest_first)[:-1] + longest_first
+
+
+def grid(lengths, longest, block):
+    """(tiles, whether all sequences count as equal) of the launches."""
+    equal = longest * len(lengths) == sum(lengths)
+    return (-(-longest // block) * len(lengths) if equal else sum(lengths) // block + len(lengths)), equal
+
+
+def pointers(*lists_of_numbers):
+    return [Pointer(list(numbers)) for numbers in lists_of_numbers]
+
+
+def outputs(*sizes):
+    return [Pointer(np.zeros(n, np.int64)) for n in sizes]
+
+
+def once(*written):
+    return all((w.memory == 1).all() for w in written)
+
+
+def run_forward(
+    lens_q,
+    lens_k,
+    kernels=hopper_forward,
+    h=4,
+    heads=2,
+    teams=2,
+    stages=2,
+    queries=2,
+    turns=True,
+    ahead=False,
+    **options,
+):
+    causal, stay = options.pop("causal", True), options.pop("stay", True)
+    d, block_n, block_m, t = 64, 64, 64 * teams, sum(lens_q)
+    n_tiles, equal = grid(lens_q, options.pop("longest", 0) or max(lens_q), block_m)
+    programs = min(n_tiles * h, 3) if stay else n_tiles * h
+    d_q, d_k = Descriptor([t, h * d], [64, d], 2), Descriptor([sum(lens_k), h // heads * d], [block_n, d], 2)
+    out, lse = outputs(t * h * d, t * h)
+    numbers = pointers(starts(lens_q), starts(lens_k), lists(lens_q, block_m), [0], [-1] * (programs * queries))
+    unused = model.launch(
+        *(kernels.attention_forward_kernel, programs, d_q, d_k, d_k, out, lse, *numbers, 1.0),
+        *(t, len(lens_q), n_tiles, h, heads, d, block_n, teams, stages, queries, causal, turns, ahead, stay, equal),
+        **options,
+    )
+    assert once(out, lse)
+    return unused
+
+
+def run_decode(n_queries, lengths, kernels=hopper_decode, hkv=2, heads=2, page=16, slots=3, causal=True, **options):
+    d, block_n, t = 64, 64, sum(n_queries)
+    box, columns = math.gcd(page, block_n), max(-(-n // page) for n in lengths) + 1
+    pages, table = itertools.count(), []
+    for n in lengths:
+        own = [next(pages) for _ in range(-(-n // page))]
+        table += own + [-(10**6)] * (columns - len(own))
+    cache = Descriptor([next(pages) * page, hkv * d], [box, d], 2)
+    q, out = outputs(0, t * hkv * heads * d)
+    unused = model.launch(
+        *(kernels.attention_decode_kernel, len(lengths) * hkv, cache, cache, q, out),
+        *(*pointers(starts(n_queries), lengths, table), 1.0, hkv * heads * d, d, columns, page, 0, d, page, 0, d),
+        *(hkv, heads, d, block_n, page, slots, 1, causal),
+        **options,
+    )
+    assert once(out)
+    return unused
+
+
+def run_backward(
+    lens_q, lens_k, kernels=hopper_backward, hkv=2, heads=2, d=64, stages=2, together=4, side_by_side=2, **options
+):
+    causal, tokens, keys, n_seqs = options.pop("causal", True), sum(lens_q), sum(lens_k), len(lens_q)
+    programs, equal = grid(lens_k, options.pop("longest", 0) or max(lens_k), 128)
+    h, n_tiles = hkv * heads, tokens // 64 + n_seqs
+    last = max(n_seqs * hkv - side_by_side, 0) // together * together
+    d_q, d_k = Descriptor([tokens, h * d], [64, d], 2), Descriptor([keys, hkv * d], [128, d], 2)
+    numbers = Descriptor([h * n_tiles * 64], [64], 4)
+    sums = Descriptor([h * n_tiles * d // 4, 256], [d // 8, 256], 4)
+    dq, dk, dv = outputs(tokens * h * d, keys * hkv * d, keys * hkv * d)
+    turns, cu_q, cu_k, order = pointers([0] * (h * n_tiles), starts(lens_q), starts(lens_k), lists(lens_k, 128))
+    unused = model.launch(
+        *(kernels.attention_backward_kernel, programs * hkv, d_q, d_q, d_k, d_k, numbers, numbers, sums, turns),
+        *(dq, dk, dv, cu_q, cu_k, order, 1.0, n_seqs, together, last, n_tiles),
+        *(hkv, heads, d, 64, 128, stages, causal, equal),
+        **options,
+    )
+    assert once(dk, dv)
+    # `_prepare_kernel` writes the tiles that see no key.
+    wanted = [
+        not (n == 0 or (causal and (i // 64 + 1) * 64 <= m - n))
+        for m, n in zip(lens_q, lens_k, strict=True)
+        for i in range(m)
+    ]
+    assert (dq.memory.reshape(tokens, h * d) == np.array(wanted)[:, None]).all()
+    assert all([how for how, _ in log] == ["set"] + ["add"] * (len(log) - 1) for log in sums.log.values())
+    # Parts of a tile of dQ come from its sequence's first tile of keys to its last: from programs that started so.
+    assert all([p for _, p in log] == sorted(p for _, p in log) for log in sums.log.values())
+    return unused
+
+
+def run_dkv(lens_q, lens_k, kernels=hopper_dkv, hkv=2, heads=2, causal=True, processors=5, **options):
+    d, tokens, keys = 256, sum(lens_q), sum(lens_k)
+    programs, equal = grid(lens_k, options.pop("longest", 0) or max(lens_k), 64)
+    d_q, d_k = Descriptor([tokens, hkv * heads, d], [64 // heads, heads, d], 2), Descriptor([keys, hkv * d], [64, d], 2)
+    dk, dv, numbers = outputs(keys * hkv * d, keys * hkv * d, 0)
+    unused = model.launch(
+        *(kernels.attention_dkv_hopper_kernel, programs * hkv, d_q, d_q, d_k, d_k, numbers, numbers, dk, dv),
+        *(*pointers(starts(lens_q), starts(lens_k), lists(lens_k, 64)), 1.0, tokens, len(lens_q), processors),
+        *(hkv, heads, d, d // 2, causal, equal),
+        **options,
+    )
+    assert once(dk, dv)
+    return unused
+
+
+WAYS = [
+    {"teams": 2, "stages": 2},
+    {"teams": 3, "stages": 2},
+    {"teams": 2, "stages": 3, "turns": False},
+    {"teams": 3, "stages": 8, "turns": False, "ahead": True},
+    {"teams": 2, "stages": 3, "turns": False, "ahead": True},
+]
+RUNS = {
+    "forward": lambda r, q, k, **options: run_forward(
+        *(q, k),
+        h=r.choice([1, 6]),
+        heads=1,
+        queries=r.choice([1, 2]),
+        stay=r.random() < 0.6,
+        **r.choice(WAYS),
+        **options,
+    ),
+    "backward": lambda r, q, k, **options: run_backward(
+        *(q, k),
+        **{"hkv": r.choice([1, 3]), "heads": r.choice([1, 2, 3]), "d": r.choice([64, 128])},
+        **{"stages": r.choice([2, 3]), "together": r.choice([1, 2, 5, 8]), "side_by_side": r.choice([0, 1, 3, 100])},
+        **options,
+    ),
+    "dkv": lambda r, q, k, **options: run_dkv(
+        q, k, hkv=r.choice([1, 3]), heads=r.choice([1, 4, 16]), processors=r.choice([1, 2, 132]), **options
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel", RUNS)
+@pytest.mark.parametrize("seed", range(4))
+def test_any_lengths(kernel, seed):
+    """Packed and equal, empty ones, more queries than keys and fewer, a longest one that is longer than any."""
+    r = random.Random(seed)
+    some = [[r.choice(EDGES) for _ in range(r.choice([1, 2, 3, 5]))] for _ in range(3)]
+    for lens in (*some, [r.choice(EDGES[1:])] * 3, [r.choice(EDGES[1:])]):
+        lens[0] = max(lens[0], 1)
+        others = [max(r.choice(EDGES), i == 0) for i in range(len(lens))]
+        lens_q, lens_k = r.choice(((lens, lens), (lens, others), (others, lens)))
+        longest = max(lens_k if kernel != "forward" else lens_q) + r.choice([0, 0, 1, 150])
+        options = {"causal": r.random() < 0.7, "longest": longest, "resident": r.choice([1, 2, 4]), "seed": seed}
+        RUNS[kernel](r, lens_q, lens_k, **options)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_lengths_decode(seed):
+    r = random.Random(seed)
+    for heads in (1, 2, 5, 7, 64):
+        n_queries = [r.randint(i == 0, 64 // heads) for i in range(3)]
+        run_decode(
+            *(n_queries, [r.choice(EDGES) for _ in n_queries]),
+            **{"hkv": r.choice([1, 2]), "heads": heads, "page": r.choice([8, 16, 48, 64, 256])},
+            **{"slots": r.choice([2, 3, 4, 5, 16]), "causal": r.random() < 0.7, "seed": seed},
+        )
+
+
+def test_every_barrier_is_used():
+    """What nobody uses has no place of its own: the compiler gives it to what is written."""
+    lengths = [130, 300]
+    assert not any(run_forward(lengths, lengths, **way) for way in WAYS)
+    assert run_backward(lengths, lengths) == run_dkv(lengths, lengths) == run_decode([1, 3], lengths) == 0
+
+
+BROKEN = [
+    (
+        hopper_forward,
+        run_forward,
+        "mbarrier.init(bar_v_free.index(i), count=TEAMS)",
+        "mbarrier.init(bar_v_free.index(i), count=1)",
+    ),
+    (hopper_forward, run_forward, "mbarrier.wait(bar_free.index(stage), ((step // STAGES) & 1) ^ 1)", "pass"),
+    (hopper_forward, run_forward, "            step -= 1\n", ""),
+    (hopper_backward, run_backward, "last = (HKV - 1) // together * together", "last = n_pairs * 100"),
+    (hopper_backward, run_backward, "mbarrier.wait(bar_ds_free.index(step % LATER), (step // LATER & 1) ^ 1)", "pass"),
+    (hopper_backward, run_backward, "// BLOCK_M, end)\n    if n_keys", "// BLOCK_M + 1, end)\n    if n_keys"),
+    (hopper_dkv, run_dkv, "mbarrier.wait(bar_free.index(i), (step // STAGES & 1) ^ 1)", "pass"),
+    (hopper_decode, run_decode, "position = gl.maximum(2 * i - 1, 0)", "position = 2 * i"),
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda b: f"{b[1].__name__[4:]}-{BROKEN.index(b)}")
+def test_what_is_broken_is_caught(broken, tmp_path):
+    """Negative control: each line left out or changed is noticed."""
+    module, run, line, instead = broken
+    source = Path(module.__file__).read_text()
+    assert source.count(line) == 1
+    (tmp_path / "broken.py").write_text(source.replace(line, instead))
+    spec = importlib.util.spec_from_file_location("broken", tmp_path / "broken.py")
+    other = importlib.util.module_from_spec(spec)
+    sys.modules["broken"] = other
+    spec.loader.exec_module(other)
+    first = [1, 3] if run is run_decode else [128, 640]
+    with pytest.raises((model.Failure, AssertionError)):
+        [run(first, [128, 640], kernels=other, seed=seed) for seed in range(10)]
