@@ -371,7 +371,7 @@ def _reduce(x, axis):
 
 
 class gl:
-    SliceLayout = BlockedLayout = NVMMADistributedLayout = DotOperandLayout = Layout
+    SliceLayout = BlockedLayout = NVMMADistributedLayout = DotOperandLayout = DistributedLinearLayout = Layout
     NVMMASharedLayout = SwizzledSharedLayout = Layout
     float32, int32, int64, uint32 = "float32", "int32", "int64", "uint32"
     static_range, allocate_shared_memory = range, Shared
@@ -479,7 +479,7 @@ def _run(threads, change):
 
 
 OURS = {
-    **{"gl": gl, "mbarrier": mbarrier, "tma": tma, "wait_turn": wait_turn, "end_turn": end_turn, "_take": _take},
+    **{"gl": gl, "mbarrier": mbarrier, "tma": tma, "wait_turn": wait_turn, "end_turn": end_turn, "take": _take},
     **{"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": lambda: None},
     "_copy_add": lambda descriptor, corner, tile: tma.async_copy_shared_to_global(descriptor, corner, tile, "add"),
     "clear_rows": lambda tile, n_valid, warps: tile.use(),

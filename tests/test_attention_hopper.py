@@ -379,10 +379,10 @@ def test_outputs_and_gradients_in_a_graph(head_dim):
 
 
 @gpu
-def test_dkv_of_heads_that_fill_a_step():
+def test_passes_of_heads_that_fill_a_step():
     """One query a step: all 64 rows are heads that share a key head."""
     q, k, v, g, cu = inputs([1, 0, 130], 64, 1, head_dim=256)
-    assert equal(*dkv(q, k, v, g, cu, cu, True))
+    assert equal(*passes(q, k, v, g, cu, cu, True))
 
 
 def test_what_the_copy_engine_takes():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from gluon_model import Descriptor, Pointer
 
-from bi_ops.attention import hopper_backward, hopper_decode, hopper_dkv, hopper_forward
+from bi_ops.attention import hopper_backward, hopper_decode, hopper_dkv, hopper_dq, hopper_forward
 
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 192, 193, 257, 300)
 
@@ -145,6 +145,22 @@ def run_dkv(lens_q, lens_k, kernels=hopper_dkv, hkv=2, heads=2, causal=True, pro
     return unused
 
 
+def run_dq(lens_q, lens_k, kernels=hopper_dq, h=4, heads=2, causal=True, **options):
+    d, tokens = 256, sum(lens_q)
+    n_tiles, equal = grid(lens_q, options.pop("longest", 0) or max(lens_q), 128)
+    programs = min(n_tiles * h, 3)
+    d_q, d_k = Descriptor([tokens, h * d], [64, d], 2), Descriptor([sum(lens_k), h // heads * d], [64, d], 2)
+    dq, numbers = outputs(tokens * h * d, 0)
+    lists_of_numbers = pointers(starts(lens_q), starts(lens_k), lists(lens_q, 128), [0], [-1] * (programs * 2))
+    unused = model.launch(
+        *(kernels.attention_dq_hopper_kernel, programs, d_q, d_q, d_k, d_k, numbers, numbers, dq, *lists_of_numbers),
+        *(1.0, tokens, len(lens_q), n_tiles, h, heads, d, causal, equal),
+        **options,
+    )
+    assert once(dq)
+    return unused
+
+
 WAYS = [
     {"teams": 2, "stages": 2},
     {"teams": 3, "stages": 2},
@@ -168,6 +184,7 @@ RUNS = {
         **{"stages": r.choice([2, 3]), "together": r.choice([1, 2, 5, 8]), "side_by_side": r.choice([0, 1, 3, 100])},
         **options,
     ),
+    "dq": lambda r, q, k, **options: run_dq(q, k, h=r.choice([1, 6]), heads=1, **options),
     "dkv": lambda r, q, k, **options: run_dkv(
         q, k, hkv=r.choice([1, 3]), heads=r.choice([1, 4, 16]), processors=r.choice([1, 2, 132]), **options
     ),
@@ -184,7 +201,7 @@ def test_any_lengths(kernel, seed):
         lens[0] = max(lens[0], 1)
         others = [max(r.choice(EDGES), i == 0) for i in range(len(lens))]
         lens_q, lens_k = r.choice(((lens, lens), (lens, others), (others, lens)))
-        longest = max(lens_k if kernel != "forward" else lens_q) + r.choice([0, 0, 1, 150])
+        longest = max(lens_q if kernel in ("forward", "dq") else lens_k) + r.choice([0, 0, 1, 150])
         options = {"causal": r.random() < 0.7, "longest": longest, "resident": r.choice([1, 2, 4]), "seed": seed}
         RUNS[kernel](r, lens_q, lens_k, **options)
 
@@ -206,6 +223,7 @@ def test_every_barrier_is_used():
     lengths = [130, 300]
     assert not any(run_forward(lengths, lengths, **way) for way in WAYS)
     assert run_backward(lengths, lengths) == run_dkv(lengths, lengths) == run_decode([1, 3], lengths) == 0
+    assert run_dq(lengths, lengths) == 0
 
 
 BROKEN = [
@@ -221,6 +239,7 @@ BROKEN = [
     (hopper_backward, run_backward, "mbarrier.wait(bar_ds_free.index(step % LATER), (step // LATER & 1) ^ 1)", "pass"),
     (hopper_backward, run_backward, "// BLOCK_M, end)\n    if n_keys", "// BLOCK_M + 1, end)\n    if n_keys"),
     (hopper_dkv, run_dkv, "mbarrier.wait(bar_free.index(i), (step // STAGES & 1) ^ 1)", "pass"),
+    (hopper_dq, run_dq, "mbarrier.wait(bar_v_free, (step & 1) ^ 1)", "pass"),
     (hopper_decode, run_decode, "position = gl.maximum(2 * i - 1, 0)", "position = 2 * i"),
 ]
 
