@@ -36,7 +36,7 @@ def collect(files: Sequence[str], marks: str) -> list[str]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 5):  # 5: none selected
         raise SystemExit(f"pytest could not collect the tests\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return [line for line in done.stdout.splitlines() if "::" in line and not line.startswith(" ")]
+    return [line for line in done.stdout.splitlines() if line.split("::")[0] in files]
 
 
 def seconds_of(results: Path) -> dict[str, float]:

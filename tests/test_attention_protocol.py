@@ -138,7 +138,7 @@ def run_dkv(lens_q, lens_k, kernels=hopper_dkv, hkv=2, heads=2, causal=True, pro
     unused = model.launch(
         *(kernels.attention_dkv_hopper_kernel, programs * hkv, d_q, d_q, d_k, d_k, numbers, numbers, dk, dv),
         *(*pointers(starts(lens_q), starts(lens_k), lists(lens_k, 64)), 1.0, tokens, len(lens_q), processors),
-        *(hkv, heads, d, d // 2, causal, equal),
+        *(hkv, heads, d, causal, equal),
         **options,
     )
     assert once(dk, dv)

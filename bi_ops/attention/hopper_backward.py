@@ -33,7 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from bi_ops._common.turns import end_turn, wait_turn
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import rows
-from bi_ops.attention.hopper_lists import by_length, find_sequence
+from bi_ops.attention.hopper_lists import by_length, pairs_of_program
 from bi_ops.attention.hopper_parts import LOG2E, clear_rows
 from bi_ops.attention.kernels import find_tile
 
@@ -393,18 +393,9 @@ def attention_backward_kernel(
     # Whoever is waited for has a lower program id, so it runs or is done: no deadlock on any number of SMs.
     # `together` pairs of a sequence and a key head at a time: a tile of dQ is in L2 while its turns are near. From pair
     # `last` on all are side by side: then what is begun at the end is short, and the SMs are done at the same time.
-    if EQUAL:
-        i_b = n_seqs * 0
-        n_pairs = n_seqs * HKV
-        n_of_pair = gl.num_programs(0) // n_pairs
-        j = gl.program_id(0)
-    else:
-        i_b, first_of_pair = find_sequence(p_lists, gl.program_id(0) // HKV, n_seqs)
-        n_of_pair = (gl.load(p_cu_k + i_b + 1) - gl.load(p_cu_k + i_b) + BLOCK_N - 1) // BLOCK_N
-        n_of_pair = gl.maximum(n_of_pair, 1)
-        n_pairs = n_seqs * 0 + HKV
+    i_b, n_pairs, n_of_pair, j = pairs_of_program(p_cu_k, p_lists, n_seqs, HKV, BLOCK_N, EQUAL)
+    if not EQUAL:
         last = (HKV - 1) // together * together  # what comes after a last pair's tiles is a tile that does not exist
-        j = gl.program_id(0) - first_of_pair * HKV
     i = gl.minimum(j // (n_of_pair * together) * together, last)
     width = gl.where(i < last, gl.minimum(together, n_pairs - i), n_pairs - last)
     j -= i * n_of_pair

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.attention.hopper import copyable, rows
-from bi_ops.attention.hopper_lists import by_length, find_sequence
+from bi_ops.attention.hopper_lists import by_length, pairs_of_program
 from bi_ops.attention.hopper_parts import LOG2E, clear_rows
 
 TEAMS = gl.constexpr(2)
@@ -93,14 +93,11 @@ def _begin(step, tiles, bars, n_valid, b_k, zeros, TEAM: gl.constexpr):
         gl.thread_barrier()
     q_t = q.slice(TEAM * HALF, HALF).permute((1, 0))
     g_t = g.slice(TEAM * HALF, HALF).permute((1, 0))
-    if b_k is None:
-        b_s = warpgroup_mma(s_k.index(_zero(step)), q_t, zeros, use_acc=False, is_async=True)
-    else:
-        FIRST: gl.constexpr = b_k.shape[1]
-        REST: gl.constexpr = q_t.shape[0] - FIRST
-        k = s_k.index(_zero(step)).slice(FIRST, REST, 1)
-        b_s = warpgroup_mma(b_k, q_t.slice(0, FIRST), zeros, use_acc=False, is_async=True)
-        b_s = warpgroup_mma(k, q_t.slice(FIRST, REST), b_s, is_async=True)
+    FIRST: gl.constexpr = b_k.shape[1]
+    REST: gl.constexpr = q_t.shape[0] - FIRST
+    k = s_k.index(_zero(step)).slice(FIRST, REST, 1)
+    b_s = warpgroup_mma(b_k, q_t.slice(0, FIRST), zeros, use_acc=False, is_async=True)
+    b_s = warpgroup_mma(k, q_t.slice(FIRST, REST), b_s, is_async=True)
     mbarrier.wait(bar_g.index(step % STAGES), step // STAGES & 1)
     b_dp = warpgroup_mma(s_v.index(_zero(step)), g_t, zeros, use_acc=False, is_async=True)
     return b_s, b_dp
@@ -144,7 +141,6 @@ def _products(
     HKV: gl.constexpr,
     HEADS: gl.constexpr,
     D: gl.constexpr,
-    KEEP: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):
     p_dk, p_dv = memory
@@ -163,9 +159,8 @@ def _products(
     first_row = (shift_q + gl.arange(0, BLOCK_N, gl.SliceLayout(1, l_s))) * HEADS
     o_r = TEAM * HALF + gl.arange(0, HALF, gl.SliceLayout(0, l_s))
     mbarrier.wait(bar_kv, 0, pred=n_steps > 0)
-    b_k = None
-    if KEEP > 0:
-        b_k = s_k.index(0).slice(0, KEEP, 1).load(gl.DotOperandLayout(0, l_s, 2))
+    # Half of K stays in registers: shared memory is read less.
+    b_k = s_k.index(0).slice(0, D // 2, 1).load(gl.DotOperandLayout(0, l_s, 2))
     for step in range(0, n_steps):
         row = (first + step) * BLOCK_R
         b_s, b_dp = _begin(step, tiles, bars, n_rows - row, b_k, zeros, TEAM)
@@ -211,23 +206,12 @@ def attention_dkv_hopper_kernel(
     HKV: gl.constexpr,
     HEADS: gl.constexpr,  # divides BLOCK_R
     D: gl.constexpr,
-    KEEP: gl.constexpr,  # columns of K that both teams keep in registers, 0 or D / 2: shared memory is read less
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,  # every sequence has as many keys
 ):
     # Pairs of a sequence and a key head run side by side, as many as fill the multiprocessors, and of each the tiles
     # from the first: that has most rows, and what runs at one time reads rows that are in L2 together.
-    if EQUAL:
-        i_b = n_seqs * 0
-        n_pairs = n_seqs * HKV
-        n_of_pair = gl.num_programs(0) // n_pairs
-        j = gl.program_id(0)
-    else:
-        i_b, first_tile = find_sequence(p_lists, gl.program_id(0) // HKV, n_seqs)
-        n_of_pair = (gl.load(p_cu_k + i_b + 1) - gl.load(p_cu_k + i_b) + BLOCK_N - 1) // BLOCK_N
-        n_of_pair = gl.maximum(n_of_pair, 1)
-        n_pairs = n_seqs * 0 + HKV
-        j = gl.program_id(0) - first_tile * HKV
+    i_b, n_pairs, n_of_pair, j = pairs_of_program(p_cu_k, p_lists, n_seqs, HKV, BLOCK_N, EQUAL)
     together = gl.maximum(n_processors // n_of_pair, 1)
     i = gl.minimum(j // (n_of_pair * together) * together, n_pairs - 1)
     width = gl.minimum(together, n_pairs - i)
@@ -283,8 +267,8 @@ def attention_dkv_hopper_kernel(
     place = (q_start, n_rows, k_start + i_n * BLOCK_N, n_keys, i_h, first, n_steps)
     gl.warp_specialize(
         [
-            (_products, (memory, tiles, bars, place, scale, seen, 0, HKV, HEADS, D, KEEP, CAUSAL)),
-            (_products, (memory, tiles, bars, place, scale, seen, 1, HKV, HEADS, D, KEEP, CAUSAL)),
+            (_products, (memory, tiles, bars, place, scale, seen, 0, HKV, HEADS, D, CAUSAL)),
+            (_products, (memory, tiles, bars, place, scale, seen, 1, HKV, HEADS, D, CAUSAL)),
             (_load, (descriptors, numbers, tiles, bars, place, HEADS, D)),
         ],
         [4, 1],
@@ -313,15 +297,13 @@ def launch(
     max_k: int,
     causal: bool,
     scale: float,
-    keep: bool = True,
 ) -> None:
     """Write dk and dv as `attention_dkv_kernel` does, bit for bit.
 
     Args:
         g: [T, Hq, D], contiguous, bf16 or fp16, D 256, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D], Tk > 0,
             Hq / Hkv a power of two up to 64. shift, delta: of `launch_delta`. dk, dv: [Tk, Hkv, D], contiguous.
-            cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one. keep: half of K in
-            registers; any gives the same bits.
+            cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
     """
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
     n_seqs, block_n = cu_q.shape[0] - 1, BLOCK_N.value
@@ -335,7 +317,6 @@ def launch(
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
-        KEEP=head_dim // 2 if keep else 0,
         CAUSAL=causal,
         EQUAL=equal,
         num_warps=4,

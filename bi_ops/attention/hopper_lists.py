@@ -141,3 +141,22 @@ def take(p_count):
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def pairs_of_program(p_cu, p_lists, n_seqs, HKV: gl.constexpr, BLOCK: gl.constexpr, EQUAL: gl.constexpr):
+    """The pairs of a sequence and a key head among which a program's tile is: those of one sequence, or all if EQUAL.
+
+    (first sequence, how many pairs, tiles of each, the program's number among theirs)
+    """
+    if EQUAL:
+        i_b = n_seqs * 0
+        n_pairs = n_seqs * HKV
+        n_tiles = gl.num_programs(0) // n_pairs
+        j = gl.program_id(0)
+    else:
+        i_b, first = find_sequence(p_lists, gl.program_id(0) // HKV, n_seqs)
+        n_pairs = n_seqs * 0 + HKV
+        n_tiles = gl.maximum((gl.load(p_cu + i_b + 1) - gl.load(p_cu + i_b) + BLOCK - 1) // BLOCK, 1)
+        j = gl.program_id(0) - first * HKV
+    return i_b, n_pairs, n_tiles, j

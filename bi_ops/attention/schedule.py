@@ -139,8 +139,8 @@ def one_pass_order(head_dim: int, dtype: torch.dtype) -> OnePassOrder:
 class OnePassSchedule:
     """How `hopper_backward` lays out its work; any gives the same bits.
 
-    stages: steps of Q and dO in shared memory. together: pairs of a sequence and a key head that run side by side,
-    where all sequences are as long. Few wait longer for one another's turns, many lose their dQ from L2 in between.
+    stages: steps of Q and dO in shared memory. together: pairs of a sequence and a key head that run side by side, of
+    one sequence unless all are as long. Few wait longer for one another's turns, many lose their dQ from L2 in between.
     last: the last pairs, those whose fp32 dQ fits into so many bytes, are all side by side, so that multiprocessors
     end together.
     """
@@ -186,7 +186,7 @@ class TileSchedule:
 def tiles(head_dim: int, max_q: int) -> TileSchedule | None:
     """The schedule of `hopper_forward`, None where `forward`'s does better. max_q: queries of the longest sequence.
 
-    Measured on an H100 (bench/results/h100/attention_exploration.csv), causal: at head_dim 128 480 / 593 TFLOP/s at
+    Measured on an H100 (bench/results/h100/attention_exploration.csv), causal: at head_dim 128 481 / 580 TFLOP/s at
     2k / 8k, where the Triton kernel has 370 / 473; at 256 543 / 653 and 436 / 516. At head_dim 64, where products take
     no longer than exponentials, 367 / 428 with three teams and S handed over ahead, 338 / 435 without, and then below
     2k less than the Triton kernel, which has 349 / 377.
@@ -212,7 +212,7 @@ class RingSchedule:
 def ring(max_rows: int, n_pairs: int, head_dim: int, processors: int) -> RingSchedule | None:
     """The schedule of `hopper_decode`, None where `forward`'s does better. Arguments as `forward` takes them.
 
-    Measured on an H100 (bench/results/h100/attention_exploration.csv), 8k keys, 4 key heads, head_dim 128: 16 sequences
+    Measured on an H100 (bench/results/h100/decode_exploration.csv), 8k keys, 4 key heads, head_dim 128: 16 sequences
     read 2.74 TB/s, of which the Triton kernel reads 1.03, and 128 read 3.00 and 2.49. With a few more programs than
     multiprocessors the second round is nearly empty: 40 sequences read 2.79 with two programs to a multiprocessor, 2.61
     with one. At head_dim 256 16 read 2.83 and 1.46; at 64 128 read 2.94 by programs of one warp, many to a
