@@ -195,3 +195,8 @@ def test_an_order_by_row_count_is_caught():
     """Negative control."""
     assert orders("def order(m: int, k: int) -> Order: ...") == {"order": {"m", "k"}}
     assert "m" not in ORDER_MAY_TAKE
+
+
+def test_operators_run_on_the_gpu_of_their_tensors():
+    """torch's own decorator leaves that to the caller."""
+    assert [f for f in FILES if "library.custom_op(" in (ROOT / f).read_text()] == ["bi_ops/_common/operators.py"]

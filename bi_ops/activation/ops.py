@@ -6,6 +6,7 @@ import torch
 import triton
 
 from bi_ops._common import checks
+from bi_ops._common.operators import custom_op
 from bi_ops.activation import schedule as sched
 from bi_ops.activation.kernels import silu_and_mul_backward_kernel, silu_and_mul_kernel
 
@@ -36,7 +37,7 @@ def _launch(kernel, x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None =
 # custom operators
 
 
-@torch.library.custom_op("bi_ops::silu_and_mul", mutates_args=())
+@custom_op("bi_ops::silu_and_mul")
 def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return _launch(silu_and_mul_kernel, x, x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
 
@@ -46,7 +47,7 @@ def _(x):
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.custom_op("bi_ops::silu_and_mul_backward", mutates_args=())
+@custom_op("bi_ops::silu_and_mul_backward")
 def _silu_and_mul_grad(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return _launch(silu_and_mul_backward_kernel, x, x.new_empty(x.shape), g)
 

@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 
 from bi_ops._common import checks, runtime
+from bi_ops._common.operators import custom_op
 from bi_ops._common.providers import Availability, Provider, ProviderTable, vllm_availability
 from bi_ops.attention import flash_attn, hopper
 from bi_ops.attention import schedule as sched
@@ -93,7 +94,7 @@ def _provider(op: str, dtype: torch.dtype, head_dim: int, features: Sequence[str
 # custom operators
 
 
-@torch.library.custom_op("bi_ops::flash_attention", mutates_args=())
+@custom_op("bi_ops::flash_attention")
 def _flash(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -134,7 +135,7 @@ def _(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, provider, *features):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("bi_ops::flash_attention_backward", mutates_args=())
+@custom_op("bi_ops::flash_attention_backward")
 def _flash_grad(
     g: torch.Tensor,
     q: torch.Tensor,
@@ -234,7 +235,7 @@ def _flash_backward(ctx, g, g_lse):
 _flash.register_autograd(_flash_backward, setup_context=_flash_setup)
 
 
-@torch.library.custom_op("bi_ops::paged_attention", mutates_args=())
+@custom_op("bi_ops::paged_attention")
 def _paged(
     q: torch.Tensor,
     k_cache: torch.Tensor,

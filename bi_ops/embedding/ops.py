@@ -6,6 +6,7 @@ import torch
 import triton
 
 from bi_ops._common import checks
+from bi_ops._common.operators import custom_op
 from bi_ops.embedding import schedule as sched
 from bi_ops.embedding.kernels import embedding_backward_kernel, embedding_kernel
 
@@ -88,7 +89,7 @@ def _sum_rows(dw: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx:
 # custom operators
 
 
-@torch.library.custom_op("bi_ops::embedding", mutates_args=())
+@custom_op("bi_ops::embedding")
 def _embedding(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, padding_idx: int) -> torch.Tensor:
     return _lookup(ids, weight, dtype)
 
@@ -98,7 +99,7 @@ def _(ids, weight, dtype, padding_idx):
     return weight.new_empty((*ids.shape, weight.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("bi_ops::embedding_backward", mutates_args=())
+@custom_op("bi_ops::embedding_backward")
 def _embedding_grad(
     g: torch.Tensor, ids: torch.Tensor, num_embeddings: int, padding_idx: int, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -112,7 +113,7 @@ def _(g, ids, num_embeddings, padding_idx, dtype):
     return g.new_empty((num_embeddings, g.shape[-1]), dtype=dtype)
 
 
-@torch.library.custom_op("bi_ops::accumulate_embedding_grad", mutates_args={"main_grad"})
+@custom_op("bi_ops::accumulate_embedding_grad", mutates_args={"main_grad"})
 def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int) -> None:
     _sum_rows(main_grad, g, ids, padding_idx, accumulate=True)
 

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from bi_ops._common import checks, runtime
+from bi_ops._common.operators import custom_op
 from bi_ops._common.rows import aligned_rows
 from bi_ops.logprob import schedule as sched
 from bi_ops.logprob.kernels import (
@@ -19,7 +20,7 @@ from bi_ops.logprob.kernels import (
 # custom operators
 
 
-@torch.library.custom_op("bi_ops::softmax", mutates_args=())
+@custom_op("bi_ops::softmax")
 def _softmax(x: torch.Tensor, log: bool, dtype: torch.dtype) -> torch.Tensor:
     y = x.new_empty(x.shape, dtype=dtype)
     if x.numel() == 0:
@@ -38,7 +39,7 @@ def _(x, log, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("bi_ops::softmax_backward", mutates_args=())
+@custom_op("bi_ops::softmax_backward")
 def _softmax_grad(g: torch.Tensor, y: torch.Tensor, log: bool, dtype: torch.dtype) -> torch.Tensor:
     dx = y.new_empty(y.shape, dtype=dtype)
     if y.numel() == 0:
@@ -80,7 +81,7 @@ def _softmax_backward(ctx, g):
 _softmax.register_autograd(_softmax_backward, setup_context=_softmax_setup)
 
 
-@torch.library.custom_op("bi_ops::token_logprobs", mutates_args=())
+@custom_op("bi_ops::token_logprobs")
 def _token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out, row_max, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
     if logits.shape[0] > 0:
@@ -106,7 +107,7 @@ def _(logits, ids):
     return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
 
 
-@torch.library.custom_op("bi_ops::token_logprobs_backward", mutates_args=())
+@custom_op("bi_ops::token_logprobs_backward")
 def _token_logprobs_grad(
     g: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, row_max: torch.Tensor, lse: torch.Tensor
 ) -> torch.Tensor:

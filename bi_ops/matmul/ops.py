@@ -8,6 +8,7 @@ import math
 import torch
 
 from bi_ops._common import checks, runtime
+from bi_ops._common.operators import custom_op
 from bi_ops._common.providers import Availability, Provider, ProviderTable, vllm_availability
 from bi_ops.matmul import certificate, cublaslt
 from bi_ops.matmul.launch import launch_accumulate, launch_cublaslt, launch_triton
@@ -81,7 +82,7 @@ def _grad_b(a: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 # custom operators
 
 
-@torch.library.custom_op("bi_ops::mm", mutates_args=())
+@custom_op("bi_ops::mm")
 def _mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, provider: str) -> torch.Tensor:
     if b.dtype != a.dtype:
         b = b.to(a.dtype)  # an fp32 master weight under a bf16 forward
@@ -97,7 +98,7 @@ def _(a, b, bias, provider):
     return a.new_empty((a.shape[0], b.shape[1]))
 
 
-@torch.library.custom_op("bi_ops::mm_backward", mutates_args=())
+@custom_op("bi_ops::mm_backward")
 def _mm_grad(
     g: torch.Tensor, a: torch.Tensor, b: torch.Tensor, need_a: bool, need_b: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +132,7 @@ def _mm_backward(ctx, g):
 _mm.register_autograd(_mm_backward, setup_context=_mm_setup)
 
 
-@torch.library.custom_op("bi_ops::bmm", mutates_args=())
+@custom_op("bi_ops::bmm")
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
     launch_triton(a, b, None, out)
@@ -156,7 +157,7 @@ def _bmm_backward(ctx, g):
 _bmm.register_autograd(_bmm_backward, setup_context=_bmm_setup)
 
 
-@torch.library.custom_op("bi_ops::accumulate_weight_grad", mutates_args={"main_grad"})
+@custom_op("bi_ops::accumulate_weight_grad", mutates_args={"main_grad"})
 def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> None:
     launch_accumulate(g.t(), x, main_grad)
 

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from bi_ops._common import checks
+from bi_ops._common.operators import custom_op
 from bi_ops._common.rows import aligned_rows
 from bi_ops.norm import schedule as sched
 from bi_ops.norm.kernels import add_chunks_kernel, rms_norm_dweight_kernel, rms_norm_dx_kernel, rms_norm_kernel
@@ -113,7 +114,7 @@ def _sum_over_rows(out: torch.Tensor, g: torch.Tensor, x: torch.Tensor, inv: tor
 # custom operators
 
 
-@torch.library.custom_op("bi_ops::rms_norm", mutates_args=())
+@custom_op("bi_ops::rms_norm")
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     y, _, inv = _forward(x, None, weight, eps)
     return y, inv
@@ -124,7 +125,7 @@ def _(x, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
 
 
-@torch.library.custom_op("bi_ops::add_rms_norm", mutates_args=())
+@custom_op("bi_ops::add_rms_norm")
 def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -136,7 +137,7 @@ def _(x, residual, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
 
 
-@torch.library.custom_op("bi_ops::rms_norm_dx", mutates_args=())
+@custom_op("bi_ops::rms_norm_dx")
 def _rms_norm_dx(
     g: torch.Tensor, g_sum: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor | None, inv: torch.Tensor
 ) -> torch.Tensor:
@@ -148,7 +149,7 @@ def _(g, g_sum, x, weight, inv):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("bi_ops::rms_norm_dweight", mutates_args=())
+@custom_op("bi_ops::rms_norm_dweight")
 def _rms_norm_dweight(g: torch.Tensor, x: torch.Tensor, inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     dw = x.new_zeros(x.shape[-1], dtype=dtype)
     _sum_over_rows(dw, g, x, inv, accumulate=False)
@@ -160,7 +161,7 @@ def _(g, x, inv, dtype):
     return x.new_empty(x.shape[-1], dtype=dtype)
 
 
-@torch.library.custom_op("bi_ops::accumulate_norm_grad", mutates_args={"main_grad"})
+@custom_op("bi_ops::accumulate_norm_grad", mutates_args={"main_grad"})
 def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor, inv: torch.Tensor) -> None:
     _sum_over_rows(main_grad, g, x, inv, accumulate=True)
 

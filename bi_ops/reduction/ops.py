@@ -9,6 +9,7 @@ import torch
 import triton
 
 from bi_ops._common import checks
+from bi_ops._common.operators import custom_op
 from bi_ops.reduction import schedule as sched
 from bi_ops.reduction.kernels import sum_kernel
 
@@ -40,7 +41,7 @@ def _launch(x: torch.Tensor, out: torch.Tensor, order: sched.Order) -> None:
 # custom operator
 
 
-@torch.library.custom_op("bi_ops::sum", mutates_args=())
+@custom_op("bi_ops::sum")
 def _sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x[M, N, K] summed over N in fp32, rounded once to `dtype`: [M, K]."""
     m, n, k = x.shape

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from bi_ops._common import checks
+from bi_ops._common.operators import custom_op
 from bi_ops.rope import schedule as sched
 from bi_ops.rope.kernels import rope_kernel
 
@@ -52,7 +53,7 @@ def _rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inv
 # custom operator
 
 
-@torch.library.custom_op("bi_ops::rope", mutates_args=())
+@custom_op("bi_ops::rope")
 def _rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inverse: bool) -> torch.Tensor:
     return _rotate(x, positions, cos_sin, inverse)
 
