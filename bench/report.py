@@ -152,6 +152,8 @@ def tests(results: Path) -> str:
     rows = [(record["passed"], record["failed"], record["skipped"])]
     failed = [f"`{t['file']}::{t['test']}`" for t in record["tests"] if t["outcome"] == "failed"]
     what = f"Failed: {', '.join(failed)}. " if failed else ""
+    if not_run := record.get("not_run"):
+        what += f"Not run: {not_run}. "
     return table(("passed", "failed", "skipped"), rows) + "\n" + what + provenance([record], "h100/tests.json")
 
 
