@@ -92,7 +92,7 @@ def backward_dq(max_rows: int, n_pairs: int, head_dim: int, dtype: torch.dtype) 
     if dtype == torch.float32:
         return Schedule(16 if head_dim > 128 else 32, 1, 8, 1)
     # Measured on an H100, 8k causal, counted TFLOP/s of this pass: 577 at head_dim 64 (378 with 8 warps and 2 stages),
-    # 583 at 128 (525 with 2 stages), 480 at 256, where more stages do not fit.
+    # 583 at 128 (525 with 2 stages), 482 at 256, where more stages do not fit (`hopper_dq`, which serves there, 705).
     if head_dim > 128:
         return Schedule(128, 1, 8, 1)
     return Schedule(128, 1, 8 if head_dim > 64 else 4, 3)
