@@ -112,8 +112,9 @@ def test_both_passes_are_called_with_the_same_deterministic_arguments(
     if provider == OWN_BACKWARD:
         assert calls["backward"] == []
         oracle = torch.autograd.grad(plain.sum(), (q, k, v))
-        for ours, theirs in zip(grads, oracle, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
+        for ours, exact in zip((g.double() for g in grads), (g.double() for g in oracle), strict=True):
+            # In norm: an element that cancels is left with bf16's rounding of out and dS. One key alone: dq = dk = 0.
+            assert (ours - exact).norm() <= 2e-2 * exact.norm() + 1e-3
         return
     assert [t.unique().tolist() for t in grads] == [[1], [2], [3]]
     (back,) = calls["backward"]

@@ -1,0 +1,83 @@
+"""A module tree that stands in for vLLM, as far as the plugin and the engine read it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.machinery
+import importlib.metadata
+import sys
+import types
+
+import torch
+
+from bi_ops import vllm_plugin
+from bi_ops._common import providers
+
+ORIGIN = "vllm.model_executor.layers.batch_invariant"
+LAYERNORM = "vllm.model_executor.layers.layernorm"
+SELECTOR = "vllm.v1.attention.selector"
+REGISTRY = "vllm.v1.attention.backends.registry"
+VERSION = "vllm.v1.attention.backends.fa_utils"
+
+
+def stock_rms_norm(input, weight, eps=1e-6, residual=None):
+    """vLLM's function as far as callers see it: with a residual it writes both inputs in place."""
+    if residual is not None:
+        residual.add_(input)
+        input.copy_(stock_rms_norm(residual, weight, eps))
+        return input, residual
+    wide = input.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(input.dtype)
+
+
+@functools.cache
+def stock_choice(backend, attn_selector_config, num_heads=None):
+    """vLLM's choice of an attention backend, cached as there."""
+    return types.SimpleNamespace(get_name=lambda: backend)
+
+
+class Slots(dict):
+    """vLLM's enumeration of backends: the paths that are registered."""
+
+    def __getitem__(self, name):
+        return types.SimpleNamespace(
+            is_overridden=lambda: name in self,
+            get_path=lambda: self.get(name),
+            clear_override=lambda: self.pop(name, None),
+            put=lambda path: self.update({name: path}),
+        )
+
+
+@contextlib.contextmanager
+def installed(monkeypatch):
+    """Yields the modules of a fake vLLM 0.26.0 in batch-invariant mode; the real one, if installed, is put aside."""
+    for name in [n for n in sys.modules if n == "vllm" or n.startswith("vllm.")]:
+        monkeypatch.delitem(sys.modules, name)
+    modules = {}
+    packages = ("vllm", "vllm.envs", "vllm.model_executor", "vllm.model_executor.layers", "vllm.v1")
+    packages += ("vllm.v1.attention", "vllm.v1.attention.backends")
+    for name in (*packages, ORIGIN, LAYERNORM, SELECTOR, REGISTRY, VERSION):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.__path__ = []
+        modules[name] = module
+        monkeypatch.setitem(sys.modules, name, module)
+        if "." in name:
+            parent, child = name.rsplit(".", 1)
+            setattr(modules[parent], child, module)
+    modules["vllm.envs"].VLLM_BATCH_INVARIANT = True
+    modules["vllm.envs"].VLLM_ENABLE_V1_MULTIPROCESSING = False
+    modules[ORIGIN].rms_norm_batch_invariant = modules[LAYERNORM].rms_norm_batch_invariant = stock_rms_norm
+    modules[SELECTOR]._cached_get_attn_backend = stock_choice
+    modules[VERSION].get_flash_attn_version = lambda head_size: 3
+    modules[REGISTRY].AttentionBackendEnum = Slots()
+    modules[REGISTRY].register_backend = lambda slot, path: slot.put(path)
+    real_version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.26.0" if n == "vllm" else real_version(n))
+    providers.vllm_availability.cache_clear()
+    try:
+        yield modules
+    finally:
+        vllm_plugin.unregister()
+        providers.vllm_availability.cache_clear()

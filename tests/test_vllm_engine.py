@@ -1,0 +1,298 @@
+"""VllmEngine: what it checks and copies without vLLM or a GPU, and its bits on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+
+import pytest
+import torch
+from fake_vllm import installed
+
+from bi_ops import attention
+from bi_ops._common import runtime
+from bi_ops.rollout import vllm_engine
+from bi_ops.rollout.base import SamplingParams, attention_of
+from bi_ops.vllm_plugin import backend
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    with installed(monkeypatch) as modules:
+        yield modules
+
+
+# --------------------------------------------------------------------------------------------------------------
+# as far as it needs neither vLLM nor a GPU
+
+
+@pytest.mark.parametrize(
+    ("attention", "head_dim", "plugin", "message"),
+    [
+        ("vllm", 64, True, r"head_dim 64, .*attention='triton'"),
+        ("vllm", 96, True, r"head_dim 96, .*--attention triton"),
+        ("triton", 20, True, "head_dim 20 is not built; it must be a multiple of 8"),
+        ("triton", 128, False, "a part of the plugin"),
+        ("flash", 128, True, "attention is 'flash'; it must be vllm or triton"),
+    ],
+)
+def test_attention_that_cannot_keep_the_contract_is_refused(attention, head_dim, plugin, message):
+    with pytest.raises(ValueError, match=f"VllmEngine: .*{message}"):
+        vllm_engine.check_attention(attention, head_dim, plugin)
+
+
+def test_attention_that_can_is_not():
+    for case in (("vllm", 128, True), ("vllm", 256, True), ("triton", 64, True), ("triton", 128, True)):
+        vllm_engine.check_attention(*case)
+    vllm_engine.check_attention("vllm", 64, False)  # the negative control
+
+
+@pytest.mark.parametrize(("name", "value"), [("VLLM_BATCH_INVARIANT", "0"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "1")])
+def test_a_contradicting_environment_is_refused(monkeypatch, name, value):
+    for n, v in vllm_engine._ENVIRONMENT.items():
+        monkeypatch.setenv(n, v)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=f"{name}={value} is set"):
+        vllm_engine._prepare_environment()
+
+
+def test_a_vllm_that_runs_in_another_mode_is_refused(vllm, monkeypatch):
+    for n, v in vllm_engine._ENVIRONMENT.items():
+        monkeypatch.setenv(n, v)
+    vllm_engine._prepare_environment()
+    vllm["vllm.envs"].VLLM_BATCH_INVARIANT = False
+    with pytest.raises(RuntimeError, match="another mode; start a new process"):
+        vllm_engine._prepare_environment()
+
+
+def tiny_module(rows: int) -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.model = torch.nn.Module()
+    module.model.embed_tokens = torch.nn.Embedding(rows, 4, dtype=torch.bfloat16)
+    module.model.norm = torch.nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+    return module
+
+
+def test_weights_are_rounded_and_copied_in_place_and_the_vocabulary_may_be_padded():
+    target = tiny_module(8)
+    source = {"model.embed_tokens.weight": torch.randn(6, 4), "model.norm.weight": torch.randn(4, 4)}
+    address, padding = target.model.norm.weight.data_ptr(), target.model.embed_tokens.weight[6:].clone()
+    vllm_engine.copy_weights(source, target)
+    assert torch.equal(target.model.norm.weight, source["model.norm.weight"].bfloat16())
+    assert torch.equal(target.model.embed_tokens.weight[:6], source["model.embed_tokens.weight"].bfloat16())
+    assert torch.equal(target.model.embed_tokens.weight[6:], padding)
+    assert target.model.norm.weight.data_ptr() == address
+
+
+def test_every_weight_that_does_not_fit_is_listed_and_nothing_is_copied():
+    target = tiny_module(8)
+    before = target.model.embed_tokens.weight.clone()
+    source = {"model.embed_tokens.weight": torch.randn(9, 4), "model.extra.weight": torch.randn(1)}
+    with pytest.raises(ValueError, match="does not fit") as error:
+        vllm_engine.copy_weights(source, target)
+    for part in ("embed_tokens.weight is [9, 4]", "model.extra.weight is unknown", "model.norm.weight is missing"):
+        assert part in str(error.value)
+    assert torch.equal(target.model.embed_tokens.weight, before)
+
+
+def output(tokens, logprobs, finish_reason="length", ids=None):
+    flat = types.SimpleNamespace(token_ids=list(tokens if ids is None else ids), logprobs=logprobs)
+    return types.SimpleNamespace(token_ids=tokens, logprobs=flat, finish_reason=finish_reason)
+
+
+def test_logprobs_survive_the_way_through_python_floats():
+    exact = torch.randn(50)
+    got = vllm_engine._completion(0, [1], output(range(50), [float(x) for x in exact]))
+    assert torch.equal(got.logprobs, exact)
+    assert got.logprobs.dtype == torch.float32
+
+
+def test_an_answer_without_its_logprobs_is_refused():
+    with pytest.raises(RuntimeError, match="no log-probability"):
+        vllm_engine._completion(3, [1], output([4, 5], [-0.5], ids=[4]))
+    with pytest.raises(RuntimeError, match="request 3 ended with 'abort'"):
+        vllm_engine._completion(3, [1], output([4], [-0.5], "abort"))
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")
+def test_without_a_gpu_the_error_names_the_other_engine(tmp_path):
+    pytest.importorskip("bi_ops.models.qwen3", reason="the model family is needed")
+    with pytest.raises(RuntimeError, match="EmbeddedEngine"):
+        vllm_engine.VllmEngine(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# vLLM itself, on a GPU
+
+PROMPTS = [[5, 6, 7], [9] * 300, list(range(1, 130)), [3]]
+PARAMS = [SamplingParams(24, temperature=t, seed=s) for s, t in enumerate((1.0, 0.0, 0.7, 1.0))]
+
+
+def tiny_checkpoint(folder, seed, head_dim):
+    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=1000,  # not a multiple of 64, to which vLLM pads
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        max_position_embeddings=1024,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.init_weights(seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The folders of two tiny random checkpoints with head_dim 128."""
+    return [tiny_checkpoint(tmp_path_factory.mktemp(f"seed{seed}"), seed, 128) for seed in (0, 1)]
+
+
+def same(a, b) -> bool:
+    return all(x.tokens == y.tokens and torch.equal(x.logprobs, y.logprobs) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.engine
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_engine_on_a_gpu(checkpoints, cuda_graphs):
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.verify.recompose import rescore
+
+    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512}
+    engine = vllm_engine.VllmEngine(checkpoints[0], **options)
+    try:
+        first = engine.generate(PROMPTS, PARAMS)
+        assert [c.prompt for c in first] == [tuple(p) for p in PROMPTS]
+        assert all(len(c.tokens) == 24 and c.finish_reason == "length" for c in first)
+        assert same(first, engine.generate(PROMPTS, PARAMS))
+        alone = [engine.generate([p], s)[0] for p, s in zip(PROMPTS, PARAMS, strict=True)]
+        assert same(first, alone)
+        stop = first[0].tokens[3]
+        stopped = engine.generate(PROMPTS[:1], SamplingParams(24, seed=0, stop_token_ids=(stop,)))[0]
+        assert stopped.finish_reason == "stop"
+        assert stopped.tokens == first[0].tokens[: first[0].tokens.index(stop) + 1]
+        for bad in (SamplingParams(2, seed=-1), SamplingParams(2, temperature=1e-3), SamplingParams(600)):
+            with pytest.raises(ValueError, match="generate: "):
+                engine.generate(PROMPTS[:1], bad)
+
+        model = Qwen3ForCausalLM.from_pretrained(checkpoints[1])
+        engine.update_weights(model)
+        updated = engine.generate(PROMPTS, PARAMS)
+        assert not same(first, updated)
+        reports = rescore(model, updated)
+        assert all(r.identical for r in reports.values()), reports
+        assert engine.describe()["plugin"] is True
+    finally:
+        engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate(PROMPTS, PARAMS)
+
+    fresh = vllm_engine.VllmEngine(checkpoints[1], **options)
+    try:
+        assert same(updated, fresh.generate(PROMPTS, PARAMS))
+    finally:
+        fresh.close()
+
+
+def prefilled_otherwise(engine) -> int:
+    """How many greedily decoded tokens have other bits when everything before them is a prompt."""
+    decoded = engine.generate(PROMPTS, SamplingParams(24, temperature=0))
+    prompts = [(*c.prompt, *c.tokens[:i]) for c in decoded for i in range(24)]
+    prefilled = engine.generate(prompts, SamplingParams(1, temperature=0))
+    logprobs, tokens = torch.cat([c.logprobs for c in decoded]), [t for c in decoded for t in c.tokens]
+    return sum(
+        c.tokens != (token,) or not torch.equal(c.logprobs, logprob[None])
+        for c, token, logprob in zip(prefilled, tokens, logprobs, strict=True)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.engine
+@pytest.mark.parametrize(("head_dim", "cuda_graphs"), [(64, False), (64, True), (96, True), (128, True)])
+def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.verify.recompose import rescore
+
+    folder = tiny_checkpoint(tmp_path, 0, head_dim)
+    # Fewer places than prompts: prefill and decode share batches.
+    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512, "max_num_seqs": 3}
+    if head_dim != 128:
+        with pytest.raises(ValueError, match=f"head_dim {head_dim}, .*attention='triton'"):
+            vllm_engine.VllmEngine(folder, **options)
+    engine = vllm_engine.VllmEngine(folder, attention="triton", **options)
+    try:
+        assert engine.describe()["providers"]["attention"] == "bi_ops triton"
+        completions = engine.generate(PROMPTS, PARAMS)
+        assert same(completions, [engine.generate([p], s)[0] for p, s in zip(PROMPTS, PARAMS, strict=True)])
+        assert prefilled_otherwise(engine) == 0
+    finally:
+        engine.close()
+    with attention_of(engine):
+        reports = rescore(Qwen3ForCausalLM.from_pretrained(folder), completions)
+    assert all(r.identical for r in reports.values()), reports
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.engine
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_windows_soft_capping_and_sinks_in_vllm_on_a_gpu(tmp_path, cuda_graphs, device, monkeypatch):
+    """A checkpoint whose layers have a window; vLLM's Qwen3 gives them neither a cap nor sinks, so the test does."""
+    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+    from bi_ops.verify.recompose import rescore
+
+    folder = tiny_checkpoint(tmp_path, 0, 96)
+    config, model = Qwen3Config.from_pretrained(folder), Qwen3ForCausalLM.from_pretrained(folder)
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | window))
+    monkeypatch.setattr(Qwen3Config, "from_pretrained", lambda path: config)  # which refuses windows
+    sinks, softcap = torch.linspace(-1, 3, 4, device=device), 3.0
+    impl_cls = backend.PagedAttentionBackend.get_impl_cls()
+    stock = impl_cls.__init__
+
+    def build(self, *args, **kwargs):
+        stock(self, *args, sinks=sinks, **kwargs)
+        assert (self.sliding_window, self.logits_soft_cap) == ((63, 0), 0)
+        self.logits_soft_cap = softcap
+
+    monkeypatch.setattr(impl_cls, "__init__", build)
+    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512, "max_num_seqs": 3}
+    engine = vllm_engine.VllmEngine(folder, attention="triton", **options)
+    try:
+        completions = engine.generate(PROMPTS, PARAMS)
+        assert same(completions, [engine.generate([p], s)[0] for p, s in zip(PROMPTS, PARAMS, strict=True)])
+        assert prefilled_otherwise(engine) == 0
+    finally:
+        engine.close()
+    features = {"window_size": (63, 0), "softcap": softcap, "sinks": sinks}
+    with attention_of(engine):
+        for left_out in features:  # negative control
+            rest = {name: value for name, value in features.items() if name != left_out}
+            with monkeypatch.context() as m:
+                m.setattr(attention, "flash_attention", functools.partial(attention.flash_attention, **rest))
+                assert not rescore(model, completions, ["together"])["together"].identical, left_out
+        monkeypatch.setattr(attention, "flash_attention", functools.partial(attention.flash_attention, **features))
+        reports = rescore(model, completions)
+    assert all(r.identical for r in reports.values()), reports
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.engine
+def test_flash_attention_at_head_dim_64_is_caught(tmp_path):
+    """Negative control: what is refused, forced by leaving the plugin out."""
+    folder = tiny_checkpoint(tmp_path, 0, 64)
+    engine = vllm_engine.VllmEngine(folder, plugin=False, cuda_graphs=False, gpu_memory_utilization=0.2)
+    try:
+        assert prefilled_otherwise(engine) > 0
+    finally:
+        engine.close()
