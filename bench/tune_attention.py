@@ -42,8 +42,9 @@ from record import provenance, write_csv
 
 from bi_ops import attention
 from bi_ops._common import runtime
-from bi_ops.attention import hopper, ops
+from bi_ops.attention import ops
 from bi_ops.attention import schedule as sched
+from bi_ops.attention.hopper import support
 
 KERNELS = ("fwd", "dq", "dkv", "decode")
 #: The schedule function that each kernel asks.
@@ -67,7 +68,7 @@ class Variant:
         """Launches inside the block use this schedule and order, and the Triton kernels everywhere."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(attention.providers.forced("triton"))
-            stack.enter_context(mock.patch.object(hopper, "serves", return_value=False))
+            stack.enter_context(mock.patch.object(support, "serves", return_value=False))
             if self.order is not None:
                 stack.enter_context(mock.patch.object(sched, "order", return_value=self.order))
             if self.schedule is not None:

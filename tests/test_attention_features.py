@@ -10,8 +10,9 @@ from test_attention_paged import ints, last_rows, paged
 
 from bi_ops import attention
 from bi_ops._common import runtime
-from bi_ops.attention import hopper, launch, ops, reference
+from bi_ops.attention import launch, ops, reference
 from bi_ops.attention import schedule as sched
+from bi_ops.attention.hopper import support
 from bi_ops.verify import gradient_errors, rerun_variant
 from bi_ops.verify.properties import bits_equal
 
@@ -276,7 +277,7 @@ def test_reruns_have_the_same_bits(feature, device):
 def test_a_window_that_hides_nothing_has_the_bits_of_none(device):
     """Where plain gradients are computed in one pass, and those with a window in two, that holds for the outputs."""
     plain = outputs_and_gradients(device)()
-    count = 2 if hopper.serves_one_pass(HEAD_DIM, torch.bfloat16, device) else len(plain)
+    count = 2 if support.serves_one_pass(HEAD_DIM, torch.bfloat16, device) else len(plain)
     for left in (max(LENGTHS) - 1, 2**40):
         same = outputs_and_gradients(device, window_size=(left, 5))()
         assert all(bits_equal(a, b) for a, b in zip(plain[:count], same[:count], strict=True)), left

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bi_ops._common import runtime
-from bi_ops.attention import flash_attention, hopper, launch, paged_attention, providers, reference
+from bi_ops.attention import flash_attention, launch, paged_attention, providers, reference
 from bi_ops.attention import schedule as sched
+from bi_ops.attention.hopper import descriptors, support
 
 LENGTHS = [0, 1, 17, 127, 129, 128, 300, 0, 65, 1000]
 D = 128
@@ -55,7 +56,7 @@ def equal(ours, theirs):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("head_dim", "block_n"), [(64, 64), (64, 128), (128, 128), (128, 64), (256, 64)])
 def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal, monkeypatch):
-    from bi_ops.attention import hopper_forward
+    from bi_ops.attention.hopper.forward import launch as launch_hopper
 
     order, forward = sched.order, sched.forward
     used = sched.tiles(head_dim, 4096)
@@ -78,7 +79,7 @@ def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal, monkeypatc
             out = launch.launch_forward(q, k, v, lse, cu, cu, None, max(LENGTHS), launch.Scores(causal, scale), None)
         for s in schedules:
             got = torch.full_like(q, torch.nan), torch.full_like(lse, torch.nan)
-            hopper_forward.launch(q, k, v, *got, cu, cu, max(LENGTHS), causal, scale, block_n, s)
+            launch_hopper(q, k, v, *got, cu, cu, max(LENGTHS), causal, scale, block_n, s)
             assert equal(got, (out, lse))
 
 
@@ -87,7 +88,7 @@ def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_forward_ahead_equals_triton_bit_for_bit(dtype, causal):
     """Steps on both sides of a team's edge, teams without rows or keys, fewer or more keys than queries, reruns."""
-    from bi_ops.attention import hopper_forward
+    from bi_ops.attention.hopper.forward import launch as launch_hopper
 
     used = sched.tiles(64, 4096)
     assert used.ahead
@@ -103,7 +104,7 @@ def test_forward_ahead_equals_triton_bit_for_bit(dtype, causal):
             s = dataclasses.replace(used, teams=teams, stages=stages, stay=stay)
             for _ in range(100 if s == used else 10):
                 got = torch.full_like(q, torch.nan), torch.full_like(lse, torch.nan)
-                hopper_forward.launch(q, k, v, *got, cu_q, cu_k, max(lengths), causal, 0.125, 64, s)
+                launch_hopper(q, k, v, *got, cu_q, cu_k, max(lengths), causal, 0.125, 64, s)
                 assert equal(got, (out, lse))
 
 
@@ -162,7 +163,7 @@ def test_backward_reruns_and_schedules_give_one_result(lengths, head_dim, monkey
 def test_another_order_is_noticed(head_dim, monkeypatch):
     q, k, v, g, cu = inputs([1000], head_dim=head_dim)
     want = gradients(q, k, v, g, cu)
-    monkeypatch.setattr(hopper, "serves", lambda *_: False)  # two passes: dQ in tiles of 64 keys
+    monkeypatch.setattr(support, "serves", lambda *_: False)  # two passes: dQ in tiles of 64 keys
     out, *grads = gradients(q, k, v, g, cu)
     assert torch.equal(out, want[0])
     assert not equal(grads, want[1:])
@@ -180,7 +181,7 @@ def test_backward_is_as_accurate_as_two_passes(hq, hkv, causal, head_dim, monkey
     out = reference.flash_attention(*exact, cu, causal=causal)
     want = torch.autograd.grad(out if isinstance(out, torch.Tensor) else out[0], exact, g.double())
     ours = gradients(q, k, v, g, cu, causal)[1:]
-    monkeypatch.setattr(hopper, "serves", lambda *_: False)
+    monkeypatch.setattr(support, "serves", lambda *_: False)
     theirs = gradients(q, k, v, g, cu, causal)[1:]
     for a, b, w in zip(ours, theirs, want, strict=True):
         assert (a - w).norm() <= 1.1 * (b - w).norm()
@@ -211,8 +212,9 @@ def test_gradients_are_as_accurate_as_those_of_flash_attention_2(head_dim, causa
 
 
 def passes(q, k, v, g, cu_q, cu_k, causal):
-    """(dq, dk, dv) of `hopper_dq` and `hopper_dkv`, and of the Triton kernels."""
-    from bi_ops.attention import hopper_dkv, hopper_dq
+    """(dq, dk, dv) of `hopper.dq` and `hopper.dkv`, and of the Triton kernels."""
+    from bi_ops.attention.hopper.dkv import launch as launch_dkv
+    from bi_ops.attention.hopper.dq import launch as launch_dq
 
     scores = launch.Scores(causal, q.shape[2] ** -0.5)
     max_q, max_k = (int(cu.diff().max()) for cu in (cu_q, cu_k))
@@ -221,11 +223,11 @@ def passes(q, k, v, g, cu_q, cu_k, causal):
     delta, shift = launch.launch_delta(g, out, lse, None, q.shape[1] // k.shape[1])
     given = (g, q, k, v, shift, delta)
     dq, dk, dv = (torch.full(t.shape, torch.nan, dtype=t.dtype, device="cuda") for t in (q, k, v))
-    hopper_dq.launch(*given, dq, cu_q, cu_k, max_q, causal, scores.scale)
-    hopper_dkv.launch(*given, dk, dv, cu_q, cu_k, max_k, causal, scores.scale)
+    launch_dq(*given, dq, cu_q, cu_k, max_q, causal, scores.scale)
+    launch_dkv(*given, dk, dv, cu_q, cu_k, max_k, causal, scores.scale)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(hopper, "serves_dq", lambda *_: False)
-        m.setattr(hopper, "serves_dkv", lambda *_: False)
+        m.setattr(support, "serves_dq", lambda *_: False)
+        m.setattr(support, "serves_dkv", lambda *_: False)
         theirs = launch.launch_two_passes(*given, cu_q, cu_k, max_q, max_k, scores, True, True)
     return (dq, dk, dv), theirs
 
@@ -236,8 +238,8 @@ def passes(q, k, v, g, cu_q, cu_k, causal):
     ("hq", "hkv", "dtype"), [(8, 2, torch.bfloat16), (8, 1, torch.bfloat16), (3, 3, torch.float16)]
 )
 def test_passes_equal_triton_bit_for_bit(hq, hkv, dtype, causal):
-    assert hopper.serves_dkv(256, hq // hkv, dtype, torch.device("cuda"))
-    assert hopper.serves_dq(256, max(LENGTHS), dtype, torch.device("cuda"))
+    assert support.serves_dkv(256, hq // hkv, dtype, torch.device("cuda"))
+    assert support.serves_dq(256, max(LENGTHS), dtype, torch.device("cuda"))
     for lengths_q, lengths_k in (
         (LENGTHS, [5, 1, 64, 300, 63, 0, 1000, 40, 65, 700]),
         ([512] * 3, [512] * 3),
@@ -387,18 +389,18 @@ def test_passes_of_heads_that_fill_a_step():
 
 def test_what_the_copy_engine_takes():
     t = torch.randn(4, 2, D).bfloat16()
-    assert hopper.copied(t)
-    assert hopper.copied(torch.empty((4, 6, D), dtype=torch.bfloat16)[:, 2:4])
-    assert not hopper.copied(t[:0])
+    assert descriptors.copied(t)
+    assert descriptors.copied(torch.empty((4, 6, D), dtype=torch.bfloat16)[:, 2:4])
+    assert not descriptors.copied(t[:0])
     odd = torch.randn(4 * 2 * D + 1).bfloat16()[1:].view(4, 2, D)
     one = torch.randn(2, D, 1).bfloat16().permute(2, 0, 1)
     assert odd.is_contiguous()
     assert one.is_contiguous()
     for other in (odd, one, t[:, :1].expand(4, 2, D), t.transpose(0, 1)):
-        assert not hopper.copied(other)
-        assert hopper.copied(hopper.copyable(other))
-        assert torch.equal(hopper.copyable(other), other)
-    assert hopper.copyable(t) is t
+        assert not descriptors.copied(other)
+        assert descriptors.copied(descriptors.copyable(other))
+        assert torch.equal(descriptors.copyable(other), other)
+    assert descriptors.copyable(t) is t
 
 
 @gpu
@@ -448,13 +450,13 @@ def decoding(n_queries, hq, hkv, page, dtype=torch.bfloat16, head_dim=D, layout=
 
 
 def both_decoders(q, k, v, table, cu, lengths, max_q, causal=True, s=None):
-    """What `hopper_decode` gives, and what the Triton kernel gives."""
-    from bi_ops.attention import hopper_decode
+    """What `hopper.decode` gives, and what the Triton kernel gives."""
+    from bi_ops.attention.hopper import decode
 
     head_dim = q.shape[2]
     block_n, scale = sched.order(head_dim, q.dtype).block_n, head_dim**-0.5
     s = sched.ring(1, 1, head_dim, 1) if s is None else s
-    ours = hopper_decode.launch(q, k, v, table, cu, lengths, causal, scale, block_n, s)
+    ours = decode.launch(q, k, v, table, cu, lengths, causal, scale, block_n, s)
     return ours, launch.launch_forward(q, k, v, None, cu, lengths, table, max_q, launch.Scores(causal, scale), None)
 
 
@@ -477,7 +479,7 @@ def test_decoding_equals_triton_bit_for_bit(head_dim, page):
 def test_decoding_reads_every_layout_of_a_cache(layout):
     for page in (16, 256):
         given = decoding([2] * len(CACHED), 8, 2, page, layout=layout)
-        assert all(hopper.paged(t, 16) for t in given[1:3])
+        assert all(descriptors.paged(t, 16) for t in given[1:3])
         assert torch.equal(*both_decoders(*given, 2))
 
 
@@ -507,26 +509,26 @@ def test_decoding_reruns_and_shares_the_batch_with_nans():
 @gpu
 def test_sequences_decode_warp_specialised_in_a_graph(monkeypatch):
     """And many, with the same bits; lengths and pages are read when the graph is replayed."""
-    from bi_ops.attention import hopper_decode
+    from bi_ops.attention.hopper import decode
 
     used = []
-    real = hopper_decode.launch
-    monkeypatch.setattr(hopper_decode, "launch", lambda *a: used.append(1) or real(*a))
+    real = decode.launch
+    monkeypatch.setattr(decode, "launch", lambda *a: used.append(1) or real(*a))
     q, k, v, table, cu, lengths = decoding([1] * len(CACHED), 8, 2, 16)
 
-    def decode(q=q, table=table, cu=cu, lengths=lengths):
+    def decoded(q=q, table=table, cu=cu, lengths=lengths):
         with providers.forced("triton"):
             return paged_attention(q, k, v, table, cu, lengths, max_seqlen_q=1)
 
-    want = decode()
+    want = decoded()
     for many, calls in ((10, 2), (100, 3)):  # two programs to a multiprocessor; more than run at a time
         ones = torch.arange(many * len(CACHED) + 1, dtype=torch.int32, device="cuda")
-        got = decode(q.repeat(many, 1, 1), table.repeat(many, 1), ones, lengths.repeat(many))
+        got = decoded(q.repeat(many, 1, 1), table.repeat(many, 1), ones, lengths.repeat(many))
         assert len(used) == calls
         assert torch.equal(got, want.repeat(many, 1, 1))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode()
+        out = decoded()
     for t in (q, table, lengths):
         t.copy_(t.flip(0))
     graph.replay()
@@ -535,17 +537,19 @@ def test_sequences_decode_warp_specialised_in_a_graph(monkeypatch):
 
 def test_what_pages_the_copy_engine_takes():
     t = torch.empty((5, 48, 2, D), dtype=torch.bfloat16)
-    assert hopper.paged(t, 16)
-    assert not hopper.paged(t, 32)  # pages of 48
-    assert not hopper.paged(t[:, :40], 4)
-    assert not hopper.paged(t[:0], 16)
-    assert hopper.paged(t.transpose(1, 2).contiguous().transpose(1, 2), 16)
-    assert hopper.paged(torch.empty((5, 48, 2, 2 * D), dtype=torch.bfloat16)[..., D:], 16)
-    assert hopper.paged(torch.empty((5, 2, 48, 2, D), dtype=torch.bfloat16)[:, 1], 16)
-    assert hopper.paged(t[:, :, :1], 16)
-    assert not hopper.paged(t.transpose(2, 3).contiguous().transpose(2, 3), 16)
-    assert not hopper.paged(torch.empty((5, 48, 2, D + 4), dtype=torch.bfloat16)[:, :, :1, 1 : D + 1], 16)
-    assert not hopper.paged(torch.empty((5, 48 * 2 * D + 8), dtype=torch.bfloat16)[:, 8:].unflatten(1, (48, 2, D)), 16)
+    assert descriptors.paged(t, 16)
+    assert not descriptors.paged(t, 32)  # pages of 48
+    assert not descriptors.paged(t[:, :40], 4)
+    assert not descriptors.paged(t[:0], 16)
+    assert descriptors.paged(t.transpose(1, 2).contiguous().transpose(1, 2), 16)
+    assert descriptors.paged(torch.empty((5, 48, 2, 2 * D), dtype=torch.bfloat16)[..., D:], 16)
+    assert descriptors.paged(torch.empty((5, 2, 48, 2, D), dtype=torch.bfloat16)[:, 1], 16)
+    assert descriptors.paged(t[:, :, :1], 16)
+    assert not descriptors.paged(t.transpose(2, 3).contiguous().transpose(2, 3), 16)
+    assert not descriptors.paged(torch.empty((5, 48, 2, D + 4), dtype=torch.bfloat16)[:, :, :1, 1 : D + 1], 16)
+    assert not descriptors.paged(
+        torch.empty((5, 48 * 2 * D + 8), dtype=torch.bfloat16)[:, 8:].unflatten(1, (48, 2, D)), 16
+    )
 
 
 @pytest.mark.parametrize("layout", ["tokens first", "heads first", "K and V in one row"])
@@ -556,7 +560,7 @@ def test_where_a_head_of_a_page_lies(layout):
     whole = torch.arange(torch.Size(shape).numel())
     t = whole.view(shape)[..., -D:]
     t = t.transpose(1, 2) if layout == "heads first" else t
-    row, page_rows, head_rows, columns = hopper._lattice(t)
+    row, page_rows, head_rows, columns = descriptors._lattice(t)
     for i, h in ((0, 0), (4, 2), (3, 1)):
         at = (i * page_rows + h * head_rows + 7) * row + h * columns
         assert torch.equal(whole[t.storage_offset() + at :][:D], t[i, 7, h])
@@ -580,7 +584,7 @@ def test_how_programs_decode():
 
 @pytest.mark.parametrize("lengths", [(7,), (0, 300, 5, 0, 300, 129, 128), (1,) * 200, tuple(range(150))])
 def test_programs_take_the_longest_sequence_first(lengths):
-    from bi_ops.attention.hopper_lists import by_length
+    from bi_ops.attention.hopper.lists import by_length
 
     device, block = runtime.default_device(), 128
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
@@ -595,13 +599,13 @@ def test_programs_take_the_longest_sequence_first(lengths):
 
 def test_nothing_is_served_without_a_hopper():
     if runtime.INTERPRET:
-        assert not hopper.serves(D, torch.bfloat16, torch.device("cpu"))
-        assert not hopper.serves_one_pass(D, torch.bfloat16, torch.device("cpu"))
-    assert not hopper.serves(D, torch.float32, runtime.default_device())
-    assert not hopper.serves(80, torch.bfloat16, runtime.default_device())
-    assert not hopper.serves_dkv(256, 5, torch.bfloat16, runtime.default_device())
-    assert not hopper.serves_dkv(256, 4, torch.float32, runtime.default_device())
-    assert not hopper.serves_dq(256, 64, torch.bfloat16, runtime.default_device())
-    assert not hopper.serves_dq(128, 4096, torch.bfloat16, runtime.default_device())
-    assert not hopper.serves_dq(256, 4096, torch.float32, runtime.default_device())
-    assert not hopper.serves_one_pass(256, torch.bfloat16, runtime.default_device())
+        assert not support.serves(D, torch.bfloat16, torch.device("cpu"))
+        assert not support.serves_one_pass(D, torch.bfloat16, torch.device("cpu"))
+    assert not support.serves(D, torch.float32, runtime.default_device())
+    assert not support.serves(80, torch.bfloat16, runtime.default_device())
+    assert not support.serves_dkv(256, 5, torch.bfloat16, runtime.default_device())
+    assert not support.serves_dkv(256, 4, torch.float32, runtime.default_device())
+    assert not support.serves_dq(256, 64, torch.bfloat16, runtime.default_device())
+    assert not support.serves_dq(128, 4096, torch.bfloat16, runtime.default_device())
+    assert not support.serves_dq(256, 4096, torch.float32, runtime.default_device())
+    assert not support.serves_one_pass(256, torch.bfloat16, runtime.default_device())

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from gluon_model import Descriptor, Pointer
 
-from bi_ops.attention import hopper_backward, hopper_decode, hopper_dkv, hopper_dq, hopper_forward
+from bi_ops.attention.hopper import backward, decode, dkv, dq, forward
 
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 192, 193, 257, 300)
 
@@ -27,7 +27,7 @@ def starts(lengths):
 
 
 def lists(lengths, block):
-    """As `hopper_lists.by_length` makes them."""
+    """As `lists.by_length` makes them."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return starts(-(-lengths[i] // block) for i in longest_first)[:-1] + longest_first
 
@@ -53,7 +53,7 @@ def once(*written):
 def run_forward(
     lens_q,
     lens_k,
-    kernels=hopper_forward,
+    kernels=forward,
     h=4,
     heads=2,
     teams=2,
@@ -79,7 +79,7 @@ def run_forward(
     return unused
 
 
-def run_decode(n_queries, lengths, kernels=hopper_decode, hkv=2, heads=2, page=16, slots=3, causal=True, **options):
+def run_decode(n_queries, lengths, kernels=decode, hkv=2, heads=2, page=16, slots=3, causal=True, **options):
     d, block_n, t = 64, 64, sum(n_queries)
     box, columns = math.gcd(page, block_n), max(-(-n // page) for n in lengths) + 1
     pages, table = itertools.count(), []
@@ -99,7 +99,7 @@ def run_decode(n_queries, lengths, kernels=hopper_decode, hkv=2, heads=2, page=1
 
 
 def run_backward(
-    lens_q, lens_k, kernels=hopper_backward, hkv=2, heads=2, d=64, stages=2, together=4, side_by_side=2, **options
+    lens_q, lens_k, kernels=backward, hkv=2, heads=2, d=64, stages=2, together=4, side_by_side=2, **options
 ):
     causal, tokens, keys, n_seqs = options.pop("causal", True), sum(lens_q), sum(lens_k), len(lens_q)
     programs, equal = grid(lens_k, options.pop("longest", 0) or max(lens_k), 128)
@@ -130,7 +130,7 @@ def run_backward(
     return unused
 
 
-def run_dkv(lens_q, lens_k, kernels=hopper_dkv, hkv=2, heads=2, causal=True, processors=5, **options):
+def run_dkv(lens_q, lens_k, kernels=dkv, hkv=2, heads=2, causal=True, processors=5, **options):
     d, tokens, keys = 256, sum(lens_q), sum(lens_k)
     programs, equal = grid(lens_k, options.pop("longest", 0) or max(lens_k), 64)
     d_q, d_k = Descriptor([tokens, hkv * heads, d], [64 // heads, heads, d], 2), Descriptor([keys, hkv * d], [64, d], 2)
@@ -145,7 +145,7 @@ def run_dkv(lens_q, lens_k, kernels=hopper_dkv, hkv=2, heads=2, causal=True, pro
     return unused
 
 
-def run_dq(lens_q, lens_k, kernels=hopper_dq, h=4, heads=2, causal=True, **options):
+def run_dq(lens_q, lens_k, kernels=dq, h=4, heads=2, causal=True, **options):
     d, tokens = 256, sum(lens_q)
     n_tiles, equal = grid(lens_q, options.pop("longest", 0) or max(lens_q), 128)
     programs = min(n_tiles * h, 3)
@@ -228,19 +228,19 @@ def test_every_barrier_is_used():
 
 BROKEN = [
     (
-        hopper_forward,
+        forward,
         run_forward,
         "mbarrier.init(bar_v_free.index(i), count=TEAMS)",
         "mbarrier.init(bar_v_free.index(i), count=1)",
     ),
-    (hopper_forward, run_forward, "mbarrier.wait(bar_free.index(stage), ((step // STAGES) & 1) ^ 1)", "pass"),
-    (hopper_forward, run_forward, "            step -= 1\n", ""),
-    (hopper_backward, run_backward, "last = (HKV - 1) // together * together", "last = n_pairs * 100"),
-    (hopper_backward, run_backward, "mbarrier.wait(bar_ds_free.index(step % LATER), (step // LATER & 1) ^ 1)", "pass"),
-    (hopper_backward, run_backward, "// BLOCK_M, end)\n    if n_keys", "// BLOCK_M + 1, end)\n    if n_keys"),
-    (hopper_dkv, run_dkv, "mbarrier.wait(bar_free.index(i), (step // STAGES & 1) ^ 1)", "pass"),
-    (hopper_dq, run_dq, "mbarrier.wait(bar_v_free, (step & 1) ^ 1)", "pass"),
-    (hopper_decode, run_decode, "position = gl.maximum(2 * i - 1, 0)", "position = 2 * i"),
+    (forward, run_forward, "mbarrier.wait(bar_free.index(stage), ((step // STAGES) & 1) ^ 1)", "pass"),
+    (forward, run_forward, "            step -= 1\n", ""),
+    (backward, run_backward, "last = (HKV - 1) // together * together", "last = n_pairs * 100"),
+    (backward, run_backward, "mbarrier.wait(bar_ds_free.index(step % LATER), (step // LATER & 1) ^ 1)", "pass"),
+    (backward, run_backward, "// BLOCK_M, end)\n    if n_keys", "// BLOCK_M + 1, end)\n    if n_keys"),
+    (dkv, run_dkv, "mbarrier.wait(bar_free.index(i), (step // STAGES & 1) ^ 1)", "pass"),
+    (dq, run_dq, "mbarrier.wait(bar_v_free, (step & 1) ^ 1)", "pass"),
+    (decode, run_decode, "position = gl.maximum(2 * i - 1, 0)", "position = 2 * i"),
 ]
 
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from bi_ops.attention import hopper
 from bi_ops.attention import schedule as sched
-from bi_ops.attention.kernels import (
+from bi_ops.attention.hopper import descriptors, support
+from bi_ops.attention.kernels.backward import (
     attention_add_chunks_kernel,
     attention_delta_kernel,
     attention_dkv_kernel,
     attention_dq_kernel,
     attention_dsinks_kernel,
-    attention_kernel,
 )
+from bi_ops.attention.kernels.forward import attention_kernel
 
 
 @dataclass(frozen=True)
@@ -171,18 +171,18 @@ def _plain(q: torch.Tensor, k: torch.Tensor, scores: Scores, sinks: torch.Tensor
 def tile_schedule(
     q: torch.Tensor, k: torch.Tensor, max_q: int, scores: Scores, sinks: torch.Tensor | None
 ) -> sched.TileSchedule | None:
-    """How `hopper_forward` runs, None where it does not serve: the Triton forward then gives the same bits."""
-    if not hopper.serves(q.shape[2], q.dtype, q.device) or not _plain(q, k, scores, sinks):
+    """How `hopper.forward` runs, None where it does not serve: the Triton forward then gives the same bits."""
+    if not support.serves(q.shape[2], q.dtype, q.device) or not _plain(q, k, scores, sinks):
         return None
     return sched.tiles(q.shape[2], max_q)
 
 
 def in_one_pass(q: torch.Tensor, k: torch.Tensor, scores: Scores) -> bool:
-    """Does `hopper_backward` serve? Its bits are not those of two passes.
+    """Does `hopper.backward` serve? Its bits are not those of two passes.
 
     A function of head size, dtype, GPU and features alone, but for there being nothing to compute.
     """
-    return hopper.serves_one_pass(q.shape[2], q.dtype, q.device) and _plain(q, k, scores)
+    return support.serves_one_pass(q.shape[2], q.dtype, q.device) and _plain(q, k, scores)
 
 
 def ring_schedule(
@@ -194,15 +194,15 @@ def ring_schedule(
     scores: Scores,
     sinks: torch.Tensor | None,
 ) -> sched.RingSchedule | None:
-    """How `hopper_decode` runs, None where it does not serve: the Triton forward then gives the same bits.
+    """How `hopper.decode` runs, None where it does not serve: the Triton forward then gives the same bits.
 
     Reads no memory of the GPU. The arguments are those of `launch_forward`.
     """
     (hq, head_dim), (page, hkv) = q.shape[1:], k_cache.shape[1:3]
-    if not hopper.serves(head_dim, q.dtype, q.device) or not _plain(q, k_cache, scores, sinks):
+    if not support.serves(head_dim, q.dtype, q.device) or not _plain(q, k_cache, scores, sinks):
         return None
     box = math.gcd(page, sched.order(head_dim, q.dtype).block_n)
-    if not (hopper.paged(k_cache, box) and hopper.paged(v_cache, box)):
+    if not (descriptors.paged(k_cache, box) and descriptors.paged(v_cache, box)):
         return None
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     return sched.ring(max_q * (hq // hkv), (cu_q.shape[0] - 1) * hkv, head_dim, processors)
@@ -285,10 +285,10 @@ def launch_two_passes(
         return dq, dk, dv
     order = sched.order(head_dim, q.dtype)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    if need_q and _plain(q, k, scores) and hopper.serves_dq(head_dim, max_q, q.dtype, q.device):
-        from bi_ops.attention import hopper_dq
+    if need_q and _plain(q, k, scores) and support.serves_dq(head_dim, max_q, q.dtype, q.device):
+        from bi_ops.attention.hopper.dq import launch as launch_dq
 
-        hopper_dq.launch(g, q, k, v, shift, delta, dq, cu_q, cu_k, max_q, scores.causal, scores.scale)
+        launch_dq(g, q, k, v, shift, delta, dq, cu_q, cu_k, max_q, scores.causal, scores.scale)
     elif need_q and max_rows > 0:
         s = sched.backward_dq(max_rows, n_pairs, head_dim, q.dtype)
         attention_dq_kernel[_grid(s, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
@@ -301,10 +301,10 @@ def launch_two_passes(
             num_warps=s.num_warps,
             num_stages=s.num_stages,
         )
-    if need_kv and _plain(q, k, scores) and hopper.serves_dkv(head_dim, hq // hkv, q.dtype, q.device):
-        from bi_ops.attention import hopper_dkv
+    if need_kv and _plain(q, k, scores) and support.serves_dkv(head_dim, hq // hkv, q.dtype, q.device):
+        from bi_ops.attention.hopper.dkv import launch as launch_dkv
 
-        hopper_dkv.launch(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, max_k, scores.causal, scores.scale)
+        launch_dkv(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, max_k, scores.causal, scores.scale)
     elif need_kv and max_k > 0:
         s = sched.backward_dkv(max_k, n_pairs, head_dim, q.dtype)
         attention_dkv_kernel[_grid(s, n_pairs, hkv, k.shape[0], max_k)](

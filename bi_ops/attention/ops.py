@@ -10,7 +10,7 @@ import torch
 from bi_ops._common import checks, runtime
 from bi_ops._common.operators import custom_op
 from bi_ops._common.providers import Availability, Provider, ProviderTable, vllm_availability
-from bi_ops.attention import flash_attn, hopper
+from bi_ops.attention import flash_attn
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.checks import (
     check_features,
@@ -19,6 +19,7 @@ from bi_ops.attention.checks import (
     check_qkv,
     longest,
 )
+from bi_ops.attention.hopper import support
 from bi_ops.attention.launch import (
     Scores,
     in_one_pass,
@@ -47,7 +48,7 @@ def _vllm_available() -> Availability:
 def _triton_available() -> Availability:
     where = "Triton's interpreter" if runtime.INTERPRET else "Triton"
     if runtime.warp_specialised(runtime.default_device()):
-        where += f", warp-specialised at head_dim {', '.join(map(str, hopper.HEAD_DIMS))}"
+        where += f", warp-specialised at head_dim {', '.join(map(str, support.HEAD_DIMS))}"
     return Availability(True, f"{where}, own kernel; its bits are not those of vLLM's FlashAttention")
 
 
@@ -122,10 +123,10 @@ def _flash(
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     tiles = tile_schedule(q, k, max_q, scores, sinks)
     if tiles is not None:
-        from bi_ops.attention import hopper_forward
+        from bi_ops.attention.hopper import forward
 
         out, block_n = q.new_empty(q.shape), sched.order(q.shape[2], q.dtype).block_n
-        hopper_forward.launch(q, k, v, out, lse, cu_q, cu_k, max_q, causal, scale, block_n, tiles)
+        forward.launch(q, k, v, out, lse, cu_q, cu_k, max_q, causal, scale, block_n, tiles)
         return out, lse
     return launch_forward(q, k, v, lse, cu_q, cu_k, None, max_q, scores, sinks), lse
 
@@ -175,9 +176,9 @@ def _flash_grad(
     if theirs:
         dq, dk, dv = flash_attn.backward(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_q, max_k, scores)
     elif one_pass:
-        from bi_ops.attention import hopper_backward
+        from bi_ops.attention.hopper import backward
 
-        dq, dk, dv = hopper_backward.launch(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_k, causal, scale)
+        dq, dk, dv = backward.launch(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_k, causal, scale)
     else:
         dq, dk, dv = launch_two_passes(*(g, q, k, v, shift, delta, cu_q, cu_k, max_q, max_k, scores, need_q, need_kv))
     return dq if need_q else dq.new_empty(0), *((dk, dv) if need_kv else (dk.new_empty(0), dk.new_empty(0))), dsinks
@@ -261,10 +262,10 @@ def _paged(
         return launch_vllm(q, k_cache, v_cache, cu_q, seqlens_k, table, max_q, max_k, scores)[0]
     ring = ring_schedule(q, k_cache, v_cache, cu_q, max_q, scores, sinks) if table.numel() > 0 else None
     if ring is not None:
-        from bi_ops.attention import hopper_decode
+        from bi_ops.attention.hopper import decode
 
         block_n = sched.order(q.shape[2], q.dtype).block_n
-        return hopper_decode.launch(q, k_cache, v_cache, table, cu_q, seqlens_k, causal, scale, block_n, ring)
+        return decode.launch(q, k_cache, v_cache, table, cu_q, seqlens_k, causal, scale, block_n, ring)
     return launch_forward(q, k_cache, v_cache, None, cu_q, seqlens_k, table, max_q, scores, sinks)
 
 

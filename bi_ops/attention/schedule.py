@@ -92,7 +92,7 @@ def backward_dq(max_rows: int, n_pairs: int, head_dim: int, dtype: torch.dtype) 
     if dtype == torch.float32:
         return Schedule(16 if head_dim > 128 else 32, 1, 8, 1)
     # Measured on an H100, 8k causal, counted TFLOP/s of this pass: 577 at head_dim 64 (378 with 8 warps and 2 stages),
-    # 583 at 128 (525 with 2 stages), 482 at 256, where more stages do not fit (`hopper_dq`, which serves there, 705).
+    # 583 at 128 (525 with 2 stages), 482 at 256, where more stages do not fit (`hopper.dq`, which serves there, 705).
     if head_dim > 128:
         return Schedule(128, 1, 8, 1)
     return Schedule(128, 1, 8 if head_dim > 64 else 4, 3)
@@ -106,7 +106,7 @@ def backward_dkv(max_keys: int, n_pairs: int, head_dim: int, dtype: torch.dtype)
         return Schedule(16 if head_dim > 128 else 32, 1, 8, 1)
     # No sum runs along a row here, so warps may share one: two accumulators of 64 x 256 need eight. Measured on an
     # H100, 8k causal, counted TFLOP/s of this pass: 449 at head_dim 64 (326 with 128 keys and 2 stages), 491 at 128
-    # (429 with 2 stages), 216 at 256 (203 with 2 stages; `hopper_dkv`, which serves there, 589).
+    # (429 with 2 stages), 216 at 256 (203 with 2 stages; `hopper.dkv`, which serves there, 589).
     if head_dim > 128:
         return Schedule(64, 1, 8, 3)
     return Schedule(128, 1, 8, 3) if head_dim > 64 else Schedule(64, 1, 4, 3)
@@ -131,13 +131,13 @@ class OnePassOrder:
 
 
 def one_pass_order(head_dim: int, dtype: torch.dtype) -> OnePassOrder:
-    """The order of `hopper_backward` for one head size and dtype."""
+    """The order of `hopper.backward` for one head size and dtype."""
     return OnePassOrder(64, 128)
 
 
 @dataclass(frozen=True)
 class OnePassSchedule:
-    """How `hopper_backward` lays out its work; any gives the same bits.
+    """How `hopper.backward` lays out its work; any gives the same bits.
 
     stages: steps of Q and dO in shared memory. together: pairs of a sequence and a key head that run side by side, of
     one sequence unless all are as long. Few wait longer for one another's turns, many lose their dQ from L2 in between.
@@ -166,7 +166,7 @@ def one_pass(n_tiles: int, head_dim: int, processors: int) -> OnePassSchedule:
 
 @dataclass(frozen=True)
 class TileSchedule:
-    """How `hopper_forward` lays out its work; any gives the same bits.
+    """How `hopper.forward` lays out its work; any gives the same bits.
 
     teams: of four warps and 64 queries each, 2 or 3. stages: steps of keys in shared memory. queries: tiles of queries
     in it, so that one is there when the one before is done. turns: whether a team hands over its products only when the
@@ -184,7 +184,7 @@ class TileSchedule:
 
 
 def tiles(head_dim: int, max_q: int) -> TileSchedule | None:
-    """The schedule of `hopper_forward`, None where `forward`'s does better. max_q: queries of the longest sequence.
+    """The schedule of `hopper.forward`, None where `forward`'s does better. max_q: queries of the longest sequence.
 
     Measured on an H100 (bench/results/h100/attention_exploration.csv), causal: at head_dim 128 481 / 580 TFLOP/s at
     2k / 8k, where the Triton kernel has 370 / 473; at 256 543 / 653 and 436 / 516. At head_dim 64, where products take
@@ -200,7 +200,7 @@ def tiles(head_dim: int, max_q: int) -> TileSchedule | None:
 
 @dataclass(frozen=True)
 class RingSchedule:
-    """How `hopper_decode` lays out its work; any gives the same bits.
+    """How `hopper.decode` lays out its work; any gives the same bits.
 
     slots: tiles of K or V in shared memory, at least 2. together: programs that fit into a multiprocessor, 1 or 2.
     """
@@ -210,7 +210,7 @@ class RingSchedule:
 
 
 def ring(max_rows: int, n_pairs: int, head_dim: int, processors: int) -> RingSchedule | None:
-    """The schedule of `hopper_decode`, None where `forward`'s does better. Arguments as `forward` takes them.
+    """The schedule of `hopper.decode`, None where `forward`'s does better. Arguments as `forward` takes them.
 
     Measured on an H100 (bench/results/h100/decode_exploration.csv), 8k keys, 4 key heads, head_dim 128: 16 sequences
     read 2.74 TB/s, of which the Triton kernel reads 1.03, and 128 read 3.00 and 2.49. With a few more programs than

@@ -1,9 +1,9 @@
-"""Attention's forward on Hopper, warp-specialised, written in Gluon: `kernels.attention_kernel`'s order, and its bits.
+"""Attention's forward on Hopper, warp-specialised, written in Gluon: `attention_kernel`'s order, and its bits.
 
 A program takes a tile of queries of one head, and another when it is done, until none is left.
 
     loader    1 warp       copies the tile's Q, then K and V step by step, into rings of shared memory
-    products  2 or 3 teams of 4 warps  64 rows each: S, the exponentials, O, as `hopper_walk` says
+    products  2 or 3 teams of 4 warps  64 rows each: S, the exponentials, O, as `walk` says
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper import rows
-from bi_ops.attention.hopper_lists import by_length, steps_of, take, tile_of
-from bi_ops.attention.hopper_parts import LN2, LOG2E, ROWS, clear_rows, inverse
-from bi_ops.attention.hopper_walk import stage_of, walk, walk_ahead
+from bi_ops.attention.hopper.descriptors import rows
+from bi_ops.attention.hopper.lists import by_length, steps_of, take, tile_of
+from bi_ops.attention.hopper.parts import LN2, LOG2E, ROWS, clear_rows, inverse
+from bi_ops.attention.hopper.walk import stage_of, walk, walk_ahead
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""dK and dV on Hopper at head_dim 256, warp-specialised, written in Gluon: `kernels.attention_dkv_kernel`'s bits.
+"""dK and dV on Hopper at head_dim 256, warp-specialised, written in Gluon: `attention_dkv_kernel`'s bits.
 
 One program owns 64 keys of a sequence and a key head, and walks the rows (query, head of the group) that see them.
 
@@ -23,9 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bi_ops.attention.hopper import copyable, rows
-from bi_ops.attention.hopper_lists import by_length, pairs_of_program
-from bi_ops.attention.hopper_parts import LOG2E, clear_rows
+from bi_ops.attention.hopper.descriptors import copyable, rows
+from bi_ops.attention.hopper.lists import by_length, pairs_of_program
+from bi_ops.attention.hopper.parts import LOG2E, clear_rows
 
 TEAMS = gl.constexpr(2)
 BLOCK_N = gl.constexpr(64)  # keys: what four warps hold of a product

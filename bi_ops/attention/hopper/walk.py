@@ -1,4 +1,4 @@
-"""A team's way through the keys of its rows on Hopper: two schedules of the same sums, for `hopper_forward`.
+"""A team's way through the keys of its rows on Hopper: two schedules of the same sums, for `forward`.
 
 `walk`: P V of a step runs with S of the next one, while that one's exponentials are taken. `walk_ahead`: S of the step
 after runs then too.
@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from bi_ops.attention.hopper_parts import ROWS, exponents, softmax_step
+from bi_ops.attention.hopper.parts import ROWS, exponents, softmax_step
 
 
 @gluon.jit

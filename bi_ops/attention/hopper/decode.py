@@ -1,9 +1,9 @@
-"""Attention over a paged cache where few programs run, on Hopper, written in Gluon: `kernels.attention_kernel`'s bits.
+"""Attention over a paged cache where few programs run, on Hopper, written in Gluon: `attention_kernel`'s bits.
 
 The keys of a sequence are summed front to back by one program, so with few sequences one program's speed is what
 counts, and one warp's is bound by its tensor cores. Here a program is
 
-    products  4 warps  all rows of a pair in one tile of 64: S, the exponentials, O, as in `hopper_forward`
+    products  4 warps  all rows of a pair in one tile of 64: S, the exponentials, O, as in `forward`
     loaders   1 warp for K and 1 for V: look pages up and have them copied into one ring of shared memory
 """
 
@@ -23,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper import pages
-from bi_ops.attention.hopper_parts import LOG2E, ROWS, clear_rows, inverse, softmax_step
+from bi_ops.attention.hopper.descriptors import pages
+from bi_ops.attention.hopper.parts import LOG2E, ROWS, clear_rows, inverse, softmax_step
 
 
 @gluon.jit
@@ -137,7 +137,7 @@ def _products(memory, tiles, bars, given, HKV: gl.constexpr, HEADS: gl.constexpr
                 mbarrier.arrive(bar_free.index(slot))
                 b_p, top, decay, total = softmax_step(b_s, top, total, i * BLOCK_N, n_seen, scale2, MASKED == 1)
                 at += 2
-                # Asked for early, as in `hopper_forward`.
+                # Asked for early, as in `forward`.
                 mbarrier.wait(bar_full.index(at % SLOTS), (at // SLOTS) & 1, pred=i + 1 < n_steps)
                 acc = warpgroup_mma_wait(0, deps=(b_o,))
                 mbarrier.arrive(bar_free.index(slot_v))
@@ -164,7 +164,7 @@ def _products(memory, tiles, bars, given, HKV: gl.constexpr, HEADS: gl.constexpr
     ]
 )
 def attention_decode_kernel(
-    d_k,  # as `hopper.pages` makes it, tiles [BOX, D]
+    d_k,  # as `descriptors.pages` makes it, tiles [BOX, D]
     d_v,
     p_q,  # [T, HKV * HEADS, D]
     p_out,  # as p_q, contiguous
@@ -240,8 +240,8 @@ def launch(
 
     Args:
         q: [T, Hq, D], bf16 or fp16, D 64, 128 or 256, at most 64 rows (query, head of a key head) in a sequence.
-        k_cache, v_cache: [blocks, block_size, Hkv, D], as `hopper.paged` asks. table: int32 [B, max_blocks], B > 0,
-            max_blocks > 0, dense in its last dimension. cu_q: int32 [B + 1]. lengths: int32 [B]. block_n: 64 or 128.
+        k_cache, v_cache: [blocks, block_size, Hkv, D], as `descriptors.paged` asks. table: int32 [B, max_blocks], both
+            > 0, dense in its last dimension. cu_q: int32 [B + 1]. lengths: int32 [B]. block_n: 64 or 128.
     """
     q = q if q.stride(2) == 1 else q.contiguous()
     hq, head_dim = q.shape[1:]

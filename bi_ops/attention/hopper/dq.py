@@ -1,4 +1,4 @@
-"""dQ on Hopper at head_dim 256, warp-specialised, written in Gluon: `kernels.attention_dq_kernel`'s bits.
+"""dQ on Hopper at head_dim 256, warp-specialised, written in Gluon: `attention_dq_kernel`'s bits.
 
 A program takes a tile of queries of one head, and another when it is done, until none is left.
 
@@ -22,9 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bi_ops.attention.hopper import rows
-from bi_ops.attention.hopper_lists import by_length, steps_of, take, tile_of
-from bi_ops.attention.hopper_parts import LOG2E, ROWS, clear_rows
+from bi_ops.attention.hopper.descriptors import rows
+from bi_ops.attention.hopper.lists import by_length, steps_of, take, tile_of
+from bi_ops.attention.hopper.parts import LOG2E, ROWS, clear_rows
 
 TEAMS = gl.constexpr(2)
 BLOCK_N = gl.constexpr(64)  # keys of a step: part of the order

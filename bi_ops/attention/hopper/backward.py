@@ -32,10 +32,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops._common.turns import end_turn, wait_turn
 from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper import rows
-from bi_ops.attention.hopper_lists import by_length, pairs_of_program
-from bi_ops.attention.hopper_parts import LOG2E, clear_rows
-from bi_ops.attention.kernels import find_tile
+from bi_ops.attention.hopper.descriptors import rows
+from bi_ops.attention.hopper.lists import by_length, pairs_of_program
+from bi_ops.attention.hopper.parts import LOG2E, clear_rows
+from bi_ops.attention.kernels.parts import find_tile
 
 TEAMS = gl.constexpr(2)
 KEYS = gl.constexpr(64)  # of a team: what four warps hold of a product
@@ -380,7 +380,7 @@ def attention_backward_kernel(
     n_seqs,
     together,
     last,  # a multiple of `together`; only if EQUAL
-    n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as `kernels.find_tile` says
+    n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as `find_tile` says
     HKV: gl.constexpr,
     HEADS: gl.constexpr,
     D: gl.constexpr,
