@@ -1,4 +1,4 @@
-"""Operators run on the GPU that holds their tensors, whichever is the current one."""
+"""Operators: past torch's dispatcher or through it the same, and on the GPU that holds their tensors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,186 @@ import torch
 from tiny import tiny_model
 
 from bi_ops import attention, embedding, logprob, matmul, reduction
-from bi_ops._common.operators import on_device_of_first
+from bi_ops._common import operators
+from bi_ops._common.operators import custom_op, on_device_of_first
 from bi_ops.matmul import TOKEN_STEP
 from bi_ops.models.packing import pack
 from bi_ops.verify.properties import bits_equal
+
+# --------------------------------------------------------------------------------------------------------------
+# past the dispatcher and through it
+
+
+@custom_op("bi_ops_tests::scaled")
+def scaled(x: torch.Tensor, by: torch.Tensor | None, power: float) -> tuple[torch.Tensor, torch.Tensor]:
+    by = torch.ones_like(x) if by is None else by
+    return x * by**power, by.sum()
+
+
+@scaled.register_fake
+def _(x, by, power):
+    return torch.empty_like(x), x.new_empty(())
+
+
+def setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.power = inputs[2]
+    ctx.mark_non_differentiable(output[1])
+
+
+def backward(ctx, g, _):
+    x, by = ctx.saved_tensors
+    return scaled(g, by, ctx.power)[0], squared(x, g) if ctx.needs_input_grad[1] else None, None
+
+
+scaled.register_autograd(backward, setup_context=setup)
+
+
+@custom_op("bi_ops_tests::squared")
+def squared(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The gradient of `by`, at power 1. It has none of its own."""
+    return x * g
+
+
+@squared.register_fake
+def _(x, g):
+    return torch.empty_like(x)
+
+
+@custom_op("bi_ops_tests::add_to", mutates_args=("total",))
+def add_to(x: torch.Tensor, total: torch.Tensor) -> None:
+    total.add_(x)
+
+
+@add_to.register_fake
+def _(x, total):
+    return None
+
+
+@pytest.fixture
+def dispatched(monkeypatch) -> list[str]:
+    """The operators that are called through torch's dispatcher, from now on."""
+    names = []
+
+    class Watched:
+        def __init__(self, op):
+            self._op = op
+
+        def __call__(self, *args):
+            names.append(self._op._opoverload.name())
+            return self._op(*args)
+
+    for op in (scaled, squared, add_to):
+        monkeypatch.setattr(op, "_op", Watched(op._op))
+    return names
+
+
+def results(x, by) -> list[torch.Tensor]:
+    x, by = x.clone().requires_grad_(), by.clone().requires_grad_()
+    out, total = scaled(x, by, 1.0)
+    assert not total.requires_grad
+    return [out.detach(), total, *torch.autograd.grad(out, (x, by), torch.cos(out.detach()))]
+
+
+def test_both_ways_give_the_same(dispatched, device, monkeypatch):
+    x, by = torch.randn(2, 5, device=device)
+    direct = results(x, by)
+    assert dispatched == []
+    monkeypatch.setattr(operators, "_dispatcher_is_watched", lambda: True)
+    assert all(map(torch.equal, results(x, by), direct))
+    assert dispatched == ["bi_ops_tests::scaled", "bi_ops_tests::scaled", "bi_ops_tests::squared"]
+
+
+def test_an_argument_that_needs_no_gradient_gets_none(device):
+    x = torch.randn(5, device=device, requires_grad=True)
+    out, _ = scaled(x, None, 2.0)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x))
+    with torch.no_grad():
+        assert not scaled(x, None, 2.0)[0].requires_grad
+
+
+def test_a_gradient_that_nobody_defined_is_refused(device):
+    """And not silently zero: of an operator, and of another's backward."""
+    x, by = torch.randn(2, 5, device=device).requires_grad_()
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        squared(x, by).sum().backward()
+    grads = torch.autograd.grad(scaled(x, by, 1.0)[0].sum(), (x, by), create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grads[1].sum().backward()
+
+
+def test_a_write_is_seen_by_autograd(device):
+    x = torch.randn(5, device=device, requires_grad=True)
+    total = torch.zeros(5, device=device)
+    out = (x * total).sum()
+    version = total._version
+    add_to(x.detach(), total)
+    assert total._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def through_compile(x, by):
+    return torch.compile(lambda a, b: scaled(a, b, 1.0)[0], fullgraph=True, backend="aot_eager")(x, by)
+
+
+def through_trace(x, by):
+    return torch.jit.trace(lambda a, b: scaled(a, b, 1.0)[0], (x + 1, by))(x, by)
+
+
+def through_a_mode(x, by):
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        out = scaled(x, by, 1.0)[0]
+    assert seen == ["bi_ops_tests::scaled"]
+    return out
+
+
+def through_a_function_mode(x, by):
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        out = scaled(x, by, 1.0)[0]
+    assert any("scaled" in name for name in seen)
+    return out
+
+
+def through_a_subclass(x, by):
+    return scaled(x.as_subclass(Subclass), by, 1.0)[0].as_subclass(torch.Tensor)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "call", [through_compile, through_trace, through_a_mode, through_a_function_mode, through_a_subclass]
+)
+def test_whoever_watches_the_dispatcher_sees_the_operator(call, device):
+    x, by = torch.randn(2, 5, device=device)
+    assert torch.equal(call(x, by), x * by)
+
+
+def test_shapes_alone_are_enough_to_trace(device):
+    with torch._subclasses.FakeTensorMode():
+        assert scaled(torch.empty(3, 4), None, 1.0)[0].shape == (3, 4)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the GPU
+
 
 PROMPTS, COMPLETIONS = [[1, 2, 3], [4], [5, 6]], [[7] * 5, [*range(8, 38)], [9, 10]]
 

@@ -1,4 +1,4 @@
-"""Custom operators of torch whose kernels run on the GPU that holds their tensors."""
+"""Custom operators of torch, on the GPU of their tensors, and past the dispatcher where nothing listens to it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
+Fn = Callable[..., Any]
 
-def on_device_of_first(fn: Callable[..., Any]) -> Callable[..., Any]:
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def on_device_of_first(fn: Fn) -> Fn:
     """`fn(tensor, ...)`, called while the tensor's GPU is the current one: Triton launches on that and no other."""
 
     @functools.wraps(fn)
@@ -22,10 +26,65 @@ def on_device_of_first(fn: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def custom_op(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """`torch.library.custom_op` for functions whose first argument is a tensor, on the GPU of that tensor."""
+def _dispatcher_is_watched() -> bool:
+    """Is a call traced or transformed, or does a mode wait for it?"""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
-    def register(fn: Callable[..., Any]) -> Any:
-        return torch.library.custom_op(name, on_device_of_first(fn), mutates_args=mutates_args)
 
-    return register
+class Operator:
+    """A custom operator of torch whose first argument is a tensor.
+
+    `torch.compile`, transforms, modes and subclasses of tensors meet an ordinary custom operator. Elsewhere its way
+    through torch, all in Python, would take longer than a small kernel does. There the function is called as it is,
+    and where a gradient is asked for by an `autograd.Function` with the same backward.
+    """
+
+    def __init__(self, fn: Fn, name: str, mutates: Iterable[str]) -> None:
+        self._run, self._name = on_device_of_first(fn), name
+        self._op = torch.library.custom_op(name, self._run, mutates_args=mutates)
+        arguments = fn.__code__.co_varnames
+        self._mutated = [arguments.index(m) for m in mutates]
+        self._function: type[torch.autograd.Function] | None = None
+
+    def register_fake(self, fn: Fn) -> Fn:
+        """Shapes, strides and dtypes of the results, for tracing."""
+        return self._op.register_fake(fn)
+
+    def register_autograd(self, backward: Fn, *, setup_context: Fn) -> None:
+        """As torch's: setup_context(ctx, inputs, output), and backward(ctx, *grads) with a gradient per argument."""
+        self._op.register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self._run(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(self._name, (torch.autograd.Function,), members)
+
+    def __call__(self, *args: Any) -> Any:
+        if _dispatcher_is_watched():
+            return self._op(*args)
+        learned = False
+        for a in args:
+            if isinstance(a, torch.Tensor):
+                if type(a) not in _PLAIN:
+                    return self._op(*args)
+                learned = learned or a.requires_grad
+        if learned and torch.is_grad_enabled():
+            # Without a backward of its own the operator raises when a gradient reaches it, as torch's do.
+            return self._op(*args) if self._function is None else self._function.apply(*args)
+        for i in self._mutated:
+            torch.autograd.graph.increment_version(args[i])
+        return self._run(*args)
+
+
+def custom_op(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Fn], Operator]:
+    """Make a function `name`, "bi_ops::...", an `Operator`. mutates_args: the arguments that it writes to."""
+    return lambda fn: Operator(fn, name, mutates_args)
