@@ -6,7 +6,7 @@ A step is forward, log-probabilities of every next token, their mean, backward. 
 
     bi_ops            its model over fp32 master weights, weight gradients carried on in fp32, as `bi-ops train` does
     torch             transformers' Qwen3, bf16 weights, SDPA, eager
-    torch, compiled   the same under torch.compile
+    torch, compiled   the same under torch.compile, the loss included
     torch, autocast   the same over fp32 master weights, eager
 
 torch's sides are not batch-invariant, and round weight gradients to bf16, but for the last. Every side runs in a
@@ -101,13 +101,17 @@ def theirs(model: str, ids: torch.Tensor, compiled: bool, autocast: bool) -> Ste
         network = Qwen3ForCausalLM(config)
     network = network.to(device, torch.float32 if autocast else torch.bfloat16)
     network.config.use_cache = False
-    call = torch.compile(network) if compiled else network
+
+    def value(ids: torch.Tensor) -> torch.Tensor:
+        logits = network(input_ids=ids).logits[:, :-1]
+        # The mean of the next tokens' log-probabilities, in fp32, without a copy of the logits kept for the backward.
+        return -torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    call = torch.compile(value) if compiled else value
 
     def forward() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            logits = call(input_ids=ids).logits[:, :-1]
-        # The mean of the next tokens' log-probabilities, in fp32, without a copy of the logits kept for the backward.
-        return -torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            return call(ids)
 
     return forward, lambda: None, lambda: network.zero_grad(set_to_none=True)
 

@@ -172,6 +172,7 @@ class _LinearIntoBuffer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, main_grad):
+        weight = weight.to(x.dtype)  # rounded once for both passes
         ctx.save_for_backward(x, weight)
         ctx.main_grad = main_grad
         return _mm(x, weight.t(), None, providers.choose())
