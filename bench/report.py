@@ -260,7 +260,10 @@ def headline(results: Path) -> str:
     ):
         speed = geometric_mean(list(attention_ratios(attention, kind, MAIN_HEAD_DIM, rival).values()))
         rows.append((f"attention, {label}, head_dim {MAIN_HEAD_DIM}", name, f"{speed:.2f}x"))
-    return table(("exact, and batch-invariant", "rival", "speed"), rows) + "\nGeometric means on an H100.\n"
+    for model, speed in step_speed(results, "torch, compiled").items():
+        rows.append((f"a training step of Qwen3-{model}", "transformers, `torch.compile`, bf16", f"{speed:.2f}x"))
+    what = "\nOn an H100; operators by geometric means.\n"
+    return table(("exact, and batch-invariant", "rival", "speed"), rows) + what
 
 
 def head_sizes(rows: Sequence[Mapping[str, str]]) -> str:
@@ -288,6 +291,42 @@ def host(results: Path) -> str:
     return table(("eager call", "with a gradient", "host, us"), out)
 
 
+#: What is measured beside bi_ops' training step, and how the README calls it.
+STEP_SIDES = {
+    "bi_ops": "bi_ops: exact, fp32 master weights, fp32 gradients",
+    "torch, compiled": "transformers, bf16 weights, `torch.compile`",
+    "torch": "transformers, bf16 weights, eager",
+    "torch, autocast": "transformers, fp32 master weights under autocast, eager",
+}
+
+
+def step_speed(results: Path, side: str) -> dict[str, float]:
+    """How many times as fast bi_ops' training step is as `side`'s, by model."""
+    ms = {(r["model"], r["side"]): float(r["step_ms"]) for r in load_csv(results, "h100/step.csv")}
+    return {model: t / ms[model, "bi_ops"] for (model, s), t in ms.items() if s == side}
+
+
+def step(results: Path) -> str:
+    """A training step beside plain PyTorch's."""
+    rows = load_csv(results, "h100/step.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    out = [
+        (
+            r["model"],
+            STEP_SIDES[r["side"]],
+            *(f"{float(r[f'{part}_ms']):.1f}" for part in ("forward", "backward", "step")),
+            f"{int(r['tokens_per_s']):,}",
+            f"{int(r['peak_bytes']) / 2**30:.1f}",
+        )
+        for r in sorted(rows, key=lambda r: (r["model"], list(STEP_SIDES).index(r["side"])))
+    ]
+    head = ("Qwen3", "what", "forward, ms", "backward, ms", "step, ms", "tokens/s", "peak memory, GiB")
+    what = f"{int(rows[0]['tokens']):,} tokens in sequences of {int(rows[0]['seqlen']):,}, medians. "
+    parsed = [{**r, "versions": ast.literal_eval(r["versions"])} for r in rows]
+    return table(head, out) + "\n" + what + provenance(parsed, "h100/step.csv")
+
+
 #: Every block the README may have. A further benchmark adds a function above and its name here.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
@@ -297,6 +336,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "products": products,
     "host": host,
     "attention": attention,
+    "step": step,
 }
 
 
