@@ -467,11 +467,13 @@ def test_the_custom_operators_keep_their_schemas(device):
     utils = ("test_schema", "test_faketensor")
     features = (3, 0, 2.0, sinks)
     torch.library.opcheck(
-        ops._flash, (q, k, v, starts, starts, 5, 5, True, 0.25, "triton", *features), test_utils=utils
+        torch.ops.bi_ops.flash_attention,
+        (q, k, v, starts, starts, 5, 5, True, 0.25, "triton", *features),
+        test_utils=utils,
     )
     grad = (out, q, k, v, out, lse, starts, starts, 5, 5, True, 0.25, True, True)
     for more in ((), (lse, *features)):
-        torch.library.opcheck(ops._flash_grad, (*grad, *more), test_utils=utils)
+        torch.library.opcheck(torch.ops.bi_ops.flash_attention_backward, (*grad, *more), test_utils=utils)
 
 
 @pytest.mark.parametrize(("feature", "named"), [("softcap", "softcap"), ("everything", "window_size and softcap and")])

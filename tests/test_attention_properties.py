@@ -235,10 +235,14 @@ def test_the_custom_operators_keep_their_schemas(device):
     q, k, v = qkv(9, 9, 2, 1, 16, torch.bfloat16, device).values()
     starts = cu([4, 5], device)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops._flash, (q, k, v, starts, starts, 5, 5, True, 0.25, "triton"), test_utils=utils)
+    torch.library.opcheck(
+        torch.ops.bi_ops.flash_attention, (q, k, v, starts, starts, 5, 5, True, 0.25, "triton"), test_utils=utils
+    )
     cache, table, lengths = k[:8].view(2, 4, 1, 16), torch.tensor([[0], [1]]).to(starts), starts[1:].clamp(max=4)
     torch.library.opcheck(
-        ops._paged, (q, cache, cache.clone(), table, starts, lengths, 5, True, 0.25, "triton"), test_utils=utils
+        torch.ops.bi_ops.paged_attention,
+        (q, cache, cache.clone(), table, starts, lengths, 5, True, 0.25, "triton"),
+        test_utils=utils,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -28,7 +28,7 @@ def tensor(op: str, name: str, t: object, *, ndim: int | None = None) -> torch.T
         raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
     if ndim is not None and t.ndim != ndim:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got {describe(t)}")
-    if t.device.type not in (runtime.device_type(), "meta"):
+    if not (t.is_cpu if runtime.INTERPRET else t.is_cuda) and not t.is_meta:
         hint = (
             "kernels run in Triton's interpreter here, so move it with .cpu()"
             if runtime.INTERPRET
@@ -59,7 +59,7 @@ def same_device(op: str, **tensors: torch.Tensor) -> None:
         raise ValueError(f"{op}: tensors are on different devices: {what}")
 
 
-def shape(op: str, ok: bool, message: str) -> None:
-    """Raise ValueError(`op`: `message`) unless `ok`."""
+def shape(op: str, ok: bool, message: str | Callable[[], str]) -> None:
+    """Raise ValueError(`op`: `message`) unless `ok`. A message that has to be put together is called for."""
     if not ok:
-        raise ValueError(f"{op}: {message}")
+        raise ValueError(f"{op}: {message if isinstance(message, str) else message()}")

@@ -55,6 +55,12 @@ def architecture(device: torch.device | None = None) -> str:
     return f"sm_{major}{minor}"
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 #: Releases of Triton that the Gluon kernels are written for and were run with: Gluon changes from one to the next.
 GLUON_TRITON = ("3.6",)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from bi_ops._common import checks
+from bi_ops._common.integers import cdiv
 from bi_ops._common.operators import custom_op
 from bi_ops.activation import schedule as sched
 from bi_ops.activation.kernels import silu_and_mul_backward_kernel, silu_and_mul_kernel
@@ -28,7 +28,7 @@ def _launch(kernel, x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None =
     n_rows, n_cols = x2.shape[0], x2.shape[1] // 2
     s = sched.schedule(n_rows, n_cols)
     tensors = (x2, out) if g is None else (g.contiguous(), x2, out)
-    grid = (triton.cdiv(n_rows, s.rows), triton.cdiv(n_cols, s.cols))
+    grid = (cdiv(n_rows, s.rows), cdiv(n_cols, s.cols))
     kernel[grid](*tensors, n_rows, n_cols, x2.stride(0), ROWS=s.rows, COLS=s.cols, num_warps=s.num_warps)
     return out
 
@@ -90,5 +90,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     checks.tensor("silu_and_mul", "x", x)
     checks.dtype("silu_and_mul", "x", x)
     ok = x.ndim >= 1 and x.shape[-1] > 0 and x.shape[-1] % 2 == 0
-    checks.shape("silu_and_mul", ok, f"the last dimension of x holds gate and up, so it is even; got {list(x.shape)}")
+    checks.shape(
+        "silu_and_mul", ok, lambda: f"the last dimension of x holds gate and up, so it is even; got {list(x.shape)}"
+    )
     return _silu_and_mul(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bi_ops._common import runtime
+from bi_ops._common.integers import next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,8 @@ class TileSchedule:
     num_warps: int = 4
 
 
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def schedule(n_rows: int, n_cols: int) -> TileSchedule:
     """Short rows share a program on a GPU; in the interpreter, where programs are dear, one does nearly all."""
     elements = 1 << 18 if runtime.INTERPRET else 1024
-    cols = min(_next_power_of_2(n_cols), elements)
-    return TileSchedule(rows=min(_next_power_of_2(n_rows), elements // cols), cols=cols)
+    cols = min(next_power_of_2(n_cols), elements)
+    return TileSchedule(rows=min(next_power_of_2(n_rows), elements // cols), cols=cols)

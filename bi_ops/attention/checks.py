@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 
 from bi_ops._common import checks
+from bi_ops._common.integers import cdiv
 from bi_ops.attention.launch import Scores
 
 
@@ -24,15 +24,19 @@ def check_qkv(op: str, scale: float | None, **tensors: torch.Tensor) -> float:
     hq, head_dim = q.shape[1:]
     hkv = k.shape[-2]
     what = ", ".join(f"{n} {list(t.shape)}" for n, t in tensors.items())
-    checks.shape(op, k.shape == v.shape, f"keys and values must have one shape, got {what}")
-    checks.shape(op, k.shape[-1] == head_dim, f"head sizes differ: {what}")
+    checks.shape(op, k.shape == v.shape, lambda: f"keys and values must have one shape, got {what}")
+    checks.shape(op, k.shape[-1] == head_dim, lambda: f"head sizes differ: {what}")
     checks.shape(
-        op, hkv > 0 and hq % hkv == 0, f"{hq} query heads are not a positive multiple of {hkv} key heads: {what}"
+        op,
+        hkv > 0 and hq % hkv == 0,
+        lambda: f"{hq} query heads are not a positive multiple of {hkv} key heads: {what}",
     )
     ok = head_dim % 8 == 0 and 16 <= head_dim <= 256
-    checks.shape(op, ok, f"head_dim must be a multiple of 8 from 16 to 256, got {head_dim}; pad q, k and v with zeros")
+    checks.shape(
+        op, ok, lambda: f"head_dim must be a multiple of 8 from 16 to 256, got {head_dim}; pad q, k and v with zeros"
+    )
     scale = head_dim**-0.5 if scale is None else float(scale)
-    checks.shape(op, 0 < scale < float("inf"), f"softmax_scale must be positive and finite, got {scale}")
+    checks.shape(op, 0 < scale < float("inf"), lambda: f"softmax_scale must be positive and finite, got {scale}")
     return scale
 
 
@@ -52,15 +56,17 @@ def check_features(
     """Check what comes on top of plain attention, and gather it with the rest."""
     ok = len(window_size) == 2 and all(isinstance(n, int) and n >= -1 for n in window_size)
     checks.shape(
-        op, ok, f"window_size must be (left, right), numbers of keys or -1 for no limit, got {tuple(window_size)}"
+        op,
+        ok,
+        lambda: f"window_size must be (left, right), numbers of keys or -1 for no limit, got {tuple(window_size)}",
     )
     ok = 0 <= softcap < math.inf
-    checks.shape(op, ok, f"softcap must be finite and at least 0, which is none, got {softcap}")
+    checks.shape(op, ok, lambda: f"softcap must be finite and at least 0, which is none, got {softcap}")
     if sinks is not None:
         checks.tensor(op, "sinks", sinks)
         checks.dtype(op, "sinks", sinks)
         checks.same_device(op, q=q, sinks=sinks)
-        checks.shape(op, sinks.shape == q.shape[1:2], f"sinks must be [{q.shape[1]}], got {list(sinks.shape)}")
+        checks.shape(op, sinks.shape == q.shape[1:2], lambda: f"sinks must be [{q.shape[1]}], got {list(sinks.shape)}")
     left, right = (-1 if n >= _UNLIMITED else n for n in window_size)
     return Scores(causal, scale, left, right, float(softcap))
 
@@ -78,20 +84,20 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, total: int, name: str = "cu_seqle
     check_lengths_tensor(op, name, cu_seqlens)
     values = cu_seqlens.tolist()
     lengths = [b - a for a, b in itertools.pairwise(values)]
-    checks.shape(op, values[0] == 0, f"{name} must start at 0, got {values[0]}")
+    checks.shape(op, values[0] == 0, lambda: f"{name} must start at 0, got {values[0]}")
     falls = next((i for i, n in enumerate(lengths) if n < 0), None)
     if falls is not None:
         raise ValueError(
             f"{op}: {name} must never decrease, got {values[falls]} then {values[falls + 1]} at {falls + 1}"
         )
-    checks.shape(op, values[-1] == total, f"{name} ends at {values[-1]} but there are {total} tokens")
+    checks.shape(op, values[-1] == total, lambda: f"{name} ends at {values[-1]} but there are {total} tokens")
     return max(lengths, default=0)
 
 
 def check_lengths_tensor(op: str, name: str, t: torch.Tensor) -> None:
     checks.tensor(op, name, t, ndim=1)
     checks.dtype(op, name, t, (torch.int32,))
-    checks.shape(op, t.shape[0] >= 1, f"{name} must have B + 1 entries, got none")
+    checks.shape(op, t.shape[0] >= 1, lambda: f"{name} must have B + 1 entries, got none")
 
 
 def longest(op: str, name: str, cu_seqlens: torch.Tensor, total: int, given: int | None) -> int:
@@ -116,6 +122,6 @@ def check_pages(k_cache: torch.Tensor, table: torch.Tensor, seqlens_k: torch.Ten
     for i, n in enumerate(seqlens_k.tolist()):
         if not 0 <= n <= room:
             raise ValueError(f"paged_attention: seqlens_k[{i}] is {n}, but the block table has room for 0 to {room}")
-        used = table[i, : triton.cdiv(n, page)]
+        used = table[i, : cdiv(n, page)]
         if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < n_pages:
             raise ValueError(f"paged_attention: block_table[{i}] names {used.tolist()}; blocks are 0 to {n_pages - 1}")

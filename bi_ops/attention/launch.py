@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 
+from bi_ops._common import runtime
+from bi_ops._common.integers import cdiv
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import descriptors, support
 from bi_ops.attention.kernels.backward import (
@@ -71,7 +72,7 @@ def _dense(s: sched.Schedule, longest: int) -> bool:
 def _grid(s: sched.Schedule, n_pairs: int, hkv: int, n_rows: int, longest: int) -> tuple[int, ...]:
     """Programs for tiles of `s.block` rows. n_rows: of a key head in all sequences; longest: of the longest one."""
     if _dense(s, longest):
-        return triton.cdiv(n_pairs, s.groups), triton.cdiv(longest, s.block)
+        return cdiv(n_pairs, s.groups), cdiv(longest, s.block)
     return ((n_rows // s.block + n_pairs // hkv) * hkv,)  # the kernels' `find_tile` knows which is whose
 
 
@@ -204,7 +205,7 @@ def ring_schedule(
     box = math.gcd(page, sched.order(head_dim, q.dtype).block_n)
     if not (descriptors.paged(k_cache, box) and descriptors.paged(v_cache, box)):
         return None
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    processors = runtime.multiprocessors(q.device)
     return sched.ring(max_q * (hq // hkv), (cu_q.shape[0] - 1) * hkv, head_dim, processors)
 
 
@@ -221,7 +222,7 @@ def launch_delta(
     if n_tokens == 0:
         return delta, shift
     rows, num_warps = sched.delta(n_tokens * hq)
-    attention_delta_kernel[(triton.cdiv(n_tokens * hq, rows),)](
+    attention_delta_kernel[(cdiv(n_tokens * hq, rows),)](
         g,
         out,
         lse,
@@ -245,12 +246,12 @@ def launch_dsinks(sinks: torch.Tensor, delta: torch.Tensor, shift: torch.Tensor)
     n_pairs, n_tokens, heads = delta.shape
     dsinks = sinks.new_empty(sinks.shape)
     s = sched.dsinks(sinks.shape[0])
-    n_chunks = triton.cdiv(n_tokens, sched.CHUNK)
+    n_chunks = cdiv(n_tokens, sched.CHUNK)
     partial = delta.new_empty((n_chunks, n_pairs * heads))
-    tiles = triton.cdiv(n_pairs * heads, s.block_h)
+    tiles = cdiv(n_pairs * heads, s.block_h)
     shape = {"H": n_pairs * heads, "BLOCK_H": s.block_h, "num_warps": s.num_warps}
     if n_chunks > 0:
-        attention_dsinks_kernel[(triton.cdiv(n_chunks, s.rows), tiles)](
+        attention_dsinks_kernel[(cdiv(n_chunks, s.rows), tiles)](
             sinks, shift, delta, partial, n_tokens, HEADS=heads, CHUNK=sched.CHUNK, ROWS=s.rows, **shape
         )
     attention_add_chunks_kernel[(tiles,)](partial, dsinks, n_chunks, UNROLL=s.unroll, **shape)

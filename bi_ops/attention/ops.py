@@ -363,13 +363,15 @@ def flash_attention(
     check_lengths_tensor(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens_k is None:
         same = q.shape[0] == k.shape[0]
-        checks.shape(op, same, f"{q.shape[0]} queries but {k.shape[0]} keys; give cu_seqlens_k if they differ")
+        checks.shape(op, same, lambda: f"{q.shape[0]} queries but {k.shape[0]} keys; give cu_seqlens_k if they differ")
         cu_seqlens_k = cu_seqlens
         max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
     check_lengths_tensor(op, "cu_seqlens_k", cu_seqlens_k)
     checks.same_device(op, q=q, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     same = cu_seqlens.shape == cu_seqlens_k.shape
-    checks.shape(op, same, f"cu_seqlens {list(cu_seqlens.shape)} and cu_seqlens_k {list(cu_seqlens_k.shape)} differ")
+    checks.shape(
+        op, same, lambda: f"cu_seqlens {list(cu_seqlens.shape)} and cu_seqlens_k {list(cu_seqlens_k.shape)} differ"
+    )
     provider = _provider(op, q.dtype, q.shape[2], scores.features(sinks))
     out, lse = _flash(
         *(q, k, v, cu_seqlens.contiguous(), cu_seqlens_k.contiguous(), max_seqlen, max_seqlen_k, causal, scale),
@@ -427,9 +429,11 @@ def paged_attention(
     checks.shape(
         op,
         ok,
-        f"cu_seqlens_q has {n} sequences, block_table {block_table.shape[0]} and seqlens_k {seqlens_k.shape[0]}",
+        lambda: (
+            f"cu_seqlens_q has {n} sequences, block_table {block_table.shape[0]} and seqlens_k {seqlens_k.shape[0]}"
+        ),
     )
-    checks.shape(op, k_cache.shape[1] > 0, f"block_size must not be 0, got k_cache {list(k_cache.shape)}")
+    checks.shape(op, k_cache.shape[1] > 0, lambda: f"block_size must not be 0, got k_cache {list(k_cache.shape)}")
     provider = _provider(op, q.dtype, q.shape[2], scores.features(sinks))
     if provider == "vllm" and k_cache.shape[1] % 16 != 0:
         raise RuntimeError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from bi_ops._common import checks
+from bi_ops._common.integers import cdiv
 from bi_ops._common.operators import custom_op
 from bi_ops.embedding import schedule as sched
 from bi_ops.embedding.kernels import embedding_backward_kernel, embedding_kernel
@@ -31,7 +31,7 @@ def _lookup(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torc
         return y
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     s = sched.forward_schedule(n_rows, n_cols)
-    embedding_kernel[(triton.cdiv(n_rows, s.rows), triton.cdiv(n_cols, s.cols))](
+    embedding_kernel[(cdiv(n_rows, s.rows), cdiv(n_cols, s.cols))](
         ids.contiguous(),
         weight,
         y,
@@ -67,7 +67,7 @@ def _sum_rows(dw: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx:
     starts = torch.sort(torch.where(begins, places, n_rows)).values
     starts = torch.cat((starts, starts.new_full((1,), n_rows)))
     s = sched.backward_schedule(n_runs, n_cols)
-    embedding_backward_kernel[(triton.cdiv(n_runs, s.rows), triton.cdiv(n_cols, s.cols))](
+    embedding_backward_kernel[(cdiv(n_runs, s.rows), cdiv(n_cols, s.cols))](
         g.contiguous(),
         sorted_ids,
         token,
@@ -226,8 +226,10 @@ def embedding_backward(
     checks.dtype(op, "ids", ids, _ID_DTYPES)
     checks.same_device(op, grad=grad, ids=ids)
     fits = grad.shape[:-1] == ids.shape and grad.ndim == ids.ndim + 1
-    checks.shape(op, fits, f"grad {list(grad.shape)} does not fit ids {list(ids.shape)}: it needs one row per id")
-    checks.shape(op, num_embeddings >= 0, f"num_embeddings must not be negative, got {num_embeddings}")
+    checks.shape(
+        op, fits, lambda: f"grad {list(grad.shape)} does not fit ids {list(ids.shape)}: it needs one row per id"
+    )
+    checks.shape(op, num_embeddings >= 0, lambda: f"num_embeddings must not be negative, got {num_embeddings}")
     _check_padding(op, padding_idx, num_embeddings)
     return _embedding_grad(grad, ids, num_embeddings, padding_idx, _checked_dtype(op, dtype))
 
@@ -241,4 +243,6 @@ def _checked_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
 
 def _check_padding(op: str, padding_idx: int, rows: int) -> None:
     ok = -1 <= padding_idx < rows
-    checks.shape(op, ok, f"padding_idx must be a row of the table, 0..{rows - 1}, or -1 for none; got {padding_idx}")
+    checks.shape(
+        op, ok, lambda: f"padding_idx must be a row of the table, 0..{rows - 1}, or -1 for none; got {padding_idx}"
+    )

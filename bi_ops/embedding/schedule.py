@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bi_ops._common import runtime
+from bi_ops._common.integers import next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,11 @@ class TileSchedule:
     num_warps: int = 4
 
 
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def forward_schedule(n_rows: int, n_cols: int) -> TileSchedule:
     """About a thousand elements per program on a GPU; in the interpreter one program does nearly all."""
     elements = 1 << 18 if runtime.INTERPRET else 1024
-    cols = min(_next_power_of_2(n_cols), elements)
-    return TileSchedule(rows=min(_next_power_of_2(n_rows), elements // cols), cols=cols)
+    cols = min(next_power_of_2(n_cols), elements)
+    return TileSchedule(rows=min(next_power_of_2(n_rows), elements // cols), cols=cols)
 
 
 def backward_schedule(n_runs: int, n_cols: int) -> TileSchedule:
@@ -36,4 +33,4 @@ def backward_schedule(n_runs: int, n_cols: int) -> TileSchedule:
     """
     if runtime.INTERPRET:
         return forward_schedule(n_runs, n_cols)
-    return TileSchedule(rows=1, cols=min(_next_power_of_2(n_cols), 256), unroll=8, num_warps=2)
+    return TileSchedule(rows=1, cols=min(next_power_of_2(n_cols), 256), unroll=8, num_warps=2)

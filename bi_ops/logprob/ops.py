@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from bi_ops._common import checks, runtime
+from bi_ops._common.integers import cdiv
 from bi_ops._common.operators import custom_op
 from bi_ops._common.rows import aligned_rows
 from bi_ops.logprob import schedule as sched
@@ -27,7 +27,7 @@ def _softmax(x: torch.Tensor, log: bool, dtype: torch.dtype) -> torch.Tensor:
         return y
     rows, order = aligned_rows(x), sched.row_order()
     per = sched.rows_per_program(rows.shape[0])
-    grid = (triton.cdiv(rows.shape[0], per),)
+    grid = (cdiv(rows.shape[0], per),)
     softmax_kernel[grid](
         rows, y, *rows.shape, rows.stride(0), LOG=log, ROWS=per, BLOCK=order.block, num_warps=order.num_warps
     )
@@ -46,7 +46,7 @@ def _softmax_grad(g: torch.Tensor, y: torch.Tensor, log: bool, dtype: torch.dtyp
         return dx
     g2, y2, order = aligned_rows(g), aligned_rows(y), sched.row_order()
     per = sched.rows_per_program(y2.shape[0])
-    grid = (triton.cdiv(y2.shape[0], per),)
+    grid = (cdiv(y2.shape[0], per),)
     softmax_dx_kernel[grid](
         g2,
         y2,
@@ -87,7 +87,7 @@ def _token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tens
     if logits.shape[0] > 0:
         rows, order = aligned_rows(logits), sched.row_order()
         per = sched.rows_per_program(rows.shape[0])
-        token_logprobs_kernel[(triton.cdiv(rows.shape[0], per),)](
+        token_logprobs_kernel[(cdiv(rows.shape[0], per),)](
             rows,
             ids,
             out,
@@ -115,7 +115,7 @@ def _token_logprobs_grad(
     if logits.numel() > 0:
         rows, order = aligned_rows(logits), sched.row_order()
         per = sched.rows_per_program(rows.shape[0])
-        grid = (triton.cdiv(rows.shape[0], per), triton.cdiv(rows.shape[1], order.block))
+        grid = (cdiv(rows.shape[0], per), cdiv(rows.shape[1], order.block))
         token_logprobs_dx_kernel[grid](
             g.contiguous(),
             rows,
@@ -157,7 +157,9 @@ def _check(op: str, name: str, x: torch.Tensor, dtype: torch.dtype | None = None
     """The dtype of the result: `dtype`, else that of x."""
     checks.tensor(op, name, x)
     checks.dtype(op, name, x)
-    checks.shape(op, x.ndim >= 1 and x.shape[-1] > 0, f"{name} needs a last dimension to normalise, {list(x.shape)}")
+    checks.shape(
+        op, x.ndim >= 1 and x.shape[-1] > 0, lambda: f"{name} needs a last dimension to normalise, {list(x.shape)}"
+    )
     dtype = x.dtype if dtype is None else dtype
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"{op}: dtype {dtype} is not supported; results are bfloat16, float16 or float32")
@@ -201,8 +203,10 @@ def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     _check(op, "logits", logits)
     checks.tensor(op, "ids", ids, ndim=1)
     checks.same_device(op, logits=logits, ids=ids)
-    checks.shape(op, logits.ndim == 2, f"logits must be [T, V], got {list(logits.shape)}")
-    checks.shape(op, ids.shape == logits.shape[:1], f"ids {list(ids.shape)} do not fit logits {list(logits.shape)}")
+    checks.shape(op, logits.ndim == 2, lambda: f"logits must be [T, V], got {list(logits.shape)}")
+    checks.shape(
+        op, ids.shape == logits.shape[:1], lambda: f"ids {list(ids.shape)} do not fit logits {list(logits.shape)}"
+    )
     checks.dtype(op, "ids", ids, (torch.int64,))
     if runtime.INTERPRET and not torch.compiler.is_compiling() and ids.numel() > 0:
         low, high = int(ids.min()), int(ids.max())

@@ -12,8 +12,9 @@ front to back, each at another time between its own tiles. Where it is cut chang
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bi_ops._common.integers import cdiv
 from bi_ops._common.turns import end_turn, wait_turn
 from bi_ops.matmul.schedule import CarrySchedule, carry_split
 
@@ -269,9 +271,15 @@ def carry_kernel(
     )
 
 
+@functools.cache
+def _layout(rows: int, columns: int, element_size: int) -> gl.NVMMASharedLayout:
+    """Of a tile in shared memory. Kept, because Triton makes one in Python, slowly."""
+    dtype = gl.float32 if element_size == 4 else gl.bfloat16  # fp16 lies as bf16 does
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+
+
 def _descriptor(t: torch.Tensor, tile: list[int]) -> TensorDescriptor:
-    dtype = gl.float32 if t.dtype == torch.float32 else gl.bfloat16  # fp16 lies as bf16 does
-    return TensorDescriptor.from_tensor(t, tile, gl.NVMMASharedLayout.get_default_for(tile, dtype))
+    return TensorDescriptor.from_tensor(t, tile, _layout(*tile, t.element_size()))
 
 
 def launch(g: torch.Tensor, x: torch.Tensor, c: torch.Tensor, s: CarrySchedule, processors: int) -> None:
@@ -282,7 +290,7 @@ def launch(g: torch.Tensor, x: torch.Tensor, c: torch.Tensor, s: CarrySchedule, 
         processors: as many programs run, if there are as many tiles.
     """
     (t, m), n = g.shape, x.shape[1]
-    tiles = triton.cdiv(m, 2 * HALF.value) * triton.cdiv(n, s.block_n)
+    tiles = cdiv(m, 2 * HALF.value) * cdiv(n, s.block_n)
     whole, piece = carry_split(tiles, t, s.block_t, processors)
     turns = torch.zeros(2 * (tiles - whole), dtype=torch.int32, device=c.device)
     carry_kernel[(min(tiles, processors),)](

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from bi_ops._common import runtime
+from bi_ops._common.integers import cdiv
 from bi_ops.matmul import certificate, cublaslt
 from bi_ops.matmul import schedule as sched
 from bi_ops.matmul.kernels import matmul_kernel
@@ -32,7 +32,7 @@ def launch_triton(
     s = sched.schedule(m, n, k, a.dtype, over_tokens)
     # Strided views reach past their element count, so the test is on the furthest offset.
     large = any(sum((d - 1) * st for d, st in zip(t.shape, t.stride(), strict=True)) >= 2**31 for t in (a, b, out))
-    grid = (triton.cdiv(m, s.block_m) * triton.cdiv(n, s.block_n), batch)
+    grid = (cdiv(m, s.block_m) * cdiv(n, s.block_n), batch)
     matmul_kernel[grid](
         a,
         b,
@@ -105,5 +105,5 @@ def launch_accumulate(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> No
         return
     from bi_ops.matmul import hopper
 
-    (m, n), processors = out.shape, torch.cuda.get_device_properties(out.device).multi_processor_count
+    (m, n), processors = out.shape, runtime.multiprocessors(out.device)
     hopper.launch(a.t(), b, out, sched.carry_schedule(m, n, a.shape[1], processors), processors)

@@ -167,6 +167,16 @@ def _(main_grad, g, x):
     return None
 
 
+def _through_binding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """x @ weight.T in C++, without Python's cost per call, gradient included. None: the operator has to be called.
+
+    That is where the shape has no certificate yet or is not for cuBLASLt, and where a tracer has to see the call.
+    """
+    if torch.compiler.is_compiling() or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight)):
+        return None
+    return cublaslt.extension().linear(x, weight) if providers.choose() == "cublaslt" else None
+
+
 class _LinearIntoBuffer(torch.autograd.Function):
     """x @ weight.T whose weight gradient goes into a buffer and not to autograd."""
 
@@ -175,7 +185,8 @@ class _LinearIntoBuffer(torch.autograd.Function):
         weight = weight.to(x.dtype)  # rounded once for both passes
         ctx.save_for_backward(x, weight)
         ctx.main_grad = main_grad
-        return _mm(x, weight.t(), None, providers.choose())
+        out = _through_binding(x, weight)
+        return _mm(x, weight.t(), None, providers.choose()) if out is None else out
 
     @staticmethod
     def backward(ctx, g):
@@ -212,26 +223,23 @@ def mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> to
         TypeError: dtypes that are unsupported or differ. ValueError: wrong rank, device or inner dimensions.
     """
     _check("mm", a, b)
-    checks.shape("mm", a.ndim == 2 and b.ndim == 2, f"needs 2-D tensors, got {list(a.shape)} and {list(b.shape)}")
-    checks.shape("mm", a.shape[1] == b.shape[0], f"inner dimensions differ: {list(a.shape)} @ {list(b.shape)}")
+    checks.shape(
+        "mm", a.ndim == 2 and b.ndim == 2, lambda: f"needs 2-D tensors, got {list(a.shape)} and {list(b.shape)}"
+    )
+    checks.shape("mm", a.shape[1] == b.shape[0], lambda: f"inner dimensions differ: {list(a.shape)} @ {list(b.shape)}")
     if b.dtype != torch.float32:
         checks.same_dtype("mm", a=a, b=b)
     if bias is not None:
         checks.tensor("mm", "bias", bias, ndim=1)
         checks.dtype("mm", "bias", bias)
         checks.same_device("mm", a=a, bias=bias)
-        checks.shape("mm", bias.shape[0] == b.shape[1], f"bias {list(bias.shape)} for {b.shape[1]} columns")
+        checks.shape("mm", bias.shape[0] == b.shape[1], lambda: f"bias {list(bias.shape)} for {b.shape[1]} columns")
     return _mm(a, b, bias, providers.choose())
 
 
 def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``bias + a @ b`` with the bias added before rounding; bias [N], a [M, K], b [K, N]. See `mm`."""
     return mm(a, b, bias)
-
-
-def _is_plain(*tensors: object) -> bool:
-    """Tensors that no tracer and no subclass has to see go through the binding without Python's cost per call."""
-    return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors) and not torch.compiler.is_compiling()
 
 
 def linear(
@@ -252,16 +260,18 @@ def linear(
     Raises:
         TypeError, ValueError: as `mm`.
     """
-    if bias is None and main_grad is None and _is_plain(x, weight) and providers.choose() == "cublaslt":
-        fast = cublaslt.extension().linear(x, weight)
-        if fast is not None:  # otherwise the shape has no certificate yet, or it is not for cuBLASLt
-            return fast
+    if bias is None and main_grad is None:
+        out = _through_binding(x, weight)
+        if out is not None:
+            return out
     _check("linear", x, weight, ("x", "weight"))
-    checks.shape("linear", weight.ndim == 2, f"weight must be [N, K], got {list(weight.shape)}")
+    checks.shape("linear", weight.ndim == 2, lambda: f"weight must be [N, K], got {list(weight.shape)}")
     checks.shape(
         "linear",
         x.ndim >= 1 and x.shape[-1] == weight.shape[1],
-        f"x {list(x.shape)} does not fit weight {list(weight.shape)}: x's last dimension must be {weight.shape[1]}",
+        lambda: (
+            f"x {list(x.shape)} does not fit weight {list(weight.shape)}: x's last dimension must be {weight.shape[1]}"
+        ),
     )
     if weight.dtype != torch.float32:
         checks.same_dtype("linear", x=x, weight=weight)
@@ -270,7 +280,7 @@ def linear(
         checks.dtype("linear", "bias", bias)
         checks.same_device("linear", x=x, bias=bias)
         n = weight.shape[0]
-        checks.shape("linear", bias.shape[0] == n, f"bias {list(bias.shape)} for {n} columns")
+        checks.shape("linear", bias.shape[0] == n, lambda: f"bias {list(bias.shape)} for {n} columns")
     rows = x.reshape(-1, x.shape[-1])
     if main_grad is None:
         out = _mm(rows, weight.t(), None, providers.choose())
@@ -287,7 +297,7 @@ def _check_main_grad(op: str, main_grad: torch.Tensor, shape: torch.Size) -> Non
     checks.tensor(op, "main_grad", main_grad, ndim=2)
     checks.dtype(op, "main_grad", main_grad, (torch.float32,))
     fits = main_grad.shape == shape and main_grad.is_contiguous()
-    checks.shape(op, fits, f"main_grad must be contiguous {list(shape)}, got {list(main_grad.shape)}")
+    checks.shape(op, fits, lambda: f"main_grad must be contiguous {list(shape)}, got {list(main_grad.shape)}")
 
 
 def accumulate_weight_grad(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
@@ -307,7 +317,7 @@ def accumulate_weight_grad(main_grad: torch.Tensor, grad: torch.Tensor, x: torch
     _check(op, grad, x, ("grad", "x"))
     checks.same_dtype(op, grad=grad, x=x)
     ok = grad.ndim == 2 and x.ndim == 2 and grad.shape[0] == x.shape[0]
-    checks.shape(op, ok, f"needs [T, N] and [T, K], got {list(grad.shape)} and {list(x.shape)}")
+    checks.shape(op, ok, lambda: f"needs [T, N] and [T, K], got {list(grad.shape)} and {list(x.shape)}")
     _check_main_grad(op, main_grad, torch.Size((grad.shape[1], x.shape[1])))
     _accumulate(main_grad, grad, x)
 
@@ -330,7 +340,7 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a[i] @ b[i]`` for every i; a [B, M, K], b [B, K, N], one dtype; out [B, M, N]. Raises as `mm`."""
     _check("bmm", a, b)
     ok = a.ndim == 3 and b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1]
-    checks.shape("bmm", ok, f"needs [B, M, K] and [B, K, N], got {list(a.shape)} and {list(b.shape)}")
+    checks.shape("bmm", ok, lambda: f"needs [B, M, K] and [B, K, N], got {list(a.shape)} and {list(b.shape)}")
     checks.same_dtype("bmm", a=a, b=b)
     return _bmm(a, b)
 
@@ -342,7 +352,9 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     checks.shape("matmul", a.ndim > 0 and b.ndim > 0, "0-dimensional tensors have no product; use a * b")
     a2 = a[None] if a.ndim == 1 else a
     b2 = b[:, None] if b.ndim == 1 else b
-    checks.shape("matmul", a2.shape[-1] == b2.shape[-2], f"inner dimensions differ: {list(a.shape)} @ {list(b.shape)}")
+    checks.shape(
+        "matmul", a2.shape[-1] == b2.shape[-2], lambda: f"inner dimensions differ: {list(a.shape)} @ {list(b.shape)}"
+    )
     if b2.ndim == 2:
         out = _mm(a2.reshape(-1, a2.shape[-1]), b2, None, providers.choose())
         out = out.reshape(*a2.shape[:-1], b2.shape[1])

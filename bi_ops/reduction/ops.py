@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 
 from bi_ops._common import checks
+from bi_ops._common.integers import cdiv
 from bi_ops._common.operators import custom_op
 from bi_ops.reduction import schedule as sched
 from bi_ops.reduction.kernels import sum_kernel
@@ -19,7 +19,7 @@ def _launch(x: torch.Tensor, out: torch.Tensor, order: sched.Order) -> None:
     m, n, k = x.shape
     n_spans = out.shape[1]
     s = sched.schedule(m, k, order.lanes)
-    tiles = m * triton.cdiv(k, s.rows) if s.along_k else triton.cdiv(m * k, s.rows)
+    tiles = m * cdiv(k, s.rows) if s.along_k else cdiv(m * k, s.rows)
     sum_kernel[(tiles * n_spans,)](
         x,
         out,
@@ -49,7 +49,7 @@ def _sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x.new_zeros((m, k), dtype=dtype)
     while True:
         order = sched.order(n)
-        n_spans = triton.cdiv(n, order.span)
+        n_spans = cdiv(n, order.span)
         out = x.new_empty((m, n_spans, k), dtype=dtype if n_spans == 1 else torch.float32)
         _launch(x, out, order)
         if n_spans == 1:
@@ -82,8 +82,8 @@ def _dims(op: str, x: torch.Tensor, dim: int | Sequence[int] | None) -> list[int
     rank = max(x.ndim, 1)  # a scalar may be reduced over its axis 0, as in torch
     dims = set()
     for d in [dim] if isinstance(dim, int) else dim or []:
-        checks.shape(op, -rank <= d < rank, f"dim {dim} is out of range for x {list(x.shape)}")
-        checks.shape(op, d % rank not in dims, f"dim {dim} names an axis of x {list(x.shape)} twice")
+        checks.shape(op, -rank <= d < rank, lambda: f"dim {dim} is out of range for x {list(x.shape)}")
+        checks.shape(op, d % rank not in dims, lambda: f"dim {dim} names an axis of x {list(x.shape)} twice")
         dims.add(d % rank)
     return sorted(dims) if dims and x.ndim > 0 else list(range(x.ndim))
 

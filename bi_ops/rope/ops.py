@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from bi_ops._common import checks
+from bi_ops._common.integers import cdiv, next_power_of_2
 from bi_ops._common.operators import custom_op
 from bi_ops.rope import schedule as sched
 from bi_ops.rope.kernels import rope_kernel
@@ -28,9 +28,9 @@ def _rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inv
             f"0..{cos_sin.shape[0] - 1}. Build it with a larger max_position"
         )
     n_rows, half = n_tokens * n_heads, dim // 2
-    cols = triton.next_power_of_2(half)
+    cols = next_power_of_2(half)
     s = sched.schedule(n_rows, cols)
-    rope_kernel[(triton.cdiv(n_rows, s.rows),)](
+    rope_kernel[(cdiv(n_rows, s.rows),)](
         x,
         positions.contiguous(),
         cos_sin.contiguous(),
@@ -103,9 +103,9 @@ def cos_sin_cache(
         ValueError: an odd or non-positive head_dim, a non-positive max_position or theta.
     """
     op = "cos_sin_cache"
-    checks.shape(op, head_dim > 0 and head_dim % 2 == 0, f"head_dim must be even and positive, got {head_dim}")
-    checks.shape(op, max_position > 0, f"max_position must be positive, got {max_position}")
-    checks.shape(op, theta > 0, f"theta must be positive, got {theta}")
+    checks.shape(op, head_dim > 0 and head_dim % 2 == 0, lambda: f"head_dim must be even and positive, got {head_dim}")
+    checks.shape(op, max_position > 0, lambda: f"max_position must be positive, got {max_position}")
+    checks.shape(op, theta > 0, lambda: f"theta must be positive, got {theta}")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     inv_freq = 1.0 / (theta**exponents)
     # vLLM writes an einsum; an outer product has one product per element whichever way it is spelled.
@@ -138,12 +138,16 @@ def apply_rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) 
     if cos_sin.dtype != torch.float32:
         checks.same_dtype("apply_rope", x=x, cos_sin=cos_sin)
     n_tokens, _, dim = x.shape
-    checks.shape("apply_rope", dim > 0 and dim % 2 == 0, f"head_dim must be even and positive, got x {list(x.shape)}")
+    checks.shape(
+        "apply_rope", dim > 0 and dim % 2 == 0, lambda: f"head_dim must be even and positive, got x {list(x.shape)}"
+    )
     checks.shape(
         "apply_rope",
         cos_sin.shape[1] == dim,
-        f"cos_sin {list(cos_sin.shape)} does not fit x {list(x.shape)}: all {dim} columns of a head are rotated",
+        lambda: (
+            f"cos_sin {list(cos_sin.shape)} does not fit x {list(x.shape)}: all {dim} columns of a head are rotated"
+        ),
     )
     fits = positions.shape[0] == n_tokens
-    checks.shape("apply_rope", fits, f"{positions.shape[0]} positions for {n_tokens} tokens, x {list(x.shape)}")
+    checks.shape("apply_rope", fits, lambda: f"{positions.shape[0]} positions for {n_tokens} tokens, x {list(x.shape)}")
     return _rope(x, positions, cos_sin, False)

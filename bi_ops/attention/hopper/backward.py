@@ -30,9 +30,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bi_ops._common import runtime
+from bi_ops._common.integers import cdiv
 from bi_ops._common.turns import end_turn, wait_turn
 from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper.descriptors import rows
+from bi_ops.attention.hopper.descriptors import layout, rows
 from bi_ops.attention.hopper.lists import by_length, pairs_of_program
 from bi_ops.attention.hopper.parts import LOG2E, clear_rows
 from bi_ops.attention.kernels.parts import find_tile
@@ -525,7 +527,7 @@ def _prepare_kernel(
 
 
 def _numbers(t: torch.Tensor, block: int) -> TensorDescriptor:
-    return TensorDescriptor(t, [t.numel()], [1], [block], gl.NVMMASharedLayout(0, 32, 1))
+    return TensorDescriptor(t, [t.numel()], [1], [block], layout(0, 32, 1))
 
 
 def launch(
@@ -550,15 +552,15 @@ def launch(
     """
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
     order = sched.one_pass_order(head_dim, q.dtype)
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    s = sched.one_pass(triton.cdiv(max_k, order.block_n), head_dim, processors)
+    processors = runtime.multiprocessors(q.device)
+    s = sched.one_pass(cdiv(max_k, order.block_n), head_dim, processors)
     n_seqs = cu_q.shape[0] - 1
     n_tiles = n_tokens // order.block_m + n_seqs
     numbers = (hq, n_tiles, order.block_m)
     shift, delta = (torch.empty(numbers, dtype=torch.float32, device=q.device) for _ in range(2))
     turns = torch.empty((hq, n_tiles), dtype=torch.int32, device=q.device)
     total = torch.empty((hq * n_tiles * head_dim // 4, 256), dtype=torch.float32, device=q.device)
-    d_sum = TensorDescriptor.from_tensor(total, [head_dim // 8, 256], gl.NVMMASharedLayout(0, 32, 2))
+    d_sum = TensorDescriptor.from_tensor(total, [head_dim // 8, 256], layout(0, 32, 2))
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
     _prepare_kernel[(n_tiles * hq,)](
         *(g, out, lse, g_lse, shift, delta, turns, dq, cu_q, cu_k, n_tokens, n_seqs, n_tiles),
@@ -570,7 +572,7 @@ def launch(
     equal = max_k * n_seqs == n_keys
     last = max(n_seqs * hkv - s.last // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
     last = last // s.together * s.together
-    programs = triton.cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
+    programs = cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
     lists = cu_k if equal else by_length(cu_k, order.block_n)[0]
     attention_backward_kernel[(programs * hkv,)](
         *(rows(q, order.block_m), rows(g, order.block_m), rows(k, order.block_n), rows(v, order.block_n)),

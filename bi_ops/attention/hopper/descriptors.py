@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+@functools.cache
+def layout(swizzle: int, bits: int, rank: int) -> NVMMASharedLayout:
+    """How a box lies in shared memory: in swizzled rows of so many bytes, 0 for none, of values of so many bits.
+
+    Kept, because Triton makes one in Python, slowly.
+    """
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return NVMMASharedLayout(swizzle, bits, rank)
 
 
 def copied(t: torch.Tensor) -> bool:
@@ -28,12 +41,11 @@ def copyable(t: torch.Tensor) -> torch.Tensor:
 
 def rows(t: torch.Tensor, block: int) -> TensorDescriptor:
     """t [T, H, D] as the copy engine sees it: rows of H * D values, taken `block` rows and one head at a time."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     n, h, d = t.shape
     t = copyable(t)
-    return TensorDescriptor(t, [n, h * d], [t.stride(0), 1], [block, d], NVMMASharedLayout(128, 16, 2))
+    return TensorDescriptor(t, [n, h * d], [t.stride(0), 1], [block, d], layout(128, 16, 2))
 
 
 def _lattice(cache: torch.Tensor) -> tuple[int, int, int, int]:
@@ -66,11 +78,9 @@ def pages(cache: torch.Tensor, block: int) -> tuple[TensorDescriptor, int, int, 
 
     (descriptor, rows from page to page, rows from head to head, columns from head to head)
     """
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     n, size, h, d = cache.shape
     row, page_rows, head_rows, columns = _lattice(cache)
     shape = [(n - 1) * page_rows + (h - 1) * head_rows + size, (h - 1) * columns + d]
-    layout = NVMMASharedLayout(128, 16, 2)
-    return TensorDescriptor(cache, shape, [row, 1], [block, d], layout), page_rows, head_rows, columns
+    return TensorDescriptor(cache, shape, [row, 1], [block, d], layout(128, 16, 2)), page_rows, head_rows, columns

@@ -11,7 +11,6 @@ One program owns 64 keys of a sequence and a key head, and walks the rows (query
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,7 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bi_ops.attention.hopper.descriptors import copyable, rows
+from bi_ops._common import runtime
+from bi_ops._common.integers import cdiv
+from bi_ops.attention.hopper.descriptors import copyable, layout, rows
 from bi_ops.attention.hopper.lists import by_length, pairs_of_program
 from bi_ops.attention.hopper.parts import LOG2E, clear_rows
 
@@ -280,7 +281,7 @@ def _grouped(t: torch.Tensor, heads: int) -> TensorDescriptor:
     """t [T, H, D] as the copy engine sees it: `BLOCK_R` rows (token, one of `heads` heads side by side) at a time."""
     t = copyable(t)
     block = [BLOCK_R.value // heads, heads, t.shape[2]]
-    return TensorDescriptor(t, list(t.shape), [t.stride(0), t.shape[2], 1], block, gl.NVMMASharedLayout(128, 16, 3))
+    return TensorDescriptor(t, list(t.shape), [t.stride(0), t.shape[2], 1], block, layout(128, 16, 3))
 
 
 def launch(
@@ -308,8 +309,8 @@ def launch(
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
     n_seqs, block_n = cu_q.shape[0] - 1, BLOCK_N.value
     equal = max_k * n_seqs == n_keys
-    programs = triton.cdiv(max_k, block_n) * n_seqs if equal else n_keys // block_n + n_seqs
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = cdiv(max_k, block_n) * n_seqs if equal else n_keys // block_n + n_seqs
+    processors = runtime.multiprocessors(q.device)
     lists = cu_k if equal else by_length(cu_k, block_n)[0]
     attention_dkv_hopper_kernel[(programs * hkv,)](
         *(_grouped(q, hq // hkv), _grouped(g, hq // hkv), rows(k, block_n), rows(v, block_n)),

@@ -11,7 +11,6 @@ A program takes a tile of queries of one head, and another when it is done, unti
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from bi_ops._common import runtime
+from bi_ops._common.integers import cdiv
 from bi_ops.attention.hopper.descriptors import rows
 from bi_ops.attention.hopper.lists import by_length, steps_of, take, tile_of
 from bi_ops.attention.hopper.parts import LOG2E, ROWS, clear_rows
@@ -368,9 +369,9 @@ def launch(
     n_seqs = cu_q.shape[0] - 1
     equal = max_q * n_seqs == n_tokens
     block_m = TEAMS.value * ROWS.value
-    n_tiles = triton.cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
+    n_tiles = cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
     lists, count = (cu_q, cu_q.new_zeros(1)) if equal else by_length(cu_q, block_m)
-    programs = min(n_tiles * hq, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    programs = min(n_tiles * hq, runtime.multiprocessors(q.device))
     attention_dq_hopper_kernel[(programs,)](
         *(rows(q, ROWS.value), rows(g, ROWS.value), rows(k, BLOCK_N.value), rows(v, BLOCK_N.value)),
         *(shift, delta, dq, cu_q, cu_k, lists, count, cu_q.new_empty((programs, TEAMS.value))),

@@ -9,11 +9,12 @@ A program takes a tile of queries of one head, and another when it is done, unti
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from bi_ops._common import runtime
+from bi_ops._common.integers import cdiv
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper.descriptors import rows
 from bi_ops.attention.hopper.lists import by_length, steps_of, take, tile_of
@@ -315,11 +316,11 @@ def launch(
     n_seqs = cu_q.shape[0] - 1
     equal = max_q * n_seqs == n_tokens
     block_m = s.teams * ROWS.value
-    n_tiles = triton.cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
+    n_tiles = cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
     lists, count = (cu_q, cu_q.new_zeros(1)) if equal else by_length(cu_q, block_m)
     programs = n_tiles * hq
     if s.stay:
-        programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
+        programs = min(programs, runtime.multiprocessors(q.device))
     items = cu_q.new_empty((programs, s.queries))
     attention_forward_kernel[(programs,)](
         *(rows(q, ROWS.value), rows(k, block_n), rows(v, block_n), out, lse, cu_q, cu_k, lists),

@@ -12,6 +12,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from bi_ops._common.integers import cdiv
+
 #: Sequences of a program, and how many others it compares them with at a time.
 ROWS, STEP = 32, 128
 
@@ -57,7 +59,7 @@ def by_length(cu_seqlens: torch.Tensor, block: int) -> tuple[torch.Tensor, torch
     n_seqs = cu_seqlens.shape[0] - 1
     numbers = cu_seqlens.new_empty(2 * n_seqs + 1)
     first, sequence, count = numbers.split((n_seqs, n_seqs, 1))
-    by_length_kernel[(triton.cdiv(n_seqs, ROWS),)](
+    by_length_kernel[(cdiv(n_seqs, ROWS),)](
         *(cu_seqlens, first, sequence, count, n_seqs), BLOCK=block, ROWS=ROWS, STEP=STEP, num_warps=4
     )
     return numbers[: 2 * n_seqs].view(2, n_seqs), count
