@@ -149,23 +149,20 @@ def _load_g(p_g, o_r, o_c, R, N, H, stride_t, stride_h):
 
 @triton.jit
 def _store_dx(
-    p_dx, p_gsum, b_g, b_w, b_x, inv, minus_mean, o_r, o_c, R, N, H, stride_t, stride_h,
-    HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
+    p_dx, b_g, b_gsum, b_w, b_x, inv, minus_mean, o_r, o_c, R, N, HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr
+):
     """inv * (g*w - xhat * mean) + gsum. Which product of a difference is rounded is said here: left to the compiler,
     it would depend on whether g * w is still in a register."""
-    m = (o_r < R)[:, None] & (o_c < N)
     b_xhat = b_x * inv
     if HAS_WEIGHT:
         b_dx = tl.fma(b_g, tl.broadcast_to(b_w, b_g.shape), b_xhat * minus_mean)
     else:
         b_dx = tl.fma(b_xhat, tl.broadcast_to(minus_mean, b_g.shape), b_g)
     if HAS_SUM:
-        p_from = p_gsum + _row_start(o_r, H, stride_t, stride_h) + o_c
-        b_sum = tl.load(p_from, mask=m, other=0.0).to(tl.float32)
-        b_dx = tl.fma(b_dx, tl.broadcast_to(inv, b_g.shape), b_sum)
+        b_dx = tl.fma(b_dx, tl.broadcast_to(inv, b_g.shape), b_gsum)
     else:
         b_dx = b_dx * inv
+    m = (o_r < R)[:, None] & (o_c < N)
     tl.store(p_dx + _row_start(o_r, 1, N, 0) + o_c, cast(b_dx, p_dx.dtype.element_ty), mask=m)
 
 
@@ -201,11 +198,12 @@ def rms_norm_dx_kernel(
         b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)
         b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
         b_w = _weight(p_w, 0, N, 0.0, dtype, CHUNKS, BLOCK, HAS_WEIGHT)
+        b_gsum = b_g
+        if HAS_SUM:  # before the sum, whose end would hold it up
+            b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
         dot = _row_sum((b_g * b_w) * (b_x * inv), CHUNKS)
         minus_mean = (dot / N)[:, None] * -1.0  # not -mean, which is 0 - mean: another sign of zero
-        _store_dx(
-            p_dx, p_gsum, b_g, b_w, b_x, inv, minus_mean, o_r, o_c, R, N, H, stride_st, stride_sh, HAS_SUM, HAS_WEIGHT
-        )
+        _store_dx(p_dx, b_g, b_gsum, b_w, b_x, inv, minus_mean, o_r, o_c, R, N, HAS_SUM, HAS_WEIGHT)
     else:
         dot = tl.zeros([ROWS], dtype=tl.float32)
         for start in range(0, N, BLOCK):
@@ -220,24 +218,10 @@ def rms_norm_dx_kernel(
             b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)
             b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
             b_w = _weight(p_w, start, N, 0.0, dtype, 1, BLOCK, HAS_WEIGHT)
-            _store_dx(
-                p_dx,
-                p_gsum,
-                b_g,
-                b_w,
-                b_x,
-                inv,
-                minus_mean,
-                o_r,
-                o_c,
-                R,
-                N,
-                H,
-                stride_st,
-                stride_sh,
-                HAS_SUM,
-                HAS_WEIGHT,
-            )
+            b_gsum = b_g
+            if HAS_SUM:
+                b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
+            _store_dx(p_dx, b_g, b_gsum, b_w, b_x, inv, minus_mean, o_r, o_c, R, N, HAS_SUM, HAS_WEIGHT)
 
 
 @triton.jit

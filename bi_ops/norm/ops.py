@@ -24,7 +24,7 @@ def _forward(
     inv = x.new_empty(n_rows, dtype=torch.float32)
     if x.numel() > 0:
         heads, ((x_rows, *x_strides), (residual_rows, *residual_strides)) = head_rows((x, residual))
-        s = sched.row_schedule(n_rows, n_cols)
+        s = sched.row_schedule(n_rows, n_cols, y.itemsize)
         rms_norm_kernel[(triton.cdiv(n_rows, s.rows),)](
             x_rows,
             residual_rows,
@@ -56,7 +56,7 @@ def _dx(
     if x.numel() == 0:
         return dx
     heads, ((g_rows, *g_strides), (sum_rows, *sum_strides), (x_rows, *x_strides)) = head_rows((g, g_sum, x))
-    s = sched.row_schedule(n_rows, n_cols)
+    s = sched.row_schedule(n_rows, n_cols, dx.itemsize)
     rms_norm_dx_kernel[(triton.cdiv(n_rows, s.rows),)](
         g_rows,
         sum_rows,

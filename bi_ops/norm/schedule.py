@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from bi_ops._common import runtime
 from bi_ops._common.rows import ALIGNMENT, TOKEN_STEP
 
-#: Elements of a tile of several rows. Fewer than a thread's 16-byte load for each of 4 warps' threads would change the
-#: layout of the tile, so the tile never follows the number of rows.
+#: Elements of a tile of several rows. A thread that had less than 16 bytes of it would be another layout, with another
+#: tree, so the tile does not shrink when rows are few.
 TILE = 2048
 
-#: Columns of a row that is held in registers, so that it is read once.
-HELD = 8192
+#: Bytes of the longest row that is held in registers, so that it is read once. dX holds g, x and the weight.
+HELD = 16384
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def token_order() -> TokenOrder:
     return TokenOrder()
 
 
-def row_schedule(n_rows: int, n_cols: int) -> RowSchedule:
+def row_schedule(n_rows: int, n_cols: int, itemsize: int) -> RowSchedule:
     """Short rows share a program, long ones are held; in the interpreter, where programs are dear, all rows share one.
 
     On a GPU `n_rows` changes nothing: see `TILE`. Where N is no multiple of 16, results are stored in pieces of other
@@ -90,7 +90,7 @@ def row_schedule(n_rows: int, n_cols: int) -> RowSchedule:
     block = min(max(_next_power_of_2(n_cols), ALIGNMENT), order.block)
     if runtime.INTERPRET:
         return RowSchedule(min(_next_power_of_2(n_rows), 256), int(n_cols <= block), block, order.num_warps)
-    if n_cols % ALIGNMENT or n_cols > HELD:
+    if n_cols % ALIGNMENT or n_cols * itemsize > HELD:
         return RowSchedule(1, 0, order.block, order.num_warps)
     chunks = _next_power_of_2(-(-n_cols // block))
     return RowSchedule(TILE // block if chunks == 1 else 1, chunks, block, order.num_warps)
