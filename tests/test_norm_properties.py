@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bi_ops import norm
-from bi_ops._common import runtime
+from bi_ops._common import rows, runtime
 from bi_ops.norm import ops, reference, schedule
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 
@@ -88,12 +88,113 @@ def test_the_schedule_of_the_weight_gradient_changes_no_bit(device, monkeypatch)
     g = torch.randn(100, 70, device=device)
     (first,) = torch.autograd.grad(norm.rms_norm(x, weight), weight, g)
     for tile in (
-        schedule.TokenSchedule(1, 128, 3),
-        schedule.TokenSchedule(4, 32, 16),
-        schedule.TokenSchedule(8, 64, 1),
+        schedule.TokenSchedule(1, 128, 128, 4, 1, add_warps=4),
+        schedule.TokenSchedule(4, 32, 32, 16, 3),
+        schedule.TokenSchedule(8, 64, 32, 8, 1),
     ):
         monkeypatch.setattr(ops.sched, "token_schedule", lambda *_, tile=tile: tile)
         assert torch.equal(torch.autograd.grad(norm.rms_norm(x, weight), weight, g)[0], first), tile
+
+
+def gradients(x, residual, g, g_sum, weight):
+    """(y, sum, dx, dweight) of add_rms_norm, and (y, dx, dweight) of rms_norm."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y, total = norm.add_rms_norm(x, residual, weight)
+    alone = norm.rms_norm(x, weight)
+    return (
+        *(y.detach(), total.detach()),
+        *torch.autograd.grad((y, total), (x, weight), (g, g_sum)),
+        *(alone.detach(), *torch.autograd.grad(alone, (x, weight), g)),
+    )
+
+
+def heads_of(fused, n_heads, size):
+    """[T, n_heads, size] in the middle of rows of a fused projection."""
+    return fused[:, size : (n_heads + 1) * size].unflatten(1, (n_heads, size))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n_heads", "size"), [(3, 48), (8, 128)])
+def test_heads_of_a_fused_projection_are_read_where_they_are(n_heads, size, dtype, device, monkeypatch):
+    """Any of x, residual and the gradients may lie in one: the bits of contiguous copies, and no copy is made."""
+    fused = [randn(37, (n_heads + 3) * size, dtype=dtype, device=device) for _ in range(4)]
+    weight = torch.randn(size, device=device)
+    strided = [heads_of(t, n_heads, size) for t in fused]
+    copies = [t.contiguous() for t in strided]
+    expected = gradients(*copies, weight)
+
+    def refuse(t):
+        raise AssertionError(f"{list(t.shape)} with strides {t.stride()} was copied")
+
+    monkeypatch.setattr(rows, "aligned_rows", refuse)
+    for where in ([0, 1, 2, 3], [0], [2, 3]):
+        tensors = [strided[i] if i in where else copies[i] for i in range(4)]
+        assert all(torch.equal(*pair) for pair in zip(gradients(*tensors, weight), expected, strict=True)), where
+
+
+def test_what_is_not_aligned_is_copied(device):
+    """Odd addresses and strides would be loaded in another layout, with another tree."""
+    flat = randn(5 * 3 * 48 + 8, device=device)
+    for t, copied in (
+        (flat[: 5 * 3 * 48].view(5, 3, 48), False),
+        (flat[8 : 8 + 5 * 3 * 48].view(5, 3, 48), False),
+        (flat[4 : 4 + 5 * 3 * 48].view(5, 3, 48), True),
+        (flat[: 5 * 3 * 40].view(5, 3, 40), True),
+        (flat[: 5 * 3 * 48].view(5, 3, 48)[:, :2, :40], False),
+        (flat[: 5 * 48 * 3].view(5, 48, 3).mT, True),
+        (flat[:48].expand(5, 3, 48), False),
+        (flat[:48], False),
+    ):
+        heads, ((aligned, token, head),) = rows.head_rows([t])
+        assert (aligned.data_ptr() != t.data_ptr()) == copied, t.shape
+        o_r = torch.arange(t.shape[:-1].numel(), device=device)
+        o_at = (o_r // heads * token + o_r % heads * head)[:, None] + torch.arange(t.shape[-1], device=device)
+        read = aligned.as_strided((aligned.untyped_storage().nbytes() // aligned.element_size(),), (1,), 0)
+        assert torch.equal(read[aligned.storage_offset() + o_at], t.reshape(-1, t.shape[-1]))
+        assert heads == 1 or t.flatten(0, 1).data_ptr() != t.data_ptr()
+        assert torch.equal(norm.rms_norm(t), norm.rms_norm(t.contiguous()))
+
+
+COUNTS, SIZES = (
+    ((1, 17), (40, 128, 1100))
+    if runtime.INTERPRET
+    else (
+        (1, 2, 15, 16, 17, 127, 128, 129, 257),
+        (16, 40, 80, 128, 256, 576, 1000, 1024, 1536, 2560, 8192),
+    )
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n", SIZES)
+def test_the_schedule_of_a_row_changes_no_bit(n, dtype, device, monkeypatch):
+    """One row a program, read twice, against the schedule of this size and other tiles of short rows."""
+    weight = torch.randn(n, device=device)
+    tensors = [randn(COUNTS[-1], n, dtype=dtype, device=device) for _ in range(4)]
+    block = min(max(16, 1 << (n - 1).bit_length()), 1024)
+    tiles = [None]
+    if n <= 1024 and n % 16 == 0:
+        tiles += [schedule.RowSchedule(tile // block, 1, block, 4) for tile in (1024, 4096)]
+    monkeypatch.setattr(schedule, "row_schedule", lambda *_: schedule.RowSchedule(1, 0, 1024, 4))
+    expected = gradients(*tensors, weight)
+    monkeypatch.undo()
+    for tile in tiles:
+        with monkeypatch.context() as patch:
+            if tile is not None:
+                patch.setattr(schedule, "row_schedule", lambda *_, tile=tile: tile)
+            for count in COUNTS:
+                cut = gradients(*(t[:count] for t in tensors), weight)
+                for i in (0, 1, 2, 4, 5):  # what has rows
+                    assert torch.equal(cut[i], expected[i][:count]), (tile, count, i)
+
+
+def test_a_held_row_has_the_bits_of_one_that_is_read_twice(device, monkeypatch):
+    weight, tensors = torch.randn(2560, device=device), [randn(3, 2560, device=device) for _ in range(4)]
+    seen = []
+    for chunks in (0, 4):
+        monkeypatch.setattr(schedule, "row_schedule", lambda *_, c=chunks: schedule.RowSchedule(1, c, 1024, 4))
+        seen.append(gradients(*tensors, weight))
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
 
 
 def test_gradients_are_the_same_on_every_run(device):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 
 #: Triton specialises a kernel on pointers (in bytes) and strides (in elements) divisible by this.
@@ -25,3 +28,45 @@ def aligned_rows(t: torch.Tensor) -> torch.Tensor:
         return t
     padded = t.new_empty((t.shape[0], -(-n // ALIGNMENT) * ALIGNMENT))
     return padded[:, :n].copy_(t)
+
+
+def head_rows(tensors: Sequence[torch.Tensor | None]) -> tuple[int, list[tuple[torch.Tensor | None, int, int]]]:
+    """Tensors of one shape [..., N] as rows (token, head) that start at multiples of 16; copies only where they do not.
+
+    Row r is head r % H of token r // H. Heads inside a fused projection need no copy that way: [T, H, N] of it has one
+    stride from token to token and another from head to head.
+
+    Returns:
+        H, which is 1 where one stride leads from row to row of all of them, and (tensor, stride of a token, stride of a
+        head) of each; None stays None.
+    """
+    shape = next(t.shape for t in tensors if t is not None)
+    heads = 1
+    if len(shape) > 2 and any(t is not None and _strides(t, 1) is None and _strides(t, shape[-2]) for t in tensors):
+        heads = shape[-2]
+    rows: list[tuple[torch.Tensor | None, int, int]] = []
+    for t in tensors:
+        strides = None if t is None else _strides(t, heads)
+        if t is not None and strides is None:
+            t = aligned_rows(t)
+            strides = heads * t.stride(0), t.stride(0)
+        rows.append((t, *(strides or (0, 0))))
+    return heads, rows
+
+
+def _strides(t: torch.Tensor, heads: int) -> tuple[int, int] | None:
+    """Strides (of a token, of a head) of aligned rows of t [..., N], or None where t has to be copied."""
+    outer = t.ndim - 1 if heads == 1 else t.ndim - 2
+    token = _one_stride(t.shape[:outer], t.stride()[:outer])
+    head = 0 if heads == 1 else t.stride(-2)
+    if token is None or t.stride(-1) != 1 or any(n % ALIGNMENT for n in (token, head, t.data_ptr())):
+        return None
+    return token, head
+
+
+def _one_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The stride of these dimensions taken as one, or None where they have none."""
+    dims = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
+    if any(outer != n * inner for (_, outer), (n, inner) in pairwise(dims)):
+        return None
+    return dims[-1][1] if dims else 0

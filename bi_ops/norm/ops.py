@@ -7,44 +7,43 @@ import triton
 
 from bi_ops._common import checks
 from bi_ops._common.operators import custom_op
-from bi_ops._common.rows import aligned_rows
+from bi_ops._common.rows import aligned_rows, head_rows
 from bi_ops.norm import schedule as sched
 from bi_ops.norm.kernels import add_chunks_kernel, rms_norm_dweight_kernel, rms_norm_dx_kernel, rms_norm_kernel
 
 # --------------------------------------------------------------------------------------------------------------
-# launch: everything below works on rows [R, N] whose last dimension is contiguous
+# launch: everything below works on rows (token, head) whose last dimension is contiguous
 
 
 def _forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x2 = aligned_rows(x)
-    n_rows, n_cols = x2.shape
-    res2 = None if residual is None else aligned_rows(residual)
-    weight = None if weight is None else aligned_rows(weight.to(x.dtype))[0]
+    n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
     y = x.new_empty(x.shape)
     total = x.new_empty(x.shape if residual is not None else 0)
     inv = x.new_empty(n_rows, dtype=torch.float32)
     if x.numel() > 0:
-        order = sched.row_order()
-        rows = sched.rows_per_program(n_rows)
-        rms_norm_kernel[(triton.cdiv(n_rows, rows),)](
-            x2,
-            res2,
-            weight,
+        heads, ((x_rows, *x_strides), (residual_rows, *residual_strides)) = head_rows((x, residual))
+        s = sched.row_schedule(n_rows, n_cols, y.itemsize)
+        rms_norm_kernel[(triton.cdiv(n_rows, s.rows),)](
+            x_rows,
+            residual_rows,
+            None if weight is None else aligned_rows(weight),
             y,
             total,
             inv,
             n_rows,
             n_cols,
+            heads,
             eps,
-            x2.stride(0),
-            0 if res2 is None else res2.stride(0),
-            ROWS=rows,
-            BLOCK=order.block,
-            HAS_RESIDUAL=res2 is not None,
+            *x_strides,
+            *residual_strides,
+            ROWS=s.rows,
+            CHUNKS=s.chunks,
+            BLOCK=s.block,
+            HAS_RESIDUAL=residual is not None,
             HAS_WEIGHT=weight is not None,
-            num_warps=order.num_warps,
+            num_warps=s.num_warps,
         )
     return y, total, inv
 
@@ -52,30 +51,31 @@ def _forward(
 def _dx(
     g: torch.Tensor, g_sum: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor | None, inv: torch.Tensor
 ) -> torch.Tensor:
-    g2, x2 = aligned_rows(g.contiguous()), aligned_rows(x)
-    n_rows, n_cols = x2.shape
+    n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
     dx = x.new_empty(x.shape)
     if x.numel() == 0:
         return dx
-    order = sched.row_order()
-    weight = None if weight is None else aligned_rows(weight.to(x.dtype))[0]
-    rows = sched.rows_per_program(n_rows)
-    rms_norm_dx_kernel[(triton.cdiv(n_rows, rows),)](
-        g2,
-        None if g_sum is None else aligned_rows(g_sum.contiguous()),
-        x2,
-        weight,
+    heads, ((g_rows, *g_strides), (sum_rows, *sum_strides), (x_rows, *x_strides)) = head_rows((g, g_sum, x))
+    s = sched.row_schedule(n_rows, n_cols, dx.itemsize)
+    rms_norm_dx_kernel[(triton.cdiv(n_rows, s.rows),)](
+        g_rows,
+        sum_rows,
+        x_rows,
+        None if weight is None else aligned_rows(weight),
         inv,
         dx,
         n_rows,
         n_cols,
-        g2.stride(0),
-        x2.stride(0),
-        ROWS=rows,
-        BLOCK=order.block,
+        heads,
+        *g_strides,
+        *sum_strides,
+        *x_strides,
+        ROWS=s.rows,
+        CHUNKS=s.chunks,
+        BLOCK=s.block,
         HAS_SUM=g_sum is not None,
         HAS_WEIGHT=weight is not None,
-        num_warps=order.num_warps,
+        num_warps=s.num_warps,
     )
     return dx
 
@@ -84,29 +84,39 @@ def _sum_over_rows(out: torch.Tensor, g: torch.Tensor, x: torch.Tensor, inv: tor
     """out[N] = sum of g * xhat over rows; accumulate: out is fp32 and where the sum starts."""
     if x.numel() == 0:
         return
-    g2, x2 = aligned_rows(g.contiguous()), aligned_rows(x)
-    n_rows, n_cols = x2.shape
+    n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
     chunk = sched.token_order().chunk
-    n_chunks = triton.cdiv(n_rows, chunk)
-    s = sched.token_schedule(n_chunks, n_cols)
-    n_tiles = triton.cdiv(n_cols, s.cols)
+    s = sched.token_schedule(triton.cdiv(n_rows, chunk), n_cols)
+    # Chunks past the end are written too, as 0.0: the sum of the chunks then needs no mask.
+    n_chunks = triton.cdiv(n_rows, chunk * s.unroll) * s.unroll
     partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
-    rms_norm_dweight_kernel[(triton.cdiv(n_chunks, s.rows), n_tiles)](
-        g2,
-        x2,
+    heads, ((g_rows, *g_strides), (x_rows, *x_strides)) = head_rows((g, x))
+    rms_norm_dweight_kernel[(triton.cdiv(n_chunks, s.rows), triton.cdiv(n_cols, s.cols))](
+        g_rows,
+        x_rows,
         inv,
         partial,
         n_rows,
+        n_chunks,
         n_cols,
-        g2.stride(0),
-        x2.stride(0),
+        heads,
+        *g_strides,
+        *x_strides,
         CHUNK=chunk,
         ROWS=s.rows,
         COLS=s.cols,
         num_warps=s.num_warps,
     )
-    add_chunks_kernel[(n_tiles,)](
-        partial, out, n_chunks, n_cols, ACCUMULATE=accumulate, COLS=s.cols, UNROLL=s.unroll, num_warps=s.num_warps
+    add_chunks_kernel[(triton.cdiv(n_cols, s.add_cols),)](
+        partial,
+        out,
+        n_chunks,
+        n_cols,
+        ACCUMULATE=accumulate,
+        COLS=s.add_cols,
+        UNROLL=s.unroll,
+        STAGES=s.stages,
+        num_warps=s.add_warps,
     )
 
 
