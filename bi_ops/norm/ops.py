@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from bi_ops._common import checks
+from bi_ops._common.integers import cdiv
 from bi_ops._common.operators import custom_op
 from bi_ops._common.rows import aligned_rows, head_rows
 from bi_ops.norm import schedule as sched
@@ -25,7 +25,7 @@ def _forward(
     if x.numel() > 0:
         heads, ((x_rows, *x_strides), (residual_rows, *residual_strides)) = head_rows((x, residual))
         s = sched.row_schedule(n_rows, n_cols, y.itemsize)
-        rms_norm_kernel[(triton.cdiv(n_rows, s.rows),)](
+        rms_norm_kernel[(cdiv(n_rows, s.rows),)](
             x_rows,
             residual_rows,
             None if weight is None else aligned_rows(weight),
@@ -57,7 +57,7 @@ def _dx(
         return dx
     heads, ((g_rows, *g_strides), (sum_rows, *sum_strides), (x_rows, *x_strides)) = head_rows((g, g_sum, x))
     s = sched.row_schedule(n_rows, n_cols, dx.itemsize)
-    rms_norm_dx_kernel[(triton.cdiv(n_rows, s.rows),)](
+    rms_norm_dx_kernel[(cdiv(n_rows, s.rows),)](
         g_rows,
         sum_rows,
         x_rows,
@@ -86,12 +86,12 @@ def _sum_over_rows(out: torch.Tensor, g: torch.Tensor, x: torch.Tensor, inv: tor
         return
     n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
     chunk = sched.token_order().chunk
-    s = sched.token_schedule(triton.cdiv(n_rows, chunk), n_cols)
+    s = sched.token_schedule(cdiv(n_rows, chunk), n_cols)
     # Chunks past the end are written too, as 0.0: the sum of the chunks then needs no mask.
-    n_chunks = triton.cdiv(n_rows, chunk * s.unroll) * s.unroll
+    n_chunks = cdiv(n_rows, chunk * s.unroll) * s.unroll
     partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
     heads, ((g_rows, *g_strides), (x_rows, *x_strides)) = head_rows((g, x))
-    rms_norm_dweight_kernel[(triton.cdiv(n_chunks, s.rows), triton.cdiv(n_cols, s.cols))](
+    rms_norm_dweight_kernel[(cdiv(n_chunks, s.rows), cdiv(n_cols, s.cols))](
         g_rows,
         x_rows,
         inv,
@@ -107,7 +107,7 @@ def _sum_over_rows(out: torch.Tensor, g: torch.Tensor, x: torch.Tensor, inv: tor
         COLS=s.cols,
         num_warps=s.num_warps,
     )
-    add_chunks_kernel[(triton.cdiv(n_cols, s.add_cols),)](
+    add_chunks_kernel[(cdiv(n_cols, s.add_cols),)](
         partial,
         out,
         n_chunks,
@@ -255,8 +255,10 @@ class _AddNormIntoBuffer(torch.autograd.Function):
 def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float, main_grad: torch.Tensor | None) -> None:
     checks.tensor(op, "x", x)
     checks.dtype(op, "x", x)
-    checks.shape(op, x.ndim >= 1 and x.shape[-1] > 0, f"x must have a last dimension to normalise, got {list(x.shape)}")
-    checks.shape(op, eps >= 0, f"eps must not be negative, got {eps}")
+    checks.shape(
+        op, x.ndim >= 1 and x.shape[-1] > 0, lambda: f"x must have a last dimension to normalise, got {list(x.shape)}"
+    )
+    checks.shape(op, eps >= 0, lambda: f"eps must not be negative, got {eps}")
     if weight is not None:
         checks.tensor(op, "weight", weight, ndim=1)
         checks.dtype(op, "weight", weight)
@@ -264,14 +266,16 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float, ma
             checks.same_dtype(op, x=x, weight=weight)
         checks.same_device(op, x=x, weight=weight)
         fits = weight.shape[0] == x.shape[-1]
-        checks.shape(op, fits, f"weight {list(weight.shape)} does not fit x {list(x.shape)}")
+        checks.shape(op, fits, lambda: f"weight {list(weight.shape)} does not fit x {list(x.shape)}")
     if main_grad is not None:
         checks.shape(op, weight is not None, "main_grad needs a weight whose gradient it holds")
         checks.tensor(op, "main_grad", main_grad)
         checks.dtype(op, "main_grad", main_grad, (torch.float32,))
         checks.same_device(op, x=x, main_grad=main_grad)
         fits = main_grad.shape == x.shape[-1:] and main_grad.is_contiguous()
-        checks.shape(op, fits, f"main_grad must be contiguous {list(x.shape[-1:])}, got {list(main_grad.shape)}")
+        checks.shape(
+            op, fits, lambda: f"main_grad must be contiguous {list(x.shape[-1:])}, got {list(main_grad.shape)}"
+        )
 
 
 def rms_norm(
@@ -325,7 +329,9 @@ def add_rms_norm(
     checks.same_dtype("add_rms_norm", x=x, residual=residual)
     checks.same_device("add_rms_norm", x=x, residual=residual)
     checks.shape(
-        "add_rms_norm", x.shape == residual.shape, f"x {list(x.shape)} and residual {list(residual.shape)} differ"
+        "add_rms_norm",
+        x.shape == residual.shape,
+        lambda: f"x {list(x.shape)} and residual {list(residual.shape)} differ",
     )
     if main_grad is not None:
         return _AddNormIntoBuffer.apply(x, residual, weight, eps, main_grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bi_ops._common import runtime
+from bi_ops._common.integers import next_power_of_2
 from bi_ops._common.rows import ALIGNMENT, TOKEN_STEP
 
 #: Elements of a tile of several rows. A thread that had less than 16 bytes of it would be another layout, with another
@@ -87,12 +88,12 @@ def row_schedule(n_rows: int, n_cols: int, itemsize: int) -> RowSchedule:
     sizes, which may turn a tile of several rows to another layout, so there a program has one row, chunk by chunk.
     """
     order = row_order()
-    block = min(max(_next_power_of_2(n_cols), ALIGNMENT), order.block)
+    block = min(max(next_power_of_2(n_cols), ALIGNMENT), order.block)
     if runtime.INTERPRET:
-        return RowSchedule(min(_next_power_of_2(n_rows), 256), int(n_cols <= block), block, order.num_warps)
+        return RowSchedule(min(next_power_of_2(n_rows), 256), int(n_cols <= block), block, order.num_warps)
     if n_cols % ALIGNMENT or n_cols * itemsize > HELD:
         return RowSchedule(1, 0, order.block, order.num_warps)
-    chunks = _next_power_of_2(-(-n_cols // block))
+    chunks = next_power_of_2(-(-n_cols // block))
     return RowSchedule(TILE // block if chunks == 1 else 1, chunks, block, order.num_warps)
 
 
@@ -104,11 +105,7 @@ def token_schedule(n_chunks: int, n_cols: int) -> TokenSchedule:
     cycles of adds, on their way.
     """
     if runtime.INTERPRET:
-        cols = min(_next_power_of_2(n_cols), 1 << 18)
-        return TokenSchedule(min(_next_power_of_2(n_chunks), (1 << 18) // cols), cols, cols, 4, 1)
-    cols = min(max(_next_power_of_2(n_cols), ALIGNMENT), 128)
+        cols = min(next_power_of_2(n_cols), 1 << 18)
+        return TokenSchedule(min(next_power_of_2(n_chunks), (1 << 18) // cols), cols, cols, 4, 1)
+    cols = min(max(next_power_of_2(n_cols), ALIGNMENT), 128)
     return TokenSchedule(512 // cols, cols, 32, 64, 3)
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
