@@ -56,9 +56,13 @@ def head_rows(tensors: Sequence[torch.Tensor | None]) -> tuple[int, list[tuple[t
 
 def _strides(t: torch.Tensor, heads: int) -> tuple[int, int] | None:
     """Strides (of a token, of a head) of aligned rows of t [..., N], or None where t has to be copied."""
-    outer = t.ndim - 1 if heads == 1 else t.ndim - 2
-    token = _one_stride(t.shape[:outer], t.stride()[:outer])
-    head = 0 if heads == 1 else t.stride(-2)
+    if t.is_contiguous():
+        head = 0 if heads == 1 else t.shape[-1]
+        token: int | None = t.shape[-1] * heads
+    else:
+        outer = t.ndim - 1 if heads == 1 else t.ndim - 2
+        token = _one_stride(t.shape[:outer], t.stride()[:outer])
+        head = 0 if heads == 1 else t.stride(-2)
     if token is None or t.stride(-1) != 1 or any(n % ALIGNMENT for n in (token, head, t.data_ptr())):
         return None
     return token, head
