@@ -6,7 +6,7 @@ A step is forward, log-probabilities of every next token, their mean, backward. 
 
     bi_ops            its model over fp32 master weights, weight gradients carried on in fp32, as `bi-ops train` does
     torch             transformers' Qwen3, bf16 weights, SDPA, eager
-    torch, compiled   the same under torch.compile, the loss included
+    torch, compiled   the same under torch.compile, and so the loss
     torch, autocast   the same over fp32 master weights, eager
 
 torch's sides are not batch-invariant, and round weight gradients to bf16, but for the last. Every side runs in a
@@ -17,6 +17,7 @@ over the buffers of gradients counts. `--dry` runs it all on a tiny model on the
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -102,16 +103,15 @@ def theirs(model: str, ids: torch.Tensor, compiled: bool, autocast: bool) -> Ste
     network = network.to(device, torch.float32 if autocast else torch.bfloat16)
     network.config.use_cache = False
 
-    def value(ids: torch.Tensor) -> torch.Tensor:
-        logits = network(input_ids=ids).logits[:, :-1]
+    def value(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         # The mean of the next tokens' log-probabilities, in fp32, without a copy of the logits kept for the backward.
-        return -torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        return -torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
-    call = torch.compile(value) if compiled else value
+    call, mean = (torch.compile(network), torch.compile(value)) if compiled else (network, value)
 
     def forward() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            return call(ids)
+            return mean(call(input_ids=ids).logits, ids)
 
     return forward, lambda: None, lambda: network.zero_grad(set_to_none=True)
 
@@ -140,6 +140,7 @@ def measure(side: str, model: str, tokens: int, seqlen: int, steps: int) -> dict
         end = wait()
         if i == 1 and not runtime.INTERPRET:
             torch.cuda.reset_peak_memory_stats()
+            gc.freeze()  # or the time of a step depends on how many objects there are to look at
         if i > 1:
             times.append((middle - start, end - middle))
     forward_ms, backward_ms, step_ms = (
