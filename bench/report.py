@@ -157,6 +157,17 @@ def tests(results: Path) -> str:
     return table(("passed", "failed", "skipped"), rows) + "\n" + what + provenance([record], "h100/tests.json")
 
 
+def bits(results: Path) -> str:
+    """The same operators on another GPU of the architecture."""
+    one, other = (load(results, f"{gpu}/bits.json") for gpu in ("h100", "h200"))
+    if one is None or other is None:
+        return "Not compared yet.\n"
+    shared = one["bits"].keys() & other["bits"].keys()
+    differ = sum(one["bits"][name] != other["bits"][name] for name in shared)
+    what = f"{len(shared)} fingerprints of outputs and gradients; {differ} differ between an H100 and an H200.\n\n"
+    return what + "- " + provenance([one], "h100/bits.json") + "- " + provenance([other], "h200/bits.json")
+
+
 def products(results: Path) -> str:
     """Products against cuBLAS and vLLM: the forward by row count, then the backward."""
     rows = load_csv(results, "h100/products.csv")
@@ -336,6 +347,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "products": products,
     "host": host,
     "attention": attention,
+    "bits": bits,
     "step": step,
 }
 
