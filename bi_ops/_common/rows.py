@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 
@@ -70,7 +69,13 @@ def _strides(t: torch.Tensor, heads: int) -> tuple[int, int] | None:
 
 def _one_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     """The stride of these dimensions taken as one, or None where they have none."""
-    dims = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    if any(outer != n * inner for (_, outer), (n, inner) in pairwise(dims)):
-        return None
-    return dims[-1][1] if dims else 0
+    inner, extent = None, 0
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if inner is None:
+            inner = stride
+        elif stride != extent:
+            return None
+        extent = size * stride
+    return inner or 0

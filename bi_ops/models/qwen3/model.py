@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from bi_ops import activation, attention, embedding, logprob, matmul, norm, rope
 from bi_ops._common import runtime
+from bi_ops._common.integers import cdiv
 from bi_ops.models.packing import PackedBatch
 from bi_ops.models.qwen3.config import Qwen3Config
 
@@ -116,6 +117,21 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
 
+def zeros(weights: Sequence[torch.Tensor], together: int = 1 << 26) -> list[torch.Tensor]:
+    """fp32 zeros in the shape of each weight. Up to so many elements share an allocation, for each takes a launch."""
+    buffers: list[torch.Tensor] = []
+    while len(buffers) < len(weights):
+        part, ends = weights[len(buffers) :], [0]
+        for weight in part:
+            end = ends[-1] + cdiv(weight.numel(), 64) * 64  # all begin at multiples of 256 bytes
+            if len(ends) > 1 and (end > together or weight.device != part[0].device):
+                break
+            ends.append(end)
+        flat = torch.zeros(ends[-1], device=part[0].device)
+        buffers += [flat[start:][: w.numel()].view(w.shape) for w, start in zip(part, ends[:-1], strict=False)]
+    return buffers
+
+
 class Qwen3ForCausalLM(nn.Module):
     """The language model over packed tokens [T].
 
@@ -193,11 +209,13 @@ class Qwen3ForCausalLM(nn.Module):
         Each sum is carried on from one backward to the next, so a batch ends in the same bits however it is cut into
         micro-batches, if they are packed with align=TOKEN_STEP. `collect_main_grads` ends it.
         """
-        for module in self.modules():
-            if isinstance(module, Projection | RMSNorm | Embedding) and module.weight.requires_grad:
-                module.main_grad = torch.zeros_like(module.weight, dtype=torch.float32)
-                if isinstance(module, Embedding) and self.config.tie_word_embeddings:
-                    module.head_main_grad = torch.zeros_like(module.main_grad)
+        learned = [
+            m for m in self.modules() if isinstance(m, Projection | RMSNorm | Embedding) and m.weight.requires_grad
+        ]
+        for module, buffer in zip(learned, zeros([m.weight for m in learned]), strict=True):
+            module.main_grad = buffer
+            if isinstance(module, Embedding) and self.config.tie_word_embeddings:
+                module.head_main_grad = torch.zeros_like(buffer)
 
     def collect_main_grads(self) -> None:
         """Hand the finished sums over as `.grad`, in the dtype of the weight; a tied weight's two are added here."""
