@@ -204,3 +204,34 @@ def test_an_order_by_row_count_is_caught():
 def test_operators_run_on_the_gpu_of_their_tensors():
     """torch's own decorator leaves that to the caller."""
     assert [f for f in FILES if "library.custom_op(" in (ROOT / f).read_text()] == ["bi_ops/_common/operators.py"]
+
+
+#: Numbers that a kernel may be compiled for: sizes of the model, or always a multiple of 16 (C, chunks of norm).
+SIZES = {"C", "D", "H", "K", "N", "P", "V", "eps", "scale", "softcap"}
+
+
+def specialised(source: str) -> dict[str, set[str]]:
+    """The numbers for which each kernel is compiled anew: when they are 1, and when 16 divides them."""
+    found = {}
+    for f in ast.walk(ast.parse(source)):
+        if isinstance(f, ast.FunctionDef) and f.name.endswith("_kernel"):
+            plain = {
+                a.arg for a in f.args.args if a.annotation is None and not a.arg.startswith(("p_", "d_", "stride"))
+            }
+            named = {n.value for d in f.decorator_list for n in ast.walk(d) if isinstance(n, ast.Constant)}
+            found[f.name] = plain - named
+    return found
+
+
+def test_a_batch_compiles_nothing_anew():
+    """A kernel of its own for 16 rows would be another one to prove the bits of, and a wait in the middle of a run."""
+    found = {f"{f} {name}": left - SIZES for f in FILES for name, left in specialised((ROOT / f).read_text()).items()}
+    assert len(found) > 20
+    assert {name: left for name, left in found.items() if left} == {}
+
+
+def test_a_kernel_compiled_for_a_row_count_is_caught():
+    """Negative control."""
+    kernel = "def a_kernel(p_x, R, D, stride, B: tl.constexpr): pass"
+    assert specialised(f"@triton.jit\n{kernel}") == {"a_kernel": {"R", "D"}}
+    assert specialised(f'@triton.jit(do_not_specialize=["R"])\n{kernel}') == {"a_kernel": {"D"}}

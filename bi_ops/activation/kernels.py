@@ -28,7 +28,7 @@ def _div(x, y):
     return tl.div_rn(x, y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def silu_and_mul_kernel(
     p_x,  # [R, 2D]: gate, then up
     p_y,  # [R, D]
@@ -50,7 +50,7 @@ def silu_and_mul_kernel(
     tl.store(p_y + o_r * D + o_c, cast(b_silu * b_up, dtype), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def silu_and_mul_backward_kernel(
     p_g,  # [R, D], gradient of y
     p_x,  # [R, 2D]

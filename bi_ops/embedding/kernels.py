@@ -8,7 +8,7 @@ import triton.language as tl
 from bi_ops._common.triton_helpers import cast
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def embedding_kernel(
     p_ids,  # [N] int
     p_w,  # [V, D]
@@ -30,7 +30,7 @@ def embedding_kernel(
     tl.store(p_y + o_r[:, None] * D + o_c, cast(b_w, p_y.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "N"])
 def embedding_backward_kernel(
     p_g,  # [N, D]
     p_ids,  # [N] int64, sorted; V or more: no row of the table

@@ -28,7 +28,7 @@ def softmax_stats(p_row, m_r, N, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     return row_max, sum_exp
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def softmax_kernel(
     p_x,  # [R, N]
     p_y,  # [R, N]
@@ -57,7 +57,7 @@ def softmax_kernel(
         tl.store(p_y + o_r[:, None] * N + o_c[None, :], cast(b_y, p_y.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def softmax_dx_kernel(
     p_g,  # [R, N]
     p_y,  # [R, N], the forward's result
@@ -93,7 +93,7 @@ def softmax_dx_kernel(
         tl.store(p_dx + o_r[:, None] * N + o_c[None, :], cast(b_dx, p_dx.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def token_logprobs_kernel(
     p_x,  # [R, N]
     p_ids,  # [R] int64
@@ -120,7 +120,7 @@ def token_logprobs_kernel(
     tl.store(p_lse + o_r, lse, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def token_logprobs_dx_kernel(
     p_g,  # [R] fp32
     p_x,  # [R, N]

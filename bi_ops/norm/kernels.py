@@ -88,7 +88,7 @@ def _store_y(
     tl.store(p_y + _row_start(o_r, 1, N, 0) + o_c, cast(b_y, dtype), mask=(o_r < R)[:, None] & (o_c < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def rms_norm_kernel(
     p_x,  # [R, N]
     p_residual,  # [R, N] or None: added to x, rounded, before the norm
@@ -166,7 +166,7 @@ def _store_dx(
     tl.store(p_dx + _row_start(o_r, 1, N, 0) + o_c, cast(b_dx, p_dx.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def rms_norm_dx_kernel(
     p_g,  # [R, N], gradient of y
     p_gsum,  # [R, N] or None: gradient that reaches x + residual directly
@@ -224,7 +224,7 @@ def rms_norm_dx_kernel(
             _store_dx(p_dx, b_g, b_gsum, b_w, b_x, inv, minus_mean, o_r, o_c, R, N, HAS_SUM, HAS_WEIGHT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def rms_norm_dweight_kernel(
     p_g,  # [R, N]
     p_x,  # [R, N]

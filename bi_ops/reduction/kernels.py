@@ -8,7 +8,7 @@ import triton.language as tl
 from bi_ops._common.triton_helpers import cast
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def sum_kernel(
     p_x,  # [M, N, K]
     p_out,  # [M, C, K] with C = cdiv(N, SPAN)

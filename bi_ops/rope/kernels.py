@@ -8,7 +8,7 @@ import triton.language as tl
 from bi_ops._common.triton_helpers import cast
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def rope_kernel(
     p_x,  # [T, H, D]
     p_pos,  # [T] int
