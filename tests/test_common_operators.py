@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from tiny import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from bi_ops import attention, embedding, logprob, matmul, reduction
 from bi_ops._common import operators
@@ -95,7 +97,7 @@ def test_both_ways_give_the_same(dispatched, device, monkeypatch):
     x, by = torch.randn(2, 5, device=device)
     direct = results(x, by)
     assert dispatched == []
-    monkeypatch.setattr(operators, "_dispatcher_is_watched", lambda: True)
+    monkeypatch.setattr(operators, "dispatcher_is_watched", lambda: True)
     assert all(map(torch.equal, results(x, by), direct))
     assert dispatched == ["bi_ops_tests::scaled", "bi_ops_tests::scaled", "bi_ops_tests::squared"]
 
@@ -127,6 +129,17 @@ def test_a_write_is_seen_by_autograd(device):
     assert total._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
+
+
+def test_what_the_dispatcher_resolves_converts_or_refuses_is_left_to_it(dispatched, device):
+    x = torch.randn(5, device=device)
+    assert torch.equal(scaled(torch._neg_view(x), None, 1.0)[0], -x)
+    assert scaled(torch.empty(3, 4, device="meta"), None, 1.0)[0].shape == (3, 4)
+    for power in (2, numpy.float32(2), torch.tensor(2.0)):
+        assert torch.equal(scaled(x, x, power)[0], x * x**2)
+    with pytest.raises(RuntimeError, match="Expected a value of type 'float' for argument 'power'"):
+        scaled(x, None, "2")
+    assert dispatched == ["bi_ops_tests::scaled"] * 6
 
 
 class Subclass(torch.Tensor):
@@ -180,6 +193,21 @@ def through_a_subclass(x, by):
 def test_whoever_watches_the_dispatcher_sees_the_operator(call, device):
     x, by = torch.randn(2, 5, device=device)
     assert torch.equal(call(x, by), x * by)
+
+
+def test_the_binding_is_not_asked_where_the_operator_is_to_be_seen(device, monkeypatch):
+    """It is C++ that no mode sees into: a trace through it would lack the product."""
+    asked = []
+    binding = SimpleNamespace(linear=lambda x, weight: asked.append(x))
+    monkeypatch.setattr(matmul.ops.cublaslt, "extension", lambda: binding)
+    monkeypatch.setattr(matmul.ops.providers, "choose", lambda: "cublaslt")
+    x, weight = torch.randn(2, 4, 4, device=device)
+    assert matmul.ops._through_binding(x, weight) is None
+    assert len(asked) == 1
+    with FlopCounterMode(display=False):
+        assert matmul.ops._through_binding(x, weight) is None
+    assert matmul.ops._through_binding(torch._neg_view(x), weight) is None
+    assert len(asked) == 1
 
 
 def test_shapes_alone_are_enough_to_trace(device):
