@@ -183,7 +183,7 @@ class _LinearIntoBuffer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, main_grad):
-        weight = weight.to(x.dtype)  # rounded once for both passes
+        weight = weight.to(x.dtype)  # once for both passes; the rounded weight stays in memory until the second
         ctx.save_for_backward(x, weight)
         ctx.main_grad = main_grad
         out = _through_binding(x, weight)
