@@ -48,8 +48,9 @@ class Operator:
     def __init__(self, fn: Fn, name: str, mutates: Iterable[str]) -> None:
         self._run, self._name = on_device_of_first(fn), name
         self._op = torch.library.custom_op(name, self._run, mutates_args=mutates)
-        arguments = fn.__code__.co_varnames
+        arguments = fn.__code__.co_varnames[: fn.__code__.co_argcount]
         self._mutated = [arguments.index(m) for m in mutates]
+        self._n_arguments, self._defaults = len(arguments), fn.__defaults__ or ()
         self._function: type[torch.autograd.Function] | None = None
 
     def register_fake(self, fn: Fn) -> Fn:
@@ -69,6 +70,8 @@ class Operator:
         self._function = type(self._name, (torch.autograd.Function,), members)
 
     def __call__(self, *args: Any) -> Any:
+        if 0 < (missing := self._n_arguments - len(args)) <= len(self._defaults):
+            args += self._defaults[-missing:]  # `setup_context` and `backward` count them all
         if _dispatcher_is_watched():
             return self._op(*args)
         learned = False
