@@ -23,13 +23,13 @@ from bi_ops.verify.properties import bits_equal
 
 
 @custom_op("bi_ops_tests::scaled")
-def scaled(x: torch.Tensor, by: torch.Tensor | None, power: float) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled(x: torch.Tensor, by: torch.Tensor | None = None, power: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     by = torch.ones_like(x) if by is None else by
     return x * by**power, by.sum()
 
 
 @scaled.register_fake
-def _(x, by, power):
+def _(x, by=None, power=1.0):
     return torch.empty_like(x), x.new_empty(())
 
 
@@ -108,6 +108,16 @@ def test_an_argument_that_needs_no_gradient_gets_none(device):
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x))
     with torch.no_grad():
         assert not scaled(x, None, 2.0)[0].requires_grad
+
+
+def test_arguments_may_be_left_out(device):
+    x, by = torch.randn(2, 5, device=device).requires_grad_()
+    for args in ((x,), (x, by), (x, by, 1.0)):
+        given = [t for t in args if isinstance(t, torch.Tensor)]
+        grads = torch.autograd.grad(scaled(*args)[0].sum(), given)
+        assert torch.equal(grads[0], by if len(given) == 2 else torch.ones_like(x))
+    with pytest.raises(TypeError, match="missing"):
+        scaled()
 
 
 def test_a_gradient_that_nobody_defined_is_refused(device):

@@ -63,6 +63,7 @@ class Operator:
         self._kinds = [typing.get_args(h) or (h,) for h in hints.values()]
         self._kinds = [(*k, torch.nn.Parameter) if torch.Tensor in k else k for k in self._kinds]
         self._mutated = [list(hints).index(m) for m in mutates]
+        self._defaults = fn.__defaults__ or ()
         self._function: type[torch.autograd.Function] | None = None
 
     def register_fake(self, fn: Fn) -> Fn:
@@ -82,10 +83,12 @@ class Operator:
         self._function = type(self._name, (torch.autograd.Function,), members)
 
     def __call__(self, *args: Any) -> Any:
+        if 0 < (missing := len(self._kinds) - len(args)) <= len(self._defaults):
+            args += self._defaults[-missing:]  # `setup_context` and `backward` count them all
         if dispatcher_is_watched():
             return self._op(*args)
         learned = False
-        for a, kinds in zip(args, self._kinds, strict=False):  # those at the end may have defaults
+        for a, kinds in zip(args, self._kinds, strict=False):  # a wrong number is the function's to refuse
             if type(a) not in kinds:
                 return self._op(*args)
             if isinstance(a, torch.Tensor):
