@@ -4,7 +4,8 @@
 
 Compiling kernels is most of the time, so tests run in many processes (pytest-xdist), which give each other work. Tests
 that start vLLM engines come last, one after the other. tests.json is written while they run: what was interrupted goes
-on with --resume. Exit status 0 only if every test has run and none failed.
+on with --resume. With FILEs too it is the tests in these that go on; outcomes of other files stay as they are. Exit
+status 0 only if every test has run and none failed.
 """
 
 from __future__ import annotations
@@ -41,39 +42,43 @@ class Recorder:
     """A pytest plugin that keeps the outcome of every test in a file.
 
     path: the file, written every few seconds. header: what stands before the outcomes. names: the tests that are
-    to run. known: outcomes of an earlier run; those of tests that failed, or are no more, are dropped.
+    to run. known: outcomes of an earlier run; in the files of `names`, those of tests that failed, or are no more, are
+    dropped.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], names: list[str], known: list[dict[str, Any]]):
-        self._path, self._header, self._names, self._written = path, header, names, time.monotonic()
-        kept = {f"{t['file']}::{t['test']}": t for t in known if t["outcome"] != "failed"}
-        self._tests = {name: kept[name] for name in names if name in kept}
+        self._path, self._header, self._written = path, header, time.monotonic()
+        files = {name.split("::", 1)[0] for name in names}
+        self._tests = {f"{t['file']}::{t['test']}": t for t in known if t["file"] not in files}
+        done = {f"{t['file']}::{t['test']}": t for t in known if t["outcome"] in ("passed", "skipped")}
+        for name in names:
+            file, test = name.split("::", 1)
+            new = {"file": file, "test": test, "outcome": "not_run", "seconds": 0.0, "message": ""}
+            self._tests[name] = done.get(name, new)
 
     def left(self, names: list[str]) -> list[str]:
-        """Those of `names` without an outcome."""
-        return [name for name in names if name not in self._tests]
+        """Those of `names` that have not run to their end."""
+        return [name for name in names if self._tests[name]["outcome"] == "not_run"]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Of a test's setup, call and teardown each."""
-        file, name = report.nodeid.split("::", 1)
-        new = {"file": file, "test": name, "outcome": "passed", "seconds": 0.0, "message": ""}
-        test = self._tests.setdefault(report.nodeid, new)
+        """Of a test's setup, call and teardown each; only the last says that it passed."""
+        test = self._tests[report.nodeid]
         test["seconds"] = round(test["seconds"] + report.duration, 3)
         if report.outcome != "passed" and test["outcome"] != "failed":
             reason: Any = report.longrepr  # of a skip: where, which line and why
             crash = getattr(reason, "reprcrash", None)
             reason = crash.message if crash else reason[2] if isinstance(reason, tuple) else reason
             test |= {"outcome": report.outcome, "message": str(reason).replace(str(ROOT), ".")[:300]}
+        elif report.when == "teardown" and test["outcome"] == "not_run":
+            test["outcome"] = "passed"
         if time.monotonic() - self._written > EVERY_S:
             self.write()
 
     def write(self) -> dict[str, int]:
         """How many passed, failed, were skipped and have not run."""
         outcomes = [t["outcome"] for t in self._tests.values()]
-        counts = {o: outcomes.count(o) for o in ("passed", "failed", "skipped")}
-        counts["not_run"] = len(self.left(self._names))
-        tests = [self._tests[name] for name in self._names if name in self._tests]
-        write_json(self._path, {**self._header, **counts, "tests": tests})
+        counts = {o: outcomes.count(o) for o in ("passed", "failed", "skipped", "not_run")}
+        write_json(self._path, {**self._header, **counts, "tests": list(self._tests.values())})
         self._written = time.monotonic()
         return counts
 
@@ -82,15 +87,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that tests.json is written to")
     parser.add_argument("--jobs", type=int, default=14, help="processes at a time (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="only the tests that tests.json lacks or that failed")
+    parser.add_argument("--resume", action="store_true", help="only tests that failed or have not run")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("files", nargs="*", help="test files, from the root; all of them by default")
     args = parser.parse_args()
     header, path, known = provenance(args.commit), args.out.resolve() / "tests.json", []
-    if args.resume:
+    if args.resume and path.exists():
         earlier = json.loads(path.read_text())
-        if earlier["commit"] != header["commit"]:
-            parser.error(f"{path} is of commit {earlier['commit']}, this is {header['commit']}: run without --resume")
+        for key in ("commit", "device", "versions"):
+            if earlier[key] != header[key]:
+                parser.error(f"{path} is of {key} {earlier[key]}, this is {header[key]}: run without --resume")
         known = earlier["tests"]
     path.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)  # tests are named from here
@@ -101,8 +107,9 @@ def main() -> int:
     together, alone = collector.names[False], collector.names[True]
     recorder = Recorder(path, header, together + alone, known)
     for names, options in ((together, ["-n", str(args.jobs), "--dist", "worksteal"]), (alone, [])):
-        if left := recorder.left(names):
-            pytest.main([*common, *options, *left], [recorder])
+        left = recorder.left(names)
+        if left and pytest.main([*common, *options, *left], [recorder]) == pytest.ExitCode.INTERRUPTED:
+            break
     counts = recorder.write()
     print(", ".join(f"{n} {outcome.replace('_', ' ')}" for outcome, n in counts.items()))
     return 1 if counts["failed"] or counts["not_run"] else 0

@@ -11,7 +11,8 @@ A step is forward, log-probabilities of every next token, their mean, backward. 
 
 torch's sides are not batch-invariant, and round weight gradients to bf16, but for the last. Every side runs in a
 process of its own and is timed by wall clock, the GPU waited for after each half of a step; medians. Making and handing
-over the buffers of gradients counts. `--dry` runs it all on a tiny model on the CPU; its figures mean nothing.
+over the buffers of gradients counts; going through the objects of the model for garbage does not. `--dry` runs it all
+on a tiny model on the CPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -188,7 +189,8 @@ def main() -> int:
             command = [sys.executable, __file__, "--out", str(args.out), *sizes, *(["--dry"] if args.dry else [])]
             done = subprocess.run([*command, "--one", side, model], capture_output=True, text=True)
             if done.returncode:
-                print(f"{model} {side}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                why = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]  # killed, it says nothing
+                print(f"{model} {side}: {why[-1]}", file=sys.stderr)
                 failed = True
                 continue
             row = json.loads(done.stdout.splitlines()[-1])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from tiny import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from bi_ops import attention, embedding, logprob, matmul, reduction
 from bi_ops._common import operators
@@ -21,13 +23,13 @@ from bi_ops.verify.properties import bits_equal
 
 
 @custom_op("bi_ops_tests::scaled")
-def scaled(x: torch.Tensor, by: torch.Tensor | None, power: float) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled(x: torch.Tensor, by: torch.Tensor | None = None, power: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     by = torch.ones_like(x) if by is None else by
     return x * by**power, by.sum()
 
 
 @scaled.register_fake
-def _(x, by, power):
+def _(x, by=None, power=1.0):
     return torch.empty_like(x), x.new_empty(())
 
 
@@ -95,7 +97,7 @@ def test_both_ways_give_the_same(dispatched, device, monkeypatch):
     x, by = torch.randn(2, 5, device=device)
     direct = results(x, by)
     assert dispatched == []
-    monkeypatch.setattr(operators, "_dispatcher_is_watched", lambda: True)
+    monkeypatch.setattr(operators, "dispatcher_is_watched", lambda: True)
     assert all(map(torch.equal, results(x, by), direct))
     assert dispatched == ["bi_ops_tests::scaled", "bi_ops_tests::scaled", "bi_ops_tests::squared"]
 
@@ -106,6 +108,16 @@ def test_an_argument_that_needs_no_gradient_gets_none(device):
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x))
     with torch.no_grad():
         assert not scaled(x, None, 2.0)[0].requires_grad
+
+
+def test_arguments_may_be_left_out(device):
+    x, by = torch.randn(2, 5, device=device).requires_grad_()
+    for args in ((x,), (x, by), (x, by, 1.0)):
+        given = [t for t in args if isinstance(t, torch.Tensor)]
+        grads = torch.autograd.grad(scaled(*args)[0].sum(), given)
+        assert torch.equal(grads[0], by if len(given) == 2 else torch.ones_like(x))
+    with pytest.raises(TypeError, match="missing"):
+        scaled()
 
 
 def test_a_gradient_that_nobody_defined_is_refused(device):
@@ -127,6 +139,17 @@ def test_a_write_is_seen_by_autograd(device):
     assert total._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
+
+
+def test_what_the_dispatcher_resolves_converts_or_refuses_is_left_to_it(dispatched, device):
+    x = torch.randn(5, device=device)
+    assert torch.equal(scaled(torch._neg_view(x), None, 1.0)[0], -x)
+    assert scaled(torch.empty(3, 4, device="meta"), None, 1.0)[0].shape == (3, 4)
+    for power in (2, numpy.float32(2), torch.tensor(2.0)):
+        assert torch.equal(scaled(x, x, power)[0], x * x**2)
+    with pytest.raises(RuntimeError, match="Expected a value of type 'float' for argument 'power'"):
+        scaled(x, None, "2")
+    assert dispatched == ["bi_ops_tests::scaled"] * 6
 
 
 class Subclass(torch.Tensor):
@@ -180,6 +203,21 @@ def through_a_subclass(x, by):
 def test_whoever_watches_the_dispatcher_sees_the_operator(call, device):
     x, by = torch.randn(2, 5, device=device)
     assert torch.equal(call(x, by), x * by)
+
+
+def test_the_binding_is_not_asked_where_the_operator_is_to_be_seen(device, monkeypatch):
+    """It is C++ that no mode sees into: a trace through it would lack the product."""
+    asked = []
+    binding = SimpleNamespace(linear=lambda x, weight: asked.append(x))
+    monkeypatch.setattr(matmul.ops.cublaslt, "extension", lambda: binding)
+    monkeypatch.setattr(matmul.ops.providers, "choose", lambda: "cublaslt")
+    x, weight = torch.randn(2, 4, 4, device=device)
+    assert matmul.ops._through_binding(x, weight) is None
+    assert len(asked) == 1
+    with FlopCounterMode(display=False):
+        assert matmul.ops._through_binding(x, weight) is None
+    assert matmul.ops._through_binding(torch._neg_view(x), weight) is None
+    assert len(asked) == 1
 
 
 def test_shapes_alone_are_enough_to_trace(device):

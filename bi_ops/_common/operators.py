@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,7 +27,7 @@ def on_device_of_first(fn: Fn) -> Fn:
     return run
 
 
-def _dispatcher_is_watched() -> bool:
+def dispatcher_is_watched() -> bool:
     """Is a call traced or transformed, or does a mode wait for it?"""
     return (
         torch.compiler.is_compiling()
@@ -37,19 +38,32 @@ def _dispatcher_is_watched() -> bool:
     )
 
 
+def is_plain(t: Any) -> bool:
+    """Is `t` a tensor whose values are what its memory holds: no subclass, no meta tensor, no negative view?
+
+    The others are resolved by the dispatcher, so that a kernel that is launched without it would read something else.
+    """
+    return type(t) in _PLAIN and not (t.is_meta or t.is_neg())
+
+
 class Operator:
     """A custom operator of torch whose first argument is a tensor.
 
-    `torch.compile`, transforms, modes and subclasses of tensors meet an ordinary custom operator. Elsewhere its way
-    through torch, all in Python, would take longer than a small kernel does. There the function is called as it is,
-    and where a gradient is asked for by an `autograd.Function` with the same backward.
+    `torch.compile`, transforms, modes and subclasses of tensors meet an ordinary custom operator, and so does what the
+    dispatcher converts or refuses: an argument of another type than the function declares. Elsewhere its way through
+    torch, all in Python, would take longer than a small kernel does. There the function is called as it is, and where
+    a gradient is asked for by an `autograd.Function` with the same backward.
     """
 
     def __init__(self, fn: Fn, name: str, mutates: Iterable[str]) -> None:
         self._run, self._name = on_device_of_first(fn), name
         self._op = torch.library.custom_op(name, self._run, mutates_args=mutates)
-        arguments = fn.__code__.co_varnames
-        self._mutated = [arguments.index(m) for m in mutates]
+        hints = typing.get_type_hints(fn)
+        del hints["return"]
+        self._kinds = [typing.get_args(h) or (h,) for h in hints.values()]
+        self._kinds = [(*k, torch.nn.Parameter) if torch.Tensor in k else k for k in self._kinds]
+        self._mutated = [list(hints).index(m) for m in mutates]
+        self._defaults = fn.__defaults__ or ()
         self._function: type[torch.autograd.Function] | None = None
 
     def register_fake(self, fn: Fn) -> Fn:
@@ -69,12 +83,16 @@ class Operator:
         self._function = type(self._name, (torch.autograd.Function,), members)
 
     def __call__(self, *args: Any) -> Any:
-        if _dispatcher_is_watched():
+        if 0 < (missing := len(self._kinds) - len(args)) <= len(self._defaults):
+            args += self._defaults[-missing:]  # `setup_context` and `backward` count them all
+        if dispatcher_is_watched():
             return self._op(*args)
         learned = False
-        for a in args:
+        for a, kinds in zip(args, self._kinds, strict=False):  # a wrong number is the function's to refuse
+            if type(a) not in kinds:
+                return self._op(*args)
             if isinstance(a, torch.Tensor):
-                if type(a) not in _PLAIN:
+                if not is_plain(a):
                     return self._op(*args)
                 learned = learned or a.requires_grad
         if learned and torch.is_grad_enabled():

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from bi_ops._common.integers import cdiv
+
 #: Triton specialises a kernel on pointers (in bytes) and strides (in elements) divisible by this.
 ALIGNMENT = 16
 
@@ -25,7 +27,7 @@ def aligned_rows(t: torch.Tensor) -> torch.Tensor:
     t = t.reshape(-1, n)
     if t.stride(1) == 1 and t.stride(0) % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0:
         return t
-    padded = t.new_empty((t.shape[0], -(-n // ALIGNMENT) * ALIGNMENT))
+    padded = t.new_empty((t.shape[0], cdiv(n, ALIGNMENT) * ALIGNMENT))
     return padded[:, :n].copy_(t)
 
 

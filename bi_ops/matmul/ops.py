@@ -8,7 +8,7 @@ import math
 import torch
 
 from bi_ops._common import checks, runtime
-from bi_ops._common.operators import custom_op
+from bi_ops._common.operators import custom_op, dispatcher_is_watched, is_plain
 from bi_ops._common.providers import Availability, Provider, ProviderTable, vllm_availability
 from bi_ops.matmul import certificate, cublaslt
 from bi_ops.matmul.launch import launch_accumulate, launch_cublaslt, launch_triton
@@ -170,9 +170,10 @@ def _(main_grad, g, x):
 def _through_binding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     """x @ weight.T in C++, without Python's cost per call, gradient included. None: the operator has to be called.
 
-    That is where the shape has no certificate yet or is not for cuBLASLt, and where a tracer has to see the call.
+    That is where the shape has no certificate yet or is not for cuBLASLt, and where an `Operator` would go through the
+    dispatcher.
     """
-    if torch.compiler.is_compiling() or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight)):
+    if dispatcher_is_watched() or not (is_plain(x) and is_plain(weight)):
         return None
     return cublaslt.extension().linear(x, weight) if providers.choose() == "cublaslt" else None
 
@@ -182,7 +183,7 @@ class _LinearIntoBuffer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, main_grad):
-        weight = weight.to(x.dtype)  # rounded once for both passes
+        weight = weight.to(x.dtype)  # once for both passes; the rounded weight stays in memory until the second
         ctx.save_for_backward(x, weight)
         ctx.main_grad = main_grad
         out = _through_binding(x, weight)

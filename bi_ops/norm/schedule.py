@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bi_ops._common import runtime
-from bi_ops._common.integers import next_power_of_2
+from bi_ops._common.integers import cdiv, next_power_of_2
 from bi_ops._common.rows import ALIGNMENT, TOKEN_STEP
 
 #: Elements of a tile of several rows. A thread that had less than 16 bytes of it would be another layout, with another
@@ -93,7 +93,7 @@ def row_schedule(n_rows: int, n_cols: int, itemsize: int) -> RowSchedule:
         return RowSchedule(min(next_power_of_2(n_rows), 256), int(n_cols <= block), block, order.num_warps)
     if n_cols % ALIGNMENT or n_cols * itemsize > HELD:
         return RowSchedule(1, 0, order.block, order.num_warps)
-    chunks = next_power_of_2(-(-n_cols // block))
+    chunks = next_power_of_2(cdiv(n_cols, block))
     return RowSchedule(TILE // block if chunks == 1 else 1, chunks, block, order.num_warps)
 
 
