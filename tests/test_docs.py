@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -16,11 +16,11 @@ PAGES = ("README.md", "docs/architecture.md")
 FENCE = re.compile(r"(?:<!-- (?P<note>[^>]*) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.DOTALL)
 
 
-def load_report():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def report(monkeypatch):
+    """bench/report.py as a module."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("report")
 
 
 def fences(language: str) -> list[tuple[str, str]]:
@@ -33,13 +33,12 @@ SAMPLES = fences("python")
 COMMANDS = [line for _, code in fences("bash") for line in code.splitlines() if "bi-ops " in line.split("#")[0]]
 
 
-def test_blocks_and_plots_are_made_from_the_committed_results():
-    assert load_report().stale() == [], "run `python bench/report.py`"
+def test_blocks_and_plots_are_made_from_the_committed_results(report):
+    assert report.stale() == [], "run `python bench/report.py`"
 
 
-def test_a_stale_block_is_noticed(tmp_path, monkeypatch):
+def test_a_stale_block_is_noticed(report, tmp_path, monkeypatch):
     """Negative control: one changed figure in the README, and one in a plot's data."""
-    report = load_report()
     text = report.README.read_text(encoding="utf-8")
     changed = re.sub(r"\| \d[\d,]* \|", "| 12,345 |", text, count=1)
     assert changed != text
@@ -63,9 +62,9 @@ def test_a_stale_block_is_noticed(tmp_path, monkeypatch):
         ("<!-- begin: parity -->\n", "has no end"),
     ],
 )
-def test_a_block_that_cannot_be_made_is_named(text, message):
+def test_a_block_that_cannot_be_made_is_named(text, message, report):
     with pytest.raises(ValueError, match=message):
-        load_report().render(text)
+        report.render(text)
 
 
 @pytest.mark.parametrize("i", range(len(SAMPLES)))

@@ -1,0 +1,335 @@
+"""What the README's marked blocks hold: one function a block, from bench/results to Markdown."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# --------------------------------------------------------------------------------------------------------------
+# what blocks are made of
+
+
+def load(results: Path, name: str) -> Any:
+    """`results`/`name` parsed; None where nothing was measured yet."""
+    path = results / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; every column after the first is right-aligned where all its cells are numbers."""
+    cells = [[str(c) for c in row] for row in rows]
+    numeric = [all(re.fullmatch(r"[\d,.e+-]+", row[i]) for row in cells) for i in range(len(header))]
+    lines = [header, ["---:" if n else "---" for n in numeric], *cells]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def load_csv(results: Path, name: str) -> list[dict[str, str]]:
+    """The rows of `results`/`name`; empty where nothing was measured yet."""
+    path = results / name
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def csv_provenance(rows: Sequence[Mapping[str, str]], file: str) -> str:
+    """`provenance` of CSV rows, whose versions are one text."""
+    parsed = [{**r, "versions": dict(v.split("=", 1) for v in r["versions"].split())} for r in rows]
+    return provenance(parsed, file)
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def ratios(rows: Iterable[Mapping[str, str]], rival: str) -> list[float]:
+    """How many times faster than `rival` ours is, per row that has both."""
+    return [float(r[rival]) / float(r["ours_us"]) for r in rows if r[rival]]
+
+
+def provenance(records: Sequence[Mapping[str, Any]], file: str) -> str:
+    """One line: where `records` of `file` were measured, with what, of which commit, when."""
+
+    def all_of(values: Iterable[str]) -> str:
+        return ", ".join(sorted(set(values)))
+
+    libraries = ("vllm", "torch", "triton")
+    versions = all_of(" ".join(f"{n} {str(r['versions'].get(n)).split('+')[0]}" for n in libraries) for r in records)
+    where, commits = all_of(r["device"] for r in records), all_of(r["commit"] for r in records)
+    dates = all_of(r["date"][:10] for r in records)
+    return f"{where}; {versions}; commit {commits}; {dates}; [`{file}`](bench/results/{file}).\n"
+
+
+def delta(value: float) -> str:
+    """A difference of log-probabilities, to three digits."""
+    return "0" if value == 0 else f"{value:.3g}"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# one function per block: bench/results -> Markdown
+
+
+def parity(results: Path) -> str:
+    """Per engine run, its compositions added up."""
+    records = load(results, "h100/parity.json")
+    runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in records:
+        runs.setdefault((not r["plugin"], r["model"], not r["cuda_graphs"]), []).append(r)
+    rows = []
+    for (no_plugin, model, eager), group in sorted(runs.items()):
+        rows.append(
+            (
+                f"Qwen3-{model}",
+                "stock vLLM (control)" if no_plugin else "with the bi_ops plugin",
+                "eager" if eager else "full CUDA graphs",
+                f"{sum(r['tokens_checked'] for r in group):,}",
+                f"{sum(r['tokens_different'] for r in group):,}",
+                delta(max(r["max_delta"] for r in group)),
+            )
+        )
+    head = ("shape", "vLLM, batch-invariant", "run", "log-probabilities compared", "with other bits", "largest gap")
+    compositions = ", ".join(dict.fromkeys(r["composition"] for r in records))
+    sizes = sorted({f"{r['prompts']} prompts x {r['new_tokens']} sampled tokens" for r in records})
+    note = f"{', '.join(sizes)}, each scored again by the training model in these batches: {compositions}. "
+    return table(head, rows) + "\n" + note + provenance(records, "h100/parity.json")
+
+
+def train(results: Path) -> str:
+    """The runs of the training benchmark, one row each."""
+    record = load(results, "h100/train.json")
+    rows = [
+        (
+            i,
+            f"{r['reward_first']:.3f}",
+            f"{r['reward_last']:.3f}",
+            f"{r['tokens_checked']:,}",
+            f"{r['tokens_different']:,}",
+            f"`{r['weights_sha256'][:16]}`",
+        )
+        for i, r in enumerate(record["runs"], 1)
+    ]
+    head = (
+        *("run", "reward, first 5 steps", "last 5 steps", "log-probabilities compared"),
+        *("with other bits", "SHA-256 of the final weights"),
+    )
+    config = record["config"]
+    what = (
+        f"`bi-ops train --preset {record['preset']}`: {record['runs'][0]['steps']} steps of GRPO on task "
+        f"{config['task']!r}, {config['prompts_per_step']} prompts x {config['group_size']} samples a step, seed "
+        f"{config['seed']}, every run in a process of its own. "
+    )
+    return table(head, rows) + "\n" + what + provenance([record], "h100/train.json")
+
+
+def tests(results: Path) -> str:
+    """The outcome of the test suite on a GPU."""
+    record = load(results, "h100/tests.json")
+    if record is None:
+        return "No run of the test suite on a GPU is committed yet.\n"
+    rows = [(record["passed"], record["failed"], record["skipped"])]
+    failed = [f"`{t['file']}::{t['test']}`" for t in record["tests"] if t["outcome"] == "failed"]
+    what = f"Failed: {', '.join(failed)}. " if failed else ""
+    if not_run := record.get("not_run"):
+        what += f"Not run: {not_run}. "
+    return table(("passed", "failed", "skipped"), rows) + "\n" + what + provenance([record], "h100/tests.json")
+
+
+def bits(results: Path) -> str:
+    """The same operators on another GPU of the architecture."""
+    one, other = (load(results, f"{gpu}/bits.json") for gpu in ("h100", "h200"))
+    if one is None or other is None:
+        return "Not compared yet.\n"
+    shared = one["bits"].keys() & other["bits"].keys()
+    differ = sum(one["bits"][name] != other["bits"][name] for name in shared)
+    what = f"{len(shared)} fingerprints of outputs and gradients; {differ} differ between an H100 and an H200.\n\n"
+    return what + "- " + provenance([one], "h100/bits.json") + "- " + provenance([other], "h200/bits.json")
+
+
+def products(results: Path) -> str:
+    """Products against cuBLAS and vLLM: the forward by row count, then the backward."""
+    rows = load_csv(results, "h100/products.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    out = []
+    buckets = ((1, 1), (2, 16), (32, 64), (128, 512), (1024, 16384))
+    parts = [
+        (
+            f"forward, {low} row{'s' * (high > 1)}" + (f" to {high:,}" if high > low else ""),
+            [r for r in rows if r["pass"] == "fwd" and low <= int(r["m"]) <= high],
+        )
+        for low, high in buckets
+    ]
+    names = {"dx": "dX", "dw": "dW", "dw_fp32": "dW added to an fp32 buffer"}
+    parts += [(f"{label}, 8,192 tokens", [r for r in rows if r["pass"] == key]) for key, label in names.items()]
+    for label, part in parts:
+        cublas, vllm = ratios(part, "cublas_us"), ratios(part, "vllm_us")
+        exact = all(r["m_invariant"] == "True" and r["bits_equal_vllm"] in ("True", "") for r in part)
+        out.append(
+            (
+                label,
+                len(part),
+                f"{geometric_mean(cublas):.2f}x",
+                f"{min(cublas):.2f}x",
+                f"{geometric_mean(vllm):.2f}x" if vllm else "",
+                f"{geometric_mean(ratios(part, 'roof_us')):.0%}",
+                "yes" if exact else "NO",
+            )
+        )
+    head = (
+        *("pass", "cells", "speed against cuBLAS", "worst cell", "against vLLM's invariant kernel"),
+        *("of the roof", "bits hold"),
+    )
+    what = "Every product of six Qwen3 sizes, LM head included; geometric means. "
+    return table(head, out) + "\n" + what + csv_provenance(rows, "h100/products.csv")
+
+
+#: The head size whose cases are listed; of the others the table says how they stand against the best rival.
+MAIN_HEAD_DIM = "128"
+
+
+def attention(results: Path) -> str:
+    """Attention against its rivals: every case of the main head size, then what the other sizes come to."""
+    rows = load_csv(results, "h100/attention.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    rivals = ("ours", "fa3", "cudnn", "cudnn_deterministic", "fa2")
+    out = []
+    for r in rows:
+        if r["head_dim"] != MAIN_HEAD_DIM:
+            continue
+        length = (
+            f"packed, longest {int(r['seqlen']):,}" if r["packed"] == "True" else f"{r['batch']} x {int(r['seqlen']):,}"
+        )
+        unit = "gbs" if r["pass"] == "decode" else "tflops"
+        figures = [r.get(f"{rival}_{unit}", "") for rival in rivals]
+        bits = "yes" if r["reruns_equal"] == r["batch_invariant"] == "True" else "NO"
+        label = {"fwd": "forward", "bwd": "backward", "decode": "decode, GB/s"}[r["pass"]]
+        out.append((label, length, *(f"{float(f):,.0f}" if f else "-" for f in figures), f"{r['reruns']}, {bits}"))
+    head = (
+        *("pass, TFLOP/s", "sequences", "ours", "FlashAttention 3", "cuDNN"),
+        *("cuDNN deterministic", "FlashAttention 2", "reruns, bits hold"),
+    )
+    parsed = [{**r, "versions": ast.literal_eval(r["versions"])} for r in rows]
+    return "\n".join(
+        (
+            table(head, sorted(out, key=lambda row: ("forward", "backward", "decode, GB/s").index(row[0]))),
+            f"head_dim {MAIN_HEAD_DIM}, causal, four query heads to a key head. " + HEAD_SIZES + "\n",
+            head_sizes(rows),
+            provenance(parsed, "h100/attention.csv"),
+        )
+    )
+
+
+HEAD_SIZES = "Every head size, geometric means over the lengths:"
+
+
+def attention_ratios(rows: Sequence[Mapping[str, str]], kind: str, head_dim: str, rival: str) -> dict[str, float]:
+    """How many times as fast as `rival`, by length, where it has the case."""
+    return {
+        f"{int(r['seqlen']):,}{', packed' if r['packed'] == 'True' else ''}": float(r["ours_tflops"])
+        / float(r[f"{rival}_tflops"])
+        for r in rows
+        if r["pass"] == kind and r["head_dim"] == head_dim and r[f"{rival}_tflops"]
+    }
+
+
+def headline(results: Path) -> str:
+    """What exactness costs, in one table."""
+    products, attention = (load_csv(results, f"h100/{name}.csv") for name in ("products", "attention"))
+    if not products or not attention:
+        return "Not measured yet.\n"
+    rows = [
+        (label, "cuBLAS", f"{geometric_mean(ratios([r for r in products if r['pass'] == kind], 'cublas_us')):.2f}x")
+        for kind, label in (("fwd", "products, forward"), ("dx", "products, dX"), ("dw", "products, dW"))
+    ]
+    for kind, label, rival, name in (
+        ("fwd", "forward", "fa3", "FlashAttention 3"),
+        ("bwd", "backward", "cudnn_deterministic", "cuDNN, deterministic"),
+    ):
+        speed = geometric_mean(list(attention_ratios(attention, kind, MAIN_HEAD_DIM, rival).values()))
+        rows.append((f"attention, {label}, head_dim {MAIN_HEAD_DIM}", name, f"{speed:.2f}x"))
+    for model, speed in step_speed(results, "torch, compiled").items():
+        rows.append((f"a training step of Qwen3-{model}", "transformers, `torch.compile`, bf16", f"{speed:.2f}x"))
+    what = "\nOn an H100; operators by geometric means.\n"
+    return table(("exact, and batch-invariant", "rival", "speed"), rows) + what
+
+
+def head_sizes(rows: Sequence[Mapping[str, str]]) -> str:
+    """Per head size and pass: how many times as fast as the rival."""
+    out = []
+    for kind, label, rival, name in (
+        ("fwd", "forward", "fa3", "FlashAttention 3"),
+        ("bwd", "backward", "cudnn_deterministic", "cuDNN, deterministic"),
+        ("bwd", "backward", "fa2", "FlashAttention 2"),
+    ):
+        for d in sorted({int(r["head_dim"]) for r in rows}):
+            by_length = attention_ratios(rows, kind, str(d), rival)
+            worst = min(by_length, key=by_length.__getitem__)
+            speed = f"{geometric_mean(list(by_length.values())):.2f}x"
+            out.append((label, d, name, speed, f"{by_length[worst]:.2f}x at {worst}"))
+    return table(("pass", "head_dim", "against", "speed", "worst"), out)
+
+
+def host(results: Path) -> str:
+    """What an eager call costs the host."""
+    rows = load_csv(results, "h100/products_host.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    out = [(f"`{r['call']}`", "yes" if r["requires_grad"] == "True" else "no", r["host_us"]) for r in rows]
+    return table(("eager call", "with a gradient", "host, us"), out)
+
+
+#: What is measured beside bi_ops' training step, and how the README calls it.
+STEP_SIDES = {
+    "bi_ops": "bi_ops: exact, fp32 master weights, fp32 gradients",
+    "torch, compiled": "transformers, bf16 weights, `torch.compile`",
+    "torch": "transformers, bf16 weights, eager",
+    "torch, autocast": "transformers, fp32 master weights under autocast, eager",
+}
+
+
+def step_speed(results: Path, side: str) -> dict[str, float]:
+    """How many times as fast bi_ops' training step is as `side`'s, by model."""
+    ms = {(r["model"], r["side"]): float(r["step_ms"]) for r in load_csv(results, "h100/step.csv")}
+    return {model: t / ms[model, "bi_ops"] for (model, s), t in ms.items() if s == side}
+
+
+def step(results: Path) -> str:
+    """A training step beside plain PyTorch's."""
+    rows = load_csv(results, "h100/step.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    out = [
+        (
+            r["model"],
+            STEP_SIDES[r["side"]],
+            *(f"{float(r[f'{part}_ms']):.1f}" for part in ("forward", "backward", "step")),
+            f"{int(r['tokens_per_s']):,}",
+            f"{int(r['peak_bytes']) / 2**30:.1f}",
+        )
+        for r in sorted(rows, key=lambda r: (r["model"], list(STEP_SIDES).index(r["side"])))
+    ]
+    head = ("Qwen3", "what", "forward, ms", "backward, ms", "step, ms", "tokens/s", "peak memory, GiB")
+    what = f"{int(rows[0]['tokens']):,} tokens in sequences of {int(rows[0]['seqlen']):,}, medians. "
+    parsed = [{**r, "versions": ast.literal_eval(r["versions"])} for r in rows]
+    return table(head, out) + "\n" + what + provenance(parsed, "h100/step.csv")
+
+
+#: Every block the README may have. A further benchmark adds a function above and its name here.
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "headline": headline,
+    "parity": parity,
+    "train": train,
+    "tests": tests,
+    "products": products,
+    "host": host,
+    "attention": attention,
+    "bits": bits,
+    "step": step,
+}
