@@ -3,8 +3,8 @@
     python bench/report.py            # rewrite the marked blocks of README.md, and docs/plots
     python bench/report.py --check    # exit status 1 if any of them is stale; needs no matplotlib
 
-A block of the README stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->` and is what `tables.BLOCKS[NAME]` makes of
-bench/results. A plot is stale when its data or its drawing code is not what the file was made from.
+A block of the README stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`, and is what `tables.BLOCKS[NAME]`
+makes of bench/results. A plot is stale when its data or its drawing code is not what the file was made from.
 """
 
 from __future__ import annotations
