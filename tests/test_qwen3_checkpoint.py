@@ -155,3 +155,10 @@ def test_a_sequence_over_the_models_length_is_named(device):
     model = tiny_model(max_position_embeddings=4)
     with pytest.raises(ValueError, match="4 positions"):
         model.token_logprobs(pack([[1, 2, 3]], [[4, 5]], device))
+
+
+def test_no_token_has_no_hidden_state(device):
+    """As a share of a batch may be empty."""
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    hidden = tiny_model()(none, none, lambda layer, q, k, v: q)
+    assert hidden.shape == (0, tiny_config().hidden_size)

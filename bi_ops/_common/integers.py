@@ -1,4 +1,4 @@
-"""Whole numbers on the host. Triton's functions of these names are for kernels too, and take 2 us a call."""
+"""Whole numbers on the host. Triton's functions of these names serve kernels too, and are slow to call."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         c = self.config
         parts = self.qkv_proj(x).split([c.q_size, c.kv_size, c.kv_size], -1)
-        q, k, v = (part.view(len(x), -1, c.head_dim) for part in parts)
+        q, k, v = (part.view(len(x), part.shape[1] // c.head_dim, c.head_dim) for part in parts)  # also of no token
         q = rope.apply_rope(self.q_norm(q), positions, cos_sin)
         k = rope.apply_rope(self.k_norm(k), positions, cos_sin)
         return self.o_proj(attend(self.layer, q, k, v).flatten(1))
