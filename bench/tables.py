@@ -39,9 +39,12 @@ def load_csv(results: Path, name: str) -> list[dict[str, str]]:
 
 
 def csv_provenance(rows: Sequence[Mapping[str, str]], file: str) -> str:
-    """`provenance` of CSV rows, whose versions are one text."""
-    parsed = [{**r, "versions": dict(v.split("=", 1) for v in r["versions"].split())} for r in rows]
-    return provenance(parsed, file)
+    """`provenance` of CSV rows, whose versions are one text: a dict as Python writes it, or a few `name=version`."""
+
+    def versions(text: str) -> dict[str, str]:
+        return ast.literal_eval(text) if text.startswith("{") else dict(v.split("=", 1) for v in text.split())
+
+    return provenance([{**r, "versions": versions(r["versions"])} for r in rows], file)
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
@@ -53,14 +56,20 @@ def ratios(rows: Iterable[Mapping[str, str]], rival: str) -> list[float]:
     return [float(r[rival]) / float(r["ours_us"]) for r in rows if r[rival]]
 
 
+#: Libraries whose versions are named, of those that a record has.
+LIBRARIES = ("vllm", "torch", "triton", "flash-attn-4")
+
+
 def provenance(records: Sequence[Mapping[str, Any]], file: str) -> str:
     """One line: where `records` of `file` were measured, with what, of which commit, when."""
 
     def all_of(values: Iterable[str]) -> str:
         return ", ".join(sorted(set(values)))
 
-    libraries = ("vllm", "torch", "triton")
-    versions = all_of(" ".join(f"{n} {str(r['versions'].get(n)).split('+')[0]}" for n in libraries) for r in records)
+    def named(versions: Mapping[str, str | None]) -> str:
+        return " ".join(f"{name} {found.split('+')[0]}" for name in LIBRARIES if (found := versions.get(name)))
+
+    versions = all_of(named(r["versions"]) for r in records)
     where, commits = all_of(r["device"] for r in records), all_of(r["commit"] for r in records)
     dates = all_of(r["date"][:10] for r in records)
     return f"{where}; {versions}; commit {commits}; {dates}; [`{file}`](bench/results/{file}).\n"
@@ -191,6 +200,26 @@ def products(results: Path) -> str:
 
 #: The head size whose cases are listed; of the others the table says how they stand against the best rival.
 MAIN_HEAD_DIM = "128"
+#: How the README calls a pass, in the order of its tables.
+PASSES = {"fwd": "forward", "bwd": "backward", "decode": "decode, GB/s"}
+#: A pass, a rival's columns, its name.
+Comparison = tuple[str, str, str]
+
+
+def by_pass(rows: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Forwards first; within a pass the order of the file."""
+    return sorted(rows, key=lambda r: list(PASSES).index(r["pass"]))
+
+
+def sequences(row: Mapping[str, str]) -> str:
+    """What a case of attention is computed over."""
+    longest = f"{int(row['seqlen']):,}"
+    return f"packed, longest {longest}" if row["packed"] == "True" else f"{row['batch']} x {longest}"
+
+
+def rounded(figures: Iterable[str]) -> list[str]:
+    """Figures without decimals; a dash where there is none."""
+    return [f"{float(f):,.0f}" if f else "-" for f in figures]
 
 
 def attention(results: Path) -> str:
@@ -200,28 +229,67 @@ def attention(results: Path) -> str:
         return "Not measured yet.\n"
     rivals = ("ours", "fa3", "cudnn", "cudnn_deterministic", "fa2")
     out = []
-    for r in rows:
-        if r["head_dim"] != MAIN_HEAD_DIM:
-            continue
-        length = (
-            f"packed, longest {int(r['seqlen']):,}" if r["packed"] == "True" else f"{r['batch']} x {int(r['seqlen']):,}"
-        )
+    for r in by_pass([r for r in rows if r["head_dim"] == MAIN_HEAD_DIM]):
         unit = "gbs" if r["pass"] == "decode" else "tflops"
-        figures = [r.get(f"{rival}_{unit}", "") for rival in rivals]
         bits = "yes" if r["reruns_equal"] == r["batch_invariant"] == "True" else "NO"
-        label = {"fwd": "forward", "bwd": "backward", "decode": "decode, GB/s"}[r["pass"]]
-        out.append((label, length, *(f"{float(f):,.0f}" if f else "-" for f in figures), f"{r['reruns']}, {bits}"))
+        figures = rounded(r.get(f"{rival}_{unit}", "") for rival in rivals)
+        out.append((PASSES[r["pass"]], sequences(r), *figures, f"{r['reruns']}, {bits}"))
     head = (
         *("pass, TFLOP/s", "sequences", "ours", "FlashAttention 3", "cuDNN"),
         *("cuDNN deterministic", "FlashAttention 2", "reruns, bits hold"),
     )
-    parsed = [{**r, "versions": ast.literal_eval(r["versions"])} for r in rows]
+    comparisons = (
+        ("fwd", "fa3", "FlashAttention 3"),
+        ("bwd", "cudnn_deterministic", "cuDNN, deterministic"),
+        ("bwd", "fa2", "FlashAttention 2"),
+    )
     return "\n".join(
         (
-            table(head, sorted(out, key=lambda row: ("forward", "backward", "decode, GB/s").index(row[0]))),
+            table(head, out),
             f"head_dim {MAIN_HEAD_DIM}, causal, four query heads to a key head. " + HEAD_SIZES + "\n",
-            head_sizes(rows),
-            provenance(parsed, "h100/attention.csv"),
+            head_sizes(rows, comparisons),
+            csv_provenance(rows, "h100/attention.csv"),
+        )
+    )
+
+
+def flash_attention_4(results: Path) -> str:
+    """Attention against FlashAttention 4: a case a row, its head sizes side by side."""
+    rows = load_csv(results, "h100/flash_attention_4.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    sizes = sorted({r["head_dim"] for r in rows}, key=int)
+    cases: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    for r in by_pass(rows):
+        cases.setdefault((PASSES[r["pass"]], sequences(r)), []).append(r)
+
+    def hold(case: Sequence[Mapping[str, str]], column: str) -> str:
+        seen = {r[column] for r in case} - {""}
+        return ("yes" if seen == {"True"} else "NO") if seen else "-"
+
+    out = []
+    for names, case in cases.items():
+        by_size = {r["head_dim"]: r for r in case}
+        sides = [f"{side}_tflops" for side in ("ours", "fa4", "fa4_deterministic")]
+        figures = rounded(by_size[d][side] if d in by_size else "" for d in sizes for side in sides)
+        together = [r for r in case if int(r["batch"]) > 1]  # a sequence alone says nothing of batches
+        out.append((*names, *figures, hold(case, "fa4_reruns_equal"), hold(together, "fa4_batch_invariant")))
+    named = ("ours", "FlashAttention 4", "FlashAttention 4 deterministic")
+    head = (
+        *("pass, TFLOP/s", "sequences", *(f"{side}, {d}" for d in sizes for side in named)),
+        *("deterministic: reruns equal", "in a batch as alone"),
+    )
+    comparisons = (
+        ("fwd", "fa4", "FlashAttention 4"),
+        ("bwd", "fa4", "FlashAttention 4"),
+        ("bwd", "fa4_deterministic", "FlashAttention 4, deterministic"),
+    )
+    return "\n".join(
+        (
+            table(head, out),
+            f"head_dim {' and '.join(sizes)}, causal, four query heads to a key head. " + HEAD_SIZES + "\n",
+            head_sizes(rows, comparisons),
+            csv_provenance(rows, "h100/flash_attention_4.csv"),
         )
     )
 
@@ -241,38 +309,37 @@ def attention_ratios(rows: Sequence[Mapping[str, str]], kind: str, head_dim: str
 
 def headline(results: Path) -> str:
     """What exactness costs, in one table."""
-    products, attention = (load_csv(results, f"h100/{name}.csv") for name in ("products", "attention"))
+    names = ("products", "attention", "flash_attention_4")
+    products, attention, fa4 = (load_csv(results, f"h100/{name}.csv") for name in names)
     if not products or not attention:
         return "Not measured yet.\n"
     rows = [
         (label, "cuBLAS", f"{geometric_mean(ratios([r for r in products if r['pass'] == kind], 'cublas_us')):.2f}x")
         for kind, label in (("fwd", "products, forward"), ("dx", "products, dX"), ("dw", "products, dW"))
     ]
-    for kind, label, rival, name in (
-        ("fwd", "forward", "fa3", "FlashAttention 3"),
-        ("bwd", "backward", "cudnn_deterministic", "cuDNN, deterministic"),
+    for cases, kind, rival, name in (
+        (attention, "fwd", "fa3", "FlashAttention 3"),
+        (attention, "bwd", "cudnn_deterministic", "cuDNN, deterministic"),
+        (fa4, "bwd", "fa4_deterministic", "FlashAttention 4, deterministic"),
     ):
-        speed = geometric_mean(list(attention_ratios(attention, kind, MAIN_HEAD_DIM, rival).values()))
-        rows.append((f"attention, {label}, head_dim {MAIN_HEAD_DIM}", name, f"{speed:.2f}x"))
+        if by_length := attention_ratios(cases, kind, MAIN_HEAD_DIM, rival):
+            speed = geometric_mean(list(by_length.values()))
+            rows.append((f"attention, {PASSES[kind]}, head_dim {MAIN_HEAD_DIM}", name, f"{speed:.2f}x"))
     for model, speed in step_speed(results, "torch, compiled").items():
         rows.append((f"a training step of Qwen3-{model}", "transformers, `torch.compile`, bf16", f"{speed:.2f}x"))
     what = "\nOn an H100; operators by geometric means.\n"
     return table(("exact, and batch-invariant", "rival", "speed"), rows) + what
 
 
-def head_sizes(rows: Sequence[Mapping[str, str]]) -> str:
-    """Per head size and pass: how many times as fast as the rival."""
+def head_sizes(rows: Sequence[Mapping[str, str]], comparisons: Iterable[Comparison]) -> str:
+    """Per comparison and head size: how many times as fast as the rival, where it has any case."""
     out = []
-    for kind, label, rival, name in (
-        ("fwd", "forward", "fa3", "FlashAttention 3"),
-        ("bwd", "backward", "cudnn_deterministic", "cuDNN, deterministic"),
-        ("bwd", "backward", "fa2", "FlashAttention 2"),
-    ):
+    for kind, rival, name in comparisons:
         for d in sorted({int(r["head_dim"]) for r in rows}):
-            by_length = attention_ratios(rows, kind, str(d), rival)
-            worst = min(by_length, key=by_length.__getitem__)
-            speed = f"{geometric_mean(list(by_length.values())):.2f}x"
-            out.append((label, d, name, speed, f"{by_length[worst]:.2f}x at {worst}"))
+            if by_length := attention_ratios(rows, kind, str(d), rival):
+                worst = min(by_length, key=by_length.__getitem__)
+                speed = f"{geometric_mean(list(by_length.values())):.2f}x"
+                out.append((PASSES[kind], d, name, speed, f"{by_length[worst]:.2f}x at {worst}"))
     return table(("pass", "head_dim", "against", "speed", "worst"), out)
 
 
@@ -295,9 +362,9 @@ STEP_SIDES = {
 
 
 def step_speed(results: Path, side: str) -> dict[str, float]:
-    """How many times as fast bi_ops' training step is as `side`'s, by model."""
+    """How many times as fast bi_ops' training step is as `side`'s, by model, where both ran."""
     ms = {(r["model"], r["side"]): float(r["step_ms"]) for r in load_csv(results, "h100/step.csv")}
-    return {model: t / ms[model, "bi_ops"] for (model, s), t in ms.items() if s == side}
+    return {m: t / ms[m, "bi_ops"] for (m, s), t in ms.items() if s == side and (m, "bi_ops") in ms}
 
 
 def step(results: Path) -> str:
@@ -317,8 +384,7 @@ def step(results: Path) -> str:
     ]
     head = ("Qwen3", "what", "forward, ms", "backward, ms", "step, ms", "tokens/s", "peak memory, GiB")
     what = f"{int(rows[0]['tokens']):,} tokens in sequences of {int(rows[0]['seqlen']):,}, medians. "
-    parsed = [{**r, "versions": ast.literal_eval(r["versions"])} for r in rows]
-    return table(head, out) + "\n" + what + provenance(parsed, "h100/step.csv")
+    return table(head, out) + "\n" + what + csv_provenance(rows, "h100/step.csv")
 
 
 #: Every block the README may have. A further benchmark adds a function above and its name here.
@@ -330,6 +396,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "products": products,
     "host": host,
     "attention": attention,
+    "flash_attention_4": flash_attention_4,
     "bits": bits,
     "step": step,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import re
 import shlex
@@ -21,6 +22,22 @@ def report(monkeypatch):
     """bench/report.py as a module."""
     monkeypatch.syspath_prepend(ROOT / "bench")
     return importlib.import_module("report")
+
+
+def write_rows(path, rows: list[dict[str, object]], versions: dict[str, str]) -> None:
+    """A result file of `rows`, all of them measured in one place."""
+    record = {"device": "GPU", "versions": versions, "commit": "abc", "date": "2026-01-02T03:04:05+00:00"}
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *record])
+        writer.writeheader()
+        writer.writerows(row | record for row in rows)
+
+
+def cells(block: str) -> list[list[str]]:
+    """The cells of a block's tables, line by line, without the rulers."""
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")]
+    return [line for line in lines if not line[0].startswith("---")]
 
 
 def fences(language: str) -> list[tuple[str, str]]:
@@ -65,6 +82,55 @@ def test_a_stale_block_is_noticed(report, tmp_path, monkeypatch):
 def test_a_block_that_cannot_be_made_is_named(text, message, report):
     with pytest.raises(ValueError, match=message):
         report.render(text)
+
+
+def test_the_block_of_flash_attention_4_says_what_holds_and_what_was_not_asked(report, tmp_path):
+    def case(kind, head_dim, batch, ours, default, deterministic, reruns, invariant):
+        return {
+            **{"pass": kind, "seqlen": 4096 // batch, "batch": batch, "packed": False, "head_dim": head_dim},
+            **{"ours_tflops": ours, "fa4_tflops": default, "fa4_deterministic_tflops": deterministic},
+            **{"fa4_reruns_equal": reruns, "fa4_batch_invariant": invariant},
+        }
+
+    rows = [
+        case("bwd", 64, 4, 200.0, 100.4, 50.0, True, True),
+        case("fwd", 64, 4, 300.0, 400.0, "", "", ""),
+        case("bwd", 128, 4, 250.0, "", 100.0, True, False),  # a batch that changes bits, and a rival that failed
+        case("bwd", 128, 1, 100.0, 125.0, 80.0, True, True),  # one sequence: nothing is said of batches
+    ]
+    write_rows(tmp_path / "h100/flash_attention_4.csv", rows, {"torch": "2.11.0+cu130", "flash-attn-4": "4.0.0b36"})
+    block = report.BLOCKS["flash_attention_4"](tmp_path)
+    assert cells(block)[1:4] == [
+        ["forward", "4 x 1,024", "300", "400", "-", "-", "-", "-", "-", "-"],
+        ["backward", "4 x 1,024", "200", "100", "50", "250", "-", "100", "yes", "NO"],
+        ["backward", "1 x 4,096", "-", "-", "-", "100", "125", "80", "yes", "-"],
+    ]
+    assert ["backward", "128", "FlashAttention 4, deterministic", "1.77x", "1.25x at 4,096"] in cells(block)
+    assert "GPU; torch 2.11.0 flash-attn-4 4.0.0b36; commit abc; 2026-01-02;" in block
+
+
+@pytest.mark.parametrize("missing", ["bi_ops", "torch, compiled", "torch, autocast"])
+def test_a_training_step_is_told_without_a_side_that_failed(missing, report, tmp_path):
+    ms = {"torch, autocast": 400.0, "torch, compiled": 210.0, "bi_ops": 200.0}
+    sides = [(model, side) for model in ("1.7B", "0.6B") for side in ms if (model, side) != ("1.7B", missing)]
+    rows = [
+        {
+            **{"model": model, "tokens": 8192, "seqlen": 2048, "side": side, "forward_ms": 1.25, "backward_ms": 2.5},
+            **{"step_ms": ms[side], "tokens_per_s": 40960, "peak_bytes": 2**31},
+        }
+        for model, side in sides
+    ]
+    write_rows(tmp_path / "h100/step.csv", rows, {"torch": "2.11.0"})
+    told = cells(report.BLOCKS["step"](tmp_path))[1:]
+    assert [row[0] for row in told] == ["0.6B"] * 3 + ["1.7B"] * 2
+    assert told[0][1].startswith("bi_ops")
+    assert told[0][-3:] == ["200.0", "40,960", "2.0"]
+    both = {"0.6B"} if missing != "torch, autocast" else {"0.6B", "1.7B"}
+    for name in ("products", "attention"):  # what else the headline is made of
+        path = tmp_path / f"h100/{name}.csv"
+        path.write_text((report.RESULTS / f"h100/{name}.csv").read_text(encoding="utf-8"), encoding="utf-8")
+    steps = [row for row in cells(report.BLOCKS["headline"](tmp_path)) if row[0].startswith("a training step")]
+    assert {(row[0].rpartition("-")[2], row[2]) for row in steps} == {(model, "1.05x") for model in both}
 
 
 @pytest.mark.parametrize("i", range(len(SAMPLES)))
