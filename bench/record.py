@@ -34,7 +34,7 @@ def versions() -> dict[str, str | None]:
     import torch
 
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in ("torch", "triton", "vllm", "flash-attn-4"):
+    for package in ("torch", "triton", "vllm", "flash-attn-4", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

@@ -130,7 +130,7 @@ def test_a_trained_model_is_saved_without_loss(tmp_path):
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type"),
         ({"num_key_value_heads": 3}, "cannot be shared"),
-        ({"head_dim": 15}, "even"),
+        ({"head_dim": 24}, "multiple of 16"),
         ({"num_attention_heads": None}, "lacks num_attention_heads"),
         ({"torch_dtype": "float8"}, "float8"),
     ],

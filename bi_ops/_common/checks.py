@@ -63,3 +63,12 @@ def shape(op: str, ok: bool, message: str | Callable[[], str]) -> None:
     """Raise ValueError(`op`: `message`) unless `ok`. A message that has to be put together is called for."""
     if not ok:
         raise ValueError(f"{op}: {message if isinstance(message, str) else message()}")
+
+
+def main_grad(op: str, name: str, buffer: object, size: torch.Size, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `buffer` can hold a sum of this size: fp32, contiguous, on `device`."""
+    t = tensor(op, name, buffer)
+    dtype(op, name, t, (torch.float32,))
+    shape(op, t.device == device, lambda: f"{name} is on {t.device}, what it is summed from on {device}")
+    fits = t.shape == size and t.is_contiguous()
+    shape(op, fits, lambda: f"{name} must be contiguous {list(size)}, got {list(t.shape)}")

@@ -27,13 +27,13 @@ def _tile(start, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _row_start(o_r, H, stride_t, stride_h):
+def row_start(o_r, H, stride_t, stride_h):
     """[.., 1], where row o_r starts."""
     return ((o_r // H).to(tl.int64) * stride_t + (o_r % H).to(tl.int64) * stride_h)[:, None]
 
 
 @triton.jit
-def _row_sum(b, CHUNKS: tl.constexpr):
+def row_sum(b, CHUNKS: tl.constexpr):
     """Sum of each row of the tile: a tree inside a chunk, the chunks front to back."""
     b_sum = tl.sum(b, axis=1)
     if CHUNKS > 1:
@@ -42,16 +42,22 @@ def _row_sum(b, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def load_weight(p_w, o_c, N, other, dtype: tl.constexpr):
+    """Weights of these columns, rounded to `dtype`, as fp32."""
+    return cast(tl.load(p_w + o_c, mask=o_c < N, other=other), dtype).to(tl.float32)
+
+
+@triton.jit
 def _weight(
     p_w, start, N, other, dtype: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr
 ):
-    """The weights of the tile's columns, rounded to `dtype`. One row of them is loaded as such: as a tile of its own
-    it could turn the tile of x to another layout, and with that the tree of the sums to another one. 1.0 if none."""
+    """The weights of the tile's columns. One row of them is loaded as such: as a tile of its own it could turn the
+    tile of x to another layout, and with that the tree of the sums to another one. 1.0 if none."""
     if HAS_WEIGHT:
         o_c = start + tl.arange(0, BLOCK)
         if CHUNKS > 1:
             o_c = (tl.arange(0, CHUNKS) * BLOCK)[:, None] + o_c[None, :]
-        b_w = cast(tl.load(p_w + o_c, mask=o_c < N, other=other), dtype).to(tl.float32)
+        b_w = load_weight(p_w, o_c, N, other, dtype)
         if CHUNKS == 1:
             b_w = b_w[None, :]
     else:
@@ -65,17 +71,17 @@ def _load_x(
 ):
     """What is normalised, as fp32: x, or x + residual, which is rounded and stored."""
     m = (o_r < R)[:, None] & (o_c < N)
-    b_x = tl.load(p_x + _row_start(o_r, H, stride_xt, stride_xh) + o_c, mask=m, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + row_start(o_r, H, stride_xt, stride_xh) + o_c, mask=m, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        b_res = tl.load(p_residual + _row_start(o_r, H, stride_rt, stride_rh) + o_c, mask=m, other=0.0)
+        b_res = tl.load(p_residual + row_start(o_r, H, stride_rt, stride_rh) + o_c, mask=m, other=0.0)
         b_sum = cast(b_x + b_res.to(tl.float32), p_sum.dtype.element_ty)
-        tl.store(p_sum + _row_start(o_r, 1, N, 0) + o_c, b_sum, mask=m)
+        tl.store(p_sum + row_start(o_r, 1, N, 0) + o_c, b_sum, mask=m)
         b_x = b_sum.to(tl.float32)
     return b_x
 
 
 @triton.jit
-def _squares(b_x, o_r, o_c, R, N):
+def squares(b_x, o_r, o_c, R, N):
     return tl.where((o_r < R)[:, None] & (o_c < N), b_x * b_x, 0.0)
 
 
@@ -85,7 +91,7 @@ def _store_y(
 ):
     dtype: tl.constexpr = p_y.dtype.element_ty
     b_y = b_x * inv[:, None] * _weight(p_w, start, N, 1.0, dtype, CHUNKS, BLOCK, HAS_WEIGHT)
-    tl.store(p_y + _row_start(o_r, 1, N, 0) + o_c, cast(b_y, dtype), mask=(o_r < R)[:, None] & (o_c < N))
+    tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, cast(b_y, dtype), mask=(o_r < R)[:, None] & (o_c < N))
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -115,7 +121,7 @@ def rms_norm_kernel(
         b_x = _load_x(
             p_x, p_residual, p_sum, o_r, o_c, R, N, H, stride_xt, stride_xh, stride_rt, stride_rh, HAS_RESIDUAL
         )
-        sum_sq = _row_sum(_squares(b_x, o_r, o_c, R, N), CHUNKS)
+        sum_sq = row_sum(squares(b_x, o_r, o_c, R, N), CHUNKS)
     else:
         sum_sq = tl.zeros([ROWS], dtype=tl.float32)
         for start in range(0, N, BLOCK):
@@ -123,7 +129,7 @@ def rms_norm_kernel(
             b_x = _load_x(
                 p_x, p_residual, p_sum, o_r, o_c, R, N, H, stride_xt, stride_xh, stride_rt, stride_rh, HAS_RESIDUAL
             )
-            sum_sq += _row_sum(_squares(b_x, o_r, o_c, R, N), 1)
+            sum_sq += row_sum(squares(b_x, o_r, o_c, R, N), 1)
 
     # eps may arrive as fp64 from a compiled caller: pinned, so that the bits do not depend on who calls.
     inv = 1.0 / tl.sqrt(sum_sq / N + tl.cast(eps, tl.float32))
@@ -144,13 +150,11 @@ def rms_norm_kernel(
 @triton.jit
 def _load_g(p_g, o_r, o_c, R, N, H, stride_t, stride_h):
     m = (o_r < R)[:, None] & (o_c < N)
-    return tl.load(p_g + _row_start(o_r, H, stride_t, stride_h) + o_c, mask=m, other=0.0).to(tl.float32)
+    return tl.load(p_g + row_start(o_r, H, stride_t, stride_h) + o_c, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_dx(
-    p_dx, b_g, b_gsum, b_w, b_x, inv, minus_mean, o_r, o_c, R, N, HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr
-):
+def dx_of(b_g, b_gsum, b_w, b_x, inv, minus_mean, HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr):
     """inv * (g*w - xhat * mean) + gsum. Which product of a difference is rounded is said here: left to the compiler,
     it would depend on whether g * w is still in a register."""
     b_xhat = b_x * inv
@@ -162,8 +166,13 @@ def _store_dx(
         b_dx = tl.fma(b_dx, tl.broadcast_to(inv, b_g.shape), b_gsum)
     else:
         b_dx = b_dx * inv
+    return b_dx
+
+
+@triton.jit
+def _store_dx(p_dx, b_dx, o_r, o_c, R, N):
     m = (o_r < R)[:, None] & (o_c < N)
-    tl.store(p_dx + _row_start(o_r, 1, N, 0) + o_c, cast(b_dx, p_dx.dtype.element_ty), mask=m)
+    tl.store(p_dx + row_start(o_r, 1, N, 0) + o_c, cast(b_dx, p_dx.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -201,9 +210,10 @@ def rms_norm_dx_kernel(
         b_gsum = b_g
         if HAS_SUM:  # before the sum, whose end would hold it up
             b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
-        dot = _row_sum((b_g * b_w) * (b_x * inv), CHUNKS)
+        dot = row_sum((b_g * b_w) * (b_x * inv), CHUNKS)
         minus_mean = (dot / N)[:, None] * -1.0  # not -mean, which is 0 - mean: another sign of zero
-        _store_dx(p_dx, b_g, b_gsum, b_w, b_x, inv, minus_mean, o_r, o_c, R, N, HAS_SUM, HAS_WEIGHT)
+        b_dx = dx_of(b_g, b_gsum, b_w, b_x, inv, minus_mean, HAS_SUM, HAS_WEIGHT)
+        _store_dx(p_dx, b_dx, o_r, o_c, R, N)
     else:
         dot = tl.zeros([ROWS], dtype=tl.float32)
         for start in range(0, N, BLOCK):
@@ -211,7 +221,7 @@ def rms_norm_dx_kernel(
             b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)
             b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
             b_w = _weight(p_w, start, N, 0.0, dtype, 1, BLOCK, HAS_WEIGHT)
-            dot += _row_sum((b_g * b_w) * (b_x * inv), 1)
+            dot += row_sum((b_g * b_w) * (b_x * inv), 1)
         minus_mean = (dot / N)[:, None] * -1.0
         for start in range(0, N, BLOCK):
             o_r, o_c = _tile(start, ROWS, 1, BLOCK)
@@ -221,7 +231,8 @@ def rms_norm_dx_kernel(
             b_gsum = b_g
             if HAS_SUM:
                 b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
-            _store_dx(p_dx, b_g, b_gsum, b_w, b_x, inv, minus_mean, o_r, o_c, R, N, HAS_SUM, HAS_WEIGHT)
+            b_dx = dx_of(b_g, b_gsum, b_w, b_x, inv, minus_mean, HAS_SUM, HAS_WEIGHT)
+            _store_dx(p_dx, b_dx, o_r, o_c, R, N)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -250,8 +261,8 @@ def rms_norm_dweight_kernel(
         o_r = o_i * CHUNK + step
         m = (o_r < R)[:, None] & (o_c < N)
         # A row past the end adds 0.0, which changes no bit: a sum that began at 0.0 is never -0.0.
-        b_g = tl.load(p_g + _row_start(o_r, H, stride_gt, stride_gh) + o_c, mask=m, other=0.0).to(tl.float32)
-        b_x = tl.load(p_x + _row_start(o_r, H, stride_xt, stride_xh) + o_c, mask=m, other=0.0).to(tl.float32)
+        b_g = tl.load(p_g + row_start(o_r, H, stride_gt, stride_gh) + o_c, mask=m, other=0.0).to(tl.float32)
+        b_x = tl.load(p_x + row_start(o_r, H, stride_xt, stride_xh) + o_c, mask=m, other=0.0).to(tl.float32)
         inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)
         acc += b_g * (b_x * inv[:, None])
     o_partial = (o_i // GROUP).to(tl.int64)[:, None] * (N * GROUP) + o_c * GROUP + (o_i % GROUP)[:, None]
@@ -259,14 +270,14 @@ def rms_norm_dweight_kernel(
 
 
 @triton.jit
-def add_chunks_kernel(
-    p_partial,  # [C / GROUP, N, GROUP] fp32
-    p_out,  # [N]
-    C,  # a multiple of UNROLL
+def add_chunks(
+    p_partial,
+    p_out,
+    C,
     N: tl.constexpr,
-    ACCUMULATE: tl.constexpr,  # out is fp32 and where the sum starts
+    ACCUMULATE: tl.constexpr,
     COLS: tl.constexpr,
-    UNROLL: tl.constexpr,  # a multiple of GROUP
+    UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """out = the chunks' partial sums, added one after another.
@@ -290,3 +301,17 @@ def add_chunks_kernel(
             acc = acc + b_0 + b_1 + b_2 + b_3
         p_group += UNROLL * N
     tl.store(p_out + o_c, cast(acc, p_out.dtype.element_ty), mask=m_c)
+
+
+@triton.jit
+def add_chunks_kernel(
+    p_partial,  # [C / GROUP, N, GROUP] fp32
+    p_out,  # [N]
+    C,  # a multiple of UNROLL
+    N: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # out is fp32 and where the sum starts
+    COLS: tl.constexpr,
+    UNROLL: tl.constexpr,  # a multiple of GROUP
+    STAGES: tl.constexpr,
+):
+    add_chunks(p_partial, p_out, C, N, ACCUMULATE, COLS, UNROLL, STAGES)

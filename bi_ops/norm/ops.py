@@ -269,13 +269,7 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float, ma
         checks.shape(op, fits, lambda: f"weight {list(weight.shape)} does not fit x {list(x.shape)}")
     if main_grad is not None:
         checks.shape(op, weight is not None, "main_grad needs a weight whose gradient it holds")
-        checks.tensor(op, "main_grad", main_grad)
-        checks.dtype(op, "main_grad", main_grad, (torch.float32,))
-        checks.same_device(op, x=x, main_grad=main_grad)
-        fits = main_grad.shape == x.shape[-1:] and main_grad.is_contiguous()
-        checks.shape(
-            op, fits, lambda: f"main_grad must be contiguous {list(x.shape[-1:])}, got {list(main_grad.shape)}"
-        )
+        checks.main_grad(op, "main_grad", main_grad, x.shape[-1:], x.device)
 
 
 def rms_norm(

@@ -40,8 +40,8 @@ class Qwen3Config:
                 f"Qwen3Config: {self.num_attention_heads} attention heads cannot be shared evenly by "
                 f"{self.num_key_value_heads} key/value heads"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"Qwen3Config: head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.head_dim % 16:
+            raise ValueError(f"Qwen3Config: head_dim must be a multiple of 16, got {self.head_dim}")
 
     @property
     def q_size(self) -> int:

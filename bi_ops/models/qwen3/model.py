@@ -62,11 +62,17 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, **factory)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        c = self.config
-        parts = self.qkv_proj(x).split([c.q_size, c.kv_size, c.kv_size], -1)
-        q, k, v = (part.view(len(x), part.shape[1] // c.head_dim, c.head_dim) for part in parts)  # also of no token
-        q = rope.apply_rope(self.q_norm(q), positions, cos_sin)
-        k = rope.apply_rope(self.k_norm(k), positions, cos_sin)
+        q, k, v = norm.qk_norm_rope(
+            self.qkv_proj(x),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            positions,
+            cos_sin,
+            self.config.num_attention_heads,
+            self.config.rms_norm_eps,
+            self.q_norm.main_grad,
+            self.k_norm.main_grad,
+        )
         return self.o_proj(attend(self.layer, q, k, v).flatten(1))
 
 
@@ -128,7 +134,7 @@ def zeros(weights: Sequence[torch.Tensor], together: int = 1 << 26) -> list[torc
                 break
             ends.append(end)
         flat = torch.zeros(ends[-1], device=part[0].device)
-        buffers += [flat[start:][: w.numel()].view(w.shape) for w, start in zip(part, ends[:-1], strict=False)]
+        buffers += [flat.as_strided(w.shape, w.stride(), start) for w, start in zip(part, ends[:-1], strict=False)]
     return buffers
 
 

@@ -1,0 +1,311 @@
+"""What Qwen3 does between the fused projection and attention, in one pass: queries and keys are normalised per head and
+turned by the angles of their positions, values are copied. The bits are those of `rms_norm`, then `apply_rope`.
+
+Rows and trees are those of `kernels`: row r of a part (queries, keys, values: the second index of the grid) is head
+r % H of token r // H, and a tile [ROWS, BLOCK] has whole rows. A column is turned with the one half a head further or
+back, its partner. So partners are loaded too, at columns of their own, and no value leaves its thread: exchanged, they
+could turn the tile to another layout, and with that the tree of the sums to another one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bi_ops._common.triton_helpers import cast
+from bi_ops.norm.kernels import GROUP, add_chunks, dx_of, load_weight, row_start, row_sum, squares
+
+
+@triton.jit
+def _eights(o_c):
+    """o_c, whose groups of eight are neighbours: the compiler does not see that, and would load them one by one."""
+    return tl.max_contiguous(tl.multiple_of(o_c, 8), 8)
+
+
+@triton.jit
+def _partner(o_c, HALF: tl.constexpr):
+    """The column that o_c [BLOCK] is turned with."""
+    return _eights(tl.where(o_c < HALF, o_c + HALF, o_c - HALF))
+
+
+@triton.jit
+def _angles(p_pos, p_cos_sin, o_r, o_c, R, P, N, H: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr):
+    """Cosine and sine of the tile, of the angle negated if INVERSE."""
+    pos = tl.load(p_pos + o_r // H, mask=o_r < R, other=0).to(tl.int64)
+    # A position outside the cache turns its token into NaN: seen at once, and nothing out of bounds is read.
+    m = ((o_r < R) & (pos >= 0) & (pos < P))[:, None] & (o_c < N)[None, :]
+    p_cos = p_cos_sin + (pos * (2 * HALF))[:, None] + _eights(tl.where(o_c < HALF, o_c, o_c - HALF))[None, :]
+    b_cos = tl.load(p_cos, mask=m, other=float("nan")).to(tl.float32)
+    b_sin = tl.load(p_cos + HALF, mask=m, other=float("nan")).to(tl.float32)
+    if INVERSE:
+        b_sin = -b_sin
+    return b_cos, b_sin
+
+
+@triton.jit
+def _turn(b, b_partner, b_cos, b_sin, o_c, HALF: tl.constexpr, dtype: tl.constexpr):
+    """The rotation, rounded to `dtype`. Rounded and negated is what `rope_kernel` does so to: zeros have signs."""
+    b_product = b_partner * b_sin
+    return cast(tl.fma(b, b_cos, tl.where(o_c < HALF, -b_product, b_product)), dtype)
+
+
+@triton.jit
+def _forward(
+    p_x,
+    p_w,
+    p_pos,
+    p_cos_sin,
+    p_y,
+    p_inv,
+    R,
+    N,
+    P,
+    eps,
+    stride_xt,
+    H: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Queries or keys: y = the rotation of x * inv * w, rounded before and after it."""
+    dtype: tl.constexpr = p_y.dtype.element_ty
+    o_r, o_1 = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    o_c, o_p = o_1[None, :], _partner(o_1, HALF)
+    m = (o_r < R)[:, None] & (o_c < N)
+    p_row = p_x + row_start(o_r, H, stride_xt, 2 * HALF)
+    b_x = tl.load(p_row + o_c, mask=m, other=0.0).to(tl.float32)
+    b_xp = tl.load(p_row + o_p[None, :], mask=m, other=0.0).to(tl.float32)
+    b_cos, b_sin = _angles(p_pos, p_cos_sin, o_r, o_1, R, P, N, H, HALF, False)
+
+    inv = 1.0 / tl.sqrt(row_sum(squares(b_x, o_r, o_c, R, N), 1) / N + tl.cast(eps, tl.float32))
+    tl.store(p_inv + o_r, inv, mask=o_r < R)
+    b_y = cast(b_x * inv[:, None] * load_weight(p_w, o_1, N, 1.0, dtype)[None, :], dtype).to(tl.float32)
+    b_wp = load_weight(p_w, o_p, N, 1.0, dtype)[None, :]
+    b_yp = cast(b_xp * inv[:, None] * b_wp, dtype).to(tl.float32)
+    tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, _turn(b_y, b_yp, b_cos, b_sin, o_c, HALF, dtype), mask=m)
+
+
+@triton.jit(do_not_specialize=["T"])
+def qk_norm_rope_kernel(
+    p_qkv,  # [T, (HQ + 2 * HK) * N]
+    p_wq,  # [N]
+    p_wk,  # [N]
+    p_pos,  # [T] int
+    p_cos_sin,  # [P, N]: cos, then sin
+    p_q,  # [T, HQ, N]
+    p_k,  # [T, HK, N]
+    p_v,  # [T, HK, N]
+    p_inv,  # [T * (HQ + HK)] fp32: 1 / rms of the queries, then of the keys
+    T,
+    N,  # 2 * HALF. The sum is divided by it as in `rms_norm_kernel`: by a number that the compiler does not see
+    P,
+    eps,
+    stride_t,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.program_id(1) == 0:
+        _forward(
+            p_qkv,
+            p_wq,
+            p_pos,
+            p_cos_sin,
+            p_q,
+            p_inv,
+            T * HQ,
+            N,
+            P,
+            eps,
+            stride_t,
+            H=HQ,
+            HALF=HALF,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+        )
+    elif tl.program_id(0) * ROWS < T * HK:
+        p_keys = p_qkv + HQ * 2 * HALF
+        if tl.program_id(1) == 1:
+            p_inv += T * HQ
+            _forward(
+                p_keys,
+                p_wk,
+                p_pos,
+                p_cos_sin,
+                p_k,
+                p_inv,
+                T * HK,
+                N,
+                P,
+                eps,
+                stride_t,
+                H=HK,
+                HALF=HALF,
+                ROWS=ROWS,
+                BLOCK=BLOCK,
+            )
+        else:
+            o_r, o_c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+            m = (o_r < T * HK)[:, None] & (o_c < N)
+            b_v = tl.load(p_keys + HK * 2 * HALF + row_start(o_r, HK, stride_t, 2 * HALF) + o_c, mask=m)
+            tl.store(p_v + row_start(o_r, 1, N, 0) + o_c, b_v, mask=m)
+
+
+@triton.jit
+def _backward(
+    p_g,
+    p_x,
+    p_w,
+    p_pos,
+    p_cos_sin,
+    p_inv,
+    p_dx,
+    p_partial,
+    R,
+    C,
+    N,
+    P,
+    stride_g,
+    stride_xt,
+    stride_dxt,
+    H: tl.constexpr,
+    HALF: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Queries or keys: the gradient turned back and rounded, then dx and the chunks' sums of dweight."""
+    dtype: tl.constexpr = p_dx.dtype.element_ty
+    o_i, o_1 = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    o_c, o_p = o_1[None, :], _partner(o_1, HALF)
+    b_w = load_weight(p_w, o_1, N, 0.0, dtype)[None, :]
+    acc = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for step in tl.range(0, CHUNK):
+        o_r = o_i * CHUNK + step
+        m = (o_r < R)[:, None] & (o_c < N)
+        p_row = p_g + row_start(o_r, 1, stride_g, 0)
+        b_g = tl.load(p_row + o_c, mask=m, other=0.0).to(tl.float32)
+        b_gp = tl.load(p_row + o_p[None, :], mask=m, other=0.0).to(tl.float32)
+        b_x = tl.load(p_x + row_start(o_r, H, stride_xt, 2 * HALF) + o_c, mask=m, other=0.0).to(tl.float32)
+        inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)[:, None]
+        b_cos, b_sin = _angles(p_pos, p_cos_sin, o_r, o_1, R, P, N, H, HALF, True)
+        b_g = tl.where(m, _turn(b_g, b_gp, b_cos, b_sin, o_c, HALF, dtype).to(tl.float32), 0.0)
+
+        minus_mean = (row_sum((b_g * b_w) * (b_x * inv), 1) / N)[:, None] * -1.0  # not -mean: another sign of zero
+        b_dx = dx_of(b_g, b_g, b_w, b_x, inv, minus_mean, False, True)
+        tl.store(p_dx + row_start(o_r, H, stride_dxt, 2 * HALF) + o_c, cast(b_dx, dtype), mask=m)
+        acc += b_g * (b_x * inv)
+    o_partial = (o_i // GROUP).to(tl.int64)[:, None] * (N * GROUP) + o_c * GROUP + (o_i % GROUP)[:, None]
+    tl.store(p_partial + o_partial, acc, mask=(o_i < C)[:, None] & (o_c < N))
+
+
+@triton.jit(do_not_specialize=["T", "CQ", "CK"])
+def qk_norm_rope_backward_kernel(
+    p_gq,  # [T, HQ, N]
+    p_gk,  # [T, HK, N]
+    p_gv,  # [T, HK, N]
+    p_qkv,  # [T, (HQ + 2 * HK) * N]
+    p_wq,  # [N]
+    p_wk,  # [N]
+    p_pos,  # [T] int
+    p_cos_sin,  # [P, N]
+    p_inv,  # [T * (HQ + HK)] fp32
+    p_dqkv,  # [T, (HQ + 2 * HK) * N]
+    p_partial,  # [(CQ + CK) / GROUP, N, GROUP] fp32
+    T,
+    CQ,  # chunks of the queries, with those past the end, whose sums are 0.0
+    CK,
+    N,
+    P,
+    stride_gq,  # from row to row
+    stride_gk,
+    stride_gv,
+    stride_t,
+    stride_dt,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HALF: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program has ROWS chunks of rows; a chunk's rows are added front to back, as in `rms_norm_dweight_kernel`."""
+    if tl.program_id(1) == 0:
+        _backward(
+            p_gq,
+            p_qkv,
+            p_wq,
+            p_pos,
+            p_cos_sin,
+            p_inv,
+            p_dqkv,
+            p_partial,
+            T * HQ,
+            CQ,
+            N,
+            P,
+            stride_gq,
+            stride_t,
+            stride_dt,
+            H=HQ,
+            HALF=HALF,
+            CHUNK=CHUNK,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+        )
+    elif tl.program_id(0) * ROWS < CK:
+        p_keys, p_dkeys = p_qkv + HQ * 2 * HALF, p_dqkv + HQ * 2 * HALF
+        if tl.program_id(1) == 1:
+            p_inv += T * HQ
+            p_partial += CQ.to(tl.int64) * N
+            _backward(
+                p_gk,
+                p_keys,
+                p_wk,
+                p_pos,
+                p_cos_sin,
+                p_inv,
+                p_dkeys,
+                p_partial,
+                T * HK,
+                CK,
+                N,
+                P,
+                stride_gk,
+                stride_t,
+                stride_dt,
+                H=HK,
+                HALF=HALF,
+                CHUNK=CHUNK,
+                ROWS=ROWS,
+                BLOCK=BLOCK,
+            )
+        else:
+            o_c = tl.arange(0, BLOCK)[None, :]
+            for step in tl.range(0, CHUNK):
+                o_r = (tl.program_id(0) * CHUNK + step) * ROWS + tl.arange(0, ROWS)
+                m = (o_r < T * HK)[:, None] & (o_c < N)
+                b_g = tl.load(p_gv + row_start(o_r, 1, stride_gv, 0) + o_c, mask=m)
+                tl.store(p_dkeys + HK * 2 * HALF + row_start(o_r, HK, stride_dt, 2 * HALF) + o_c, b_g, mask=m)
+
+
+@triton.jit(do_not_specialize=["CQ", "CK"])
+def qk_add_chunks_kernel(
+    p_partial,  # [(CQ + CK) / GROUP, N, GROUP] fp32
+    p_dwq,  # [N]
+    p_dwk,  # [N]
+    CQ,
+    CK,
+    N: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # both are fp32 and where the sums start
+    COLS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dweight of the queries and of the keys side by side, for a chain of adds is long and fills no GPU."""
+    if tl.program_id(1) == 0:
+        add_chunks(p_partial, p_dwq, CQ, N, ACCUMULATE, COLS, UNROLL, STAGES)
+    else:
+        add_chunks(p_partial + CQ.to(tl.int64) * N, p_dwk, CK, N, ACCUMULATE, COLS, UNROLL, STAGES)

@@ -1,0 +1,309 @@
+"""Norm and rotation of queries and keys inside a fused projection: check, allocate, launch, differentiate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bi_ops._common import checks
+from bi_ops._common.integers import cdiv
+from bi_ops._common.operators import custom_op
+from bi_ops._common.rows import ALIGNMENT, aligned_rows
+from bi_ops.norm import schedule as sched
+from bi_ops.norm.qk_kernels import qk_add_chunks_kernel, qk_norm_rope_backward_kernel, qk_norm_rope_kernel
+
+# --------------------------------------------------------------------------------------------------------------
+# launch
+
+
+def _heads(qkv: torch.Tensor, weight: torch.Tensor, num_heads: int) -> tuple[int, int, int]:
+    """Query heads, key heads, head_dim."""
+    dim = weight.shape[0]
+    return num_heads, (qkv.shape[1] // dim - num_heads) // 2, dim
+
+
+def _launch_backward(
+    out: tuple[torch.Tensor, torch.Tensor],
+    accumulate: bool,
+    gq: torch.Tensor,
+    gk: torch.Tensor,
+    gv: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    inv: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """The gradient of qkv; those of the weights go to `out`, which if `accumulate` is where the sums start."""
+    dqkv = qkv.new_empty(qkv.shape)
+    if qkv.numel() == 0:
+        return dqkv
+    hq, hk, dim = _heads(qkv, q_weight, num_heads)
+    n_tokens, chunk = len(qkv), sched.token_order().chunk
+    # Chunks past the end are written too, as 0.0: the sum of the chunks then needs no mask.
+    add = sched.token_schedule(cdiv(n_tokens * hq, chunk), dim)
+    chunks = [cdiv(n_tokens * h, chunk * add.unroll) * add.unroll for h in (hq, hk)]
+    partial = qkv.new_empty((sum(chunks), dim), dtype=torch.float32)
+    s = sched.row_schedule(max(chunks), dim, qkv.itemsize)
+    g_rows = [aligned_rows(g) for g in (gq, gk, gv)]
+    rows = aligned_rows(qkv)
+    qk_norm_rope_backward_kernel[(cdiv(max(chunks), s.rows), 3)](
+        *g_rows,
+        rows,
+        aligned_rows(q_weight),
+        aligned_rows(k_weight),
+        positions,
+        cos_sin,
+        inv,
+        dqkv,
+        partial,
+        n_tokens,
+        *chunks,
+        dim,
+        len(cos_sin),
+        *(g.stride(0) for g in g_rows),
+        rows.stride(0),
+        dqkv.stride(0),
+        HQ=hq,
+        HK=hk,
+        HALF=dim // 2,
+        CHUNK=chunk,
+        ROWS=s.rows,
+        BLOCK=s.block,
+        num_warps=s.num_warps,
+    )
+    qk_add_chunks_kernel[(cdiv(dim, add.add_cols), 2)](
+        partial,
+        *out,
+        *chunks,
+        dim,
+        ACCUMULATE=accumulate,
+        COLS=add.add_cols,
+        UNROLL=add.unroll,
+        STAGES=add.stages,
+        num_warps=add.add_warps,
+    )
+    return dqkv
+
+
+# --------------------------------------------------------------------------------------------------------------
+# custom operators
+
+
+@custom_op("bi_ops::qk_norm_rope")
+def _qk_norm_rope(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    num_heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    hq, hk, dim = _heads(qkv, q_weight, num_heads)
+    n_tokens = len(qkv)
+    q, k, v = (qkv.new_empty((n_tokens, h, dim)) for h in (hq, hk, hk))
+    inv = qkv.new_empty(n_tokens * (hq + hk), dtype=torch.float32)
+    if qkv.numel() > 0:
+        if positions.is_cpu and not ((positions >= 0) & (positions < len(cos_sin))).all():
+            raise IndexError(
+                f"qk_norm_rope: positions span {int(positions.min())}..{int(positions.max())}, the cache holds "
+                f"0..{len(cos_sin) - 1}. Build it with a larger max_position"
+            )
+        s = sched.row_schedule(n_tokens * hq, dim, qkv.itemsize)
+        rows = aligned_rows(qkv)
+        qk_norm_rope_kernel[(cdiv(n_tokens * max(hq, hk), s.rows), 3)](
+            rows,
+            aligned_rows(q_weight),
+            aligned_rows(k_weight),
+            positions,
+            cos_sin,
+            q,
+            k,
+            v,
+            inv,
+            n_tokens,
+            dim,
+            len(cos_sin),
+            eps,
+            rows.stride(0),
+            HQ=hq,
+            HK=hk,
+            HALF=dim // 2,
+            ROWS=s.rows,
+            BLOCK=s.block,
+            num_warps=s.num_warps,
+        )
+    return q, k, v, inv
+
+
+@_qk_norm_rope.register_fake
+def _(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps):
+    hq, hk, dim = _heads(qkv, q_weight, num_heads)
+    inv = qkv.new_empty(len(qkv) * (hq + hk), dtype=torch.float32)
+    return *(qkv.new_empty((len(qkv), h, dim)) for h in (hq, hk, hk)), inv
+
+
+@custom_op("bi_ops::qk_norm_rope_backward")
+def _qk_norm_rope_backward(
+    gq: torch.Tensor,
+    gk: torch.Tensor,
+    gv: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    inv: torch.Tensor,
+    num_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq_weight, dk_weight = torch.zeros_like(q_weight), torch.zeros_like(k_weight)
+    given = (gq, gk, gv, qkv, q_weight, k_weight, positions, cos_sin, inv, num_heads)
+    return _launch_backward((dq_weight, dk_weight), False, *given), dq_weight, dk_weight
+
+
+@_qk_norm_rope_backward.register_fake
+def _(gq, gk, gv, qkv, q_weight, k_weight, positions, cos_sin, inv, num_heads):
+    return qkv.new_empty(qkv.shape), torch.empty_like(q_weight), torch.empty_like(k_weight)
+
+
+@custom_op("bi_ops::accumulate_qk_norm_rope_backward", mutates_args={"q_main_grad", "k_main_grad"})
+def _accumulate_backward(
+    q_main_grad: torch.Tensor,
+    k_main_grad: torch.Tensor,
+    gq: torch.Tensor,
+    gk: torch.Tensor,
+    gv: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    inv: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    given = (gq, gk, gv, qkv, q_weight, k_weight, positions, cos_sin, inv, num_heads)
+    return _launch_backward((q_main_grad, k_main_grad), True, *given)
+
+
+@_accumulate_backward.register_fake
+def _(q_main_grad, k_main_grad, gq, gk, gv, qkv, q_weight, k_weight, positions, cos_sin, inv, num_heads):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.num_heads, _ = inputs
+    ctx.save_for_backward(*tensors, output[3])
+    ctx.mark_non_differentiable(output[3])
+
+
+def _backward(ctx, gq, gk, gv, _):
+    grads = _qk_norm_rope_backward(gq, gk, gv, *ctx.saved_tensors, ctx.num_heads)
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 4
+
+
+_qk_norm_rope.register_autograd(_backward, setup_context=_setup)
+
+
+class _IntoBuffers(torch.autograd.Function):
+    """qk_norm_rope whose weight gradients go into buffers and not to autograd."""
+
+    @staticmethod
+    def forward(ctx, q_main_grad, k_main_grad, *inputs):
+        *out, inv = _qk_norm_rope(*inputs)
+        *tensors, ctx.num_heads, _ = inputs
+        ctx.save_for_backward(*tensors, inv)
+        ctx.main_grads = q_main_grad, k_main_grad
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, gq, gk, gv):
+        # A weight that is frozen keeps its buffer as it is.
+        needed = zip(ctx.main_grads, ctx.needs_input_grad[3:5], strict=True)
+        buffers = (b if wanted else torch.zeros_like(b) for b, wanted in needed)
+        dqkv = _accumulate_backward(*buffers, gq, gk, gv, *ctx.saved_tensors, ctx.num_heads)
+        return None, None, dqkv if ctx.needs_input_grad[2] else None, *[None] * 6
+
+
+# --------------------------------------------------------------------------------------------------------------
+# public function
+
+
+def _check(op: str, qkv: Any, weights: dict[str, Any], positions: Any, cos_sin: Any, num_heads: int) -> None:
+    checks.tensor(op, "qkv", qkv, ndim=2)
+    checks.dtype(op, "qkv", qkv)
+    for name, w in weights.items():
+        checks.tensor(op, name, w, ndim=1)
+        checks.dtype(op, name, w, (qkv.dtype, torch.float32))
+    checks.tensor(op, "positions", positions, ndim=1)
+    checks.dtype(op, "positions", positions, (torch.int64, torch.int32))
+    checks.tensor(op, "cos_sin", cos_sin, ndim=2)
+    checks.dtype(op, "cos_sin", cos_sin, (qkv.dtype, torch.float32))
+    checks.same_device(op, qkv=qkv, **weights, positions=positions, cos_sin=cos_sin)
+    dims = {name: w.shape[0] for name, w in weights.items()} | {"cos_sin": cos_sin.shape[1]}
+    dim = cos_sin.shape[1]
+    checks.shape(op, len(set(dims.values())) == 1, lambda: f"head_dim differs: {dims}")
+    checks.shape(
+        op,
+        dim > 0 and dim % ALIGNMENT == 0 and dim <= sched.row_order().block,
+        lambda: (
+            f"head_dim must be a multiple of {ALIGNMENT} up to {sched.row_order().block}, got {dim}; "
+            "use rms_norm and rope.apply_rope"
+        ),
+    )
+    fits = num_heads > 0 and qkv.shape[1] % dim == 0 and (n := qkv.shape[1] // dim - num_heads) > 0 and n % 2 == 0
+    checks.shape(
+        op,
+        fits,
+        lambda: f"qkv {list(qkv.shape)} does not hold {num_heads} query heads of {dim} and as many keys as values",
+    )
+    checks.shape(
+        op,
+        len(positions) == len(qkv),
+        lambda: f"{len(positions)} positions for {len(qkv)} tokens, qkv {list(qkv.shape)}",
+    )
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    num_heads: int,
+    eps: float = 1e-6,
+    q_main_grad: torch.Tensor | None = None,
+    k_main_grad: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and keys of a fused projection, normalised per head, then turned by their positions' angles; and values.
+
+    Bit for bit `apply_rope(rms_norm(q, q_weight, eps), positions, cos_sin)`, the same of k, and v, gradients included:
+    what Qwen3 computes before attention, with one read of the projection.
+
+    Args:
+        qkv: [T, (Hq + 2 Hkv) * D], bf16, fp16 or fp32: the heads of queries, of keys, of values.
+        q_weight, k_weight: [D], the dtype of qkv or fp32 (a master weight, as in `rms_norm`); D is a multiple of 16.
+        positions: [T], int64 or int32, in 0..P-1. On a GPU a position outside turns its token into NaN.
+        cos_sin: [P, D] from `rope.cos_sin_cache`, in the dtype of qkv or fp32. It gets no gradient.
+        num_heads: Hq. eps: >= 0.
+        q_main_grad, k_main_grad: both or none: fp32 [D], contiguous; as `main_grad` of `rms_norm`.
+
+    Returns:
+        q [T, Hq, D], k and v [T, Hkv, D], contiguous, in the dtype of qkv.
+
+    Raises:
+        TypeError: unsupported dtypes. ValueError: wrong shape, device or eps. IndexError: positions outside the cache
+            (CPU).
+    """
+    op = "qk_norm_rope"
+    _check(op, qkv, {"q_weight": q_weight, "k_weight": k_weight}, positions, cos_sin, num_heads)
+    checks.shape(op, eps >= 0, lambda: f"eps must not be negative, got {eps}")
+    inputs = (qkv, q_weight, k_weight, positions.contiguous(), cos_sin.contiguous(), num_heads, eps)
+    if q_main_grad is None and k_main_grad is None:
+        return _qk_norm_rope(*inputs)[:3]
+    for name, buffer in (("q_main_grad", q_main_grad), ("k_main_grad", k_main_grad)):
+        checks.main_grad(op, name, buffer, q_weight.shape, qkv.device)
+    return _IntoBuffers.apply(q_main_grad, k_main_grad, *inputs)

@@ -1,0 +1,257 @@
+"""Norm and rotation of queries and keys in one pass: the bits of rms_norm, then apply_rope."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bi_ops._common import runtime
+from bi_ops.norm import qk_norm_rope, qk_ops, reference, rms_norm, schedule
+from bi_ops.rope import apply_rope, cos_sin_cache
+from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
+from bi_ops.verify.properties import bits_equal
+
+T, HQ, HK, D = (300, 2, 1, 32) if runtime.INTERPRET else (8192, 16, 8, 128)
+RERUNS = 5 if runtime.INTERPRET else 100
+BACKEND = "aot_eager" if runtime.INTERPRET else "inductor"
+P = 512
+
+HEADS = (
+    ((2, 1, 16), (3, 2, 48)) if runtime.INTERPRET else ((2, 1, 16), (3, 2, 48), (14, 2, 64), (4, 4, 80), (16, 8, 128))
+)
+HEADS += ((1, 1, 256),)
+
+
+def randn(*shape, dtype=torch.bfloat16, device):
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def composed(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps=1e-6, q_main_grad=None, k_main_grad=None):
+    """What the operator stands for, from the operators that it stands for."""
+    heads = qkv.unflatten(1, (-1, q_weight.shape[0]))
+    n_keys = (heads.shape[1] - num_heads) // 2
+    q, k, v = heads.split([num_heads, n_keys, n_keys], 1)
+    q = apply_rope(rms_norm(q, q_weight, eps, q_main_grad), positions, cos_sin)
+    k = apply_rope(rms_norm(k, k_weight, eps, k_main_grad), positions, cos_sin)
+    return q, k, v
+
+
+def inputs(t, hq, hk, d, device, dtype=torch.bfloat16, weight_dtype=torch.float32):
+    """(qkv, q_weight, k_weight, positions, cos_sin, num_heads) and the gradients of q, k and v."""
+    given = (
+        randn(t, (hq + 2 * hk) * d, dtype=dtype, device=device).requires_grad_(),
+        randn(d, dtype=weight_dtype, device=device).requires_grad_(),
+        randn(d, dtype=weight_dtype, device=device).requires_grad_(),
+        torch.randint(0, P, (t,), device=device),
+        cos_sin_cache(d, P, 1e6, dtype, device),
+        hq,
+    )
+    return given, [randn(t, h, d, dtype=dtype, device=device) for h in (hq, hk, hk)]
+
+
+def with_gradients(op, given, g):
+    """q, k, v, the gradients of qkv and of both weights."""
+    out = op(*given)
+    return *(t.detach() for t in out), *torch.autograd.grad(out, given[:3], g)
+
+
+def all_equal(some, others):
+    return all(bits_equal(*pair) for pair in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("t", [1, 37] if runtime.INTERPRET else [1, 2, 15, 16, 17, 127, 129, 1000, 8192])
+@pytest.mark.parametrize(("hq", "hk", "d"), HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_bits_are_those_of_the_norm_and_then_the_rotation(t, hq, hk, d, dtype, device):
+    given, g = inputs(t, hq, hk, d, device, dtype)
+    assert all_equal(with_gradients(qk_norm_rope, given, g), with_gradients(composed, given, g))
+
+
+def test_zeros_have_the_same_sign(device):
+    """At position 0 the sine is 0, so every product with it is one zero or the other."""
+    given, g = inputs(64, 2, 1, 32, device)
+    zeros = torch.tensor([0.0, -0.0, 1.0, -1.0], device=device)
+    qkv, *g = (zeros[torch.randint(4, t.shape, device=device)].to(t.dtype) for t in (given[0], *g))
+    given = (qkv.requires_grad_(), *given[1:3], given[3] % 2, *given[4:])
+    assert all_equal(with_gradients(qk_norm_rope, given, g), with_gradients(composed, given, g))
+
+
+def test_weights_of_16_bits_and_positions_of_32(device):
+    given, g = inputs(20, 2, 1, 32, device, weight_dtype=torch.bfloat16)
+    given = *given[:3], given[3].int(), *given[4:]
+    found = with_gradients(qk_norm_rope, given, g)
+    assert all_equal(found, with_gradients(composed, given, g))
+    assert found[4].dtype == torch.bfloat16
+
+
+def test_strided_projections_and_gradients(device):
+    """Rows that lie in wider ones, and a gradient expanded from one row, have the bits of contiguous copies."""
+    given, g = inputs(9, 2, 1, 32, device)
+    wide = torch.cat((given[0].detach(), given[0].detach()), 1)
+    expected = with_gradients(qk_norm_rope, given, [g[0], g[1], g[2][:1].expand(9, -1, -1).contiguous()])
+    for start in (0, 3):  # aligned, and not
+        qkv = torch.nn.functional.pad(wide, (start, 0))[:, start:][:, : given[0].shape[1]].requires_grad_()
+        strided = [torch.cat((t, t), 2)[..., :32] for t in g[:2]] + [g[2][:1].expand(9, -1, -1)]
+        assert all_equal(with_gradients(qk_norm_rope, (qkv, *given[1:]), strided), expected), start
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_match_fp64(dtype, device):
+    (qkv, q_weight, k_weight, positions, cos_sin, hq), _ = inputs(33, 2, 1, 32, device, dtype)
+    errors = gradient_errors(
+        lambda qkv, q_weight, k_weight: qk_norm_rope(qkv, q_weight, k_weight, positions, cos_sin, hq),
+        lambda qkv, q_weight, k_weight: reference.qk_norm_rope(qkv, q_weight, k_weight, positions, cos_sin, hq),
+        {"qkv": qkv.detach(), "q_weight": q_weight.detach().to(dtype), "k_weight": k_weight.detach().to(dtype)},
+    )
+    assert all(e.ok for e in errors), errors
+
+
+def test_sums_go_on_in_buffers(device):
+    """Cut at a multiple of TOKEN_STEP tokens, a batch ends in the bits of one pass; a frozen weight's buffer stays."""
+    given, g = inputs(64, 2, 1, 32, device)
+    expected = with_gradients(qk_norm_rope, given, g)[3:]
+    buffers = [torch.zeros(32, device=device) for _ in range(2)]
+    parts = []
+    for part in (slice(0, 16), slice(16, 64)):
+        qkv = given[0].detach()[part].requires_grad_()
+        out = qk_norm_rope(qkv, *given[1:3], given[3][part], *given[4:], 1e-6, *buffers)
+        parts += torch.autograd.grad(out, qkv, [t[part] for t in g])
+    assert all_equal((torch.cat(parts), *buffers), expected)
+
+    before = [b.clone() for b in buffers]
+    qkv = given[0].detach().requires_grad_()
+    out = qk_norm_rope(qkv, given[1].detach(), *given[2:], 1e-6, *buffers)
+    torch.autograd.backward(out, g)
+    assert bits_equal(qkv.grad, expected[0])
+    assert bits_equal(buffers[0], before[0])
+    assert not bits_equal(buffers[1], before[1])
+
+
+def rows_of(given, g):
+    """The operator and its gradient as a function of rows: tokens."""
+
+    def run(qkv, positions, *grads):
+        qkv = qkv.clone().requires_grad_()
+        out = qk_norm_rope(qkv, *given[1:3], positions, *given[4:])
+        return *(t.detach() for t in out), torch.autograd.grad(out, qkv, grads)[0]
+
+    return run, (given[0].detach(), given[3], *g)
+
+
+def test_tokens_do_not_depend_on_the_batch(device):
+    run, rows = rows_of(*inputs(T, HQ, HK, D, device))
+    counts = ((1, 2, 16, 17, 64, 255, 256, 257),) if runtime.INTERPRET else ()
+    assert row_variant(run, rows, *counts) == []
+    assert order_variant(run, rows, trials=1) == []
+
+
+def test_a_norm_over_the_whole_projection_is_caught(device):
+    """Negative control: one scale for the batch."""
+    run, rows = rows_of(*inputs(64, 2, 1, 32, device))
+
+    def scaled(qkv, *rest):
+        return run((qkv.float() / qkv.float().pow(2).mean().sqrt()).bfloat16(), *rest)
+
+    assert row_variant(scaled, rows, (1, 16, 64)) == [1, 16]
+
+
+def test_the_schedule_changes_no_bit(device, monkeypatch):
+    given, g = inputs(100, 3, 1, 48, device)
+    expected = with_gradients(qk_norm_rope, given, g)
+    for rows in (32, 64):  # of 64 columns: 16 bytes of a row in a thread
+        monkeypatch.setattr(qk_ops.sched, "row_schedule", lambda *_, r=rows: schedule.RowSchedule(r, 1, 64, 4))
+        assert all_equal(with_gradients(qk_norm_rope, given, g), expected), rows
+
+
+def test_gradients_are_the_same_on_every_run(device):
+    given, g = inputs(T, HQ, HK, D, device)
+    assert rerun_variant(lambda: with_gradients(qk_norm_rope, given, g), RERUNS) == []
+
+
+def test_no_token_and_no_gradient(device):
+    given, g = inputs(0, 2, 1, 32, device)
+    *out, dqkv, dwq, dwk = with_gradients(qk_norm_rope, given, g)
+    assert [list(t.shape) for t in out] == [[0, 2, 32], [0, 1, 32], [0, 1, 32]]
+    assert dqkv.shape == (0, 128)
+    assert not dwq.any()
+    assert not dwk.any()
+    assert not qk_norm_rope(given[0].detach(), *(w.detach() for w in given[1:3]), *given[3:])[0].requires_grad
+
+
+def test_the_operator_is_registered_and_compiles(device):
+    given, g = inputs(5, 2, 1, 32, device)
+    torch.library.opcheck(torch.ops.bi_ops.qk_norm_rope, (*given, 1e-6))
+    buffers = [torch.zeros(32, device=device) for _ in range(2)]
+
+    def call(qkv):
+        return qk_norm_rope(qkv, *given[1:], 1e-6, *buffers)
+
+    compiled = torch.compile(call, fullgraph=True, backend=BACKEND)
+    results = []
+    for f in (call, compiled):
+        [b.zero_() for b in buffers]
+        out = f(given[0])
+        results.append((*out, *torch.autograd.grad(out, given[0], g), *(b.clone() for b in buffers)))
+    assert all_equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"qkv": lambda t: t.long()}, TypeError, "int64"),
+        ({"qkv": lambda t: t[0]}, ValueError, "2 dimensions"),
+        ({"qkv": lambda t: t[:, :-16]}, ValueError, "does not hold 2 query heads of 16"),
+        ({"q_weight": lambda t: t.half()}, TypeError, "q_weight"),
+        ({"k_weight": lambda t: t[:8]}, ValueError, "head_dim differs"),
+        ({"positions": lambda t: t[:1]}, ValueError, "1 positions for 3 tokens"),
+        ({"positions": lambda t: t.float()}, TypeError, "positions"),
+        ({"cos_sin": lambda t: t.half()}, TypeError, "cos_sin"),
+        ({"num_heads": lambda _: 4}, ValueError, "does not hold 4 query heads"),
+        ({"eps": lambda _: -1.0}, ValueError, "eps"),
+        ({"q_main_grad": lambda _: torch.zeros(16)}, TypeError, "k_main_grad must be a tensor"),
+    ],
+)
+def test_bad_input_is_named(change, error, message, device):
+    given = {
+        "qkv": torch.ones(3, 64, device=device),
+        "q_weight": torch.ones(16, device=device),
+        "k_weight": torch.ones(16, device=device),
+        "positions": torch.arange(3, device=device),
+        "cos_sin": cos_sin_cache(16, 4, device=device),
+        "num_heads": 2,
+        "eps": 1e-6,
+        "q_main_grad": None,
+    }
+    ((name, f),) = change.items()
+    changed = f(given[name])
+    given[name] = changed.to(device) if isinstance(changed, torch.Tensor) else changed
+    with pytest.raises(error, match=f"qk_norm_rope: .*{message}|{message}"):
+        qk_norm_rope(**given)
+
+
+def test_a_head_of_another_size_names_the_way_out(device):
+    w = torch.ones(24, device=device)
+    with pytest.raises(ValueError, match=r"multiple of 16 up to 1024, got 24; use rms_norm and rope.apply_rope"):
+        qk_norm_rope(
+            torch.ones(3, 96, device=device),
+            w,
+            w,
+            torch.arange(3, device=device),
+            cos_sin_cache(24, 4, device=device),
+            2,
+        )
+
+
+@pytest.mark.parametrize("position", [-1, 4])
+def test_a_position_outside_the_cache_is_an_error_or_nan(position, device):
+    qkv, w = torch.ones(2, 64, device=device), torch.ones(16, device=device)
+    positions, cos_sin = torch.tensor([0, position], device=device), cos_sin_cache(16, 4, device=device)
+    if runtime.INTERPRET:
+        with pytest.raises(IndexError, match=r"cache holds 0\.\.3"):
+            qk_norm_rope(qkv, w, w, positions, cos_sin, 2)
+    else:
+        q, k, v = qk_norm_rope(qkv, w, w, positions, cos_sin, 2)
+        assert q[1].isnan().all()
+        assert k[1].isnan().all()
+        assert not q[0].isnan().any()
+        assert bits_equal(v, torch.ones_like(v))
