@@ -145,7 +145,7 @@ def backward_rows(model: str, pool: torch.Tensor, tokens: int) -> Iterator[dict[
         sides = {
             "dx": (partial(torch.mm, g, weight), partial(ops._mm_out, g, weight)),
             "dw": (partial(torch.mm, g.t(), x), partial(ops._mm_out, g.t(), x, free="k")),
-            "dw_fp32": (partial(torch.mm, g.t(), x), partial(ops.launch_accumulate, g.t(), x, buffer)),
+            "dw_fp32": (partial(torch.mm, g.t(), x), partial(ops.launch_weight_grad, g, x, buffer)),
         }
         for name, (theirs, ours) in sides.items():
             us = times({"cublas": [theirs] * 2, "ours": [ours] * 2}, 5)
@@ -155,7 +155,7 @@ def backward_rows(model: str, pool: torch.Tensor, tokens: int) -> Iterator[dict[
             else:  # the same sum in micro-batches, and as the other operator rounds it
                 buffer.zero_()
                 for a, b in ((0, 16), (16, half), (half, tokens)):
-                    ops.launch_accumulate(g[a:b].t(), x[a:b], buffer)
+                    ops.launch_weight_grad(g[a:b], x[a:b], buffer)
                 whole = ops._mm_out(g.t(), x, free="k", out_dtype=torch.float32)
                 invariant = torch.equal(buffer, whole)
                 by = ours_by(g.t(), x, torch.empty_like(weight), "k") if name == "dw" else "triton"

@@ -9,9 +9,10 @@ A step is forward, log-probabilities of every next token, their mean, backward. 
     torch, compiled   the same under torch.compile, and so the loss
     torch, autocast   the same over fp32 master weights, eager
 
-torch's sides are not batch-invariant, and round weight gradients to bf16. Every side runs in a process of its own and is timed by wall clock, the GPU waited for after each half of a step; medians. Making and handing
-over the buffers of gradients counts; going through the objects of the model for garbage does not. `--dry` runs it all
-on a tiny model on the CPU; its figures mean nothing.
+torch's sides are not batch-invariant, and round weight gradients to bf16. Every side runs in a process of its own and
+is timed by wall clock, the GPU waited for after each half of a step; medians. Making and handing over the buffers of
+gradients counts; going through the objects of the model for garbage does not. `--dry` runs it all on a tiny model on
+the CPU; its figures mean nothing.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_var
 # The interpreter pays milliseconds per tile; a GPU takes the sizes that matter.
 K, N, M = (48, 40, 257) if runtime.INTERPRET else (2048, 1024, 8192)
 RERUNS = 3 if runtime.INTERPRET else 100
+BACKEND = "aot_eager" if runtime.INTERPRET else "inductor"
 
 
 #: The step of the reduced axis after which the interpreter, and the tensor cores, round.
@@ -300,6 +301,34 @@ def test_linear_adds_its_weight_gradient_to_the_buffer(device):
         mm_ops.linear(x, weight, main_grad=buffer.half())
     with pytest.raises(ValueError, match="contiguous"):
         mm_ops.linear(x, weight, main_grad=buffer.t())
+
+
+def test_linear_into_a_buffer_compiles(device):
+    x, g = randn(16, 24, device=device).requires_grad_(), randn(16, 32, device=device)
+    weight = torch.randn(32, 24, device=device, requires_grad=True)
+    rounded, buffer = weight.detach().to(x.dtype), torch.zeros(32, 24, device=device)
+    for needed in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(torch.ops.bi_ops.linear_backward, (buffer, g, x.detach(), rounded, *needed))
+    found = {}
+    for name, linear in (
+        ("eager", mm_ops.linear),
+        ("compiled", torch.compile(mm_ops.linear, fullgraph=True, backend=BACKEND)),
+    ):
+        buffer = torch.zeros(32, 24, device=device)
+        out = linear(x, weight, None, buffer)
+        found[name] = out.detach(), *torch.autograd.grad(out, x, g), buffer
+    assert all(map(torch.equal, found["compiled"], found["eager"]))
+    assert all(t.any() for t in found["eager"])
+
+
+def test_linear_into_a_buffer_is_one_node_and_refuses_a_second_derivative(device):
+    """Each view would cost a microbatch microseconds in both passes. That dX depends on the weight nobody may miss."""
+    x, weight = randn(16, 24, device=device).requires_grad_(), torch.randn(32, 24, device=device, requires_grad=True)
+    out = mm_ops.linear(x, weight, main_grad=torch.zeros(32, 24, device=device))
+    assert [type(node).__name__ for node, _ in out.grad_fn.next_functions] == ["AccumulateGrad"] * 2 + ["NoneType"]
+    (dx,) = torch.autograd.grad(out.float().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        (x.float() + dx.float()).sum().backward()
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -108,8 +108,10 @@ def test_the_operators_are_registered_and_compile(device):
     x, weight = torch.randn(TOKEN_STEP, 24, device=device), torch.ones(24, device=device, requires_grad=True)
     inv, buffer, ids = torch.ones(TOKEN_STEP, device=device), torch.zeros(24, device=device), torch.arange(TOKEN_STEP)
     ids, table = ids.to(device) % 5, torch.zeros(5, 24, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.bi_ops.accumulate_norm_grad, (buffer, x, x, inv))
-    torch.library.opcheck(torch.ops.bi_ops.rms_norm_dweight, (x, x, inv, torch.float32))
+    for needed in ((True, True), (True, False), (False, True)):
+        given = (x, x, weight.detach(), inv, *needed)
+        torch.library.opcheck(torch.ops.bi_ops.accumulate_rms_norm_backward, (buffer, x, *given))
+        torch.library.opcheck(torch.ops.bi_ops.rms_norm_backward, (x, *given))
     torch.library.opcheck(torch.ops.bi_ops.accumulate_embedding_grad, (torch.zeros_like(table).detach(), x, ids, -1))
     both = {}
     for name, wrap in (

@@ -165,6 +165,9 @@ COUNTS, SIZES = (
 )
 
 
+GPU_SHAPES = [] if runtime.INTERPRET else [(8192, 16, 128), (8192, 2048), (8192, 2560), (4096, 4096), (1000, 1024)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("n", SIZES)
 def test_the_schedule_of_a_row_changes_no_bit(n, dtype, device, monkeypatch):
@@ -195,6 +198,30 @@ def test_a_held_row_has_the_bits_of_one_that_is_read_twice(device, monkeypatch):
         monkeypatch.setattr(schedule, "row_schedule", lambda *_, c=chunks: schedule.RowSchedule(1, c, 1024, 4))
         seen.append(gradients(*tensors, weight))
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(37, 3, 48), (70, 128), (50, 1008), (2, 16), *GPU_SHAPES])
+def test_a_backward_in_one_pass_has_the_bits_of_two(shape, dtype, device, monkeypatch):
+    weight, tensors = (
+        torch.randn(shape[-1], device=device),
+        [randn(*shape, dtype=dtype, device=device) for _ in range(4)],
+    )
+    if len(shape) == 3:  # heads inside a fused projection
+        tensors = [heads_of(randn(shape[0], 2 * t[0].numel(), dtype=dtype, device=device), *shape[1:]) for t in tensors]
+    seen = []
+    for once in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(schedule, "in_one_pass", lambda s, *_, once=once: once and s.chunks > 0)
+            patch.setattr(ops, "rms_norm_dx_kernel" if once else "rms_norm_backward_kernel", None)
+            seen.append(gradients(*tensors, weight))
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+
+
+def test_one_pass_is_for_held_rows_and_batches_that_fill_a_gpu():
+    held = schedule.RowSchedule(16, 1, 128, 4)
+    assert [schedule.in_one_pass(held, chunks, 132) for chunks in (64, 4160, 4224, 8192)] == [False, False, True, True]
+    assert not schedule.in_one_pass(schedule.RowSchedule(1, 0, 1024, 4), 1 << 20, 132)
 
 
 def test_gradients_are_the_same_on_every_run(device):

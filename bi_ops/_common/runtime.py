@@ -57,8 +57,8 @@ def architecture(device: torch.device | None = None) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """How many the GPU has; the interpreter is one."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 #: Releases of Triton that the Gluon kernels are written for and were run with: Gluon changes from one to the next.

@@ -23,13 +23,16 @@ def check_qkv(op: str, scale: float | None, **tensors: torch.Tensor) -> float:
     checks.same_device(op, **tensors)
     hq, head_dim = q.shape[1:]
     hkv = k.shape[-2]
-    what = ", ".join(f"{n} {list(t.shape)}" for n, t in tensors.items())
-    checks.shape(op, k.shape == v.shape, lambda: f"keys and values must have one shape, got {what}")
-    checks.shape(op, k.shape[-1] == head_dim, lambda: f"head sizes differ: {what}")
+
+    def what() -> str:
+        return ", ".join(f"{n} {list(t.shape)}" for n, t in tensors.items())
+
+    checks.shape(op, k.shape == v.shape, lambda: f"keys and values must have one shape, got {what()}")
+    checks.shape(op, k.shape[-1] == head_dim, lambda: f"head sizes differ: {what()}")
     checks.shape(
         op,
         hkv > 0 and hq % hkv == 0,
-        lambda: f"{hq} query heads are not a positive multiple of {hkv} key heads: {what}",
+        lambda: f"{hq} query heads are not a positive multiple of {hkv} key heads: {what()}",
     )
     ok = head_dim % 8 == 0 and 16 <= head_dim <= 256
     checks.shape(

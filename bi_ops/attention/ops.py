@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -37,11 +38,16 @@ from bi_ops.attention.launch import (
 VLLM_HEAD_DIMS = (128, 256)
 
 
+@functools.cache
+def _architecture() -> str:
+    return runtime.architecture()  # kept, because every call chooses a provider
+
+
 def _vllm_available() -> Availability:
     if runtime.INTERPRET:
         return Availability(False, "no GPU: vLLM's kernels need one")
-    if runtime.architecture() != "sm_90":
-        return Availability(False, f"FlashAttention 3 needs a Hopper GPU (sm_90), this one is {runtime.architecture()}")
+    if _architecture() != "sm_90":
+        return Availability(False, f"FlashAttention 3 needs a Hopper GPU (sm_90), this one is {_architecture()}")
     return vllm_availability()
 
 
@@ -161,11 +167,12 @@ def _flash_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsinks), contiguous; empty tensors where not needed. g_lse: [Hq, T], contiguous.
 
-    The forward's sinks are in lse; they are given here if their gradient is needed. provider: who computed the forward.
+    The forward's sinks are in lse; they are given here if their gradient is needed. provider: who computed the forward,
+    which has checked the maxima that are given.
     """
     scores = Scores(causal, scale, left, right, softcap)
-    max_q = longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], max_q)
-    max_k = longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
+    max_q = longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], None) if max_q is None else max_q
+    max_k = longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], None) if max_k is None else max_k
     q, k, v, g = unit(q), unit(k), unit(v), g.contiguous()
     heads, some = q.shape[1] // k.shape[1], q.shape[0] > 0 and k.shape[0] > 0
     theirs, one_pass = provider == flash_attn.DETERMINISTIC and some, in_one_pass(q, k, scores)
@@ -361,20 +368,24 @@ def flash_attention(
     scale = check_qkv(op, softmax_scale, q=q, k=k, v=v)
     scores = check_features(op, q, causal, scale, window_size, softcap, sinks)
     check_lengths_tensor(op, "cu_seqlens", cu_seqlens)
+    checks.same_device(op, q=q, cu_seqlens=cu_seqlens)
+    cu_q = cu_k = cu_seqlens.contiguous()
     if cu_seqlens_k is None:
         same = q.shape[0] == k.shape[0]
         checks.shape(op, same, lambda: f"{q.shape[0]} queries but {k.shape[0]} keys; give cu_seqlens_k if they differ")
-        cu_seqlens_k = cu_seqlens
         max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
-    check_lengths_tensor(op, "cu_seqlens_k", cu_seqlens_k)
-    checks.same_device(op, q=q, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
-    same = cu_seqlens.shape == cu_seqlens_k.shape
-    checks.shape(
-        op, same, lambda: f"cu_seqlens {list(cu_seqlens.shape)} and cu_seqlens_k {list(cu_seqlens_k.shape)} differ"
-    )
+    else:
+        check_lengths_tensor(op, "cu_seqlens_k", cu_seqlens_k)
+        checks.same_device(op, q=q, cu_seqlens_k=cu_seqlens_k)
+        cu_k = cu_seqlens_k.contiguous()
+        checks.shape(
+            op,
+            cu_q.shape == cu_k.shape,
+            lambda: f"cu_seqlens {list(cu_q.shape)} and cu_seqlens_k {list(cu_k.shape)} differ",
+        )
     provider = _provider(op, q.dtype, q.shape[2], scores.features(sinks))
     out, lse = _flash(
-        *(q, k, v, cu_seqlens.contiguous(), cu_seqlens_k.contiguous(), max_seqlen, max_seqlen_k, causal, scale),
+        *(q, k, v, cu_q, cu_k, max_seqlen, max_seqlen_k, causal, scale),
         *(provider, scores.left, scores.right, scores.softcap, sinks if sinks is None else sinks.contiguous()),
     )
     return (out, lse) if return_lse else out

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -27,8 +26,7 @@ _MOST_ELEMENTS = 1 << 28
 Free = Literal["m", "k"]
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
+class Product(NamedTuple):  # and no dataclass: one is made and looked up for each product
     """What a certificate is for: everything about a product except the length of its free axis.
 
     n: columns of the result. other: its rows where `free` is "k", else the reduced length. a_transposed, b_transposed:
@@ -158,7 +156,7 @@ def holds(p: Product) -> bool | None:
     known = _file.get(key, {})
     if any(known.get(name) != value for name, value in asked.items()):  # none yet, or it compared less
         broken = differing(p)
-        fixed = {n: str(v) for n, v in asdict(p).items()}
+        fixed = {n: str(v) for n, v in p._asdict().items()}
         record = {**fixed, **asked, "holds": not broken, "differs_at": broken}
         _file[key] = record
         _keep(key, record)

@@ -77,7 +77,7 @@ def launch_cublaslt(
     if out.stride(0) * out.element_size() % 16 or (bias is not None and bias.dtype != out.dtype):
         return False
     product = certificate.Product(
-        a.device.index,
+        a.get_device(),
         a.dtype,
         out.dtype,
         free,
@@ -90,20 +90,20 @@ def launch_cublaslt(
     return bool(certificate.holds(product)) and cublaslt.extension().run(a, b, out, bias, -1, True)
 
 
-def _hopper_serves(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> bool:
-    """Can `hopper.launch` compute out += a @ b, both of them stored with tokens as rows?"""
-    if a.dtype not in _HALVES or not runtime.warp_specialised(a.device):
+def _hopper_serves(g: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Can `hopper.launch` compute out += g.T @ x?"""
+    if g.dtype not in _HALVES or not runtime.warp_specialised(g.device):
         return False
-    stored = a.stride(0) == 1 and b.stride(1) == 1 and _is_matrix(a) and _is_matrix(b)
-    return stored and out.data_ptr() % 16 == 0 and out.shape[1] % 4 == 0 and min(*a.shape, out.shape[1]) > 0
+    stored = g.stride(1) == 1 and x.stride(1) == 1 and _is_matrix(g) and _is_matrix(x)
+    return stored and out.data_ptr() % 16 == 0 and out.shape[1] % 4 == 0 and min(*g.shape, out.shape[1]) > 0
 
 
-def launch_accumulate(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out[M, N] += a[M, K] @ b[K, N], out fp32 and contiguous: the sum over K is carried on from what out holds."""
-    if not _hopper_serves(a, b, out):
-        launch_triton(a[None], b[None], None, out[None], accumulate=True, over_tokens=True)
+def launch_weight_grad(g: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
+    """out[M, N] += g[T, M].T @ x[T, N], out fp32 and contiguous: the sum over T is carried on from what out holds."""
+    if not _hopper_serves(g, x, out):
+        launch_triton(g.t()[None], x[None], None, out[None], accumulate=True, over_tokens=True)
         return
     from bi_ops.matmul import hopper
 
-    (m, n), processors = out.shape, runtime.multiprocessors(out.device)
-    hopper.launch(a.t(), b, out, sched.carry_schedule(m, n, a.shape[1], processors), processors)
+    (tokens, m), n, processors = g.shape, x.shape[1], runtime.multiprocessors(out.device)
+    hopper.launch(g, x, out, sched.carry_schedule(m, n, tokens, processors), processors)

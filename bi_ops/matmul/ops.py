@@ -11,7 +11,7 @@ from bi_ops._common import checks, runtime
 from bi_ops._common.operators import custom_op, dispatcher_is_watched, is_plain
 from bi_ops._common.providers import Availability, Provider, ProviderTable, vllm_availability
 from bi_ops.matmul import certificate, cublaslt
-from bi_ops.matmul.launch import launch_accumulate, launch_cublaslt, launch_triton
+from bi_ops.matmul.launch import launch_cublaslt, launch_triton, launch_weight_grad
 
 
 def _vllm_available() -> Availability:
@@ -159,12 +159,27 @@ _bmm.register_autograd(_bmm_backward, setup_context=_bmm_setup)
 
 @custom_op("bi_ops::accumulate_weight_grad", mutates_args={"main_grad"})
 def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> None:
-    launch_accumulate(g.t(), x, main_grad)
+    launch_weight_grad(g, x, main_grad)
 
 
 @_accumulate.register_fake
 def _(main_grad, g, x):
     return None
+
+
+@custom_op("bi_ops::linear_backward", mutates_args={"main_grad"})
+def _linear_grad(
+    main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool
+) -> torch.Tensor:
+    """Gradients of x[T, K] @ weight[N, K].T: g @ weight, empty where not needed, and g.T @ x, added to main_grad."""
+    if need_weight:
+        launch_weight_grad(g, x, main_grad)
+    return _mm_out(g, weight) if need_x else g.new_empty(0)
+
+
+@_linear_grad.register_fake
+def _(main_grad, g, x, weight, need_x, need_weight):
+    return g.new_empty(x.shape if need_x else 0)
 
 
 def _through_binding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
@@ -191,10 +206,9 @@ class _LinearIntoBuffer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        if ctx.needs_input_grad[1]:
-            _accumulate(ctx.main_grad, g.contiguous(), x)
-        return _mm_grad(g, x, weight.t(), True, False)[0] if ctx.needs_input_grad[0] else None, None, None
+        need_x, need_weight, _ = ctx.needs_input_grad
+        dx = _linear_grad(ctx.main_grad, g.contiguous(), *ctx.saved_tensors, need_x, need_weight)
+        return dx if need_x else None, None, None
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -282,23 +296,15 @@ def linear(
         checks.same_device("linear", x=x, bias=bias)
         n = weight.shape[0]
         checks.shape("linear", bias.shape[0] == n, lambda: f"bias {list(bias.shape)} for {n} columns")
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # a view would be one more node, in both passes
     if main_grad is None:
         out = _mm(rows, weight.t(), None, providers.choose())
     else:
-        _check_main_grad("linear", main_grad, weight.shape)
+        checks.main_grad("linear", "main_grad", main_grad, weight.shape, x.device)
         out = _LinearIntoBuffer.apply(rows, weight, main_grad)
-    out = out.reshape(*x.shape[:-1], weight.shape[0])
-    if bias is None:
-        return out
-    return _AddBias.apply(out, bias)
-
-
-def _check_main_grad(op: str, main_grad: torch.Tensor, shape: torch.Size) -> None:
-    checks.tensor(op, "main_grad", main_grad, ndim=2)
-    checks.dtype(op, "main_grad", main_grad, (torch.float32,))
-    fits = main_grad.shape == shape and main_grad.is_contiguous()
-    checks.shape(op, fits, lambda: f"main_grad must be contiguous {list(shape)}, got {list(main_grad.shape)}")
+    if x.ndim != 2:
+        out = out.reshape(*x.shape[:-1], weight.shape[0])
+    return out if bias is None else _AddBias.apply(out, bias)
 
 
 def accumulate_weight_grad(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
@@ -319,7 +325,7 @@ def accumulate_weight_grad(main_grad: torch.Tensor, grad: torch.Tensor, x: torch
     checks.same_dtype(op, grad=grad, x=x)
     ok = grad.ndim == 2 and x.ndim == 2 and grad.shape[0] == x.shape[0]
     checks.shape(op, ok, lambda: f"needs [T, N] and [T, K], got {list(grad.shape)} and {list(x.shape)}")
-    _check_main_grad(op, main_grad, torch.Size((grad.shape[1], x.shape[1])))
+    checks.main_grad(op, "main_grad", main_grad, torch.Size((grad.shape[1], x.shape[1])), x.device)
     _accumulate(main_grad, grad, x)
 
 

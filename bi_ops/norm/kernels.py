@@ -170,6 +170,14 @@ def dx_of(b_g, b_gsum, b_w, b_x, inv, minus_mean, HAS_SUM: tl.constexpr, HAS_WEI
 
 
 @triton.jit
+def dx_of_held(b_g, b_gsum, b_w, b_x, inv, N, CHUNKS: tl.constexpr, HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+    """dx of whole rows. inv: [rows, 1]."""
+    dot = row_sum((b_g * b_w) * (b_x * inv), CHUNKS)
+    minus_mean = (dot / N)[:, None] * -1.0  # not -mean, which is 0 - mean: another sign of zero
+    return dx_of(b_g, b_gsum, b_w, b_x, inv, minus_mean, HAS_SUM, HAS_WEIGHT)
+
+
+@triton.jit
 def _store_dx(p_dx, b_dx, o_r, o_c, R, N):
     m = (o_r < R)[:, None] & (o_c < N)
     tl.store(p_dx + row_start(o_r, 1, N, 0) + o_c, cast(b_dx, p_dx.dtype.element_ty), mask=m)
@@ -210,9 +218,7 @@ def rms_norm_dx_kernel(
         b_gsum = b_g
         if HAS_SUM:  # before the sum, whose end would hold it up
             b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
-        dot = row_sum((b_g * b_w) * (b_x * inv), CHUNKS)
-        minus_mean = (dot / N)[:, None] * -1.0  # not -mean, which is 0 - mean: another sign of zero
-        b_dx = dx_of(b_g, b_gsum, b_w, b_x, inv, minus_mean, HAS_SUM, HAS_WEIGHT)
+        b_dx = dx_of_held(b_g, b_gsum, b_w, b_x, inv, N, CHUNKS, HAS_SUM, HAS_WEIGHT)
         _store_dx(p_dx, b_dx, o_r, o_c, R, N)
     else:
         dot = tl.zeros([ROWS], dtype=tl.float32)
@@ -222,7 +228,7 @@ def rms_norm_dx_kernel(
             b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
             b_w = _weight(p_w, start, N, 0.0, dtype, 1, BLOCK, HAS_WEIGHT)
             dot += row_sum((b_g * b_w) * (b_x * inv), 1)
-        minus_mean = (dot / N)[:, None] * -1.0
+        minus_mean = (dot / N)[:, None] * -1.0  # as in `dx_of_held`
         for start in range(0, N, BLOCK):
             o_r, o_c = _tile(start, ROWS, 1, BLOCK)
             b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)
@@ -233,6 +239,13 @@ def rms_norm_dx_kernel(
                 b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
             b_dx = dx_of(b_g, b_gsum, b_w, b_x, inv, minus_mean, HAS_SUM, HAS_WEIGHT)
             _store_dx(p_dx, b_dx, o_r, o_c, R, N)
+
+
+@triton.jit
+def store_partial(p_partial, b, o_i, o_c, C, N):
+    """The sums of chunks o_i, GROUP of them next to each other."""
+    o_partial = (o_i // GROUP).to(tl.int64)[:, None] * (N * GROUP) + o_c * GROUP + (o_i % GROUP)[:, None]
+    tl.store(p_partial + o_partial, b, mask=(o_i < C)[:, None] & (o_c < N))
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -265,8 +278,50 @@ def rms_norm_dweight_kernel(
         b_x = tl.load(p_x + row_start(o_r, H, stride_xt, stride_xh) + o_c, mask=m, other=0.0).to(tl.float32)
         inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)
         acc += b_g * (b_x * inv[:, None])
-    o_partial = (o_i // GROUP).to(tl.int64)[:, None] * (N * GROUP) + o_c * GROUP + (o_i % GROUP)[:, None]
-    tl.store(p_partial + o_partial, acc, mask=(o_i < C)[:, None] & (o_c < N))
+    store_partial(p_partial, acc, o_i, o_c, C, N)
+
+
+@triton.jit(do_not_specialize=["R"])
+def rms_norm_backward_kernel(
+    p_g,  # [R, N], gradient of y
+    p_gsum,  # [R, N] or None: gradient that reaches x + residual directly
+    p_x,  # [R, N], what was normalised
+    p_w,  # [N]
+    p_inv,  # [R] fp32
+    p_dx,  # [R, N], contiguous
+    p_partial,  # [C / GROUP, N, GROUP] fp32
+    R,
+    C,
+    N,
+    H,
+    stride_gt,
+    stride_gh,
+    stride_st,  # gsum's
+    stride_sh,
+    stride_xt,
+    stride_xh,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,  # chunks of a program: side by side, each row by row
+    CHUNKS: tl.constexpr,  # of columns; not 0
+    BLOCK: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+):
+    """Both of the above with one read of g and x, where there are chunks enough to fill a GPU."""
+    dtype: tl.constexpr = p_dx.dtype.element_ty
+    o_i, o_c = _tile(0, ROWS, CHUNKS, BLOCK)
+    b_w = _weight(p_w, 0, N, 0.0, dtype, CHUNKS, BLOCK, True)
+    acc = tl.zeros([ROWS * CHUNKS, BLOCK], dtype=tl.float32)
+    for step in tl.range(0, CHUNK):
+        o_r = o_i * CHUNK + step
+        inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)[:, None]
+        b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)
+        b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
+        b_gsum = b_g
+        if HAS_SUM:
+            b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
+        _store_dx(p_dx, dx_of_held(b_g, b_gsum, b_w, b_x, inv, N, CHUNKS, HAS_SUM, True), o_r, o_c, R, N)
+        acc += b_g * (b_x * inv)
+    store_partial(p_partial, acc, o_i, o_c, C, N)
 
 
 @triton.jit

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from bi_ops._common import checks
+from bi_ops._common import checks, runtime
 from bi_ops._common.integers import cdiv
 from bi_ops._common.operators import custom_op
 from bi_ops._common.rows import aligned_rows, head_rows
 from bi_ops.norm import schedule as sched
-from bi_ops.norm.kernels import add_chunks_kernel, rms_norm_dweight_kernel, rms_norm_dx_kernel, rms_norm_kernel
+from bi_ops.norm.kernels import (
+    add_chunks_kernel,
+    rms_norm_backward_kernel,
+    rms_norm_dweight_kernel,
+    rms_norm_dx_kernel,
+    rms_norm_kernel,
+)
 
 # --------------------------------------------------------------------------------------------------------------
 # launch: everything below works on rows (token, head) whose last dimension is contiguous
@@ -48,76 +54,74 @@ def _forward(
     return y, total, inv
 
 
-def _dx(
-    g: torch.Tensor, g_sum: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor | None, inv: torch.Tensor
+def _backward(
+    g: torch.Tensor,
+    g_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    inv: torch.Tensor,
+    need_x: bool,
+    weight_grad: torch.Tensor | None,
+    accumulate: bool,
 ) -> torch.Tensor:
-    n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
-    dx = x.new_empty(x.shape)
+    """The gradient of x, empty if not needed; the weight's is left in `weight_grad`, or if `accumulate` added to it.
+
+    In one pass over g and x, if both are needed and one has parallelism enough, else in two.
+    """
+    dx = x.new_empty(x.shape if need_x else 0)
     if x.numel() == 0:
         return dx
-    heads, ((g_rows, *g_strides), (sum_rows, *sum_strides), (x_rows, *x_strides)) = head_rows((g, g_sum, x))
-    s = sched.row_schedule(n_rows, n_cols, dx.itemsize)
-    rms_norm_dx_kernel[(cdiv(n_rows, s.rows),)](
-        g_rows,
-        sum_rows,
-        x_rows,
-        None if weight is None else aligned_rows(weight),
-        inv,
-        dx,
-        n_rows,
-        n_cols,
-        heads,
-        *g_strides,
-        *sum_strides,
-        *x_strides,
-        ROWS=s.rows,
-        CHUNKS=s.chunks,
-        BLOCK=s.block,
-        HAS_SUM=g_sum is not None,
-        HAS_WEIGHT=weight is not None,
-        num_warps=s.num_warps,
-    )
-    return dx
-
-
-def _sum_over_rows(out: torch.Tensor, g: torch.Tensor, x: torch.Tensor, inv: torch.Tensor, accumulate: bool) -> None:
-    """out[N] = sum of g * xhat over rows; accumulate: out is fp32 and where the sum starts."""
-    if x.numel() == 0:
-        return
     n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
+    heads, ((g_rows, *g_strides), (sum_rows, *sum_strides), (x_rows, *x_strides)) = head_rows((g, g_sum, x))
+    weight_row = None if weight is None else aligned_rows(weight)
+    s = sched.row_schedule(n_rows, n_cols, x.itemsize)
     chunk = sched.token_order().chunk
-    s = sched.token_schedule(cdiv(n_rows, chunk), n_cols)
+    add = sched.token_schedule(cdiv(n_rows, chunk), n_cols)
     # Chunks past the end are written too, as 0.0: the sum of the chunks then needs no mask.
-    n_chunks = cdiv(n_rows, chunk * s.unroll) * s.unroll
-    partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
-    heads, ((g_rows, *g_strides), (x_rows, *x_strides)) = head_rows((g, x))
-    rms_norm_dweight_kernel[(cdiv(n_chunks, s.rows), cdiv(n_cols, s.cols))](
-        g_rows,
-        x_rows,
-        inv,
-        partial,
-        n_rows,
-        n_chunks,
-        n_cols,
-        heads,
-        *g_strides,
-        *x_strides,
-        CHUNK=chunk,
-        ROWS=s.rows,
-        COLS=s.cols,
-        num_warps=s.num_warps,
-    )
-    add_chunks_kernel[(cdiv(n_cols, s.add_cols),)](
-        partial,
-        out,
-        n_chunks,
-        n_cols,
-        ACCUMULATE=accumulate,
-        COLS=s.add_cols,
-        UNROLL=s.unroll,
-        STAGES=s.stages,
-        num_warps=s.add_warps,
-    )
+    n_chunks = cdiv(n_rows, chunk * add.unroll) * add.unroll
+    if weight_grad is not None:
+        partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
+    if need_x and weight_grad is not None and sched.in_one_pass(s, n_chunks, runtime.multiprocessors(x.device)):
+        rms_norm_backward_kernel[(cdiv(n_chunks, s.rows),)](
+            *(g_rows, sum_rows, x_rows, weight_row, inv, dx, partial, n_rows, n_chunks, n_cols, heads),
+            *(*g_strides, *sum_strides, *x_strides),
+            CHUNK=chunk,
+            ROWS=s.rows,
+            CHUNKS=s.chunks,
+            BLOCK=s.block,
+            HAS_SUM=g_sum is not None,
+            num_warps=s.num_warps,
+        )
+    else:
+        if need_x:
+            rms_norm_dx_kernel[(cdiv(n_rows, s.rows),)](
+                *(g_rows, sum_rows, x_rows, weight_row, inv, dx, n_rows, n_cols, heads),
+                *(*g_strides, *sum_strides, *x_strides),
+                ROWS=s.rows,
+                CHUNKS=s.chunks,
+                BLOCK=s.block,
+                HAS_SUM=g_sum is not None,
+                HAS_WEIGHT=weight is not None,
+                num_warps=s.num_warps,
+            )
+        if weight_grad is not None:
+            rms_norm_dweight_kernel[(cdiv(n_chunks, add.rows), cdiv(n_cols, add.cols))](
+                *(g_rows, x_rows, inv, partial, n_rows, n_chunks, n_cols, heads, *g_strides, *x_strides),
+                CHUNK=chunk,
+                ROWS=add.rows,
+                COLS=add.cols,
+                num_warps=add.num_warps,
+            )
+    if weight_grad is not None:
+        add_chunks_kernel[(cdiv(n_cols, add.add_cols),)](
+            *(partial, weight_grad, n_chunks, n_cols),
+            ACCUMULATE=accumulate,
+            COLS=add.add_cols,
+            UNROLL=add.unroll,
+            STAGES=add.stages,
+            num_warps=add.add_warps,
+        )
+    return dx
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -147,38 +151,43 @@ def _(x, residual, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
 
 
-@custom_op("bi_ops::rms_norm_dx")
-def _rms_norm_dx(
-    g: torch.Tensor, g_sum: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor | None, inv: torch.Tensor
+@custom_op("bi_ops::rms_norm_backward")
+def _rms_norm_backward(
+    g: torch.Tensor,
+    g_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    inv: torch.Tensor,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weight_grad = torch.zeros_like(weight) if weight is not None and need_weight else None
+    dx = _backward(g, g_sum, x, weight, inv, need_x, weight_grad, accumulate=False)
+    return dx, x.new_empty(0) if weight_grad is None else weight_grad
+
+
+@_rms_norm_backward.register_fake
+def _(g, g_sum, x, weight, inv, need_x, need_weight):
+    return x.new_empty(x.shape if need_x else 0), torch.empty_like(weight) if need_weight else x.new_empty(0)
+
+
+@custom_op("bi_ops::accumulate_rms_norm_backward", mutates_args={"main_grad"})
+def _accumulate_backward(
+    main_grad: torch.Tensor,
+    g: torch.Tensor,
+    g_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    inv: torch.Tensor,
+    need_x: bool,
+    need_weight: bool,
 ) -> torch.Tensor:
-    return _dx(g, g_sum, x, weight, inv)
+    return _backward(g, g_sum, x, weight, inv, need_x, main_grad if need_weight else None, accumulate=True)
 
 
-@_rms_norm_dx.register_fake
-def _(g, g_sum, x, weight, inv):
-    return x.new_empty(x.shape)
-
-
-@custom_op("bi_ops::rms_norm_dweight")
-def _rms_norm_dweight(g: torch.Tensor, x: torch.Tensor, inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    dw = x.new_zeros(x.shape[-1], dtype=dtype)
-    _sum_over_rows(dw, g, x, inv, accumulate=False)
-    return dw
-
-
-@_rms_norm_dweight.register_fake
-def _(g, x, inv, dtype):
-    return x.new_empty(x.shape[-1], dtype=dtype)
-
-
-@custom_op("bi_ops::accumulate_norm_grad", mutates_args={"main_grad"})
-def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor, inv: torch.Tensor) -> None:
-    _sum_over_rows(main_grad, g, x, inv, accumulate=True)
-
-
-@_accumulate.register_fake
-def _(main_grad, g, x, inv):
-    return None
+@_accumulate_backward.register_fake
+def _(main_grad, g, g_sum, x, weight, inv, need_x, need_weight):
+    return x.new_empty(x.shape if need_x else 0)
 
 
 def _norm_setup(ctx, inputs, output):
@@ -188,10 +197,9 @@ def _norm_setup(ctx, inputs, output):
 
 
 def _norm_backward(ctx, g, _):
-    x, weight, inv = ctx.saved_tensors
-    dx = _rms_norm_dx(g, None, x, weight, inv) if ctx.needs_input_grad[0] else None
-    dw = _rms_norm_dweight(g, x, inv, weight.dtype) if ctx.needs_input_grad[1] else None
-    return dx, dw, None
+    need_x, need_weight, _ = ctx.needs_input_grad
+    dx, dw = _rms_norm_backward(g, None, *ctx.saved_tensors, need_x, need_weight)
+    return dx if need_x else None, dw if need_weight else None, None
 
 
 def _add_norm_setup(ctx, inputs, output):
@@ -201,10 +209,9 @@ def _add_norm_setup(ctx, inputs, output):
 
 
 def _add_norm_backward(ctx, g, g_sum, _):
-    total, weight, inv = ctx.saved_tensors
-    dx = _rms_norm_dx(g, g_sum, total, weight, inv) if any(ctx.needs_input_grad[:2]) else None
-    dw = _rms_norm_dweight(g, total, inv, weight.dtype) if ctx.needs_input_grad[2] else None
-    return dx, dx, dw, None
+    *need_either, need_weight, _ = ctx.needs_input_grad
+    dx, dw = _rms_norm_backward(g, g_sum, *ctx.saved_tensors, any(need_either), need_weight)
+    return *(dx if needed else None for needed in need_either), dw if need_weight else None, None
 
 
 _rms_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
@@ -223,10 +230,9 @@ class _NormIntoBuffer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        x, weight, inv = ctx.saved_tensors
-        if ctx.needs_input_grad[1]:
-            _accumulate(ctx.main_grad, g, x, inv)
-        return _rms_norm_dx(g, None, x, weight, inv) if ctx.needs_input_grad[0] else None, None, None, None
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        dx = _accumulate_backward(ctx.main_grad, g, None, *ctx.saved_tensors, need_x, need_weight)
+        return dx if need_x else None, None, None, None
 
 
 class _AddNormIntoBuffer(torch.autograd.Function):
@@ -241,11 +247,9 @@ class _AddNormIntoBuffer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, g_sum):
-        total, weight, inv = ctx.saved_tensors
-        if ctx.needs_input_grad[2]:
-            _accumulate(ctx.main_grad, g, total, inv)
-        dx = _rms_norm_dx(g, g_sum, total, weight, inv) if any(ctx.needs_input_grad[:2]) else None
-        return dx, dx, None, None, None
+        *need_either, need_weight, _, _ = ctx.needs_input_grad
+        dx = _accumulate_backward(ctx.main_grad, g, g_sum, *ctx.saved_tensors, any(need_either), need_weight)
+        return *(dx if needed else None for needed in need_either), None, None, None
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from bi_ops._common.triton_helpers import cast
-from bi_ops.norm.kernels import GROUP, add_chunks, dx_of, load_weight, row_start, row_sum, squares
+from bi_ops.norm.kernels import add_chunks, dx_of_held, load_weight, row_start, row_sum, squares, store_partial
 
 
 @triton.jit
@@ -193,12 +193,10 @@ def _backward(
         b_cos, b_sin = _angles(p_pos, p_cos_sin, o_r, o_1, R, P, N, H, HALF, True)
         b_g = tl.where(m, _turn(b_g, b_gp, b_cos, b_sin, o_c, HALF, dtype).to(tl.float32), 0.0)
 
-        minus_mean = (row_sum((b_g * b_w) * (b_x * inv), 1) / N)[:, None] * -1.0  # not -mean: another sign of zero
-        b_dx = dx_of(b_g, b_g, b_w, b_x, inv, minus_mean, False, True)
+        b_dx = dx_of_held(b_g, b_g, b_w, b_x, inv, N, 1, False, True)
         tl.store(p_dx + row_start(o_r, H, stride_dxt, 2 * HALF) + o_c, cast(b_dx, dtype), mask=m)
         acc += b_g * (b_x * inv)
-    o_partial = (o_i // GROUP).to(tl.int64)[:, None] * (N * GROUP) + o_c * GROUP + (o_i % GROUP)[:, None]
-    tl.store(p_partial + o_partial, acc, mask=(o_i < C)[:, None] & (o_c < N))
+    store_partial(p_partial, acc, o_i, o_c, C, N)
 
 
 @triton.jit(do_not_specialize=["T", "CQ", "CK"])

@@ -109,3 +109,12 @@ def token_schedule(n_chunks: int, n_cols: int) -> TokenSchedule:
         return TokenSchedule(min(next_power_of_2(n_chunks), (1 << 18) // cols), cols, cols, 4, 1)
     cols = min(max(next_power_of_2(n_cols), ALIGNMENT), 128)
     return TokenSchedule(512 // cols, cols, 32, 64, 3)
+
+
+def in_one_pass(rows: RowSchedule, n_chunks: int, processors: int) -> bool:
+    """Whether dX and the chunks' sums of dweight take one pass: a program then has `rows.rows` chunks, row after row.
+
+    That needs rows that are held, with a sum beside each, and programs enough to fill a GPU. Either way has the same
+    bits.
+    """
+    return 0 < rows.chunks <= 4 and n_chunks >= 2 * rows.rows * processors
