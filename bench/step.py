@@ -11,8 +11,9 @@ A step is forward, log-probabilities of every next token, their mean, backward. 
 
 torch's sides are not batch-invariant, and round weight gradients to bf16. Every side runs in a process of its own and
 is timed by wall clock, the GPU waited for after each half of a step; medians. Making and handing over the buffers of
-gradients counts; going through the objects of the model for garbage does not. `--dry` runs it all on a tiny model on
-the CPU; its figures mean nothing.
+gradients counts; going through the objects of the model for garbage does not. Then the whole step is captured in a CUDA
+graph and replayed: what it takes where the GPU never waits for Python. `--dry` runs it all on a tiny model on the CPU;
+its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -124,6 +125,34 @@ def wait() -> float:
     return time.perf_counter()
 
 
+def replayed(made: Step, steps: int, value: torch.Tensor) -> float | None:
+    """Median milliseconds of a step from a CUDA graph; None, and why on stderr, if it cannot be captured.
+
+    Raises:
+        RuntimeError: it has another value than `value`, the step's own.
+    """
+    forward, before, after = made
+    torch.cuda.empty_cache()  # a graph has memory of its own, as much as a step takes
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            before()
+            loss = forward()
+            loss.backward()
+            after()
+    except RuntimeError as e:
+        print(f"not captured: {str(e).splitlines()[0]}", file=sys.stderr)
+        return None
+    times = []
+    for _ in range(steps + 1):
+        start = wait()
+        graph.replay()
+        times.append(wait() - start)
+    if not torch.equal(loss, value):
+        raise RuntimeError(f"a captured step has the value {loss.item()} and not {value.item()}")
+    return 1e3 * statistics.median(times[1:])
+
+
 def measure(side: str, model: str, tokens: int, seqlen: int, steps: int) -> dict[str, object]:
     """Median milliseconds of forward, backward and both, after two steps that warm up."""
     torch.manual_seed(SEED)
@@ -147,6 +176,9 @@ def measure(side: str, model: str, tokens: int, seqlen: int, steps: int) -> dict
     forward_ms, backward_ms, step_ms = (
         1e3 * statistics.median(f(t) for t in times) for f in (lambda t: t[0], lambda t: t[1], sum)
     )
+    peak = None if runtime.INTERPRET else torch.cuda.max_memory_allocated()
+    loss = loss.detach()
+    captured_ms = None if runtime.INTERPRET else replayed(made, steps, loss)
     return {
         "model": model,
         "tokens": tokens,
@@ -155,8 +187,9 @@ def measure(side: str, model: str, tokens: int, seqlen: int, steps: int) -> dict
         "forward_ms": round(forward_ms, 2),
         "backward_ms": round(backward_ms, 2),
         "step_ms": round(step_ms, 2),
+        "captured_ms": captured_ms and round(captured_ms, 2),
         "tokens_per_s": round(tokens / step_ms * 1e3),
-        "peak_bytes": None if runtime.INTERPRET else torch.cuda.max_memory_allocated(),
+        "peak_bytes": peak,
         "value": round(loss.item(), 5),
     }
 
@@ -194,11 +227,14 @@ def main() -> int:
                 failed = True
                 continue
             row = json.loads(done.stdout.splitlines()[-1])
+            for line in done.stderr.splitlines():
+                if line.startswith("not captured"):
+                    print(f"{model} {side}: {line}", file=sys.stderr)
             rows.append(row | record)
             write_csv(args.out / "step.csv", rows)
             print(
                 f"{model:5} {side:16} {row['step_ms']:9.1f} ms = forward {row['forward_ms']:.1f} + backward "
-                f"{row['backward_ms']:.1f}; {row['tokens_per_s']:,} tokens/s",
+                f"{row['backward_ms']:.1f}; from a CUDA graph {row['captured_ms']}; {row['tokens_per_s']:,} tokens/s",
                 flush=True,
             )
     return 1 if failed else 0

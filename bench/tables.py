@@ -377,12 +377,13 @@ def step(results: Path) -> str:
             r["model"],
             STEP_SIDES[r["side"]],
             *(f"{float(r[f'{part}_ms']):.1f}" for part in ("forward", "backward", "step")),
+            f"{float(r['captured_ms']):.1f}" if r.get("captured_ms") else "-",
             f"{int(r['tokens_per_s']):,}",
             f"{int(r['peak_bytes']) / 2**30:.1f}",
         )
         for r in sorted(rows, key=lambda r: (r["model"], list(STEP_SIDES).index(r["side"])))
     ]
-    head = ("Qwen3", "what", "forward, ms", "backward, ms", "step, ms", "tokens/s", "peak memory, GiB")
+    head = ("Qwen3", "what", "forward, ms", "backward, ms", "step, ms", "in a CUDA graph, ms", "tokens/s", "peak, GiB")
     what = f"{int(rows[0]['tokens']):,} tokens in sequences of {int(rows[0]['seqlen']):,}, medians. "
     return table(head, out) + "\n" + what + csv_provenance(rows, "h100/step.csv")
 

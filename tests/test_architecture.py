@@ -206,7 +206,8 @@ def test_operators_run_on_the_gpu_of_their_tensors():
     assert [f for f in FILES if "library.custom_op(" in (ROOT / f).read_text()] == ["bi_ops/_common/operators.py"]
 
 
-#: Numbers that a kernel may be compiled for: sizes of the model, or always a multiple of 16 (C, chunks of norm).
+#: Numbers that a kernel may be compiled for: sizes of the model, or always a multiple of 16 (C, chunks of norm). In
+#: `reduction` N is what the caller sums over, tokens too, and C follows from it.
 SIZES = {"C", "D", "H", "K", "N", "P", "V", "eps", "scale", "softcap"}
 
 

@@ -378,6 +378,7 @@ def test_whichever_candidate_is_fastest_the_bits_are_the_first_ones(device):
     lt = cublaslt.extension()
     x, weight = randn(2048, 2816, device=device), randn(3072, 2816, device=device)
     outs = [torch.empty(2048, 3072, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    torch.mm(x[:16], weight[:16].t())  # cuBLAS's handle cannot be made while a graph is captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         assert lt.run(x, weight.t(), outs[0], None, -1, True)

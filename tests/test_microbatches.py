@@ -12,6 +12,7 @@ from bi_ops.embedding import embedding
 from bi_ops.matmul import TOKEN_STEP
 from bi_ops.models.packing import pack
 from bi_ops.models.qwen3 import Qwen3ForCausalLM
+from bi_ops.models.qwen3.model import zeros
 from bi_ops.rl import TrainConfig
 from bi_ops.rl.tasks import Problem
 from bi_ops.rl.trainer import Trainer
@@ -249,6 +250,33 @@ def test_padding_adds_exactly_nothing_to_any_weight_gradient():
     assert len(seen) == 4 * model.config.num_hidden_layers
     assert all(not g.reshape(len(real), -1)[~real.to(g.device)].any() for g in seen)
     assert differing({name: p.grad for name, p in model.named_parameters()}, whole) == []
+
+
+def test_a_frozen_weight_leaves_the_gradients_of_the_others():
+    """Queries and keys are normalised by one operator, of whose weights either may be frozen."""
+    model = small_model()
+    whole = gradients(model, [EVERY])
+    for frozen in ("q_norm.weight", "k_norm.weight"):
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.endswith(frozen))
+        found = gradients(model, [EVERY])
+        assert {name for name, g in found.items() if g is None} == {n for n in whole if n.endswith(frozen)}
+        learned = {name: g for name, g in found.items() if g is not None}
+        assert differing(learned, {name: whole[name] for name in learned}) == []
+
+
+def test_buffers_share_allocations_and_nothing_else():
+    shapes = [(3, 5), (64,), (0, 4), (40, 5), (7,), (2, 2)]
+    weights = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+    weights[3] = torch.empty(5, 40).t()  # and a weight that is stored in another way
+    buffers = zeros(weights, together=192)
+    assert [(tuple(b.shape), b.dtype, b.is_contiguous()) for b in buffers] == [(s, torch.float32, True) for s in shapes]
+    assert not any(b.any() for b in buffers)
+    stores = [b.untyped_storage().data_ptr() for b in buffers]
+    assert [stores.index(s) for s in stores] == [0, 0, 0, 3, 4, 4]  # the one of 200 is alone
+    for i, b in enumerate(buffers):
+        b.fill_(i + 1)
+    assert all(bits_equal(b, torch.full_like(b, i + 1)) for i, b in enumerate(buffers))
 
 
 def test_without_buffers_nothing_changes():

@@ -203,10 +203,8 @@ def test_a_held_row_has_the_bits_of_one_that_is_read_twice(device, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(37, 3, 48), (70, 128), (50, 1008), (2, 16), *GPU_SHAPES])
 def test_a_backward_in_one_pass_has_the_bits_of_two(shape, dtype, device, monkeypatch):
-    weight, tensors = (
-        torch.randn(shape[-1], device=device),
-        [randn(*shape, dtype=dtype, device=device) for _ in range(4)],
-    )
+    weight = torch.randn(shape[-1], device=device)
+    tensors = [randn(*shape, dtype=dtype, device=device) for _ in range(4)]
     if len(shape) == 3:  # heads inside a fused projection
         tensors = [heads_of(randn(shape[0], 2 * t[0].numel(), dtype=dtype, device=device), *shape[1:]) for t in tensors]
     seen = []
@@ -216,6 +214,23 @@ def test_a_backward_in_one_pass_has_the_bits_of_two(shape, dtype, device, monkey
             patch.setattr(ops, "rms_norm_dx_kernel" if once else "rms_norm_backward_kernel", None)
             seen.append(gradients(*tensors, weight))
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_gradient_has_the_same_bits_if_it_is_the_only_one_asked_for(carried, device):
+    x, residual, g, g_sum = (randn(70, 128, device=device) for _ in range(4))
+    weight, found = torch.randn(128, device=device), {}
+    for needed in ((True, True), (True, False), (False, True)):
+        dx, dw = (t.clone().requires_grad_(n) for t, n in zip((x, weight), needed, strict=True))
+        buffer = torch.zeros(128, device=device) if carried else None
+        torch.autograd.backward(norm.add_rms_norm(dx, residual, dw, main_grad=buffer), (g, g_sum))
+        found[needed] = dx.grad, buffer if carried else dw.grad
+    expected = found[True, True]
+    assert torch.equal(found[True, False][0], expected[0])
+    assert found[False, True][0] is None
+    assert torch.equal(found[False, True][1], expected[1])
+    frozen = found[True, False][1]
+    assert not frozen.any() if carried else frozen is None
 
 
 def test_one_pass_is_for_held_rows_and_batches_that_fill_a_gpu():

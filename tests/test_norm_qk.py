@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from bi_ops._common import runtime
 from bi_ops.norm import qk_norm_rope, qk_ops, reference, rms_norm, schedule
@@ -76,12 +78,14 @@ def test_zeros_have_the_same_sign(device):
     assert all_equal(with_gradients(qk_norm_rope, given, g), with_gradients(composed, given, g))
 
 
-def test_weights_of_16_bits_and_positions_of_32(device):
-    given, g = inputs(20, 2, 1, 32, device, weight_dtype=torch.bfloat16)
-    given = *given[:3], given[3].int(), *given[4:]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cache_dtype", [None, torch.float32])
+def test_weights_of_16_bits_positions_of_32_and_either_cache(dtype, cache_dtype, device):
+    given, g = inputs(20, 2, 1, 32, device, dtype, weight_dtype=dtype)
+    given = *given[:3], given[3].int(), cos_sin_cache(32, P, 1e6, cache_dtype or dtype, device), given[5]
     found = with_gradients(qk_norm_rope, given, g)
     assert all_equal(found, with_gradients(composed, given, g))
-    assert found[4].dtype == torch.bfloat16
+    assert found[4].dtype == dtype
 
 
 def test_strided_projections_and_gradients(device):
@@ -125,6 +129,24 @@ def test_sums_go_on_in_buffers(device):
     assert bits_equal(qkv.grad, expected[0])
     assert bits_equal(buffers[0], before[0])
     assert not bits_equal(buffers[1], before[1])
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_weight_needs_no_buffer(frozen, device):
+    """A model gives buffers only to what it learns."""
+    given, g = inputs(20, 2, 1, 32, device)
+    expected = with_gradients(qk_norm_rope, given, g)[3:]
+    weights = [w.detach().requires_grad_(i != frozen) for i, w in enumerate(given[1:3])]
+    buffers = [torch.zeros(32, device=device) if w.requires_grad else None for w in weights]
+
+    def call(qkv):
+        return qk_norm_rope(qkv, *weights, *given[3:], 1e-6, *buffers)
+
+    compiled = torch.compile(call, fullgraph=True, backend=BACKEND)
+    for f in (call, compiled, lambda qkv: checkpoint(call, qkv, use_reentrant=False)):
+        buffers[1 - frozen].zero_()
+        (dqkv,) = torch.autograd.grad(f(given[0]), given[0], g)
+        assert all_equal((dqkv, buffers[1 - frozen]), (expected[0], expected[2 - frozen]))
 
 
 def rows_of(given, g):
@@ -195,6 +217,23 @@ def test_the_operator_is_registered_and_compiles(device):
     assert all_equal(*results)
 
 
+def test_one_graph_serves_every_number_of_tokens(device):
+    given, _ = inputs(40, 2, 1, 32, device)
+    counter = CompileCounterWithBackend(BACKEND)
+
+    def call(qkv, positions):
+        q, k, v = qk_norm_rope(qkv, *given[1:3], positions, *given[4:])
+        return rms_norm(q), k, v
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for n in (5, 9, 40):
+        some = given[0].detach()[:n].clone().requires_grad_(), given[3][:n].clone()
+        assert all_equal(compiled(*some), call(*some)), n
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -209,13 +248,15 @@ def test_the_operator_is_registered_and_compiles(device):
         ({"num_heads": lambda _: 4}, ValueError, "does not hold 4 query heads"),
         ({"eps": lambda _: -1.0}, ValueError, "eps"),
         ({"q_main_grad": lambda _: torch.zeros(16)}, TypeError, "k_main_grad must be a tensor"),
+        ({"q_main_grad": lambda _: torch.zeros(16).half()}, TypeError, "q_main_grad"),
+        ({"q_main_grad": lambda _: torch.zeros(8)}, ValueError, "q_main_grad must be contiguous"),
     ],
 )
 def test_bad_input_is_named(change, error, message, device):
     given = {
         "qkv": torch.ones(3, 64, device=device),
         "q_weight": torch.ones(16, device=device),
-        "k_weight": torch.ones(16, device=device),
+        "k_weight": torch.ones(16, device=device, requires_grad=True),
         "positions": torch.arange(3, device=device),
         "cos_sin": cos_sin_cache(16, 4, device=device),
         "num_heads": 2,

@@ -41,7 +41,7 @@ def tensor(op: str, name: str, t: object, *, ndim: int | None = None) -> torch.T
 def dtype(op: str, name: str, t: torch.Tensor, allowed: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
     """Raise TypeError unless `t.dtype` is one of `allowed`."""
     if t.dtype not in allowed:
-        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        names = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(allowed))
         raise TypeError(f"{op}: {name} is {describe(t)}; supported dtypes are {names}. Cast it with .to(...)")
 
 
@@ -71,4 +71,4 @@ def main_grad(op: str, name: str, buffer: object, size: torch.Size, device: torc
     dtype(op, name, t, (torch.float32,))
     shape(op, t.device == device, lambda: f"{name} is on {t.device}, what it is summed from on {device}")
     fits = t.shape == size and t.is_contiguous()
-    shape(op, fits, lambda: f"{name} must be contiguous {list(size)}, got {list(t.shape)}")
+    shape(op, fits, lambda: f"{name} must be contiguous {list(size)}, got {list(t.shape)}, strides {list(t.stride())}")

@@ -18,7 +18,7 @@ class TileSchedule:
     num_warps: int = 4
 
 
-@functools.cache
+@functools.lru_cache
 def schedule(n_rows: int, n_cols: int) -> TileSchedule:
     """Short rows share a program on a GPU; in the interpreter, where programs are dear, one does nearly all."""
     elements = 1 << 18 if runtime.INTERPRET else 1024

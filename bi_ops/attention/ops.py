@@ -39,15 +39,15 @@ VLLM_HEAD_DIMS = (128, 256)
 
 
 @functools.cache
-def _architecture() -> str:
-    return runtime.architecture()  # kept, because every call chooses a provider
+def _architecture(device: int) -> str:
+    return runtime.architecture(torch.device("cuda", device))  # kept, because every call chooses a provider
 
 
 def _vllm_available() -> Availability:
     if runtime.INTERPRET:
         return Availability(False, "no GPU: vLLM's kernels need one")
-    if _architecture() != "sm_90":
-        return Availability(False, f"FlashAttention 3 needs a Hopper GPU (sm_90), this one is {_architecture()}")
+    if (here := _architecture(torch.cuda.current_device())) != "sm_90":
+        return Availability(False, f"FlashAttention 3 needs a Hopper GPU (sm_90), this one is {here}")
     return vllm_availability()
 
 

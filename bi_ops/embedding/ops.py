@@ -190,12 +190,7 @@ def embedding(
     dtype = _checked_dtype("embedding", dtype or weight.dtype)
     _check_padding("embedding", padding_idx, weight.shape[0])
     if main_grad is not None:
-        checks.tensor("embedding", "main_grad", main_grad, ndim=2)
-        checks.dtype("embedding", "main_grad", main_grad, (torch.float32,))
-        checks.same_device("embedding", weight=weight, main_grad=main_grad)
-        fits = main_grad.shape == weight.shape and main_grad.is_contiguous()
-        rule = f"main_grad must be contiguous {list(weight.shape)}, got {list(main_grad.shape)}"
-        checks.shape("embedding", fits, rule)
+        checks.main_grad("embedding", "main_grad", main_grad, weight.shape, weight.device)
         return _EmbeddingIntoBuffer.apply(ids, weight, dtype, padding_idx, main_grad)
     return _embedding(ids, weight, dtype, padding_idx)
 

@@ -103,7 +103,7 @@ def carry_split(tiles: int, tokens: int, step: int, processors: int) -> tuple[in
     return tiles - left, -(-tokens // (pieces * step)) * step
 
 
-@functools.cache
+@functools.lru_cache
 def carry_schedule(m: int, n: int, tokens: int, processors: int) -> CarrySchedule:
     """The tile of an [m, n] weight gradient that is carried on in fp32: the one that takes less time.
 

@@ -44,7 +44,7 @@ def _angles(p_pos, p_cos_sin, o_r, o_c, R, P, N, H: tl.constexpr, HALF: tl.const
 
 @triton.jit
 def _turn(b, b_partner, b_cos, b_sin, o_c, HALF: tl.constexpr, dtype: tl.constexpr):
-    """The rotation, rounded to `dtype`. Rounded and negated is what `rope_kernel` does so to: zeros have signs."""
+    """The rotation, rounded to `dtype`. As in `rope_kernel`, a rounded product is negated: zeros have signs."""
     b_product = b_partner * b_sin
     return cast(tl.fma(b, b_cos, tl.where(o_c < HALF, -b_product, b_product)), dtype)
 

@@ -143,8 +143,9 @@ def _qk_norm_rope(
 @_qk_norm_rope.register_fake
 def _(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps):
     hq, hk, dim = _heads(qkv, q_weight, num_heads)
-    inv = qkv.new_empty(len(qkv) * (hq + hk), dtype=torch.float32)
-    return *(qkv.new_empty((len(qkv), h, dim)) for h in (hq, hk, hk)), inv
+    n_tokens = qkv.shape[0]  # not len(qkv), which under torch.compile makes a graph for each number of tokens
+    inv = qkv.new_empty(n_tokens * (hq + hk), dtype=torch.float32)
+    return *(qkv.new_empty((n_tokens, h, dim)) for h in (hq, hk, hk)), inv
 
 
 @custom_op("bi_ops::qk_norm_rope_backward")
@@ -221,10 +222,11 @@ class _IntoBuffers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gq, gk, gv):
-        # A weight that is frozen keeps its buffer as it is.
-        needed = zip(ctx.main_grads, ctx.needs_input_grad[3:5], strict=True)
-        buffers = (b if wanted else torch.zeros_like(b) for b, wanted in needed)
-        dqkv = _accumulate_backward(*buffers, gq, gk, gv, *ctx.saved_tensors, ctx.num_heads)
+        saved = ctx.saved_tensors  # once: a checkpoint hands them out no second time
+        # A weight that is frozen keeps its buffer, if it has one, as it is.
+        each = zip(ctx.main_grads, saved[1:3], ctx.needs_input_grad[3:5], strict=True)
+        buffers = [b if needed else torch.zeros_like(w, dtype=torch.float32) for b, w, needed in each]
+        dqkv = _accumulate_backward(*buffers, gq, gk, gv, *saved, ctx.num_heads)
         return None, None, dqkv if ctx.needs_input_grad[2] else None, *[None] * 6
 
 
@@ -289,7 +291,8 @@ def qk_norm_rope(
         positions: [T], int64 or int32, in 0..P-1. On a GPU a position outside turns its token into NaN.
         cos_sin: [P, D] from `rope.cos_sin_cache`, in the dtype of qkv or fp32. It gets no gradient.
         num_heads: Hq. eps: >= 0.
-        q_main_grad, k_main_grad: both or none: fp32 [D], contiguous; as `main_grad` of `rms_norm`.
+        q_main_grad, k_main_grad: fp32 [D], contiguous; as `main_grad` of `rms_norm`. If one is given, so is the other,
+            unless its weight is frozen.
 
     Returns:
         q [T, Hq, D], k and v [T, Hkv, D], contiguous, in the dtype of qkv.
@@ -304,6 +307,7 @@ def qk_norm_rope(
     inputs = (qkv, q_weight, k_weight, positions.contiguous(), cos_sin.contiguous(), num_heads, eps)
     if q_main_grad is None and k_main_grad is None:
         return _qk_norm_rope(*inputs)[:3]
-    for name, buffer in (("q_main_grad", q_main_grad), ("k_main_grad", k_main_grad)):
-        checks.main_grad(op, name, buffer, q_weight.shape, qkv.device)
+    for name, buffer, weight in (("q_main_grad", q_main_grad, q_weight), ("k_main_grad", k_main_grad, k_weight)):
+        if buffer is not None or weight.requires_grad:
+            checks.main_grad(op, name, buffer, weight.shape, qkv.device)
     return _IntoBuffers.apply(q_main_grad, k_main_grad, *inputs)

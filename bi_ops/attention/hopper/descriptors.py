@@ -41,11 +41,11 @@ def copyable(t: torch.Tensor) -> torch.Tensor:
 
 def rows(t: torch.Tensor, block: int) -> TensorDescriptor:
     """t [T, H, D] as the copy engine sees it: rows of H * D values, taken `block` rows and one head at a time."""
-    from triton.experimental.gluon.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     n, h, d = t.shape
     t = copyable(t)
-    return hopper.TensorDescriptor(t, [n, h * d], [t.stride(0), 1], [block, d], layout(128, 16, 2))
+    return TensorDescriptor(t, [n, h * d], [t.stride(0), 1], [block, d], layout(128, 16, 2))
 
 
 def _lattice(cache: torch.Tensor) -> tuple[int, int, int, int]:
@@ -78,14 +78,9 @@ def pages(cache: torch.Tensor, block: int) -> tuple[TensorDescriptor, int, int, 
 
     (descriptor, rows from page to page, rows from head to head, columns from head to head)
     """
-    from triton.experimental.gluon.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     n, size, h, d = cache.shape
     row, page_rows, head_rows, columns = _lattice(cache)
     shape = [(n - 1) * page_rows + (h - 1) * head_rows + size, (h - 1) * columns + d]
-    return (
-        hopper.TensorDescriptor(cache, shape, [row, 1], [block, d], layout(128, 16, 2)),
-        page_rows,
-        head_rows,
-        columns,
-    )
+    return TensorDescriptor(cache, shape, [row, 1], [block, d], layout(128, 16, 2)), page_rows, head_rows, columns

@@ -41,7 +41,7 @@ class Qwen3Config:
                 f"{self.num_key_value_heads} key/value heads"
             )
         if self.head_dim % 16:
-            raise ValueError(f"Qwen3Config: head_dim must be a multiple of 16, got {self.head_dim}")
+            raise ValueError(f"Qwen3Config: head_dim must be a multiple of 16 (norm.qk_norm_rope), got {self.head_dim}")
 
     @property
     def q_size(self) -> int:

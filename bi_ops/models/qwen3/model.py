@@ -124,7 +124,10 @@ class Decoder(nn.Module):
 
 
 def zeros(weights: Sequence[torch.Tensor], together: int = 1 << 26) -> list[torch.Tensor]:
-    """fp32 zeros in the shape of each weight. Up to so many elements share an allocation, for each takes a launch."""
+    """fp32 zeros [*weight.shape], contiguous, for each weight.
+
+    Up to `together` elements of one device share an allocation, because each allocation costs a launch.
+    """
     buffers: list[torch.Tensor] = []
     while len(buffers) < len(weights):
         part, ends = weights[len(buffers) :], [0]
@@ -133,8 +136,8 @@ def zeros(weights: Sequence[torch.Tensor], together: int = 1 << 26) -> list[torc
             if len(ends) > 1 and (end > together or weight.device != part[0].device):
                 break
             ends.append(end)
-        flat = torch.zeros(ends[-1], device=part[0].device)
-        buffers += [flat.as_strided(w.shape, w.stride(), start) for w, start in zip(part, ends[:-1], strict=False)]
+        flat = torch.zeros(ends[-1], dtype=torch.float32, device=part[0].device)
+        buffers += [flat[i : i + w.numel()].view(w.shape) for w, i in zip(part, ends[:-1], strict=False)]
     return buffers
 
 
