@@ -29,8 +29,9 @@ def _partner(o_c, HALF: tl.constexpr):
 
 
 @triton.jit
-def _angles(p_pos, p_cos_sin, o_r, o_c, R, P, N, H: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr):
-    """Cosine and sine of the tile, of the angle negated if INVERSE."""
+def _angles(angles, o_r, o_c, R, N, H: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr):
+    """Cosine and sine of the tile, of the angle negated if INVERSE. angles: (positions, cache, how many it holds)."""
+    p_pos, p_cos_sin, P = angles
     pos = tl.load(p_pos + o_r // H, mask=o_r < R, other=0).to(tl.int64)
     # A position outside the cache turns its token into NaN: seen at once, and nothing out of bounds is read.
     m = ((o_r < R) & (pos >= 0) & (pos < P))[:, None] & (o_c < N)[None, :]
@@ -53,13 +54,11 @@ def _turn(b, b_partner, b_cos, b_sin, o_c, HALF: tl.constexpr, dtype: tl.constex
 def _forward(
     p_x,
     p_w,
-    p_pos,
-    p_cos_sin,
+    angles,
     p_y,
     p_inv,
     R,
     N,
-    P,
     eps,
     stride_xt,
     H: tl.constexpr,
@@ -75,7 +74,7 @@ def _forward(
     p_row = p_x + row_start(o_r, H, stride_xt, 2 * HALF)
     b_x = tl.load(p_row + o_c, mask=m, other=0.0).to(tl.float32)
     b_xp = tl.load(p_row + o_p[None, :], mask=m, other=0.0).to(tl.float32)
-    b_cos, b_sin = _angles(p_pos, p_cos_sin, o_r, o_1, R, P, N, H, HALF, False)
+    b_cos, b_sin = _angles(angles, o_r, o_1, R, N, H, HALF, False)
 
     inv = 1.0 / tl.sqrt(row_sum(squares(b_x, o_r, o_c, R, N), 1) / N + tl.cast(eps, tl.float32))
     tl.store(p_inv + o_r, inv, mask=o_r < R)
@@ -107,45 +106,14 @@ def qk_norm_rope_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    angles = (p_pos, p_cos_sin, P)
     if tl.program_id(1) == 0:
-        _forward(
-            p_qkv,
-            p_wq,
-            p_pos,
-            p_cos_sin,
-            p_q,
-            p_inv,
-            T * HQ,
-            N,
-            P,
-            eps,
-            stride_t,
-            H=HQ,
-            HALF=HALF,
-            ROWS=ROWS,
-            BLOCK=BLOCK,
-        )
+        _forward(p_qkv, p_wq, angles, p_q, p_inv, T * HQ, N, eps, stride_t, HQ, HALF, ROWS, BLOCK)
     elif tl.program_id(0) * ROWS < T * HK:
         p_keys = p_qkv + HQ * 2 * HALF
         if tl.program_id(1) == 1:
             p_inv += T * HQ
-            _forward(
-                p_keys,
-                p_wk,
-                p_pos,
-                p_cos_sin,
-                p_k,
-                p_inv,
-                T * HK,
-                N,
-                P,
-                eps,
-                stride_t,
-                H=HK,
-                HALF=HALF,
-                ROWS=ROWS,
-                BLOCK=BLOCK,
-            )
+            _forward(p_keys, p_wk, angles, p_k, p_inv, T * HK, N, eps, stride_t, HK, HALF, ROWS, BLOCK)
         else:
             o_r, o_c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
             m = (o_r < T * HK)[:, None] & (o_c < N)
@@ -158,15 +126,13 @@ def _backward(
     p_g,
     p_x,
     p_w,
-    p_pos,
-    p_cos_sin,
+    angles,
     p_inv,
     p_dx,
     p_partial,
     R,
     C,
     N,
-    P,
     stride_g,
     stride_xt,
     stride_dxt,
@@ -190,7 +156,7 @@ def _backward(
         b_gp = tl.load(p_row + o_p[None, :], mask=m, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + row_start(o_r, H, stride_xt, 2 * HALF) + o_c, mask=m, other=0.0).to(tl.float32)
         inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)[:, None]
-        b_cos, b_sin = _angles(p_pos, p_cos_sin, o_r, o_1, R, P, N, H, HALF, True)
+        b_cos, b_sin = _angles(angles, o_r, o_1, R, N, H, HALF, True)
         b_g = tl.where(m, _turn(b_g, b_gp, b_cos, b_sin, o_c, HALF, dtype).to(tl.float32), 0.0)
 
         b_dx = dx_of_held(b_g, b_g, b_w, b_x, inv, N, 1, False, True)
@@ -230,28 +196,27 @@ def qk_norm_rope_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """A program has ROWS chunks of rows; a chunk's rows are added front to back, as in `rms_norm_dweight_kernel`."""
+    angles = (p_pos, p_cos_sin, P)
     if tl.program_id(1) == 0:
         _backward(
             p_gq,
             p_qkv,
             p_wq,
-            p_pos,
-            p_cos_sin,
+            angles,
             p_inv,
             p_dqkv,
             p_partial,
             T * HQ,
             CQ,
             N,
-            P,
             stride_gq,
             stride_t,
             stride_dt,
-            H=HQ,
-            HALF=HALF,
-            CHUNK=CHUNK,
-            ROWS=ROWS,
-            BLOCK=BLOCK,
+            HQ,
+            HALF,
+            CHUNK,
+            ROWS,
+            BLOCK,
         )
     elif tl.program_id(0) * ROWS < CK:
         p_keys, p_dkeys = p_qkv + HQ * 2 * HALF, p_dqkv + HQ * 2 * HALF
@@ -262,23 +227,21 @@ def qk_norm_rope_backward_kernel(
                 p_gk,
                 p_keys,
                 p_wk,
-                p_pos,
-                p_cos_sin,
+                angles,
                 p_inv,
                 p_dkeys,
                 p_partial,
                 T * HK,
                 CK,
                 N,
-                P,
                 stride_gk,
                 stride_t,
                 stride_dt,
-                H=HK,
-                HALF=HALF,
-                CHUNK=CHUNK,
-                ROWS=ROWS,
-                BLOCK=BLOCK,
+                HK,
+                HALF,
+                CHUNK,
+                ROWS,
+                BLOCK,
             )
         else:
             o_c = tl.arange(0, BLOCK)[None, :]

@@ -13,80 +13,11 @@ from bi_ops._common.rows import ALIGNMENT, aligned_rows
 from bi_ops.norm import schedule as sched
 from bi_ops.norm.qk_kernels import qk_add_chunks_kernel, qk_norm_rope_backward_kernel, qk_norm_rope_kernel
 
-# --------------------------------------------------------------------------------------------------------------
-# launch
-
 
 def _heads(qkv: torch.Tensor, weight: torch.Tensor, num_heads: int) -> tuple[int, int, int]:
     """Query heads, key heads, head_dim."""
     dim = weight.shape[0]
     return num_heads, (qkv.shape[1] // dim - num_heads) // 2, dim
-
-
-def _launch_backward(
-    out: tuple[torch.Tensor, torch.Tensor],
-    accumulate: bool,
-    gq: torch.Tensor,
-    gk: torch.Tensor,
-    gv: torch.Tensor,
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    inv: torch.Tensor,
-    num_heads: int,
-) -> torch.Tensor:
-    """The gradient of qkv; those of the weights go to `out`, which if `accumulate` is where the sums start."""
-    dqkv = qkv.new_empty(qkv.shape)
-    if qkv.numel() == 0:
-        return dqkv
-    hq, hk, dim = _heads(qkv, q_weight, num_heads)
-    n_tokens, chunk = len(qkv), sched.token_order().chunk
-    # Chunks past the end are written too, as 0.0: the sum of the chunks then needs no mask.
-    add = sched.token_schedule(cdiv(n_tokens * hq, chunk), dim)
-    chunks = [cdiv(n_tokens * h, chunk * add.unroll) * add.unroll for h in (hq, hk)]
-    partial = qkv.new_empty((sum(chunks), dim), dtype=torch.float32)
-    s = sched.row_schedule(max(chunks), dim, qkv.itemsize)
-    g_rows = [aligned_rows(g) for g in (gq, gk, gv)]
-    rows = aligned_rows(qkv)
-    qk_norm_rope_backward_kernel[(cdiv(max(chunks), s.rows), 3)](
-        *g_rows,
-        rows,
-        aligned_rows(q_weight),
-        aligned_rows(k_weight),
-        positions,
-        cos_sin,
-        inv,
-        dqkv,
-        partial,
-        n_tokens,
-        *chunks,
-        dim,
-        len(cos_sin),
-        *(g.stride(0) for g in g_rows),
-        rows.stride(0),
-        dqkv.stride(0),
-        HQ=hq,
-        HK=hk,
-        HALF=dim // 2,
-        CHUNK=chunk,
-        ROWS=s.rows,
-        BLOCK=s.block,
-        num_warps=s.num_warps,
-    )
-    qk_add_chunks_kernel[(cdiv(dim, add.add_cols), 2)](
-        partial,
-        *out,
-        *chunks,
-        dim,
-        ACCUMULATE=accumulate,
-        COLS=add.add_cols,
-        UNROLL=add.unroll,
-        STAGES=add.stages,
-        num_warps=add.add_warps,
-    )
-    return dqkv
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -148,33 +79,11 @@ def _(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps):
     return *(qkv.new_empty((n_tokens, h, dim)) for h in (hq, hk, hk)), inv
 
 
-@custom_op("bi_ops::qk_norm_rope_backward")
+@custom_op("bi_ops::qk_norm_rope_backward", mutates_args={"q_weight_grad", "k_weight_grad"})
 def _qk_norm_rope_backward(
-    gq: torch.Tensor,
-    gk: torch.Tensor,
-    gv: torch.Tensor,
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    inv: torch.Tensor,
-    num_heads: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq_weight, dk_weight = torch.zeros_like(q_weight), torch.zeros_like(k_weight)
-    given = (gq, gk, gv, qkv, q_weight, k_weight, positions, cos_sin, inv, num_heads)
-    return _launch_backward((dq_weight, dk_weight), False, *given), dq_weight, dk_weight
-
-
-@_qk_norm_rope_backward.register_fake
-def _(gq, gk, gv, qkv, q_weight, k_weight, positions, cos_sin, inv, num_heads):
-    return qkv.new_empty(qkv.shape), torch.empty_like(q_weight), torch.empty_like(k_weight)
-
-
-@custom_op("bi_ops::accumulate_qk_norm_rope_backward", mutates_args={"q_main_grad", "k_main_grad"})
-def _accumulate_backward(
-    q_main_grad: torch.Tensor,
-    k_main_grad: torch.Tensor,
+    q_weight_grad: torch.Tensor,
+    k_weight_grad: torch.Tensor,
+    accumulate: bool,
     gq: torch.Tensor,
     gk: torch.Tensor,
     gv: torch.Tensor,
@@ -186,12 +95,61 @@ def _accumulate_backward(
     inv: torch.Tensor,
     num_heads: int,
 ) -> torch.Tensor:
-    given = (gq, gk, gv, qkv, q_weight, k_weight, positions, cos_sin, inv, num_heads)
-    return _launch_backward((q_main_grad, k_main_grad), True, *given)
+    """The gradient of qkv. The weights' are left in the first two, or added to these, fp32, if `accumulate`."""
+    dqkv = qkv.new_empty(qkv.shape)
+    if qkv.numel() == 0:
+        return dqkv
+    hq, hk, dim = _heads(qkv, q_weight, num_heads)
+    n_tokens, chunk = len(qkv), sched.token_order().chunk
+    # Chunks past the end are written too, as 0.0: the sum of the chunks then needs no mask.
+    add = sched.token_schedule(cdiv(n_tokens * hq, chunk), dim)
+    chunks = [cdiv(n_tokens * h, chunk * add.unroll) * add.unroll for h in (hq, hk)]
+    partial = qkv.new_empty((sum(chunks), dim), dtype=torch.float32)
+    s = sched.row_schedule(max(chunks), dim, qkv.itemsize)
+    g_rows = [aligned_rows(g) for g in (gq, gk, gv)]
+    rows = aligned_rows(qkv)
+    qk_norm_rope_backward_kernel[(cdiv(max(chunks), s.rows), 3)](
+        *g_rows,
+        rows,
+        aligned_rows(q_weight),
+        aligned_rows(k_weight),
+        positions,
+        cos_sin,
+        inv,
+        dqkv,
+        partial,
+        n_tokens,
+        *chunks,
+        dim,
+        len(cos_sin),
+        *(g.stride(0) for g in g_rows),
+        rows.stride(0),
+        dqkv.stride(0),
+        HQ=hq,
+        HK=hk,
+        HALF=dim // 2,
+        CHUNK=chunk,
+        ROWS=s.rows,
+        BLOCK=s.block,
+        num_warps=s.num_warps,
+    )
+    qk_add_chunks_kernel[(cdiv(dim, add.add_cols), 2)](
+        partial,
+        q_weight_grad,
+        k_weight_grad,
+        *chunks,
+        dim,
+        ACCUMULATE=accumulate,
+        COLS=add.add_cols,
+        UNROLL=add.unroll,
+        STAGES=add.stages,
+        num_warps=add.add_warps,
+    )
+    return dqkv
 
 
-@_accumulate_backward.register_fake
-def _(q_main_grad, k_main_grad, gq, gk, gv, qkv, q_weight, k_weight, positions, cos_sin, inv, num_heads):
+@_qk_norm_rope_backward.register_fake
+def _(q_weight_grad, k_weight_grad, accumulate, gq, gk, gv, qkv, *_):
     return qkv.new_empty(qkv.shape)
 
 
@@ -202,8 +160,11 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, gq, gk, gv, _):
-    grads = _qk_norm_rope_backward(gq, gk, gv, *ctx.saved_tensors, ctx.num_heads)
-    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 4
+    saved = ctx.saved_tensors
+    weight_grads = [torch.zeros_like(w) for w in saved[1:3]]
+    dqkv = _qk_norm_rope_backward(*weight_grads, False, gq, gk, gv, *saved, ctx.num_heads)
+    grads = zip((dqkv, *weight_grads), ctx.needs_input_grad, strict=False)
+    return *(g if needed else None for g, needed in grads), *[None] * 4
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_setup)
@@ -226,7 +187,7 @@ class _IntoBuffers(torch.autograd.Function):
         # A weight that is frozen keeps its buffer, if it has one, as it is.
         each = zip(ctx.main_grads, saved[1:3], ctx.needs_input_grad[3:5], strict=True)
         buffers = [b if needed else torch.zeros_like(w, dtype=torch.float32) for b, w, needed in each]
-        dqkv = _accumulate_backward(*buffers, gq, gk, gv, *saved, ctx.num_heads)
+        dqkv = _qk_norm_rope_backward(*buffers, True, gq, gk, gv, *saved, ctx.num_heads)
         return None, None, dqkv if ctx.needs_input_grad[2] else None, *[None] * 6
 
 
