@@ -12,8 +12,8 @@ A step is forward, log-probabilities of every next token, their mean, backward. 
 torch's sides are not batch-invariant, and round weight gradients to bf16. Every side runs in a process of its own and
 is timed by wall clock, the GPU waited for after each half of a step; medians. Making and handing over the buffers of
 gradients counts; going through the objects of the model for garbage does not. Then the whole step is captured in a CUDA
-graph and replayed: what it takes where the GPU never waits for Python. `--dry` runs it all on a tiny model on the CPU;
-its figures mean nothing.
+graph and replayed: what it takes where the GPU never waits for Python. `--profile` writes step_profile.csv, the GPU
+time by kernel. `--dry` runs it all on a tiny model on the CPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -153,8 +153,25 @@ def replayed(made: Step, steps: int, value: torch.Tensor) -> float | None:
     return 1e3 * statistics.median(times[1:])
 
 
-def measure(side: str, model: str, tokens: int, seqlen: int, steps: int) -> dict[str, object]:
-    """Median milliseconds of forward, backward and both, after two steps that warm up."""
+def kernels(made: Step) -> list[dict[str, object]]:
+    """GPU time of every kernel of a step, the longest first, and of all together."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    forward, before, after = made
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        before()
+        forward().backward()
+        after()
+        wait()
+    found = [e for e in profiled.key_averages() if e.device_type == DeviceType.CUDA and e.device_time_total]
+    rows = [(e.key[:90], e.count, e.device_time_total) for e in sorted(found, key=lambda e: -e.device_time_total)]
+    rows.insert(0, ("all", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    return [{"kernel": name, "launches": n, "gpu_ms": round(us / 1e3, 3)} for name, n, us in rows]
+
+
+def measure(side: str, model: str, tokens: int, seqlen: int, steps: int, profiled: bool) -> dict[str, Any]:
+    """Median milliseconds of forward, backward and both, after two steps that warm up; kernels: if `profiled`."""
     torch.manual_seed(SEED)
     ids = torch.randint(shape(model)["vocab_size"], (tokens // seqlen, seqlen)).to(runtime.default_device())
     made = ours(model, ids) if side == "bi_ops" else theirs(model, ids, "compiled" in side, "autocast" in side)
@@ -191,6 +208,7 @@ def measure(side: str, model: str, tokens: int, seqlen: int, steps: int) -> dict
         "tokens_per_s": round(tokens / step_ms * 1e3),
         "peak_bytes": peak,
         "value": round(loss.item(), 5),
+        "kernels": kernels(made) if profiled else [],
     }
 
 
@@ -202,6 +220,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--seqlen", type=int, default=2048, help="of each sequence")
     parser.add_argument("--steps", type=int, default=7, help="steps that are timed")
+    parser.add_argument("--profile", action="store_true", help="write step_profile.csv too: GPU time by kernel")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU; figures mean nothing")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "MODEL"), help=argparse.SUPPRESS)
@@ -211,15 +230,16 @@ def main() -> int:
     if args.dry:
         args.models, args.tokens, args.seqlen, args.steps = ["dry"], 32, 16, 1
     if args.one:
-        print(json.dumps(measure(*args.one, args.tokens, args.seqlen, args.steps)))
+        print(json.dumps(measure(*args.one, args.tokens, args.seqlen, args.steps, args.profile)))
         return 0
-    rows, failed = [], False
+    rows, profiles, failed = [], [], False
     record = provenance(args.commit)
     args.out.mkdir(parents=True, exist_ok=True)
+    flags = [flag for flag, given in (("--dry", args.dry), ("--profile", args.profile)) if given]
     for model in args.models:
         for side in args.sides:
             sizes = ["--tokens", str(args.tokens), "--seqlen", str(args.seqlen), "--steps", str(args.steps)]
-            command = [sys.executable, __file__, "--out", str(args.out), *sizes, *(["--dry"] if args.dry else [])]
+            command = [sys.executable, __file__, "--out", str(args.out), *sizes, *flags]
             done = subprocess.run([*command, "--one", side, model], capture_output=True, text=True)
             if done.returncode:
                 why = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]  # killed, it says nothing
@@ -230,8 +250,11 @@ def main() -> int:
             for line in done.stderr.splitlines():
                 if line.startswith("not captured"):
                     print(f"{model} {side}: {line}", file=sys.stderr)
+            profiles += [{"model": model, "side": side} | kernel | record for kernel in row.pop("kernels")]
             rows.append(row | record)
             write_csv(args.out / "step.csv", rows)
+            if profiles:
+                write_csv(args.out / "step_profile.csv", profiles)
             print(
                 f"{model:5} {side:16} {row['step_ms']:9.1f} ms = forward {row['forward_ms']:.1f} + backward "
                 f"{row['backward_ms']:.1f}; from a CUDA graph {row['captured_ms']}; {row['tokens_per_s']:,} tokens/s",
