@@ -89,11 +89,10 @@ class Operator:
             return self._op(*args)
         learned = False
         for a, kinds in zip(args, self._kinds, strict=False):  # a wrong number is the function's to refuse
-            kind = type(a)
-            if kind not in kinds:
+            if type(a) not in kinds:
                 return self._op(*args)
-            if kind in _PLAIN:
-                if a.is_meta or a.is_neg():  # `is_plain`, without a call for each argument
+            if isinstance(a, torch.Tensor):
+                if not is_plain(a):
                     return self._op(*args)
                 learned = learned or a.requires_grad
         if learned and torch.is_grad_enabled():

@@ -167,12 +167,11 @@ def _flash_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsinks), contiguous; empty tensors where not needed. g_lse: [Hq, T], contiguous.
 
-    The forward's sinks are in lse; they are given here if their gradient is needed. provider: who computed the forward,
-    which has checked the maxima that are given.
+    The forward's sinks are in lse; they are given here if their gradient is needed. provider: who computed the forward.
     """
     scores = Scores(causal, scale, left, right, softcap)
-    max_q = longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], None) if max_q is None else max_q
-    max_k = longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], None) if max_k is None else max_k
+    max_q = longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], max_q)
+    max_k = longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
     q, k, v, g = unit(q), unit(k), unit(v), g.contiguous()
     heads, some = q.shape[1] // k.shape[1], q.shape[0] > 0 and k.shape[0] > 0
     theirs, one_pass = provider == flash_attn.DETERMINISTIC and some, in_one_pass(q, k, scores)
