@@ -35,8 +35,8 @@ from record import provenance, write_csv
 
 import bi_ops  # noqa: F401  (before triton)
 from bi_ops import attention
-from bi_ops._common import runtime
 from bi_ops.attention import launch
+from bi_ops.core import runtime
 
 SEED = 0
 TOKENS = 16384

@@ -20,8 +20,8 @@ from record import provenance
 import bi_ops  # isort: skip  (before triton)
 import torch
 
-from bi_ops._common.files import write_json
-from bi_ops._common.runtime import default_device
+from bi_ops.core.files import write_json
+from bi_ops.core.runtime import default_device
 
 MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
 

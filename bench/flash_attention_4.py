@@ -39,7 +39,7 @@ import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
 
 from bi_ops import attention
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 
 HEAD_DIMS = (64, 128)
 RERUNS = 100

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from record import provenance
 
-from bi_ops._common.files import write_json
+from bi_ops.core.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY_S = 10  # between two writes of tests.json

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from record import find_commit, now
 
-from bi_ops._common.files import write_json
+from bi_ops.core.files import write_json
 
 SEED = 0
 #: Prompts have 1 to this many tokens: past tile sizes, and past vLLM's threshold at 256.

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import bi_ops  # noqa: F401  (before triton)
-from bi_ops._common.files import write_atomically
+from bi_ops.core.files import write_atomically
 
 
 def now() -> str:

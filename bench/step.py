@@ -34,7 +34,7 @@ from record import provenance, write_csv
 import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
 
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 
 SIDES = ("bi_ops", "torch", "torch, compiled", "torch, autocast")
 SEED = 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from record import provenance
 
-from bi_ops._common.files import write_json
+from bi_ops.core.files import write_json
 
 
 def main() -> int:

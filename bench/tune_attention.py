@@ -41,10 +41,10 @@ from attention import (
 from record import provenance, write_csv
 
 from bi_ops import attention
-from bi_ops._common import runtime
 from bi_ops.attention import ops
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import support
+from bi_ops.core import runtime
 
 KERNELS = ("fwd", "dq", "dkv", "decode")
 #: The schedule function that each kernel asks.

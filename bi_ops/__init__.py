@@ -5,7 +5,7 @@ Operators live in their families: `bi_ops.matmul.linear`, `bi_ops.norm.rms_norm`
 touches no GPU. On a machine without one, kernels run in Triton's interpreter.
 """
 
-from bi_ops._common import runtime as _runtime  # noqa: F401  # isort: skip  (first: it decides how triton is imported)
+from bi_ops.core import runtime as _runtime  # noqa: F401  # isort: skip  (first: it decides how triton is imported)
 from bi_ops import activation, attention, embedding, logprob, matmul, nn, norm, reduction, rope
 from bi_ops.mode import (
     batch_invariant_backward_mode,

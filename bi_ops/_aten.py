@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from bi_ops import embedding, logprob, matmul, norm, reduction
-from bi_ops._common import checks, runtime
+from bi_ops.core import checks, runtime
 
 Tensor = torch.Tensor
 OpOverload = torch._ops.OpOverload

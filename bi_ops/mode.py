@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from bi_ops import _aten
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 
 __all__ = [
     "allow_operator",

@@ -7,7 +7,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 import bi_ops  # noqa: F401  (before torch: decides how triton is imported)
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 
 _empty, _empty_like, _new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 

@@ -12,7 +12,7 @@ import types
 import torch
 
 from bi_ops import vllm_plugin
-from bi_ops._common import providers
+from bi_ops.core import providers
 
 ORIGIN = "vllm.model_executor.layers.batch_invariant"
 LAYERNORM = "vllm.model_executor.layers.layernorm"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bi_ops._common import runtime
 from bi_ops.activation import reference, silu_and_mul
+from bi_ops.core import runtime
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 from bi_ops.verify.properties import bits_equal
 

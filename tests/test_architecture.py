@@ -16,19 +16,19 @@ FAMILIES = frozenset(p.parent.name for p in (ROOT / "bi_ops").glob("*/ops.py"))
 
 #: Part of bi_ops to the parts that it may import besides itself.
 MAY_IMPORT: dict[str, frozenset[str]] = {
-    "_common": frozenset(),
-    **dict.fromkeys(FAMILIES, frozenset({"_common"})),
+    "core": frozenset(),
+    **dict.fromkeys(FAMILIES, frozenset({"core"})),
     "nn": FAMILIES,
-    "_aten": FAMILIES | {"_common"},
-    "mode": frozenset({"_aten", "_common"}),
-    "vllm_plugin": FAMILIES | {"_common"},
-    "models": FAMILIES | {"_common", "nn"},
-    "verify": frozenset({"_common", "models"}),
-    "rollout": FAMILIES | {"_common", "nn", "models", "vllm_plugin"},
-    "rl": frozenset({"_common", "models", "rollout", "verify"}),
-    "commands": FAMILIES | {"", "_common", "models", "rollout", "rl", "verify"},
+    "_aten": FAMILIES | {"core"},
+    "mode": frozenset({"_aten", "core"}),
+    "vllm_plugin": FAMILIES | {"core"},
+    "models": FAMILIES | {"core", "nn"},
+    "verify": frozenset({"core", "models"}),
+    "rollout": FAMILIES | {"core", "nn", "models", "vllm_plugin"},
+    "rl": frozenset({"core", "models", "rollout", "verify"}),
+    "commands": FAMILIES | {"", "core", "models", "rollout", "rl", "verify"},
     "cli": frozenset({"", "commands"}),
-    "": FAMILIES | {"_common", "nn", "mode"},  # bi_ops/__init__.py
+    "": FAMILIES | {"core", "nn", "mode"},  # bi_ops/__init__.py
 }
 
 #: What an order may depend on: sizes along which is summed, and the dtype. Never a count of rows, tokens or sequences.
@@ -156,9 +156,9 @@ def test_imports_keep_the_rules():
     [
         ("bi_ops/norm/ops.py", "from bi_ops.matmul import mm", "norm may not import matmul"),
         ("bi_ops/norm/ops.py", "from ..matmul import mm", "norm may not import matmul"),
-        ("bi_ops/_common/checks.py", "from bi_ops import norm", "_common may not import norm"),
+        ("bi_ops/core/checks.py", "from bi_ops import norm", "core may not import norm"),
         ("bi_ops/norm/reference.py", "import triton", "a reference imports torch alone"),
-        ("bi_ops/norm/reference.py", "from bi_ops._common import checks", "a reference imports torch alone"),
+        ("bi_ops/norm/reference.py", "from bi_ops.core import checks", "a reference imports torch alone"),
         ("bi_ops/rollout/base.py", "try:\n    import vllm\nexcept ImportError: pass", "inside the function"),
         ("bi_ops/rollout/base.py", "class A:\n    from transformers import AutoModel", "inside the function"),
         ("bi_ops/models/packing.py", "def f():\n    from bi_ops.rl import run", "models may not import rl"),
@@ -181,7 +181,7 @@ def test_what_is_allowed_passes():
     allowed = {
         "bi_ops/rollout/base.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import vllm",
         "bi_ops/rollout/vllm_engine.py": "def start():\n    import vllm",
-        "bi_ops/norm/ops.py": "from bi_ops.norm.kernels import rms_norm_kernel\nfrom bi_ops._common import checks",
+        "bi_ops/norm/ops.py": "from bi_ops.norm.kernels import rms_norm_kernel\nfrom bi_ops.core import checks",
         "bi_ops/attention/kernels/forward.py": "from bi_ops.attention.kernels.parts import span",
         "bi_ops/nn/layers.py": "from bi_ops import matmul\nfrom bi_ops.norm import rms_norm",
     }
@@ -203,7 +203,7 @@ def test_an_order_by_row_count_is_caught():
 
 def test_operators_run_on_the_gpu_of_their_tensors():
     """torch's own decorator leaves that to the caller."""
-    assert [f for f in FILES if "library.custom_op(" in (ROOT / f).read_text()] == ["bi_ops/_common/operators.py"]
+    assert [f for f in FILES if "library.custom_op(" in (ROOT / f).read_text()] == ["bi_ops/core/operators.py"]
 
 
 #: Numbers that a kernel may be compiled for: sizes of the model, or always a multiple of 16 (C, chunks of norm). In

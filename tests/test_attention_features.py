@@ -9,10 +9,10 @@ import torch
 from test_attention_paged import ints, last_rows, paged
 
 from bi_ops import attention
-from bi_ops._common import runtime
 from bi_ops.attention import launch, ops, reference
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import support
+from bi_ops.core import runtime
 from bi_ops.verify import gradient_errors, rerun_variant
 from bi_ops.verify.properties import bits_equal
 

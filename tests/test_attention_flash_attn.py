@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 import bi_ops
 from bi_ops import attention
-from bi_ops._common import runtime
 from bi_ops.attention import flash_attn, ops, reference
+from bi_ops.core import runtime
 from bi_ops.rollout.base import attention_of
 from bi_ops.verify import gradient_errors, rerun_variant
 from bi_ops.verify.properties import bits_equal

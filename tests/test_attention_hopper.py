@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 
-from bi_ops._common import runtime
 from bi_ops.attention import flash_attention, launch, providers, reference
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import descriptors, support
+from bi_ops.core import runtime
 
 LENGTHS = [0, 1, 17, 127, 129, 128, 300, 0, 65, 1000]
 D = 128

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bi_ops import attention
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.verify.properties import bits_equal
 
 HEAD_DIMS = (40,) if runtime.INTERPRET else (64, 80, 96, 112, 128, 256)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bi_ops import attention
-from bi_ops._common import runtime
 from bi_ops.attention import checks, ops, reference
 from bi_ops.attention import schedule as sched
+from bi_ops.core import runtime
 from bi_ops.verify import gradient_errors, rerun_variant
 from bi_ops.verify.properties import bits_equal
 

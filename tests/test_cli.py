@@ -11,7 +11,7 @@ from rl_fakes import TableEngine, TableModel
 from tiny import tiny_model
 
 from bi_ops import attention, cli
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.models.qwen3 import Qwen3ForCausalLM
 from bi_ops.rl import PRESETS, TrainConfig, runner
 from bi_ops.rollout import embedded, vllm_engine

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bi_ops import logprob
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.logprob import reference
 from bi_ops.verify import ROW_COUNTS, gradient_errors, order_variant, rerun_variant, row_variant
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bi_ops import matmul
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.verify import ROW_COUNTS, rerun_variant, row_variant
 
 # The interpreter pays milliseconds per tile; a GPU takes the sizes that matter.

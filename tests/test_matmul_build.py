@@ -11,7 +11,7 @@ import pytest
 import setuptools
 import torch
 
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.matmul import cublaslt
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bi_ops import matmul as mm_ops
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.matmul import reference
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_config, tiny_model
 
 from bi_ops import norm
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.embedding import embedding
 from bi_ops.matmul import TOKEN_STEP
 from bi_ops.models.packing import pack

@@ -14,7 +14,7 @@ from torch import nn
 
 import bi_ops  # noqa: F401  (before triton: decides how kernels run)
 from bi_ops import matmul, mode, norm
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.verify import rerun_variant, row_variant
 from bi_ops.verify.properties import bits_equal
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bi_ops import norm
-from bi_ops._common import rows, runtime
+from bi_ops.core import rows, runtime
 from bi_ops.norm import ops, reference, schedule
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 

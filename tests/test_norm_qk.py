@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.norm import qk_norm_rope, qk_ops, reference, rms_norm, schedule
 from bi_ops.rope import apply_rope, cos_sin_cache
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant

@@ -7,7 +7,7 @@ import torch
 
 import bi_ops  # noqa: F401  (before triton: decides how kernels run)
 from bi_ops import reduction
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.reduction import reference
 from bi_ops.reduction import schedule as sched
 from bi_ops.verify import ROW_COUNTS, gradient_errors, order_variant, rerun_variant, row_variant

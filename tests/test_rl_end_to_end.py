@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.rl import PRESETS, read_metrics, run
 
 SMALL = {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 2, "save_every": 1}

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 
 from bi_ops import attention
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.models.packing import pack
 from bi_ops.rollout.base import SamplingParams, attention_of
 from bi_ops.rollout.embedded import EmbeddedEngine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.rope import apply_rope, cos_sin_cache, reference
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 from bi_ops.verify.properties import bits_equal

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bi_ops import attention
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.vllm_plugin import backend
 
 HEADS, HEAD_DIM, BLOCK = (4, 2), 24 if runtime.INTERPRET else 96, 16

@@ -11,7 +11,7 @@ import torch
 from fake_vllm import installed
 
 from bi_ops import attention
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.rollout import vllm_engine
 from bi_ops.rollout.base import SamplingParams, attention_of
 from bi_ops.vllm_plugin import backend

@@ -12,7 +12,7 @@ import torch
 from fake_vllm import LAYERNORM, ORIGIN, REGISTRY, SELECTOR, VERSION, installed, stock_choice, stock_rms_norm
 
 from bi_ops import vllm_plugin
-from bi_ops._common import providers
+from bi_ops.core import providers
 from bi_ops.vllm_plugin import backend
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from bi_ops._common.runtime import INTERPRET
-from bi_ops._common.triton_helpers import cast
+from bi_ops.core.runtime import INTERPRET
+from bi_ops.core.triton_helpers import cast
 
 _INTERPRET = tl.constexpr(INTERPRET)
 

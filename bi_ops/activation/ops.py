@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from bi_ops._common import checks
-from bi_ops._common.integers import cdiv
-from bi_ops._common.operators import custom_op
 from bi_ops.activation import schedule as sched
 from bi_ops.activation.kernels import silu_and_mul_backward_kernel, silu_and_mul_kernel
+from bi_ops.core import checks
+from bi_ops.core.integers import cdiv
+from bi_ops.core.operators import custom_op
 
 # --------------------------------------------------------------------------------------------------------------
 # launch: everything below works on rows [R, 2D] whose last dimension is contiguous

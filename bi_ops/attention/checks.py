@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from bi_ops._common import checks
-from bi_ops._common.integers import cdiv
 from bi_ops.attention.launch import Scores
+from bi_ops.core import checks
+from bi_ops.core.integers import cdiv
 
 
 def check_qkv(op: str, scale: float | None, **tensors: torch.Tensor) -> float:

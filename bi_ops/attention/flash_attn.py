@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bi_ops._common import runtime
-from bi_ops._common.providers import Availability, Provider
+from bi_ops.core import runtime
+from bi_ops.core.providers import Availability, Provider
 
 if TYPE_CHECKING:
     from bi_ops.attention.launch import Scores

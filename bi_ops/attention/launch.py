@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from bi_ops._common import runtime
-from bi_ops._common.integers import cdiv
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper import descriptors, support
 from bi_ops.attention.kernels.backward import (
@@ -19,6 +17,8 @@ from bi_ops.attention.kernels.backward import (
     attention_dsinks_kernel,
 )
 from bi_ops.attention.kernels.forward import attention_kernel
+from bi_ops.core import runtime
+from bi_ops.core.integers import cdiv
 
 
 @dataclass(frozen=True)

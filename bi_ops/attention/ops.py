@@ -8,9 +8,6 @@ from typing import Literal, overload
 
 import torch
 
-from bi_ops._common import checks, runtime
-from bi_ops._common.operators import custom_op
-from bi_ops._common.providers import Availability, Provider, ProviderTable, vllm_availability
 from bi_ops.attention import flash_attn
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.checks import (
@@ -33,6 +30,9 @@ from bi_ops.attention.launch import (
     tile_schedule,
     unit,
 )
+from bi_ops.core import checks, runtime
+from bi_ops.core.operators import custom_op
+from bi_ops.core.providers import Availability, Provider, ProviderTable, vllm_availability
 
 #: Head sizes at which vLLM's FlashAttention 3 gives a decoded row the bits of a prefilled one.
 VLLM_HEAD_DIMS = (128, 256)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import platform
 import sys
 from typing import Any
 
-from bi_ops._common.files import to_json
+from bi_ops.core.files import to_json
 
 #: Operator families that choose among providers have a table; the others have their Triton kernel alone.
 FAMILIES = ("matmul", "norm", "attention", "activation", "rope", "embedding", "logprob", "reduction")
@@ -49,8 +49,8 @@ def _version(package: str) -> str | None:
 
 def operators() -> list[dict[str, Any]]:
     """One record per family: op, ok, provider, why, others (name to why it could or could not run)."""
-    from bi_ops._common import runtime
-    from bi_ops._common.providers import ProviderTable
+    from bi_ops.core import runtime
+    from bi_ops.core.providers import ProviderTable
 
     kernel = "Triton's interpreter" if runtime.INTERPRET else "Triton"
     records: list[dict[str, Any]] = []
@@ -86,8 +86,8 @@ def missing(gpu: str | None) -> list[dict[str, str]]:
     import torch
 
     from bi_ops import matmul
-    from bi_ops._common import runtime
-    from bi_ops._common.providers import SUPPORTED_VLLM, vllm_availability
+    from bi_ops.core import runtime
+    from bi_ops.core.providers import SUPPORTED_VLLM, vllm_availability
     from bi_ops.matmul import cublaslt
 
     out = []
@@ -117,7 +117,7 @@ def diagnose() -> dict[str, Any]:
     import torch
 
     import bi_ops
-    from bi_ops._common import runtime
+    from bi_ops.core import runtime
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

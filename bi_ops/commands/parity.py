@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bi_ops._common.files import to_json
+from bi_ops.core.files import to_json
 
 if TYPE_CHECKING:
     from bi_ops.rollout.base import RolloutEngine

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from bi_ops._common import checks
-from bi_ops._common.integers import cdiv
-from bi_ops._common.operators import custom_op
+from bi_ops.core import checks
+from bi_ops.core.integers import cdiv
+from bi_ops.core.operators import custom_op
 from bi_ops.embedding import schedule as sched
 from bi_ops.embedding.kernels import embedding_backward_kernel, embedding_kernel
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bi_ops._common import runtime
-from bi_ops._common.integers import next_power_of_2
+from bi_ops.core import runtime
+from bi_ops.core.integers import next_power_of_2
 
 
 @dataclass(frozen=True)

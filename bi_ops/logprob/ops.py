@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from bi_ops._common import checks, runtime
-from bi_ops._common.integers import cdiv
-from bi_ops._common.operators import custom_op
-from bi_ops._common.rows import aligned_rows
+from bi_ops.core import checks, runtime
+from bi_ops.core.integers import cdiv
+from bi_ops.core.operators import custom_op
+from bi_ops.core.rows import aligned_rows
 from bi_ops.logprob import schedule as sched
 from bi_ops.logprob.kernels import (
     softmax_dx_kernel,

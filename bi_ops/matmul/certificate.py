@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 import triton
 
-from bi_ops._common.files import write_json
+from bi_ops.core.files import write_json
 from bi_ops.matmul import cublaslt
 
 #: Lengths of the free axis that are compared; the largest are left out where they would need gigabytes.

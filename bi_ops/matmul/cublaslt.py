@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from bi_ops._common import runtime
-from bi_ops._common.providers import Availability
+from bi_ops.core import runtime
+from bi_ops.core.providers import Availability
 
 #: Inside the package, so that a wheel carries it too.
 _SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cublaslt.cpp"

@@ -26,8 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bi_ops._common.integers import cdiv
-from bi_ops._common.turns import end_turn, wait_turn
+from bi_ops.core.integers import cdiv
+from bi_ops.core.turns import end_turn, wait_turn
 from bi_ops.matmul.schedule import CarrySchedule, carry_split
 
 # Later releases than triton 3.6 call them by other names.

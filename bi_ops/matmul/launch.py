@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bi_ops._common import runtime
-from bi_ops._common.integers import cdiv
+from bi_ops.core import runtime
+from bi_ops.core.integers import cdiv
 from bi_ops.matmul import certificate, cublaslt
 from bi_ops.matmul import schedule as sched
 from bi_ops.matmul.kernels import matmul_kernel

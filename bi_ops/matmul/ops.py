@@ -7,9 +7,9 @@ import math
 
 import torch
 
-from bi_ops._common import checks, runtime
-from bi_ops._common.operators import custom_op, dispatcher_is_watched, is_plain
-from bi_ops._common.providers import Availability, Provider, ProviderTable, vllm_availability
+from bi_ops.core import checks, runtime
+from bi_ops.core.operators import custom_op, dispatcher_is_watched, is_plain
+from bi_ops.core.providers import Availability, Provider, ProviderTable, vllm_availability
 from bi_ops.matmul import certificate, cublaslt
 from bi_ops.matmul.launch import launch_cublaslt, launch_triton, launch_weight_grad
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bi_ops._common import runtime
-from bi_ops._common.rows import TOKEN_STEP
+from bi_ops.core import runtime
+from bi_ops.core.rows import TOKEN_STEP
 
 
 @dataclass(frozen=True)

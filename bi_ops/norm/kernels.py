@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops._common.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast
 
 #: Chunks of one column that lie side by side in the partial sums of dweight: 16 bytes, one load of a thread.
 GROUP = tl.constexpr(4)

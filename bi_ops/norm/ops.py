@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from bi_ops._common import checks, runtime
-from bi_ops._common.integers import cdiv
-from bi_ops._common.operators import custom_op
-from bi_ops._common.rows import aligned_rows, head_rows
+from bi_ops.core import checks, runtime
+from bi_ops.core.integers import cdiv
+from bi_ops.core.operators import custom_op
+from bi_ops.core.rows import aligned_rows, head_rows
 from bi_ops.norm import schedule as sched
 from bi_ops.norm.kernels import (
     add_chunks_kernel,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops._common.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast
 from bi_ops.norm.kernels import add_chunks, dx_of_held, load_weight, row_start, row_sum, squares, store_partial
 
 

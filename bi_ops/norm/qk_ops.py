@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from bi_ops._common import checks
-from bi_ops._common.integers import cdiv
-from bi_ops._common.operators import custom_op
-from bi_ops._common.rows import ALIGNMENT, aligned_rows
+from bi_ops.core import checks
+from bi_ops.core.integers import cdiv
+from bi_ops.core.operators import custom_op
+from bi_ops.core.rows import ALIGNMENT, aligned_rows
 from bi_ops.norm import schedule as sched
 from bi_ops.norm.qk_kernels import qk_add_chunks_kernel, qk_norm_rope_backward_kernel, qk_norm_rope_kernel
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bi_ops._common import runtime
-from bi_ops._common.integers import cdiv, next_power_of_2
-from bi_ops._common.rows import ALIGNMENT, TOKEN_STEP
+from bi_ops.core import runtime
+from bi_ops.core.integers import cdiv, next_power_of_2
+from bi_ops.core.rows import ALIGNMENT, TOKEN_STEP
 
 #: Elements of a tile of several rows. A thread that had less than 16 bytes of it would be another layout, with another
 #: tree, so the tile does not shrink when rows are few.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops._common.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from bi_ops._common import checks
-from bi_ops._common.integers import cdiv
-from bi_ops._common.operators import custom_op
+from bi_ops.core import checks
+from bi_ops.core.integers import cdiv
+from bi_ops.core.operators import custom_op
 from bi_ops.reduction import schedule as sched
 from bi_ops.reduction.kernels import sum_kernel
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bi_ops._common.files import write_atomically, write_json
+from bi_ops.core.files import write_atomically, write_json
 
 LATEST = "latest"
 

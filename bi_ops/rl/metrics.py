@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bi_ops._common.files import to_json
+from bi_ops.core.files import to_json
 
 
 @dataclass(frozen=True)

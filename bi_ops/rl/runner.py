@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bi_ops._common.files import write_json
+from bi_ops.core.files import write_json
 from bi_ops.rl import checkpoint
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bi_ops._common.rows import TOKEN_STEP
+from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.packing import pack
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.loss import group_advantages, grpo_loss, ordered_sum, token_weights

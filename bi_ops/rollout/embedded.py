@@ -10,8 +10,8 @@ import torch
 import triton
 
 from bi_ops import logprob, matmul
-from bi_ops._common import runtime
 from bi_ops.attention import paged_attention, providers
+from bi_ops.core import runtime
 from bi_ops.models.qwen3 import Qwen3ForCausalLM
 from bi_ops.rollout.base import Completion, SamplingParams, attention_of, check_request
 from bi_ops.rollout.sampling import sample

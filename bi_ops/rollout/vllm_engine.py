@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bi_ops import vllm_plugin
-from bi_ops._common import runtime
-from bi_ops._common.providers import require_vllm
+from bi_ops.core import runtime
+from bi_ops.core.providers import require_vllm
 from bi_ops.rollout.base import Completion, SamplingParams, check_request
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from bi_ops._common import checks
-from bi_ops._common.integers import cdiv, next_power_of_2
-from bi_ops._common.operators import custom_op
+from bi_ops.core import checks
+from bi_ops.core.integers import cdiv, next_power_of_2
+from bi_ops.core.operators import custom_op
 from bi_ops.rope import schedule as sched
 from bi_ops.rope.kernels import rope_kernel
 

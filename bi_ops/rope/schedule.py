@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from bi_ops._common.providers import require_vllm
+from bi_ops.core.providers import require_vllm
 from bi_ops.vllm_plugin import backend
 from bi_ops.vllm_plugin.patches import PATCHES, Patch
 

@@ -30,14 +30,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bi_ops._common import runtime
-from bi_ops._common.integers import cdiv
-from bi_ops._common.turns import end_turn, wait_turn
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper.descriptors import layout, rows
 from bi_ops.attention.hopper.lists import by_length, pairs_of_program
 from bi_ops.attention.hopper.parts import LOG2E, clear_rows
 from bi_ops.attention.kernels.parts import find_tile
+from bi_ops.core import runtime
+from bi_ops.core.integers import cdiv
+from bi_ops.core.turns import end_turn, wait_turn
 
 TEAMS = gl.constexpr(2)
 KEYS = gl.constexpr(64)  # of a team: what four warps hold of a product

@@ -22,11 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bi_ops._common import runtime
-from bi_ops._common.integers import cdiv
 from bi_ops.attention.hopper.descriptors import copyable, layout, rows
 from bi_ops.attention.hopper.lists import by_length, pairs_of_program
 from bi_ops.attention.hopper.parts import LOG2E, clear_rows
+from bi_ops.core import runtime
+from bi_ops.core.integers import cdiv
 
 TEAMS = gl.constexpr(2)
 BLOCK_N = gl.constexpr(64)  # keys: what four warps hold of a product

@@ -21,11 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bi_ops._common import runtime
-from bi_ops._common.integers import cdiv
 from bi_ops.attention.hopper.descriptors import rows
 from bi_ops.attention.hopper.lists import by_length, steps_of, take, tile_of
 from bi_ops.attention.hopper.parts import LOG2E, ROWS, clear_rows
+from bi_ops.core import runtime
+from bi_ops.core.integers import cdiv
 
 TEAMS = gl.constexpr(2)
 BLOCK_N = gl.constexpr(64)  # keys of a step: part of the order

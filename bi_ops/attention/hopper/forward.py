@@ -13,13 +13,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from bi_ops._common import runtime
-from bi_ops._common.integers import cdiv
 from bi_ops.attention import schedule as sched
 from bi_ops.attention.hopper.descriptors import rows
 from bi_ops.attention.hopper.lists import by_length, steps_of, take, tile_of
 from bi_ops.attention.hopper.parts import LN2, LOG2E, ROWS, clear_rows, inverse
 from bi_ops.attention.hopper.walk import stage_of, walk, walk_ahead
+from bi_ops.core import runtime
+from bi_ops.core.integers import cdiv
 
 
 @gluon.jit

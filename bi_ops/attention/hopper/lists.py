@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from bi_ops._common.integers import cdiv
+from bi_ops.core.integers import cdiv
 
 #: Sequences of a program, and how many others it compares them with at a time.
 ROWS, STEP = 32, 128

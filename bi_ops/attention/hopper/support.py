@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 
 #: Head sizes of `forward` and `decode`.
 HEAD_DIMS = (64, 128, 256)

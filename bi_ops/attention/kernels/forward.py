@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops._common.triton_helpers import cast
 from bi_ops.attention.kernels.parts import (
     LN2,
     LOG2E,
@@ -23,6 +22,7 @@ from bi_ops.attention.kernels.parts import (
     store_rows,
     visible,
 )
+from bi_ops.core.triton_helpers import cast
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bi_ops._common.files import write_atomically, write_json
+from bi_ops.core.files import write_atomically, write_json
 from bi_ops.models.qwen3.config import Qwen3Config
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bi_ops import activation, attention, embedding, logprob, matmul, norm, rope
-from bi_ops._common import runtime
-from bi_ops._common.integers import cdiv
+from bi_ops.core import runtime
+from bi_ops.core.integers import cdiv
 from bi_ops.models.packing import PackedBatch
 from bi_ops.models.qwen3.config import Qwen3Config
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bi_ops._common import runtime
+from bi_ops.core import runtime
 
 #: Dtypes that the floating-point kernels accept.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

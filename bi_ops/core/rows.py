@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bi_ops._common.integers import cdiv
+from bi_ops.core.integers import cdiv
 
 #: Triton specialises a kernel on pointers (in bytes) and strides (in elements) divisible by this.
 ALIGNMENT = 16

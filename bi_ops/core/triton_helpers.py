@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops._common.runtime import INTERPRET
+from bi_ops.core.runtime import INTERPRET
 
 _INTERPRET = tl.constexpr(INTERPRET)
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bi_ops._common.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from bi_ops import attention, embedding, logprob, matmul, reduction
-from bi_ops._common import operators
-from bi_ops._common.operators import custom_op, on_device_of_first
+from bi_ops.core import operators
+from bi_ops.core.operators import custom_op, on_device_of_first
 from bi_ops.matmul import TOKEN_STEP
 from bi_ops.models.packing import pack
 from bi_ops.verify.properties import bits_equal

@@ -1,1 +1,0 @@
-"""What every operator family shares: the runtime, argument checks, providers, Triton helpers."""

@@ -1,0 +1,1 @@
+"""What every operator shares: the runtime, architectures, orders, backends, argument checks, custom operators."""

@@ -1,0 +1,181 @@
+"""Orders as values, the architecture table, and the one selector."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from bi_ops.core import arch as arches
+from bi_ops.core import runtime
+from bi_ops.core.backends import Backend, Backends, Support
+from bi_ops.core.orders import Order, OrderRecord
+
+
+@dataclass(frozen=True)
+class KeyOrder(Order):
+    block_n: int
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class PairOrder(Order):
+    inner: KeyOrder
+
+
+def test_an_order_is_a_value():
+    assert {KeyOrder(64), KeyOrder(64), KeyOrder(128)} == {KeyOrder(64), KeyOrder(128)}
+    assert PairOrder(KeyOrder(64)).as_dict() == {
+        "kind": "PairOrder",
+        "inner": {"kind": "KeyOrder", "block_n": 64, "dtype": "bfloat16"},
+    }
+
+
+def test_a_record_survives_json_and_its_digest_tells_orders_apart():
+    record = OrderRecord.of("sm_90", {"attention": KeyOrder(64), "norm": KeyOrder(1024)})
+    again = OrderRecord.from_dict(json.loads(json.dumps(record.as_dict())))
+    assert again == record
+    assert again.digest == record.digest
+    other = OrderRecord.of("sm_90", {"attention": KeyOrder(128), "norm": KeyOrder(1024)})
+    assert other.digest != record.digest
+    [difference] = record.differences(other)
+    assert difference.startswith("attention: ")
+    assert "64" in difference
+    assert "128" in difference
+    assert record.differences(replace(record, arch="sm_80")) == ["architecture sm_90 and sm_80"]
+    assert record.differences(again) == []
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"arch": "sm_90", "orders": 3, "digest": ""}, {"arch": "sm_90", "orders": {}, "digest": "0" * 16}]
+)
+def test_a_record_that_is_none_or_was_edited_is_refused(values):
+    with pytest.raises(ValueError, match=r"^orders: "):
+        OrderRecord.from_dict(values)
+
+
+class Fast(Backend):
+    name = "fast"
+
+    def supports(self, problem, arch):
+        return Support(problem != "odd", "odd problems")
+
+    def order(self, problem, arch):
+        return KeyOrder(64)
+
+
+class Slow(Backend):
+    name = "slow"
+
+    def order(self, problem, arch):
+        return KeyOrder(64)
+
+
+class Other(Backend):
+    name = "other"
+    automatic = False
+
+    def order(self, problem, arch):
+        return KeyOrder(16)
+
+
+class Absent(Backend):
+    name = "absent"
+
+    def available(self):
+        return Support(False, "no such GPU")
+
+
+@pytest.fixture
+def table() -> Backends:
+    return Backends("toy", (Absent(), Fast(), Slow(), Other()))
+
+
+def test_the_first_backend_that_can_serve_is_selected(table):
+    assert table.select("even", arches.INTERPRETER).name == "fast"
+    assert table.select("odd", arches.INTERPRETER).name == "slow"
+    assert table.select("even", arches.INTERPRETER, "other").name == "other"
+    assert table.select("even", arches.INTERPRETER, order=KeyOrder(64)).name == "fast"
+
+
+@pytest.mark.parametrize(
+    ("backend", "order", "message"),
+    [
+        ("absent", None, "toy: backend 'absent' cannot run here: no such GPU"),
+        ("fast", None, "toy: backend 'fast' cannot serve odd problems"),
+        ("other", KeyOrder(64), "toy: backend 'other' computes another order: .*16.* asked for .*64"),
+        (None, KeyOrder(8), "toy: no backend can serve odd .*absent cannot run here.*slow computes another order"),
+    ],
+)
+def test_a_selection_that_cannot_be_served_says_why(table, backend, order, message):
+    with pytest.raises(RuntimeError, match=message):
+        table.select("odd", arches.INTERPRETER, backend, order)
+
+
+def test_an_unknown_backend_lists_the_known_ones(table):
+    with pytest.raises(ValueError, match="toy: no backend 'fats'; backends are absent, fast, slow, other"):
+        table.select("even", arches.INTERPRETER, "fats")
+
+
+def test_a_backend_is_added_by_one_registration(table):
+    class Faster(Fast):
+        name = "faster"
+
+    assert table.select("even", arches.INTERPRETER).name == "fast"
+    table.register(Faster(), first=True)
+    assert table.select("even", arches.INTERPRETER).name == "faster"
+    assert [row["name"] for row in table.table()] == ["faster", "absent", "fast", "slow", "other"]
+    table.unregister("faster")
+    assert table.select("even", arches.INTERPRETER).name == "fast"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A machine whose GPU is of the named architecture."""
+
+    def pretend(name: str) -> None:
+        monkeypatch.setattr(runtime, "INTERPRET", False)
+        monkeypatch.setattr(runtime, "architecture", lambda device=None: name)
+        arches._of_device.cache_clear()
+        arches._of_name.cache_clear()
+
+    yield pretend
+    arches._of_device.cache_clear()
+    arches._of_name.cache_clear()
+
+
+def test_an_architecture_that_the_table_does_not_know_takes_the_portable_orders_and_says_so_once(on_a_gpu):
+    on_a_gpu("sm_80")
+    with pytest.warns(UserWarning, match=r"no orders of its own for sm_80 \(known: interpreter, sm_90\)"):
+        here = arches.of(torch.device("cuda", 0))
+    assert (here.name, here.orders, here.gluon) == ("sm_80", "portable", False)
+    assert "sm_80" in here.reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert arches.of(torch.device("cuda", 1)) == here
+
+
+def test_a_triton_that_the_kernels_do_not_know_takes_the_portable_orders(on_a_gpu, monkeypatch):
+    import triton
+
+    on_a_gpu("sm_90")
+    monkeypatch.setattr(triton, "__version__", "3.7.0")
+    with pytest.warns(UserWarning, match=r"were not built with Triton 3\.7\.0"):
+        assert arches.of(torch.device("cuda", 0)).orders == "portable"
+    arches._of_device.cache_clear()
+    arches._of_name.cache_clear()
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    assert arches.of(torch.device("cuda", 0)) is arches.SM_90
+
+
+def test_an_architecture_is_added_by_one_registration(on_a_gpu):
+    on_a_gpu("sm_00")
+    toy = arches.register(arches.Arch(name="sm_00", orders="sm_00", one_pass_backward=True))
+    try:
+        assert arches.of(torch.device("cuda", 0)) is toy
+        assert arches.known()["sm_00"] is toy
+    finally:
+        del arches._TABLE["sm_00"]
