@@ -5,7 +5,7 @@
 Every run is a process of its own that imports one of the two checkouts; runs alternate, old first. Only public
 functions are called, so both sides run the same lines. Cells are those of the GEMM, attention and training-step
 benchmarks, every third of them, fixed by their place in the list. A cell's figure is the median of a run's repetitions;
-a side's figure is the better of its runs; the spread is how far the runs of the old checkout lie apart. vLLM is not needed.
+a side's figure is the better of its runs; the spread is how far the runs of old lie apart. vLLM is not needed.
 """
 
 from __future__ import annotations
