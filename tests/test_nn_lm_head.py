@@ -1,0 +1,84 @@
+"""The chunked LM head against the two operators that it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bi_ops import logprob, matmul
+from bi_ops.nn.lm_head import linear_token_logprobs
+from bi_ops.verify.properties import bits_equal
+
+T, K, V = 70, 48, 90
+
+
+def inputs(device, dtype, weight_dtype):
+    hidden = torch.randn(T, K, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(V, K, device=device).to(weight_dtype).requires_grad_()
+    return hidden, weight, torch.randint(V, (T,), device=device), torch.randn(T, device=device)
+
+
+@pytest.mark.parametrize("chunk_rows", [16, 32, 64, 80, None])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_any_chunk_has_the_bits_of_the_two_operators(device, dtype, weight_dtype, chunk_rows):
+    hidden, weight, ids, g = inputs(device, dtype, weight_dtype)
+    expected = logprob.token_logprobs(matmul.linear(hidden, weight), ids)
+    got = linear_token_logprobs(hidden, weight, ids, chunk_rows=chunk_rows)
+    assert bits_equal(got, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (hidden, weight), g), torch.autograd.grad(expected, (hidden, weight), g), strict=True
+    ):
+        assert bits_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("chunk_rows", [16, 48, None])
+def test_main_grad_goes_on_from_what_it_holds(device, chunk_rows):
+    hidden, weight, ids, g = inputs(device, torch.bfloat16, torch.float32)
+    buffers = [torch.full((V, K), 0.5, device=device) for _ in range(2)]
+    logprob.token_logprobs(matmul.linear(hidden, weight, main_grad=buffers[0]), ids).backward(g)
+    expected, hidden.grad = hidden.grad, None
+    linear_token_logprobs(hidden, weight, ids, buffers[1], chunk_rows).backward(g)
+    assert bits_equal(hidden.grad, expected)
+    assert bits_equal(*buffers)
+    assert weight.grad is None
+
+
+def test_chunks_in_another_order_would_have_other_bits(device):
+    """Negative control: the weight gradient tells in which order its rows came."""
+    hidden, _weight, _, _ = inputs(device, torch.bfloat16, torch.bfloat16)
+    dlogits = torch.randn(T, V, device=device).bfloat16()
+    forth, back = (torch.zeros(V, K, device=device) for _ in range(2))
+    for part in (slice(0, 32), slice(32, T)):
+        matmul.accumulate_weight_grad(forth, dlogits[part], hidden[part].detach())
+    for part in (slice(32, T), slice(0, 32)):
+        matmul.accumulate_weight_grad(back, dlogits[part], hidden[part].detach())
+    assert not bits_equal(forth, back)
+
+
+def test_a_frozen_weight_or_hidden_state_gets_no_gradient(device):
+    hidden, weight, ids, g = inputs(device, torch.bfloat16, torch.bfloat16)
+    linear_token_logprobs(hidden, weight.detach(), ids, chunk_rows=16).backward(g)
+    assert hidden.grad is not None
+    linear_token_logprobs(hidden.detach(), weight, ids, chunk_rows=16).backward(g)
+    assert weight.grad is not None
+
+
+def test_no_rows_are_no_scores(device):
+    hidden, weight, ids, _ = inputs(device, torch.bfloat16, torch.bfloat16)
+    assert linear_token_logprobs(hidden[:0], weight, ids[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("chunk_rows", [0, -16, 8, 17])
+def test_a_chunk_that_would_cut_a_step_is_refused(device, chunk_rows):
+    hidden, weight, ids, _ = inputs(device, torch.bfloat16, torch.bfloat16)
+    with pytest.raises(ValueError, match=f"multiple of 16, got {chunk_rows}"):
+        linear_token_logprobs(hidden, weight, ids, chunk_rows=chunk_rows)
+
+
+def test_shapes_that_do_not_fit_are_refused(device):
+    hidden, weight, ids, _ = inputs(device, torch.bfloat16, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"linear_token_logprobs: needs hidden \[T, K\]"):
+        linear_token_logprobs(hidden, weight, ids[:-1])
