@@ -22,6 +22,7 @@ from record import provenance, write_csv
 import bi_ops  # isort: skip  (before triton)
 import torch
 
+from bi_ops.core import vllm
 from bi_ops.matmul import ops, providers
 
 #: hidden, intermediate, query heads, key heads; head_dim 128, vocabulary 151,936.
@@ -85,9 +86,7 @@ def vllm_product() -> Callable[..., torch.Tensor] | None:
     """vLLM's batch-invariant kernel, where vLLM is installed."""
     if not providers.get("vllm").available().ok:
         return None
-    from vllm.model_executor.layers.batch_invariant import matmul_persistent
-
-    return matmul_persistent
+    return vllm.batch_invariant_module().matmul_persistent
 
 
 def forward_rows(model: str, pool: torch.Tensor, sizes: tuple[int, ...]) -> Iterator[dict[str, object]]:

@@ -12,9 +12,8 @@ import types
 import torch
 
 from bi_ops import vllm_plugin
-from bi_ops.core import providers
+from bi_ops.core import vllm
 
-ORIGIN = "vllm.model_executor.layers.batch_invariant"
 LAYERNORM = "vllm.model_executor.layers.layernorm"
 SELECTOR = "vllm.v1.attention.selector"
 REGISTRY = "vllm.v1.attention.backends.registry"
@@ -33,8 +32,17 @@ def stock_rms_norm(input, weight, eps=1e-6, residual=None):
 
 @functools.cache
 def stock_choice(backend, attn_selector_config, num_heads=None):
-    """vLLM's choice of an attention backend, cached as there."""
+    """vLLM 0.26's choice of an attention backend, cached as there."""
     return types.SimpleNamespace(get_name=lambda: backend)
+
+
+@functools.cache
+def stock_choice_by_cache(backend, attn_selector_config, num_heads=None, *, _run_kv_cache_dtype=None):
+    """vLLM 0.33's."""
+    return types.SimpleNamespace(get_name=lambda: backend)
+
+
+CHOICES = {"0.26.0": stock_choice, "0.33.0": stock_choice_by_cache}
 
 
 class Slots(dict):
@@ -50,14 +58,15 @@ class Slots(dict):
 
 
 @contextlib.contextmanager
-def installed(monkeypatch):
-    """Yields the modules of a fake vLLM 0.26.0 in batch-invariant mode; the real one, if installed, is put aside."""
+def installed(monkeypatch, version="0.26.0"):
+    """Yields the modules of a fake vLLM in batch-invariant mode; the real one, if installed, is put aside."""
+    origin = vllm.RELEASES[version].batch_invariant
     for name in [n for n in sys.modules if n == "vllm" or n.startswith("vllm.")]:
         monkeypatch.delitem(sys.modules, name)
     modules = {}
     packages = ("vllm", "vllm.envs", "vllm.model_executor", "vllm.model_executor.layers", "vllm.v1")
-    packages += ("vllm.v1.attention", "vllm.v1.attention.backends")
-    for name in (*packages, ORIGIN, LAYERNORM, SELECTOR, REGISTRY, VERSION):
+    packages += ("vllm.model_executor.determinism", "vllm.v1.attention", "vllm.v1.attention.backends")
+    for name in (*packages, origin, LAYERNORM, SELECTOR, REGISTRY, VERSION):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__path__ = []
@@ -68,16 +77,16 @@ def installed(monkeypatch):
             setattr(modules[parent], child, module)
     modules["vllm.envs"].VLLM_BATCH_INVARIANT = True
     modules["vllm.envs"].VLLM_ENABLE_V1_MULTIPROCESSING = False
-    modules[ORIGIN].rms_norm_batch_invariant = modules[LAYERNORM].rms_norm_batch_invariant = stock_rms_norm
-    modules[SELECTOR]._cached_get_attn_backend = stock_choice
+    modules[origin].rms_norm_batch_invariant = modules[LAYERNORM].rms_norm_batch_invariant = stock_rms_norm
+    modules[SELECTOR]._cached_get_attn_backend = CHOICES[version]
     modules[VERSION].get_flash_attn_version = lambda head_size: 3
     modules[REGISTRY].AttentionBackendEnum = Slots()
     modules[REGISTRY].register_backend = lambda slot, path: slot.put(path)
     real_version = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.26.0" if n == "vllm" else real_version(n))
-    providers.vllm_availability.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: version if n == "vllm" else real_version(n))
+    vllm.installed.cache_clear()
     try:
         yield modules
     finally:
         vllm_plugin.unregister()
-        providers.vllm_availability.cache_clear()
+        vllm.installed.cache_clear()

@@ -111,7 +111,9 @@ def test_bad_input_is_named(call, error, message, device):
 @pytest.mark.gpu
 @pytest.mark.vllm
 def test_bits_equal_both_of_vllms_samplers(device):
-    from vllm.model_executor.layers.batch_invariant import log_softmax
+    from bi_ops.core.vllm import batch_invariant_module
+
+    log_softmax = batch_invariant_module().log_softmax
     from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
 
     for vocab in (256, 1024, 32000, 151936):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from bi_ops import attention
-from bi_ops.core import runtime
+from bi_ops.core import runtime, vllm
 from bi_ops.vllm_plugin import backend
 
 HEADS, HEAD_DIM, BLOCK = (4, 2), 24 if runtime.INTERPRET else 96, 16
@@ -42,10 +43,10 @@ def features(layer, device):
     }
 
 
-def metadata(**changes):
-    """vLLM's FlashAttentionMetadata, as far as it is read."""
-    unused = {"mm_prefix_range_tensor": None, "rswa_prefix_lens": None, "dcp_context_kv_lens": None}
-    return types.SimpleNamespace(**({"causal": True, "use_cascade": False, **unused} | changes))
+def metadata(release, **changes):
+    """That release's FlashAttentionMetadata, as far as it is read."""
+    unused = {f: False if f == "use_cascade" else None for f in release.refused_metadata.values()}
+    return types.SimpleNamespace(**({"causal": True, **unused} | changes))
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -79,7 +80,9 @@ def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(layer, batch, la
     news = [new for _, new in BATCHES[batch]]
     query = torch.cat((q[rows], torch.zeros_like(q[:2])))  # vLLM pads a batch
     output = torch.full_like(query, -1.0)
+    release = vllm.RELEASES["0.33.0"]
     found = metadata(
+        release,
         num_actual_tokens=len(rows),
         max_query_len=max(news),
         query_start_loc=torch.tensor([sum(news[:i]) for i in range(len(news) + 1)], dtype=torch.int32, device=device),
@@ -87,7 +90,7 @@ def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(layer, batch, la
         block_table=table.to(device),
     )
     with torch.no_grad():
-        attend = functools.partial(backend.attend, query, cache, found, HEAD_DIM, HEAD_DIM**-0.5)
+        attend = functools.partial(backend.attend, query, cache, found, HEAD_DIM, HEAD_DIM**-0.5, release=release)
         assert attend(output, **features(layer, device)) is output
         if layer != "plain":  # negative control
             assert not torch.equal(attend(output.clone())[: len(rows)], trained[rows])
@@ -97,19 +100,21 @@ def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(layer, batch, la
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("version", "change", "what"),
     [
-        ({"causal": False}, "not causal"),
-        ({"causal": torch.ones(1)}, "not causal"),
-        ({"use_cascade": True}, "cascade"),
-        ({"rswa_prefix_lens": torch.ones(1)}, "sliding windows"),
-        ({"dcp_context_kv_lens": torch.ones(1), "use_cascade": True}, "cascade attention, context parallelism"),
+        ("0.26.0", {"causal": False}, "not causal"),
+        ("0.33.0", {"causal": torch.ones(1)}, "not causal"),
+        ("0.26.0", {"use_cascade": True}, "cascade"),
+        ("0.26.0", {"mm_prefix_range_tensor": torch.ones(1)}, "multimodal prefixes"),
+        ("0.33.0", {"mm_prefix_query_range_tensor": torch.ones(1)}, "multimodal prefixes"),
+        ("0.33.0", {"rswa_prefix_lens": torch.ones(1)}, "sliding windows"),
+        ("0.26.0", {"dcp_context_kv_lens": torch.ones(1), "use_cascade": True}, "cascade attention, context parallel"),
     ],
 )
-def test_what_the_kernel_does_not_compute_is_refused(change, what):
-    none = torch.empty(0)
+def test_what_the_kernel_does_not_compute_is_refused(version, change, what):
+    none, release = torch.empty(0), vllm.RELEASES[version]
     with pytest.raises(NotImplementedError, match=what):
-        backend.attend(none, none, metadata(**change), 64, 0.125, none)
+        backend.attend(none, none, metadata(release, **change), 64, 0.125, none, release=release)
 
 
 def real(name):
@@ -162,9 +167,7 @@ def test_the_installed_vllms_layer_runs_the_kernel(layer, device, monkeypatch):
         sinks = torch.nn.Parameter(sinks[:2].to(device))  # as vLLM's models hold them
     impl = impl_cls(2, 64, 0.125, 2, None, window, "auto", softcap, "decoder", None, sinks=sinks)
     k = torch.randn(20, 2, 128, device=device).bfloat16()
-    shape = backend.PagedAttentionBackend.get_kv_cache_shape(2, 16, 2, 64)
-    cache = torch.zeros(shape, device=device).bfloat16()
-    assert cache.shape == (2, 2, 16, 128)
+    cache = torch.zeros(2, 2, 16, 128, device=device).bfloat16()  # [blocks, Hkv, block_size, 2 * D]
     cache[0], cache[1, :, :4] = k[:16].transpose(0, 1), k[16:].transpose(0, 1)
     whole = torch.tensor([0, 20], dtype=torch.int32, device=device)
     query = torch.randn(20, 2, 64, device=device).bfloat16()
@@ -183,6 +186,7 @@ def test_the_installed_vllms_layer_runs_the_kernel(layer, device, monkeypatch):
     given |= {"block_table": torch.tensor([[0, 1]], dtype=torch.int32, device=device)}
     given |= {"query_start_loc": torch.tensor([0, 1], dtype=torch.int32, device=device), "seq_lens": whole[1:]}
     given |= {"sliding_window": (2, 0)}  # the group's, which is not the layer's
+    given = {f.name: given[f.name] for f in dataclasses.fields(flash.FlashAttentionMetadata) if f.name in given}
     output = torch.zeros(1, 2, 64, device=device).bfloat16()
     with torch.inference_mode():
         impl.forward(None, query[19:], None, None, cache, flash.FlashAttentionMetadata(**given), output)
@@ -217,6 +221,7 @@ def test_the_installed_vllms_own_kernel_computes_the_same_function(layer, device
             row = torch.cat((k[starts[i] + at], v[starts[i] + at]), -1)
             cache[int(table[i, at // page]), :, at % page] = row
     found = metadata(
+        vllm.require("the test"),
         num_actual_tokens=46,
         max_query_len=40,
         max_seq_len=40,

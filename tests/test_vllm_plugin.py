@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.metadata
+import re
 import sys
 from collections import namedtuple
 
 import pytest
 import torch
-from fake_vllm import LAYERNORM, ORIGIN, REGISTRY, SELECTOR, VERSION, installed, stock_choice, stock_rms_norm
+from fake_vllm import CHOICES, LAYERNORM, REGISTRY, SELECTOR, VERSION, installed, stock_rms_norm
 
 from bi_ops import vllm_plugin
-from bi_ops.core import providers
+from bi_ops.core import vllm as releases
 from bi_ops.vllm_plugin import backend
 
 
+@pytest.fixture(params=releases.RELEASES)
+def version(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def vllm(monkeypatch):
-    with installed(monkeypatch) as modules:
+def vllm(monkeypatch, version):
+    with installed(monkeypatch, version) as modules:
         yield modules
+
+
+def origin_of(vllm):
+    """Where this release has its batch-invariant kernels."""
+    [origin] = [r.batch_invariant for r in releases.RELEASES.values() if r.batch_invariant in vllm]
+    return vllm[origin]
 
 
 def in_force(vllm) -> list[bool]:
     """Is each patch, and the backend?"""
-    patched = [vllm[m].rms_norm_batch_invariant is not stock_rms_norm for m in (ORIGIN, LAYERNORM)]
+    patched = [m.rms_norm_batch_invariant is not stock_rms_norm for m in (origin_of(vllm), vllm[LAYERNORM])]
     offered = dict(vllm[REGISTRY].AttentionBackendEnum) == {"CUSTOM": backend.PATH}
-    return [*patched, vllm[SELECTOR]._cached_get_attn_backend is not stock_choice, offered]
+    return [*patched, vllm[SELECTOR]._cached_get_attn_backend not in CHOICES.values(), offered]
 
 
 def test_register_is_idempotent_and_unregister_gives_back(vllm):
@@ -69,20 +81,20 @@ def test_nothing_happens_outside_batch_invariant_mode(vllm, caplog, monkeypatch)
 
 def test_another_vllm_version_is_refused(vllm, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.27.1")
-    with pytest.raises(RuntimeError, match=r"vLLM 0\.27\.1 is not supported; supported: 0\.26\.0"):
+    with pytest.raises(RuntimeError, match=r"vLLM 0\.27\.1 is not supported; supported: 0\.26\.0, 0\.33\.0"):
         vllm_plugin.register()
     assert in_force(vllm) == [False] * 4
 
 
 @pytest.mark.parametrize("change", ["signature", "missing"])
-def test_a_patch_point_that_looks_different_is_refused_and_nothing_is_patched(vllm, change):
+def test_a_patch_point_that_looks_different_is_refused_and_nothing_is_patched(vllm, version, change):
     if change == "signature":
         vllm[LAYERNORM].rms_norm_batch_invariant = lambda x, weight, eps: x
     else:
         del vllm[LAYERNORM].rms_norm_batch_invariant
-    with pytest.raises(RuntimeError, match=r"layernorm\.rms_norm_batch_invariant .* in vLLM 0\.26\.0"):
+    with pytest.raises(RuntimeError, match=rf"layernorm\.rms_norm_batch_invariant .* in vLLM {re.escape(version)}"):
         vllm_plugin.register()
-    assert vllm[ORIGIN].rms_norm_batch_invariant is stock_rms_norm
+    assert origin_of(vllm).rms_norm_batch_invariant is stock_rms_norm
     assert not vllm_plugin.is_registered()
 
 
@@ -121,7 +133,7 @@ def test_without_vllm_the_error_says_how_to_get_it(vllm, monkeypatch):
     for name in vllm:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(releases.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(RuntimeError, match=r"bi-ops\[vllm\]"):
         vllm_plugin.register()
 
@@ -129,6 +141,6 @@ def test_without_vllm_the_error_says_how_to_get_it(vllm, monkeypatch):
 def test_the_installed_vllm_has_the_patch_points():
     """Checks the real thing where it is installed, GPU or not."""
     pytest.importorskip("vllm")
-    for patch in vllm_plugin.PATCHES:
+    for patch in vllm_plugin.patches_of(releases.require("the test")):
         module = pytest.importorskip(patch.module)
         assert patch.stock(module)

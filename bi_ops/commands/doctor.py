@@ -87,7 +87,7 @@ def missing(gpu: str | None) -> list[dict[str, str]]:
 
     from bi_ops import matmul
     from bi_ops.core import runtime
-    from bi_ops.core.providers import SUPPORTED_VLLM, vllm_availability
+    from bi_ops.core.vllm import RELEASES, availability
     from bi_ops.matmul import cublaslt
 
     out = []
@@ -105,9 +105,9 @@ def missing(gpu: str | None) -> list[dict[str, str]]:
     if gpu is not None and runtime.architecture() == "sm_90" and not binding.ok:
         means = f"products run in Triton: the same bits, more slowly ({binding.reason})"
         out.append({"what": "cuBLASLt", "means": means, "how": cublaslt.REQUIREMENTS})
-    vllm = vllm_availability()
+    vllm = availability()
     if not vllm.ok:
-        how = f"pip install 'bi-ops[vllm]' (vLLM {', '.join(SUPPORTED_VLLM)}) on a machine with a GPU"
+        how = f"pip install 'bi-ops[vllm]' (vLLM {', '.join(RELEASES)}) on a machine with a GPU"
         out.append({"what": "vLLM", "means": f"--engine embedded only ({vllm.reason})", "how": how})
     return out
 

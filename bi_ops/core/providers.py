@@ -7,47 +7,13 @@ has not, and then nothing may mix the two: what generated a rollout decides what
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-#: vLLM releases whose kernels, signatures and patch points were checked.
-SUPPORTED_VLLM = ("0.26.0",)
+from bi_ops.core.backends import Support as Availability
+from bi_ops.core.vllm import availability as vllm_availability
 
-
-@dataclass(frozen=True)
-class Availability:
-    """Whether a provider can run here, and why (not)."""
-
-    ok: bool
-    reason: str
-
-
-@functools.cache
-def vllm_availability() -> Availability:
-    """Is a supported vLLM installed? Imports nothing of vLLM.
-
-    Raises nothing; `require_vllm` is the one that raises.
-    """
-    if importlib.util.find_spec("vllm") is None:
-        return Availability(False, "vLLM is not installed; pip install 'bi-ops[vllm]'")
-    try:
-        version = importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return Availability(False, "a vllm folder is importable but has no package metadata; reinstall vLLM")
-    if version.split("+")[0] not in SUPPORTED_VLLM:
-        supported = ", ".join(SUPPORTED_VLLM)
-        return Availability(False, f"vLLM {version} is not supported; supported: {supported}")
-    return Availability(True, f"vLLM {version}")
-
-
-def require_vllm(op: str) -> None:
-    """Raise RuntimeError naming `op` and the supported versions unless a supported vLLM is installed."""
-    here = vllm_availability()
-    if not here.ok:
-        raise RuntimeError(f"{op}: {here.reason}")
+__all__ = ["Availability", "Provider", "ProviderTable", "vllm_availability"]
 
 
 @dataclass(frozen=True)

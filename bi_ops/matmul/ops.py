@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from bi_ops.core import checks, runtime
+from bi_ops.core import checks, runtime, vllm
 from bi_ops.core.operators import custom_op, dispatcher_is_watched, is_plain
 from bi_ops.core.providers import Availability, Provider, ProviderTable, vllm_availability
 from bi_ops.matmul import certificate, cublaslt
@@ -87,9 +87,7 @@ def _mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, provider: s
     if b.dtype != a.dtype:
         b = b.to(a.dtype)  # an fp32 master weight under a bf16 forward
     if provider == "vllm" and a.dtype in (torch.bfloat16, torch.float16) and min(a.shape) > 0:
-        from vllm.model_executor.layers.batch_invariant import matmul_persistent
-
-        return matmul_persistent(a, b, bias)
+        return vllm.batch_invariant_module().matmul_persistent(a, b, bias)
     return _mm_out(a, b, bias, provider=provider)
 
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bi_ops import vllm_plugin
-from bi_ops.core import runtime
-from bi_ops.core.providers import require_vllm
+from bi_ops.core import runtime, vllm
 from bi_ops.rollout.base import Completion, SamplingParams, check_request
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def check_attention(attention: str, head_dim: int, plugin: bool) -> None:
 
 
 class VllmEngine:
-    """vLLM 0.26 in its batch-invariant mode on one GPU.
+    """vLLM in its batch-invariant mode on one GPU; the releases are those of `bi_ops.core.vllm.RELEASES`.
 
     Args:
         path: a Qwen3 checkpoint folder.
@@ -135,7 +134,7 @@ class VllmEngine:
 
         if runtime.INTERPRET:
             raise RuntimeError("VllmEngine: needs a CUDA GPU; bi_ops.rollout.embedded.EmbeddedEngine runs without one")
-        require_vllm("VllmEngine")
+        vllm.require("VllmEngine")
         if tensor_parallel_size != 1:
             raise ValueError(
                 f"VllmEngine: tensor_parallel_size={tensor_parallel_size} adds row-parallel products in another order "
@@ -178,8 +177,8 @@ class VllmEngine:
                 attention_config=backend,
             )
         finally:
-            # vLLM's batch-invariant mode puts a function without a gradient in torch.bmm's place, for the whole
-            # process. Its override of aten::bmm, under which autograd still works, stays and runs the same kernel.
+            # Some releases put a function without a gradient in torch.bmm's place, for the whole process. Their override
+            # of aten::bmm, under which autograd still works, stays and runs the same kernel.
             torch.bmm = bmm
         self.plugin, self.cuda_graphs, self.dtype, self._kernel = plugin, cuda_graphs, dtype, attention
         #: See `RolloutEngine`; without the plugin there are no bits that training could have.

@@ -11,11 +11,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from bi_ops.core.providers import require_vllm
+from bi_ops.core import vllm
 from bi_ops.vllm_plugin import backend
-from bi_ops.vllm_plugin.patches import PATCHES, Patch
+from bi_ops.vllm_plugin.patches import Patch, patches_of
 
-__all__ = ["PATCHES", "backend", "is_registered", "register", "unregister"]
+__all__ = ["backend", "is_registered", "patches_of", "register", "unregister"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +42,18 @@ def register() -> None:
     try:
         envs = importlib.import_module("vllm.envs")
     except ModuleNotFoundError:
-        require_vllm("vllm_plugin")
+        vllm.require("vllm_plugin")
         raise
     if not getattr(envs, "VLLM_BATCH_INVARIANT", False):
         logger.info("bi_ops: VLLM_BATCH_INVARIANT is not set, so vLLM is left as it is")
         return
-    require_vllm("vllm_plugin")
+    patches = patches_of(vllm.require("vllm_plugin"))
     # All modules are imported and checked before the first is changed: a module imported later would copy a patched
     # function by name, and unregister could not give it the stock one back.
-    modules = [importlib.import_module(p.module) for p in PATCHES]
-    stock = [p.stock(m) for p, m in zip(PATCHES, modules, strict=True)]
+    modules = [importlib.import_module(p.module) for p in patches]
+    stock = [p.stock(m) for p, m in zip(patches, modules, strict=True)]
     backend.install()
-    for patch, module, function in zip(PATCHES, modules, stock, strict=True):
+    for patch, module, function in zip(patches, modules, stock, strict=True):
         setattr(module, patch.attribute, patch.build(function))
         _stock[patch] = function
         logger.info("bi_ops: replaced %s.%s: %s", patch.module, patch.attribute, patch.why)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bi_ops import attention
+from bi_ops.core import vllm
 
 #: Head sizes at which FlashAttention 3 was seen to give prefill and decode the same bits. At 64 and 96 it picks
 #: another tile for decode: 44 of 54 probed rows differed.
@@ -48,8 +49,8 @@ def refuse_head_sizes(stock: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(stock)
-    def choose(backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> Any:
-        chosen = stock(backend, attn_selector_config, num_heads)
+    def choose(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = stock(backend, attn_selector_config, *args, **kwargs)
         head_dim = attn_selector_config.head_size
         decodes = attn_selector_config.attn_type in ("decoder", "encoder_decoder")
         if decodes and chosen.get_name() == "FLASH_ATTN" and head_dim not in FLASH_ATTN_HEAD_DIMS:
@@ -70,6 +71,7 @@ def attend(
     scale: float,
     output: torch.Tensor,
     *,
+    release: vllm.Release,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
@@ -82,21 +84,18 @@ def attend(
     Args:
         query: [T, Hq, D]. kv_cache: [blocks, Hkv, block_size, 2 * D], keys then values in the last dimension, any
             strides. metadata: vLLM's FlashAttentionMetadata. output: [T, Hq, D], whose first `num_actual_tokens` rows
-            are written. window_size, softcap, sinks: as `paged_attention`, the layer's own. The metadata's window is
-            that of the layer's group in the cache, which need not be the same.
+            are written. release: the vLLM whose metadata it is. window_size, softcap, sinks: as `paged_attention`, the
+            layer's own. The metadata's window is that of the layer's group in the cache, which need not be the same.
 
     Raises:
         NotImplementedError: the batch asks for what `paged_attention` does not compute.
     """
-    unsupported = {
-        "attention that is not causal": metadata.causal is not True,
-        "cascade attention": metadata.use_cascade,
-        "multimodal prefixes": metadata.mm_prefix_range_tensor is not None,
-        "reference sliding windows": metadata.rswa_prefix_lens is not None,
-        "context parallelism": metadata.dcp_context_kv_lens is not None,
-    }
-    if any(unsupported.values()):
-        names = ", ".join(name for name, asked in unsupported.items() if asked)
+    asked = {name: getattr(metadata, field) for name, field in release.refused_metadata.items()}
+    refused = [name for name, value in asked.items() if value is not None and value is not False]
+    if metadata.causal is not True:
+        refused.append("attention that is not causal")
+    if refused:
+        names = ", ".join(sorted(refused))
         raise NotImplementedError(f"attention: backend {NAME} does not compute {names}; use a model without")
     k_cache, v_cache = kv_cache.transpose(1, 2).split(head_dim, dim=-1)
     n = metadata.num_actual_tokens
@@ -120,6 +119,7 @@ def attend(
 @functools.cache
 def _backend() -> type:
     """The class behind `PATH`."""
+    release = vllm.require("attention")
     from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
     from vllm.v1.attention.backends.flash_attn import (
         FlashAttentionBackend,
@@ -131,6 +131,7 @@ def _backend() -> type:
         """Writes the cache as its parent does, reads it with `paged_attention`."""
 
         can_return_lse_for_decode = False  # so vLLM refuses it for decode context parallelism
+        supports_dcp = False
 
         def __init__(self, *args: Any, sinks: torch.Tensor | None = None, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)  # which takes sinks only where FlashAttention 3 is
@@ -159,6 +160,7 @@ def _backend() -> type:
                 return output.fill_(0)
             return attend(
                 *(query, kv_cache, attn_metadata, self.head_size, self.scale, output),
+                release=release,
                 window_size=self.sliding_window,
                 softcap=self.logits_soft_cap,
                 sinks=self.sinks,
@@ -204,6 +206,10 @@ def _backend() -> type:
 
         @classmethod
         def supports_mm_prefix(cls) -> bool:
+            return False
+
+        @classmethod
+        def supports_rswa(cls) -> bool:  # asked by releases that know reference sliding windows
             return False
 
         @classmethod

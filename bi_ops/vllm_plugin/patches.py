@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bi_ops.core.vllm import Release
 from bi_ops.vllm_plugin.backend import refuse_head_sizes
 
 
@@ -69,24 +70,30 @@ def add_then_norm(stock: Callable[..., Any]) -> Callable[..., Any]:
     return rms_norm_batch_invariant
 
 
-def _rms_norm(module: str, why: str) -> Patch:
-    parameters = ("input", "weight", "eps", "residual")
-    return Patch(module, "rms_norm_batch_invariant", parameters, add_then_norm, why)
-
-
-#: Every replacement. The norm twice, because layernorm.py imports it by name.
-PATCHES = (
-    _rms_norm(
-        "vllm.model_executor.layers.batch_invariant",
-        "with a residual it calls the CUDA fused_add_rms_norm, whose block size, and with it the order of a row's sum, "
-        "changes at 256 tokens",
-    ),
-    _rms_norm("vllm.model_executor.layers.layernorm", "RMSNorm.forward_cuda looks the function up here"),
-    Patch(
-        "vllm.v1.attention.selector",
-        "_cached_get_attn_backend",
-        ("backend", "attn_selector_config", "num_heads"),
-        refuse_head_sizes,
-        "FlashAttention 3 picks another tile for decode than for prefill at some head sizes, which is refused here",
-    ),
-)
+def patches_of(release: Release) -> tuple[Patch, ...]:
+    """Every replacement in a release of vLLM. The norm twice, because layernorm.py imports it by name."""
+    norm = ("input", "weight", "eps", "residual")
+    return (
+        Patch(
+            release.batch_invariant,
+            "rms_norm_batch_invariant",
+            norm,
+            add_then_norm,
+            "with a residual it calls the CUDA fused_add_rms_norm, whose order of a row's sum is not that of the norm "
+            "alone, and in 0.26 changes at 256 tokens",
+        ),
+        Patch(
+            "vllm.model_executor.layers.layernorm",
+            "rms_norm_batch_invariant",
+            norm,
+            add_then_norm,
+            "RMSNorm.forward_cuda looks the function up here",
+        ),
+        Patch(
+            "vllm.v1.attention.selector",
+            "_cached_get_attn_backend",
+            release.choose_backend,
+            refuse_head_sizes,
+            "FlashAttention 3 picks another tile for decode than for prefill at some head sizes, which is refused here",
+        ),
+    )
