@@ -177,8 +177,8 @@ class VllmEngine:
                 attention_config=backend,
             )
         finally:
-            # Some releases put a function without a gradient in torch.bmm's place, for the whole process. Their override
-            # of aten::bmm, under which autograd still works, stays and runs the same kernel.
+            # Some releases put a function without a gradient in torch.bmm's place, for the whole process. The
+            # override of aten::bmm, under which autograd still works, stays and runs the same kernel.
             torch.bmm = bmm
         self.plugin, self.cuda_graphs, self.dtype, self._kernel = plugin, cuda_graphs, dtype, attention
         #: See `RolloutEngine`; without the plugin there are no bits that training could have.
