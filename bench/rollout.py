@@ -1,0 +1,184 @@
+"""How fast does vLLM sample: stock, stock batch-invariant, and with the bi_ops plugin? Writes rollout.csv.
+
+    python bench/rollout.py --out bench/results/h100 [--models 1.7B] [--modes ...] [--batches 1 8 64 256]
+
+Every mode is a process of its own on the same GPU, one after the other, with the same prompts, random weights of the
+model's shape and log-probabilities on. Decoding is timed between two lengths of the same requests, so that prefill does
+not count; the time to the first token is that of one prompt, alone. Rows of other releases, models and modes in an
+existing file stay.
+
+    stock           no batch-invariant mode, vLLM's own defaults (Inductor and CUDA graphs)
+    stock graphs    no batch-invariant mode, full CUDA graphs of the eager kernels
+    invariant       VLLM_BATCH_INVARIANT=1 without the plugin
+    plugin          VLLM_BATCH_INVARIANT=1 with the plugin: log-probabilities that training reproduces
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from products import MODELS
+from record import provenance, write_csv
+
+LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
+TIED = ("0.6B", "1.7B", "4B")
+MODES = ("stock", "stock graphs", "invariant", "plugin")
+BATCHES = (1, 8, 64, 256)
+PROMPT, FEW, MANY = 32, 16, 144  # tokens of a prompt; tokens sampled, and sampled again
+FIRST_TOKEN = (512, 8192)  # prompts whose first token is timed
+
+
+def checkpoint(folder: Path, model: str) -> Path:
+    """A folder with the config.json of a Qwen3 of this shape; its weights are drawn by vLLM."""
+    hidden, intermediate, heads, kv_heads = MODELS[model]
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": LAYERS[model],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": model in TIED,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def measure(mode: str, model: str, batches: list[int], rounds: int) -> list[dict[str, Any]]:
+    """A row per batch size, of one mode in this process."""
+    if mode in ("invariant", "plugin"):
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import bi_ops  # noqa: F401  # isort: skip  (before triton)
+    from vllm import LLM, SamplingParams
+    from vllm.config import CompilationConfig
+
+    from bi_ops import vllm_plugin
+
+    if mode == "plugin":
+        vllm_plugin.register()
+    graphs = CompilationConfig(mode=0, cudagraph_mode="FULL") if mode in ("stock graphs", "plugin") else None
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        llm = LLM(
+            model=str(checkpoint(Path(folder), model)),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            gpu_memory_utilization=0.85,
+            max_model_len=max(FIRST_TOKEN) + 64,
+            max_num_seqs=max(batches),
+            enable_prefix_caching=False,
+            generation_config="vllm",
+            **({} if graphs is None else {"compilation_config": graphs}),
+        )
+
+    def sample(prompts: list[list[int]], new_tokens: int) -> float:
+        params = SamplingParams(
+            max_tokens=new_tokens, temperature=1.0, seed=0, ignore_eos=True, logprobs=0, detokenize=False
+        )
+        start = time.perf_counter()
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        took = time.perf_counter() - start
+        assert all(len(o.outputs[0].token_ids) == new_tokens for o in outputs)
+        return took
+
+    def prompt(i: int, length: int) -> list[int]:
+        return [(7919 * (i + 1) + 104729 * j) % 151936 for j in range(length)]
+
+    sample([prompt(0, PROMPT)], 1)
+    start_s = time.perf_counter() - began
+    first = {}
+    for length in FIRST_TOKEN:
+        sample([prompt(1, length)], 1)
+        first[length] = statistics.median(sample([prompt(2 + r, length)], 1) for r in range(rounds))
+    rows = []
+    for batch in batches:
+        prompts = [prompt(10 + i, PROMPT) for i in range(batch)]
+        sample(prompts, FEW)
+        took = [sample(prompts, MANY) - sample(prompts, FEW) for _ in range(rounds)]
+        rows.append(
+            {
+                "mode": mode,
+                "model": model,
+                "batch": batch,
+                "decode_tok_s": round(batch * (MANY - FEW) / statistics.median(took), 1),
+                **{f"ttft_{length}_ms": round(1e3 * t, 2) for length, t in first.items()},
+                "start_s": round(start_s, 2),
+            }
+        )
+    return rows
+
+
+def kept(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an existing file that `rows` do not replace."""
+    if not path.exists():
+        return []
+    new = {(str(r["release"]), r["model"], r["mode"]) for r in rows}
+    with path.open(newline="") as file:
+        return [r for r in csv.DictReader(file) if (r["release"], r["model"], r["mode"]) not in new]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder that rollout.csv is written to")
+    parser.add_argument("--models", nargs="+", choices=list(LAYERS), default=["1.7B"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions, of which the median counts")
+    parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    parser.add_argument("--one", nargs=2, metavar=("MODE", "MODEL"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(*args.one, args.batches, args.rounds)))
+        return 0
+    record = provenance(args.commit)
+    release = dict(record["versions"])["vllm"]  # type: ignore[call-overload]
+    rows: list[dict[str, Any]] = []
+    failed = False
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "rollout.csv"
+    for model in args.models:
+        for mode in args.modes:
+            options = ["--out", str(args.out), "--rounds", str(args.rounds), "--batches", *map(str, args.batches)]
+            command = [sys.executable, __file__, *options, "--one", mode, model]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                why = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
+                print(f"{model} {mode}: {(why or ['killed'])[-1][:300]}", file=sys.stderr)
+                failed = True
+                continue
+            found = [{"release": release} | row for row in json.loads(done.stdout.splitlines()[-1])]
+            rows += [row | record for row in found]
+            write_csv(path, [*kept(path, rows), *rows])
+            rates = ", ".join(f"{r['batch']}: {r['decode_tok_s']:,.0f}" for r in found)
+            one = found[0]
+            print(
+                f"{release} {model} {mode:12} tok/s at {rates}; first token {one['ttft_512_ms']:.1f} ms at 512, "
+                f"{one['ttft_8192_ms']:.1f} at 8k; start {one['start_s']:.0f} s",
+                flush=True,
+            )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
