@@ -18,6 +18,7 @@ LAYERNORM = "vllm.model_executor.layers.layernorm"
 SELECTOR = "vllm.v1.attention.selector"
 REGISTRY = "vllm.v1.attention.backends.registry"
 VERSION = "vllm.v1.attention.backends.fa_utils"
+ARGUMENTS = "vllm.engine.arg_utils"
 
 
 def stock_rms_norm(input, weight, eps=1e-6, residual=None):
@@ -45,6 +46,19 @@ def stock_choice_by_cache(backend, attn_selector_config, num_heads=None, *, _run
 CHOICES = {"0.26.0": stock_choice, "0.33.0": stock_choice_by_cache}
 
 
+class EngineArgs:
+    """vLLM's arguments of an engine, as far as the plugin reads them."""
+
+    def __init__(self, mode=None, cudagraph_mode=None, enforce_eager=False):
+        self.compilation_config = types.SimpleNamespace(mode=mode, cudagraph_mode=cudagraph_mode)
+        self.enforce_eager = enforce_eager
+
+
+def create_engine_config(self, usage_context=None, headless=False):
+    """What vLLM would run: the compilation mode and the graphs."""
+    return self.compilation_config.mode, self.compilation_config.cudagraph_mode
+
+
 class Slots(dict):
     """vLLM's enumeration of backends: the paths that are registered."""
 
@@ -64,9 +78,17 @@ def installed(monkeypatch, version="0.26.0"):
     for name in [n for n in sys.modules if n == "vllm" or n.startswith("vllm.")]:
         monkeypatch.delitem(sys.modules, name)
     modules = {}
-    packages = ("vllm", "vllm.envs", "vllm.model_executor", "vllm.model_executor.layers", "vllm.v1")
+    packages = (
+        "vllm",
+        "vllm.config",
+        "vllm.engine",
+        "vllm.envs",
+        "vllm.model_executor",
+        "vllm.model_executor.layers",
+        "vllm.v1",
+    )
     packages += ("vllm.model_executor.determinism", "vllm.v1.attention", "vllm.v1.attention.backends")
-    for name in (*packages, origin, LAYERNORM, SELECTOR, REGISTRY, VERSION):
+    for name in (*packages, origin, LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__path__ = []
@@ -79,6 +101,9 @@ def installed(monkeypatch, version="0.26.0"):
     modules["vllm.envs"].VLLM_ENABLE_V1_MULTIPROCESSING = False
     modules[origin].rms_norm_batch_invariant = modules[LAYERNORM].rms_norm_batch_invariant = stock_rms_norm
     modules[SELECTOR]._cached_get_attn_backend = CHOICES[version]
+    modules[ARGUMENTS].EngineArgs = type("EngineArgs", (EngineArgs,), {"create_engine_config": create_engine_config})
+    modules["vllm.config"].CompilationMode = types.SimpleNamespace(NONE="NONE")
+    modules["vllm.config"].CUDAGraphMode = types.SimpleNamespace(FULL="FULL")
     modules[VERSION].get_flash_attn_version = lambda head_size: 3
     modules[REGISTRY].AttentionBackendEnum = Slots()
     modules[REGISTRY].register_backend = lambda slot, path: slot.put(path)

@@ -10,7 +10,17 @@ from collections import namedtuple
 
 import pytest
 import torch
-from fake_vllm import CHOICES, LAYERNORM, REGISTRY, SELECTOR, VERSION, installed, stock_rms_norm
+from fake_vllm import (
+    ARGUMENTS,
+    CHOICES,
+    LAYERNORM,
+    REGISTRY,
+    SELECTOR,
+    VERSION,
+    create_engine_config,
+    installed,
+    stock_rms_norm,
+)
 
 from bi_ops import vllm_plugin
 from bi_ops.core import vllm as releases
@@ -38,20 +48,22 @@ def in_force(vllm) -> list[bool]:
     """Is each patch, and the backend?"""
     patched = [m.rms_norm_batch_invariant is not stock_rms_norm for m in (origin_of(vllm), vllm[LAYERNORM])]
     offered = dict(vllm[REGISTRY].AttentionBackendEnum) == {"CUSTOM": backend.PATH}
-    return [*patched, vllm[SELECTOR]._cached_get_attn_backend not in CHOICES.values(), offered]
+    chosen = vllm[SELECTOR]._cached_get_attn_backend not in CHOICES.values()
+    compiled = vllm[ARGUMENTS].EngineArgs.create_engine_config is not create_engine_config
+    return [*patched, chosen, compiled, offered]
 
 
 def test_register_is_idempotent_and_unregister_gives_back(vllm):
     vllm_plugin.register()
     assert vllm_plugin.is_registered()
-    assert in_force(vllm) == [True] * 4
+    assert in_force(vllm) == [True] * 5
     first = vllm[LAYERNORM].rms_norm_batch_invariant
     vllm_plugin.register()
     assert vllm[LAYERNORM].rms_norm_batch_invariant is first
     vllm_plugin.unregister()
     vllm_plugin.unregister()
     assert not vllm_plugin.is_registered()
-    assert in_force(vllm) == [False] * 4
+    assert in_force(vllm) == [False] * 5
 
 
 def test_the_residual_path_is_a_rounded_add_then_the_stock_norm(vllm):
@@ -75,7 +87,7 @@ def test_nothing_happens_outside_batch_invariant_mode(vllm, caplog, monkeypatch)
     with caplog.at_level("INFO"):
         vllm_plugin.register()
     assert not vllm_plugin.is_registered()
-    assert in_force(vllm) == [False] * 4
+    assert in_force(vllm) == [False] * 5
     assert "VLLM_BATCH_INVARIANT is not set" in caplog.text
 
 
@@ -83,7 +95,7 @@ def test_another_vllm_version_is_refused(vllm, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.27.1")
     with pytest.raises(RuntimeError, match=r"vLLM 0\.27\.1 is not supported; supported: 0\.26\.0, 0\.33\.0"):
         vllm_plugin.register()
-    assert in_force(vllm) == [False] * 4
+    assert in_force(vllm) == [False] * 5
 
 
 @pytest.mark.parametrize("change", ["signature", "missing"])
@@ -102,7 +114,7 @@ def test_another_plugin_that_has_the_backends_name_is_named_and_nothing_is_patch
     vllm[REGISTRY].AttentionBackendEnum.update(CUSTOM="their.module.Backend")
     with pytest.raises(RuntimeError, match=r"CUSTOM is already their\.module\.Backend"):
         vllm_plugin.register()
-    assert in_force(vllm) == [False] * 4
+    assert in_force(vllm) == [False] * 5
 
 
 Layer = namedtuple("Layer", ("head_size", "attn_type"))  # as far as the plugin reads vLLM's
@@ -122,6 +134,22 @@ def test_a_head_size_that_flash_attention_cannot_keep_is_refused_with_the_way_ou
     vllm_plugin.unregister()
     choose = vllm[SELECTOR]._cached_get_attn_backend
     assert choose("FLASH_ATTN", Layer(head_dim, "decoder")).get_name() == "FLASH_ATTN"
+
+
+def test_an_engine_takes_full_graphs_without_inductor_unless_it_is_told_otherwise(vllm, caplog):
+    vllm_plugin.register()
+    arguments = vllm[ARGUMENTS].EngineArgs
+    with caplog.at_level("WARNING"):
+        assert arguments().create_engine_config() == ("NONE", "FULL")
+    assert "without Inductor" in caplog.text
+    assert arguments(cudagraph_mode="PIECEWISE").create_engine_config() == ("NONE", "PIECEWISE")
+    assert arguments(mode="NONE").create_engine_config() == ("NONE", None)
+    assert arguments(enforce_eager=True).create_engine_config() == (None, None)
+    for mode in ("VLLM_COMPILE", 3):
+        with pytest.raises(ValueError, match=f"vllm_plugin: compilation mode {mode} was asked for"):
+            arguments(mode=mode).create_engine_config()
+    vllm_plugin.unregister()
+    assert arguments(mode=3).create_engine_config() == (3, None)
 
 
 def test_a_head_size_that_nothing_serves_offers_no_option():

@@ -54,7 +54,7 @@ def register() -> None:
     stock = [p.stock(m) for p, m in zip(patches, modules, strict=True)]
     backend.install()
     for patch, module, function in zip(patches, modules, stock, strict=True):
-        setattr(module, patch.attribute, patch.build(function))
+        patch.replace(module, patch.build(function))
         _stock[patch] = function
         logger.info("bi_ops: replaced %s.%s: %s", patch.module, patch.attribute, patch.why)
 
@@ -65,4 +65,4 @@ def unregister() -> None:
         backend.uninstall()
     while _stock:
         patch, function = _stock.popitem()
-        setattr(importlib.import_module(patch.module), patch.attribute, function)
+        patch.replace(importlib.import_module(patch.module), function)

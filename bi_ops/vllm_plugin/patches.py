@@ -14,11 +14,15 @@ import torch
 
 from bi_ops.core.vllm import Release
 from bi_ops.vllm_plugin.backend import refuse_head_sizes
+from bi_ops.vllm_plugin.compilation import without_inductor
 
 
 @dataclass(frozen=True)
 class Patch:
-    """`module.attribute`, a function of `parameters`, becomes `build(the stock function)`."""
+    """`module.attribute`, a function of `parameters`, becomes `build(the stock function)`.
+
+    attribute: a function's name, or Class.method.
+    """
 
     module: str
     attribute: str
@@ -26,13 +30,23 @@ class Patch:
     build: Callable[[Callable[..., Any]], Callable[..., Any]]
     why: str
 
+    def holder(self, module: ModuleType) -> tuple[Any, str]:
+        """(what holds the function: the module or a class of it, or None; the function's name there)"""
+        owner, _, name = self.attribute.rpartition(".")
+        return getattr(module, owner, None) if owner else module, name
+
+    def replace(self, module: ModuleType, function: Callable[..., Any]) -> None:
+        """Put `function` in the stock one's place."""
+        setattr(*self.holder(module), function)
+
     def stock(self, module: ModuleType) -> Callable[..., Any]:
         """The function to replace.
 
         Raises:
             RuntimeError: it is missing or has other parameters, so this vLLM is not the one that was checked.
         """
-        target = getattr(module, self.attribute, None)
+        holder, name = self.holder(module)
+        target = getattr(holder, name, None)
         if callable(target):
             found = tuple(inspect.signature(target).parameters)
             if found == self.parameters:
@@ -95,5 +109,12 @@ def patches_of(release: Release) -> tuple[Patch, ...]:
             release.choose_backend,
             refuse_head_sizes,
             "FlashAttention 3 picks another tile for decode than for prefill at some head sizes, which is refused here",
+        ),
+        Patch(
+            "vllm.engine.arg_utils",
+            "EngineArgs.create_engine_config",
+            ("self", "usage_context", "headless"),
+            without_inductor,
+            "vLLM compiles models with Inductor by default, which fuses norms in an order that training does not have",
         ),
     )
