@@ -187,6 +187,8 @@ def gemm(results: Path) -> str:
     names = {"dx": "dX", "dw": "dW", "dw_fp32": "dW accumulated into fp32 `main_grad`"}
     parts += [(f"{label}, 8,192 tokens", [r for r in rows if r["pass"] == key]) for key, label in names.items()]
     for label, part in parts:
+        if not part:
+            continue
         cublas, vllm = ratios(part, "cublas_us"), ratios(part, "vllm_us")
         exact = all(r["m_invariant"] == "True" and r["bits_equal_vllm"] in ("True", "") for r in part)
         out.append(
