@@ -139,11 +139,11 @@ def on_a_gpu(monkeypatch):
     def pretend(name: str) -> None:
         monkeypatch.setattr(runtime, "INTERPRET", False)
         monkeypatch.setattr(runtime, "architecture", lambda device=None: name)
-        arches._of_device.cache_clear()
+        arches.of.cache_clear()
         arches._of_name.cache_clear()
 
     yield pretend
-    arches._of_device.cache_clear()
+    arches.of.cache_clear()
     arches._of_name.cache_clear()
 
 
@@ -165,7 +165,7 @@ def test_a_triton_that_the_kernels_do_not_know_takes_the_portable_orders(on_a_gp
     monkeypatch.setattr(triton, "__version__", "3.7.0")
     with pytest.warns(UserWarning, match=r"were not built with Triton 3\.7\.0"):
         assert arches.of(torch.device("cuda", 0)).orders == "portable"
-    arches._of_device.cache_clear()
+    arches.of.cache_clear()
     arches._of_name.cache_clear()
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     assert arches.of(torch.device("cuda", 0)) is arches.SM_90

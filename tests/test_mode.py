@@ -306,7 +306,7 @@ def test_a_foreign_operator_raises_until_it_is_vouched_for(device, on, monkeypat
     x = torch.ones(3, device=device)
     with pytest.raises(NotImplementedError, match=r"bi_ops_test::double.*allow_operator"):
         double(x)
-    monkeypatch.setattr("bi_ops._aten.trusted_operators", set())
+    monkeypatch.setattr("bi_ops.mode.allowlist.trusted_operators", set())
     mode.allow_operator("bi_ops_test::double")
     assert torch.equal(double(x), 2 * x)
     with pytest.raises(ValueError, match="namespace::operator"):

@@ -7,7 +7,9 @@ import torch
 
 from bi_ops import norm
 from bi_ops.core import rows, runtime
-from bi_ops.norm import ops, reference, schedule
+from bi_ops.norm import ops, reference
+from bi_ops.norm.config import BackwardConfig, RowConfig, TokenConfig, backward_config, row_config
+from bi_ops.norm.order import NormOrder
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 
 N, M = (1100, 300) if runtime.INTERPRET else (2048, 8192)
@@ -83,17 +85,25 @@ def test_a_norm_that_changes_its_block_at_256_rows_is_caught(device):
     assert broken == [8, 16, 255]
 
 
-def test_the_schedule_of_the_weight_gradient_changes_no_bit(device, monkeypatch):
+ORDER = NormOrder()
+SMS = 132
+
+
+def test_the_config_of_the_weight_gradient_changes_no_bit(device):
     x, weight = torch.randn(100, 70, device=device), torch.randn(70, device=device, requires_grad=True)
     g = torch.randn(100, 70, device=device)
-    (first,) = torch.autograd.grad(norm.rms_norm(x, weight), weight, g)
-    for tile in (
-        schedule.TokenSchedule(1, 128, 128, 4, 1, add_warps=4),
-        schedule.TokenSchedule(4, 32, 32, 16, 3),
-        schedule.TokenSchedule(8, 64, 32, 8, 1),
+    y = norm.rms_norm(x, weight)
+    (first,) = torch.autograd.grad(y, weight, g)
+    rstd = ops.launch_forward(x, None, weight, 1e-6)[2]
+    rows = row_config(100, 70, x.itemsize, ORDER.rows)
+    for tokens in (
+        TokenConfig(1, 128, 128, 4, 1, add_warps=4),
+        TokenConfig(4, 32, 32, 16, 3),
+        TokenConfig(8, 64, 32, 8, 1),
     ):
-        monkeypatch.setattr(ops.sched, "token_schedule", lambda *_, tile=tile: tile)
-        assert torch.equal(torch.autograd.grad(norm.rms_norm(x, weight), weight, g)[0], first), tile
+        dw = torch.empty_like(weight)
+        ops.launch_backward(g, None, x, weight, rstd, False, dw, False, BackwardConfig(rows, tokens, False))
+        assert torch.equal(dw, first), tokens
 
 
 def gradients(x, residual, g, g_sum, weight):
@@ -106,6 +116,20 @@ def gradients(x, residual, g, g_sum, weight):
         *torch.autograd.grad((y, total), (x, weight), (g, g_sum)),
         *(alone.detach(), *torch.autograd.grad(alone, (x, weight), g)),
     )
+
+
+def launched(x, residual, g, g_sum, weight, rows, one_pass=False):
+    """As `gradients`, by kernels of the config `rows`."""
+
+    def backward(g, g_sum, x, rstd):
+        dw, (_, tokens, _) = torch.empty_like(weight), backward_config(*size, ORDER.tokens.chunk, SMS)
+        config = BackwardConfig(rows, tokens, one_pass)
+        return ops.launch_backward(g, g_sum, x, weight, rstd, True, dw, False, config), dw
+
+    size = x.shape[:-1].numel(), x.shape[-1], x.itemsize, ORDER.rows
+    y, total, rstd = ops.launch_forward(x, residual, weight, 1e-6, rows)
+    alone, _, rstd_alone = ops.launch_forward(x, None, weight, 1e-6, rows)
+    return y, total, *backward(g, g_sum, total, rstd), alone, *backward(g, None, x, rstd_alone)
 
 
 def heads_of(fused, n_heads, size):
@@ -170,33 +194,25 @@ GPU_SHAPES = [] if runtime.INTERPRET else [(8192, 16, 128), (8192, 2048), (8192,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("n", SIZES)
-def test_the_schedule_of_a_row_changes_no_bit(n, dtype, device, monkeypatch):
-    """One row a program, read twice, against the schedule of this size and other tiles of short rows."""
+def test_the_config_of_a_row_changes_no_bit(n, dtype, device):
+    """One row a program, read twice, against the config of this size and other tiles of short rows."""
     weight = torch.randn(n, device=device)
     tensors = [randn(COUNTS[-1], n, dtype=dtype, device=device) for _ in range(4)]
-    block = min(max(16, 1 << (n - 1).bit_length()), 1024)
-    tiles = [None]
+    configs = [None]
     if n <= 1024 and n % 16 == 0:
-        tiles += [schedule.RowSchedule(tile // block, 1, block, 4) for tile in (1024, 4096)]
-    monkeypatch.setattr(schedule, "row_schedule", lambda *_: schedule.RowSchedule(1, 0, 1024, 4))
-    expected = gradients(*tensors, weight)
-    monkeypatch.undo()
-    for tile in tiles:
-        with monkeypatch.context() as patch:
-            if tile is not None:
-                patch.setattr(schedule, "row_schedule", lambda *_, tile=tile: tile)
-            for count in COUNTS:
-                cut = gradients(*(t[:count] for t in tensors), weight)
-                for i in (0, 1, 2, 4, 5):  # what has rows
-                    assert torch.equal(cut[i], expected[i][:count]), (tile, count, i)
+        configs += [RowConfig(tile // ORDER.rows.tile(n, held=True), 1) for tile in (1024, 4096)]
+    expected = launched(*tensors, weight, RowConfig(1, 0))
+    for config in configs:
+        for count in COUNTS:
+            cut = [t[:count] for t in tensors]
+            found = gradients(*cut, weight) if config is None else launched(*cut, weight, config)
+            for i in (0, 1, 2, 4, 5):  # what has rows
+                assert torch.equal(found[i], expected[i][:count]), (config, count, i)
 
 
-def test_a_held_row_has_the_bits_of_one_that_is_read_twice(device, monkeypatch):
+def test_a_held_row_has_the_bits_of_one_that_is_read_twice(device):
     weight, tensors = torch.randn(2560, device=device), [randn(3, 2560, device=device) for _ in range(4)]
-    seen = []
-    for chunks in (0, 4):
-        monkeypatch.setattr(schedule, "row_schedule", lambda *_, c=chunks: schedule.RowSchedule(1, c, 1024, 4))
-        seen.append(gradients(*tensors, weight))
+    seen = [launched(*tensors, weight, RowConfig(1, chunks)) for chunks in (0, 4)]
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
 
 
@@ -207,13 +223,13 @@ def test_a_backward_in_one_pass_has_the_bits_of_two(shape, dtype, device, monkey
     tensors = [randn(*shape, dtype=dtype, device=device) for _ in range(4)]
     if len(shape) == 3:  # heads inside a fused projection
         tensors = [heads_of(randn(shape[0], 2 * t[0].numel(), dtype=dtype, device=device), *shape[1:]) for t in tensors]
-    seen = []
-    for once in (False, True):
+    rows, seen = row_config(tensors[0].shape[:-1].numel(), shape[-1], tensors[0].itemsize, ORDER.rows), []
+    for one_pass in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr(schedule, "in_one_pass", lambda s, *_, once=once: once and s.chunks > 0)
-            patch.setattr(ops, "rms_norm_dx_kernel" if once else "rms_norm_backward_kernel", None)
-            seen.append(gradients(*tensors, weight))
+            patch.setattr(ops, "rms_norm_dx_kernel" if one_pass else "rms_norm_backward_kernel", None)
+            seen.append(launched(*tensors, weight, rows, one_pass))
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(seen[0], gradients(*tensors, weight), strict=True))
 
 
 @pytest.mark.parametrize("carried", [False, True])
@@ -234,9 +250,14 @@ def test_a_gradient_has_the_same_bits_if_it_is_the_only_one_asked_for(carried, d
 
 
 def test_one_pass_is_for_held_rows_and_batches_that_fill_a_gpu():
-    held = schedule.RowSchedule(16, 1, 128, 4)
-    assert [schedule.in_one_pass(held, chunks, 132) for chunks in (64, 4160, 4224, 8192)] == [False, False, True, True]
-    assert not schedule.in_one_pass(schedule.RowSchedule(1, 0, 1024, 4), 1 << 20, 132)
+    rows, chunk = row_config(1 << 20, 128, 2, ORDER.rows).rows, ORDER.tokens.chunk
+    fills = 2 * rows * SMS  # chunks
+
+    def one_pass(chunks, n_cols=128):
+        return backward_config(chunks * chunk, n_cols, 2, ORDER.rows, chunk, SMS).one_pass
+
+    assert [one_pass(n) for n in (64, fills - 64, fills, 2 * fills)] == [False, False, True, True]
+    assert not one_pass(1 << 20, n_cols=1 << 16)  # rows that are read twice
 
 
 def test_gradients_are_the_same_on_every_run(device):

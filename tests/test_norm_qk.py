@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from bi_ops.core import runtime
-from bi_ops.norm import qk_norm_rope, qk_ops, reference, rms_norm, schedule
+from bi_ops.norm import qk_norm_rope, qk_ops, reference, rms_norm
+from bi_ops.norm.config import RowConfig, token_config
 from bi_ops.rope import apply_rope, cos_sin_cache
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 from bi_ops.verify.properties import bits_equal
@@ -177,12 +178,17 @@ def test_a_norm_over_the_whole_projection_is_caught(device):
     assert row_variant(scaled, rows, (1, 16, 64)) == [1, 16]
 
 
-def test_the_schedule_changes_no_bit(device, monkeypatch):
+def test_the_config_changes_no_bit(device):
     given, g = inputs(100, 3, 1, 48, device)
     expected = with_gradients(qk_norm_rope, given, g)
+    tensors = [t.detach() for t in given[:5]]
     for rows in (32, 64):  # of 64 columns: 16 bytes of a row in a thread
-        monkeypatch.setattr(qk_ops.sched, "row_schedule", lambda *_, r=rows: schedule.RowSchedule(r, 1, 64, 4))
-        assert all_equal(with_gradients(qk_norm_rope, given, g), expected), rows
+        config = RowConfig(rows, 1)
+        *out, rstd = qk_ops.launch_forward(*tensors, given[5], 1e-6, config)
+        dwq, dwk = (torch.empty_like(w) for w in tensors[1:3])
+        configs = config, token_config(20, 48)
+        dqkv = qk_ops.launch_backward(dwq, dwk, False, *g, *tensors, rstd, given[5], configs)
+        assert all_equal((*out, dqkv, dwq, dwk), expected), rows
 
 
 def test_gradients_are_the_same_on_every_run(device):

@@ -8,13 +8,13 @@ import torch
 import bi_ops  # noqa: F401  (before triton: decides how kernels run)
 from bi_ops import reduction
 from bi_ops.core import runtime
-from bi_ops.reduction import reference
-from bi_ops.reduction import schedule as sched
+from bi_ops.reduction import ops, order_of, reference
+from bi_ops.reduction.config import SumConfig
 from bi_ops.verify import ROW_COUNTS, gradient_errors, order_variant, rerun_variant, row_variant
 
 N, M = (1500, 300) if runtime.INTERPRET else (20_000, 8192)
 RERUNS = 5 if runtime.INTERPRET else 100
-LONG = 3 * sched.order(1).span + 17  # several spans
+LONG = 3 * order_of(1).span + 17  # several spans
 
 
 def randn(*shape, dtype=torch.bfloat16, device):
@@ -73,12 +73,11 @@ def test_a_sum_does_not_depend_on_where_it_lies(device):
     assert torch.equal(reduction.sum(x.view(6, 2, N // 2).permute(1, 0, 2).contiguous(), (0, 2)), rows)
 
 
-def test_the_schedule_changes_no_bit(device, monkeypatch):
+def test_the_config_changes_no_bit(device):
     x = randn(5, 300, 3, dtype=torch.float32, device=device)
     expected = reduction.sum(x, 1)
-    for schedule in (sched.Schedule(1, False), sched.Schedule(16, False, 1), sched.Schedule(2, True, 8)):
-        monkeypatch.setattr(sched, "schedule", lambda *_, s=schedule: s)
-        assert torch.equal(reduction.sum(x, 1), expected)
+    for config in (SumConfig(1, False), SumConfig(16, False, 1), SumConfig(2, True, 8)):
+        assert torch.equal(ops.launch(x, x.dtype, config), expected), config
 
 
 def test_a_sum_split_by_the_row_count_is_caught(device):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from bi_ops.activation import schedule as sched
+from bi_ops.activation.config import TileConfig, tile_config
 from bi_ops.activation.kernels import silu_and_mul_backward_kernel, silu_and_mul_kernel
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 from bi_ops.core.operators import custom_op
+from bi_ops.core.triton_helpers import PINNED
 
 # --------------------------------------------------------------------------------------------------------------
 # launch: everything below works on rows [R, 2D] whose last dimension is contiguous
@@ -20,16 +21,21 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _launch(kernel, x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None = None) -> torch.Tensor:
-    """`out`, filled by the forward kernel, or by the backward kernel when the gradient `g` is given."""
+def launch(
+    kernel, x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None = None, config: TileConfig | None = None
+) -> torch.Tensor:
+    """`out`, filled by the forward kernel, or by the backward kernel when the gradient `g` is given.
+
+    config: None for the one of this size.
+    """
     if x.numel() == 0:
         return out
     x2 = _rows(x)
     n_rows, n_cols = x2.shape[0], x2.shape[1] // 2
-    s = sched.schedule(n_rows, n_cols)
+    c = config or tile_config(n_rows, n_cols)
     tensors = (x2, out) if g is None else (g.contiguous(), x2, out)
-    grid = (cdiv(n_rows, s.rows), cdiv(n_cols, s.cols))
-    kernel[grid](*tensors, n_rows, n_cols, x2.stride(0), ROWS=s.rows, COLS=s.cols, num_warps=s.num_warps)
+    grid = (cdiv(n_rows, c.rows), cdiv(n_cols, c.cols))
+    kernel[grid](*tensors, n_rows, n_cols, x2.stride(0), ROWS=c.rows, COLS=c.cols, num_warps=c.num_warps, **PINNED)
     return out
 
 
@@ -39,7 +45,7 @@ def _launch(kernel, x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None =
 
 @custom_op("bi_ops::silu_and_mul")
 def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    return _launch(silu_and_mul_kernel, x, x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
+    return launch(silu_and_mul_kernel, x, x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
 
 
 @_silu_and_mul.register_fake
@@ -49,7 +55,7 @@ def _(x):
 
 @custom_op("bi_ops::silu_and_mul_backward")
 def _silu_and_mul_grad(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return _launch(silu_and_mul_backward_kernel, x, x.new_empty(x.shape), g)
+    return launch(silu_and_mul_backward_kernel, x, x.new_empty(x.shape), g)
 
 
 @_silu_and_mul_grad.register_fake

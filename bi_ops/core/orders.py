@@ -24,6 +24,17 @@ class Order:
         return {"kind": type(self).__name__, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
 
 
+@dataclass(frozen=True)
+class ElementwiseOrder(Order):
+    """Every element is computed by itself in fp32; `forward` and `backward` name the values that are rounded, in turn.
+
+    A value is rounded to the dtype of the result, or to fp32 where its name says so.
+    """
+
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+
+
 def _plain(value: Any) -> Any:
     """`value` as JSON can hold it."""
     if isinstance(value, Order):

@@ -9,8 +9,8 @@ from bi_ops.core.runtime import INTERPRET
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
-#: Options of every kernel launch. Whether the compiler may fuse a multiplication and an addition shapes bits, and
-#: releases of Triton differ in their default (3.10 turns it off).
+#: Launch options that shape bits, passed at every launch. Whether the compiler fuses a multiplication with an addition
+#: decides whether the product is rounded, and Triton changes its default: on up to 3.9, off from 3.10.
 PINNED = {"enable_fp_fusion": True}
 
 

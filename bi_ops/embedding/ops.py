@@ -7,7 +7,8 @@ import torch
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 from bi_ops.core.operators import custom_op
-from bi_ops.embedding import schedule as sched
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.embedding.config import TileConfig, gradient_config, lookup_config
 from bi_ops.embedding.kernels import embedding_backward_kernel, embedding_kernel
 
 _ID_DTYPES = (torch.int64, torch.int32)
@@ -22,16 +23,18 @@ def _check_range(op: str, ids: torch.Tensor, rows: int) -> None:
         raise IndexError(f"{op}: ids span {int(ids.min())}..{int(ids.max())}, the table has rows 0..{rows - 1}")
 
 
-def _lookup(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight[ids] in `dtype`; [..., D]."""
+def launch_lookup(
+    ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, config: TileConfig | None = None
+) -> torch.Tensor:
+    """weight[ids] in `dtype`; [..., D]. config: None for the one of this size."""
     _check_range("embedding", ids, weight.shape[0])
     n_rows, n_cols = ids.numel(), weight.shape[1]
     y = weight.new_empty((*ids.shape, n_cols), dtype=dtype)
     if y.numel() == 0:
         return y
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    s = sched.forward_schedule(n_rows, n_cols)
-    embedding_kernel[(cdiv(n_rows, s.rows), cdiv(n_cols, s.cols))](
+    c = config or lookup_config(n_rows, n_cols)
+    embedding_kernel[(cdiv(n_rows, c.rows), cdiv(n_cols, c.cols))](
         ids.contiguous(),
         weight,
         y,
@@ -39,17 +42,25 @@ def _lookup(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torc
         n_cols,
         weight.shape[0],
         weight.stride(0),
-        ROWS=s.rows,
-        COLS=s.cols,
-        num_warps=s.num_warps,
+        ROWS=c.rows,
+        COLS=c.cols,
+        num_warps=c.num_warps,
+        **PINNED,
     )
     return y
 
 
-def _sum_rows(dw: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int, accumulate: bool) -> None:
+def launch_gradient(
+    dw: torch.Tensor,
+    g: torch.Tensor,
+    ids: torch.Tensor,
+    padding_idx: int,
+    accumulate: bool,
+    config: TileConfig | None = None,
+) -> None:
     """dw[V, D] = each id's rows of g, summed; accumulate: dw is fp32 and where the sums start, else it holds zeros.
 
-    No step of it waits for the device.
+    No step of it waits for the device. config: None for the one of this size.
     """
     num_embeddings = dw.shape[0]
     _check_range("embedding_backward", ids, num_embeddings)
@@ -57,17 +68,17 @@ def _sum_rows(dw: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx:
     if g.numel() == 0 or num_embeddings == 0:
         return
     ids = ids.reshape(-1).long()
-    served = (ids >= 0) & (ids < num_embeddings) & (ids != padding_idx)
+    has_row = (ids >= 0) & (ids < num_embeddings) & (ids != padding_idx)
     # A stable sort keeps the tokens of one id in the order in which they stand in the batch.
-    sorted_ids, token = torch.sort(torch.where(served, ids, num_embeddings), stable=True)
+    sorted_ids, token = torch.sort(torch.where(has_row, ids, num_embeddings), stable=True)
     # The runs, front to back. Their number is on the device alone; the host knows that it is at most n_runs.
     n_runs = min(n_rows, num_embeddings + 1)
-    places = torch.arange(n_rows, device=ids.device)
-    begins = torch.cat((places[:1] == 0, sorted_ids[1:] != sorted_ids[:-1]))
-    starts = torch.sort(torch.where(begins, places, n_rows)).values
+    positions = torch.arange(n_rows, device=ids.device)
+    is_first = torch.cat((positions[:1] == 0, sorted_ids[1:] != sorted_ids[:-1]))
+    starts = torch.sort(torch.where(is_first, positions, n_rows)).values
     starts = torch.cat((starts, starts.new_full((1,), n_rows)))
-    s = sched.backward_schedule(n_runs, n_cols)
-    embedding_backward_kernel[(cdiv(n_runs, s.rows), cdiv(n_cols, s.cols))](
+    c = config or gradient_config(n_runs, n_cols)
+    embedding_backward_kernel[(cdiv(n_runs, c.rows), cdiv(n_cols, c.cols))](
         g.contiguous(),
         sorted_ids,
         token,
@@ -78,10 +89,11 @@ def _sum_rows(dw: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx:
         n_cols,
         num_embeddings,
         ACCUMULATE=accumulate,
-        ROWS=s.rows,
-        COLS=s.cols,
-        UNROLL=s.unroll,
-        num_warps=s.num_warps,
+        ROWS=c.rows,
+        COLS=c.cols,
+        UNROLL=c.unroll,
+        num_warps=c.num_warps,
+        **PINNED,
     )
 
 
@@ -91,7 +103,7 @@ def _sum_rows(dw: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx:
 
 @custom_op("bi_ops::embedding")
 def _embedding(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, padding_idx: int) -> torch.Tensor:
-    return _lookup(ids, weight, dtype)
+    return launch_lookup(ids, weight, dtype)
 
 
 @_embedding.register_fake
@@ -104,7 +116,7 @@ def _embedding_grad(
     g: torch.Tensor, ids: torch.Tensor, num_embeddings: int, padding_idx: int, dtype: torch.dtype
 ) -> torch.Tensor:
     dw = g.new_zeros((num_embeddings, g.shape[-1]), dtype=dtype)
-    _sum_rows(dw, g, ids, padding_idx, accumulate=False)
+    launch_gradient(dw, g, ids, padding_idx, accumulate=False)
     return dw
 
 
@@ -115,7 +127,7 @@ def _(g, ids, num_embeddings, padding_idx, dtype):
 
 @custom_op("bi_ops::accumulate_embedding_grad", mutates_args={"main_grad"})
 def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int) -> None:
-    _sum_rows(main_grad, g, ids, padding_idx, accumulate=True)
+    launch_gradient(main_grad, g, ids, padding_idx, accumulate=True)
 
 
 @_accumulate.register_fake
@@ -172,7 +184,7 @@ def embedding(
         ids: [...], int64 or int32, in 0..V-1. On a GPU an id outside gives a row of NaN.
         weight: [V, D], bf16, fp16 or fp32. dtype: of the result; None for the weight's.
         padding_idx: the row that gets no gradient; -1 for none.
-        main_grad: fp32 [V, D], contiguous, or None. If given, each id's sum is carried on in it, in place, and
+        main_grad: fp32 [V, D], contiguous, or None. If given, each id's sum is accumulated in it, in place, and
             `weight.grad` stays as it is: a batch cut anywhere ends in the bits of one pass.
 
     Returns:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from bi_ops.core import arch as arches
 from bi_ops.core import checks, runtime
 from bi_ops.core.integers import cdiv
 from bi_ops.core.operators import custom_op
 from bi_ops.core.rows import aligned_rows
-from bi_ops.logprob import schedule as sched
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.logprob import order as orders
+from bi_ops.logprob.config import RowConfig, row_config
 from bi_ops.logprob.kernels import (
     softmax_dx_kernel,
     softmax_kernel,
@@ -17,21 +20,120 @@ from bi_ops.logprob.kernels import (
 )
 
 # --------------------------------------------------------------------------------------------------------------
+# launch. config: None for the one of this size
+
+
+def _order(x: torch.Tensor) -> orders.RowOrder:
+    return orders.order(orders.Problem(x.shape[-1], x.dtype), arches.of(x.device))
+
+
+def launch_softmax(x: torch.Tensor, log: bool, dtype: torch.dtype, config: RowConfig | None = None) -> torch.Tensor:
+    """Softmax, or if `log` its logarithm, over the last dimension, in `dtype`."""
+    y = x.new_empty(x.shape, dtype=dtype)
+    if x.numel() == 0:
+        return y
+    rows, order = aligned_rows(x), _order(x)
+    c = config or row_config(rows.shape[0])
+    softmax_kernel[(cdiv(rows.shape[0], c.rows),)](
+        rows,
+        y,
+        *rows.shape,
+        rows.stride(0),
+        LOG=log,
+        ROWS=c.rows,
+        BLOCK=order.block,
+        num_warps=order.num_warps,
+        **PINNED,
+    )
+    return y
+
+
+def launch_softmax_backward(
+    g: torch.Tensor, y: torch.Tensor, log: bool, dtype: torch.dtype, config: RowConfig | None = None
+) -> torch.Tensor:
+    """The gradient of x in `dtype`, from that of y and y itself."""
+    dx = y.new_empty(y.shape, dtype=dtype)
+    if y.numel() == 0:
+        return dx
+    g_rows, y_rows, order = aligned_rows(g), aligned_rows(y), _order(y)
+    c = config or row_config(y_rows.shape[0])
+    softmax_dx_kernel[(cdiv(y_rows.shape[0], c.rows),)](
+        g_rows,
+        y_rows,
+        dx,
+        *y_rows.shape,
+        g_rows.stride(0),
+        y_rows.stride(0),
+        LOG=log,
+        ROWS=c.rows,
+        BLOCK=order.block,
+        num_warps=order.num_warps,
+        **PINNED,
+    )
+    return dx
+
+
+def launch_token_logprobs(
+    logits: torch.Tensor, ids: torch.Tensor, config: RowConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log-probabilities of ids, maximum of each row, log(sum(exp(x - max))))."""
+    out, row_max, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+    if logits.shape[0] > 0:
+        rows, order = aligned_rows(logits), _order(logits)
+        c = config or row_config(rows.shape[0])
+        token_logprobs_kernel[(cdiv(rows.shape[0], c.rows),)](
+            rows,
+            ids,
+            out,
+            row_max,
+            lse,
+            *rows.shape,
+            rows.stride(0),
+            ROWS=c.rows,
+            BLOCK=order.block,
+            num_warps=order.num_warps,
+            **PINNED,
+        )
+    return out, row_max, lse
+
+
+def launch_token_logprobs_backward(
+    g: torch.Tensor,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    row_max: torch.Tensor,
+    lse: torch.Tensor,
+    config: RowConfig | None = None,
+) -> torch.Tensor:
+    """The gradient of the logits: every element by itself, from the sums of the forward."""
+    dx = logits.new_empty(logits.shape)
+    if logits.numel() > 0:
+        rows, order = aligned_rows(logits), _order(logits)
+        c = config or row_config(rows.shape[0])
+        token_logprobs_dx_kernel[(cdiv(rows.shape[0], c.rows), cdiv(rows.shape[1], c.cols))](
+            g.contiguous(),
+            rows,
+            ids,
+            row_max,
+            lse,
+            dx,
+            *rows.shape,
+            rows.stride(0),
+            ROWS=c.rows,
+            BLOCK=c.cols,
+            num_warps=order.num_warps,
+            **PINNED,
+        )
+    return dx
+
+
+# --------------------------------------------------------------------------------------------------------------
 # custom operators
 
 
 @custom_op("bi_ops::softmax")
 def _softmax(x: torch.Tensor, log: bool, dtype: torch.dtype) -> torch.Tensor:
-    y = x.new_empty(x.shape, dtype=dtype)
-    if x.numel() == 0:
-        return y
-    rows, order = aligned_rows(x), sched.row_order()
-    per = sched.rows_per_program(rows.shape[0])
-    grid = (cdiv(rows.shape[0], per),)
-    softmax_kernel[grid](
-        rows, y, *rows.shape, rows.stride(0), LOG=log, ROWS=per, BLOCK=order.block, num_warps=order.num_warps
-    )
-    return y
+    return launch_softmax(x, log, dtype)
 
 
 @_softmax.register_fake
@@ -41,25 +143,7 @@ def _(x, log, dtype):
 
 @custom_op("bi_ops::softmax_backward")
 def _softmax_grad(g: torch.Tensor, y: torch.Tensor, log: bool, dtype: torch.dtype) -> torch.Tensor:
-    dx = y.new_empty(y.shape, dtype=dtype)
-    if y.numel() == 0:
-        return dx
-    g2, y2, order = aligned_rows(g), aligned_rows(y), sched.row_order()
-    per = sched.rows_per_program(y2.shape[0])
-    grid = (cdiv(y2.shape[0], per),)
-    softmax_dx_kernel[grid](
-        g2,
-        y2,
-        dx,
-        *y2.shape,
-        g2.stride(0),
-        y2.stride(0),
-        LOG=log,
-        ROWS=per,
-        BLOCK=order.block,
-        num_warps=order.num_warps,
-    )
-    return dx
+    return launch_softmax_backward(g, y, log, dtype)
 
 
 @_softmax_grad.register_fake
@@ -83,23 +167,7 @@ _softmax.register_autograd(_softmax_backward, setup_context=_softmax_setup)
 
 @custom_op("bi_ops::token_logprobs")
 def _token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out, row_max, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
-    if logits.shape[0] > 0:
-        rows, order = aligned_rows(logits), sched.row_order()
-        per = sched.rows_per_program(rows.shape[0])
-        token_logprobs_kernel[(cdiv(rows.shape[0], per),)](
-            rows,
-            ids,
-            out,
-            row_max,
-            lse,
-            *rows.shape,
-            rows.stride(0),
-            ROWS=per,
-            BLOCK=order.block,
-            num_warps=order.num_warps,
-        )
-    return out, row_max, lse
+    return launch_token_logprobs(logits, ids)
 
 
 @_token_logprobs.register_fake
@@ -111,25 +179,7 @@ def _(logits, ids):
 def _token_logprobs_grad(
     g: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, row_max: torch.Tensor, lse: torch.Tensor
 ) -> torch.Tensor:
-    dx = logits.new_empty(logits.shape)
-    if logits.numel() > 0:
-        rows, order = aligned_rows(logits), sched.row_order()
-        per = sched.rows_per_program(rows.shape[0])
-        grid = (cdiv(rows.shape[0], per), cdiv(rows.shape[1], order.block))
-        token_logprobs_dx_kernel[grid](
-            g.contiguous(),
-            rows,
-            ids,
-            row_max,
-            lse,
-            dx,
-            *rows.shape,
-            rows.stride(0),
-            ROWS=per,
-            BLOCK=order.block,
-            num_warps=order.num_warps,
-        )
-    return dx
+    return launch_token_logprobs_backward(g, logits, ids, row_max, lse)
 
 
 @_token_logprobs_grad.register_fake

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.core.integers import cdiv
+from bi_ops.core.triton_helpers import PINNED
 from bi_ops.core.turns import end_turn, wait_turn
 from bi_ops.matmul.config import WgradConfig, split_along_tokens
 
@@ -307,4 +308,5 @@ def launch(g: torch.Tensor, x: torch.Tensor, c: torch.Tensor, s: WgradConfig, pr
         GROUP_M=s.group_m,
         num_warps=4,
         maxnreg=168,
+        **PINNED,
     )

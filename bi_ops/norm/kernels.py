@@ -87,10 +87,10 @@ def squares(b_x, o_r, o_c, R, N):
 
 @triton.jit
 def _store_y(
-    p_y, p_w, b_x, inv, start, o_r, o_c, R, N, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr
+    p_y, p_w, b_x, rstd, start, o_r, o_c, R, N, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr
 ):
     dtype: tl.constexpr = p_y.dtype.element_ty
-    b_y = b_x * inv[:, None] * _weight(p_w, start, N, 1.0, dtype, CHUNKS, BLOCK, HAS_WEIGHT)
+    b_y = b_x * rstd[:, None] * _weight(p_w, start, N, 1.0, dtype, CHUNKS, BLOCK, HAS_WEIGHT)
     tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, cast(b_y, dtype), mask=(o_r < R)[:, None] & (o_c < N))
 
 
@@ -101,7 +101,7 @@ def rms_norm_kernel(
     p_w,  # [N] or None
     p_y,  # [R, N], contiguous
     p_sum,  # [R, N], contiguous, x + residual
-    p_inv,  # [R] fp32, 1 / rms
+    p_rstd,  # [R] fp32, 1 / rms
     R,
     N,
     H,
@@ -132,11 +132,11 @@ def rms_norm_kernel(
             sum_sq += row_sum(squares(b_x, o_r, o_c, R, N), 1)
 
     # eps may arrive as fp64 from a compiled caller: pinned, so that the bits do not depend on who calls.
-    inv = 1.0 / tl.sqrt(sum_sq / N + tl.cast(eps, tl.float32))
-    tl.store(p_inv + o_r, inv, mask=o_r < R)
+    rstd = 1.0 / tl.sqrt(sum_sq / N + tl.cast(eps, tl.float32))
+    tl.store(p_rstd + o_r, rstd, mask=o_r < R)
 
     if CHUNKS > 0:
-        _store_y(p_y, p_w, b_x, inv, 0, o_r, o_c, R, N, CHUNKS, BLOCK, HAS_WEIGHT)
+        _store_y(p_y, p_w, b_x, rstd, 0, o_r, o_c, R, N, CHUNKS, BLOCK, HAS_WEIGHT)
     else:
         for start in range(0, N, BLOCK):
             o_r, o_c = _tile(start, ROWS, 1, BLOCK)
@@ -144,7 +144,7 @@ def rms_norm_kernel(
                 b_x = _load_x(p_sum, None, None, o_r, o_c, R, N, 1, N, 0, 0, 0, False)
             else:
                 b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
-            _store_y(p_y, p_w, b_x, inv, start, o_r, o_c, R, N, 1, BLOCK, HAS_WEIGHT)
+            _store_y(p_y, p_w, b_x, rstd, start, o_r, o_c, R, N, 1, BLOCK, HAS_WEIGHT)
 
 
 @triton.jit
@@ -154,27 +154,27 @@ def _load_g(p_g, o_r, o_c, R, N, H, stride_t, stride_h):
 
 
 @triton.jit
-def dx_of(b_g, b_gsum, b_w, b_x, inv, minus_mean, HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr):
-    """inv * (g*w - xhat * mean) + gsum. Which product of a difference is rounded is said here: left to the compiler,
+def dx_of(b_g, b_gsum, b_w, b_x, rstd, minus_mean, HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+    """rstd * (g*w - xhat * mean) + gsum. Which product of a difference is rounded is said here: left to the compiler,
     it would depend on whether g * w is still in a register."""
-    b_xhat = b_x * inv
+    b_xhat = b_x * rstd
     if HAS_WEIGHT:
         b_dx = tl.fma(b_g, tl.broadcast_to(b_w, b_g.shape), b_xhat * minus_mean)
     else:
         b_dx = tl.fma(b_xhat, tl.broadcast_to(minus_mean, b_g.shape), b_g)
     if HAS_SUM:
-        b_dx = tl.fma(b_dx, tl.broadcast_to(inv, b_g.shape), b_gsum)
+        b_dx = tl.fma(b_dx, tl.broadcast_to(rstd, b_g.shape), b_gsum)
     else:
-        b_dx = b_dx * inv
+        b_dx = b_dx * rstd
     return b_dx
 
 
 @triton.jit
-def dx_of_held(b_g, b_gsum, b_w, b_x, inv, N, CHUNKS: tl.constexpr, HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr):
-    """dx of whole rows. inv: [rows, 1]."""
-    dot = row_sum((b_g * b_w) * (b_x * inv), CHUNKS)
+def dx_of_held(b_g, b_gsum, b_w, b_x, rstd, N, CHUNKS: tl.constexpr, HAS_SUM: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+    """dx of whole rows. rstd: [rows, 1]."""
+    dot = row_sum((b_g * b_w) * (b_x * rstd), CHUNKS)
     minus_mean = (dot / N)[:, None] * -1.0  # not -mean, which is 0 - mean: another sign of zero
-    return dx_of(b_g, b_gsum, b_w, b_x, inv, minus_mean, HAS_SUM, HAS_WEIGHT)
+    return dx_of(b_g, b_gsum, b_w, b_x, rstd, minus_mean, HAS_SUM, HAS_WEIGHT)
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def rms_norm_dx_kernel(
     p_gsum,  # [R, N] or None: gradient that reaches x + residual directly
     p_x,  # [R, N], what was normalised
     p_w,  # [N] or None
-    p_inv,  # [R] fp32
+    p_rstd,  # [R] fp32
     p_dx,  # [R, N], contiguous
     R,
     N,
@@ -206,10 +206,10 @@ def rms_norm_dx_kernel(
     HAS_SUM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    """dx = inv * (g*w - xhat * mean(g*w*xhat)) with xhat = x * inv."""
+    """dx = rstd * (g*w - xhat * mean(g*w*xhat)) with xhat = x * rstd."""
     dtype: tl.constexpr = p_dx.dtype.element_ty
     o_r, o_c = _tile(0, ROWS, CHUNKS, BLOCK)
-    inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)[:, None]
+    rstd = tl.load(p_rstd + o_r, mask=o_r < R, other=0.0)[:, None]
 
     if CHUNKS > 0:
         b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)
@@ -218,7 +218,7 @@ def rms_norm_dx_kernel(
         b_gsum = b_g
         if HAS_SUM:  # before the sum, whose end would hold it up
             b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
-        b_dx = dx_of_held(b_g, b_gsum, b_w, b_x, inv, N, CHUNKS, HAS_SUM, HAS_WEIGHT)
+        b_dx = dx_of_held(b_g, b_gsum, b_w, b_x, rstd, N, CHUNKS, HAS_SUM, HAS_WEIGHT)
         _store_dx(p_dx, b_dx, o_r, o_c, R, N)
     else:
         dot = tl.zeros([ROWS], dtype=tl.float32)
@@ -227,7 +227,7 @@ def rms_norm_dx_kernel(
             b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)
             b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
             b_w = _weight(p_w, start, N, 0.0, dtype, 1, BLOCK, HAS_WEIGHT)
-            dot += row_sum((b_g * b_w) * (b_x * inv), 1)
+            dot += row_sum((b_g * b_w) * (b_x * rstd), 1)
         minus_mean = (dot / N)[:, None] * -1.0  # as in `dx_of_held`
         for start in range(0, N, BLOCK):
             o_r, o_c = _tile(start, ROWS, 1, BLOCK)
@@ -237,7 +237,7 @@ def rms_norm_dx_kernel(
             b_gsum = b_g
             if HAS_SUM:
                 b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
-            b_dx = dx_of(b_g, b_gsum, b_w, b_x, inv, minus_mean, HAS_SUM, HAS_WEIGHT)
+            b_dx = dx_of(b_g, b_gsum, b_w, b_x, rstd, minus_mean, HAS_SUM, HAS_WEIGHT)
             _store_dx(p_dx, b_dx, o_r, o_c, R, N)
 
 
@@ -252,7 +252,7 @@ def store_partial(p_partial, b, o_i, o_c, C, N):
 def rms_norm_dweight_kernel(
     p_g,  # [R, N]
     p_x,  # [R, N]
-    p_inv,  # [R] fp32
+    p_rstd,  # [R] fp32
     p_partial,  # [C / GROUP, N, GROUP] fp32
     R,
     C,  # chunks, with those past the end, whose sums are 0.0; a multiple of GROUP
@@ -276,8 +276,8 @@ def rms_norm_dweight_kernel(
         # A row past the end adds 0.0, which changes no bit: a sum that began at 0.0 is never -0.0.
         b_g = tl.load(p_g + row_start(o_r, H, stride_gt, stride_gh) + o_c, mask=m, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + row_start(o_r, H, stride_xt, stride_xh) + o_c, mask=m, other=0.0).to(tl.float32)
-        inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)
-        acc += b_g * (b_x * inv[:, None])
+        rstd = tl.load(p_rstd + o_r, mask=o_r < R, other=0.0)
+        acc += b_g * (b_x * rstd[:, None])
     store_partial(p_partial, acc, o_i, o_c, C, N)
 
 
@@ -287,7 +287,7 @@ def rms_norm_backward_kernel(
     p_gsum,  # [R, N] or None: gradient that reaches x + residual directly
     p_x,  # [R, N], what was normalised
     p_w,  # [N]
-    p_inv,  # [R] fp32
+    p_rstd,  # [R] fp32
     p_dx,  # [R, N], contiguous
     p_partial,  # [C / GROUP, N, GROUP] fp32
     R,
@@ -313,14 +313,14 @@ def rms_norm_backward_kernel(
     acc = tl.zeros([ROWS * CHUNKS, BLOCK], dtype=tl.float32)
     for step in tl.range(0, CHUNK):
         o_r = o_i * CHUNK + step
-        inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)[:, None]
+        rstd = tl.load(p_rstd + o_r, mask=o_r < R, other=0.0)[:, None]
         b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)
         b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
         b_gsum = b_g
         if HAS_SUM:
             b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
-        _store_dx(p_dx, dx_of_held(b_g, b_gsum, b_w, b_x, inv, N, CHUNKS, HAS_SUM, True), o_r, o_c, R, N)
-        acc += b_g * (b_x * inv)
+        _store_dx(p_dx, dx_of_held(b_g, b_gsum, b_w, b_x, rstd, N, CHUNKS, HAS_SUM, True), o_r, o_c, R, N)
+        acc += b_g * (b_x * rstd)
     store_partial(p_partial, acc, o_i, o_c, C, N)
 
 

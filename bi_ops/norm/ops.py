@@ -6,11 +6,14 @@ import math
 
 import torch
 
+from bi_ops.core import arch as arches
 from bi_ops.core import checks, runtime
 from bi_ops.core.integers import cdiv
 from bi_ops.core.operators import custom_op
 from bi_ops.core.rows import aligned_rows, head_rows
-from bi_ops.norm import schedule as sched
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.norm import order as orders
+from bi_ops.norm.config import BackwardConfig, RowConfig, backward_config, padded_chunks, row_config
 from bi_ops.norm.kernels import (
     add_chunks_kernel,
     rms_norm_backward_kernel,
@@ -23,52 +26,60 @@ from bi_ops.norm.kernels import (
 # launch: everything below works on rows (token, head) whose last dimension is contiguous
 
 
-def _forward(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float
+def launch_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    config: RowConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, x + residual, 1 / rms); the second is empty without a residual. config: None for the one of this size."""
     n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
     y = x.new_empty(x.shape)
     total = x.new_empty(x.shape if residual is not None else 0)
-    inv = x.new_empty(n_rows, dtype=torch.float32)
+    rstd = x.new_empty(n_rows, dtype=torch.float32)
     if x.numel() > 0:
         heads, ((x_rows, *x_strides), (residual_rows, *residual_strides)) = head_rows((x, residual))
-        s = sched.row_schedule(n_rows, n_cols, y.itemsize)
-        rms_norm_kernel[(cdiv(n_rows, s.rows),)](
+        order = orders.order(orders.Problem(n_cols, x.dtype), arches.of(x.device))
+        c = config or row_config(n_rows, n_cols, x.itemsize, order.rows)
+        rms_norm_kernel[(cdiv(n_rows, c.rows),)](
             x_rows,
             residual_rows,
             None if weight is None else aligned_rows(weight),
             y,
             total,
-            inv,
+            rstd,
             n_rows,
             n_cols,
             heads,
             eps,
             *x_strides,
             *residual_strides,
-            ROWS=s.rows,
-            CHUNKS=s.chunks,
-            BLOCK=s.block,
+            ROWS=c.rows,
+            CHUNKS=c.chunks,
+            BLOCK=order.rows.tile(n_cols, c.chunks > 0),
             HAS_RESIDUAL=residual is not None,
             HAS_WEIGHT=weight is not None,
-            num_warps=s.num_warps,
+            num_warps=order.rows.num_warps,
+            **PINNED,
         )
-    return y, total, inv
+    return y, total, rstd
 
 
-def _backward(
+def launch_backward(
     g: torch.Tensor,
     g_sum: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor | None,
-    inv: torch.Tensor,
+    rstd: torch.Tensor,
     need_x: bool,
     weight_grad: torch.Tensor | None,
     accumulate: bool,
+    config: BackwardConfig | None = None,
 ) -> torch.Tensor:
     """The gradient of x, empty if not needed; the weight's is left in `weight_grad`, or if `accumulate` added to it.
 
-    In one pass over g and x, if both are needed and one has parallelism enough, else in two.
+    config: None for the one of this size.
     """
     dx = x.new_empty(x.shape if need_x else 0)
     if x.numel() == 0:
@@ -76,43 +87,46 @@ def _backward(
     n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
     heads, ((g_rows, *g_strides), (sum_rows, *sum_strides), (x_rows, *x_strides)) = head_rows((g, g_sum, x))
     weight_row = None if weight is None else aligned_rows(weight)
-    s = sched.row_schedule(n_rows, n_cols, x.itemsize)
-    chunk = sched.token_order().chunk
-    add = sched.token_schedule(cdiv(n_rows, chunk), n_cols)
-    # Chunks past the end are written too, as 0.0: the sum of the chunks then needs no mask.
-    n_chunks = cdiv(n_rows, chunk * add.unroll) * add.unroll
+    order = orders.order(orders.Problem(n_cols, x.dtype), arches.of(x.device))
+    c, add, one_pass = config or backward_config(
+        n_rows, n_cols, x.itemsize, order.rows, order.tokens.chunk, runtime.multiprocessors(x.device)
+    )
+    n_chunks = padded_chunks(n_rows, order.tokens.chunk, add)
     if weight_grad is not None:
         partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
-    if need_x and weight_grad is not None and sched.in_one_pass(s, n_chunks, runtime.multiprocessors(x.device)):
-        rms_norm_backward_kernel[(cdiv(n_chunks, s.rows),)](
-            *(g_rows, sum_rows, x_rows, weight_row, inv, dx, partial, n_rows, n_chunks, n_cols, heads),
+    if need_x and weight_grad is not None and one_pass:
+        rms_norm_backward_kernel[(cdiv(n_chunks, c.rows),)](
+            *(g_rows, sum_rows, x_rows, weight_row, rstd, dx, partial, n_rows, n_chunks, n_cols, heads),
             *(*g_strides, *sum_strides, *x_strides),
-            CHUNK=chunk,
-            ROWS=s.rows,
-            CHUNKS=s.chunks,
-            BLOCK=s.block,
+            CHUNK=order.tokens.chunk,
+            ROWS=c.rows,
+            CHUNKS=c.chunks,
+            BLOCK=order.rows.tile(n_cols, c.chunks > 0),
             HAS_SUM=g_sum is not None,
-            num_warps=s.num_warps,
+            num_warps=order.rows.num_warps,
+            **PINNED,
         )
     else:
         if need_x:
-            rms_norm_dx_kernel[(cdiv(n_rows, s.rows),)](
-                *(g_rows, sum_rows, x_rows, weight_row, inv, dx, n_rows, n_cols, heads),
+            rms_norm_dx_kernel[(cdiv(n_rows, c.rows),)](
+                *(g_rows, sum_rows, x_rows, weight_row, rstd, dx, n_rows, n_cols, heads),
                 *(*g_strides, *sum_strides, *x_strides),
-                ROWS=s.rows,
-                CHUNKS=s.chunks,
-                BLOCK=s.block,
+                ROWS=c.rows,
+                CHUNKS=c.chunks,
+                BLOCK=order.rows.tile(n_cols, c.chunks > 0),
                 HAS_SUM=g_sum is not None,
                 HAS_WEIGHT=weight is not None,
-                num_warps=s.num_warps,
+                num_warps=order.rows.num_warps,
+                **PINNED,
             )
         if weight_grad is not None:
             rms_norm_dweight_kernel[(cdiv(n_chunks, add.rows), cdiv(n_cols, add.cols))](
-                *(g_rows, x_rows, inv, partial, n_rows, n_chunks, n_cols, heads, *g_strides, *x_strides),
-                CHUNK=chunk,
+                *(g_rows, x_rows, rstd, partial, n_rows, n_chunks, n_cols, heads, *g_strides, *x_strides),
+                CHUNK=order.tokens.chunk,
                 ROWS=add.rows,
                 COLS=add.cols,
                 num_warps=add.num_warps,
+                **PINNED,
             )
     if weight_grad is not None:
         add_chunks_kernel[(cdiv(n_cols, add.add_cols),)](
@@ -122,6 +136,7 @@ def _backward(
             UNROLL=add.unroll,
             STAGES=add.stages,
             num_warps=add.add_warps,
+            **PINNED,
         )
     return dx
 
@@ -132,8 +147,8 @@ def _backward(
 
 @custom_op("bi_ops::rms_norm")
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    y, _, inv = _forward(x, None, weight, eps)
-    return y, inv
+    y, _, rstd = launch_forward(x, None, weight, eps)
+    return y, rstd
 
 
 @_rms_norm.register_fake
@@ -145,7 +160,7 @@ def _(x, weight, eps):
 def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _forward(x, residual, weight, eps)
+    return launch_forward(x, residual, weight, eps)
 
 
 @_add_rms_norm.register_fake
@@ -159,17 +174,17 @@ def _rms_norm_backward(
     g_sum: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor | None,
-    inv: torch.Tensor,
+    rstd: torch.Tensor,
     need_x: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weight_grad = torch.zeros_like(weight) if weight is not None and need_weight else None
-    dx = _backward(g, g_sum, x, weight, inv, need_x, weight_grad, accumulate=False)
+    dx = launch_backward(g, g_sum, x, weight, rstd, need_x, weight_grad, accumulate=False)
     return dx, x.new_empty(0) if weight_grad is None else weight_grad
 
 
 @_rms_norm_backward.register_fake
-def _(g, g_sum, x, weight, inv, need_x, need_weight):
+def _(g, g_sum, x, weight, rstd, need_x, need_weight):
     return x.new_empty(x.shape if need_x else 0), torch.empty_like(weight) if need_weight else x.new_empty(0)
 
 
@@ -180,15 +195,15 @@ def _accumulate_backward(
     g_sum: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
-    inv: torch.Tensor,
+    rstd: torch.Tensor,
     need_x: bool,
     need_weight: bool,
 ) -> torch.Tensor:
-    return _backward(g, g_sum, x, weight, inv, need_x, main_grad if need_weight else None, accumulate=True)
+    return launch_backward(g, g_sum, x, weight, rstd, need_x, main_grad if need_weight else None, accumulate=True)
 
 
 @_accumulate_backward.register_fake
-def _(main_grad, g, g_sum, x, weight, inv, need_x, need_weight):
+def _(main_grad, g, g_sum, x, weight, rstd, need_x, need_weight):
     return x.new_empty(x.shape if need_x else 0)
 
 
@@ -225,8 +240,8 @@ class _NormIntoBuffer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, main_grad):
-        y, inv = _rms_norm(x, weight, eps)
-        ctx.save_for_backward(x, weight, inv)
+        y, rstd = _rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
         ctx.main_grad = main_grad
         return y
 
@@ -242,8 +257,8 @@ class _AddNormIntoBuffer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps, main_grad):
-        y, total, inv = _add_rms_norm(x, residual, weight, eps)
-        ctx.save_for_backward(total, weight, inv)
+        y, total, rstd = _add_rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight, rstd)
         ctx.main_grad = main_grad
         return y, total
 
@@ -294,7 +309,7 @@ def rms_norm(
         weight: [N], the dtype of x or fp32 (a master weight: rounded to the dtype of x first, its gradient comes back
             in fp32), or None.
         eps: >= 0.
-        main_grad: fp32 [N], contiguous, or None. If given, the weight's sum is carried on in it, in place, and
+        main_grad: fp32 [N], contiguous, or None. If given, the weight's sum is accumulated in it, in place, and
             `weight.grad` stays as it is: cut at multiples of TOKEN_STEP rows, a batch ends in the bits of one pass.
 
     Returns:

@@ -56,7 +56,7 @@ def _forward(
     p_w,
     angles,
     p_y,
-    p_inv,
+    p_rstd,
     R,
     N,
     eps,
@@ -66,7 +66,7 @@ def _forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Queries or keys: y = the rotation of x * inv * w, rounded before and after it."""
+    """Queries or keys: y = the rotation of x * rstd * w, rounded before and after it."""
     dtype: tl.constexpr = p_y.dtype.element_ty
     o_r, o_1 = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     o_c, o_p = o_1[None, :], _partner(o_1, HALF)
@@ -76,11 +76,11 @@ def _forward(
     b_xp = tl.load(p_row + o_p[None, :], mask=m, other=0.0).to(tl.float32)
     b_cos, b_sin = _angles(angles, o_r, o_1, R, N, H, HALF, False)
 
-    inv = 1.0 / tl.sqrt(row_sum(squares(b_x, o_r, o_c, R, N), 1) / N + tl.cast(eps, tl.float32))
-    tl.store(p_inv + o_r, inv, mask=o_r < R)
-    b_y = cast(b_x * inv[:, None] * load_weight(p_w, o_1, N, 1.0, dtype)[None, :], dtype).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(row_sum(squares(b_x, o_r, o_c, R, N), 1) / N + tl.cast(eps, tl.float32))
+    tl.store(p_rstd + o_r, rstd, mask=o_r < R)
+    b_y = cast(b_x * rstd[:, None] * load_weight(p_w, o_1, N, 1.0, dtype)[None, :], dtype).to(tl.float32)
     b_wp = load_weight(p_w, o_p, N, 1.0, dtype)[None, :]
-    b_yp = cast(b_xp * inv[:, None] * b_wp, dtype).to(tl.float32)
+    b_yp = cast(b_xp * rstd[:, None] * b_wp, dtype).to(tl.float32)
     tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, _turn(b_y, b_yp, b_cos, b_sin, o_c, HALF, dtype), mask=m)
 
 
@@ -94,7 +94,7 @@ def qk_norm_rope_kernel(
     p_q,  # [T, HQ, N]
     p_k,  # [T, HK, N]
     p_v,  # [T, HK, N]
-    p_inv,  # [T * (HQ + HK)] fp32: 1 / rms of the queries, then of the keys
+    p_rstd,  # [T * (HQ + HK)] fp32: 1 / rms of the queries, then of the keys
     T,
     N,  # 2 * HALF. The sum is divided by it as in `rms_norm_kernel`: by a number that the compiler does not see
     P,
@@ -108,12 +108,12 @@ def qk_norm_rope_kernel(
 ):
     angles = (p_pos, p_cos_sin, P)
     if tl.program_id(1) == 0:
-        _forward(p_qkv, p_wq, angles, p_q, p_inv, T * HQ, N, eps, stride_t, HQ, HALF, ROWS, BLOCK)
+        _forward(p_qkv, p_wq, angles, p_q, p_rstd, T * HQ, N, eps, stride_t, HQ, HALF, ROWS, BLOCK)
     elif tl.program_id(0) * ROWS < T * HK:
         p_keys = p_qkv + HQ * 2 * HALF
         if tl.program_id(1) == 1:
-            p_inv += T * HQ
-            _forward(p_keys, p_wk, angles, p_k, p_inv, T * HK, N, eps, stride_t, HK, HALF, ROWS, BLOCK)
+            p_rstd += T * HQ
+            _forward(p_keys, p_wk, angles, p_k, p_rstd, T * HK, N, eps, stride_t, HK, HALF, ROWS, BLOCK)
         else:
             o_r, o_c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
             m = (o_r < T * HK)[:, None] & (o_c < N)
@@ -127,7 +127,7 @@ def _backward(
     p_x,
     p_w,
     angles,
-    p_inv,
+    p_rstd,
     p_dx,
     p_partial,
     R,
@@ -155,13 +155,13 @@ def _backward(
         b_g = tl.load(p_row + o_c, mask=m, other=0.0).to(tl.float32)
         b_gp = tl.load(p_row + o_p[None, :], mask=m, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + row_start(o_r, H, stride_xt, 2 * HALF) + o_c, mask=m, other=0.0).to(tl.float32)
-        inv = tl.load(p_inv + o_r, mask=o_r < R, other=0.0)[:, None]
+        rstd = tl.load(p_rstd + o_r, mask=o_r < R, other=0.0)[:, None]
         b_cos, b_sin = _angles(angles, o_r, o_1, R, N, H, HALF, True)
         b_g = tl.where(m, _turn(b_g, b_gp, b_cos, b_sin, o_c, HALF, dtype).to(tl.float32), 0.0)
 
-        b_dx = dx_of_held(b_g, b_g, b_w, b_x, inv, N, 1, False, True)
+        b_dx = dx_of_held(b_g, b_g, b_w, b_x, rstd, N, 1, False, True)
         tl.store(p_dx + row_start(o_r, H, stride_dxt, 2 * HALF) + o_c, cast(b_dx, dtype), mask=m)
-        acc += b_g * (b_x * inv)
+        acc += b_g * (b_x * rstd)
     store_partial(p_partial, acc, o_i, o_c, C, N)
 
 
@@ -175,7 +175,7 @@ def qk_norm_rope_backward_kernel(
     p_wk,  # [N]
     p_pos,  # [T] int
     p_cos_sin,  # [P, N]
-    p_inv,  # [T * (HQ + HK)] fp32
+    p_rstd,  # [T * (HQ + HK)] fp32
     p_dqkv,  # [T, (HQ + 2 * HK) * N]
     p_partial,  # [(CQ + CK) / GROUP, N, GROUP] fp32
     T,
@@ -203,7 +203,7 @@ def qk_norm_rope_backward_kernel(
             p_qkv,
             p_wq,
             angles,
-            p_inv,
+            p_rstd,
             p_dqkv,
             p_partial,
             T * HQ,
@@ -221,14 +221,14 @@ def qk_norm_rope_backward_kernel(
     elif tl.program_id(0) * ROWS < CK:
         p_keys, p_dkeys = p_qkv + HQ * 2 * HALF, p_dqkv + HQ * 2 * HALF
         if tl.program_id(1) == 1:
-            p_inv += T * HQ
+            p_rstd += T * HQ
             p_partial += CQ.to(tl.int64) * N
             _backward(
                 p_gk,
                 p_keys,
                 p_wk,
                 angles,
-                p_inv,
+                p_rstd,
                 p_dkeys,
                 p_partial,
                 T * HK,

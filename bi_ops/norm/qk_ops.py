@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+from bi_ops.core import arch as arches
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 from bi_ops.core.operators import custom_op
 from bi_ops.core.rows import ALIGNMENT, aligned_rows
-from bi_ops.norm import schedule as sched
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.norm import order as orders
+from bi_ops.norm.config import RowConfig, TokenConfig, padded_chunks, row_config, token_config
 from bi_ops.norm.qk_kernels import qk_add_chunks_kernel, qk_norm_rope_backward_kernel, qk_norm_rope_kernel
 
 
@@ -18,6 +21,137 @@ def _heads(qkv: torch.Tensor, weight: torch.Tensor, num_heads: int) -> tuple[int
     """Query heads, key heads, head_dim."""
     dim = weight.shape[0]
     return num_heads, (qkv.shape[1] // dim - num_heads) // 2, dim
+
+
+def _order(qkv: torch.Tensor, dim: int) -> orders.NormOrder:
+    return orders.order(orders.Problem(dim, qkv.dtype), arches.of(qkv.device))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# launch
+
+
+def launch_forward(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    num_heads: int,
+    eps: float,
+    config: RowConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(q, k, v, 1 / rms of the queries, then of the keys). config: None for the one of this size."""
+    hq, hk, dim = _heads(qkv, q_weight, num_heads)
+    n_tokens = len(qkv)
+    q, k, v = (qkv.new_empty((n_tokens, h, dim)) for h in (hq, hk, hk))
+    rstd = qkv.new_empty(n_tokens * (hq + hk), dtype=torch.float32)
+    if qkv.numel() > 0:
+        if positions.is_cpu and not ((positions >= 0) & (positions < len(cos_sin))).all():
+            raise IndexError(
+                f"qk_norm_rope: positions span {int(positions.min())}..{int(positions.max())}, the cache holds "
+                f"0..{len(cos_sin) - 1}. Build it with a larger max_position"
+            )
+        order = _order(qkv, dim)
+        c = config or row_config(n_tokens * hq, dim, qkv.itemsize, order.rows)
+        rows = aligned_rows(qkv)
+        qk_norm_rope_kernel[(cdiv(n_tokens * max(hq, hk), c.rows), 3)](
+            rows,
+            aligned_rows(q_weight),
+            aligned_rows(k_weight),
+            positions,
+            cos_sin,
+            q,
+            k,
+            v,
+            rstd,
+            n_tokens,
+            dim,
+            len(cos_sin),
+            eps,
+            rows.stride(0),
+            HQ=hq,
+            HK=hk,
+            HALF=dim // 2,
+            ROWS=c.rows,
+            BLOCK=order.rows.tile(dim, c.chunks > 0),
+            num_warps=order.rows.num_warps,
+            **PINNED,
+        )
+    return q, k, v, rstd
+
+
+def launch_backward(
+    q_weight_grad: torch.Tensor,
+    k_weight_grad: torch.Tensor,
+    accumulate: bool,
+    gq: torch.Tensor,
+    gk: torch.Tensor,
+    gv: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    rstd: torch.Tensor,
+    num_heads: int,
+    config: tuple[RowConfig, TokenConfig] | None = None,
+) -> torch.Tensor:
+    """The gradient of qkv. The weights' are left in the first two, or added to these, fp32, if `accumulate`.
+
+    config: None for the one of this size.
+    """
+    dqkv = qkv.new_empty(qkv.shape)
+    if qkv.numel() == 0:
+        return dqkv
+    hq, hk, dim = _heads(qkv, q_weight, num_heads)
+    n_tokens, order = len(qkv), _order(qkv, dim)
+    add = config[1] if config else token_config(cdiv(n_tokens * hq, order.tokens.chunk), dim)
+    chunks = [padded_chunks(n_tokens * h, order.tokens.chunk, add) for h in (hq, hk)]
+    partial = qkv.new_empty((sum(chunks), dim), dtype=torch.float32)
+    c = config[0] if config else row_config(max(chunks), dim, qkv.itemsize, order.rows)
+    g_rows = [aligned_rows(g) for g in (gq, gk, gv)]
+    rows = aligned_rows(qkv)
+    qk_norm_rope_backward_kernel[(cdiv(max(chunks), c.rows), 3)](
+        *g_rows,
+        rows,
+        aligned_rows(q_weight),
+        aligned_rows(k_weight),
+        positions,
+        cos_sin,
+        rstd,
+        dqkv,
+        partial,
+        n_tokens,
+        *chunks,
+        dim,
+        len(cos_sin),
+        *(g.stride(0) for g in g_rows),
+        rows.stride(0),
+        dqkv.stride(0),
+        HQ=hq,
+        HK=hk,
+        HALF=dim // 2,
+        CHUNK=order.tokens.chunk,
+        ROWS=c.rows,
+        BLOCK=order.rows.tile(dim, c.chunks > 0),
+        num_warps=order.rows.num_warps,
+        **PINNED,
+    )
+    qk_add_chunks_kernel[(cdiv(dim, add.add_cols), 2)](
+        partial,
+        q_weight_grad,
+        k_weight_grad,
+        *chunks,
+        dim,
+        ACCUMULATE=accumulate,
+        COLS=add.add_cols,
+        UNROLL=add.unroll,
+        STAGES=add.stages,
+        num_warps=add.add_warps,
+        **PINNED,
+    )
+    return dqkv
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -34,49 +168,15 @@ def _qk_norm_rope(
     num_heads: int,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    hq, hk, dim = _heads(qkv, q_weight, num_heads)
-    n_tokens = len(qkv)
-    q, k, v = (qkv.new_empty((n_tokens, h, dim)) for h in (hq, hk, hk))
-    inv = qkv.new_empty(n_tokens * (hq + hk), dtype=torch.float32)
-    if qkv.numel() > 0:
-        if positions.is_cpu and not ((positions >= 0) & (positions < len(cos_sin))).all():
-            raise IndexError(
-                f"qk_norm_rope: positions span {int(positions.min())}..{int(positions.max())}, the cache holds "
-                f"0..{len(cos_sin) - 1}. Build it with a larger max_position"
-            )
-        s = sched.row_schedule(n_tokens * hq, dim, qkv.itemsize)
-        rows = aligned_rows(qkv)
-        qk_norm_rope_kernel[(cdiv(n_tokens * max(hq, hk), s.rows), 3)](
-            rows,
-            aligned_rows(q_weight),
-            aligned_rows(k_weight),
-            positions,
-            cos_sin,
-            q,
-            k,
-            v,
-            inv,
-            n_tokens,
-            dim,
-            len(cos_sin),
-            eps,
-            rows.stride(0),
-            HQ=hq,
-            HK=hk,
-            HALF=dim // 2,
-            ROWS=s.rows,
-            BLOCK=s.block,
-            num_warps=s.num_warps,
-        )
-    return q, k, v, inv
+    return launch_forward(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps)
 
 
 @_qk_norm_rope.register_fake
 def _(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps):
     hq, hk, dim = _heads(qkv, q_weight, num_heads)
     n_tokens = qkv.shape[0]  # not len(qkv), which under torch.compile makes a graph for each number of tokens
-    inv = qkv.new_empty(n_tokens * (hq + hk), dtype=torch.float32)
-    return *(qkv.new_empty((n_tokens, h, dim)) for h in (hq, hk, hk)), inv
+    rstd = qkv.new_empty(n_tokens * (hq + hk), dtype=torch.float32)
+    return *(qkv.new_empty((n_tokens, h, dim)) for h in (hq, hk, hk)), rstd
 
 
 @custom_op("bi_ops::qk_norm_rope_backward", mutates_args={"q_weight_grad", "k_weight_grad"})
@@ -92,60 +192,13 @@ def _qk_norm_rope_backward(
     k_weight: torch.Tensor,
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
-    inv: torch.Tensor,
+    rstd: torch.Tensor,
     num_heads: int,
 ) -> torch.Tensor:
-    """The gradient of qkv. The weights' are left in the first two, or added to these, fp32, if `accumulate`."""
-    dqkv = qkv.new_empty(qkv.shape)
-    if qkv.numel() == 0:
-        return dqkv
-    hq, hk, dim = _heads(qkv, q_weight, num_heads)
-    n_tokens, chunk = len(qkv), sched.token_order().chunk
-    # Chunks past the end are written too, as 0.0: the sum of the chunks then needs no mask.
-    add = sched.token_schedule(cdiv(n_tokens * hq, chunk), dim)
-    chunks = [cdiv(n_tokens * h, chunk * add.unroll) * add.unroll for h in (hq, hk)]
-    partial = qkv.new_empty((sum(chunks), dim), dtype=torch.float32)
-    s = sched.row_schedule(max(chunks), dim, qkv.itemsize)
-    g_rows = [aligned_rows(g) for g in (gq, gk, gv)]
-    rows = aligned_rows(qkv)
-    qk_norm_rope_backward_kernel[(cdiv(max(chunks), s.rows), 3)](
-        *g_rows,
-        rows,
-        aligned_rows(q_weight),
-        aligned_rows(k_weight),
-        positions,
-        cos_sin,
-        inv,
-        dqkv,
-        partial,
-        n_tokens,
-        *chunks,
-        dim,
-        len(cos_sin),
-        *(g.stride(0) for g in g_rows),
-        rows.stride(0),
-        dqkv.stride(0),
-        HQ=hq,
-        HK=hk,
-        HALF=dim // 2,
-        CHUNK=chunk,
-        ROWS=s.rows,
-        BLOCK=s.block,
-        num_warps=s.num_warps,
+    return launch_backward(
+        *(q_weight_grad, k_weight_grad, accumulate, gq, gk, gv, qkv, q_weight, k_weight, positions, cos_sin, rstd),
+        num_heads,
     )
-    qk_add_chunks_kernel[(cdiv(dim, add.add_cols), 2)](
-        partial,
-        q_weight_grad,
-        k_weight_grad,
-        *chunks,
-        dim,
-        ACCUMULATE=accumulate,
-        COLS=add.add_cols,
-        UNROLL=add.unroll,
-        STAGES=add.stages,
-        num_warps=add.add_warps,
-    )
-    return dqkv
 
 
 @_qk_norm_rope_backward.register_fake
@@ -175,9 +228,9 @@ class _IntoBuffers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_main_grad, k_main_grad, *inputs):
-        *out, inv = _qk_norm_rope(*inputs)
+        *out, rstd = _qk_norm_rope(*inputs)
         *tensors, ctx.num_heads, _ = inputs
-        ctx.save_for_backward(*tensors, inv)
+        ctx.save_for_backward(*tensors, rstd)
         ctx.main_grads = q_main_grad, k_main_grad
         return tuple(out)
 
@@ -208,13 +261,13 @@ def _check(op: str, qkv: Any, weights: dict[str, Any], positions: Any, cos_sin: 
     checks.same_device(op, qkv=qkv, **weights, positions=positions, cos_sin=cos_sin)
     dims = {name: w.shape[0] for name, w in weights.items()} | {"cos_sin": cos_sin.shape[1]}
     dim = cos_sin.shape[1]
+    longest = orders.RowOrder.block  # a head is one chunk; asked of the class, for this is traced by torch.compile
     checks.shape(op, len(set(dims.values())) == 1, lambda: f"head_dim differs: {dims}")
     checks.shape(
         op,
-        dim > 0 and dim % ALIGNMENT == 0 and dim <= sched.row_order().block,
+        dim > 0 and dim % ALIGNMENT == 0 and dim <= longest,
         lambda: (
-            f"head_dim must be a multiple of {ALIGNMENT} up to {sched.row_order().block}, got {dim}; "
-            "use rms_norm and rope.apply_rope"
+            f"head_dim must be a multiple of {ALIGNMENT} up to {longest}, got {dim}; use rms_norm and rope.apply_rope"
         ),
     )
     fits = num_heads > 0 and qkv.shape[1] % dim == 0 and (n := qkv.shape[1] // dim - num_heads) > 0 and n % 2 == 0

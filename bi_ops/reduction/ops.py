@@ -7,19 +7,22 @@ from collections.abc import Sequence
 
 import torch
 
+from bi_ops.core import arch as arches
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 from bi_ops.core.operators import custom_op
-from bi_ops.reduction import schedule as sched
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.reduction import order as orders
+from bi_ops.reduction.config import SumConfig, sum_config
 from bi_ops.reduction.kernels import sum_kernel
 
 
-def _launch(x: torch.Tensor, out: torch.Tensor, order: sched.Order) -> None:
+def _launch(x: torch.Tensor, out: torch.Tensor, order: orders.SumOrder, config: SumConfig | None) -> None:
     """out[M, C, K] = the sums of the C spans of x[M, N, K]; any strides of x, contiguous out."""
     m, n, k = x.shape
     n_spans = out.shape[1]
-    s = sched.schedule(m, k, order.lanes)
-    tiles = m * cdiv(k, s.rows) if s.along_k else cdiv(m * k, s.rows)
+    c = config or sum_config(m, k, order.lanes)
+    tiles = m * cdiv(k, c.rows) if c.along_k else cdiv(m * k, c.rows)
     sum_kernel[(tiles * n_spans,)](
         x,
         out,
@@ -28,13 +31,30 @@ def _launch(x: torch.Tensor, out: torch.Tensor, order: sched.Order) -> None:
         k,
         n_spans,
         *x.stride(),
-        ROWS=s.rows,
+        ROWS=c.rows,
         LANES=order.lanes,
-        LOG2_LANES=order.lanes.bit_length() - 1,
+        LOG2_LANES=order.log2_lanes,
         SPAN=order.span,
-        ALONG_K=s.along_k,
-        num_warps=s.num_warps,
+        ALONG_K=c.along_k,
+        num_warps=c.num_warps,
+        **PINNED,
     )
+
+
+def launch(x: torch.Tensor, dtype: torch.dtype, config: SumConfig | None = None) -> torch.Tensor:
+    """x[M, N, K] summed over N in fp32, rounded once to `dtype`: [M, K]. config: None for the one of this size."""
+    m, n, k = x.shape
+    if x.numel() == 0:
+        return x.new_zeros((m, k), dtype=dtype)
+    arch = arches.of(x.device)
+    while True:
+        order = orders.order(orders.Problem(n), arch)
+        n_spans = cdiv(n, order.span)
+        out = x.new_empty((m, n_spans, k), dtype=dtype if n_spans == 1 else torch.float32)
+        _launch(x, out, order, config)
+        if n_spans == 1:
+            return out.view(m, k)
+        x, n = out, n_spans
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -44,17 +64,7 @@ def _launch(x: torch.Tensor, out: torch.Tensor, order: sched.Order) -> None:
 @custom_op("bi_ops::sum")
 def _sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x[M, N, K] summed over N in fp32, rounded once to `dtype`: [M, K]."""
-    m, n, k = x.shape
-    if x.numel() == 0:
-        return x.new_zeros((m, k), dtype=dtype)
-    while True:
-        order = sched.order(n)
-        n_spans = cdiv(n, order.span)
-        out = x.new_empty((m, n_spans, k), dtype=dtype if n_spans == 1 else torch.float32)
-        _launch(x, out, order)
-        if n_spans == 1:
-            return out.view(m, k)
-        x, n = out, n_spans
+    return launch(x, dtype)
 
 
 @_sum.register_fake

@@ -7,15 +7,18 @@ import torch
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv, next_power_of_2
 from bi_ops.core.operators import custom_op
-from bi_ops.rope import schedule as sched
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.rope.config import RowConfig, row_config
 from bi_ops.rope.kernels import rope_kernel
 
 # --------------------------------------------------------------------------------------------------------------
 # launch
 
 
-def _rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inverse: bool) -> torch.Tensor:
-    """x [T, H, D] turned by its tokens' angles, or back; contiguous."""
+def launch(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inverse: bool, config: RowConfig | None = None
+) -> torch.Tensor:
+    """x [T, H, D] rotated by the angles of its tokens, or back; contiguous. config: None for the one of this size."""
     n_tokens, n_heads, dim = x.shape
     y = x.new_empty(x.shape)
     if x.numel() == 0:
@@ -29,8 +32,8 @@ def _rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inv
         )
     n_rows, half = n_tokens * n_heads, dim // 2
     cols = next_power_of_2(half)
-    s = sched.schedule(n_rows, cols)
-    rope_kernel[(cdiv(n_rows, s.rows),)](
+    c = config or row_config(n_rows, cols)
+    rope_kernel[(cdiv(n_rows, c.rows),)](
         x,
         positions.contiguous(),
         cos_sin.contiguous(),
@@ -41,10 +44,11 @@ def _rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inv
         x.stride(0),
         x.stride(1),
         HALF=half,
-        ROWS=s.rows,
+        ROWS=c.rows,
         COLS=cols,
         INVERSE=inverse,
-        num_warps=s.num_warps,
+        num_warps=c.num_warps,
+        **PINNED,
     )
     return y
 
@@ -55,7 +59,7 @@ def _rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inv
 
 @custom_op("bi_ops::rope")
 def _rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inverse: bool) -> torch.Tensor:
-    return _rotate(x, positions, cos_sin, inverse)
+    return launch(x, positions, cos_sin, inverse)
 
 
 @_rope.register_fake

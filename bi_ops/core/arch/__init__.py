@@ -27,6 +27,7 @@ def register(arch: Arch) -> Arch:
     """Add an architecture to the table, or replace the entry of that name."""
     _TABLE[arch.name] = arch
     _of_name.cache_clear()
+    of.cache_clear()
     return arch
 
 
@@ -35,24 +36,20 @@ def known() -> dict[str, Arch]:
     return dict(_TABLE)
 
 
+@functools.lru_cache
 def of(device: torch.device) -> Arch:
     """The architecture whose orders hold on `device`: the table's entry, or `portable` under the GPU's name.
 
     Warns once per GPU type where the table does not know the GPU, or its kernels do not know the installed Triton.
     """
-    return _of_device(device.type, -1 if device.index is None else device.index)
+    if runtime.INTERPRET or device.type == "cpu":
+        return INTERPRETER
+    return _of_name(runtime.architecture(device if device.type == "cuda" else None))
 
 
 def current() -> Arch:
     """The architecture of the device that new tensors are made on."""
     return of(runtime.default_device())
-
-
-@functools.lru_cache
-def _of_device(kind: str, index: int) -> Arch:
-    if runtime.INTERPRET or kind == "cpu":
-        return INTERPRETER
-    return _of_name(runtime.architecture(torch.device(kind, index) if index >= 0 else None))
 
 
 @functools.lru_cache

@@ -1,16 +1,15 @@
-"""Launch choices of the activations. Every element stands alone, so nothing here is an order."""
+"""What only sets the speed of an activation."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bi_ops.core import runtime
 from bi_ops.core.integers import next_power_of_2
 
 
-@dataclass(frozen=True)
-class TileSchedule:
+class TileConfig(NamedTuple):
     """One program computes `rows` x `cols` outputs with `num_warps` warps."""
 
     rows: int
@@ -18,9 +17,9 @@ class TileSchedule:
     num_warps: int = 4
 
 
-@functools.lru_cache
-def schedule(n_rows: int, n_cols: int) -> TileSchedule:
+@functools.lru_cache(maxsize=1024)
+def tile_config(n_rows: int, n_cols: int) -> TileConfig:
     """Short rows share a program on a GPU; in the interpreter, where programs are dear, one does nearly all."""
     elements = 1 << 18 if runtime.INTERPRET else 1024
     cols = min(next_power_of_2(n_cols), elements)
-    return TileSchedule(rows=min(next_power_of_2(n_rows), elements // cols), cols=cols)
+    return TileConfig(rows=min(next_power_of_2(n_rows), elements // cols), cols=cols)

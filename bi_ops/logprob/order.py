@@ -1,0 +1,44 @@
+"""What fixes the bits of a softmax row."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from bi_ops.core import arch as arches
+from bi_ops.core.arch import Arch
+from bi_ops.core.orders import Order
+
+
+class Problem(NamedTuple):
+    """What the order of a softmax may depend on: the length of a row, and the dtype that it is read in."""
+
+    vocab_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class RowOrder(Order):
+    """exp(x - max) is summed in chunks of `block` columns, front to back, by `num_warps` warps.
+
+    Both are those of vLLM's sampler kernels (1024 columns, Triton's default of 4 warps). The tree inside a chunk
+    follows from them and from the dtype, of which a thread loads 16 bytes at a time: bf16 logits have other bits than
+    the same logits in fp32.
+    """
+
+    block: int = 1024
+    num_warps: int = 4
+
+
+@functools.lru_cache
+def order(problem: Problem, arch: Arch) -> RowOrder:
+    """The order of a softmax row and of its gradient: vLLM's, for every row length and on every architecture."""
+    return RowOrder()
+
+
+def order_of(vocab_size: int, dtype: torch.dtype) -> RowOrder:
+    """The order of log-probabilities over [vocab_size] logits of `dtype` here."""
+    return order(Problem(vocab_size, dtype), arches.current())

@@ -1,0 +1,75 @@
+"""The mode of the dispatcher: every aten operator below autograd, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bi_ops.core import runtime
+from bi_ops.mode import allowlist
+from bi_ops.mode.errors import unsupported
+from bi_ops.mode.served import SERVED
+from bi_ops.mode.torch_bmm import BMM
+
+Tensor = torch.Tensor
+OpOverload = torch._ops.OpOverload
+
+
+def call(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], decompose: Callable[[], Any]) -> Any:
+    """`op` under the contract.
+
+    Args:
+        op, args, kwargs: what the dispatcher was about to run. decompose: runs the parts of a composite operator.
+
+    Raises:
+        NotImplementedError: an operator that no rule covers. TypeError, ValueError: from the operator that serves it.
+    """
+    if allowlist.always_allowed(op) or op._schema.name in allowlist.trusted_operators:
+        return op(*args, **kwargs)
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    here = [t for t in tensors if t.device.type == runtime.device_type()]
+    wanted = kwargs.get("dtype")
+    inexact = any(t.is_floating_point() or t.is_complex() for t in here)
+    to_float = bool(here) and isinstance(wanted, torch.dtype) and (wanted.is_floating_point or wanted.is_complex)
+    if not inexact and not to_float:  # integers add up to the same in any order
+        return op(*args, **kwargs)
+    if op in SERVED:
+        if any(t.dtype == torch.float64 or t.is_complex() for t in here) or wanted == torch.float64:
+            raise unsupported(op._schema.name, tensors, "is not served in fp64 or complex numbers")
+        with torch._C.DisableTorchFunction():
+            return SERVED[op](*args, **kwargs)
+    if allowlist.is_full_norm(op, args, kwargs):
+        return op(*args, **kwargs)
+    if op._can_decompose():
+        if torch.is_grad_enabled() and any(t.requires_grad for t in here):
+            # Autograd takes composite operators apart. One that arrives whole was replaced and lost its gradient.
+            raise unsupported(op._schema.name, tensors, "was replaced by a kernel without a gradient")
+        return decompose()
+    raise unsupported(op._schema.name, tensors)
+
+
+class DispatchMode(TorchDispatchMode):
+    """Sends every aten operator through `call`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.suspended = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.suspended:
+            return func(*args, **kwargs)
+        if any(t.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for t in types):
+            return NotImplemented  # a tensor subclass unwraps itself first; its parts come back here
+        if torch.bmm is not BMM.own:
+            BMM.restore()
+
+        def decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
+
+        return call(func, args, kwargs, decompose)

@@ -1,0 +1,59 @@
+"""GEMMs below autograd: what autograd's formulas and other C++ of torch call."""
+
+from __future__ import annotations
+
+from bi_ops import matmul
+from bi_ops.core import checks
+from bi_ops.mode.served.registry import Tensor, serves, serves_writing
+
+
+@serves("mm")
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    checks.same_dtype("aten::mm", a=a, b=b)
+    return matmul.mm(a, b)
+
+
+@serves("bmm")
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    return matmul.bmm(a, b)
+
+
+@serves("mv")
+def _mv(a: Tensor, v: Tensor) -> Tensor:
+    return _mm(a, v[:, None])[:, 0]
+
+
+@serves("dot", "vdot")
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return _mm(a[None], b[:, None])[0, 0]
+
+
+def _plus(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    """beta * bias + alpha * product, the product already rounded.
+
+    torch turns F.linear into addmm or into a product and an addition by the rank and the strides of its input, so
+    rounding first is what gives both the same bits; it also gives those of `bi_ops.matmul.linear` and of vLLM.
+    """
+    out = product if alpha == 1 else product * alpha
+    if beta == 0:
+        return out
+    return out + (bias if beta == 1 else bias * beta).to(out.dtype)
+
+
+@serves("addmm")
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _plus(bias, _mm(a, b), beta, alpha)
+
+
+@serves("addmv")
+def _addmv(bias: Tensor, a: Tensor, v: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _plus(bias, _mv(a, v), beta, alpha)
+
+
+@serves("baddbmm")
+def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _plus(bias, _bmm(a, b), beta, alpha)
+
+
+serves_writing("addmm_", "baddbmm_", "addmv_")
+serves_writing("mm.out", "bmm.out", "mv.out", "dot.out", "addmm.out", "baddbmm.out", "addmv.out")
