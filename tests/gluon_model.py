@@ -1,9 +1,10 @@
 """Runs a Gluon kernel's own source on the CPU: what it waits for, copies and addresses, not what it computes.
 
-Scalars and indices are real, other tensors have shapes alone. The warps of a program are threads, programs start in the
-order of their ids, `resident` at a time, and a copy into shared memory arrives at any time before somebody waits for
-it. An error says that nobody can go on, that a tile is used before it has come or overwritten while it is read, that a
-shape or an index is out of bounds, or that a barrier is used by nobody: its place would be given away.
+Scalars and indices are real, other tensors have shapes alone. The partitions of a CTA are threads, CTAs start in the
+order of their ids, `resident` at a time, and a TMA copy into shared memory arrives at any time before a thread waits
+for it. An error says that no thread can go on, that a tile is used before it has come or overwritten while it is read,
+or that a shape or an index is out of bounds. `launch` also counts barriers that no CTA uses: the compiler would give
+their place to other data.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import collections
 import operator
 import random
 import threading
+import time
 import traceback
 import types
 
@@ -252,7 +254,7 @@ class Shared:
 
 
 class Descriptor:
-    """Global memory as the copy engine sees it; what is copied there is in `log`: {corner: [(how, program)]}."""
+    """Global memory as TMA sees it; what is stored there is in `log`: {corner: [(how, program)]}."""
 
     dtype = layout = None
 
@@ -286,7 +288,7 @@ class mbarrier:
 
 
 class tma:
-    def async_copy_global_to_shared(descriptor, corner, bar, tile, pred=True):
+    def async_load(descriptor, corner, bar, tile, pred=True):
         if not pred:
             return
         with lock:
@@ -297,7 +299,7 @@ class tma:
             tile.root.coming[tile.slot] += 1
             machine.copies.append((bar.barrier, descriptor.block_type.nbytes, tile))
 
-    def async_copy_shared_to_global(descriptor, corner, tile, how="set"):
+    def async_store(descriptor, corner, tile, how="set"):
         tile.use()
         with lock:
             if not 0 <= corner[0] < descriptor.shape[0]:
@@ -305,6 +307,9 @@ class tma:
             tile.root.readers[tile.slot].append(here.name)
             here.leaving.append([tile])
             descriptor.log[tuple(map(int, corner))].append((how, here.program))
+
+    def async_atomic_add(descriptor, corner, tile):
+        tma.async_store(descriptor, corner, tile, "add")
 
     def store_wait(n):
         _finish(here.leaving, n)
@@ -326,6 +331,8 @@ def warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
             tile.use()
             tile.root.readers[tile.slot].append(here.name)
     here.groups.append(tiles)
+    if machine.random.random() < 0.1:
+        time.sleep(1e-4)  # others go on while the product is in flight: what they overwrite too early is noticed
     return acc.like(acc.shape)
 
 
@@ -334,23 +341,23 @@ def warpgroup_mma_wait(n, deps):
     return deps[0] if len(deps) == 1 else tuple(deps)
 
 
-def wait_turn(turn, value):
-    until(lambda: turn.memory[turn.at] == value, f"turn {int(value)} at {turn.at}")
+def acquire(semaphore, value):
+    until(lambda: semaphore.memory[semaphore.at] == value, f"semaphore {semaphore.at} at {int(value)}")
 
 
-def end_turn(turn, after):
+def release(semaphore, after):
     tma.store_wait(0)
     with lock:
         seen = Index(after.memory[after.at])
-        turn.memory[turn.at] += 1
+        semaphore.memory[semaphore.at] += 1
         lock.notify_all()
         return seen
 
 
-def _take(count):
+def fetch_add(counter):
     with lock:
-        count.memory[count.at] += 1
-        return Index(count.memory[count.at] - 1)
+        counter.memory[counter.at] += 1
+        return Index(counter.memory[counter.at] - 1)
 
 
 def _both(scalar, array):
@@ -382,9 +389,6 @@ class gl:
 
     def static_assert(holds):
         assert holds
-
-    def thread_barrier():
-        pass
 
     def program_id(axis):
         return Index(here.program)
@@ -478,17 +482,31 @@ def _run(threads, change):
         machine.alive -= change
 
 
+def _nothing():
+    pass
+
+
+def _layout(*args):
+    return Layout()
+
+
+#: What kernels call by these names, and what runs instead.
 OURS = {
-    **{"gl": gl, "mbarrier": mbarrier, "tma": tma, "wait_turn": wait_turn, "end_turn": end_turn, "take": _take},
-    **{"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": lambda: None},
-    "_copy_add": lambda descriptor, corner, tile: tma.async_copy_shared_to_global(descriptor, corner, tile, "add"),
+    **{"gl": gl, "mbarrier": mbarrier, "tma": tma, "acquire": acquire, "release": release, "fetch_add": fetch_add},
+    **{"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait},
+    **{"fence_async_shared": _nothing, "barrier": _nothing, "wgmma_layout": _layout, "row_layout": _layout},
     "clear_rows": lambda tile, n_valid, warps: tile.use(),
     "range": lambda *args: map(Index, range(*args)),
 }
 
 
+def struct(aggregate):
+    """An aggregate of kernel values as a class of Python."""
+    return collections.namedtuple(aggregate.__name__, aggregate.field_names)
+
+
 def plain(kernel, made):
-    """A kernel, or what it calls, as a function of Python."""
+    """A kernel, or a function that one calls, as a function of Python."""
     f = kernel.fn
     if f not in made:
         names = dict(f.__globals__)
@@ -496,6 +514,8 @@ def plain(kernel, made):
         for name, value in f.__globals__.items():
             if name not in OURS and hasattr(value, "fn") and hasattr(value, "arg_names"):
                 names[name] = plain(value, made)
+            elif hasattr(value, "field_names"):
+                names[name] = struct(value)
             elif type(value).__name__ == "constexpr":
                 names[name] = value.value
         names.update(OURS)

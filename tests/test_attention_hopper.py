@@ -10,8 +10,9 @@ import torch
 
 from bi_ops.attention import flash_attention, launch, providers, reference
 from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper import descriptors, support
+from bi_ops.attention.hopper import support
 from bi_ops.core import runtime
+from bi_ops.gluon import tma
 
 LENGTHS = [0, 1, 17, 127, 129, 128, 300, 0, 65, 1000]
 D = 128
@@ -387,20 +388,20 @@ def test_passes_of_heads_that_fill_a_step():
     assert equal(*passes(q, k, v, g, cu, cu, True))
 
 
-def test_what_the_copy_engine_takes():
+def test_what_tma_can_read():
     t = torch.randn(4, 2, D).bfloat16()
-    assert descriptors.copied(t)
-    assert descriptors.copied(torch.empty((4, 6, D), dtype=torch.bfloat16)[:, 2:4])
-    assert not descriptors.copied(t[:0])
+    assert tma.is_compatible(t)
+    assert tma.is_compatible(torch.empty((4, 6, D), dtype=torch.bfloat16)[:, 2:4])
+    assert not tma.is_compatible(t[:0])
     odd = torch.randn(4 * 2 * D + 1).bfloat16()[1:].view(4, 2, D)
     one = torch.randn(2, D, 1).bfloat16().permute(2, 0, 1)
     assert odd.is_contiguous()
     assert one.is_contiguous()
     for other in (odd, one, t[:, :1].expand(4, 2, D), t.transpose(0, 1)):
-        assert not descriptors.copied(other)
-        assert descriptors.copied(descriptors.copyable(other))
-        assert torch.equal(descriptors.copyable(other), other)
-    assert descriptors.copyable(t) is t
+        assert not tma.is_compatible(other)
+        assert tma.is_compatible(tma.compatible(other))
+        assert torch.equal(tma.compatible(other), other)
+    assert tma.compatible(t) is t
 
 
 @gpu
@@ -418,16 +419,16 @@ def test_dense_inputs_at_odd_addresses_have_the_same_bits(head_dim):
 
 
 @pytest.mark.parametrize("lengths", [(7,), (0, 300, 5, 0, 300, 129, 128), (1,) * 200, tuple(range(150))])
-def test_programs_take_the_longest_sequence_first(lengths):
-    from bi_ops.attention.hopper.lists import by_length
+def test_ctas_take_the_longest_sequence_first(lengths):
+    from bi_ops.gluon.tile_scheduler import lpt_order
 
     device, block = runtime.default_device(), 128
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable, as the kernel is
     tiles = [-(-lengths[i] // block) for i in longest_first]
-    lists, count = by_length(cu, block)
-    first, sequence = lists.tolist()
-    assert count.tolist() == [0]
+    order, counter = lpt_order(cu, block)
+    first, sequence = order.tolist()
+    assert counter.tolist() == [0]
     assert sequence == longest_first
     assert first == [0, *itertools.accumulate(tiles)][:-1]
 

@@ -10,7 +10,7 @@ from test_attention_hopper import D, gpu
 
 from bi_ops.attention import launch, paged_attention, providers
 from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper import descriptors
+from bi_ops.gluon import tma
 
 CACHED = [0, 1, 17, 127, 128, 129, 1000, 8191]
 LAYOUTS = ("tokens first", "heads first", "K and V in one row", "K and V in one page")
@@ -74,7 +74,7 @@ def test_decoding_equals_triton_bit_for_bit(head_dim, page):
 def test_decoding_reads_every_layout_of_a_cache(layout):
     for page in (16, 256):
         given = decoding([2] * len(CACHED), 8, 2, page, layout=layout)
-        assert all(descriptors.paged(t, 16) for t in given[1:3])
+        assert all(tma.is_cache_compatible(t, 16) for t in given[1:3])
         assert torch.equal(*both_decoders(*given, 2))
 
 
@@ -130,19 +130,19 @@ def test_sequences_decode_warp_specialised_in_a_graph(monkeypatch):
     assert torch.equal(out, want.flip(0))
 
 
-def test_what_pages_the_copy_engine_takes():
+def test_what_pages_tma_can_read():
     t = torch.empty((5, 48, 2, D), dtype=torch.bfloat16)
-    assert descriptors.paged(t, 16)
-    assert not descriptors.paged(t, 32)  # pages of 48
-    assert not descriptors.paged(t[:, :40], 4)
-    assert not descriptors.paged(t[:0], 16)
-    assert descriptors.paged(t.transpose(1, 2).contiguous().transpose(1, 2), 16)
-    assert descriptors.paged(torch.empty((5, 48, 2, 2 * D), dtype=torch.bfloat16)[..., D:], 16)
-    assert descriptors.paged(torch.empty((5, 2, 48, 2, D), dtype=torch.bfloat16)[:, 1], 16)
-    assert descriptors.paged(t[:, :, :1], 16)
-    assert not descriptors.paged(t.transpose(2, 3).contiguous().transpose(2, 3), 16)
-    assert not descriptors.paged(torch.empty((5, 48, 2, D + 4), dtype=torch.bfloat16)[:, :, :1, 1 : D + 1], 16)
-    assert not descriptors.paged(
+    assert tma.is_cache_compatible(t, 16)
+    assert not tma.is_cache_compatible(t, 32)  # pages of 48
+    assert not tma.is_cache_compatible(t[:, :40], 4)
+    assert not tma.is_cache_compatible(t[:0], 16)
+    assert tma.is_cache_compatible(t.transpose(1, 2).contiguous().transpose(1, 2), 16)
+    assert tma.is_cache_compatible(torch.empty((5, 48, 2, 2 * D), dtype=torch.bfloat16)[..., D:], 16)
+    assert tma.is_cache_compatible(torch.empty((5, 2, 48, 2, D), dtype=torch.bfloat16)[:, 1], 16)
+    assert tma.is_cache_compatible(t[:, :, :1], 16)
+    assert not tma.is_cache_compatible(t.transpose(2, 3).contiguous().transpose(2, 3), 16)
+    assert not tma.is_cache_compatible(torch.empty((5, 48, 2, D + 4), dtype=torch.bfloat16)[:, :, :1, 1 : D + 1], 16)
+    assert not tma.is_cache_compatible(
         torch.empty((5, 48 * 2 * D + 8), dtype=torch.bfloat16)[:, 8:].unflatten(1, (48, 2, D)), 16
     )
 
@@ -155,7 +155,7 @@ def test_where_a_head_of_a_page_lies(layout):
     whole = torch.arange(torch.Size(shape).numel())
     t = whole.view(shape)[..., -D:]
     t = t.transpose(1, 2) if layout == "heads first" else t
-    row, page_rows, head_rows, columns = descriptors._lattice(t)
+    row, page_rows, head_rows, columns = tma._cache_layout(t)
     for i, h in ((0, 0), (4, 2), (3, 1)):
         at = (i * page_rows + h * head_rows + 7) * row + h * columns
         assert torch.equal(whole[t.storage_offset() + at :][:D], t[i, 7, h])

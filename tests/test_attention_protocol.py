@@ -27,7 +27,7 @@ def starts(lengths):
 
 
 def lists(lengths, block):
-    """As `lists.by_length` makes them."""
+    """As `tile_scheduler.lpt_order` makes them."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return starts(-(-lengths[i] // block) for i in longest_first)[:-1] + longest_first
 
@@ -117,7 +117,7 @@ def run_backward(
         **options,
     )
     assert once(dk, dv)
-    # `_prepare_kernel` writes the tiles that see no key.
+    # `attention_prepare_kernel` writes the tiles that see no key.
     wanted = [
         not (n == 0 or (causal and (i // 64 + 1) * 64 <= m - n))
         for m, n in zip(lens_q, lens_k, strict=True)
@@ -227,19 +227,14 @@ def test_every_barrier_is_used():
 
 
 BROKEN = [
-    (
-        forward,
-        run_forward,
-        "mbarrier.init(bar_v_free.index(i), count=TEAMS)",
-        "mbarrier.init(bar_v_free.index(i), count=1)",
-    ),
-    (forward, run_forward, "mbarrier.wait(bar_free.index(stage), ((step // STAGES) & 1) ^ 1)", "pass"),
-    (forward, run_forward, "            step -= 1\n", ""),
-    (backward, run_backward, "last = (HKV - 1) // together * together", "last = n_pairs * 100"),
-    (backward, run_backward, "mbarrier.wait(bar_ds_free.index(step % LATER), (step // LATER & 1) ^ 1)", "pass"),
+    (forward, run_forward, "(v_empty.index(i), count=WARP_GROUPS)", "(v_empty.index(i), count=1)"),
+    (forward, run_forward, "wait_empty(empty, step)", "pass"),
+    (forward, run_forward, "return step - 1, tails", "return step, tails"),
+    (backward, run_backward, "last_group = (HKV - 1) // swizzle * swizzle", "last_group = n_pairs * 100"),
+    (backward, run_backward, "wait_empty(args.ds_empty, step)", "pass"),
     (backward, run_backward, "// BLOCK_M, end)\n    if n_keys", "// BLOCK_M + 1, end)\n    if n_keys"),
-    (dkv, run_dkv, "mbarrier.wait(bar_free.index(i), (step // STAGES & 1) ^ 1)", "pass"),
-    (dq, run_dq, "mbarrier.wait(bar_v_free, (step & 1) ^ 1)", "pass"),
+    (dkv, run_dkv, "wait_empty(args.empty, step)", "pass"),
+    (dq, run_dq, "mbarrier.wait(args.v_empty, (step & 1) ^ 1)", "pass"),
     (decode, run_decode, "position = gl.maximum(2 * i - 1, 0)", "position = 2 * i"),
 ]
 

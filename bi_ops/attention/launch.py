@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper import descriptors, support
+from bi_ops.attention.hopper import support
 from bi_ops.attention.kernels.backward import (
     attention_add_chunks_kernel,
     attention_delta_kernel,
@@ -202,8 +202,10 @@ def ring_schedule(
     (hq, head_dim), (page, hkv) = q.shape[1:], k_cache.shape[1:3]
     if not support.serves(head_dim, q.dtype, q.device) or not _plain(q, k_cache, scores, sinks):
         return None
+    from bi_ops.gluon import tma
+
     box = math.gcd(page, sched.order(head_dim, q.dtype).block_n)
-    if not (descriptors.paged(k_cache, box) and descriptors.paged(v_cache, box)):
+    if not (tma.is_cache_compatible(k_cache, box) and tma.is_cache_compatible(v_cache, box)):
         return None
     processors = runtime.multiprocessors(q.device)
     return sched.ring(max_q * (hq // hkv), (cu_q.shape[0] - 1) * hkv, head_dim, processors)

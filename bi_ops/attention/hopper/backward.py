@@ -1,219 +1,272 @@
-"""Attention's backward on Hopper in one pass: five products per tile, warp-specialised, written in Gluon.
+"""Attention's backward on Hopper in one pass: five GEMMs per tile, warp-specialised, written in Gluon.
 
-One program owns a tile of keys and sums their dK and dV in registers while it walks the queries that see them. Its
-part of dQ goes through shared memory to a warp that adds it to memory when its turn has come: a tile of dQ takes the
-tiles of keys front to back, so who adds, and when, follows from a sequence's own lengths. The last one closes the sum.
+A CTA owns a tile of keys, and sums their dK and dV in registers over the query tiles that see them. Its part of dQ goes
+through shared memory to a warp that adds it to global memory, when the tile's semaphore says that it is its turn: a
+tile of dQ takes the tiles of keys front to back, so the order of the sum follows from a sequence's own lengths. The CTA
+with the last part closes the sum and rounds it.
 
-    loader   1 warp       copies Q and dO of the next step, with the two numbers per row, into a ring of shared memory
-    products 2 x 4 warps  64 keys each: S, dP, dV, dK, with the exponentials between them. What a team leaves of dS in
-                          shared memory is for both: each takes half the columns of dQ, two steps later, so that one
-                          may run most of a step ahead and hand its products over while the other takes exponentials
-    writers  2 x 1 warp   every second step each: wait for the turn at a tile of dQ, add both halves, pass the turn on.
-                          That takes longer than a step: polled, added, complete and published are four trips to L2
+    producer  1 warp       has TMA copy Q and dO of the next step, and two statistics per row, into stages
+    consumers 2 x 4 warps  64 keys each: S, dP, dV, dK, and the exponentials. The dS that both leave in shared memory is
+                           for both: each computes half the columns of dQ, two steps later, so that one may be most of a
+                           step ahead, and keep the tensor cores busy while the other takes exponentials
+    reduce    2 x 1 warp   every second step each: acquire the semaphore of a tile of dQ, add both halves, release it.
+                           That takes longer than a step: poll, add, complete and publish are four round trips to L2
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper.descriptors import layout, rows
-from bi_ops.attention.hopper.lists import by_length, pairs_of_program
-from bi_ops.attention.hopper.parts import LOG2E, clear_rows
-from bi_ops.attention.kernels.parts import find_tile
+from bi_ops.attention.hopper.common import ROWS, clear_rows, wgmma_layout
+from bi_ops.attention.kernels.backward import attention_prepare_kernel
+from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
-from bi_ops.core.turns import end_turn, wait_turn
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.gluon import tma
+from bi_ops.gluon.aggregate import Scalar, aggregate
+from bi_ops.gluon.pipeline import allocate_barriers, arrive, opaque_zero, wait_empty, wait_full
+from bi_ops.gluon.semaphore import acquire, release
+from bi_ops.gluon.tile_scheduler import cta_pairs, lpt_order
 
-TEAMS = gl.constexpr(2)
-KEYS = gl.constexpr(64)  # of a team: what four warps hold of a product
-LATER = gl.constexpr(2)  # steps between dS and its dQ; tiles of dS and of dQ in shared memory; writers
+WARP_GROUPS = gl.constexpr(2)
+DQ_STAGES = gl.constexpr(2)  # steps between dS and its dQ; stages of dS and of dQ; reduce warps
 
 
-@builtin
-def _copy_add(descriptor, coord, src, _semantic=None):
-    """Global memory += a tile in shared memory, by the copy engine. As `tma.async_copy_shared_to_global`."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
-    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coord, src.handle)
+@aggregate
+class KeyTile:
+    """A CTA's tile of keys, and the steps of queries that see it: heads of a query tile, query tiles last to first."""
+
+    q_start: gl.tensor
+    q_len: gl.tensor
+    n_tiles: Scalar  # query tiles of all sequences
+    first_tile: gl.tensor  # the sequence's first among them
+    k_row: gl.tensor  # the tile's first key
+    n_keys: gl.tensor  # from there to the sequence's last
+    kv_head: gl.tensor
+    i_n: gl.tensor  # which tile of the sequence
+    first: gl.tensor  # query tiles from `first` to `end` see a key of it, and from `full` on all
+    full: gl.tensor
+    end: gl.tensor
+    n_open: gl.tensor  # steps whose dQ takes later key tiles too; this CTA closes the sums of the others
+
+
+@aggregate
+class PartitionArgs:
+    """What every partition is given."""
+
+    q_desc: tma.tensor_descriptor
+    g_desc: tma.tensor_descriptor
+    k_desc: tma.tensor_descriptor
+    v_desc: tma.tensor_descriptor
+    neg_lse_desc: tma.tensor_descriptor
+    delta_desc: tma.tensor_descriptor
+    dq_desc: tma.tensor_descriptor
+    semaphores: gl.tensor
+    dq: gl.tensor
+    dk: gl.tensor
+    dv: gl.tensor
+    q_smem: gl.shared_memory_descriptor
+    g_smem: gl.shared_memory_descriptor
+    k_smem: gl.shared_memory_descriptor
+    v_smem: gl.shared_memory_descriptor
+    ds_smem: gl.shared_memory_descriptor
+    dq_smem: gl.shared_memory_descriptor
+    neg_lse_smem: gl.shared_memory_descriptor
+    delta_smem: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor  # Q and neg_lse
+    g_full: gl.shared_memory_descriptor  # dO and delta
+    empty: gl.shared_memory_descriptor  # of both
+    kv_full: gl.shared_memory_descriptor
+    ds_full: gl.shared_memory_descriptor
+    ds_empty: gl.shared_memory_descriptor
+    dq_full: gl.shared_memory_descriptor  # a warp group's part of dQ is in its stage
+    dq_ready: gl.shared_memory_descriptor  # its stage is empty; or, where the sum is closed, holds the parts before
+    tile: KeyTile
+    scale: Scalar
+    q_offset: gl.tensor  # the first query that sees the tile's first key
+    HKV: gl.constexpr
+    HEADS: gl.constexpr
+    BLOCK_M: gl.constexpr
+    BLOCK_N: gl.constexpr
+    D: gl.constexpr
+    CAUSAL: gl.constexpr
 
 
 @gluon.jit
-def _load(descriptors, tiles, bars, place, HEADS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr):
-    d_q, d_g, d_k, d_v, d_shift, d_delta = descriptors
-    s_q, s_g, s_k, s_v, _, _, s_shift, s_delta = tiles
-    bar_q, bar_g, bar_free, bar_kv, _, _, _, _ = bars
-    q_start, _, n_tiles, first_tile, k_row, _, i_h, _, first, _, end, _ = place
-    STAGES: gl.constexpr = s_q.shape[0]
-    mbarrier.expect(bar_kv, d_k.block_type.nbytes + d_v.block_type.nbytes)
-    tma.async_copy_global_to_shared(d_k, [k_row, i_h * D], bar_kv, s_k.index(0))
-    tma.async_copy_global_to_shared(d_v, [k_row, i_h * D], bar_kv, s_v.index(0))
-    for step in range(0, (end - first) * HEADS):
-        i_m = end - 1 - step // HEADS
-        row = q_start + i_m * BLOCK_M
-        head = i_h * HEADS + step % HEADS
-        stat = (head * n_tiles + first_tile + i_m) * BLOCK_M
+def _producer(args):
+    tile = args.tile
+    HEADS: gl.constexpr = args.HEADS
+    D: gl.constexpr = args.D
+    STAGES: gl.constexpr = args.q_smem.shape[0]
+    mbarrier.expect(args.kv_full, args.k_desc.block_type.nbytes + args.v_desc.block_type.nbytes)
+    tma.async_load(args.k_desc, [tile.k_row, tile.kv_head * D], args.kv_full, args.k_smem.index(0))
+    tma.async_load(args.v_desc, [tile.k_row, tile.kv_head * D], args.kv_full, args.v_smem.index(0))
+    for step in range(0, (tile.end - tile.first) * HEADS):
+        i_m = tile.end - 1 - step // HEADS
+        row = tile.q_start + i_m * args.BLOCK_M
+        head = tile.kv_head * HEADS + step % HEADS
+        stat = (head * tile.n_tiles + tile.first_tile + i_m) * args.BLOCK_M
         i = step % STAGES
-        mbarrier.wait(bar_free.index(i), (step // STAGES & 1) ^ 1)
-        mbarrier.expect(bar_q.index(i), d_q.block_type.nbytes + d_shift.block_type.nbytes)
-        tma.async_copy_global_to_shared(d_q, [row, head * D], bar_q.index(i), s_q.index(i))
-        tma.async_copy_global_to_shared(d_shift, [stat], bar_q.index(i), s_shift.index(i))
-        mbarrier.expect(bar_g.index(i), d_g.block_type.nbytes + d_delta.block_type.nbytes)
-        tma.async_copy_global_to_shared(d_g, [row, head * D], bar_g.index(i), s_g.index(i))
-        tma.async_copy_global_to_shared(d_delta, [stat], bar_g.index(i), s_delta.index(i))
+        wait_empty(args.empty, step)
+        q_full = args.q_full.index(i)
+        mbarrier.expect(q_full, args.q_desc.block_type.nbytes + args.neg_lse_desc.block_type.nbytes)
+        tma.async_load(args.q_desc, [row, head * D], q_full, args.q_smem.index(i))
+        tma.async_load(args.neg_lse_desc, [stat], q_full, args.neg_lse_smem.index(i))
+        g_full = args.g_full.index(i)
+        mbarrier.expect(g_full, args.g_desc.block_type.nbytes + args.delta_desc.block_type.nbytes)
+        tma.async_load(args.g_desc, [row, head * D], g_full, args.g_smem.index(i))
+        tma.async_load(args.delta_desc, [stat], g_full, args.delta_smem.index(i))
 
 
 @gluon.jit
-def _write(d_sum, p_turns, tiles, bars, place, WRITER: gl.constexpr, HEADS: gl.constexpr):
-    """Serves every second step: adds dQ of both teams to memory, or brings the sums that the step closes."""
-    _, _, _, _, _, s_dq, _, _ = tiles
-    _, _, _, _, _, _, bar_dq, bar_dq_ready = bars
-    _, _, n_tiles, first_tile, _, _, i_h, i_n, first, _, end, open_steps = place
-    ROWS: gl.constexpr = s_dq.shape[1]
-    n_steps = (end - first) * HEADS
+def _dq_tile(tile, step, HEADS: gl.constexpr):
+    """The tile of dQ, among those of all heads and sequences, that a step adds to."""
+    return (tile.kv_head * HEADS + step % HEADS) * tile.n_tiles + tile.first_tile + tile.end - 1 - step // HEADS
+
+
+@gluon.jit
+def _reduce(args, WARP: gl.constexpr):
+    """Serves every second step: adds dQ of both warp groups to global memory, or loads the sum that the step closes."""
+    tile = args.tile
+    HEADS: gl.constexpr = args.HEADS
+    dq_desc, dq_smem = args.dq_desc, args.dq_smem
+    DQ_ROWS: gl.constexpr = dq_smem.shape[1]
+    i_n, n_open = tile.i_n, tile.n_open
+    n_steps = (tile.end - tile.first) * HEADS
     seen = n_steps * 0 - 1
-    if open_steps > WRITER:
-        for team in gl.static_range(TEAMS):
-            mbarrier.arrive(bar_dq_ready.index(team * LATER + WRITER))
-    for step in range(WRITER, n_steps, LATER):
-        tile = (i_h * HEADS + step % HEADS) * n_tiles + first_tile + end - 1 - step // HEADS
-        if step < open_steps:
+    if n_open > WARP:
+        for group in gl.static_range(WARP_GROUPS):
+            mbarrier.arrive(args.dq_ready.index(group * DQ_STAGES + WARP))
+    for step in range(WARP, n_steps, DQ_STAGES):
+        i_tile = _dq_tile(tile, step, HEADS)
+        if step < n_open:
             if seen != i_n:
-                wait_turn(p_turns + tile, i_n)
-            for team in gl.static_range(TEAMS):
-                i = team * LATER + WRITER
-                mbarrier.wait(bar_dq.index(i), step // LATER & 1)
+                acquire(args.semaphores + i_tile, i_n)
+            for group in gl.static_range(WARP_GROUPS):
+                i = group * DQ_STAGES + WARP
+                mbarrier.wait(args.dq_full.index(i), step // DQ_STAGES & 1)
                 if i_n == 0:
-                    tma.async_copy_shared_to_global(d_sum, [(tile * TEAMS + team) * ROWS, 0], s_dq.index(i))
+                    tma.async_store(dq_desc, [(i_tile * WARP_GROUPS + group) * DQ_ROWS, 0], dq_smem.index(i))
                 else:
-                    _copy_add(d_sum, [(tile * TEAMS + team) * ROWS, 0], s_dq.index(i))
+                    tma.async_atomic_add(dq_desc, [(i_tile * WARP_GROUPS + group) * DQ_ROWS, 0], dq_smem.index(i))
             tma.store_wait(0)
-            if step + LATER < open_steps:
-                for team in gl.static_range(TEAMS):
-                    mbarrier.arrive(bar_dq_ready.index(team * LATER + WRITER))
-            after = gl.minimum(step + LATER, n_steps - 1)
-            next_tile = (i_h * HEADS + after % HEADS) * n_tiles + first_tile + end - 1 - after // HEADS
-            seen = end_turn(p_turns + tile, p_turns + next_tile)
+            if step + DQ_STAGES < n_open:
+                for group in gl.static_range(WARP_GROUPS):
+                    mbarrier.arrive(args.dq_ready.index(group * DQ_STAGES + WARP))
+            next_tile = _dq_tile(tile, gl.minimum(step + DQ_STAGES, n_steps - 1), HEADS)
+            seen = release(args.semaphores + i_tile, args.semaphores + next_tile)
         else:
             if i_n > 0:
-                wait_turn(p_turns + tile, i_n)
-            for team in gl.static_range(TEAMS):
-                i = team * LATER + WRITER
-                if step - LATER >= open_steps:
-                    mbarrier.wait(bar_dq.index(i), (step - LATER) // LATER & 1)
+                acquire(args.semaphores + i_tile, i_n)
+            for group in gl.static_range(WARP_GROUPS):
+                i = group * DQ_STAGES + WARP
+                if step - DQ_STAGES >= n_open:
+                    mbarrier.wait(args.dq_full.index(i), (step - DQ_STAGES) // DQ_STAGES & 1)
                 if i_n == 0:
-                    mbarrier.arrive(bar_dq_ready.index(i))
+                    mbarrier.arrive(args.dq_ready.index(i))
                 else:
-                    mbarrier.expect(bar_dq_ready.index(i), d_sum.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        d_sum, [(tile * TEAMS + team) * ROWS, 0], bar_dq_ready.index(i), s_dq.index(i)
-                    )
+                    ready = args.dq_ready.index(i)
+                    mbarrier.expect(ready, dq_desc.block_type.nbytes)
+                    tma.async_load(dq_desc, [(i_tile * WARP_GROUPS + group) * DQ_ROWS, 0], ready, dq_smem.index(i))
+
+
+@aggregate
+class StepRows:
+    """The query rows of a step, in shared memory."""
+
+    q: gl.shared_memory_descriptor
+    g: gl.shared_memory_descriptor
+    neg_lse: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
 
 
 @gluon.jit
-def _zero(step):
-    """0, in a way that keeps the compiler from computing every descriptor of a tile ahead of the loop, and spilling."""
-    return step >> 30
-
-
-@gluon.jit
-def _begin(step, tiles, bars, n_valid, BLOCK_M: gl.constexpr, D: gl.constexpr):
-    """Wait for the rows of a step, and clear those past the end of the sequence: (q, g, shift, delta)."""
-    s_q, s_g, _, _, _, _, s_shift, s_delta = tiles
-    bar_q, bar_g, _, _, _, _, _, _ = bars
-    STAGES: gl.constexpr = s_q.shape[0]
+def _wait_rows(args, step, n_valid):
+    """Wait for the Q of a step, and clear rows past the end of the sequence: `StepRows`, of which dO may yet come."""
+    STAGES: gl.constexpr = args.q_smem.shape[0]
     i = step % STAGES
-    q, g = s_q.index(i), s_g.index(i)
-    mbarrier.wait(bar_q.index(i), step // STAGES & 1)
-    if n_valid < BLOCK_M:
-        mbarrier.wait(bar_g.index(i), step // STAGES & 1)
+    q, g = args.q_smem.index(i), args.g_smem.index(i)
+    wait_full(args.q_full, step)
+    if n_valid < args.BLOCK_M:
+        wait_full(args.g_full, step)
         clear_rows(q, n_valid, 4)
         clear_rows(g, n_valid, 4)
         fence_async_shared()
-    return q, g, s_shift.index(i), s_delta.index(i)
+    return StepRows(q, g, args.neg_lse_smem.index(i), args.delta_smem.index(i))
 
 
 @gluon.jit
-def _begin_dq(step, tiles, bars, zeros_q, TEAM: gl.constexpr):
-    """Hand a team's half of dQ of a step to the tensor cores."""
-    _, _, s_k, _, s_ds, _, _, _ = tiles
-    _, _, _, _, bar_ds, _, _, _ = bars
-    COLS: gl.constexpr = zeros_q.shape[1]
-    mbarrier.wait(bar_ds.index(step % LATER), step // LATER & 1)
-    k = s_k.index(_zero(step)).slice(TEAM * COLS, COLS, 1)
-    return warpgroup_mma(s_ds.index(step % LATER).permute((1, 0)), k, zeros_q, use_acc=False, is_async=True)
+def _issue_dq(args, step, zeros, WARP_GROUP: gl.constexpr):
+    """Issue the GEMM of a warp group's half of a step's dQ."""
+    COLS: gl.constexpr = zeros.shape[1]
+    wait_full(args.ds_full, step)
+    k = args.k_smem.index(opaque_zero(step)).slice(WARP_GROUP * COLS, COLS, 1)
+    ds = args.ds_smem.index(step % DQ_STAGES).permute((1, 0))
+    return warpgroup_mma(ds, k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _begin_s(step, tiles, q, zeros, TEAM: gl.constexpr):
-    _, _, s_k, _, _, _, _, _ = tiles
-    k = s_k.index(_zero(step)).slice(TEAM * KEYS, KEYS)
+def _issue_s(args, q, step, zeros, WARP_GROUP: gl.constexpr):
+    k = args.k_smem.index(opaque_zero(step)).slice(WARP_GROUP * ROWS, ROWS)
     return warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _finish(
+def _ds_dk_dv(
+    args,
+    rows,
     b_s,
     acc_k,
     acc_v,
     step,
-    tiles,
-    bars,
-    rows_of_step,
     scale2,
     first_q,
     o_q,
     zeros,
-    TEAM: gl.constexpr,
+    WARP_GROUP: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """S, in flight, to dS in shared memory, dV and dK. Nothing is in flight afterwards."""
-    s_q, _, _, s_v, s_ds, _, _, _ = tiles
-    _, bar_g, bar_free, _, bar_ds, bar_ds_free, _, _ = bars
-    q, g, shift, delta = rows_of_step
-    STAGES: gl.constexpr = s_q.shape[0]
+    """From a step's S, in flight, to dS in shared memory, dV and dK. Nothing is in flight afterwards."""
+    q, g = rows.q, rows.g
     l_s: gl.constexpr = zeros.type.layout
     l_p: gl.constexpr = gl.DotOperandLayout(0, acc_v.type.layout, 2)
-    b_shift = shift.load(gl.SliceLayout(0, l_s))
-    mbarrier.wait(bar_g.index(step % STAGES), step // STAGES & 1)
-    v = s_v.index(_zero(step)).slice(TEAM * KEYS, KEYS)
+    b_neg_lse = rows.neg_lse.load(gl.SliceLayout(0, l_s))
+    wait_full(args.g_full, step)
+    v = args.v_smem.index(opaque_zero(step)).slice(WARP_GROUP * ROWS, ROWS)
     b_dp = warpgroup_mma(v, g.permute((1, 0)), zeros, use_acc=False, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
-    b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_shift[None, :], b_s)[0]))
+    b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_neg_lse[None, :], b_s)[0]))
     if MASKED:
         b_p = gl.where(first_q[:, None] <= o_q[None, :], b_p, 0.0)
     b_pt = gl.convert_layout(b_p.to(g.dtype), l_p)
     acc_v = warpgroup_mma(b_pt, g, acc_v, is_async=True)
-    b_delta = delta.load(gl.SliceLayout(0, l_s))
+    b_delta = rows.delta.load(gl.SliceLayout(0, l_s))
     b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(g.dtype)
     acc_k = warpgroup_mma(gl.convert_layout(b_ds, l_p), q, acc_k, is_async=True)
-    mbarrier.wait(bar_ds_free.index(step % LATER), (step // LATER & 1) ^ 1)
-    s_ds.index(step % LATER).slice(TEAM * KEYS, KEYS).store(b_ds)
+    wait_empty(args.ds_empty, step)
+    args.ds_smem.index(step % DQ_STAGES).slice(WARP_GROUP * ROWS, ROWS).store(b_ds)
     fence_async_shared()
-    mbarrier.arrive(bar_ds.index(step % LATER))
+    arrive(args.ds_full, step)
     acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
-    mbarrier.arrive(bar_free.index(step % STAGES))
+    arrive(args.empty, step)
     return acc_k, acc_v
 
 
 @gluon.jit
 def _by_thread(x):
-    """A product [64, COLS] in the order in which threads hold it, four values each: stored without bank conflicts."""
+    """An accumulator [64, COLS] in the order in which threads hold it, four values each: no bank conflicts."""
     COLS: gl.constexpr = x.shape[1]
     x = gl.permute(x.reshape([4, 2, 8, COLS // 16, 2, 4, 2]), (3, 1, 0, 2, 5, 4, 6))
     return x.reshape([COLS // 4, 256])
@@ -227,307 +280,253 @@ def _by_row(x, COLS: gl.constexpr):
 
 
 @gluon.jit
-def _hand_over(b_dq, step, tiles, bars, TEAM: gl.constexpr):
-    """Leave a part of dQ to the writer."""
-    _, _, _, _, _, s_dq, _, _ = tiles
-    _, _, _, _, _, bar_ds_free, bar_dq, bar_dq_ready = bars
-    i = TEAM * LATER + step % LATER
-    mbarrier.wait(bar_dq_ready.index(i), step // LATER & 1)
-    s_dq.index(i).store(_by_thread(b_dq))
+def _store_smem(args, b_dq, step, WARP_GROUP: gl.constexpr):
+    """A part of dQ to shared memory, for the reduce warp."""
+    i = WARP_GROUP * DQ_STAGES + step % DQ_STAGES
+    mbarrier.wait(args.dq_ready.index(i), step // DQ_STAGES & 1)
+    args.dq_smem.index(i).store(_by_thread(b_dq))
     fence_async_shared()
-    mbarrier.arrive(bar_dq.index(i))
-    mbarrier.arrive(bar_ds_free.index(step % LATER))
+    mbarrier.arrive(args.dq_full.index(i))
+    arrive(args.ds_empty, step)
 
 
 @gluon.jit
-def _close(
-    p_dq,
-    b_dq,
-    step,
-    tiles,
-    bars,
-    place,
-    scale,
-    TEAM: gl.constexpr,
-    HKV: gl.constexpr,
-    HEADS: gl.constexpr,
-    D: gl.constexpr,
-):
-    """Add the last part of a tile of dQ to those before it, which the writer has brought, and round."""
-    q_start, q_len, _, _, _, _, i_h, i_n, _, _, end, _ = place
-    _, _, _, _, _, s_dq, _, _ = tiles
-    _, _, _, _, _, bar_ds_free, bar_dq, bar_dq_ready = bars
-    ROWS: gl.constexpr = b_dq.shape[0]
+def _close(args, b_dq, step, WARP_GROUP: gl.constexpr):
+    """Add the last part of a tile of dQ to the sum of those before, which the reduce warp has loaded; round, store."""
+    tile = args.tile
+    HKV: gl.constexpr = args.HKV
+    HEADS: gl.constexpr = args.HEADS
+    D: gl.constexpr = args.D
+    BLOCK_M: gl.constexpr = b_dq.shape[0]
     COLS: gl.constexpr = b_dq.shape[1]
     l_dq: gl.constexpr = b_dq.type.layout
-    i = TEAM * LATER + step % LATER
-    mbarrier.wait(bar_dq_ready.index(i), step // LATER & 1)
+    i = WARP_GROUP * DQ_STAGES + step % DQ_STAGES
+    mbarrier.wait(args.dq_ready.index(i), step // DQ_STAGES & 1)
     b_last = _by_thread(b_dq)
-    b_sum = s_dq.index(i).load(b_last.type.layout)
-    mbarrier.arrive(bar_dq.index(i))
-    mbarrier.arrive(bar_ds_free.index(step % LATER))
-    # With no tile of keys before this one, nothing was brought.
-    b_sum = gl.convert_layout(_by_row(gl.where(i_n > 0, b_sum + b_last, b_last), COLS), l_dq, assert_trivial=True)
-    row = (end - 1 - step // HEADS) * ROWS
-    p_tile = p_dq + ((q_start + row).to(gl.int64) * HKV * HEADS + i_h * HEADS + step % HEADS) * D + TEAM * COLS
-    o_r = gl.arange(0, ROWS, gl.SliceLayout(1, l_dq))
+    b_sum = args.dq_smem.index(i).load(b_last.type.layout)
+    mbarrier.arrive(args.dq_full.index(i))
+    arrive(args.ds_empty, step)
+    # Of the first tile of keys there is no part before.
+    b_sum = gl.where(tile.i_n > 0, b_sum + b_last, b_last)
+    b_sum = gl.convert_layout(_by_row(b_sum, COLS), l_dq, assert_trivial=True)
+    row = (tile.end - 1 - step // HEADS) * BLOCK_M
+    o_q = (tile.q_start + row).to(gl.int64) * HKV * HEADS + tile.kv_head * HEADS + step % HEADS
+    p_tile = args.dq + o_q * D + WARP_GROUP * COLS
+    o_r = gl.arange(0, BLOCK_M, gl.SliceLayout(1, l_dq))
     o_d = gl.arange(0, COLS, gl.SliceLayout(0, l_dq))
-    mask = (row + o_r < q_len)[:, None]
-    gl.store(p_tile + o_r[:, None] * (HKV * HEADS * D) + o_d[None, :], (b_sum * scale).to(p_dq.dtype.element_ty), mask)
+    mask = (row + o_r < tile.q_len)[:, None]
+    DTYPE: gl.constexpr = args.dq.dtype.element_ty
+    gl.store(p_tile + o_r[:, None] * (HKV * HEADS * D) + o_d[None, :], (b_sum * args.scale).to(DTYPE), mask)
 
 
 @gluon.jit
-def _products(
-    memory,
-    tiles,
-    bars,
-    place,
-    scale,
-    shift_q,
-    TEAM: gl.constexpr,
-    HKV: gl.constexpr,
-    HEADS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    D: gl.constexpr,
-    CAUSAL: gl.constexpr,
-):
-    p_dq, p_dk, p_dv = memory
-    _, _, s_k, s_v, _, _, _, _ = tiles
-    _, _, _, bar_kv, _, _, _, _ = bars
-    _, q_len, _, _, k_row, n_keys, i_h, _, first, full, end, open_steps = place
-    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    l_kv: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    l_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // TEAMS, 16])
-    scale2 = LOG2E * scale
-    zeros = gl.zeros((KEYS, BLOCK_M), gl.float32, l_s)
-    zeros_q = gl.zeros((BLOCK_M, D // TEAMS), gl.float32, l_dq)
-    acc_k = gl.zeros((KEYS, D), gl.float32, l_kv)
-    acc_v = gl.zeros((KEYS, D), gl.float32, l_kv)
+def _store_dk_dv(args, acc_k, acc_v, WARP_GROUP: gl.constexpr):
+    D: gl.constexpr = args.D
+    l_kv: gl.constexpr = acc_k.type.layout
+    o_k = (args.tile.k_row + WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_kv))).to(gl.int64)
+    o_d = gl.arange(0, D, gl.SliceLayout(0, l_kv))
+    o_out = ((o_k * args.HKV + args.tile.kv_head) * D)[:, None] + o_d[None, :]
+    m_k = (WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_kv)) < args.tile.n_keys)[:, None]
+    gl.store(args.dv + o_out, acc_v.to(args.k_smem.dtype), mask=m_k)
+    gl.store(args.dk + o_out, (acc_k * args.scale).to(args.k_smem.dtype), mask=m_k)
+
+
+@gluon.jit
+def _consumer(args, WARP_GROUP: gl.constexpr):
+    tile = args.tile
+    HEADS: gl.constexpr = args.HEADS
+    BLOCK_M: gl.constexpr = args.BLOCK_M
+    D: gl.constexpr = args.D
+    l_s: gl.constexpr = wgmma_layout(BLOCK_M)
+    l_kv: gl.constexpr = wgmma_layout(D)
+    l_dq: gl.constexpr = wgmma_layout(D // WARP_GROUPS)
+    q_len, n_keys, end, n_open = tile.q_len, tile.n_keys, tile.end, tile.n_open
+    scale2 = LOG2E * args.scale
+    zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, l_s)
+    zeros_q = gl.zeros((BLOCK_M, D // WARP_GROUPS), gl.float32, l_dq)
+    acc_k = gl.zeros((ROWS, D), gl.float32, l_kv)
+    acc_v = gl.zeros((ROWS, D), gl.float32, l_kv)
     # The first query that sees each key; past the last key there is none.
-    o_n = TEAM * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, l_s))
+    o_n = WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_s))
     first_q = o_n * 0
-    if CAUSAL:
-        first_q = o_n + shift_q
+    if args.CAUSAL:
+        first_q = o_n + args.q_offset
     first_q = gl.where(o_n < n_keys, first_q, 2147483647)
     o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, l_s))
 
-    mbarrier.wait(bar_kv, 0)
-    if n_keys < BLOCK_N:
-        clear_rows(s_k.index(0), n_keys, 4)
-        clear_rows(s_v.index(0), n_keys, 4)
+    mbarrier.wait(args.kv_full, 0)
+    if n_keys < args.BLOCK_N:
+        clear_rows(args.k_smem.index(0), n_keys, 4)
+        clear_rows(args.v_smem.index(0), n_keys, 4)
         fence_async_shared()
-    n_steps = (end - first) * HEADS
-    for i in gl.static_range(LATER):
+    n_steps = (end - tile.first) * HEADS
+    for i in gl.static_range(DQ_STAGES):
         if n_steps > i:
             m = end - 1 - i // HEADS
-            rows_of_step = _begin(i, tiles, bars, q_len - m * BLOCK_M, BLOCK_M, D)
-            b_s = _begin_s(n_steps * 0 + i, tiles, rows_of_step[0], zeros, TEAM)
+            step = n_steps * 0 + i
+            rows = _wait_rows(args, i, q_len - m * BLOCK_M)
+            b_s = _issue_s(args, rows.q, step, zeros, WARP_GROUP)
             o_q = m * BLOCK_M + o_m
-            acc_k, acc_v = _finish(
-                b_s, acc_k, acc_v, i, tiles, bars, rows_of_step, scale2, first_q, o_q, zeros, TEAM, True
-            )
+            acc_k, acc_v = _ds_dk_dv(args, rows, b_s, acc_k, acc_v, i, scale2, first_q, o_q, zeros, WARP_GROUP, True)
     for MASKED in gl.static_range(2):
         if MASKED == 0:
-            begin = n_steps * 0 + LATER
-            stop = (end - full) * HEADS
+            begin = n_steps * 0 + DQ_STAGES
+            stop = (end - tile.full) * HEADS
         else:
-            begin = gl.maximum((end - full) * HEADS, LATER)
+            begin = gl.maximum((end - tile.full) * HEADS, DQ_STAGES)
             stop = n_steps
         for step in range(begin, stop):
             m = end - 1 - step // HEADS
-            rows_of_step = _begin(step, tiles, bars, q_len - m * BLOCK_M, BLOCK_M, D)
-            b_dq = _begin_dq(step - LATER, tiles, bars, zeros_q, TEAM)
-            b_s = _begin_s(step, tiles, rows_of_step[0], zeros, TEAM)
+            rows = _wait_rows(args, step, q_len - m * BLOCK_M)
+            b_dq = _issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
+            b_s = _issue_s(args, rows.q, step, zeros, WARP_GROUP)
             b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
-            if MASKED and step - LATER >= open_steps:
-                _close(p_dq, b_dq, step - LATER, tiles, bars, place, scale, TEAM, HKV, HEADS, D)
+            if MASKED and step - DQ_STAGES >= n_open:
+                _close(args, b_dq, step - DQ_STAGES, WARP_GROUP)
             else:
-                _hand_over(b_dq, step - LATER, tiles, bars, TEAM)
+                _store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
             o_q = m * BLOCK_M + o_m
-            acc_k, acc_v = _finish(
-                b_s, acc_k, acc_v, step, tiles, bars, rows_of_step, scale2, first_q, o_q, zeros, TEAM, MASKED
+            acc_k, acc_v = _ds_dk_dv(
+                args, rows, b_s, acc_k, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP, MASKED
             )
-    for step in range(gl.maximum(n_steps - LATER, 0), n_steps):
-        b_dq = warpgroup_mma_wait(0, deps=(_begin_dq(step, tiles, bars, zeros_q, TEAM),))
-        if step >= open_steps:
-            _close(p_dq, b_dq, step, tiles, bars, place, scale, TEAM, HKV, HEADS, D)
+    for step in range(gl.maximum(n_steps - DQ_STAGES, 0), n_steps):
+        b_dq = warpgroup_mma_wait(0, deps=(_issue_dq(args, step, zeros_q, WARP_GROUP),))
+        if step >= n_open:
+            _close(args, b_dq, step, WARP_GROUP)
         else:
-            _hand_over(b_dq, step, tiles, bars, TEAM)
-    o_k = (k_row + TEAM * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, l_kv))).to(gl.int64)
-    o_d = gl.arange(0, D, gl.SliceLayout(0, l_kv))
-    o_out = ((o_k * HKV + i_h) * D)[:, None] + o_d[None, :]
-    m_k = (TEAM * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, l_kv)) < n_keys)[:, None]
-    gl.store(p_dv + o_out, acc_v.to(s_k.dtype), mask=m_k)
-    gl.store(p_dk + o_out, (acc_k * scale).to(s_k.dtype), mask=m_k)
+            _store_smem(args, b_dq, step, WARP_GROUP)
+    _store_dk_dv(args, acc_k, acc_v, WARP_GROUP)
 
 
-@gluon.jit(do_not_specialize=["n_seqs", "together", "last", "n_tiles"])
+@gluon.jit
+def _rasterize(
+    p_cu_k,
+    p_order,
+    n_seqs,
+    swizzle,
+    last_group,
+    HKV: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    EQUAL: gl.constexpr,
+):
+    """(sequence, KV head, tile of keys) of a CTA.
+
+    `swizzle` pairs of a sequence and a KV head run side by side: a tile of dQ is still in L2 when its next part comes.
+    From pair `last_group` on all do: what starts at the end is short then, and the SMs finish at the same time.
+    """
+    i_b, n_pairs, n_of_pair, j = cta_pairs(p_cu_k, p_order, n_seqs, HKV, BLOCK_N, EQUAL)
+    if not EQUAL:
+        last_group = (HKV - 1) // swizzle * swizzle  # CTAs after those of the last pair have tiles that do not exist
+    i = gl.minimum(j // (n_of_pair * swizzle) * swizzle, last_group)
+    width = gl.where(i < last_group, gl.minimum(swizzle, n_pairs - i), n_pairs - last_group)
+    j -= i * n_of_pair
+    return i_b + (i + j % width) // HKV, (i + j % width) % HKV, j // width
+
+
+@gluon.jit(do_not_specialize=["n_seqs", "swizzle", "last_group", "n_tiles"])
 def attention_backward_kernel(
     d_q,  # [T, HKV * HEADS * D], tiles [BLOCK_M, D]
     d_g,  # as d_q
     d_k,  # [Tk, HKV * D], tiles [BLOCK_N, D]
     d_v,  # as d_k
-    d_shift,  # fp32 [HKV * HEADS * n_tiles * BLOCK_M], tiles [BLOCK_M]: -lse in base 2
-    d_delta,  # as d_shift: row sums of dO * O
-    d_sum,  # fp32 [HKV * HEADS * n_tiles * D / 4, 256], a team's tiles [D / 8, 256] as `_by_thread`: sums of dQ / scale
-    p_turns,  # int32 zeros [HKV * HEADS, n_tiles]: how many have added to a tile of dQ
+    d_neg_lse,  # fp32 [HKV * HEADS * n_tiles * BLOCK_M], tiles [BLOCK_M]: -lse in log2
+    d_delta,  # as d_neg_lse: row sums of dO * O
+    d_dq,  # fp32 [HKV * HEADS * n_tiles * D / 4, 256], a warp group's tiles [D / 8, 256] as `_by_thread`: dQ / scale
+    p_semaphores,  # int32 zeros [HKV * HEADS, n_tiles]: how many key tiles have added to a tile of dQ
     p_dq,  # [T, HKV * HEADS, D], contiguous; tiles of queries that see no key are not written
     p_dk,  # [Tk, HKV, D], contiguous
     p_dv,  # as p_dk
     p_cu_q,  # int32 [B + 1]
     p_cu_k,  # int32 [B + 1]
-    p_lists,  # int32 [2, B]: as `by_length` makes them; not read if EQUAL
+    p_order,  # int32 [2, B] of `lpt_order`; not read if EQUAL
     scale,  # softmax_scale
     n_seqs,
-    together,
-    last,  # a multiple of `together`; only if EQUAL
+    swizzle,  # pairs of a sequence and a KV head that run side by side
+    last_group,  # a multiple of `swizzle`; only if EQUAL
     n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as `find_tile` says
     HKV: gl.constexpr,
-    HEADS: gl.constexpr,
+    HEADS: gl.constexpr,  # query heads of a KV head
     D: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr,  # of Q and dO
     CAUSAL: gl.constexpr,
-    EQUAL: gl.constexpr,  # every sequence is as long
+    EQUAL: gl.constexpr,  # all sequences have as many keys
 ):
-    # Whoever is waited for has a lower program id, so it runs or is done: no deadlock on any number of SMs.
-    # `together` pairs of a sequence and a key head at a time: a tile of dQ is in L2 while its turns are near. From pair
-    # `last` on all are side by side: then what is begun at the end is short, and the SMs are done at the same time.
-    i_b, n_pairs, n_of_pair, j = pairs_of_program(p_cu_k, p_lists, n_seqs, HKV, BLOCK_N, EQUAL)
-    if not EQUAL:
-        last = (HKV - 1) // together * together  # what comes after a last pair's tiles is a tile that does not exist
-    i = gl.minimum(j // (n_of_pair * together) * together, last)
-    width = gl.where(i < last, gl.minimum(together, n_pairs - i), n_pairs - last)
-    j -= i * n_of_pair
-    i_n = j // width
-    i_b += (i + j % width) // HKV
-    i_h = (i + j % width) % HKV
+    # A CTA waits only for CTAs with a lower id, which run or are done: no deadlock on any number of SMs.
+    i_b, i_h, i_n = _rasterize(p_cu_k, p_order, n_seqs, swizzle, last_group, HKV, BLOCK_N, EQUAL)
     q_start = gl.load(p_cu_q + i_b)
     q_len = gl.load(p_cu_q + i_b + 1) - q_start
     k_start = gl.load(p_cu_k + i_b)
     k_len = gl.load(p_cu_k + i_b + 1) - k_start
     n_keys = k_len - i_n * BLOCK_N
     k_row = k_start + i_n * BLOCK_N
-    # Tiles of queries this tile of keys is seen by, those from `full` on wholly.
-    # A program whose tile does not exist walks none; it must not return, the warps of all parts end together.
+    # A CTA whose tile does not exist has no steps. It must not return: the warps of all partitions end together.
     end = gl.where(n_keys > 0, (q_len + BLOCK_M - 1) // BLOCK_M, 0)
     first = end * 0
     full = end * 0
-    seen = i_n * BLOCK_N - (k_len - q_len)  # the first query that sees the first of these keys
+    q_offset = i_n * BLOCK_N - (k_len - q_len)
     if CAUSAL:
-        first = gl.minimum(gl.maximum(seen, 0) // BLOCK_M, end)
-        full = gl.minimum((gl.maximum(seen + BLOCK_N - 1, 0) + BLOCK_M - 1) // BLOCK_M, end)
-    # From `open` on no later tile of keys sees them: the sums of dQ are closed here.
+        first = gl.minimum(gl.maximum(q_offset, 0) // BLOCK_M, end)
+        full = gl.minimum((gl.maximum(q_offset + BLOCK_N - 1, 0) + BLOCK_M - 1) // BLOCK_M, end)
+    # From `open` on no query sees a later tile of keys: the sums of dQ are closed here.
     open = full
     if CAUSAL:
-        open = gl.minimum(gl.maximum(seen + BLOCK_N, 0) // BLOCK_M, end)
+        open = gl.minimum(gl.maximum(q_offset + BLOCK_N, 0) // BLOCK_M, end)
     if n_keys <= BLOCK_N:
         full = end
         open = end
 
     DTYPE: gl.constexpr = d_q.dtype
-    s_k = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_k.layout)
-    s_v = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_v.layout)
-    s_q = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, D], d_q.layout)
-    s_g = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, D], d_g.layout)
-    s_ds = gl.allocate_shared_memory(DTYPE, [LATER, BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(128, 16, 2))
-    s_dq = gl.allocate_shared_memory(gl.float32, [TEAMS * LATER, D // 8, 256], d_sum.layout)
-    s_shift = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], d_shift.layout)
-    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], d_delta.layout)
-    bar_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bar_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bar_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bar_ds = gl.allocate_shared_memory(gl.int64, [LATER, 1], mbarrier.MBarrierLayout())
-    bar_ds_free = gl.allocate_shared_memory(gl.int64, [LATER, 1], mbarrier.MBarrierLayout())
-    bar_dq = gl.allocate_shared_memory(gl.int64, [TEAMS * LATER, 1], mbarrier.MBarrierLayout())
-    bar_dq_ready = gl.allocate_shared_memory(gl.int64, [TEAMS * LATER, 1], mbarrier.MBarrierLayout())
-    bar_kv = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_smem = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_k.layout)
+    v_smem = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_v.layout)
+    q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, D], d_q.layout)
+    g_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, D], d_g.layout)
+    ds_smem = gl.allocate_shared_memory(DTYPE, [DQ_STAGES, BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(128, 16, 2))
+    dq_smem = gl.allocate_shared_memory(gl.float32, [WARP_GROUPS * DQ_STAGES, D // 8, 256], d_dq.layout)
+    neg_lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], d_neg_lse.layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], d_delta.layout)
+    q_full = allocate_barriers(STAGES)
+    g_full = allocate_barriers(STAGES)
+    empty = allocate_barriers(STAGES)
+    ds_full = allocate_barriers(DQ_STAGES)
+    ds_empty = allocate_barriers(DQ_STAGES)
+    dq_full = allocate_barriers(WARP_GROUPS * DQ_STAGES)
+    dq_ready = allocate_barriers(WARP_GROUPS * DQ_STAGES)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(bar_q.index(i), count=1)
-        mbarrier.init(bar_g.index(i), count=1)
-        mbarrier.init(bar_free.index(i), count=TEAMS)
-    for i in gl.static_range(LATER):
-        mbarrier.init(bar_ds.index(i), count=TEAMS)
-        mbarrier.init(bar_ds_free.index(i), count=TEAMS)
-    for i in gl.static_range(TEAMS * LATER):
-        mbarrier.init(bar_dq.index(i), count=1)
-        mbarrier.init(bar_dq_ready.index(i), count=1)
-    mbarrier.init(bar_kv, count=1)
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(g_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=WARP_GROUPS)
+    for i in gl.static_range(DQ_STAGES):
+        mbarrier.init(ds_full.index(i), count=WARP_GROUPS)
+        mbarrier.init(ds_empty.index(i), count=WARP_GROUPS)
+    for i in gl.static_range(WARP_GROUPS * DQ_STAGES):
+        mbarrier.init(dq_full.index(i), count=1)
+        mbarrier.init(dq_ready.index(i), count=1)
+    mbarrier.init(kv_full, count=1)
     fence_async_shared()
 
-    memory = (p_dq, p_dk, p_dv)
-    tiles = (s_q, s_g, s_k, s_v, s_ds, s_dq, s_shift, s_delta)
-    bars = (bar_q, bar_g, bar_free, bar_kv, bar_ds, bar_ds_free, bar_dq, bar_dq_ready)
     first_tile = q_start // BLOCK_M + i_b
-    place = (q_start, q_len, n_tiles, first_tile, k_row, n_keys, i_h, i_n, first, full, end, (end - open) * HEADS)
-    descriptors = (d_q, d_g, d_k, d_v, d_shift, d_delta)
+    n_open = (end - open) * HEADS
+    tile = KeyTile(q_start, q_len, n_tiles, first_tile, k_row, n_keys, i_h, i_n, first, full, end, n_open)
+    args = PartitionArgs(
+        *(d_q, d_g, d_k, d_v, d_neg_lse, d_delta, d_dq, p_semaphores, p_dq, p_dk, p_dv),
+        *(q_smem, g_smem, k_smem, v_smem, ds_smem, dq_smem, neg_lse_smem, delta_smem),
+        *(q_full, g_full, empty, kv_full, ds_full, ds_empty, dq_full, dq_ready),
+        *(tile, scale, q_offset, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL),
+    )
     gl.warp_specialize(
         [
-            (_products, (memory, tiles, bars, place, scale, seen, 0, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL)),
-            (_products, (memory, tiles, bars, place, scale, seen, 1, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL)),
-            (_load, (descriptors, tiles, bars, place, HEADS, BLOCK_M, D)),
-            (_write, (d_sum, p_turns, tiles, bars, place, 0, HEADS)),
-            (_write, (d_sum, p_turns, tiles, bars, place, 1, HEADS)),
+            (_consumer, (args, 0)),
+            (_consumer, (args, 1)),
+            (_producer, (args,)),
+            (_reduce, (args, 0)),
+            (_reduce, (args, 1)),
         ],
         [4, 1, 1, 1],
         [240, 24, 24, 24],
     )
-
-
-@triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"])
-def _prepare_kernel(
-    p_g,  # [T, H, D], contiguous
-    p_out,  # [T, H, D], contiguous
-    p_lse,  # fp32 [H, T]
-    p_g_lse,  # fp32 [H, T] or None
-    p_shift,  # fp32 [H, n_tiles, BLOCK_M]: -lse in base 2; 0 past the end of a sequence
-    p_delta,  # as p_shift: row sums of dO * O, less the gradient of the lse
-    p_turns,  # int32 [H, n_tiles]: zeros
-    p_dq,  # [T, H, D], contiguous: zeros where no key is seen by a whole tile, which no program will write
-    p_cu_q,
-    p_cu_k,
-    n_tokens,
-    n_seqs,
-    n_tiles,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    # Heads of a tile side by side: together they read whole rows of memory.
-    i_tile = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
-    i_b, i_m = find_tile(p_cu_q, i_tile, n_seqs, 1, BLOCK_M)  # past a sequence's last tile are no rows
-    start = tl.load(p_cu_q + i_b)
-    q_len = tl.load(p_cu_q + i_b + 1) - start
-    k_len = tl.load(p_cu_k + i_b + 1) - tl.load(p_cu_k + i_b)
-    lane = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_t = lane < q_len
-    o_t = (start + lane).to(tl.int64)
-    o_x = (o_t * H + i_h)[:, None] * D + tl.arange(0, D)[None, :]
-    b_g = tl.load(p_g + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)
-    b_out = tl.load(p_out + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)
-    o_lse = i_h.to(tl.int64) * n_tokens + o_t
-    lse = tl.load(p_lse + o_lse, mask=m_t, other=0.0)
-    b_delta = tl.sum(b_g * b_out, 1)
-    if p_g_lse is not None:
-        b_delta -= tl.load(p_g_lse + o_lse, mask=m_t, other=0.0)
-    tile = i_h.to(tl.int64) * n_tiles + i_tile
-    o_stat = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(p_shift + o_stat, -(lse * 1.4426950408889634))
-    tl.store(p_delta + o_stat, b_delta)
-    tl.store(p_turns + tile, 0)
-    unseen = k_len == 0
-    if CAUSAL:
-        unseen = unseen | ((i_m + 1) * BLOCK_M <= q_len - k_len)
-    if unseen:
-        tl.store(p_dq + o_x, tl.zeros_like(b_g).to(p_dq.dtype.element_ty), mask=m_t[:, None])
-
-
-def _numbers(t: torch.Tensor, block: int) -> TensorDescriptor:
-    return TensorDescriptor(t, [t.numel()], [1], [block], layout(0, 32, 1))
 
 
 def launch(
@@ -552,32 +551,34 @@ def launch(
     """
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
     order = sched.one_pass_order(head_dim, q.dtype)
-    processors = runtime.multiprocessors(q.device)
-    s = sched.one_pass(cdiv(max_k, order.block_n), head_dim, processors)
+    num_sms = runtime.multiprocessors(q.device)
+    s = sched.one_pass(cdiv(max_k, order.block_n), head_dim, num_sms)
     n_seqs = cu_q.shape[0] - 1
     n_tiles = n_tokens // order.block_m + n_seqs
-    numbers = (hq, n_tiles, order.block_m)
-    shift, delta = (torch.empty(numbers, dtype=torch.float32, device=q.device) for _ in range(2))
-    turns = torch.empty((hq, n_tiles), dtype=torch.int32, device=q.device)
+    statistics = (hq, n_tiles, order.block_m)
+    neg_lse, delta = (torch.empty(statistics, dtype=torch.float32, device=q.device) for _ in range(2))
+    semaphores = torch.empty((hq, n_tiles), dtype=torch.int32, device=q.device)
     total = torch.empty((hq * n_tiles * head_dim // 4, 256), dtype=torch.float32, device=q.device)
-    d_sum = TensorDescriptor.from_tensor(total, [head_dim // 8, 256], layout(0, 32, 2))
+    d_dq = TensorDescriptor.from_tensor(total, [head_dim // 8, 256], tma.smem_layout(0, 32, 2))
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
-    _prepare_kernel[(n_tiles * hq,)](
-        *(g, out, lse, g_lse, shift, delta, turns, dq, cu_q, cu_k, n_tokens, n_seqs, n_tiles),
+    attention_prepare_kernel[(n_tiles * hq,)](
+        *(g, out, lse, g_lse, neg_lse, delta, semaphores, dq, cu_q, cu_k, n_tokens, n_seqs, n_tiles),
         H=hq,
         D=head_dim,
         BLOCK_M=order.block_m,
         CAUSAL=causal,
+        **PINNED,
     )
     equal = max_k * n_seqs == n_keys
-    last = max(n_seqs * hkv - s.last // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
-    last = last // s.together * s.together
+    last_group = max(n_seqs * hkv - s.last // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
+    last_group = last_group // s.together * s.together
     programs = cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
-    lists = cu_k if equal else by_length(cu_k, order.block_n)[0]
+    kv_order = cu_k if equal else lpt_order(cu_k, order.block_n)[0]
     attention_backward_kernel[(programs * hkv,)](
-        *(rows(q, order.block_m), rows(g, order.block_m), rows(k, order.block_n), rows(v, order.block_n)),
-        *(_numbers(shift, order.block_m), _numbers(delta, order.block_m), d_sum),
-        *(turns, dq, dk, dv, cu_q, cu_k, lists, scale, n_seqs, s.together, last, n_tiles),
+        *(tma.head_descriptor(t, order.block_m) for t in (q, g)),
+        *(tma.head_descriptor(t, order.block_n) for t in (k, v)),
+        *(tma.vector_descriptor(t, order.block_m) for t in (neg_lse, delta)),
+        *(d_dq, semaphores, dq, dk, dv, cu_q, cu_k, kv_order, scale, n_seqs, s.together, last_group, n_tiles),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
@@ -587,5 +588,6 @@ def launch(
         CAUSAL=causal,
         EQUAL=equal,
         num_warps=4,
+        **PINNED,
     )
     return dq, dk, dv

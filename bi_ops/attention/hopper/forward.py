@@ -1,9 +1,9 @@
 """Attention's forward on Hopper, warp-specialised, written in Gluon: `attention_kernel`'s order, and its bits.
 
-A program takes a tile of queries of one head, and another when it is done, until none is left.
+A CTA takes a tile of queries of one head. If it is persistent it takes another when that is done, until none is left.
 
-    loader    1 warp       copies the tile's Q, then K and V step by step, into rings of shared memory
-    products  2 or 3 teams of 4 warps  64 rows each: S, the exponentials, O, as `walk` says
+    producer  1 warp                           has TMA copy the tile's Q, then K and V step by step, into their stages
+    consumers 2 or 3 warp groups of 4 warps    64 rows each: S, the online softmax, O, as `mainloop` says; the epilogue
 """
 
 from __future__ import annotations
@@ -11,192 +11,214 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper.descriptors import rows
-from bi_ops.attention.hopper.lists import by_length, steps_of, take, tile_of
-from bi_ops.attention.hopper.parts import LN2, LOG2E, ROWS, clear_rows, inverse
-from bi_ops.attention.hopper.walk import stage_of, walk, walk_ahead
+from bi_ops.attention.hopper.common import ROWS, clear_rows, row_layout, wgmma_layout
+from bi_ops.attention.hopper.mainloop import mainloop, mainloop_overlap
+from bi_ops.attention.hopper.softmax import reciprocal
+from bi_ops.attention.kernels.common import LN2, LOG2E
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.gluon import tma
+from bi_ops.gluon.aggregate import Scalar, aggregate
+from bi_ops.gluon.pipeline import allocate_barriers, init_barriers, stage_and_phase, wait_empty
+from bi_ops.gluon.tile_scheduler import Sequences, fetch_add, get_tile, key_steps, lpt_order
+
+
+@aggregate
+class PartitionArgs:
+    """What every partition is given: stages of shared memory, each with a full and an empty barrier, and the rest."""
+
+    q_desc: tma.tensor_descriptor
+    k_desc: tma.tensor_descriptor
+    v_desc: tma.tensor_descriptor
+    out: gl.tensor
+    lse: gl.tensor
+    q_smem: gl.shared_memory_descriptor
+    k_smem: gl.shared_memory_descriptor
+    v_smem: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor  # one for each warp group's rows in a stage
+    k_full: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    q_empty: gl.shared_memory_descriptor
+    k_empty: gl.shared_memory_descriptor
+    v_empty: gl.shared_memory_descriptor
+    v_tail: gl.shared_memory_descriptor  # the last, partial V has come, and is to be cleared past the end
+    scheduler: gl.shared_memory_descriptor  # ping-pong: warp group i may issue its GEMMs
+    sequences: Sequences
+    scale: Scalar
+    n_tokens: Scalar
+    H: gl.constexpr
+    HEADS: gl.constexpr
+    WARP_GROUPS: gl.constexpr
+    CAUSAL: gl.constexpr
+    PINGPONG: gl.constexpr
+    OVERLAP: gl.constexpr
+    PERSISTENT: gl.constexpr
+    EQUAL: gl.constexpr
 
 
 @gluon.jit
-def _load(
-    descriptors,
-    tiles,
-    bars,
-    lists,
-    sizes,
-    H: gl.constexpr,
-    HEADS: gl.constexpr,
-    TEAMS: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    AHEAD: gl.constexpr,
-    STAY: gl.constexpr,
-    EQUAL: gl.constexpr,
-):
-    d_q, d_k, d_v = descriptors
-    s_q, s_k, s_v = tiles
-    STAGES: gl.constexpr = s_k.shape[0]
-    BLOCK_N: gl.constexpr = s_k.shape[1]
-    D: gl.constexpr = s_k.shape[2]
-    bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, _bar_turn = bars
-    p_cu_q, p_cu_k, p_lists, p_count, p_items = lists
-    PLACES: gl.constexpr = bar_q.shape[0] // bar_q_free.shape[0]  # of teams: a power of two
-    QUERIES: gl.constexpr = bar_q_free.shape[0]
-    p_item = p_items + gl.program_id(0) * QUERIES
-    n_seqs, n_tiles = sizes
-    items = n_tiles * 0
+def _load_keys(args, step, tails, tile, n_steps):
+    """(next step, next tail) after K and V of a tile, in the order in which consumers wait: V comes a step after its K.
+
+    The rows of the last V past the end of the sequence are cleared before consumers see them: P is 0 there, but 0 * NaN
+    would be NaN.
+    """
+    STAGES: gl.constexpr = args.k_smem.shape[0]
+    BLOCK_N: gl.constexpr = args.k_smem.shape[1]
+    D: gl.constexpr = args.k_smem.shape[2]
+    column = tile.head // args.HEADS * D
+    for i in range(0, n_steps + 1):
+        if i < n_steps:
+            stage = step % STAGES
+            empty = args.v_empty if args.OVERLAP else args.k_empty
+            wait_empty(empty, step)
+            full = args.k_full.index(stage)
+            mbarrier.expect(full, args.k_desc.block_type.nbytes)
+            tma.async_load(args.k_desc, [tile.k_start + i * BLOCK_N, column], full, args.k_smem.index(stage))
+        if i > 0:
+            stage = (step - 1) % STAGES
+            n = (i - 1) * BLOCK_N
+            if not args.OVERLAP:  # then K has waited for the stage, for both
+                wait_empty(args.v_empty, step - 1)
+            if tile.k_len - n < BLOCK_N:
+                mbarrier.expect(args.v_tail, args.v_desc.block_type.nbytes)
+                tma.async_load(args.v_desc, [tile.k_start + n, column], args.v_tail, args.v_smem.index(stage))
+                mbarrier.wait(args.v_tail, tails & 1)
+                tails += 1
+                clear_rows(args.v_smem.index(stage), tile.k_len - n, 1)
+                fence_async_shared()
+                mbarrier.arrive(args.v_full.index(stage))
+            else:
+                full = args.v_full.index(stage)
+                mbarrier.expect(full, args.v_desc.block_type.nbytes)
+                tma.async_load(args.v_desc, [tile.k_start + n, column], full, args.v_smem.index(stage))
+        step += 1
+    return step - 1, tails
+
+
+@gluon.jit
+def _producer(args):
+    D: gl.constexpr = args.k_smem.shape[2]
+    BLOCK_M: gl.constexpr = args.WARP_GROUPS * ROWS
+    BLOCK_N: gl.constexpr = args.k_smem.shape[1]
+    Q_STAGES: gl.constexpr = args.q_empty.shape[0]
+    SLOTS: gl.constexpr = args.q_full.shape[0] // Q_STAGES  # for warp groups: a power of two
+    sequences = args.sequences
+    p_tile_id = sequences.tile_ids + gl.program_id(0) * Q_STAGES
+    n_tiles = sequences.n_tiles
+    tiles = n_tiles * 0
     step = n_tiles * 0
     tails = n_tiles * 0
-    i_item = gl.program_id(0)
-    while i_item < n_tiles * H:
-        head, q_start, k_start, m, q_len, k_len = tile_of(
-            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, EQUAL
-        )
-        n_steps, _n_full = steps_of(m, q_len, k_len, TEAMS * ROWS, BLOCK_N, CAUSAL)
-        if m < q_len:
-            place = items % QUERIES
-            mbarrier.wait(bar_q_free.index(place), (items // QUERIES & 1) ^ 1)
-            items += 1
-            gl.store(p_item + place, i_item)
-            for team in gl.static_range(TEAMS):
-                bar = bar_q.index(place * PLACES + team)
-                mbarrier.expect(bar, d_q.block_type.nbytes)
-                row = q_start + m + team * ROWS
-                tma.async_copy_global_to_shared(d_q, [row, head * D], bar, s_q.index(place * PLACES + team))
-            column = head // HEADS * D
-            # In the order in which they are asked for: K of a step before V of the step before it.
-            for i in range(0, n_steps + 1):
-                if i < n_steps:
-                    stage = step % STAGES
-                    bar_free = bar_v_free if AHEAD else bar_k_free
-                    mbarrier.wait(bar_free.index(stage), ((step // STAGES) & 1) ^ 1)
-                    mbarrier.expect(bar_k.index(stage), d_k.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        d_k, [k_start + i * BLOCK_N, column], bar_k.index(stage), s_k.index(stage)
-                    )
-                if i > 0:
-                    stage = (step - 1) % STAGES
-                    n = (i - 1) * BLOCK_N
-                    if not AHEAD:  # where K of the step has found the stage free, for both
-                        mbarrier.wait(bar_v_free.index(stage), (((step - 1) // STAGES) & 1) ^ 1)
-                    if k_len - n < BLOCK_N:
-                        mbarrier.expect(bar_tail, d_v.block_type.nbytes)
-                        tma.async_copy_global_to_shared(d_v, [k_start + n, column], bar_tail, s_v.index(stage))
-                        mbarrier.wait(bar_tail, tails & 1)
-                        tails += 1
-                        clear_rows(s_v.index(stage), k_len - n, 1)
-                        fence_async_shared()
-                        mbarrier.arrive(bar_v.index(stage))
-                    else:
-                        mbarrier.expect(bar_v.index(stage), d_v.block_type.nbytes)
-                        tma.async_copy_global_to_shared(
-                            d_v, [k_start + n, column], bar_v.index(stage), s_v.index(stage)
-                        )
-                step += 1
-            step -= 1
-        i_item = n_tiles * H
-        if STAY:
-            i_item = gl.num_programs(0) + take(p_count)
-    place = items % QUERIES
-    mbarrier.wait(bar_q_free.index(place), (items // QUERIES & 1) ^ 1)
-    gl.store(p_item + place, n_tiles * H)
-    for team in gl.static_range(TEAMS):
-        mbarrier.arrive(bar_q.index(place * PLACES + team))
+    i_tile = gl.program_id(0)
+    while i_tile < n_tiles * args.H:
+        tile = get_tile(sequences, i_tile, args.H, BLOCK_M, args.EQUAL)
+        n_steps, _ = key_steps(tile.m, tile.q_len, tile.k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
+        if tile.m < tile.q_len:
+            stage = tiles % Q_STAGES
+            wait_empty(args.q_empty, tiles)
+            tiles += 1
+            gl.store(p_tile_id + stage, i_tile)
+            for group in gl.static_range(args.WARP_GROUPS):
+                slot = stage * SLOTS + group
+                full = args.q_full.index(slot)
+                mbarrier.expect(full, args.q_desc.block_type.nbytes)
+                row = tile.q_start + tile.m + group * ROWS
+                tma.async_load(args.q_desc, [row, tile.head * D], full, args.q_smem.index(slot))
+            step, tails = _load_keys(args, step, tails, tile, n_steps)
+        i_tile = n_tiles * args.H
+        if args.PERSISTENT:
+            i_tile = gl.num_programs(0) + fetch_add(sequences.counter)
+    # No tile is left: consumers find a number past the last.
+    stage = tiles % Q_STAGES
+    wait_empty(args.q_empty, tiles)
+    gl.store(p_tile_id + stage, n_tiles * args.H)
+    for group in gl.static_range(args.WARP_GROUPS):
+        mbarrier.arrive(args.q_full.index(stage * SLOTS + group))
 
 
 @gluon.jit
-def _products(
-    memory,
-    tiles,
-    bars,
-    given,
-    TEAM: gl.constexpr,
-    H: gl.constexpr,
-    TEAMS: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    TURNS: gl.constexpr,
-    AHEAD: gl.constexpr,
-    EQUAL: gl.constexpr,
-):
-    p_out, p_lse = memory
-    s_q, s_k, s_v = tiles
-    STAGES: gl.constexpr = s_k.shape[0]
-    BLOCK_N: gl.constexpr = s_k.shape[1]
-    D: gl.constexpr = s_k.shape[2]
-    bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, _bar_tail, bar_turn = bars
-    lists, sizes, scale, n_tokens = given
-    p_cu_q, p_cu_k, p_lists, _p_count, p_items = lists
-    PLACES: gl.constexpr = bar_q.shape[0] // bar_q_free.shape[0]  # of teams: a power of two
-    QUERIES: gl.constexpr = bar_q_free.shape[0]
-    p_item = p_items + gl.program_id(0) * QUERIES
-    n_seqs, n_tiles = sizes
-    DTYPE: gl.constexpr = s_q.dtype
-    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+def _epilogue(args, acc, row_max, row_sum, lane, tile, WARP_GROUP: gl.constexpr):
+    """Divide O by the row sums, and store O and the logarithms of the row sums."""
+    D: gl.constexpr = acc.shape[1]
+    l_o: gl.constexpr = acc.type.layout
+    l_out: gl.constexpr = row_layout(D, 4)
+    m = tile.m
+    seen = row_sum > 0
+    divisor = gl.where(seen, row_sum, 1.0)
+    lse = gl.where(seen, (row_max + gl.log2(divisor)) * LN2, float("inf"))
+    m_r = m + lane < tile.q_len
+    gl.store(args.lse + tile.head.to(gl.int64) * args.n_tokens + tile.q_start + m + lane, lse, mask=m_r)
+    b_out = acc * gl.convert_layout(reciprocal(divisor), gl.SliceLayout(1, l_o))[:, None]
+    b_out = gl.convert_layout(b_out.to(args.q_smem.dtype), l_out)
+    o_t = m + WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_out))
+    o_out = ((tile.q_start + o_t).to(gl.int64) * args.H + tile.head) * D
+    o_d = gl.arange(0, D, gl.SliceLayout(0, l_out))
+    gl.store(args.out + o_out[:, None] + o_d[None, :], b_out, mask=(o_t < tile.q_len)[:, None])
+
+
+@gluon.jit
+def _consumer(args, WARP_GROUP: gl.constexpr):
+    STAGES: gl.constexpr = args.k_smem.shape[0]
+    BLOCK_M: gl.constexpr = args.WARP_GROUPS * ROWS
+    BLOCK_N: gl.constexpr = args.k_smem.shape[1]
+    D: gl.constexpr = args.k_smem.shape[2]
+    Q_STAGES: gl.constexpr = args.q_empty.shape[0]
+    SLOTS: gl.constexpr = args.q_full.shape[0] // Q_STAGES  # for warp groups: a power of two
+    sequences = args.sequences
+    p_tile_id = sequences.tile_ids + gl.program_id(0) * Q_STAGES
+    n_tiles = sequences.n_tiles
+    l_s: gl.constexpr = wgmma_layout(BLOCK_N)
+    l_o: gl.constexpr = wgmma_layout(D)
     l_r: gl.constexpr = gl.SliceLayout(1, l_s)
-    l_out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    lane = TEAM * ROWS + gl.arange(0, ROWS, l_r)
-    scale2 = LOG2E * scale
-    items = n_tiles * 0
+    lane = WARP_GROUP * ROWS + gl.arange(0, ROWS, l_r)
+    scale2 = LOG2E * args.scale
+    tiles = n_tiles * 0
     step = n_tiles * 0
-    place = n_tiles * 0
-    mbarrier.wait(bar_q.index(TEAM), 0)
-    i_item = gl.load(p_item)
-    while i_item < n_tiles * H:
-        head, q_start, _k_start, m, q_len, k_len = tile_of(
-            p_cu_q, p_cu_k, p_lists, i_item, n_seqs, n_tiles, H, TEAMS * ROWS, EQUAL
-        )
-        n_steps, n_full = steps_of(m, q_len, k_len, TEAMS * ROWS, BLOCK_N, CAUSAL)
+    stage = n_tiles * 0
+    mbarrier.wait(args.q_full.index(WARP_GROUP), 0)
+    i_tile = gl.load(p_tile_id)
+    while i_tile < n_tiles * args.H:
+        tile = get_tile(sequences, i_tile, args.H, BLOCK_M, args.EQUAL)
+        m, q_len, k_len = tile.m, tile.q_len, tile.k_len
+        n_steps, n_full = key_steps(m, q_len, k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
         n_loaded = n_steps
-        if AHEAD:  # the team's own rows: no turn is waited for
-            n_steps, n_full = steps_of(m + TEAM * ROWS, q_len, k_len, ROWS, BLOCK_N, CAUSAL)
+        if args.OVERLAP:  # the steps of the warp group's own rows: without ping-pong it need not keep pace
+            n_steps, n_full = key_steps(m + WARP_GROUP * ROWS, q_len, k_len, ROWS, BLOCK_N, args.CAUSAL)
         n_seen = lane * 0 + k_len
-        if CAUSAL:
+        if args.CAUSAL:
             n_seen = gl.minimum(gl.maximum(m + lane + (k_len - q_len) + 1, 0), k_len)
-        q = s_q.index(place * PLACES + TEAM)
-        bar_done = bar_q_free.index(place)
+        q = args.q_smem.index(stage * SLOTS + WARP_GROUP)
+        q_empty = args.q_empty.index(stage)
         acc = gl.zeros((ROWS, D), gl.float32, l_o)
-        total = gl.zeros((ROWS,), gl.float32, l_r)
-        top = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
+        row_sum = gl.zeros((ROWS,), gl.float32, l_r)
+        row_max = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
         if n_steps > 0:
-            ring_bars = (bar_k, bar_v, bar_k_free, bar_v_free, bar_done, bar_turn)
-            limits = (n_seen, scale2)
-            if AHEAD:
-                acc, top, total = walk_ahead(q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o)
+            if args.OVERLAP:
+                acc, row_max, row_sum = mainloop_overlap(args, q, q_empty, n_seen, scale2, step, n_steps, n_full, l_o)
             else:
-                acc, top, total, step = walk(
-                    q, (s_k, s_v), ring_bars, limits, step, n_steps, n_full, l_o, TEAM, TEAMS, TURNS
+                acc, row_max, row_sum, step = mainloop(
+                    args, q, q_empty, n_seen, scale2, step, n_steps, n_full, l_o, WARP_GROUP
                 )
         else:
-            mbarrier.arrive(bar_done)
-        if AHEAD:
-            for i in range(step + n_steps, step + n_loaded):  # what only other teams' rows see
-                stage, parity = stage_of(i, STAGES)
-                mbarrier.wait(bar_k.index(stage), parity)
-                mbarrier.arrive(bar_v_free.index(stage))
+            mbarrier.arrive(q_empty)
+        if args.OVERLAP:
+            for i in range(step + n_steps, step + n_loaded):  # what only other warp groups' rows see
+                k_stage, phase = stage_and_phase(i, STAGES)
+                mbarrier.wait(args.k_full.index(k_stage), phase)
+                mbarrier.arrive(args.v_empty.index(k_stage))
             step += n_loaded
-
-        seen = total > 0
-        divisor = gl.where(seen, total, 1.0)
-        lse = gl.where(seen, (top + gl.log2(divisor)) * LN2, float("inf"))
-        gl.store(p_lse + head.to(gl.int64) * n_tokens + q_start + m + lane, lse, mask=m + lane < q_len)
-        b_out = acc * gl.convert_layout(inverse(divisor), gl.SliceLayout(1, l_o))[:, None]
-        b_out = gl.convert_layout(b_out.to(DTYPE), l_out)
-        o_t = m + TEAM * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_out))
-        o_out = ((q_start + o_t).to(gl.int64) * H + head) * D
-        o_d = gl.arange(0, D, gl.SliceLayout(0, l_out))
-        gl.store(p_out + o_out[:, None] + o_d[None, :], b_out, mask=(o_t < q_len)[:, None])
-        items += 1
-        place = items % QUERIES
-        mbarrier.wait(bar_q.index(place * PLACES + TEAM), items // QUERIES & 1)
-        i_item = gl.load(p_item + place)
+        _epilogue(args, acc, row_max, row_sum, lane, tile, WARP_GROUP)
+        tiles += 1
+        stage = tiles % Q_STAGES
+        mbarrier.wait(args.q_full.index(stage * SLOTS + WARP_GROUP), tiles // Q_STAGES & 1)
+        i_tile = gl.load(p_tile_id + stage)
 
 
-@gluon.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"], do_not_specialize_on_alignment=["p_count"])
+@gluon.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"], do_not_specialize_on_alignment=["p_counter"])
 def attention_forward_kernel(
     d_q,  # [T, H * D], tiles [ROWS, D]
     d_k,  # [Tk, H / HEADS * D], tiles [BLOCK_N, D]
@@ -205,87 +227,76 @@ def attention_forward_kernel(
     p_lse,  # fp32 [H, T], natural logarithm
     p_cu_q,  # int32 [B + 1]
     p_cu_k,  # int32 [B + 1]
-    p_lists,  # int32 [2, B]: as `by_length` makes them; not read if EQUAL
-    p_count,  # int32 [1]: 0; how many items were taken after the first ones
-    p_items,  # int32 [programs, QUERIES], uninitialised: which item each Q in place is of
+    p_order,  # int32 [2, B] of `lpt_order`; not read if EQUAL
+    p_counter,  # int32 [1]: 0; tiles taken after each CTA's first
+    p_tile_ids,  # int32 [CTAs, Q_STAGES], uninitialised: which tile the Q in each stage belongs to
     scale,  # softmax_scale
     n_tokens,
     n_seqs,
-    n_tiles,  # of TEAMS * ROWS queries: as many as there are if EQUAL, else at least
+    n_tiles,  # of WARP_GROUPS * ROWS queries: as many as there are if EQUAL, else at least
     H: gl.constexpr,
-    HEADS: gl.constexpr,
+    HEADS: gl.constexpr,  # query heads of a KV head
     D: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    TEAMS: gl.constexpr,
-    STAGES: gl.constexpr,
-    QUERIES: gl.constexpr,  # tiles of Q in shared memory: that of an item, and those of the next ones
+    WARP_GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,  # of K, and of V
+    Q_STAGES: gl.constexpr,  # of Q: this tile's, and the next ones'
     CAUSAL: gl.constexpr,
-    TURNS: gl.constexpr,  # teams hand their products to the tensor cores in turns
-    AHEAD: gl.constexpr,  # a step's S is handed over before the exponentials of the step before; then without turns
-    STAY: gl.constexpr,  # a program takes items until none is left, else one
-    EQUAL: gl.constexpr,  # every sequence has as many queries
+    PINGPONG: gl.constexpr,  # consumer warp groups issue their GEMMs one after the other
+    OVERLAP: gl.constexpr,  # a step's S is issued before the exponentials of the step before; then no ping-pong
+    PERSISTENT: gl.constexpr,  # a CTA takes tiles until none is left, else one
+    EQUAL: gl.constexpr,  # all sequences have as many queries
 ):
     DTYPE: gl.constexpr = d_q.dtype
-    PLACES: gl.constexpr = 4 if TEAMS == 3 else TEAMS
-    s_q = gl.allocate_shared_memory(DTYPE, [QUERIES * PLACES, ROWS, D], d_q.layout)
-    s_k = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_k.layout)
-    s_v = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_v.layout)
-    bar_q = gl.allocate_shared_memory(gl.int64, [QUERIES * PLACES, 1], mbarrier.MBarrierLayout())
-    bar_q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())
-    bar_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bar_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bar_v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    # No barrier that nobody uses: its place is given to what is written, which was seen with a barrier's bits in it.
-    if AHEAD:
-        bar_k_free = bar_v_free
+    SLOTS: gl.constexpr = 4 if WARP_GROUPS == 3 else WARP_GROUPS
+    q_smem = gl.allocate_shared_memory(DTYPE, [Q_STAGES * SLOTS, ROWS, D], d_q.layout)
+    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_k.layout)
+    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], d_v.layout)
+    q_full = allocate_barriers(Q_STAGES * SLOTS)
+    q_empty = allocate_barriers(Q_STAGES)
+    k_full = allocate_barriers(STAGES)
+    v_full = allocate_barriers(STAGES)
+    v_empty = allocate_barriers(STAGES)
+    # Every initialised barrier is used: the compiler gives the place of an unused one to other data, in which the
+    # barrier's bits were then seen.
+    if OVERLAP:
+        k_empty = v_empty
     else:
-        bar_k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    if TURNS:
-        bar_turn = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+        k_empty = allocate_barriers(STAGES)
+    if PINGPONG:
+        scheduler = allocate_barriers(SLOTS)
     else:
-        bar_turn = bar_q
-    bar_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(QUERIES * PLACES):
-        mbarrier.init(bar_q.index(i), count=1)
-    for i in gl.static_range(QUERIES):
-        mbarrier.init(bar_q_free.index(i), count=TEAMS)
-    if TURNS:
-        for i in gl.static_range(TEAMS):
-            mbarrier.init(bar_turn.index(i), count=1)
+        scheduler = q_full
+    v_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    init_barriers(q_full, 1)
+    init_barriers(q_empty, WARP_GROUPS)
+    if PINGPONG:
+        for i in gl.static_range(WARP_GROUPS):
+            mbarrier.init(scheduler.index(i), count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(bar_k.index(i), count=1)
-        mbarrier.init(bar_v.index(i), count=1)
-        mbarrier.init(bar_v_free.index(i), count=TEAMS)
-        if not AHEAD:
-            mbarrier.init(bar_k_free.index(i), count=TEAMS)
-    mbarrier.init(bar_tail, count=1)
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=WARP_GROUPS)
+        if not OVERLAP:
+            mbarrier.init(k_empty.index(i), count=WARP_GROUPS)
+    mbarrier.init(v_tail, count=1)
     fence_async_shared()
 
-    descriptors = (d_q, d_k, d_v)
-    tiles = (s_q, s_k, s_v)
-    bars = (bar_q, bar_k, bar_v, bar_q_free, bar_k_free, bar_v_free, bar_tail, bar_turn)
-    lists = (p_cu_q, p_cu_k, p_lists, p_count, p_items)
-    sizes = (n_seqs, n_tiles)
-    memory = (p_out, p_lse)
-    given = (lists, sizes, scale, n_tokens)
-    if TEAMS == 2:
+    sequences = Sequences(p_cu_q, p_cu_k, p_order, p_counter, p_tile_ids, n_seqs, n_tiles)
+    args = PartitionArgs(
+        *(d_q, d_k, d_v, p_out, p_lse, q_smem, k_smem, v_smem, q_full, k_full, v_full, q_empty, k_empty, v_empty),
+        *(v_tail, scheduler, sequences, scale, n_tokens),
+        *(H, HEADS, WARP_GROUPS, CAUSAL, PINGPONG, OVERLAP, PERSISTENT, EQUAL),
+    )
+    if WARP_GROUPS == 2:
         gl.warp_specialize(
-            [
-                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
-                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
-                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, AHEAD, STAY, EQUAL)),
-            ],
+            [(_consumer, (args, 0)), (_consumer, (args, 1)), (_producer, (args,))],
             [4, 1],
             [240, 24],
         )
     else:
         gl.warp_specialize(
-            [
-                (_products, (memory, tiles, bars, given, 0, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
-                (_products, (memory, tiles, bars, given, 1, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
-                (_products, (memory, tiles, bars, given, 2, H, TEAMS, CAUSAL, TURNS, AHEAD, EQUAL)),
-                (_load, (descriptors, tiles, bars, lists, sizes, H, HEADS, TEAMS, CAUSAL, AHEAD, STAY, EQUAL)),
-            ],
+            [(_consumer, (args, 0)), (_consumer, (args, 1)), (_consumer, (args, 2)), (_producer, (args,))],
             [4, 4, 1],
             [160, 160, 32],
         )
@@ -317,25 +328,26 @@ def launch(
     equal = max_q * n_seqs == n_tokens
     block_m = s.teams * ROWS.value
     n_tiles = cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
-    lists, count = (cu_q, cu_q.new_zeros(1)) if equal else by_length(cu_q, block_m)
+    order, counter = (cu_q, cu_q.new_zeros(1)) if equal else lpt_order(cu_q, block_m)
     programs = n_tiles * hq
     if s.stay:
         programs = min(programs, runtime.multiprocessors(q.device))
-    items = cu_q.new_empty((programs, s.queries))
+    tile_ids = cu_q.new_empty((programs, s.queries))
     attention_forward_kernel[(programs,)](
-        *(rows(q, ROWS.value), rows(k, block_n), rows(v, block_n), out, lse, cu_q, cu_k, lists),
-        *(count, items, scale, n_tokens, n_seqs, n_tiles),
+        *(tma.head_descriptor(q, ROWS.value), tma.head_descriptor(k, block_n), tma.head_descriptor(v, block_n)),
+        *(out, lse, cu_q, cu_k, order, counter, tile_ids, scale, n_tokens, n_seqs, n_tiles),
         H=hq,
         HEADS=hq // hkv,
         D=head_dim,
         BLOCK_N=block_n,
-        TEAMS=s.teams,
+        WARP_GROUPS=s.teams,
         STAGES=s.stages,
-        QUERIES=s.queries,
+        Q_STAGES=s.queries,
         CAUSAL=causal,
-        TURNS=s.turns,
-        AHEAD=s.ahead,
-        STAY=s.stay,
+        PINGPONG=s.turns,
+        OVERLAP=s.ahead,
+        PERSISTENT=s.stay,
         EQUAL=equal,
         num_warps=4,
+        **PINNED,
     )

@@ -1,23 +1,24 @@
-"""Attention's backward in two passes, dQ, then dK and dV; what both start from, and the gradient of the sinks."""
+"""Attention's backward: what its passes start from, two passes for dQ and for dK and dV, and the sinks' gradient."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from bi_ops.attention.kernels.parts import (
+from bi_ops.attention.kernels.common import (
     LOG2E,
-    capped,
+    apply_softcap,
     dot_nn,
     dot_nt,
     exponent_scale,
-    lanes,
+    find_tile,
+    get_tile,
+    key_ranges,
     load_rows,
-    own_tile,
-    pairs,
-    seen_keys,
-    span,
-    steps,
+    mask_bounds,
+    pair_index,
+    pair_offsets,
+    seqlen_info,
     store_rows,
     visible,
 )
@@ -47,7 +48,7 @@ def attention_delta_kernel(
     p_lse,  # fp32 [H, T]
     p_glse,  # fp32 [H, T], gradient of lse, or None
     p_delta,  # fp32 [H / HEADS, T, HEADS]: the rows of a pair lie side by side
-    p_shift,  # fp32 [H / HEADS, T, HEADS]: -lse in base 2
+    p_neg_lse,  # fp32 [H / HEADS, T, HEADS]: -lse in log2
     n_rows,
     n_tokens,
     H: tl.constexpr,
@@ -68,13 +69,63 @@ def attention_delta_kernel(
         delta -= tl.load(p_glse + o_h * n_tokens + o_t, mask=m_r, other=0.0)
     tl.store(p_delta + o_row, delta, mask=m_r)
     lse = tl.load(p_lse + o_h * n_tokens + o_t, mask=m_r, other=0.0)
-    tl.store(p_shift + o_row, -(lse * LOG2E), mask=m_r)
+    tl.store(p_neg_lse + o_row, -(lse * LOG2E), mask=m_r)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"])
+def attention_prepare_kernel(
+    p_g,  # [T, H, D], contiguous
+    p_out,  # [T, H, D], contiguous
+    p_lse,  # fp32 [H, T]
+    p_g_lse,  # fp32 [H, T] or None
+    p_neg_lse,  # fp32 [H, n_tiles, BLOCK_M]: -lse in log2; 0 past the end of a sequence
+    p_delta,  # as p_neg_lse: row sums of dO * O, less the gradient of the lse
+    p_semaphores,  # int32 [H, n_tiles]: zeros
+    p_dq,  # [T, H, D], contiguous: zeros in tiles that see no key, which no CTA of the main kernel writes
+    p_cu_q,
+    p_cu_k,
+    n_tokens,
+    n_seqs,
+    n_tiles,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    # The heads of a tile run side by side: together they read whole rows of memory.
+    i_tile = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    i_b, i_m = find_tile(p_cu_q, i_tile, n_seqs, 1, BLOCK_M)  # past a sequence's last tile are no rows
+    start = tl.load(p_cu_q + i_b)
+    q_len = tl.load(p_cu_q + i_b + 1) - start
+    k_len = tl.load(p_cu_k + i_b + 1) - tl.load(p_cu_k + i_b)
+    lane = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_t = lane < q_len
+    o_t = (start + lane).to(tl.int64)
+    o_x = (o_t * H + i_h)[:, None] * D + tl.arange(0, D)[None, :]
+    b_g = tl.load(p_g + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)
+    b_out = tl.load(p_out + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)
+    o_lse = i_h.to(tl.int64) * n_tokens + o_t
+    lse = tl.load(p_lse + o_lse, mask=m_t, other=0.0)
+    b_delta = tl.sum(b_g * b_out, 1)
+    if p_g_lse is not None:
+        b_delta -= tl.load(p_g_lse + o_lse, mask=m_t, other=0.0)
+    tile = i_h.to(tl.int64) * n_tiles + i_tile
+    o_stat = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(p_neg_lse + o_stat, -(lse * LOG2E))
+    tl.store(p_delta + o_stat, b_delta)
+    tl.store(p_semaphores + tile, 0)
+    unseen = k_len == 0
+    if CAUSAL:
+        unseen = unseen | ((i_m + 1) * BLOCK_M <= q_len - k_len)
+    if unseen:
+        tl.store(p_dq + o_x, tl.zeros_like(b_g).to(p_dq.dtype.element_ty), mask=m_t[:, None])
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def attention_dsinks_kernel(
     p_sinks,  # [H]
-    p_shift,  # fp32 [H / HEADS, T, HEADS]: -lse in base 2
+    p_neg_lse,  # fp32 [H / HEADS, T, HEADS]: -lse in log2
     p_delta,  # fp32 [H / HEADS, T, HEADS]
     p_partial,  # fp32 [cdiv(T, CHUNK), H]
     n_tokens,
@@ -94,7 +145,7 @@ def attention_dsinks_kernel(
         o_t = o_i * CHUNK + step
         m = (o_t < n_tokens) & m_h
         o_stat = (o_h // HEADS * n_tokens + o_t) * HEADS + o_h % HEADS
-        b_p = tl.exp2(tl.fma(b_sink, LOG2E, tl.load(p_shift + o_stat, mask=m, other=0.0)))
+        b_p = tl.exp2(tl.fma(b_sink, LOG2E, tl.load(p_neg_lse + o_stat, mask=m, other=0.0)))
         acc = tl.fma(-b_p, tl.load(p_delta + o_stat, mask=m, other=0.0), acc)
     tl.store(p_partial + o_i * H + o_h, acc, mask=(o_i * CHUNK < n_tokens) & m_h)
 
@@ -125,7 +176,7 @@ def attention_dq_kernel(
     p_q,  # [T, HKV * HEADS, D]
     p_k,  # [Tk, HKV, D]
     p_v,  # [Tk, HKV, D]
-    p_shift,  # fp32 [HKV, T, HEADS]: -lse in base 2
+    p_neg_lse,  # fp32 [HKV, T, HEADS]: -lse in log2
     p_delta,  # fp32 [HKV, T, HEADS]
     p_dq,  # [T, HKV * HEADS, D], contiguous
     p_cu_q,
@@ -152,33 +203,33 @@ def attention_dq_kernel(
     DENSE: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    first_pair, i_m = own_tile(p_cu_q, n_pairs, HKV, HEADS, BLOCK_M, GROUPS, DENSE, True)
+    first_pair, i_m = get_tile(p_cu_q, n_pairs, HKV, HEADS, BLOCK_M, GROUPS, DENSE, True)
 
-    pair_m = pairs(first_pair, BLOCK_M, GROUPS)
-    q_start, q_len = span(p_cu_q, pair_m, n_pairs, HKV)
-    _, k_len = span(p_cu_k, pair_m, n_pairs, HKV)
-    o_r = i_m * BLOCK_M + lanes(BLOCK_M, GROUPS)
+    pair_m = pair_index(first_pair, BLOCK_M, GROUPS)
+    q_start, q_len = seqlen_info(p_cu_q, pair_m, n_pairs, HKV)
+    _, k_len = seqlen_info(p_cu_k, pair_m, n_pairs, HKV)
+    o_r = i_m * BLOCK_M + pair_offsets(BLOCK_M, GROUPS)
     o_t = o_r // HEADS
     o_h = ((pair_m % HKV) * HEADS + o_r % HEADS).to(tl.int64)
     m_r = o_t < q_len
-    first, n_seen = seen_keys(o_t, q_len, k_len, left, right, CAUSAL)
+    first, n_seen = mask_bounds(o_t, q_len, k_len, left, right, CAUSAL)
     n_seen = tl.where(m_r, n_seen, 0)
     o_q = (q_start + o_t).to(tl.int64)
     o_row = (o_q * (HKV * HEADS) + o_h) * D
     o_stat = ((pair_m % HKV).to(tl.int64) * n_tokens + q_start) * HEADS + o_r
     b_q = load_rows(p_q, o_q * stride_qt + o_h * stride_qh, m_r, D, BLOCK_D, True)
     b_g = load_rows(p_g, o_row, m_r, D, BLOCK_D, True)
-    shift = tl.load(p_shift + o_stat, mask=m_r, other=0.0)
+    neg_lse = tl.load(p_neg_lse + o_stat, mask=m_r, other=0.0)
     b_delta = tl.load(p_delta + o_stat, mask=m_r, other=0.0)
 
-    pair_n = pairs(first_pair, BLOCK_N, GROUPS)
-    k_start, k_len = span(p_cu_k, pair_n, n_pairs, HKV)
+    pair_n = pair_index(first_pair, BLOCK_N, GROUPS)
+    k_start, k_len = seqlen_info(p_cu_k, pair_n, n_pairs, HKV)
     i_h = (pair_n % HKV).to(tl.int64)
-    lane_n = lanes(BLOCK_N, GROUPS)
+    lane_n = pair_offsets(BLOCK_N, GROUPS)
     p_k += k_start.to(tl.int64) * stride_kt + i_h * stride_kh
     p_v += k_start.to(tl.int64) * stride_vt + i_h * stride_vh
 
-    before, inner, full, end = steps(m_r, first, n_seen, left, BLOCK_N, GROUPS)
+    before, inner, full, end = key_ranges(m_r, first, n_seen, left, BLOCK_N, GROUPS)
 
     acc = tl.zeros((GROUPS * BLOCK_M, BLOCK_D), dtype=tl.float32)
     scale2 = exponent_scale(scale, softcap)
@@ -197,8 +248,8 @@ def attention_dq_kernel(
             m_n = o_n < k_len
             b_k = load_rows(p_k, o_n.to(tl.int64) * stride_kt, m_n, D, BLOCK_D, PART != 1)
             b_v = load_rows(p_v, o_n.to(tl.int64) * stride_vt, m_n, D, BLOCK_D, PART != 1)
-            b_s = capped(dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS), scale, softcap)
-            b_p = tl.exp2(tl.fma(b_s, scale2, shift[:, None]))
+            b_s = apply_softcap(dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS), scale, softcap)
+            b_p = tl.exp2(tl.fma(b_s, scale2, neg_lse[:, None]))
             if PART != 1:
                 b_p = tl.where(visible(n + tl.arange(0, BLOCK_N), first, n_seen, left), b_p, 0.0)
             if softcap is not None:
@@ -216,7 +267,7 @@ def attention_dkv_kernel(
     p_q,  # [T, HKV * HEADS, D]
     p_k,  # [Tk, HKV, D]
     p_v,  # [Tk, HKV, D]
-    p_shift,  # fp32 [HKV, T, HEADS]: -lse in base 2
+    p_neg_lse,  # fp32 [HKV, T, HEADS]: -lse in log2
     p_delta,  # fp32 [HKV, T, HEADS]
     p_dk,  # [Tk, HKV, D], contiguous
     p_dv,  # [Tk, HKV, D], contiguous
@@ -244,19 +295,19 @@ def attention_dkv_kernel(
     DENSE: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    first_pair, i_n = own_tile(p_cu_k, n_pairs, HKV, 1, BLOCK_N, GROUPS, DENSE, False)
+    first_pair, i_n = get_tile(p_cu_k, n_pairs, HKV, 1, BLOCK_N, GROUPS, DENSE, False)
 
-    pair_n = pairs(first_pair, BLOCK_N, GROUPS)
-    k_start, k_len = span(p_cu_k, pair_n, n_pairs, HKV)
-    _, q_len = span(p_cu_q, pair_n, n_pairs, HKV)
-    o_n = i_n * BLOCK_N + lanes(BLOCK_N, GROUPS)
+    pair_n = pair_index(first_pair, BLOCK_N, GROUPS)
+    k_start, k_len = seqlen_info(p_cu_k, pair_n, n_pairs, HKV)
+    _, q_len = seqlen_info(p_cu_q, pair_n, n_pairs, HKV)
+    o_n = i_n * BLOCK_N + pair_offsets(BLOCK_N, GROUPS)
     m_n = o_n < k_len
     o_k = (k_start + o_n).to(tl.int64)
     i_h = (pair_n % HKV).to(tl.int64)
     b_k = load_rows(p_k, o_k * stride_kt + i_h * stride_kh, m_n, D, BLOCK_D, True)
     b_v = load_rows(p_v, o_k * stride_vt + i_h * stride_vh, m_n, D, BLOCK_D, True)
 
-    # The queries that see each key, and the steps of rows this tile walks: from the first row that sees any key,
+    # The queries that see each key, and the steps of rows that this tile takes: from the first row that sees any key,
     # through those that see only some (up to `full`), to the last whole step that sees all (`whole`), and what is left.
     first_q = o_n * 0
     if CAUSAL:
@@ -277,9 +328,9 @@ def attention_dkv_kernel(
         full = tl.maximum(tl.minimum(full, end), first)
     whole = tl.maximum(n_all // BLOCK_R, full)
 
-    pair_r = pairs(first_pair, BLOCK_R, GROUPS)
-    q_start, q_len = span(p_cu_q, pair_r, n_pairs, HKV)
-    lane_r = lanes(BLOCK_R, GROUPS)
+    pair_r = pair_index(first_pair, BLOCK_R, GROUPS)
+    q_start, q_len = seqlen_info(p_cu_q, pair_r, n_pairs, HKV)
+    lane_r = pair_offsets(BLOCK_R, GROUPS)
     first_h = ((pair_r % HKV) * HEADS).to(tl.int64)
     p_q += q_start.to(tl.int64) * stride_qt + first_h * stride_qh
     p_g += (q_start.to(tl.int64) * (HKV * HEADS) + first_h) * D
@@ -308,14 +359,14 @@ def attention_dkv_kernel(
             b_g = load_rows(p_g, o_g, m_r, D, BLOCK_D, PART != 1)
             o_stat = first_stat + o_r
             if PART == 1:
-                shift = tl.load(p_shift + o_stat)
+                neg_lse = tl.load(p_neg_lse + o_stat)
                 b_delta = tl.load(p_delta + o_stat)
             else:
-                shift = tl.load(p_shift + o_stat, mask=m_r, other=0.0)
+                neg_lse = tl.load(p_neg_lse + o_stat, mask=m_r, other=0.0)
                 b_delta = tl.load(p_delta + o_stat, mask=m_r, other=0.0)
 
-            b_s = capped(dot_nt(b_k, b_q, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS), scale, softcap)
-            b_p = tl.exp2(tl.fma(b_s, scale2, _across(shift, BLOCK_N, BLOCK_R, GROUPS)))
+            b_s = apply_softcap(dot_nt(b_k, b_q, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS), scale, softcap)
+            b_p = tl.exp2(tl.fma(b_s, scale2, _across(neg_lse, BLOCK_N, BLOCK_R, GROUPS)))
             o_query = (i * BLOCK_R + tl.arange(0, BLOCK_R)) // HEADS
             if PART == 0:
                 b_p = tl.where(first_q[:, None] <= o_query[None, :], b_p, 0.0)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops.attention.kernels.parts import (
+from bi_ops.attention.kernels.common import (
     LN2,
     LOG2E,
-    capped,
+    apply_softcap,
     dot_nn,
     dot_nt,
     exponent_scale,
-    lanes,
+    get_tile,
+    key_ranges,
     load_rows,
-    own_tile,
-    pairs,
-    seen_keys,
-    span,
-    steps,
+    mask_bounds,
+    online_softmax,
+    pair_index,
+    pair_offsets,
+    seqlen_info,
     store_rows,
     visible,
 )
@@ -26,10 +27,10 @@ from bi_ops.core.triton_helpers import cast
 
 
 @triton.jit
-def _key_span(p_cu, pair, n_pairs, HKV: tl.constexpr, PAGE: tl.constexpr):
-    """As `span` for keys; a paged sequence starts at 0 of its own pages and `p_cu` holds lengths."""
+def _key_seqlen_info(p_cu, pair, n_pairs, HKV: tl.constexpr, PAGE: tl.constexpr):
+    """As `seqlen_info` for keys; a paged sequence starts at 0 of its own pages and `p_cu` holds lengths."""
     if PAGE == 0:
-        return span(p_cu, pair, n_pairs, HKV)
+        return seqlen_info(p_cu, pair, n_pairs, HKV)
     else:
         length = tl.load(p_cu + tl.minimum(pair, n_pairs - 1) // HKV)
         return length * 0, tl.where(pair < n_pairs, length, 0)
@@ -74,43 +75,43 @@ def attention_kernel(
     HAS_LSE: tl.constexpr,
 ):
     # Causal tiles at the end have most to do: they start first.
-    first_pair, i_m = own_tile(p_cu_q, n_pairs, HKV, HEADS, BLOCK_M, GROUPS, DENSE, True)
+    first_pair, i_m = get_tile(p_cu_q, n_pairs, HKV, HEADS, BLOCK_M, GROUPS, DENSE, True)
 
-    pair_m = pairs(first_pair, BLOCK_M, GROUPS)
-    q_start, q_len = span(p_cu_q, pair_m, n_pairs, HKV)
-    _, k_len = _key_span(p_cu_k, pair_m, n_pairs, HKV, PAGE)
-    o_r = i_m * BLOCK_M + lanes(BLOCK_M, GROUPS)
+    pair_m = pair_index(first_pair, BLOCK_M, GROUPS)
+    q_start, q_len = seqlen_info(p_cu_q, pair_m, n_pairs, HKV)
+    _, k_len = _key_seqlen_info(p_cu_k, pair_m, n_pairs, HKV, PAGE)
+    o_r = i_m * BLOCK_M + pair_offsets(BLOCK_M, GROUPS)
     o_t = o_r // HEADS
     o_h = (pair_m % HKV) * HEADS + o_r % HEADS
     m_r = o_t < q_len
-    first, n_seen = seen_keys(o_t, q_len, k_len, left, right, CAUSAL)
+    first, n_seen = mask_bounds(o_t, q_len, k_len, left, right, CAUSAL)
     n_seen = tl.where(m_r, n_seen, 0)
     o_q = (q_start + o_t).to(tl.int64)
     b_q = load_rows(p_q, o_q * stride_qt + o_h * stride_qh, m_r, D, BLOCK_D, True)
 
-    pair_n = pairs(first_pair, BLOCK_N, GROUPS)
-    k_start, k_len = _key_span(p_cu_k, pair_n, n_pairs, HKV, PAGE)
+    pair_n = pair_index(first_pair, BLOCK_N, GROUPS)
+    k_start, k_len = _key_seqlen_info(p_cu_k, pair_n, n_pairs, HKV, PAGE)
     i_h = (pair_n % HKV).to(tl.int64)
-    lane_n = lanes(BLOCK_N, GROUPS)
+    lane_n = pair_offsets(BLOCK_N, GROUPS)
     if PAGE == 0:
         p_k += k_start.to(tl.int64) * stride_kt + i_h * stride_kh
         p_v += k_start.to(tl.int64) * stride_vt + i_h * stride_vh
     elif left is not None:
         # No row of the tile sees a key before those of its first row. The pages there may be another sequence's by now,
         # and a weight of 0 would not hide a value that is not finite.
-        _, pair_len = span(p_cu_q, pair_n, n_pairs, HKV)
-        live, _ = seen_keys(i_m * BLOCK_M // HEADS, pair_len, k_len, left, right, CAUSAL)
+        _, pair_len = seqlen_info(p_cu_q, pair_n, n_pairs, HKV)
+        live, _ = mask_bounds(i_m * BLOCK_M // HEADS, pair_len, k_len, left, right, CAUSAL)
 
-    before, inner, full, end = steps(m_r, first, n_seen, left, BLOCK_N, GROUPS)
+    before, inner, full, end = key_ranges(m_r, first, n_seen, left, BLOCK_N, GROUPS)
 
     acc = tl.zeros((GROUPS * BLOCK_M, BLOCK_D), dtype=tl.float32)
     if p_sinks is None:
-        total = tl.zeros((GROUPS * BLOCK_M,), dtype=tl.float32)
-        top = tl.full((GROUPS * BLOCK_M,), float("-inf"), dtype=tl.float32)
+        row_sum = tl.zeros((GROUPS * BLOCK_M,), dtype=tl.float32)
+        row_max = tl.full((GROUPS * BLOCK_M,), float("-inf"), dtype=tl.float32)
     else:
         # The sink is what every row has seen before its first key.
-        top = tl.load(p_sinks + o_h, mask=m_r, other=float("-inf")).to(tl.float32) * LOG2E
-        total = tl.where(top > float("-inf"), 1.0, 0.0)
+        row_max = tl.load(p_sinks + o_h, mask=m_r, other=float("-inf")).to(tl.float32) * LOG2E
+        row_sum = tl.where(row_max > float("-inf"), 1.0, 0.0)
     scale2 = exponent_scale(scale, softcap)
     for PART in tl.static_range(1 if left is None else 0, 3):
         if PART == 0:
@@ -136,25 +137,19 @@ def attention_kernel(
                 o_k = page * stride_kp + (o_n % PAGE) * stride_kt + i_h * stride_kh
                 o_v = page * stride_vp + (o_n % PAGE) * stride_vt + i_h * stride_vh
             b_k = load_rows(p_k, o_k, m_n, D, BLOCK_D, PART != 1)
-            b_s = capped(dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS), scale, softcap)
+            b_s = apply_softcap(dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS), scale, softcap)
             if PART != 1:
                 b_s = tl.where(visible(n + tl.arange(0, BLOCK_N), first, n_seen, left), b_s, float("-inf"))
-            # Explicit fma: left to the compiler, contraction could differ between the two loops.
-            new_top = tl.maximum(top, tl.max(b_s, 1) * scale2)
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            b_p = tl.exp2(tl.fma(b_s, scale2, -shift[:, None]))
-            decay = tl.exp2(top - shift)
-            total = tl.fma(total, decay, tl.sum(b_p, 1))
-            top = new_top
+            b_p, row_max, rescale, row_sum = online_softmax(b_s, row_max, row_sum, scale2)
             b_v = load_rows(p_v, o_v, m_n, D, BLOCK_D, PART != 1)
-            acc = acc * decay[:, None]
+            acc = acc * rescale[:, None]
             acc = dot_nn(cast(b_p, p_v.dtype.element_ty), b_v, acc, BLOCK_M, BLOCK_D, BLOCK_N, GROUPS)
 
-    seen = total > 0
-    b_out = acc / tl.where(seen, total, 1.0)[:, None]
+    seen = row_sum > 0
+    b_out = acc / tl.where(seen, row_sum, 1.0)[:, None]
     o_out = (o_q * (HKV * HEADS) + o_h) * D
     store_rows(p_out, o_out, b_out, m_r, D, BLOCK_D)
     if HAS_LSE:
         # +inf where no key is seen: the backward's exp(score - lse) is then 0.
-        lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("inf"))
+        lse = tl.where(seen, (row_max + tl.log2(tl.where(seen, row_sum, 1.0))) * LN2, float("inf"))
         tl.store(p_lse + o_h.to(tl.int64) * n_tokens + o_q, lse, mask=m_r)

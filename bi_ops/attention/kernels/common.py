@@ -1,4 +1,4 @@
-"""What both passes share: which tile a program has, what its rows see, scores, and products pair by pair."""
+"""What forward and backward share: tile and seqlen info, mask bounds, scores and softmax, and GEMMs pair by pair."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def pairs(first, PER: tl.constexpr, GROUPS: tl.constexpr):
-    """The pair that each of the GROUPS * PER lanes belongs to."""
+def pair_index(first, PER: tl.constexpr, GROUPS: tl.constexpr):
+    """The pair that each of GROUPS * PER rows or keys belongs to."""
     if GROUPS == 1:
         return first
     else:
@@ -21,8 +21,8 @@ def pairs(first, PER: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def lanes(PER: tl.constexpr, GROUPS: tl.constexpr):
-    """The index of each lane inside its pair."""
+def pair_offsets(PER: tl.constexpr, GROUPS: tl.constexpr):
+    """The index of each row or key inside its pair."""
     if GROUPS == 1:
         return tl.arange(0, PER)
     else:
@@ -47,7 +47,7 @@ def find_tile(p_cu, i_tile, n_seqs, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def own_tile(
+def get_tile(
     p_cu,
     n_pairs,
     HKV: tl.constexpr,
@@ -69,7 +69,7 @@ def own_tile(
 
 
 @triton.jit
-def span(p_cu, pair, n_pairs, HKV: tl.constexpr):
+def seqlen_info(p_cu, pair, n_pairs, HKV: tl.constexpr):
     """(start, length) of the sequence that `pair` belongs to; past the last pair the length is 0."""
     i_b = tl.minimum(pair, n_pairs - 1) // HKV
     start = tl.load(p_cu + i_b)
@@ -77,10 +77,10 @@ def span(p_cu, pair, n_pairs, HKV: tl.constexpr):
 
 
 @triton.jit
-def seen_keys(o_t, q_len, k_len, left, right, CAUSAL: tl.constexpr):
-    """Query `o_t` sees the keys from the first number to before the second; its last query and key are aligned.
+def mask_bounds(o_t, q_len, k_len, left, right, CAUSAL: tl.constexpr):
+    """(first key that query `o_t` sees, end of those keys); the last query and the last key of a sequence are aligned.
 
-    left, right: how many keys it sees before and after its own; None: all. CAUSAL: none after.
+    left, right: how many keys a query sees before and after its own; None: all. CAUSAL: none after.
     """
     first = o_t * 0
     if left is not None:
@@ -94,11 +94,11 @@ def seen_keys(o_t, q_len, k_len, left, right, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def steps(m_r, first, n_seen, left, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
+def key_ranges(m_r, first, n_seen, left, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
     """(begin, inner, full, end): rows see keys from begin to end only, and every row sees all from inner to full.
 
-    There no mask is needed, and the arithmetic is the same with one. Steps are counted from the start of the sequence;
-    those before begin and after end are skipped, for a row that sees nothing of a step keeps its bits.
+    From inner to full no mask is needed, and the arithmetic is the same with one. Steps are counted from the start of
+    the sequence; steps before begin and after end are skipped, for a row that sees nothing of a step keeps its bits.
     """
     end = tl.max(n_seen, 0)
     full = end * 0
@@ -123,7 +123,7 @@ def visible(o_n, first, n_seen, left):
 
 @triton.jit
 def exponent_scale(scale, softcap):
-    """What makes an exponent of 2 of a score that `capped` returned."""
+    """The factor that makes an exponent of 2 of what `apply_softcap` returned."""
     if softcap is None:
         return tl.full((), LOG2E, tl.float32) * scale
     else:
@@ -131,8 +131,8 @@ def exponent_scale(scale, softcap):
 
 
 @triton.jit
-def capped(b_s, scale, softcap):
-    """The products themselves; with a softcap tanh(b_s * scale / softcap), to an ulp or two.
+def apply_softcap(b_s, scale, softcap):
+    """b_s, the products of queries and keys; with a softcap tanh(b_s * scale / softcap), to an ulp or two.
 
     Near 0 a polynomial, because 1 - 2 / (e^2x + 1) cancels there. Explicit fma, as everywhere in a loop.
     """
@@ -147,6 +147,20 @@ def capped(b_s, scale, softcap):
         b_near = tl.fma(b_near, b_sq, -0.333327681)
         b_near = tl.fma(b_near * b_sq, b_x, b_x)
         return tl.where(tl.abs(b_x) < 0.55, b_near, tl.where(b_x < 0, -b_far, b_far))
+
+
+@triton.jit
+def online_softmax(b_s, row_max, row_sum, scale2):
+    """(P in fp32, row_max, rescale, row_sum) with a step of scores. `rescale` is for what was summed before.
+
+    `hopper.softmax` has the same operations, for the same bits. Explicit fma: left to the compiler, which additions and
+    multiplications are fused could differ from loop to loop.
+    """
+    new_max = tl.maximum(row_max, tl.max(b_s, 1) * scale2)
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    b_p = tl.exp2(tl.fma(b_s, scale2, -safe_max[:, None]))
+    rescale = tl.exp2(row_max - safe_max)
+    return b_p, new_max, rescale, tl.fma(row_sum, rescale, tl.sum(b_p, 1))
 
 
 @triton.jit

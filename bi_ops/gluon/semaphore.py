@@ -1,4 +1,4 @@
-"""Turns at a place in memory, for Gluon kernels: what several programs add to it is added in an order that is given."""
+"""Semaphores in global memory: what several CTAs add to one tile is added in a given order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def wait_turn(p_turn, turn):
-    """Wait until `p_turn` holds `turn`: what was written before the `end_turn` that made it so is then there."""
+def acquire(p_semaphore, value):
+    """Wait until `p_semaphore` holds `value`. What was written before the `release` that made it so is then visible."""
     gl.inline_asm_elementwise(
         """{
         .reg .pred %wait;
@@ -21,7 +21,7 @@ def wait_turn(p_turn, turn):
         mov.b32 $0, %seen;
         }""",
         "=r,l,r",
-        [p_turn, turn],
+        [p_semaphore, value],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -29,8 +29,11 @@ def wait_turn(p_turn, turn):
 
 
 @gluon.jit
-def end_turn(p_turn, p_next):
-    """Each warp adds 1 to `p_turn` once the copies it has begun are in memory. What `p_next` holds by then, or held."""
+def release(p_semaphore, p_next):
+    """Each warp adds 1 to `p_semaphore` once the TMA stores that the warp has issued are in memory.
+
+    Returns what `p_next` held shortly before: a warp that finds its next semaphore ready need not wait for it.
+    """
     return gl.inline_asm_elementwise(
         """{
         .reg .pred %first;
@@ -44,7 +47,7 @@ def end_turn(p_turn, p_next):
         @%first red.release.gpu.global.add.s32 [$1], 1;
         }""",
         "=&r,l,l",
-        [p_turn, p_next],
+        [p_semaphore, p_next],
         dtype=gl.int32,
         is_pure=False,
         pack=1,

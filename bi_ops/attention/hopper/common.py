@@ -1,0 +1,36 @@
+"""What the Hopper kernels of attention share: layouts of a warp group, and rows that are cleared."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+ROWS = gl.constexpr(64)  # of a consumer warp group: the M of a `wgmma`
+
+
+@gluon.constexpr_function
+def wgmma_layout(n):
+    """Of an accumulator [64, n] in the registers of a warp group."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 16])
+
+
+@gluon.constexpr_function
+def row_layout(d, warps):
+    """Of rows of `d` 16-bit values, 16 bytes a thread: memory is read and written in whole lines."""
+    return gl.BlockedLayout([1, 8], [256 // d, d // 8], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def clear_rows(tile, n_valid, WARPS: gl.constexpr):
+    """Zeros in a tile's rows from `n_valid` on: those rows are another sequence's, and 0 * NaN would be NaN.
+
+    Two warp groups may clear a tile at the same time: what one stores again is what is there.
+    """
+    D: gl.constexpr = tile.shape[1]
+    layout: gl.constexpr = row_layout(D, WARPS)
+    PART: gl.constexpr = max(8, 1024 * WARPS // D)  # rows at a time: what fits into few registers
+    for i in gl.static_range(tile.shape[0] // PART):
+        part = tile.slice(i * PART, PART)
+        o_r = i * PART + gl.arange(0, PART, gl.SliceLayout(1, layout))
+        x = part.load(layout)
+        part.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))

@@ -1,0 +1,101 @@
+"""TMA: descriptors of tensors in global memory, and the copies, under one name in every release of Triton."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from triton._C.libtriton import ir
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Triton 3.6 has other names.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+store_wait = tma.store_wait
+tensor_descriptor = tma.tensor_descriptor
+
+
+@builtin
+def _async_atomic_add(descriptor, coord, src, _semantic=None):
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coord, src.handle)
+
+
+#: Global memory += a tile of shared memory. Triton 3.6 has the instruction, but no function for it.
+async_atomic_add = getattr(tma, "async_atomic_add", None) or _async_atomic_add
+
+
+@functools.cache
+def smem_layout(swizzle: int, bits: int, rank: int) -> NVMMASharedLayout:
+    """How TMA writes a tile to shared memory: rows swizzled by `swizzle` bytes, 0 for none, of values of `bits` bits.
+
+    Cached, because Triton makes one in Python, slowly.
+    """
+    return NVMMASharedLayout(swizzle, bits, rank)
+
+
+def is_compatible(t: torch.Tensor) -> bool:
+    """Can TMA read t [T, H, D] as rows of H * D values?"""
+    n, h, d = t.shape
+    row = t.stride(0)
+    dense = t.stride(2) == 1 and (h == 1 or t.stride(1) == d) and row >= h * d
+    return n > 0 and dense and row * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def compatible(t: torch.Tensor) -> torch.Tensor:
+    """t [T, H, D], T > 0, or a copy that TMA can read.
+
+    Not `contiguous`, which returns a dense tensor as it is even where it starts at an odd address, or is one token.
+    """
+    return t if is_compatible(t) else t.clone(memory_format=torch.contiguous_format)
+
+
+def head_descriptor(t: torch.Tensor, block: int) -> TensorDescriptor:
+    """t [T, H, D] as rows of H * D values, in tiles of `block` rows and one head."""
+    n, h, d = t.shape
+    t = compatible(t)
+    return TensorDescriptor(t, [n, h * d], [t.stride(0), 1], [block, d], smem_layout(128, 16, 2))
+
+
+def vector_descriptor(t: torch.Tensor, block: int) -> TensorDescriptor:
+    """fp32 t, contiguous, as one vector, in tiles of `block` values."""
+    return TensorDescriptor(t, [t.numel()], [1], [block], smem_layout(0, 32, 1))
+
+
+def _cache_layout(cache: torch.Tensor) -> tuple[int, int, int, int]:
+    """A KV cache [blocks, block_size, H, D] as rows, all as far apart as two tokens of a page.
+
+    (stride of a row, rows from page to page, rows from head to head, columns from head to head)
+    """
+    row = max(cache.stride(1), 1)
+    head = cache.stride(2) if cache.shape[2] > 1 else 0
+    return row, cache.stride(0) // row, head // row, head % row
+
+
+def is_cache_compatible(cache: torch.Tensor, block: int) -> bool:
+    """Can TMA read tiles of `block` tokens and one head from the pages [blocks, block_size, H, D]?
+
+    The tokens of a page are a multiple of 16 bytes apart, and the pages a multiple of that. A head has columns in each
+    token's row, or rows of its own where heads come before tokens. Keys and values may share one tensor.
+    """
+    n, size, h, d = cache.shape
+    row, page_rows, head_rows, columns = _cache_layout(cache)
+    even = n == 1 or cache.stride(0) % row == 0
+    dense = cache.stride(3) == 1 and (h - 1) * columns + d <= row
+    aligned = row * cache.element_size() % 16 == 0 and cache.data_ptr() % 16 == 0
+    few = (n - 1) * page_rows + (h - 1) * head_rows + size < 2**31
+    return n > 0 and size % block == 0 and block >= 8 and even and dense and aligned and few
+
+
+def cache_descriptor(cache: torch.Tensor, block: int) -> tuple[TensorDescriptor, int, int, int]:
+    """A cache that `is_cache_compatible`, in tiles of `block` tokens and one head.
+
+    (descriptor, rows from page to page, rows from head to head, columns from head to head)
+    """
+    n, size, h, d = cache.shape
+    row, page_rows, head_rows, columns = _cache_layout(cache)
+    shape = [(n - 1) * page_rows + (h - 1) * head_rows + size, (h - 1) * columns + d]
+    return TensorDescriptor(cache, shape, [row, 1], [block, d], smem_layout(128, 16, 2)), page_rows, head_rows, columns
