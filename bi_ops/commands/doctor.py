@@ -47,15 +47,28 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _selected(family: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a family with a table of backends: the first that runs here without being named."""
+    reasons = {row["name"]: row["reason"] for row in rows}
+    name = next((row["name"] for row in rows if row["ok"] and row["automatic"]), None)
+    why = "no backend can run here" if name is None else reasons.pop(name)
+    return {"op": family, "ok": name is not None, "provider": name, "why": why, "others": reasons}
+
+
 def operators() -> list[dict[str, Any]]:
     """One record per family: op, ok, provider, why, others (name to why it could or could not run)."""
     from bi_ops.core import runtime
+    from bi_ops.core.backends import Backends
     from bi_ops.core.providers import ProviderTable
 
     kernel = "Triton's interpreter" if runtime.INTERPRET else "Triton"
     records: list[dict[str, Any]] = []
     for family in FAMILIES:
-        table = getattr(importlib.import_module(f"bi_ops.{family}"), "providers", None)
+        module = importlib.import_module(f"bi_ops.{family}")
+        if isinstance(found := getattr(module, "backends", None), Backends):
+            records.append(_selected(family, found.table()))
+            continue
+        table = getattr(module, "providers", None)
         if not isinstance(table, ProviderTable):
             only = {"provider": "triton", "why": f"{kernel}, the only provider", "others": {}}
             records.append({"op": family, "ok": True, **only})

@@ -9,6 +9,9 @@ from bi_ops.core.runtime import INTERPRET
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
+#: Launch options of every kernel that could change bits with Triton's release: 3.10 turns the fusion into fma off.
+PINNED = {"enable_fp_fusion": True}
+
 
 @triton.jit
 def dot(a, b, acc):

@@ -30,12 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bi_ops.attention import schedule as sched
+from bi_ops.attention.config import BackwardConfig, check_order
 from bi_ops.attention.hopper.descriptors import layout, rows
 from bi_ops.attention.hopper.lists import by_length, pairs_of_program
 from bi_ops.attention.hopper.parts import LOG2E, clear_rows
 from bi_ops.attention.kernels.parts import find_tile
-from bi_ops.core import runtime
+from bi_ops.attention.order import OnePass
 from bi_ops.core.integers import cdiv
 from bi_ops.core.turns import end_turn, wait_turn
 
@@ -543,17 +543,20 @@ def launch(
     max_k: int,
     causal: bool,
     scale: float,
+    order: OnePass,
+    config: BackwardConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), contiguous, of packed sequences in `schedule.one_pass_order`.
+    """(dq, dk, dv), contiguous, of packed sequences.
 
     Args:
         g, out: [T, Hq, D], contiguous, bf16 or fp16, D 64 or 128, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D],
             Tk > 0. lse, g_lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
+
+    Raises:
+        ValueError: an order of other tiles than this kernel's.
     """
+    check_order(config, order)
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
-    order = sched.one_pass_order(head_dim, q.dtype)
-    processors = runtime.multiprocessors(q.device)
-    s = sched.one_pass(cdiv(max_k, order.block_n), head_dim, processors)
     n_seqs = cu_q.shape[0] - 1
     n_tiles = n_tokens // order.block_m + n_seqs
     numbers = (hq, n_tiles, order.block_m)
@@ -570,20 +573,20 @@ def launch(
         CAUSAL=causal,
     )
     equal = max_k * n_seqs == n_keys
-    last = max(n_seqs * hkv - s.last // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
-    last = last // s.together * s.together
+    last = max(n_seqs * hkv - config.tail_bytes // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
+    last = last // config.swizzle * config.swizzle
     programs = cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
     lists = cu_k if equal else by_length(cu_k, order.block_n)[0]
     attention_backward_kernel[(programs * hkv,)](
         *(rows(q, order.block_m), rows(g, order.block_m), rows(k, order.block_n), rows(v, order.block_n)),
         *(_numbers(shift, order.block_m), _numbers(delta, order.block_m), d_sum),
-        *(turns, dq, dk, dv, cu_q, cu_k, lists, scale, n_seqs, s.together, last, n_tiles),
+        *(turns, dq, dk, dv, cu_q, cu_k, lists, scale, n_seqs, config.swizzle, last, n_tiles),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
         BLOCK_M=order.block_m,
         BLOCK_N=order.block_n,
-        STAGES=s.stages,
+        STAGES=config.stages,
         CAUSAL=causal,
         EQUAL=equal,
         num_warps=4,

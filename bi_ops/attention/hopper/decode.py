@@ -22,9 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bi_ops.attention import schedule as sched
+from bi_ops.attention.config import DecodeConfig, check_order
 from bi_ops.attention.hopper.descriptors import pages
 from bi_ops.attention.hopper.parts import LOG2E, ROWS, clear_rows, inverse, softmax_step
+from bi_ops.attention.order import KeySteps
 
 
 @gluon.jit
@@ -233,33 +234,37 @@ def launch(
     lengths: torch.Tensor,
     causal: bool,
     scale: float,
-    block_n: int,
-    s: sched.RingSchedule,
+    order: KeySteps,
+    config: DecodeConfig,
 ) -> torch.Tensor:
-    """[T, Hq, D], contiguous: as `attention_kernel` computes it with steps of `block_n` keys, bit for bit.
+    """[T, Hq, D], contiguous: as `attention_kernel` computes it in this order, bit for bit.
 
     Args:
         q: [T, Hq, D], bf16 or fp16, D 64, 128 or 256, at most 64 rows (query, head of a key head) in a sequence.
         k_cache, v_cache: [blocks, block_size, Hkv, D], as `descriptors.paged` asks. table: int32 [B, max_blocks], both
-            > 0, dense in its last dimension. cu_q: int32 [B + 1]. lengths: int32 [B]. block_n: 64 or 128.
+            > 0, dense in its last dimension. cu_q: int32 [B + 1]. lengths: int32 [B].
+
+    Raises:
+        ValueError: an order of other steps than 64 or 128 keys.
     """
+    check_order(config, order)
     q = q if q.stride(2) == 1 else q.contiguous()
     hq, head_dim = q.shape[1:]
     page, hkv = k_cache.shape[1:3]
     out = q.new_empty(q.shape)
-    box = math.gcd(page, block_n)
+    box = math.gcd(page, order.block_n)
     (d_k, *place_k), (d_v, *place_v) = pages(k_cache, box), pages(v_cache, box)
     attention_decode_kernel[(table.shape[0] * hkv,)](
         *(d_k, d_v, q, out, cu_q, lengths, table, scale, *q.stride()[:2], table.stride(0), *place_k, *place_v),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
-        BLOCK_N=block_n,
+        BLOCK_N=order.block_n,
         PAGE=page,
-        SLOTS=s.slots,
-        TOGETHER=s.together,
+        SLOTS=config.stages,
+        TOGETHER=config.ctas_per_sm,
         CAUSAL=causal,
         num_warps=4,
-        maxnreg=168 if s.together == 1 else 128,  # at the start; then the products take from the loaders
+        maxnreg=168 if config.ctas_per_sm == 1 else 128,  # at the start; then the products take from the loaders
     )
     return out

@@ -22,9 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bi_ops.attention.config import DkvConfig, check_order
 from bi_ops.attention.hopper.descriptors import copyable, layout, rows
 from bi_ops.attention.hopper.lists import by_length, pairs_of_program
 from bi_ops.attention.hopper.parts import LOG2E, clear_rows
+from bi_ops.attention.order import TwoPass
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
 
@@ -298,6 +300,8 @@ def launch(
     max_k: int,
     causal: bool,
     scale: float,
+    order: TwoPass,
+    config: DkvConfig,
 ) -> None:
     """Write dk and dv as `attention_dkv_kernel` does, bit for bit.
 
@@ -305,7 +309,11 @@ def launch(
         g: [T, Hq, D], contiguous, bf16 or fp16, D 256, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D], Tk > 0,
             Hq / Hkv a power of two up to 64. shift, delta: of `launch_delta`. dk, dv: [Tk, Hkv, D], contiguous.
             cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
+
+    Raises:
+        ValueError: an order of other steps than 16, 32 or 64 rows.
     """
+    check_order(config, order)
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
     n_seqs, block_n = cu_q.shape[0] - 1, BLOCK_N.value
     equal = max_k * n_seqs == n_keys

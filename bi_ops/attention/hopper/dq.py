@@ -21,9 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from bi_ops.attention.config import DqConfig, check_order
 from bi_ops.attention.hopper.descriptors import rows
 from bi_ops.attention.hopper.lists import by_length, steps_of, take, tile_of
 from bi_ops.attention.hopper.parts import LOG2E, ROWS, clear_rows
+from bi_ops.attention.order import TwoPass
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
 
@@ -357,6 +359,8 @@ def launch(
     max_q: int,
     causal: bool,
     scale: float,
+    order: TwoPass,
+    config: DqConfig,
 ) -> None:
     """Write dq as `attention_dq_kernel` does, bit for bit.
 
@@ -364,7 +368,11 @@ def launch(
         g: [T, Hq, D], contiguous, bf16 or fp16, D 256, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D], Tk > 0.
             shift, delta: of `launch_delta`. dq: [T, Hq, D], contiguous. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at
             least the most queries of one.
+
+    Raises:
+        ValueError: an order of other steps than 64 keys.
     """
+    check_order(config, order)
     (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
     n_seqs = cu_q.shape[0] - 1
     equal = max_q * n_seqs == n_tokens

@@ -13,11 +13,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from bi_ops.attention import schedule as sched
+from bi_ops.attention.config import ForwardConfig, check_order
 from bi_ops.attention.hopper.descriptors import rows
 from bi_ops.attention.hopper.lists import by_length, steps_of, take, tile_of
 from bi_ops.attention.hopper.parts import LN2, LOG2E, ROWS, clear_rows, inverse
 from bi_ops.attention.hopper.walk import stage_of, walk, walk_ahead
+from bi_ops.attention.order import KeySteps
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
 
@@ -302,40 +303,43 @@ def launch(
     max_q: int,
     causal: bool,
     scale: float,
-    block_n: int,
-    s: sched.TileSchedule,
+    order: KeySteps,
+    config: ForwardConfig,
 ) -> None:
-    """Write out and lse as `attention_kernel` does with steps of `block_n` keys, bit for bit.
+    """Write out and lse as `attention_kernel` does in this order, bit for bit.
 
     Args:
         q: [T, Hq, D], bf16 or fp16, D 64, 128 or 256, T > 0. k, v: [Tk, Hkv, D], Tk > 0. out: [T, Hq, D], contiguous.
-        lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at least the most queries of one. block_n: 64 or
-            128. s: of `schedule.tiles`, or any.
+        lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at least the most queries of one.
+
+    Raises:
+        ValueError: an order of other steps than 64 or 128 keys.
     """
+    check_order(config, order)
     (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
     n_seqs = cu_q.shape[0] - 1
     equal = max_q * n_seqs == n_tokens
-    block_m = s.teams * ROWS.value
+    block_m = config.warp_groups * ROWS.value
     n_tiles = cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
     lists, count = (cu_q, cu_q.new_zeros(1)) if equal else by_length(cu_q, block_m)
     programs = n_tiles * hq
-    if s.stay:
+    if config.persistent:
         programs = min(programs, runtime.multiprocessors(q.device))
-    items = cu_q.new_empty((programs, s.queries))
+    items = cu_q.new_empty((programs, config.q_stages))
     attention_forward_kernel[(programs,)](
-        *(rows(q, ROWS.value), rows(k, block_n), rows(v, block_n), out, lse, cu_q, cu_k, lists),
+        *(rows(q, ROWS.value), rows(k, order.block_n), rows(v, order.block_n), out, lse, cu_q, cu_k, lists),
         *(count, items, scale, n_tokens, n_seqs, n_tiles),
         H=hq,
         HEADS=hq // hkv,
         D=head_dim,
-        BLOCK_N=block_n,
-        TEAMS=s.teams,
-        STAGES=s.stages,
-        QUERIES=s.queries,
+        BLOCK_N=order.block_n,
+        TEAMS=config.warp_groups,
+        STAGES=config.stages,
+        QUERIES=config.q_stages,
         CAUSAL=causal,
-        TURNS=s.turns,
-        AHEAD=s.ahead,
-        STAY=s.stay,
+        TURNS=config.ping_pong,
+        AHEAD=config.overlap,
+        STAY=config.persistent,
         EQUAL=equal,
         num_warps=4,
     )
