@@ -35,7 +35,8 @@ from record import provenance, write_csv
 
 import bi_ops  # noqa: F401  (before triton)
 from bi_ops import attention
-from bi_ops.attention import launch
+from bi_ops.attention import vllm
+from bi_ops.attention.params import AttentionParams
 from bi_ops.core import runtime
 
 SEED = 0
@@ -178,7 +179,11 @@ def step(forward: Callable[..., torch.Tensor], case: Case, q, k, v, g) -> Run:
 
 def ours(case: Case, q, k, v, g) -> Run:
     cu_seqlens, longest = cu(case.lengths), max(case.lengths)
-    return step(lambda *t: attention.flash_attention(*t, cu_seqlens, max_seqlen=longest), case, q, k, v, g)
+
+    def forward(q, k, v):
+        return attention.flash_attention(q, k, v, cu_seqlens, max_seqlen=longest, backend="triton")
+
+    return step(forward, case, q, k, v, g)
 
 
 def sdpa(case: Case, backend: str, q, k, v, g) -> Run:
@@ -228,8 +233,8 @@ def fa3(case: Case, q, k, v, g) -> Run:
     if case.kind == "bwd":
         raise NotImplementedError("vLLM's FlashAttention 3 has no backward")
     cu_seqlens, longest, scale = cu(case.lengths), max(case.lengths), case.head_dim**-0.5
-    scores = launch.Scores(True, scale)
-    return lambda: launch.launch_vllm(q, k, v, cu_seqlens, cu_seqlens, None, longest, longest, scores)
+    params = AttentionParams(True, scale)
+    return lambda: vllm.forward(q, k, v, cu_seqlens, cu_seqlens, None, longest, longest, params)
 
 
 def deterministic_cudnn(case: Case) -> float | None:
@@ -311,6 +316,9 @@ def measure(case: Case, pool: ProcessPoolExecutor) -> dict[str, object]:
 class Decoding:
     """Decoding over pages in random order. Calls take turns over several tables, so that no cache holds their pages."""
 
+    #: bi_ops' own kernels, where vLLM is installed too.
+    decode = staticmethod(functools.partial(attention.paged_attention, max_seqlen_q=1, backend="triton"))
+
     def __init__(self, case: Case):
         torch.manual_seed(SEED)
         device, n = runtime.default_device(), len(case.lengths)
@@ -324,19 +332,18 @@ class Decoding:
 
     def ours(self, table: torch.Tensor | None = None) -> torch.Tensor:
         table = next(self.turn) if table is None else table
-        return attention.paged_attention(self.q, self.k, self.v, table, self.cu, self.lengths, max_seqlen_q=1)
+        return self.decode(self.q, self.k, self.v, table, self.cu, self.lengths)
 
     def alone(self) -> torch.Tensor:
         """The last row, without the others."""
         table, one = self.tables[0][-1:], cu((1,))
-        return attention.paged_attention(self.q[-1:], self.k, self.v, table, one, self.lengths[-1:], max_seqlen_q=1)
+        return self.decode(self.q[-1:], self.k, self.v, table, one, self.lengths[-1:])
 
     def fa3(self) -> torch.Tensor:
         table = next(self.turn)
         most = table.shape[1] * PAGE
-        return launch.launch_vllm(
-            self.q, self.k, self.v, self.cu, self.lengths, table, 1, most, launch.Scores(True, self.scale)
-        )[0]
+        params = AttentionParams(True, self.scale)
+        return vllm.forward(self.q, self.k, self.v, self.cu, self.lengths, table, 1, most, params)[0]
 
 
 def measure_decode(case: Case, roof: float) -> dict[str, object]:
@@ -365,11 +372,10 @@ def copy_rate(size: int) -> float:
 
 def warm(case: Case) -> None:
     """Compile what `case` launches into Triton's disk cache."""
-    with attention.providers.forced("triton"):
-        if case.kind == "decode":
-            Decoding(case).ours()
-        else:
-            ours(case, *inputs(case))()
+    if case.kind == "decode":
+        Decoding(case).ours()
+    else:
+        ours(case, *inputs(case))()
 
 
 def warm_all(cases: list[Case], workers: int) -> None:
@@ -409,10 +415,7 @@ def main() -> int:
     roof = copy_rate(2**20 if args.dry else 2**30)
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
-    with (
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
-        attention.providers.forced("triton"),
-    ):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         for case in cases:
             row = measure_decode(case, roof) if case.kind == "decode" else measure(case, pool)
             rows.append(row | record)

@@ -88,14 +88,13 @@ def attention_bits() -> Iterator[tuple[str, torch.Tensor]]:
     total = sum(lengths)
     for d in (64, 128, 256):
         q, k, v = (values(total, h, d, seed=s).requires_grad_() for h, s in ((8, 11), (2, 12), (2, 13)))
-        for provider in ("triton", "vllm"):
-            if provider == "vllm" and (d == 64 or not bi_ops.attention.providers.get("vllm").available().ok):
+        for backend in ("triton", "vllm"):
+            if backend == "vllm" and (d == 64 or not bi_ops.attention.backends.get("vllm").available()):
                 continue
-            with bi_ops.attention.providers.forced(provider):
-                out = bi_ops.attention.flash_attention(q, k, v, starts, max_seqlen=max(lengths))
+            out = bi_ops.attention.flash_attention(q, k, v, starts, max_seqlen=max(lengths), backend=backend)
             grads = torch.autograd.grad(out, (q, k, v), values(total, 8, d, seed=14))
             for name, t in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True):
-                yield f"attention {provider} {d} {name}", t
+                yield f"attention {backend} {d} {name}", t
 
 
 def main() -> int:

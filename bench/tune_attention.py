@@ -1,9 +1,9 @@
-"""Which attention schedule is fastest? Times tiles, warps and stages; writes tune_attention.csv, fastest first.
+"""Which config of attention's Triton kernels is fastest? Times tiles, warps and stages; writes tune_attention.csv.
 
     python bench/tune_attention.py --out bench/results/h100 [--head-dims 128] [--kernels fwd dq dkv decode] [--top 5]
 
-Schedules of one order must give the bits of the schedule in use, and are compared with it. Other steps are other
-orders: one may be adopted, but with it every bit changes, and `block_n` is that of the forward and of decoding.
+Configs of one order must give the bits of the config in use, and are compared with it. Other steps are other orders:
+one may be adopted, but with it every bit changes, and `block_n` is that of the forward and of decoding. Fastest first.
 Variants are compiled beforehand in parallel, since compiling takes most of the time; what is not compiled after
 --compile-seconds is left out and counted. The sizes are those of bench/attention.py.
 `--dry` runs every line of this in Triton's interpreter on tiny inputs; its figures mean nothing.
@@ -12,7 +12,7 @@ Variants are compiled beforehand in parallel, since compiling takes most of the 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import itertools
 import multiprocessing
 import sys
@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 from attention import (
@@ -40,52 +39,58 @@ from attention import (
 )
 from record import provenance, write_csv
 
-from bi_ops import attention
-from bi_ops.attention import ops
-from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper import support
+from bi_ops.attention import config, launch
+from bi_ops.attention.config import KernelConfig
+from bi_ops.attention.order import AttentionOrder, KeySteps, Problem, TwoPass, order, two_pass
+from bi_ops.attention.params import AttentionParams, Seqlens
+from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 
 KERNELS = ("fwd", "dq", "dkv", "decode")
-#: The schedule function that each kernel asks.
-ASKS = {"fwd": "forward", "decode": "forward", "dq": "backward_dq", "dkv": "backward_dkv"}
-#: The step of the order that each kernel walks in.
-STEP = {"fwd": "block_n", "decode": "block_n", "dq": "block_dq", "dkv": "block_r"}
 SHARED_MEMORY = 227 * 1024
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One schedule under one order. order None: the one in use; schedule None: likewise."""
+    """One config under one order. config None: the one in use."""
 
     kernel: str
     head_dim: int
-    schedule: sched.Schedule | None = None
-    order: sched.Order | None = None
+    order: AttentionOrder
+    config: KernelConfig | None = None
 
-    @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
-        """Launches inside the block use this schedule and order, and the Triton kernels everywhere."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(attention.providers.forced("triton"))
-            stack.enter_context(mock.patch.object(support, "serves", return_value=False))
-            if self.order is not None:
-                stack.enter_context(mock.patch.object(sched, "order", return_value=self.order))
-            if self.schedule is not None:
-                stack.enter_context(mock.patch.object(sched, ASKS[self.kernel], return_value=self.schedule))
-            yield
+    @property
+    def step(self) -> int:
+        """What the kernel takes a sum in."""
+        if self.kernel in ("fwd", "decode"):
+            return self.order.forward.block_n
+        return self.order.backward.block_dq if self.kernel == "dq" else self.order.backward.block_r
+
+    def with_step(self, step: int) -> AttentionOrder:
+        """The order with other steps of this kernel."""
+        if self.kernel in ("fwd", "decode"):
+            return replace(self.order, forward=KeySteps(step))
+        now = self.order.backward
+        changed = TwoPass(step, now.block_r) if self.kernel == "dq" else TwoPass(now.block_dq, step)
+        return replace(self.order, backward=changed)
 
     def __str__(self) -> str:
-        return f"{self.kernel} d{self.head_dim} {self.schedule} {self.order}"
+        return f"{self.kernel} d{self.head_dim} {self.config} {self.order}"
+
+
+def order_in_use(head_dim: int) -> AttentionOrder:
+    """The order of the Triton kernels: two passes, also where the Gluon backward takes one."""
+    problem, arch = Problem(head_dim, torch.bfloat16), arches.current()
+    return replace(order(problem, arch), backward=two_pass(problem, arch))
 
 
 def variants(kernel: str, head_dim: int, dry: bool) -> Iterator[Variant]:
-    """The schedule in use, then every candidate that may fit."""
-    yield Variant(kernel, head_dim)
-    now = sched.order(head_dim, torch.bfloat16)
+    """The config in use, then every candidate that may fit."""
+    in_use = Variant(kernel, head_dim, order_in_use(head_dim))
+    yield in_use
     if dry:
-        yield Variant(kernel, head_dim, sched.Schedule(16, 1, 1, 1), now)
-        yield Variant(kernel, head_dim, sched.Schedule(32, 2, 1, 1), replace(now, **{STEP[kernel]: 32}))
+        yield replace(in_use, config=KernelConfig(16, 1, 1, 1))
+        yield replace(in_use, config=KernelConfig(32, 2, 1, 1), order=in_use.with_step(32))
         return
     tiles = {
         "fwd": ((64, 4), (128, 4), (128, 8)),
@@ -100,18 +105,19 @@ def variants(kernel: str, head_dim: int, dry: bool) -> Iterator[Variant]:
         shared = 2 * head_dim * (kept * block + 2 * step * n_stages)
         values = block * (head_dim * sums + step * scores)
         if shared <= 1.1 * SHARED_MEMORY and values <= 250 * 32 * warps and (step > 32 or head_dim > 64):
-            yield Variant(
-                kernel, head_dim, sched.Schedule(block, 1, warps, n_stages), replace(now, **{STEP[kernel]: step})
-            )
+            chosen = KernelConfig(block, 1, warps, n_stages)
+            yield replace(in_use, config=chosen, order=in_use.with_step(step))
 
 
 class Bench:
-    """One kernel on one shape: `run` launches it under whatever schedule is in use."""
+    """One kernel on one shape: `run` launches a variant of it."""
 
     def __init__(self, kernel: str, head_dim: int, lengths: tuple[int, ...], heads: int):
-        self.kernel = kernel
+        self.kernel, self.arch = kernel, arches.current()
         case = Case("decode" if kernel == "decode" else "fwd", lengths, head_dim, heads, heads // GROUP)
         self.case, n = case, len(lengths)
+        self.params = AttentionParams(True, head_dim**-0.5)
+        self.in_use = Variant(kernel, head_dim, order_in_use(head_dim))
         if kernel == "decode":
             pages = n * -(-lengths[0] // PAGE)
             self.cache = tuple(random_like(pages, PAGE, case.kv_heads, head_dim) for _ in range(2))
@@ -121,23 +127,47 @@ class Bench:
             self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
             return
         self.q, self.k, self.v, self.g = inputs(case)
-        self.cu, self.longest = cu(lengths), max(lengths)
+        self.cu, longest = cu(lengths), max(lengths)
+        self.seqlens = Seqlens(self.cu, self.cu, longest, longest)
         if kernel != "fwd":
-            with attention.providers.forced("triton"):
-                self.out, self.lse = self.forward()
+            out, lse = self.forward(replace(self.in_use, kernel="fwd"))
+            sums = self.in_use.order.row_sums
+            self.delta, self.shift = launch.launch_delta(self.g, out, lse, None, GROUP, sums)
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        longest, scale = self.longest, self.q.shape[2] ** -0.5
-        return ops._flash(self.q, self.k, self.v, self.cu, self.cu, longest, longest, True, scale, "triton")
+    def config(self, variant: Variant) -> KernelConfig:
+        """The variant's, or the one that sizes choose."""
+        pairs, o = (len(self.cu) - 1) * self.case.kv_heads, variant.order
+        shape = (pairs, variant.head_dim, self.q.dtype)
+        if variant.config is not None:
+            return variant.config
+        if variant.kernel == "decode":
+            return config.forward(GROUP, *shape, o.forward, self.arch)
+        if variant.kernel == "fwd":
+            return config.forward(self.seqlens.max_q * GROUP, *shape, o.forward, self.arch)
+        if variant.kernel == "dq":
+            return config.dq(self.seqlens.max_q * GROUP, *shape, o.backward, self.arch)
+        return config.dkv(self.seqlens.max_k, *shape, o.backward, self.arch)
 
-    def run(self):
+    def forward(self, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
+        o, chosen = variant.order.forward, self.config(variant)
+        return launch.forward(self.q, self.k, self.v, self.seqlens, self.params, None, o, self.arch, chosen)
+
+    def run(self, variant: Variant):
+        o, chosen = variant.order, self.config(variant)
         if self.kernel == "decode":
-            return attention.paged_attention(self.q, *self.cache, self.table, self.cu, self.lengths, max_seqlen_q=1)
+            pages = (self.q, *self.cache, self.table, self.cu, self.lengths, 1)
+            return launch.paged_forward(*pages, self.params, None, o.forward, self.arch, chosen)
         if self.kernel == "fwd":
-            return self.forward()
-        tensors = (self.g, self.q, self.k, self.v, self.out, self.lse, self.cu, self.cu)
-        options = (self.longest, self.longest, True, self.q.shape[2] ** -0.5, self.kernel == "dq", self.kernel == "dkv")
-        return ops._flash_grad(*tensors, *options)
+            return self.forward(variant)
+        given = (self.g, self.q, self.k, self.v, self.shift, self.delta)
+        rest = (self.seqlens, self.params, o.backward, self.arch, chosen)
+        if self.kernel == "dq":
+            dq = torch.empty_like(self.q)
+            launch.launch_dq(*given, dq, *rest)
+            return dq
+        dk, dv = torch.empty_like(self.k), torch.empty_like(self.v)
+        launch.launch_dkv(*given, dk, dv, *rest)
+        return dk, dv
 
     def figure(self, time_s: float) -> float:
         """TFLOP/s of the products this kernel computes, or GB/s when decoding."""
@@ -149,16 +179,14 @@ class Bench:
 
 def compile_variant(variant: Variant, heads: int) -> str:
     """Compile one variant into Triton's disk cache by running it on short sequences; why not, if it does not fit."""
-    with variant.used():
-        bench = Bench(variant.kernel, variant.head_dim, (192, 192), heads)
-        return launch_error(bench)
+    return launch_error(Bench(variant.kernel, variant.head_dim, (192, 192), heads), variant)
 
 
-def launch_error(bench: Bench) -> str:
+def launch_error(bench: Bench, variant: Variant) -> str:
     import triton
 
     try:
-        bench.run()
+        bench.run(variant)
     except triton.runtime.errors.OutOfResources as e:
         return str(e).splitlines()[0]
     except RuntimeError as e:  # PassManager failures of the compiler among them
@@ -217,40 +245,39 @@ def main() -> int:
         shapes = [(context,) * batch] if kernel == "decode" else [(s,) * max(tokens // s, 1) for s in args.seqlens]
         for lengths in shapes:
             bench, found, usual = Bench(kernel, d, lengths, heads[d]), [], None
-            now = sched.order(d, torch.bfloat16)
+            now = order_in_use(d)
             for v in mine:
                 if time.perf_counter() - began > args.seconds:
                     print("out of time; the rest is left out")
                     break
-                with v.used():
-                    error = errors[v] or launch_error(bench)
-                    same_order = v.order in (None, now)
-                    time_s = same = None
-                    if not error:
-                        got = bench.run()
-                        usual = got if v.schedule is None else usual
-                        same = equal(got, usual) if same_order and usual is not None else None
-                        del got
-                        time_s = seconds(bench.run, budget=0.01, rounds=3)
-                    used = v.schedule or sched.Schedule(0, 0, 0, 0)
-                    found.append(
-                        {
-                            "kernel": kernel,
-                            "head_dim": d,
-                            "seqlen": lengths[0],
-                            "batch": len(lengths),
-                            "in_use": v.schedule is None,
-                            "block": used.block,
-                            "step": getattr(v.order or now, STEP[kernel]),
-                            "num_warps": used.num_warps,
-                            "num_stages": used.num_stages,
-                            "ms": time_s and round(time_s * 1e3, 4),
-                            "rate": time_s and round(bench.figure(time_s), 1),
-                            "unit": "GB/s" if kernel == "decode" else "TFLOP/s",
-                            "same_bits": same,
-                            "error": error,
-                        }
-                    )
+                error = errors[v] or launch_error(bench, v)
+                same_order = v.order == now
+                time_s = same = None
+                if not error:
+                    got = bench.run(v)
+                    usual = got if v.config is None else usual
+                    same = equal(got, usual) if same_order and usual is not None else None
+                    del got
+                    time_s = seconds(functools.partial(bench.run, v), budget=0.01, rounds=3)
+                used = bench.config(v)
+                found.append(
+                    {
+                        "kernel": kernel,
+                        "head_dim": d,
+                        "seqlen": lengths[0],
+                        "batch": len(lengths),
+                        "in_use": v.config is None,
+                        "block": used.block,
+                        "step": v.step,
+                        "num_warps": used.num_warps,
+                        "num_stages": used.num_stages,
+                        "ms": time_s and round(time_s * 1e3, 4),
+                        "rate": time_s and round(bench.figure(time_s), 1),
+                        "unit": "GB/s" if kernel == "decode" else "TFLOP/s",
+                        "same_bits": same,
+                        "error": error,
+                    }
+                )
             found.sort(key=lambda row: (row["ms"] is None, row["ms"]))
             rows += [row | record for row in found]
             if rows:

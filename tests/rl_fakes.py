@@ -22,7 +22,7 @@ class TableModel(nn.Module):
     def logprobs(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.log_softmax(self.table[ids].bfloat16().float(), dim=-1)
 
-    def token_logprobs(self, batch) -> torch.Tensor:
+    def token_logprobs(self, batch, attention_backend=None) -> torch.Tensor:
         rows = self.logprobs(batch.input_ids[batch.predictors])
         return rows.gather(1, batch.targets[:, None])[:, 0]
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from own_attention import cu, own_order, packed, run, with_steps
 from test_attention_paged import ints, last_rows, paged
 
 from bi_ops import attention
 from bi_ops.attention import launch, ops, reference
-from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper import support
+from bi_ops.attention.config import BackwardConfigs, KernelConfig, SinkConfig
+from bi_ops.attention.params import AttentionParams
+from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.verify import gradient_errors, rerun_variant
 from bi_ops.verify.properties import bits_equal
@@ -47,14 +51,9 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 features = pytest.mark.parametrize("feature", FEATURES)
 
 
-@pytest.fixture(autouse=True)
-def own_kernel():
-    with attention.providers.forced("triton"):
-        yield
-
-
-def cu(lengths, device) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+#: The own kernels, where vLLM is installed too.
+flash_attention = functools.partial(attention.flash_attention, backend="triton")
+paged_attention = functools.partial(attention.paged_attention, backend="triton")
 
 
 def tensors(n_q, n_k, head_dim, dtype, device, hq=HQ, hkv=HKV) -> dict[str, torch.Tensor]:
@@ -65,6 +64,11 @@ def tensors(n_q, n_k, head_dim, dtype, device, hq=HQ, hkv=HKV) -> dict[str, torc
 
 def sinks_of(device, hq=HQ) -> torch.Tensor:
     return torch.linspace(-1, 3, hq, device=device)
+
+
+def params_of(window_size=(-1, -1), softcap=0.0, causal=True, sinks=None, head_dim=HEAD_DIM) -> AttentionParams:
+    """What `launch` takes, of the arguments of flash_attention."""
+    return AttentionParams(causal, head_dim**-0.5, *window_size, softcap)
 
 
 def arguments(feature, device) -> dict:
@@ -86,7 +90,7 @@ def check_gradients(lens_q, lens_k, head_dim, dtype, device, heads=(HQ, HKV), **
     others = {name: value for name, value in options.items() if name != "sinks"} | {"return_lse": True}
 
     def ours(q, k, v, sinks=None):
-        out, lse = attention.flash_attention(q, k, v, cu_q, cu_seqlens_k=cu_k, sinks=sinks, **others)
+        out, lse = flash_attention(q, k, v, cu_q, cu_seqlens_k=cu_k, sinks=sinks, **others)
         return out, lse.masked_fill(lse.isinf(), 0)
 
     def plain(q, k, v, sinks=None):
@@ -127,7 +131,7 @@ def test_every_key_that_a_window_shows_is_seen_and_no_other(device):
     q, k = (torch.zeros(n, 1, 16, device=device) for n in (n_q, n_k))
     v = torch.eye(n_k, 16, device=device)[:, None]
     for left, right in itertools.product((-1, 0, 2, 50), repeat=2):
-        out = attention.flash_attention(
+        out = flash_attention(
             q, k, v, cu([n_q], device), cu_seqlens_k=cu([n_k], device), causal=False, window_size=(left, right)
         )
         for i, row in enumerate(out[:, 0, :n_k] > 0):
@@ -142,9 +146,7 @@ def test_a_query_that_sees_no_key(device):
     q, k, v = (t.requires_grad_() for t in tensors(4, 2, 16, torch.float32, device).values())
     sinks = sinks_of(device).requires_grad_()
     for given in (None, sinks):
-        out, lse = attention.flash_attention(
-            q, k, v, cu([4], device), cu_seqlens_k=cu([2], device), sinks=given, return_lse=True
-        )
+        out, lse = flash_attention(q, k, v, cu([4], device), cu_seqlens_k=cu([2], device), sinks=given, return_lse=True)
         assert not out[:2].any()
         assert lse[:, 2:].isfinite().all()
         wanted = torch.inf if given is None else sinks.detach()[:, None].expand(-1, 2)
@@ -158,8 +160,8 @@ def test_a_query_that_sees_no_key(device):
 def test_sinks_of_minus_infinity_have_the_bits_of_none(device):
     q, k, v = tensors(70, 70, 16, torch.bfloat16, device).values()
     sinks = torch.full((HQ,), float("-inf"), device=device, requires_grad=True)
-    out, lse = attention.flash_attention(q, k, v, cu([70], device), sinks=sinks, return_lse=True)
-    plain = attention.flash_attention(q, k, v, cu([70], device), return_lse=True)
+    out, lse = flash_attention(q, k, v, cu([70], device), sinks=sinks, return_lse=True)
+    plain = flash_attention(q, k, v, cu([70], device), return_lse=True)
     assert bits_equal(out, plain[0])
     assert bits_equal(lse, plain[1])
     assert not torch.autograd.grad(out.sum() + lse.sum(), sinks)[0].any()
@@ -168,7 +170,7 @@ def test_sinks_of_minus_infinity_have_the_bits_of_none(device):
 def test_a_gradient_reaches_lse_alone(device):
     inputs = tensors(70, 70, 16, torch.float32, device)
     q, k, v = (t.requires_grad_() for t in inputs.values())
-    _, lse = attention.flash_attention(q, k, v, cu([30, 40], device), return_lse=True)
+    _, lse = flash_attention(q, k, v, cu([30, 40], device), return_lse=True)
     dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v))
     doubles = [t.detach().double().requires_grad_() for t in (q, k)]
     _, exact = reference.flash_attention(*doubles, v.double(), cu([30, 40], device), return_lse=True)
@@ -181,9 +183,7 @@ def test_no_tokens(device):
     q, k, v = (t.requires_grad_() for t in tensors(0, 0, 16, torch.bfloat16, device).values())
     sinks = sinks_of(device).requires_grad_()
     for lengths in ([], [0, 0]):
-        out, lse = attention.flash_attention(
-            q, k, v, cu(lengths, device), window_size=(3, 0), sinks=sinks, return_lse=True
-        )
+        out, lse = flash_attention(q, k, v, cu(lengths, device), window_size=(3, 0), sinks=sinks, return_lse=True)
         assert lse.shape == (HQ, 0)
         assert not torch.autograd.grad(out.sum() + lse.sum(), sinks)[0].any()
 
@@ -197,7 +197,7 @@ def run_sequences(sequences, **options):
     lengths = [len(s[0]) for s in sequences]
     q, k, v, g, g_lse = (torch.cat(ts) for ts in zip(*sequences, strict=True))
     q, k, v = (t.requires_grad_() for t in (q, k, v))
-    out, lse = attention.flash_attention(q, k, v, cu(lengths, q.device), return_lse=True, **options)
+    out, lse = flash_attention(q, k, v, cu(lengths, q.device), return_lse=True, **options)
     grads = torch.autograd.grad((out, lse), (q, k, v), (g, g_lse.t()))
     results = (out.detach(), lse.detach().t(), *grads)
     return list(zip(*(r.split(lengths) for r in results), strict=True))
@@ -226,14 +226,19 @@ def test_a_sequence_has_the_same_bits_alone_and_among_strangers(feature, device)
     assert batch_variant(lambda s: run_sequences(s, **arguments(feature, device)), torch.bfloat16, device) == []
 
 
-def test_an_order_that_depends_on_the_batch_is_caught(device, monkeypatch):
+def test_an_order_that_depends_on_the_batch_is_caught(device):
     """Negative control, with everything on."""
+    options = arguments("everything", device)
+    params = params_of(**options)
 
     def by_batch(sequences):
-        with monkeypatch.context() as patch:
-            if len(sequences) == 1:
-                patch.setattr(sched, "order", lambda *a: sched.Order(16, 16, 16))
-            return run_sequences(sequences, **arguments("everything", device))
+        lengths = [len(s[0]) for s in sequences]
+        q, k, v, g, g_lse = (torch.cat(ts) for ts in zip(*sequences, strict=True))
+        order = own_order(q, params, options["sinks"])
+        order = with_steps(order, 16) if len(sequences) == 1 else order
+        given = (q, k, v, g, packed(lengths, device=device), params)
+        out, lse, *grads = run(*given, g_lse=g_lse.t(), sinks=options["sinks"], order=order)
+        return list(zip(*(r.split(lengths) for r in (out, lse.t(), *grads[:3])), strict=True))
 
     assert {name for _, name in batch_variant(by_batch, torch.float32, device)} == set(NAMES)
 
@@ -246,25 +251,23 @@ def outputs_and_gradients(device, dtype=torch.bfloat16, lengths=LENGTHS, seed=0,
     g, g_lse = torch.randn(q.shape, device=device).to(dtype), torch.randn(HQ, len(q), device=device)
 
     def run():
-        out, lse = attention.flash_attention(q, k, v, cu(lengths, device), return_lse=True, **options)
+        out, lse = flash_attention(q, k, v, cu(lengths, device), return_lse=True, **options)
         return (out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, (g, g_lse)))
 
     return run
 
 
 @features
-def test_the_schedule_changes_no_bit(feature, device, monkeypatch):
-    """Small tiles skip steps outside the window that large ones walk for the sake of other rows: same bits."""
-    lengths = [1, 70] if runtime.INTERPRET else LENGTHS
-    run = outputs_and_gradients(device, lengths=lengths, **arguments(feature, device))
-    usual = run()
-    small, listed = sched.Schedule(16, 1, 1, 1), sched.Schedule(64, 1, 4, 1)
+def test_the_config_changes_no_bit(feature, device):
+    """Small tiles skip steps outside the window that large ones take for the sake of other rows: same bits."""
+    lengths, options = [1, 70] if runtime.INTERPRET else LENGTHS, arguments(feature, device)
+    q, k, v = tensors(sum(lengths), sum(lengths), HEAD_DIM, torch.bfloat16, device).values()
+    g, g_lse = torch.randn(q.shape, device=device).to(q.dtype), torch.randn(HQ, len(q), device=device)
+    given = (q, k, v, g, packed(lengths, device=device), params_of(**options), g_lse, options.get("sinks"))
+    usual = run(*given)
+    small, listed = KernelConfig(16, 1, 1, 1), KernelConfig(64, 1, 4, 1)
     for other in (small, listed) if runtime.INTERPRET else (listed,):
-        with monkeypatch.context() as patch:
-            for name in ("forward", "backward_dq", "backward_dkv"):
-                patch.setattr(sched, name, lambda *a, o=other: o)
-            patch.setattr(sched, "dsinks", lambda n: sched.SinkSchedule(2, 4, 3, 1))
-            changed = run()
+        changed = run(*given, forward=other, backward=BackwardConfigs(None, other, other, SinkConfig(2, 4, 3, 1)))
         for i, (a, b) in enumerate(zip(usual, changed, strict=True)):
             assert bits_equal(a, b), (other, i)
 
@@ -277,7 +280,8 @@ def test_reruns_have_the_same_bits(feature, device):
 def test_a_window_that_hides_nothing_has_the_bits_of_none(device):
     """Where plain gradients are computed in one pass, and those with a window in two, that holds for the outputs."""
     plain = outputs_and_gradients(device)()
-    count = 2 if support.serves_one_pass(HEAD_DIM, torch.bfloat16, device) else len(plain)
+    orders = [attention.order_of(HEAD_DIM, torch.bfloat16, some, "triton") for some in ((), ("window_size",))]
+    count = len(plain) if orders[0] == orders[1] else 2
     for left in (max(LENGTHS) - 1, 2**40):
         same = outputs_and_gradients(device, window_size=(left, 5))()
         assert all(bits_equal(a, b) for a, b in zip(plain[:count], same[:count], strict=True)), left
@@ -285,13 +289,13 @@ def test_a_window_that_hides_nothing_has_the_bits_of_none(device):
 
 def test_steps_are_counted_from_the_start_of_the_sequence_whatever_the_window_hides(device):
     """A window that begins at a whole step has the bits of the keys it shows; one that begins elsewhere has not."""
-    n, step = 200, sched.order(HEAD_DIM, torch.float32).block_n
+    n, step = 200, attention.order_of(HEAD_DIM, torch.float32, backend="triton").forward.block_n
     q, k, v = tensors(n, n, HEAD_DIM, torch.float32, device).values()
 
     def last_row(first):
-        whole = attention.flash_attention(q, k, v, cu([n], device), window_size=(n - 1 - first, 0))[-1:]
+        whole = flash_attention(q, k, v, cu([n], device), window_size=(n - 1 - first, 0))[-1:]
         shown = (k[first:], v[first:], cu([1], device))
-        cut = attention.flash_attention(q[-1:], *shown, cu_seqlens_k=cu([n - first], device))
+        cut = flash_attention(q[-1:], *shown, cu_seqlens_k=cu([n - first], device))
         torch.testing.assert_close(whole, cut, rtol=1e-4, atol=1e-5)
         return bits_equal(whole, cut)
 
@@ -304,16 +308,21 @@ def test_the_sinks_gradient_adds_chunks_of_tokens_front_to_back(device):
     """Tokens that add nothing change no bit of the sum, however many programs share it; another order does."""
     rows = torch.randn(2, HKV, 53, HQ // HKV, device=device)
     delta, shift = rows[0].contiguous(), rows[1].contiguous()
-    whole = launch.launch_dsinks(torch.zeros(HQ, device=device), delta, shift)
+    order, arch = attention.order_of(HEAD_DIM, torch.bfloat16, ("sinks",), "triton"), arches.of(device)
+
+    def dsinks(delta, shift, order=order):
+        return launch.launch_dsinks(torch.zeros(HQ, device=device), delta, shift, order, arch)
+
+    whole = dsinks(delta, shift)
     padded = torch.zeros(HKV, 64, HQ // HKV, device=device)
     padded[:, :53] = delta
     shift64 = torch.zeros_like(padded)
     shift64[:, :53] = shift
-    assert bits_equal(whole, launch.launch_dsinks(torch.zeros(HQ, device=device), padded, shift64))
+    assert bits_equal(whole, dsinks(padded, shift64))
     exact = -(shift.double().exp2() * delta.double()).sum(1).flatten()
     torch.testing.assert_close(whole.double(), exact, rtol=1e-5, atol=1e-5)
-    turned = launch.launch_dsinks(torch.zeros(HQ, device=device), delta.flip(1), shift.flip(1))
-    assert not bits_equal(whole, turned)  # negative control
+    assert not bits_equal(whole, dsinks(delta.flip(1), shift.flip(1)))  # negative control
+    assert not bits_equal(whole, dsinks(delta, shift, replace(order, sinks_chunk=4)))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -325,7 +334,7 @@ def decode(q, k, v, lengths, page, device, **options):
     caches = paged(k, v, lengths, page)
     ones = cu([1] * len(lengths), device)
     args = (last_rows(q, lengths), *caches, ones, ints(lengths, device))
-    return attention.paged_attention(*args, max_seqlen_q=1, **options)
+    return paged_attention(*args, max_seqlen_q=1, **options)
 
 
 @features
@@ -333,12 +342,12 @@ def test_decoded_rows_have_the_bits_of_prefilled_rows(feature, device):
     lengths, options = [n for n in LENGTHS if n > 0], arguments(feature, device)
     for head_dim in (HEAD_DIM,) if runtime.INTERPRET or feature != "everything" else HEAD_DIMS:
         q, k, v = tensors(sum(lengths), sum(lengths), head_dim, torch.bfloat16, device).values()
-        prefill = attention.flash_attention(q, k, v, cu(lengths, device), **options)
+        prefill = flash_attention(q, k, v, cu(lengths, device), **options)
         rows = last_rows(prefill, lengths)
         for page in (7, 64) if head_dim == HEAD_DIM else (16,):
             # A query that is alone is the last one: what it sees to the right is nothing, in prefill as in decoding.
             assert bits_equal(decode(q, k, v, lengths, page, device, **options), rows), (head_dim, page)
-            whole = attention.paged_attention(
+            whole = paged_attention(
                 *(q, *paged(k, v, lengths, page), cu(lengths, device), ints(lengths, device)),
                 max_seqlen_q=max(lengths),
                 **options,
@@ -351,7 +360,7 @@ def paged_rows(q, k, v, lengths, before, page, device, **options):
     new = [n - b for n, b in zip(lengths, before, strict=True)]
     rows = torch.cat([s[b:] for s, b in zip(q.split(lengths), before, strict=True)])
     args = (rows, *paged(k, v, lengths, page), cu(new, device), ints(lengths, device))
-    return attention.paged_attention(*args, max_seqlen_q=max(new), **options)
+    return paged_attention(*args, max_seqlen_q=max(new), **options)
 
 
 @pytest.mark.parametrize(("head_dim", "page"), PAGES)
@@ -360,7 +369,7 @@ def test_paged_rows_have_the_dense_bits_at_every_head_size_and_block_size(combin
     """Prefill, decoding, and a batch of both and a chunk."""
     lengths, options = [3, 130, 33] if runtime.INTERPRET else LENGTHS[2:], arguments(combination, device)
     q, k, v = tensors(sum(lengths), sum(lengths), head_dim, torch.bfloat16, device).values()
-    dense = attention.flash_attention(q, k, v, cu(lengths, device), **options).split(lengths)
+    dense = flash_attention(q, k, v, cu(lengths, device), **options).split(lengths)
     mixed = [(0, n // 2, n - 1)[i % 3] for i, n in enumerate(lengths)]
     for before in ([0] * len(lengths), [n - 1 for n in lengths], mixed):
         rows = paged_rows(q, k, v, lengths, before, page, device, **options)
@@ -372,7 +381,7 @@ def test_chunked_prefill_has_the_bits_of_prefill(feature, device):
     """For causal attention: a chunk ends at its last query, so to the right nothing is there to see yet."""
     n, options = LENGTHS[-1], arguments(feature, device) | {"causal": True}
     q, k, v = tensors(n, n, HEAD_DIM, torch.bfloat16, device).values()
-    prefill = attention.flash_attention(q, k, v, cu([n], device), **options)
+    prefill = flash_attention(q, k, v, cu([n], device), **options)
     for a, b in itertools.pairwise([0, 7, 64, 65, 128, n]):
         chunk = paged_rows(q[:b], k[:b], v[:b], [b], [a], 16, device, **options)
         assert bits_equal(chunk, prefill[a:b]), (a, b)
@@ -383,7 +392,7 @@ def test_a_paged_cache_that_is_read_with_other_features_is_caught(change, device
     """Negative control."""
     lengths, options = [100, 130], arguments("everything", device)
     q, k, v = tensors(230, 230, HEAD_DIM, torch.bfloat16, device).values()
-    dense = last_rows(attention.flash_attention(q, k, v, cu(lengths, device), **options), lengths)
+    dense = last_rows(flash_attention(q, k, v, cu(lengths, device), **options), lengths)
     assert bits_equal(decode(q, k, v, lengths, 16, device, **options), dense)
     for other, row in zip(decode(q, k, v, lengths, 16, device, **(options | change)), dense, strict=True):
         assert not bits_equal(other, row)
@@ -401,10 +410,10 @@ def test_blocks_before_a_window_may_hold_anything(page, new, device):
     k_cache, v_cache, table = paged(k, v, lengths, page)
 
     def run():
-        return attention.paged_attention(rows, k_cache, v_cache, table, starts, totals, max_seqlen_q=new, **options)
+        return paged_attention(rows, k_cache, v_cache, table, starts, totals, max_seqlen_q=new, **options)
 
     kept = run()
-    dense = attention.flash_attention(q, k, v, cu(lengths, device), **options)
+    dense = flash_attention(q, k, v, cu(lengths, device), **options)
     assert bits_equal(kept, torch.cat([s[-new:] for s in dense.split(lengths)]))
     dead = [table[i, j] for i, n in enumerate(lengths) for j in range((n - new - left) // page)]
     for value in (float("nan"), float("inf"), -1e30):
@@ -430,16 +439,16 @@ def test_a_sink_that_joins_after_the_walk_is_caught(device):
     lengths = [100, 130]
     q, k, v = tensors(230, 230, HEAD_DIM, torch.float32, device).values()
     sinks = sinks_of(device)
-    prefill = last_rows(attention.flash_attention(q, k, v, cu(lengths, device), sinks=sinks), lengths)
+    prefill = last_rows(flash_attention(q, k, v, cu(lengths, device), sinks=sinks), lengths)
     assert bits_equal(decode(q, k, v, lengths, 16, device, sinks=sinks), prefill)
-    out, lse = attention.flash_attention(q, k, v, cu(lengths, device), return_lse=True)
+    out, lse = flash_attention(q, k, v, cu(lengths, device), return_lse=True)
     late = last_rows(out * torch.sigmoid(lse - sinks[:, None]).t()[..., None], lengths)
     torch.testing.assert_close(late, prefill, rtol=1e-4, atol=1e-5)
     assert not bits_equal(late, prefill)
 
 
 # --------------------------------------------------------------------------------------------------------------
-# the custom operators, providers and errors
+# the custom operators and errors
 
 
 def test_torch_compile_changes_no_bit(device):
@@ -448,7 +457,7 @@ def test_torch_compile_changes_no_bit(device):
 
     def eager(q, k, v, sinks):
         options = FEATURES["everything"] | {"sinks": sinks}
-        return attention.flash_attention(q, k, v, starts, max_seqlen=13, return_lse=True, **options)
+        return flash_attention(q, k, v, starts, max_seqlen=13, return_lse=True, **options)
 
     def run(fn):
         leaves = [t.clone().requires_grad_() for t in (q, k, v, sinks)]
@@ -472,25 +481,8 @@ def test_the_custom_operators_keep_their_schemas(device):
         test_utils=utils,
     )
     grad = (out, q, k, v, out, lse, starts, starts, 5, 5, True, 0.25, True, True)
-    for more in ((), (lse, *features)):
+    for more in ((), (True, lse, *features), (False, lse, *features)):
         torch.library.opcheck(torch.ops.bi_ops.flash_attention_backward, (*grad, *more), test_utils=utils)
-
-
-@pytest.mark.parametrize(("feature", "named"), [("softcap", "softcap"), ("everything", "window_size and softcap and")])
-def test_a_forced_vllm_refuses_features_by_name(feature, named, device, monkeypatch):
-    q, k, v = tensors(6, 6, 128, torch.bfloat16, device).values()
-    refusal = pytest.raises(RuntimeError, match=f"'vllm' cannot serve {named}.*Use provider 'triton'")
-    with monkeypatch.context() as m:  # undone before the fixture puts its own back
-        m.setattr(attention.providers, "_forced", "vllm")
-        with refusal:
-            attention.flash_attention(q, k, v, cu([6], device), **arguments(feature, device))
-
-
-def test_features_are_the_own_kernels_where_vllm_is_the_choice(monkeypatch):
-    monkeypatch.setattr(attention.providers, "choose", lambda: "vllm")
-    monkeypatch.setattr(attention.providers, "why", lambda: "vLLM 0.26.0")
-    assert ops._provider("op", torch.bfloat16, 128) == "vllm"
-    assert ops._provider("op", torch.bfloat16, 128, ("softcap",)) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -514,7 +506,7 @@ def test_bad_features_are_named(options, error, message, device):
         options = {"sinks": options["sinks"].to(device)}
     q, k, v = tensors(6, 6, 16, torch.bfloat16, device).values()
     with pytest.raises(error, match=message):
-        attention.flash_attention(q, k, v, cu([6], device), **options)
+        flash_attention(q, k, v, cu([6], device), **options)
     with pytest.raises(error, match=message):
         decode(q, k, v, [6], 4, device, **options)
 

@@ -1,4 +1,4 @@
-"""flash-attn as a provider: its arguments, what is refused before any call; its numbers and bits, installed."""
+"""flash-attn as a backend: its arguments, what is refused before any call; its numbers and bits, installed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import torch.nn.functional as F
 
 import bi_ops
 from bi_ops import attention
-from bi_ops.attention import flash_attn, ops, reference
+from bi_ops.attention import flash_attn, reference
+from bi_ops.attention.order import FlashAttention2, FlashAttention2Backward, Problem
+from bi_ops.core import arch as arches
 from bi_ops.core import runtime
-from bi_ops.rollout.base import attention_of
+from bi_ops.core.backends import Support
 from bi_ops.verify import gradient_errors, rerun_variant
 from bi_ops.verify.properties import bits_equal
 
-OWN_BACKWARD, DETERMINISTIC = flash_attn.NAMES
+BACKENDS = OWN_BACKWARD, DETERMINISTIC = "flash_attn", "flash_attn_deterministic"
 HQ, HKV, HEAD_DIM = 4, 2, 16 if runtime.INTERPRET else 128
-both = pytest.mark.parametrize("provider", flash_attn.NAMES)
+both = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def cu(lengths, device) -> torch.Tensor:
@@ -46,7 +48,10 @@ def package(monkeypatch):
 
 @pytest.fixture
 def calls(package, device, monkeypatch):
-    """What the fake is called with, by pass: plain torch computes the forward; ones, twos and threes come back."""
+    """What the fake is called with, by pass: plain torch computes the forward; ones, twos and threes come back.
+
+    Everything but flash-attn's kernels runs as it does here, so its availability is told instead of asked.
+    """
     seen: dict[str, list[dict]] = {"forward": [], "backward": []}
 
     def forward(q, k, v, **given):
@@ -64,15 +69,10 @@ def calls(package, device, monkeypatch):
             t.fill_(value)
 
     package.flash_attn_varlen_func, package.flash_attn_interface._flash_attn_varlen_backward = forward, backward
-    return seen
-
-
-def force(provider, monkeypatch) -> None:
-    """As `providers.force`, on a machine that has a GPU for as long as that takes."""
-    with monkeypatch.context() as m:
-        m.setattr(runtime, "INTERPRET", False)
-        attention.providers.check(provider)
-    monkeypatch.setattr(attention.providers, "_forced", provider)
+    monkeypatch.setattr(flash_attn, "availability", lambda: Support(True, "a fake"))
+    attention.backends.select.cache_clear()
+    yield seen
+    attention.backends.select.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -92,12 +92,11 @@ def force(provider, monkeypatch) -> None:
     ],
 )
 def test_both_passes_are_called_with_the_same_deterministic_arguments(
-    provider, lengths, options, expected, calls, device, monkeypatch
+    backend, lengths, options, expected, calls, device
 ):
-    force(provider, monkeypatch)
     q, k, v = (t.requires_grad_() for t in qkv(sum(lengths), sum(lengths), device))
     starts = cu(lengths, device)
-    out, lse = attention.flash_attention(q, k, v, starts, return_lse=True, **options)
+    out, lse = attention.flash_attention(q, k, v, starts, return_lse=True, backend=backend, **options)
     plain, plain_lse = reference.flash_attention(
         q.double(), k.double(), v.double(), starts, **{"causal": True} | options, return_lse=True
     )
@@ -109,7 +108,7 @@ def test_both_passes_are_called_with_the_same_deterministic_arguments(
     assert torch.equal(given["cu_seqlens_q"], starts)
     assert torch.equal(given["cu_seqlens_k"], starts)
     grads = torch.autograd.grad(out.float().sum(), (q, k, v))
-    if provider == OWN_BACKWARD:
+    if backend == OWN_BACKWARD:
         assert calls["backward"] == []
         oracle = torch.autograd.grad(plain.sum(), (q, k, v))
         for ours, exact in zip((g.double() for g in grads), (g.double() for g in oracle), strict=True):
@@ -127,21 +126,20 @@ def test_both_passes_are_called_with_the_same_deterministic_arguments(
 
 
 @both
-def test_unequal_lengths_and_nothing_to_compute(provider, calls, device, monkeypatch):
-    force(provider, monkeypatch)
+def test_unequal_lengths_and_nothing_to_compute(backend, calls, device):
     q, k, v = qkv(5, 9, device)
-    attention.flash_attention(q, k, v, cu([2, 3], device), cu_seqlens_k=cu([0, 9], device))
+    attention.flash_attention(q, k, v, cu([2, 3], device), cu_seqlens_k=cu([0, 9], device), backend=backend)
     assert (calls["forward"][0]["max_seqlen_q"], calls["forward"][0]["max_seqlen_k"]) == (3, 9)
     for n_q, n_k in ((0, 9), (5, 0)):  # flash-attn takes no empty batch
         leaves = [t.requires_grad_() for t in qkv(n_q, n_k, device)]
-        out = attention.flash_attention(*leaves, cu([n_q], device), cu_seqlens_k=cu([n_k], device))
+        out = attention.flash_attention(*(*leaves, cu([n_q], device)), cu_seqlens_k=cu([n_k], device), backend=backend)
         assert not out.any()
         assert not any(t.any() for t in torch.autograd.grad(out.float().sum(), leaves))
     assert (len(calls["forward"]), len(calls["backward"])) == (1, 0)
 
 
 @both
-def test_outputs_are_contiguous_whatever_the_strides(provider, calls, device, monkeypatch):
+def test_outputs_are_contiguous_whatever_the_strides(backend, calls, device, monkeypatch):
     """flash-attn's output has the order of q's strides, which the backward and callers do not expect."""
     plain = sys.modules["flash_attn"].flash_attn_varlen_func
 
@@ -150,31 +148,25 @@ def test_outputs_are_contiguous_whatever_the_strides(provider, calls, device, mo
         return out.transpose(0, 1).contiguous().transpose(0, 1), *rest
 
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", as_q)
-    force(provider, monkeypatch)
-    assert attention.flash_attention(*qkv(6, 6, device), cu([6], device)).is_contiguous()
+    assert attention.flash_attention(*qkv(6, 6, device), cu([6], device), backend=backend).is_contiguous()
 
 
 @both
-def test_torch_compile_keeps_the_provider(provider, calls, device, monkeypatch):
-    force(provider, monkeypatch)
+def test_torch_compile_keeps_the_backend(backend, calls, device):
     starts, leaves = cu([3, 4], device), [t.requires_grad_() for t in qkv(7, 7, device)]
 
     def eager(q, k, v):
-        return attention.flash_attention(q, k, v, starts, max_seqlen=4)
+        return attention.flash_attention(q, k, v, starts, max_seqlen=4, backend=backend)
 
     compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
     results = [(out, *torch.autograd.grad(out.float().sum(), leaves)) for out in (eager(*leaves), compiled(*leaves))]
     assert all(bits_equal(a, b) for a, b in zip(*results, strict=True))
-    assert (len(calls["forward"]), len(calls["backward"])) == (2, 2 if provider == DETERMINISTIC else 0)
+    assert (len(calls["forward"]), len(calls["backward"])) == (2, 2 if backend == DETERMINISTIC else 0)
 
 
-def test_the_backward_belongs_to_the_provider_of_the_forward(calls, device, monkeypatch):
-    """Not to the one that is forced when autograd gets there."""
+def test_the_backward_belongs_to_the_backend_of_the_forward(calls, device):
     leaves = [t.requires_grad_() for t in qkv(6, 6, device)]
-    outs = []
-    for provider in (DETERMINISTIC, OWN_BACKWARD):
-        force(provider, monkeypatch)
-        outs.append(attention.flash_attention(*leaves, cu([6], device)))
+    outs = [attention.flash_attention(*leaves, cu([6], device), backend=b) for b in (DETERMINISTIC, OWN_BACKWARD)]
     theirs, own = (torch.autograd.grad(out.float().sum(), leaves) for out in outs)
     assert [t.unique().tolist() for t in theirs] == [[1], [2], [3]]
     assert own[0].unique().numel() > 1
@@ -184,74 +176,59 @@ def test_the_backward_belongs_to_the_provider_of_the_forward(calls, device, monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": torch.float32}, r"cannot serve torch\.float32\. Use bf16 or fp16, or provider 'triton'"),
-        ({"sinks": True}, r"cannot serve sinks: flash-attn has none\. Use provider 'triton'"),
+        ({"dtype": torch.float32}, r"cannot serve torch\.float32\. Use bf16 or fp16, or backend 'triton'"),
+        ({"sinks": True}, r"cannot serve sinks: flash-attn has none\. Use backend 'triton'"),
     ],
 )
-def test_what_it_cannot_serve_is_refused_before_any_call(provider, options, message, calls, device, monkeypatch):
-    force(provider, monkeypatch)
+def test_what_it_cannot_serve_is_refused_before_any_call(backend, options, message, calls, device):
     sinks = torch.zeros(HQ, device=device) if options.get("sinks") else None
     q, k, v = qkv(6, 6, device, dtype=options.get("dtype", torch.bfloat16))
-    with pytest.raises(RuntimeError, match=f"flash_attention: provider '{provider}' {message}"):
-        attention.flash_attention(q, k, v, cu([6], device), sinks=sinks)
+    with pytest.raises(RuntimeError, match=f"attention: backend '{backend}' {message}"):
+        attention.flash_attention(q, k, v, cu([6], device), sinks=sinks, backend=backend)
     assert calls == {"forward": [], "backward": []}
 
 
 @both
-def test_decoding_is_refused_and_so_no_rollout_is_mixed(provider, calls, device, monkeypatch):
-    force(provider, monkeypatch)
+def test_decoding_is_refused_and_so_no_rollout_is_mixed(backend, calls, device):
     q, k, v = qkv(1, 32, device)
     pages, table = (t.view(2, 16, HKV, HEAD_DIM) for t in (k, v)), torch.arange(2, dtype=torch.int32, device=device)
     lengths = torch.tensor([32], dtype=torch.int32, device=device)
-    with pytest.raises(RuntimeError, match=r"decoded rows are not known to have the bits.*provider 'triton' or 'vllm'"):
-        attention.paged_attention(q, *pages, table[None], cu([1], device), lengths, max_seqlen_q=1)
-
-    class Engine:
-        name, attention = "embedded", "triton"
-
-    with pytest.raises(RuntimeError, match=f"samples with provider 'triton', but '{provider}' is forced"):
-        attention_of(Engine()).__enter__()
+    with pytest.raises(RuntimeError, match=r"decoded rows are not known to have the bits.*backend 'triton' or 'vllm'"):
+        attention.paged_attention(q, *pages, table[None], cu([1], device), lengths, max_seqlen_q=1, backend=backend)
     assert calls["forward"] == []
 
 
-def test_lse_passes_no_gradient_to_flash_attns_backward(calls, device, monkeypatch):
+def test_lse_passes_no_gradient_to_flash_attns_backward(calls, device):
     leaves = [t.requires_grad_() for t in qkv(6, 6, device)]
-    force(DETERMINISTIC, monkeypatch)
-    _, lse = attention.flash_attention(*leaves, cu([6], device), return_lse=True)
-    with pytest.raises(RuntimeError, match=r"no gradient through lse\. Use provider 'flash_attn'"):
+    _, lse = attention.flash_attention(*leaves, cu([6], device), return_lse=True, backend=DETERMINISTIC)
+    with pytest.raises(RuntimeError, match=r"no gradient through lse\. Use backend 'flash_attn'"):
         lse.sum().backward()
     assert calls["backward"] == []
-    force(OWN_BACKWARD, monkeypatch)
-    _, lse = attention.flash_attention(*leaves, cu([6], device), return_lse=True)
+    _, lse = attention.flash_attention(*leaves, cu([6], device), return_lse=True, backend=OWN_BACKWARD)
     assert torch.autograd.grad(lse.sum(), leaves[0])[0].any()
 
 
-def test_the_mode_refuses_a_backward_that_depends_on_the_batch(calls, device, monkeypatch):
+def test_it_is_never_selected_and_so_never_in_the_mode(calls, device):
+    """Available, and yet neither the first choice nor what anything falls back to."""
+    here, problem = arches.of(device), Problem(HEAD_DIM, torch.bfloat16)
+    assert attention.backends.select(problem, here).name not in BACKENDS
+    assert attention.backends.select(problem, here, OWN_BACKWARD).name == OWN_BACKWARD
     q = torch.randn(1, HQ, 6, HEAD_DIM, device=device, dtype=torch.bfloat16)
-    force(DETERMINISTIC, monkeypatch)
-    with (
-        bi_ops.batch_invariant_backward_mode(),
-        pytest.raises(RuntimeError, match="'flash_attn_deterministic' is forced, whose gradients depend on the batch"),
-    ):
-        F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    assert calls["forward"] == []
-    force(OWN_BACKWARD, monkeypatch)
     with bi_ops.batch_invariant_backward_mode():
         F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    assert len(calls["forward"]) == 1
+    assert calls == {"forward": [], "backward": []}
 
 
-def test_it_is_never_chosen(package, monkeypatch):
-    """Available, and yet neither the first choice nor what anything falls back to."""
-    monkeypatch.setattr(attention.providers, "_forced", None)
-    assert attention.providers.choose() not in flash_attn.NAMES
-    assert ops._provider("op", torch.bfloat16, 128) not in flash_attn.NAMES
-    names = attention.providers.names()
-    assert max(names.index(name) for name in ("vllm", "triton")) < min(names.index(name) for name in flash_attn.NAMES)
-    table = attention.providers.get
-    assert [table(name).same_bits for name in flash_attn.NAMES] == [False, False]
-    assert [table(name).batch_invariant for name in flash_attn.NAMES] == [True, False]
-    assert all(p.batch_invariant for p in attention.providers.providers if p.name != DETERMINISTIC)
+def test_its_orders_say_that_they_are_nobody_elses(calls, device):
+    here, problem = arches.of(device), Problem(HEAD_DIM, torch.bfloat16)
+    own, mixed, theirs = (attention.backends.get(n).order(problem, here) for n in ("triton", *BACKENDS))
+    assert mixed.forward == theirs.forward == FlashAttention2()
+    assert mixed.backward == own.backward
+    assert theirs.backward == FlashAttention2Backward()
+    assert len({own, mixed, theirs}) == 3
+    rows = {row["name"]: row for row in attention.backends.table()}
+    assert [name for name, row in rows.items() if not row["batch_invariant"]] == [DETERMINISTIC]
+    assert [name for name, row in rows.items() if not row["automatic"]] == list(BACKENDS)
 
 
 def test_availability_says_why_and_how_to_get_it(package, monkeypatch):
@@ -285,9 +262,9 @@ def test_availability_says_why_and_how_to_get_it(package, monkeypatch):
 
 @both
 @pytest.mark.skipif(not runtime.INTERPRET, reason="a machine without a GPU")
-def test_forcing_it_where_it_cannot_run_says_why(provider):
-    with pytest.raises(RuntimeError, match=f"provider '{provider}' cannot run here: no GPU"):
-        attention.providers.force(provider)
+def test_naming_it_where_it_cannot_run_says_why(backend, device):
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run here: no GPU"):
+        attention.flash_attention(*qkv(6, 6, device), cu([6], device), backend=backend)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -311,19 +288,18 @@ def installed():
 @pytest.mark.gpu
 @both
 @pytest.mark.parametrize("options", FEATURES)
-def test_gradients_match_fp64(provider, options, device, installed):
+def test_gradients_match_fp64(backend, options, device, installed):
     starts = cu(LENGTHS, device)
 
     def ours(q, k, v):
-        return attention.flash_attention(q, k, v, starts, **options)
+        return attention.flash_attention(q, k, v, starts, backend=backend, **options)
 
     def plain(q, k, v):
         return reference.flash_attention(q, k, v, starts, **options)
 
     for head_dim, dtype in itertools.product((64, 96, 128, 256), (torch.bfloat16, torch.float16)):
         inputs = dict(zip("qkv", qkv(sum(LENGTHS), sum(LENGTHS), device, head_dim, dtype), strict=True))
-        with attention.providers.forced(provider):
-            errors = gradient_errors(ours, plain, inputs)
+        errors = gradient_errors(ours, plain, inputs)
         assert all(e.ok for e in errors), (head_dim, dtype, errors)
 
 
@@ -336,28 +312,26 @@ def results(tensors, lengths, options, g, device) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.gpu
 @both
-def test_every_run_has_the_same_bits(provider, device, installed):
+def test_every_run_has_the_same_bits(backend, device, installed):
     tensors, g = (
         qkv(sum(LENGTHS), sum(LENGTHS), device),
         torch.randn(sum(LENGTHS), HQ, HEAD_DIM, device=device).bfloat16(),
     )
-    with attention.providers.forced(provider):
-        assert rerun_variant(lambda: results(tensors, LENGTHS, {}, g, device), 100) == []
+    assert rerun_variant(lambda: results(tensors, LENGTHS, {"backend": backend}, g, device), 100) == []
 
 
 @pytest.mark.gpu
 @both
 @pytest.mark.parametrize("options", FEATURES)
-def test_a_sequence_has_the_same_bits_alone(provider, options, device, installed):
-    """The forward's with both providers, the gradients with bi_ops' backward."""
-    n, compared = sum(LENGTHS), 5 if provider == OWN_BACKWARD else 2
+def test_a_sequence_has_the_same_bits_alone(backend, options, device, installed):
+    """The forward's with both backends, the gradients with bi_ops' backward."""
+    n, compared = sum(LENGTHS), 5 if backend == OWN_BACKWARD else 2
     for head_dim in (64, 96, 128, 256):
         tensors, g = qkv(n, n, device, head_dim), torch.randn(n, HQ, head_dim, device=device).bfloat16()
-        with attention.providers.forced(provider):
-            packed = results(tensors, LENGTHS, options, g, device)
-            start = 0
-            for length in LENGTHS:
-                rows = slice(start, start := start + length)
-                alone = results([t[rows] for t in tensors], [length], options, g[rows], device)
-                pairs = list(zip(alone, packed, strict=True))[:compared]
-                assert all(bits_equal(a, b[rows]) for a, b in pairs), (head_dim, length)
+        packed = results(tensors, LENGTHS, options | {"backend": backend}, g, device)
+        start = 0
+        for length in LENGTHS:
+            rows = slice(start, start := start + length)
+            alone = results([t[rows] for t in tensors], [length], options | {"backend": backend}, g[rows], device)
+            pairs = list(zip(alone, packed, strict=True))[:compared]
+            assert all(bits_equal(a, b[rows]) for a, b in pairs), (head_dim, length)

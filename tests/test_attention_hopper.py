@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
 import torch
+from own_attention import own_order, run
 
-from bi_ops.attention import flash_attention, launch, providers, reference
-from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper import support
+from bi_ops import attention
+from bi_ops.attention import config, launch, reference
+from bi_ops.attention.config import BackwardConfig, BackwardConfigs, DkvConfig, DqConfig, ForwardConfig
+from bi_ops.attention.order import KeySteps, OnePass, TwoPass
+from bi_ops.attention.params import AttentionParams, Seqlens
+from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.gluon import tma
 
 LENGTHS = [0, 1, 17, 127, 129, 128, 300, 0, 65, 1000]
 D = 128
 
+#: The own kernels, where vLLM is installed too.
+flash_attention = functools.partial(attention.flash_attention, backend="triton")
+
 on_hopper = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not runtime.warp_specialised(runtime.default_device()), reason="needs a Hopper GPU and its Triton"
-    ),
+    pytest.mark.skipif(not arches.current().gluon, reason="needs a Hopper GPU and its Triton"),
 ]
 
 
@@ -44,69 +50,80 @@ def inputs(lengths, hq=8, hkv=2, dtype=torch.bfloat16, head_dim=D):
 def gradients(q, k, v, g, cu, causal=True):
     """out, dq, dk, dv."""
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-    with providers.forced("triton"):
-        out = flash_attention(q, k, v, cu, max_seqlen=int(cu.diff().max()), causal=causal)
+    out = flash_attention(q, k, v, cu, max_seqlen=int(cu.diff().max()), causal=causal)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), g)
+
+
+def seqlens_of(cu_q, cu_k=None):
+    cu_k = cu_q if cu_k is None else cu_k
+    return Seqlens(cu_q, cu_k, *(int(cu.diff().max()) for cu in (cu_q, cu_k)))
+
+
+def triton_forward(q, k, v, seqlens, params, order=None, **changes):
+    """(out, lse) of the Triton kernel, in the order of `flash_attention` unless told, with the config it chooses."""
+    arch, order = arches.of(q.device), order or own_order(q, params).forward
+    rows, pairs = seqlens.max_q * (q.shape[1] // k.shape[1]), (len(seqlens.cu_q) - 1) * k.shape[1]
+    chosen = dataclasses.replace(config.forward(rows, pairs, q.shape[2], q.dtype, order, arch), **changes)
+    return launch.forward(q, k, v, seqlens, params, None, order, arch, chosen)
+
+
+def two_pass_order(q, params):
+    """The order of an architecture that has no backward in one pass."""
+    return dataclasses.replace(own_order(q, params), backward=TwoPass(64, 32 if q.shape[2] > 128 else 64))
 
 
 def equal(ours, theirs):
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def used_config(head_dim) -> ForwardConfig:
+    order = attention.order_of(head_dim, torch.bfloat16, backend="triton").forward
+    return config.gluon_forward(4096, head_dim, torch.bfloat16, order, arches.current())
+
+
 @gpu
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("head_dim", "block_n"), [(64, 64), (64, 128), (128, 128), (128, 64), (256, 64)])
-def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal, monkeypatch):
-    from bi_ops.attention.hopper.forward import launch as launch_hopper
-
-    order, forward = sched.order, sched.forward
-    used = sched.tiles(head_dim, 4096)
-    used = dataclasses.replace(used, ahead=False, turns=True, stages=min(used.stages, 4))
-    any_teams = (2, 3) if head_dim == block_n == 64 else (2,)  # the others' registers do not hold a third
-    any_schedule = [
-        dataclasses.replace(used, teams=teams, turns=turns, stay=stay)
-        for teams, turns, stay in itertools.product(any_teams, (True, False), (True, False))
+def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal):
+    used = used_config(head_dim)
+    used = dataclasses.replace(used, overlap=False, ping_pong=True, stages=min(used.stages, 4))
+    any_groups = (2, 3) if head_dim == block_n == 64 else (2,)  # the others' registers do not hold a third
+    any_config = [
+        dataclasses.replace(used, warp_groups=groups, ping_pong=ping_pong, persistent=persistent)
+        for groups, ping_pong, persistent in itertools.product(any_groups, (True, False), (True, False))
     ]
-    for dtype, hq, hkv, schedules in (
-        (torch.bfloat16, 8, 2, any_schedule if causal else [used]),
-        (torch.float16, 3, 3, [dataclasses.replace(used, teams=any_teams[-1])]),
+    order = KeySteps(block_n)
+    for dtype, hq, hkv, configs in (
+        (torch.bfloat16, 8, 2, any_config if causal else [used]),
+        (torch.float16, 3, 3, [dataclasses.replace(used, warp_groups=any_groups[-1])]),
     ):
         q, k, v, _, cu = inputs(LENGTHS, hq, hkv, dtype, head_dim)
-        scale = head_dim**-0.5
-        with monkeypatch.context() as m:
-            m.setattr(sched, "order", lambda *a: dataclasses.replace(order(*a), block_n=block_n))
-            m.setattr(sched, "forward", lambda *a: dataclasses.replace(forward(*a), num_stages=2))
-            lse = torch.full(q.shape[1::-1], torch.nan, device="cuda")
-            out = launch.launch_forward(q, k, v, lse, cu, cu, None, max(LENGTHS), launch.Scores(causal, scale), None)
-        for s in schedules:
-            got = torch.full_like(q, torch.nan), torch.full_like(lse, torch.nan)
-            launch_hopper(q, k, v, *got, cu, cu, max(LENGTHS), causal, scale, block_n, s)
-            assert equal(got, (out, lse))
+        given = (q, k, v, seqlens_of(cu), AttentionParams(causal, head_dim**-0.5))
+        want = triton_forward(*given, order, num_stages=2)
+        for c in configs:
+            assert equal(launch.forward(*given, None, order, arches.of(q.device), c), want), c
 
 
 @gpu
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_forward_ahead_equals_triton_bit_for_bit(dtype, causal):
-    """Steps on both sides of a team's edge, teams without rows or keys, fewer or more keys than queries, reruns."""
-    from bi_ops.attention.hopper.forward import launch as launch_hopper
-
-    used = sched.tiles(64, 4096)
-    assert used.ahead
+def test_forward_with_overlap_equals_triton_bit_for_bit(dtype, causal):
+    """Steps on both sides of a warp group's edge, groups without rows or keys, more or fewer keys than queries."""
+    used = used_config(64)
+    assert used.overlap
     lengths = [0, 1, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 300, 1000]
     others = [5, 0, 64, 1, 65, 200, 127, 500, 128, 1000, 3, 193, 191, 64]
     q, _, _, _, cu_q = inputs(lengths, 8, 2, dtype, 64)
     for keys in (lengths, others):
         _, k, v, _, cu_k = inputs(keys, 8, 2, dtype, 64)
-        lse = torch.full(q.shape[1::-1], torch.nan, device="cuda")
-        out = launch.launch_forward(q, k, v, lse, cu_q, cu_k, None, max(lengths), launch.Scores(causal, 0.125), None)
+        given = (q, k, v, seqlens_of(cu_q, cu_k), AttentionParams(causal, 0.125))
+        order = own_order(q, given[-1]).forward
+        want = triton_forward(*given)
         some = itertools.product((2, 3), (3, 8), (True, False)) if dtype == torch.bfloat16 else []
-        for teams, stages, stay in (*some, (used.teams, used.stages, used.stay)):
-            s = dataclasses.replace(used, teams=teams, stages=stages, stay=stay)
-            for _ in range(100 if s == used else 10):
-                got = torch.full_like(q, torch.nan), torch.full_like(lse, torch.nan)
-                launch_hopper(q, k, v, *got, cu_q, cu_k, max(lengths), causal, 0.125, 64, s)
-                assert equal(got, (out, lse))
+        for groups, stages, persistent in (*some, (used.warp_groups, used.stages, used.persistent)):
+            c = dataclasses.replace(used, warp_groups=groups, stages=stages, persistent=persistent)
+            for _ in range(100 if c == used else 10):
+                assert equal(launch.forward(*given, None, order, arches.of(q.device), c), want), c
 
 
 @gpu
@@ -144,28 +161,30 @@ def test_neighbours_full_of_nan_do_not_leak(head_dim):
 @gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("lengths", [LENGTHS, [4096], [512] * 9, [300, 40, 2048]])
-def test_backward_reruns_and_schedules_give_one_result(lengths, head_dim, monkeypatch):
+def test_backward_reruns_and_configs_give_one_result(lengths, head_dim):
     q, k, v, g, cu = inputs(lengths, head_dim=head_dim)
     want = gradients(q, k, v, g, cu)
     for _ in range(100):
         assert equal(gradients(q, k, v, g, cu), want)
-    s = sched.one_pass(8, head_dim, 132)
+    used = config.one_pass(8, head_dim, 132)
     for other in (
-        dataclasses.replace(s, together=1),
-        dataclasses.replace(s, together=7),
-        sched.OnePassSchedule(2, 2, 64),
+        dataclasses.replace(used, swizzle=1),
+        dataclasses.replace(used, swizzle=7),
+        BackwardConfig(2, 2, 64),
     ):
-        monkeypatch.setattr(sched, "one_pass", lambda *_, other=other: other)
-        assert equal(gradients(q, k, v, g, cu), want)
+        params = AttentionParams(True, head_dim**-0.5)
+        out, _, *grads = run(q, k, v, g, seqlens_of(cu), params, backward=BackwardConfigs(one_pass=other))
+        assert equal((out, *grads), want), other
 
 
 @gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_another_order_is_noticed(head_dim, monkeypatch):
+def test_another_order_is_noticed(head_dim):
     q, k, v, g, cu = inputs([1000], head_dim=head_dim)
     want = gradients(q, k, v, g, cu)
-    monkeypatch.setattr(support, "serves", lambda *_: False)  # two passes: dQ in tiles of 64 keys
-    out, *grads = gradients(q, k, v, g, cu)
+    params = AttentionParams(True, head_dim**-0.5)
+    assert own_order(q, params).backward == OnePass(64, 128)
+    out, _, *grads = run(q, k, v, g, seqlens_of(cu), params, order=two_pass_order(q, params))
     assert torch.equal(out, want[0])
     assert not equal(grads, want[1:])
 
@@ -174,7 +193,7 @@ def test_another_order_is_noticed(head_dim, monkeypatch):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("hq", "hkv"), [(8, 2), (6, 6), (5, 1)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_backward_is_as_accurate_as_two_passes(hq, hkv, causal, head_dim, monkeypatch):
+def test_backward_is_as_accurate_as_two_passes(hq, hkv, causal, head_dim):
     """Against fp64, at most 1.1 of the error of the two passes, which are held to torch's."""
     lengths = [300, 1, 65, 129]
     q, k, v, g, cu = inputs(lengths, hq, hkv, head_dim=head_dim)
@@ -182,8 +201,8 @@ def test_backward_is_as_accurate_as_two_passes(hq, hkv, causal, head_dim, monkey
     out = reference.flash_attention(*exact, cu, causal=causal)
     want = torch.autograd.grad(out if isinstance(out, torch.Tensor) else out[0], exact, g.double())
     ours = gradients(q, k, v, g, cu, causal)[1:]
-    monkeypatch.setattr(support, "serves", lambda *_: False)
-    theirs = gradients(q, k, v, g, cu, causal)[1:]
+    params = AttentionParams(causal, head_dim**-0.5)
+    _, _, *theirs = run(q, k, v, g, seqlens_of(cu), params, order=two_pass_order(q, params))
     for a, b, w in zip(ours, theirs, want, strict=True):
         assert (a - w).norm() <= 1.1 * (b - w).norm()
 
@@ -213,24 +232,19 @@ def test_gradients_are_as_accurate_as_those_of_flash_attention_2(head_dim, causa
 
 
 def passes(q, k, v, g, cu_q, cu_k, causal):
-    """(dq, dk, dv) of `hopper.dq` and `hopper.dkv`, and of the Triton kernels."""
-    from bi_ops.attention.hopper.dkv import launch as launch_dkv
-    from bi_ops.attention.hopper.dq import launch as launch_dq
-
-    scores = launch.Scores(causal, q.shape[2] ** -0.5)
-    max_q, max_k = (int(cu.diff().max()) for cu in (cu_q, cu_k))
-    lse = torch.empty(q.shape[1::-1], device="cuda")
-    out = launch.launch_forward(q, k, v, lse, cu_q, cu_k, None, max_q, scores, None)
-    delta, shift = launch.launch_delta(g, out, lse, None, q.shape[1] // k.shape[1])
-    given = (g, q, k, v, shift, delta)
-    dq, dk, dv = (torch.full(t.shape, torch.nan, dtype=t.dtype, device="cuda") for t in (q, k, v))
-    launch_dq(*given, dq, cu_q, cu_k, max_q, causal, scores.scale)
-    launch_dkv(*given, dk, dv, cu_q, cu_k, max_k, causal, scores.scale)
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(support, "serves_dq", lambda *_: False)
-        m.setattr(support, "serves_dkv", lambda *_: False)
-        theirs = launch.launch_two_passes(*given, cu_q, cu_k, max_q, max_k, scores, True, True)
-    return (dq, dk, dv), theirs
+    """(dq, dk, dv) of the Gluon kernels in two passes, and of the Triton kernels."""
+    params, seqlens, arch = AttentionParams(causal, q.shape[2] ** -0.5), seqlens_of(cu_q, cu_k), arches.of(q.device)
+    order, heads = own_order(q, params), q.shape[1] // k.shape[1]
+    out, lse = triton_forward(q, k, v, seqlens, params)
+    pairs = (len(cu_q) - 1) * k.shape[1]
+    shape = (pairs, q.shape[2], q.dtype, order.backward, arch)
+    triton = BackwardConfigs(
+        dq=config.dq(seqlens.max_q * heads, *shape),
+        dkv=config.dkv(seqlens.max_k, *shape),
+    )
+    given = (g, q, k, v, out, lse, None, seqlens, params, None, True, True, order, arch)
+    gluon = BackwardConfigs(dq=DqConfig(), dkv=DkvConfig())
+    return tuple(launch.backward(*given, c)[:3] for c in (gluon, triton))
 
 
 @gpu
@@ -239,8 +253,9 @@ def passes(q, k, v, g, cu_q, cu_k, causal):
     ("hq", "hkv", "dtype"), [(8, 2, torch.bfloat16), (8, 1, torch.bfloat16), (3, 3, torch.float16)]
 )
 def test_passes_equal_triton_bit_for_bit(hq, hkv, dtype, causal):
-    assert support.serves_dkv(256, hq // hkv, dtype, torch.device("cuda"))
-    assert support.serves_dq(256, max(LENGTHS), dtype, torch.device("cuda"))
+    order, arch = attention.order_of(256, dtype, backend="triton").backward, arches.current()
+    assert config.gluon_dkv(hq // hkv, 256, dtype, order, arch) == DkvConfig()
+    assert config.gluon_dq(max(LENGTHS), 256, dtype, order, arch) == DqConfig()
     for lengths_q, lengths_k in (
         (LENGTHS, [5, 1, 64, 300, 63, 0, 1000, 40, 65, 700]),
         ([512] * 3, [512] * 3),
@@ -279,8 +294,7 @@ def test_queries_that_see_no_key_have_no_gradient(head_dim):
     k, v = (torch.randn(40, 2, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     cu_k = torch.tensor([0, 10, 40], dtype=torch.int32, device="cuda")
     q, k, v = (t.requires_grad_() for t in (q, k, v))
-    with providers.forced("triton"):
-        out = flash_attention(q, k, v, cu, cu_seqlens_k=cu_k, max_seqlen=100, max_seqlen_k=30)
+    out = flash_attention(q, k, v, cu, cu_seqlens_k=cu_k, max_seqlen=100, max_seqlen_k=30)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), g)
     assert torch.count_nonzero(dq[:90]) == 0
     assert torch.count_nonzero(dq[100:140]) == 0
@@ -296,8 +310,7 @@ def test_a_maximum_that_is_larger_than_needed_changes_no_bit(head_dim):
         want = gradients(q, k, v, g, cu)
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         for longest in (max(lengths) + 1, 3 * max(lengths)):
-            with providers.forced("triton"):
-                out = flash_attention(*leaves, cu, max_seqlen=longest)
+            out = flash_attention(*leaves, cu, max_seqlen=longest)
             grads = torch.autograd.grad(out, leaves, g, retain_graph=True)
             assert equal((out.detach(), *grads), want)
             assert equal(torch.autograd.grad(out, leaves[2], g, retain_graph=True), want[3:])
@@ -310,9 +323,8 @@ def test_many_sequences_some_empty(head_dim):
     lengths = ([0, 1, 70, 2, 0, 3, 129] * 300)[:-2]
     q, k, v, g, cu = inputs(lengths, head_dim=head_dim)
     out, *grads = gradients(q, k, v, g, cu)
-    lse = torch.empty(q.shape[1::-1], device="cuda")
-    scores = launch.Scores(True, head_dim**-0.5)
-    assert torch.equal(out, launch.launch_forward(q, k, v, lse, cu, cu, None, 129, scores, None))
+    params = AttentionParams(True, head_dim**-0.5)
+    assert torch.equal(out, triton_forward(q, k, v, Seqlens(cu, cu, 129, 129), params)[0])
     cut = cu[1000].item()
     for part, starts in ((slice(0, cut), cu[:1001]), (slice(cut, None), cu[1000:] - cut)):
         assert equal(gradients(*(t[part] for t in (q, k, v, g)), starts)[1:], [t[part] for t in grads])
@@ -329,18 +341,15 @@ def test_sequences_without_keys_or_without_queries(head_dim, causal):
 
     def run(q, k, v, g, cu_q, cu_k):
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        with providers.forced("triton"):
-            out, lse = flash_attention(
-                *leaves, cu_q, cu_seqlens_k=cu_k, max_seqlen=200, max_seqlen_k=300, causal=causal, return_lse=True
-            )
+        out, lse = flash_attention(
+            *leaves, cu_q, cu_seqlens_k=cu_k, max_seqlen=200, max_seqlen_k=300, causal=causal, return_lse=True
+        )
         return out.detach(), lse.detach().t(), *torch.autograd.grad(out, leaves, g)
 
     results = run(q, k, v, g, cu_q, cu_k)
     out, lse, dq, dk, dv = results
-    theirs = torch.empty(q.shape[1::-1], device="cuda")
-    scores = launch.Scores(causal, head_dim**-0.5)
-    assert torch.equal(out, launch.launch_forward(q, k, v, theirs, cu_q, cu_k, None, 200, scores, None))
-    assert torch.equal(lse, theirs.t())
+    theirs = triton_forward(q, k, v, Seqlens(cu_q, cu_k, 200, 300), AttentionParams(causal, head_dim**-0.5))
+    assert equal((out, lse), (theirs[0], theirs[1].t()))
     assert torch.isposinf(lse[:70]).all()
     assert not any(t.any() for t in (out[:70], dq[:70], dk[:90], dv[:90]))
     assert all(t.isfinite().all() for t in (out, dq, dk, dv))
@@ -361,8 +370,7 @@ def test_outputs_and_gradients_in_a_graph(head_dim):
 
     def run():
         leaves = [t.detach().requires_grad_() for t in given[:3]]
-        with providers.forced("triton"):
-            out = flash_attention(*leaves, given[4], max_seqlen=max(LENGTHS))
+        out = flash_attention(*leaves, given[4], max_seqlen=max(LENGTHS))
         return out.detach(), *torch.autograd.grad(out, leaves, given[3])
 
     side = torch.cuda.Stream()
@@ -433,15 +441,30 @@ def test_ctas_take_the_longest_sequence_first(lengths):
     assert first == [0, *itertools.accumulate(tiles)][:-1]
 
 
-def test_nothing_is_served_without_a_hopper():
-    if runtime.INTERPRET:
-        assert not support.serves(D, torch.bfloat16, torch.device("cpu"))
-        assert not support.serves_one_pass(D, torch.bfloat16, torch.device("cpu"))
-    assert not support.serves(D, torch.float32, runtime.default_device())
-    assert not support.serves(80, torch.bfloat16, runtime.default_device())
-    assert not support.serves_dkv(256, 5, torch.bfloat16, runtime.default_device())
-    assert not support.serves_dkv(256, 4, torch.float32, runtime.default_device())
-    assert not support.serves_dq(256, 64, torch.bfloat16, runtime.default_device())
-    assert not support.serves_dq(128, 4096, torch.bfloat16, runtime.default_device())
-    assert not support.serves_dq(256, 4096, torch.float32, runtime.default_device())
-    assert not support.serves_one_pass(256, torch.bfloat16, runtime.default_device())
+@pytest.mark.parametrize("arch", [arches.PORTABLE, arches.INTERPRETER, arches.SM_90], ids=lambda a: a.name)
+def test_what_the_gluon_kernels_serve(arch):
+    """Nothing without an architecture that has them, and there what they are written for."""
+    half, steps, two = torch.bfloat16, KeySteps(64), TwoPass(64, 32)
+    served = [
+        config.gluon_forward(4096, D, half, steps, arch),
+        config.gluon_decode(4, 8, D, half, steps, arch, 132),
+        config.gluon_dq(4096, 256, half, two, arch),
+        config.gluon_dkv(4, 256, half, two, arch),
+    ]
+    assert [c is not None for c in served] == [arch.gluon] * 4
+    never = [
+        config.gluon_forward(4096, D, torch.float32, steps, arch),
+        config.gluon_forward(4096, 80, half, steps, arch),
+        config.gluon_forward(64, D, half, steps, arch),
+        config.gluon_forward(4096, D, half, KeySteps(32), arch),
+        config.gluon_decode(65, 8, D, half, steps, arch, 132),
+        config.gluon_decode(4, 8, D, half, KeySteps(16), arch, 132),
+        config.gluon_dkv(5, 256, half, two, arch),
+        config.gluon_dkv(4, 256, torch.float32, two, arch),
+        config.gluon_dkv(4, 256, half, TwoPass(64, 24), arch),
+        config.gluon_dq(64, 256, half, two, arch),
+        config.gluon_dq(4096, 128, half, two, arch),
+        config.gluon_dq(4096, 256, torch.float32, two, arch),
+        config.gluon_dq(4096, 256, half, TwoPass(32, 32), arch),
+    ]
+    assert never == [None] * len(never)

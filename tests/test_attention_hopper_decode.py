@@ -8,8 +8,12 @@ import pytest
 import torch
 from test_attention_hopper import D, gpu
 
-from bi_ops.attention import launch, paged_attention, providers
-from bi_ops.attention import schedule as sched
+from bi_ops import attention
+from bi_ops.attention import config, launch
+from bi_ops.attention.config import DecodeConfig, KernelConfig
+from bi_ops.attention.order import KeySteps
+from bi_ops.attention.params import AttentionParams
+from bi_ops.core import arch as arches
 from bi_ops.gluon import tma
 
 CACHED = [0, 1, 17, 127, 128, 129, 1000, 8191]
@@ -44,15 +48,15 @@ def decoding(n_queries, hq, hkv, page, dtype=torch.bfloat16, head_dim=D, layout=
     return q, k, v, table.cuda(), cu, torch.tensor(cached, dtype=torch.int32, device="cuda")
 
 
-def both_decoders(q, k, v, table, cu, lengths, max_q, causal=True, s=None):
-    """What `hopper.decode` gives, and what the Triton kernel gives."""
-    from bi_ops.attention.hopper import decode
-
-    head_dim = q.shape[2]
-    block_n, scale = sched.order(head_dim, q.dtype).block_n, head_dim**-0.5
-    s = sched.ring(1, 1, head_dim, 1) if s is None else s
-    ours = decode.launch(q, k, v, table, cu, lengths, causal, scale, block_n, s)
-    return ours, launch.launch_forward(q, k, v, None, cu, lengths, table, max_q, launch.Scores(causal, scale), None)
+def both_decoders(q, k, v, table, cu, lengths, max_q, causal=True, c=None):
+    """What the Gluon kernel gives, and what the Triton kernel gives."""
+    head_dim, arch = q.shape[2], arches.of(q.device)
+    order = attention.order_of(head_dim, q.dtype, backend="triton").forward
+    c = c or config.gluon_decode(1, 1, head_dim, q.dtype, order, arch, 1)
+    rows, pairs = max_q * (q.shape[1] // k.shape[2]), (len(cu) - 1) * k.shape[2]
+    triton = config.forward(rows, pairs, head_dim, q.dtype, order, arch)
+    given = (q, k, v, table, cu, lengths, max_q, AttentionParams(causal, head_dim**-0.5), None, order, arch)
+    return launch.paged_forward(*given, c), launch.paged_forward(*given, triton)
 
 
 @gpu
@@ -79,11 +83,11 @@ def test_decoding_reads_every_layout_of_a_cache(layout):
 
 
 @gpu
-def test_decoding_fills_a_tile_and_any_ring():
+def test_decoding_fills_a_tile_with_any_stages():
     for hq, hkv, n in ((64, 1, 1), (16, 1, 4), (8, 8, 64), (28, 4, 9)):
         given = decoding([n] * len(CACHED), hq, hkv, 32)
-        for s in (*(sched.RingSchedule(slots) for slots in (2, 3, 4, 5, 6)), sched.RingSchedule(3, 2)):
-            assert torch.equal(*both_decoders(*given, n, s=s)), (hq, hkv, n, s)
+        for c in (*(DecodeConfig(stages) for stages in (2, 3, 4, 5, 6)), DecodeConfig(3, 2)):
+            assert torch.equal(*both_decoders(*given, n, c=c)), (hq, hkv, n, c)
 
 
 @gpu
@@ -102,24 +106,21 @@ def test_decoding_reruns_and_shares_the_batch_with_nans():
 
 
 @gpu
-def test_sequences_decode_warp_specialised_in_a_graph(monkeypatch):
+def test_sequences_decode_warp_specialised_in_a_graph():
     """And many, with the same bits; lengths and pages are read when the graph is replayed."""
-    from bi_ops.attention.hopper import decode
-
-    used = []
-    real = decode.launch
-    monkeypatch.setattr(decode, "launch", lambda *a: used.append(1) or real(*a))
     q, k, v, table, cu, lengths = decoding([1] * len(CACHED), 8, 2, 16)
+    arch, order = arches.of(q.device), attention.order_of(D, q.dtype, backend="triton").forward
 
     def decoded(q=q, table=table, cu=cu, lengths=lengths):
-        with providers.forced("triton"):
-            return paged_attention(q, k, v, table, cu, lengths, max_seqlen_q=1)
+        params = AttentionParams(True, D**-0.5)
+        chosen = launch.decode_config(q, k, v, table, cu, 1, params, None, order, arch)
+        assert isinstance(chosen, DecodeConfig)
+        return attention.paged_attention(q, k, v, table, cu, lengths, max_seqlen_q=1, backend="triton")
 
     want = decoded()
-    for many, calls in ((10, 2), (100, 3)):  # two programs to a multiprocessor; more than run at a time
+    for many in (10, 100):  # two CTAs to an SM; more than run at a time
         ones = torch.arange(many * len(CACHED) + 1, dtype=torch.int32, device="cuda")
         got = decoded(q.repeat(many, 1, 1), table.repeat(many, 1), ones, lengths.repeat(many))
-        assert len(used) == calls
         assert torch.equal(got, want.repeat(many, 1, 1))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -161,8 +162,11 @@ def test_where_a_head_of_a_page_lies(layout):
         assert torch.equal(whole[t.storage_offset() + at :][:D], t[i, 7, h])
 
 
-def test_how_programs_decode():
-    for max_rows, n_pairs, together in (
+def test_how_many_ctas_of_an_sm_decode():
+    def chosen(max_rows, n_pairs, head_dim):
+        return config.gluon_decode(max_rows, n_pairs, head_dim, torch.bfloat16, KeySteps(64), arches.SM_90, 132)
+
+    for max_rows, n_pairs, ctas in (
         (1, 8, 1),
         (64, 132, 1),
         (65, 8, None),
@@ -171,7 +175,22 @@ def test_how_programs_decode():
         (4, 199, 1),
     ):
         for head_dim in (64, 128):
-            s = sched.ring(max_rows, n_pairs, head_dim, 132)
-            assert (s and s.together) == together
-    assert sched.ring(4, 265, 64, 132) is None
-    assert sched.ring(4, 265, 128, 132) is not None
+            c = chosen(max_rows, n_pairs, head_dim)
+            assert (c and c.ctas_per_sm) == ctas
+    assert chosen(4, 265, 64) is None
+    assert chosen(4, 265, 128) is not None
+
+
+@pytest.mark.parametrize("arch", [arches.PORTABLE, arches.SM_90], ids=lambda a: a.name)
+def test_which_kernel_decodes(arch):
+    """The Gluon kernel where the architecture has it and TMA takes the pages; a matter of speed."""
+
+    def chosen(page=16, table=True, n_heads=8, **params):
+        q, cache = torch.empty((2, n_heads, D)).bfloat16(), torch.empty((5, page, 2, D)).bfloat16()
+        pages, cu = torch.zeros((2, 2 if table else 0)).int(), torch.tensor([0, 1, 2]).int()
+        given = AttentionParams(True, 0.1, **params)
+        return launch.decode_config(q, cache, cache, pages, cu, 1, given, None, KeySteps(128), arch)
+
+    assert isinstance(chosen(), DecodeConfig if arch.gluon else KernelConfig)
+    for other in (chosen(page=7), chosen(table=False), chosen(softcap=3.0), chosen(left=3), chosen(n_heads=256)):
+        assert isinstance(other, KernelConfig)

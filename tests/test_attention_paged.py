@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -18,10 +19,9 @@ PAGES = (1, 7, 16, 64) if runtime.INTERPRET else (7, 16, 256)
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-@pytest.fixture(autouse=True)
-def own_kernel():
-    with attention.providers.forced("triton"):
-        yield
+#: The own kernels, where vLLM is installed too.
+flash_attention = functools.partial(attention.flash_attention, backend="triton")
+paged_attention = functools.partial(attention.paged_attention, backend="triton")
 
 
 def cu(lengths, device) -> torch.Tensor:
@@ -64,14 +64,14 @@ def last_rows(x, lengths):
 def test_decoded_rows_have_the_bits_of_prefilled_rows(page, dtype, device):
     for head_dim in HEAD_DIMS if dtype == torch.bfloat16 else FEW_HEAD_DIMS:
         q, k, v = make(head_dim, dtype, device)
-        prefill = attention.flash_attention(q, k, v, cu(LENGTHS, device))
+        prefill = flash_attention(q, k, v, cu(LENGTHS, device))
         k_cache, v_cache, table = paged(k, v, LENGTHS, page)
-        whole = attention.paged_attention(
+        whole = paged_attention(
             q, k_cache, v_cache, table, cu(LENGTHS, device), ints(LENGTHS, device), max_seqlen_q=max(LENGTHS)
         )
         assert bits_equal(whole, prefill), head_dim
         ones = [1] * len(LENGTHS)
-        decoded = attention.paged_attention(
+        decoded = paged_attention(
             last_rows(q, LENGTHS), k_cache, v_cache, table, cu(ones, device), ints(LENGTHS, device), max_seqlen_q=1
         )
         assert bits_equal(decoded, last_rows(prefill, LENGTHS)), head_dim
@@ -84,7 +84,7 @@ def test_a_decoded_row_does_not_depend_on_the_batch(dtype, device):
     rows = last_rows(q, LENGTHS)
 
     def decode(which):
-        return attention.paged_attention(
+        return paged_attention(
             rows[which],
             k_cache,
             v_cache,
@@ -104,11 +104,11 @@ def test_chunked_prefill_has_the_bits_of_prefill(dtype, device):
     n = LENGTHS[-1]
     for head_dim in HEAD_DIMS if dtype == torch.bfloat16 else FEW_HEAD_DIMS:
         q, k, v = make(head_dim, dtype, device, [n])
-        prefill = attention.flash_attention(q, k, v, cu([n], device))
+        prefill = flash_attention(q, k, v, cu([n], device))
         k_cache, v_cache, table = paged(k, v, [n], 16)
         for cuts in ([0, 7, n], [0, 64, 65, n]):
             for a, b in itertools.pairwise(cuts):
-                chunk = attention.paged_attention(
+                chunk = paged_attention(
                     q[a:b], k_cache, v_cache, table, cu([b - a], device), ints([b], device), max_seqlen_q=b - a
                 )
                 assert bits_equal(chunk, prefill[a:b]), (head_dim, a, b)
@@ -116,13 +116,11 @@ def test_chunked_prefill_has_the_bits_of_prefill(dtype, device):
 
 def test_mixed_decode_and_prefill_in_one_call(device):
     q, k, v = make(HEAD_DIMS[0], torch.bfloat16, device)
-    prefill = attention.flash_attention(q, k, v, cu(LENGTHS, device)).split(LENGTHS)
+    prefill = flash_attention(q, k, v, cu(LENGTHS, device)).split(LENGTHS)
     k_cache, v_cache, table = paged(k, v, LENGTHS, 16)
     new = [min(n, 1 if i % 2 else 33) for i, n in enumerate(LENGTHS)]
     rows = torch.cat([s[len(s) - m :] for s, m in zip(q.split(LENGTHS), new, strict=True)])
-    out = attention.paged_attention(
-        rows, k_cache, v_cache, table, cu(new, device), ints(LENGTHS, device), max_seqlen_q=max(new)
-    )
+    out = paged_attention(rows, k_cache, v_cache, table, cu(new, device), ints(LENGTHS, device), max_seqlen_q=max(new))
     for i, (o, p) in enumerate(zip(out.split(new), prefill, strict=True)):
         assert bits_equal(o, p[len(p) - len(o) :]), i
 
@@ -131,7 +129,7 @@ def test_split_keys_are_caught(device):
     """Negative control: a decode that splits the keys and merges the parts has other bits than the prefill."""
     n, head_dim = LENGTHS[-1], HEAD_DIMS[0]
     q, k, v = make(head_dim, torch.float32, device, [n])
-    prefill = attention.flash_attention(q, k, v, cu([n], device))
+    prefill = flash_attention(q, k, v, cu([n], device))
     parts = []
     for some in (slice(0, n // 2), slice(n // 2, n)):
         size = len(range(*some.indices(n)))
@@ -145,10 +143,10 @@ def test_split_keys_are_caught(device):
 
 def test_full_attention_and_strided_caches(device):
     q, k, v = make(16, torch.bfloat16, device)
-    dense = attention.flash_attention(q, k, v, cu(LENGTHS, device), causal=False)
+    dense = flash_attention(q, k, v, cu(LENGTHS, device), causal=False)
     k_cache, v_cache, table = paged(k, v, LENGTHS, 16)
     k_cache, v_cache = torch.stack([k_cache, v_cache], dim=2).unbind(2)
-    out = attention.paged_attention(
+    out = paged_attention(
         q,
         k_cache,
         v_cache,
@@ -172,7 +170,7 @@ def call(device, **changes):
         "seqlens_k": ints([5], device),
         "max_seqlen_q": 1,
     }
-    return attention.paged_attention(**(args | {n: c(device) if callable(c) else c for n, c in changes.items()}))
+    return paged_attention(**(args | {n: c(device) if callable(c) else c for n, c in changes.items()}))
 
 
 def test_the_unchanged_call_is_valid(device):
@@ -217,17 +215,13 @@ def test_bad_contents_are_named(changes, message, device):
 @pytest.mark.parametrize("page", [16, 64, 256])
 def test_vllms_decoded_rows_have_the_bits_of_its_prefilled_rows(head_dim, page, device):
     q, k, v = make(head_dim, torch.bfloat16, device, hq=16, hkv=8)
-    with attention.providers.forced("vllm"):
-        prefill = attention.flash_attention(q, k, v, cu(LENGTHS, device))
-        k_cache, v_cache, table = paged(k, v, LENGTHS, page)
-        k_cache, v_cache, table = k_cache.nan_to_num(), v_cache.nan_to_num(), table.clamp_min(0)
-        whole = attention.paged_attention(
-            q, k_cache, v_cache, table, cu(LENGTHS, device), ints(LENGTHS, device), max_seqlen_q=max(LENGTHS)
-        )
-        ones = [1] * len(LENGTHS)
-        decoded = attention.paged_attention(
-            last_rows(q, LENGTHS), k_cache, v_cache, table, cu(ones, device), ints(LENGTHS, device), max_seqlen_q=1
-        )
+    prefill = attention.flash_attention(q, k, v, cu(LENGTHS, device), backend="vllm")
+    k_cache, v_cache, table = paged(k, v, LENGTHS, page)
+    cache = k_cache.nan_to_num(), v_cache.nan_to_num(), table.clamp_min(0)
+    paged_vllm = functools.partial(attention.paged_attention, backend="vllm")
+    whole = paged_vllm(q, *cache, cu(LENGTHS, device), ints(LENGTHS, device), max_seqlen_q=max(LENGTHS))
+    ones = cu([1] * len(LENGTHS), device)
+    decoded = paged_vllm(last_rows(q, LENGTHS), *cache, ones, ints(LENGTHS, device), max_seqlen_q=1)
     assert bits_equal(whole, prefill)
     assert bits_equal(decoded, last_rows(prefill, LENGTHS))
 
@@ -237,5 +231,6 @@ def test_vllms_decoded_rows_have_the_bits_of_its_prefilled_rows(head_dim, page, 
 def test_vllm_refuses_block_sizes_it_cannot_page(device):
     q, k, v = make(128, torch.bfloat16, device)
     cache = paged(k, v, LENGTHS, 7)
-    with attention.providers.forced("vllm"), pytest.raises(RuntimeError, match="multiple of 16"):
-        attention.paged_attention(q, *cache, cu(LENGTHS, device), ints(LENGTHS, device), max_seqlen_q=max(LENGTHS))
+    lengths, options = (cu(LENGTHS, device), ints(LENGTHS, device)), {"max_seqlen_q": max(LENGTHS), "backend": "vllm"}
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        attention.paged_attention(q, *cache, *lengths, **options)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 
 import pytest
 import torch
+from own_attention import cu, own_order, packed, run, with_steps
 
 from bi_ops import attention
-from bi_ops.attention import checks, ops, reference
-from bi_ops.attention import schedule as sched
+from bi_ops.attention import checks, reference
+from bi_ops.attention.config import BackwardConfigs, KernelConfig
+from bi_ops.attention.params import AttentionParams
 from bi_ops.core import runtime
 from bi_ops.verify import gradient_errors, rerun_variant
 from bi_ops.verify.properties import bits_equal
@@ -23,15 +25,8 @@ FEW_HEAD_DIMS = (24,) if runtime.INTERPRET else (64, 128)
 RERUNS = 3 if runtime.INTERPRET else 100
 
 
-@pytest.fixture(autouse=True)
-def own_kernel():
-    """The forward under test is the Triton one wherever vLLM is installed too."""
-    with attention.providers.forced("triton"):
-        yield
-
-
-def cu(lengths, device) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+#: The own kernels, where vLLM is installed too.
+flash_attention = functools.partial(attention.flash_attention, backend="triton")
 
 
 def qkv(n_q, n_k, hq, hkv, head_dim, dtype, device) -> dict[str, torch.Tensor]:
@@ -39,12 +34,12 @@ def qkv(n_q, n_k, hq, hkv, head_dim, dtype, device) -> dict[str, torch.Tensor]:
     return {name: torch.randn(*s, device=device).to(dtype) for name, s in shapes.items()}
 
 
-def check_gradients(lens_q, lens_k, hq, hkv, head_dim, causal, dtype, device):
+def check_gradients(lens_q, lens_k, hq, hkv, head_dim, causal, dtype, device, backend="triton"):
     cu_q, cu_k = cu(lens_q, device), cu(lens_k, device)
     inputs = qkv(sum(lens_q), sum(lens_k), hq, hkv, head_dim, dtype, device)
 
     def ours(q, k, v):
-        return attention.flash_attention(q, k, v, cu_q, cu_seqlens_k=cu_k, causal=causal)
+        return attention.flash_attention(q, k, v, cu_q, cu_seqlens_k=cu_k, causal=causal, backend=backend)
 
     def plain(q, k, v):
         return reference.flash_attention(q, k, v, cu_q, cu_k, causal)
@@ -70,7 +65,7 @@ def test_gradients_match_fp64_for_unequal_lengths_and_grouped_heads(hq, hkv, cau
 def test_a_query_that_sees_no_key_gives_zeros_and_passes_no_gradient(device):
     inputs = qkv(4, 2, 2, 1, 16, torch.float32, device)
     q, k, v = (t.requires_grad_() for t in inputs.values())
-    out = attention.flash_attention(q, k, v, cu([4], device), cu_seqlens_k=cu([2], device))
+    out = flash_attention(q, k, v, cu([4], device), cu_seqlens_k=cu([2], device))
     assert not out[:2].any()
     assert torch.equal(out[2], v[0].expand(2, -1))
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
@@ -84,7 +79,7 @@ def run_sequences(sequences, causal=True):
     lengths = [len(s[0]) for s in sequences]
     q, k, v, g = (torch.cat(ts) for ts in zip(*sequences, strict=True))
     q, k, v = (t.requires_grad_() for t in (q, k, v))
-    out = attention.flash_attention(q, k, v, cu(lengths, q.device), causal=causal)
+    out = flash_attention(q, k, v, cu(lengths, q.device), causal=causal)
     results = (out.detach(), *torch.autograd.grad(out, (q, k, v), g))
     return list(zip(*(r.split(lengths) for r in results), strict=True))
 
@@ -115,41 +110,33 @@ def test_a_sequence_has_the_same_bits_alone_and_among_strangers(dtype, causal, d
         assert batch_variant(lambda s: run_sequences(s, causal), head_dim, dtype, device) == []
 
 
-def test_an_order_that_depends_on_the_batch_is_caught(device, monkeypatch):
+def test_an_order_that_depends_on_the_batch_is_caught(device):
     """Negative control: other key steps for a sequence alone change bits of every tensor, and the check sees it."""
 
     def by_batch(sequences):
-        with monkeypatch.context() as patch:
-            if len(sequences) == 1:
-                patch.setattr(sched, "order", lambda *a: sched.Order(16, 16, 16))
-            return run_sequences(sequences)
+        lengths = [len(s[0]) for s in sequences]
+        q, k, v, g = (torch.cat(ts) for ts in zip(*sequences, strict=True))
+        params = AttentionParams(True, q.shape[2] ** -0.5)
+        order = own_order(q, params)
+        order = with_steps(order, 16) if len(sequences) == 1 else order
+        out, _, *grads = run(q, k, v, g, packed(lengths, device=device), params, order=order)
+        return list(zip(*(r.split(lengths) for r in (out, *grads)), strict=True))
 
     broken = batch_variant(by_batch, HEAD_DIMS[0], torch.float32, device)
     assert {name for _, name in broken} == {"out", "dq", "dk", "dv"}
 
 
-def test_the_schedule_changes_no_bit(device, monkeypatch):
-    lengths = LENGTHS
+def test_the_config_changes_no_bit(device):
     for head_dim in HEAD_DIMS:
-        q, k, v = (
-            t.requires_grad_() for t in qkv(sum(lengths), sum(lengths), 4, 2, head_dim, torch.bfloat16, device).values()
-        )
-        g = torch.randn(q.shape, device=device).to(q.dtype)
-
-        def run(q=q, k=k, v=v, g=g):
-            out = attention.flash_attention(q, k, v, cu(lengths, device))
-            return (out.detach(), *torch.autograd.grad(out, (q, k, v), g))
-
-        usual = run()
-        others = [sched.Schedule(32, 2, 1, 1), sched.Schedule(64, 1, 1, 1)]  # some pairs a program, and a list of tiles
-        for other in others if runtime.INTERPRET else [sched.Schedule(64, 1, 4, 1)]:
-            with monkeypatch.context() as patch:
-                patch.setattr(sched, "forward", lambda *a, o=other: o)
-                patch.setattr(sched, "backward_dq", lambda *a, o=other: o)
-                if runtime.INTERPRET or head_dim <= 128:
-                    patch.setattr(sched, "backward_dkv", lambda *a, o=other: o)
-                changed = run()
-            for name, a, b in zip(("out", "dq", "dk", "dv"), usual, changed, strict=True):
+        q, k, v = qkv(sum(LENGTHS), sum(LENGTHS), 4, 2, head_dim, torch.bfloat16, device).values()
+        g, params = torch.randn(q.shape, device=device).to(q.dtype), AttentionParams(True, head_dim**-0.5)
+        given = (q, k, v, g, packed(LENGTHS, device=device), params)
+        usual = run(*given)
+        others = [KernelConfig(32, 2, 1, 1), KernelConfig(64, 1, 1, 1)]  # some pairs a program, and a list of tiles
+        for other in others if runtime.INTERPRET else [KernelConfig(64, 1, 4, 1)]:
+            dkv = other if runtime.INTERPRET or head_dim <= 128 else None
+            changed = run(*given, forward=other, backward=BackwardConfigs(dq=other, dkv=dkv))
+            for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), usual, changed, strict=True):
                 assert bits_equal(a, b), (head_dim, other, name)
 
 
@@ -160,7 +147,7 @@ def test_gradients_are_the_same_on_every_run(device):
         g = torch.randn(q.shape, device=device).to(q.dtype)
 
         def run(q=q, k=k, v=v, g=g):
-            out = attention.flash_attention(q, k, v, cu(LENGTHS, device))
+            out = flash_attention(q, k, v, cu(LENGTHS, device))
             return (out.detach(), *torch.autograd.grad(out, (q, k, v), g))
 
         assert rerun_variant(run, RERUNS) == []
@@ -174,7 +161,7 @@ def test_views_into_a_fused_projection_have_the_bits_of_copies(device):
 
     def run(tensors):
         q, k, v = (t.detach().requires_grad_() for t in tensors)
-        out = attention.flash_attention(q, k, v, cu([30, 40], device), max_seqlen=40)
+        out = flash_attention(q, k, v, cu([30, 40], device), max_seqlen=40)
         return (out.detach(), *torch.autograd.grad(out, (q, k, v), g))
 
     copies = run([t.contiguous() for t in views])
@@ -185,7 +172,7 @@ def test_views_into_a_fused_projection_have_the_bits_of_copies(device):
 
 def test_a_larger_given_maximum_changes_no_bit(device):
     q, k, v = qkv(20, 20, 2, 1, 16, torch.bfloat16, device).values()
-    outs = [attention.flash_attention(q, k, v, cu([7, 13], device), max_seqlen=m) for m in (None, 13, 200)]
+    outs = [flash_attention(q, k, v, cu([7, 13], device), max_seqlen=m) for m in (None, 13, 200)]
     assert bits_equal(outs[0], outs[1])
     assert bits_equal(outs[0], outs[2])
 
@@ -193,9 +180,9 @@ def test_a_larger_given_maximum_changes_no_bit(device):
 def test_masked_memory_is_never_read(device):
     """NaN in another sequence, or after the end of this one, stays there."""
     q, k, v = qkv(40, 40, 2, 1, 16, torch.float32, device).values()
-    clean = attention.flash_attention(q, k, v, cu([20, 20], device))
+    clean = flash_attention(q, k, v, cu([20, 20], device))
     k[20:], v[20:] = float("nan"), float("nan")
-    dirty = attention.flash_attention(q, k, v, cu([20, 20], device))
+    dirty = flash_attention(q, k, v, cu([20, 20], device))
     assert bits_equal(clean[:20], dirty[:20])
     assert dirty[20:].isnan().all()
 
@@ -203,14 +190,14 @@ def test_masked_memory_is_never_read(device):
 def test_nothing_to_attend(device):
     q, k, v = (t.requires_grad_() for t in qkv(0, 0, 2, 1, 16, torch.bfloat16, device).values())
     for lengths in ([], [0], [0, 0]):
-        out = attention.flash_attention(q, k, v, cu(lengths, device))
+        out = flash_attention(q, k, v, cu(lengths, device))
         assert out.shape == (0, 2, 16)
         assert all(g.shape[0] == 0 for g in torch.autograd.grad(out, (q, k, v), out))
 
 
 def test_softmax_scale_is_used(device):
     q, k, v = qkv(9, 9, 2, 1, 16, torch.float32, device).values()
-    out = attention.flash_attention(q, k, v, cu([9], device), softmax_scale=0.7)
+    out = flash_attention(q, k, v, cu([9], device), softmax_scale=0.7)
     expected = reference.flash_attention(q.double(), k.double(), v.double(), cu([9], device), softmax_scale=0.7)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -225,7 +212,7 @@ def test_torch_compile_changes_no_bit(device):
         return (out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)))
 
     def eager(q, k, v):
-        return attention.flash_attention(q, k, v, starts, max_seqlen=13)
+        return flash_attention(q, k, v, starts, max_seqlen=13)
 
     compiled = torch.compile(eager, fullgraph=True, backend="aot_eager" if runtime.INTERPRET else "inductor")
     assert all(bits_equal(a, b) for a, b in zip(run(eager), run(compiled), strict=True))
@@ -263,13 +250,13 @@ def test_check_cu_seqlens_returns_the_longest(device):
 def test_bad_cu_seqlens_are_named(starts, message, device):
     q, k, v = qkv(6, 6, 2, 1, 16, torch.float32, device).values()
     with pytest.raises(ValueError, match=message):
-        attention.flash_attention(q, k, v, torch.tensor(starts, dtype=torch.int32, device=device))
+        flash_attention(q, k, v, torch.tensor(starts, dtype=torch.int32, device=device))
 
 
 def bad(device, shapes=((6, 2, 16), (6, 1, 16), (6, 1, 16)), dtypes=(torch.float32,) * 3, starts=(0, 6), **kwargs):
     tensors = [torch.ones(*s, device=device).to(d) for s, d in zip(shapes, dtypes, strict=True)]
     starts = starts if isinstance(starts, torch.Tensor) else torch.tensor(starts, dtype=torch.int32, device=device)
-    return attention.flash_attention(*tensors, starts, **kwargs)
+    return flash_attention(*tensors, starts, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -311,23 +298,15 @@ def test_a_maximum_that_is_too_small_is_named(device):
         bad(device, max_seqlen=5)
 
 
-def test_the_provider_table_says_that_providers_disagree():
-    assert not attention.providers.get("vllm").same_bits
-    assert ops._provider("op", torch.float32, 128) == "triton"
-    if not attention.providers.get("vllm").available().ok:
-        with pytest.raises(RuntimeError, match=r"(?i)gpu|vllm"):
-            attention.providers.force("vllm")
-
-
 @pytest.mark.gpu
 @pytest.mark.vllm
 def test_vllm_serves_only_head_sizes_it_is_invariant_at(device):
-    with attention.providers.forced("vllm"):
-        for head_dim in (64, 96):
-            q, k, v = qkv(8, 8, 2, 1, head_dim, torch.bfloat16, device).values()
-            with pytest.raises(RuntimeError, match="provider 'triton'"):
-                attention.flash_attention(q, k, v, cu([8], device))
-        check_gradients(LENGTHS, LENGTHS, 4, 2, 128, True, torch.bfloat16, device)
-    with attention.providers.forced(None):
-        assert ops._provider("op", torch.bfloat16, 64) == "triton"
-        assert ops._provider("op", torch.bfloat16, 128) == "vllm"
+    for head_dim in (64, 96):
+        q, k, v = qkv(8, 8, 2, 1, head_dim, torch.bfloat16, device).values()
+        with pytest.raises(RuntimeError, match=f"head_dim {head_dim}.*Use backend 'triton'"):
+            attention.flash_attention(q, k, v, cu([8], device), backend="vllm")
+        assert attention.order_of(head_dim, torch.bfloat16) == attention.order_of(
+            head_dim, torch.bfloat16, backend="triton"
+        )
+    assert attention.order_of(128, torch.bfloat16) == attention.order_of(128, torch.bfloat16, backend="vllm")
+    check_gradients(LENGTHS, LENGTHS, 4, 2, 128, True, torch.bfloat16, device, backend="vllm")

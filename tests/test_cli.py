@@ -10,7 +10,7 @@ import torch
 from rl_fakes import TableEngine, TableModel
 from tiny import tiny_model
 
-from bi_ops import attention, cli
+from bi_ops import cli
 from bi_ops.core import runtime
 from bi_ops.models.qwen3 import Qwen3ForCausalLM
 from bi_ops.rl import PRESETS, TrainConfig, runner
@@ -330,18 +330,20 @@ def test_parity_scores_with_the_attention_that_sampled(capsys, checkpoint_folder
     seen = []
 
     def rescore(model, completions, **options):
-        seen.append((providers.choose(), providers.why()))
+        seen.append(options["attention_backend"])
         return honest(model, completions, **options)
 
-    providers, honest = attention.providers, recompose.rescore
+    honest = recompose.rescore
     monkeypatch.setattr(recompose, "rescore", rescore)
     assert call(capsys, "parity", checkpoint_folder, *PARITY, "--attention", "triton")[0] == 0
-    assert seen == [("triton", "forced")]
-    monkeypatch.setattr(embedded.EmbeddedEngine, "attention", "vllm", raising=False)
-    with providers.forced("triton"):
-        code, _, err = call(capsys, "parity", checkpoint_folder, *PARITY, "--attention", "vllm")
+    assert seen == ["triton"]
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU may have it")
+def test_parity_says_why_a_backend_cannot_run(capsys, checkpoint_folder):
+    code, _, err = call(capsys, "parity", checkpoint_folder, *PARITY, "--attention", "vllm")
     assert code == 3
-    assert "provider 'vllm'" in err
+    assert "backend 'vllm' cannot run here: no GPU" in err
 
 
 def test_parity_prompts_have_mixed_lengths_and_come_from_the_seed(capsys, checkpoint_folder):

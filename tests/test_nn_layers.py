@@ -161,7 +161,7 @@ def test_attention_passes_its_options_on(device, monkeypatch):
     )
     q, kv = torch.ones(5, 4, 16, device=device), torch.ones(5, 2, 16, device=device)
     cu_seqlens = torch.tensor([0, 5], device=device, dtype=torch.int32)
-    options = {"causal": False, "softmax_scale": 0.5, "window_size": (3, 1), "softcap": 20.0}
+    options = {"causal": False, "softmax_scale": 0.5, "window_size": (3, 1), "softcap": 20.0, "backend": "triton"}
     layer = bi_ops.nn.Attention(4, 16, num_kv_heads=2, **options)
     assert layer(q, kv, kv, cu_seqlens, max_seqlen=5) is q
     assert calls[0][1] == {"max_seqlen": 5, "sinks": None, **options}

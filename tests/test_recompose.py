@@ -23,7 +23,7 @@ class Model(torch.nn.Module):
         self.leak = leak
         self.batches = []
 
-    def token_logprobs(self, batch):
+    def token_logprobs(self, batch, attention_backend=None):
         assert not torch.is_grad_enabled()
         self.batches.append(batch)
         starts = torch.repeat_interleave(batch.cu_seqlens[:-1], batch.cu_seqlens.diff()).long()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from rl_fakes import TableEngine, TableModel
 
-from bi_ops import attention
 from bi_ops.rl import DifferenceFound, TrainConfig, checkpoint, runner
 from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics
 from bi_ops.rl.tasks import Alphabet, Problem, make_task
@@ -136,15 +135,14 @@ def test_every_training_pass_has_the_attention_that_sampled(monkeypatch):
     t, seen = trainer(dataclasses.replace(CONFIG, updates_per_rollout=2)), []
     honest = t.model.token_logprobs
 
-    def token_logprobs(batch):
-        seen.append((attention.providers.choose(), attention.providers.why()))
+    def token_logprobs(batch, attention_backend=None):
+        seen.append(attention_backend)
         return honest(batch)
 
     monkeypatch.setattr(t.model, "token_logprobs", token_logprobs)
     monkeypatch.setattr(TableEngine, "attention", "triton")
     t.step(1)
-    assert seen == [("triton", "forced")] * 2
-    assert attention.providers.why() != "forced"
+    assert seen == ["triton"] * 2
 
 
 def test_a_difference_in_a_micro_batch_names_the_sequence_of_the_step(table, tmp_path):

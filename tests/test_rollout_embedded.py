@@ -6,10 +6,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bi_ops import attention
 from bi_ops.core import runtime
 from bi_ops.models.packing import pack
-from bi_ops.rollout.base import SamplingParams, attention_of
+from bi_ops.rollout.base import SamplingParams
 from bi_ops.rollout.embedded import EmbeddedEngine
 from bi_ops.rollout.sampling import sample, uniform
 from bi_ops.verify.parity import compare
@@ -127,30 +126,23 @@ def test_sizes_that_no_cache_has_are_refused(model, options, message):
         EmbeddedEngine(model, **options)
 
 
-def test_what_generates_decides_what_trains(model, completions, monkeypatch):
+def test_what_generates_decides_what_trains(model, completions):
     engine = EmbeddedEngine(model, attention="triton")
     assert engine.describe()["providers"]["attention"] == "triton"
-    with attention_of(engine):
-        assert (attention.providers.choose(), attention.providers.why()) == ("triton", "forced")
-    assert attention.providers.why() != "forced"
     again = engine.generate(PROMPTS[:2], params()[:2])
     if runtime.INTERPRET:
         assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(again, completions, strict=False))
-    with attention_of(EmbeddedEngine(model)):  # it was given none: chosen alike on both sides
-        assert attention.providers.why() != "forced"
-    with attention.providers.forced("triton"):
-        with attention_of(engine):
-            pass
-        monkeypatch.setattr(engine, "attention", "vllm")
-        with pytest.raises(RuntimeError, match="samples with provider 'vllm', but 'triton' is forced"):
-            attention_of(engine).__enter__()
+    batch = pack([c.prompt for c in again], [c.tokens for c in again], model.device)
+    scored = model.token_logprobs(batch, engine.attention)
+    assert torch.equal(scored.cpu(), torch.cat([c.logprobs for c in again]))
+    assert EmbeddedEngine(model).attention is None  # it was given none: selected alike on both sides
 
 
-def test_a_provider_that_cannot_run_is_refused(model):
-    with pytest.raises(ValueError, match="no provider 'flash'"):
+def test_a_backend_that_cannot_run_is_refused(model):
+    with pytest.raises(ValueError, match="no backend 'flash'"):
         EmbeddedEngine(model, attention="flash")
     if runtime.INTERPRET:
-        with pytest.raises(RuntimeError, match="provider 'vllm' cannot run here"):
+        with pytest.raises(RuntimeError, match="backend 'vllm' cannot run here"):
             EmbeddedEngine(model, attention="vllm")
 
 

@@ -58,8 +58,7 @@ def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(layer, batch, la
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     q, k, v = (torch.randn(sum(lengths), h, HEAD_DIM, device=device).bfloat16() for h in (hq, hkv, hkv))
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-    with attention.providers.forced("triton"):
-        trained = attention.flash_attention(q, k, v, cu_seqlens, **features(layer, device))
+    trained = attention.flash_attention(q, k, v, cu_seqlens, backend="triton", **features(layer, device))
 
     blocks = [-(-n // BLOCK) for n in lengths]
     table = torch.full((len(lengths), max(blocks)), 1, dtype=torch.int32)
@@ -96,7 +95,6 @@ def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(layer, batch, la
             assert not torch.equal(attend(output.clone())[: len(rows)], trained[rows])
     assert torch.equal(output[: len(rows)], trained[rows])
     assert torch.equal(output[len(rows) :], torch.full_like(output[len(rows) :], -1.0))
-    assert attention.providers.why() != "forced"
 
 
 @pytest.mark.parametrize(
@@ -171,10 +169,9 @@ def test_the_installed_vllms_layer_runs_the_kernel(layer, device, monkeypatch):
     cache[0], cache[1, :, :4] = k[:16].transpose(0, 1), k[16:].transpose(0, 1)
     whole = torch.tensor([0, 20], dtype=torch.int32, device=device)
     query = torch.randn(20, 2, 64, device=device).bfloat16()
-    with attention.providers.forced("triton"):
-        arguments = features(layer, device) | {"sinks": sinks}
-        keys, values = k[..., :64].contiguous(), k[..., 64:].contiguous()
-        expected = attention.flash_attention(query, keys, values, whole, **arguments)
+    arguments = features(layer, device) | {"sinks": sinks, "backend": "triton"}
+    keys, values = k[..., :64].contiguous(), k[..., 64:].contiguous()
+    expected = attention.flash_attention(query, keys, values, whole, **arguments)
     given = {
         "num_actual_tokens": 1,
         "max_query_len": 1,

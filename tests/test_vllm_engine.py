@@ -13,7 +13,7 @@ from fake_vllm import installed
 from bi_ops import attention
 from bi_ops.core import runtime
 from bi_ops.rollout import vllm_engine
-from bi_ops.rollout.base import SamplingParams, attention_of
+from bi_ops.rollout.base import SamplingParams
 from bi_ops.vllm_plugin import backend
 
 
@@ -236,8 +236,7 @@ def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
         assert prefilled_otherwise(engine) == 0
     finally:
         engine.close()
-    with attention_of(engine):
-        reports = rescore(Qwen3ForCausalLM.from_pretrained(folder), completions)
+    reports = rescore(Qwen3ForCausalLM.from_pretrained(folder), completions, attention_backend=engine.attention)
     assert all(r.identical for r in reports.values()), reports
 
 
@@ -274,14 +273,15 @@ def test_windows_soft_capping_and_sinks_in_vllm_on_a_gpu(tmp_path, cuda_graphs, 
     finally:
         engine.close()
     features = {"window_size": (63, 0), "softcap": softcap, "sinks": sinks}
-    with attention_of(engine):
-        for left_out in features:  # negative control
-            rest = {name: value for name, value in features.items() if name != left_out}
-            with monkeypatch.context() as m:
-                m.setattr(attention, "flash_attention", functools.partial(attention.flash_attention, **rest))
-                assert not rescore(model, completions, ["together"])["together"].identical, left_out
-        monkeypatch.setattr(attention, "flash_attention", functools.partial(attention.flash_attention, **features))
-        reports = rescore(model, completions)
+    honest, backend_name = attention.flash_attention, engine.attention
+    for left_out in features:  # negative control
+        rest = {name: value for name, value in features.items() if name != left_out}
+        with monkeypatch.context() as m:
+            m.setattr(attention, "flash_attention", functools.partial(honest, **rest))
+            reports = rescore(model, completions, ["together"], attention_backend=backend_name)
+            assert not reports["together"].identical, left_out
+    monkeypatch.setattr(attention, "flash_attention", functools.partial(honest, **features))
+    reports = rescore(model, completions, attention_backend=backend_name)
     assert all(r.identical for r in reports.values()), reports
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bi_ops.attention.launch import Scores
+from bi_ops.attention.params import AttentionParams
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 
@@ -55,8 +55,8 @@ def check_features(
     window_size: Sequence[int],
     softcap: float,
     sinks: torch.Tensor | None,
-) -> Scores:
-    """Check what comes on top of plain attention, and gather it with the rest."""
+) -> AttentionParams:
+    """Check what comes on top of plain attention; the softmax's parameters."""
     ok = len(window_size) == 2 and all(isinstance(n, int) and n >= -1 for n in window_size)
     checks.shape(
         op,
@@ -71,7 +71,7 @@ def check_features(
         checks.same_device(op, q=q, sinks=sinks)
         checks.shape(op, sinks.shape == q.shape[1:2], lambda: f"sinks must be [{q.shape[1]}], got {list(sinks.shape)}")
     left, right = (-1 if n >= _UNLIMITED else n for n in window_size)
-    return Scores(causal, scale, left, right, float(softcap))
+    return AttentionParams(causal, scale, left, right, float(softcap))
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, total: int, name: str = "cu_seqlens", op: str = "attention") -> int:

@@ -1,14 +1,27 @@
-"""Launches of attention on checked tensors, no autograd: the Triton kernels, and vLLM's forward."""
+"""The own kernels on checked tensors, no autograd: which kernel computes an order is a matter of speed.
+
+Every launch takes the constants that shape a sum from the `order` it is given. `config` says how the kernel is laid
+out, and with its class which kernel runs; None: chosen from sizes and architecture.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from bi_ops.attention import schedule as sched
-from bi_ops.attention.hopper import support
+from bi_ops.attention import config as configs
+from bi_ops.attention.config import (
+    CHOSEN,
+    BackwardConfig,
+    BackwardConfigs,
+    DecodeConfig,
+    DkvConfig,
+    DqConfig,
+    ForwardConfig,
+    KernelConfig,
+    SinkConfig,
+)
 from bi_ops.attention.kernels.backward import (
     attention_add_chunks_kernel,
     attention_delta_kernel,
@@ -17,66 +30,147 @@ from bi_ops.attention.kernels.backward import (
     attention_dsinks_kernel,
 )
 from bi_ops.attention.kernels.forward import attention_kernel
+from bi_ops.attention.order import AttentionOrder, KeySteps, OnePass, RowSums, TwoPass
+from bi_ops.attention.params import AttentionParams, Seqlens
 from bi_ops.core import runtime
+from bi_ops.core.arch import Arch
 from bi_ops.core.integers import cdiv
+from bi_ops.core.triton_helpers import PINNED
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What becomes of the products of queries and keys before the softmax.
-
-    left, right: how many keys a query sees before and after its own, -1: all. softcap: 0 leaves the scores alone.
-    """
-
-    causal: bool
-    scale: float
-    left: int = -1
-    right: int = -1
-    softcap: float = 0.0
-
-    def features(self, sinks: torch.Tensor | None) -> tuple[str, ...]:
-        """The features in use beyond plain attention, by the names of their arguments."""
-        asked = {
-            "window_size": self.left >= 0 or self.right >= 0,
-            "softcap": self.softcap > 0,
-            "sinks": sinks is not None,
-        }
-        return tuple(name for name, used in asked.items() if used)
-
-    def arguments(self) -> tuple[float, int | None, int | None, float | None]:
-        """The kernels' scale, left, right and softcap; None where one is off, and compiled out."""
-        left = self.left if self.left >= 0 else None
-        right = self.right if self.right >= 0 and not self.causal else None
-        return self.scale, left, right, self.softcap if self.softcap > 0 else None
-
-
-def unit(t: torch.Tensor) -> torch.Tensor:
+def unit_stride(t: torch.Tensor) -> torch.Tensor:
     """t with unit stride in its last dimension, without a copy where possible."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _constants(q: torch.Tensor, hkv: int, scores: Scores) -> dict[str, int | bool]:
+def _plain(q: torch.Tensor, k: torch.Tensor, params: AttentionParams, sinks: torch.Tensor | None = None) -> bool:
+    """Is there something to compute, and without features? Then the Gluon kernels may serve."""
+    return q.shape[0] > 0 and k.shape[0] > 0 and not params.features(sinks)
+
+
+def _constants(q: torch.Tensor, hkv: int, params: AttentionParams) -> dict[str, int | bool]:
     head_dim = q.shape[2]
     heads = q.shape[1] // hkv
-    return {"HKV": hkv, "HEADS": heads, "D": head_dim, "BLOCK_D": sched.block_d(head_dim), "CAUSAL": scores.causal}
+    return {"HKV": hkv, "HEADS": heads, "D": head_dim, "BLOCK_D": configs.block_d(head_dim), "CAUSAL": params.causal}
 
 
-def _dense(s: sched.Schedule, longest: int) -> bool:
-    """Is the grid one of pairs and tiles: where a program takes several pairs, or a pair is one tile, as in decoding.
+def _dense(config: KernelConfig, longest: int) -> bool:
+    """Is the grid one of pairs and tiles: where a CTA takes several pairs, or a pair is one tile, as in decoding.
 
     Otherwise it is a list of the tiles that exist, so that one long sequence costs the short ones nothing.
     """
-    return s.groups > 1 or longest <= s.block
+    return config.pairs > 1 or longest <= config.block
 
 
-def _grid(s: sched.Schedule, n_pairs: int, hkv: int, n_rows: int, longest: int) -> tuple[int, ...]:
-    """Programs for tiles of `s.block` rows. n_rows: of a key head in all sequences; longest: of the longest one."""
-    if _dense(s, longest):
-        return cdiv(n_pairs, s.groups), cdiv(longest, s.block)
-    return ((n_rows // s.block + n_pairs // hkv) * hkv,)  # the kernels' `find_tile` knows which is whose
+def _grid(config: KernelConfig, n_pairs: int, hkv: int, n_rows: int, longest: int) -> tuple[int, ...]:
+    """CTAs for tiles of `config.block` rows. n_rows: of a KV head in all sequences; longest: of the longest one."""
+    if _dense(config, longest):
+        return cdiv(n_pairs, config.pairs), cdiv(longest, config.block)
+    return ((n_rows // config.block + n_pairs // hkv) * hkv,)  # the kernels' `find_tile` knows which is whose
 
 
-def launch_forward(
+# --------------------------------------------------------------------------------------------------------------
+# forward
+
+
+def forward_config(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    seqlens: Seqlens,
+    params: AttentionParams,
+    sinks: torch.Tensor | None,
+    order: KeySteps,
+    arch: Arch,
+) -> ForwardConfig | KernelConfig:
+    """How the dense forward runs: the Gluon kernel where it serves and is faster, else the Triton kernel."""
+    (_, hq, head_dim), hkv = q.shape, k.shape[1]
+    if _plain(q, k, params, sinks):
+        gluon = configs.gluon_forward(seqlens.max_q, head_dim, q.dtype, order, arch)
+        if gluon is not None:
+            return gluon
+    n_pairs = (seqlens.cu_q.shape[0] - 1) * hkv
+    return configs.forward(seqlens.max_q * (hq // hkv), n_pairs, head_dim, q.dtype, order, arch)
+
+
+def decode_config(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table: torch.Tensor,
+    cu_q: torch.Tensor,
+    max_q: int,
+    params: AttentionParams,
+    sinks: torch.Tensor | None,
+    order: KeySteps,
+    arch: Arch,
+) -> DecodeConfig | KernelConfig:
+    """How the paged forward runs; reads no memory of the GPU. The Gluon kernel takes pages that TMA can copy."""
+    (hq, head_dim), (page, hkv) = q.shape[1:], k_cache.shape[1:3]
+    n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, max_q * (hq // hkv)
+    if table.numel() > 0 and _plain(q, k_cache, params, sinks):
+        num_sms = runtime.multiprocessors(q.device)
+        gluon = configs.gluon_decode(max_rows, n_pairs, head_dim, q.dtype, order, arch, num_sms)
+        box = math.gcd(page, order.block_n)
+        if gluon is not None:
+            from bi_ops.gluon import tma  # needs a Triton that has Gluon
+
+            if tma.is_cache_compatible(k_cache, box) and tma.is_cache_compatible(v_cache, box):
+                return gluon
+    return configs.forward(max_rows, n_pairs, head_dim, q.dtype, order, arch)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seqlens: Seqlens,
+    params: AttentionParams,
+    sinks: torch.Tensor | None,
+    order: KeySteps,
+    arch: Arch,
+    config: ForwardConfig | KernelConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [T, Hq, D], contiguous, lse fp32 [Hq, T]): q [T, Hq, D], k and v [Tk, Hkv, D]."""
+    if config is None:
+        config = forward_config(q, k, seqlens, params, sinks, order, arch)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    cu_q, cu_k, max_q, _ = seqlens
+    if isinstance(config, ForwardConfig):
+        from bi_ops.attention.hopper.forward import launch
+
+        out = q.new_empty(q.shape)
+        launch(q, k, v, out, lse, cu_q, cu_k, max_q, params.causal, params.scale, order, config)
+        return out, lse
+    return _triton_forward(q, k, v, lse, cu_q, cu_k, None, max_q, params, sinks, order, config), lse
+
+
+def paged_forward(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table: torch.Tensor,
+    cu_q: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    max_q: int,
+    params: AttentionParams,
+    sinks: torch.Tensor | None,
+    order: KeySteps,
+    arch: Arch,
+    config: DecodeConfig | KernelConfig | None = None,
+) -> torch.Tensor:
+    """[T, Hq, D], contiguous: `forward` over pages [blocks, block_size, Hkv, D], the same bits."""
+    if config is None:
+        config = decode_config(q, k_cache, v_cache, table, cu_q, max_q, params, sinks, order, arch)
+    if isinstance(config, DecodeConfig):
+        from bi_ops.attention.hopper.decode import launch
+
+        return launch(q, k_cache, v_cache, table, cu_q, seqlens_k, params.causal, params.scale, order, config)
+    return _triton_forward(q, k_cache, v_cache, None, cu_q, seqlens_k, table, max_q, params, sinks, order, config)
+
+
+def _triton_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -85,19 +179,20 @@ def launch_forward(
     cu_k: torch.Tensor,
     table: torch.Tensor | None,
     max_q: int,
-    scores: Scores,
+    params: AttentionParams,
     sinks: torch.Tensor | None,
+    order: KeySteps,
+    config: KernelConfig,
 ) -> torch.Tensor:
-    """The Triton forward: k and v [Tk, Hkv, D] with cu_k [B + 1], or pages with lengths cu_k [B] and their table."""
-    q, k, v = unit(q), unit(k), unit(v)
-    n_tokens, hq, head_dim = q.shape
+    """k and v [Tk, Hkv, D] with cu_k [B + 1], or pages with lengths cu_k [B] and their table."""
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    n_tokens, hq = q.shape[:2]
     hkv = k.shape[-2]
     out = q.new_empty(q.shape)
     n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, max_q * (hq // hkv)
     if n_pairs == 0 or max_rows == 0:
         return out
-    s = sched.forward(max_rows, n_pairs, head_dim, q.dtype)
-    attention_kernel[_grid(s, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
+    attention_kernel[_grid(config, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
         q,
         k,
         v,
@@ -107,124 +202,129 @@ def launch_forward(
         cu_k,
         table,
         sinks,
-        *scores.arguments(),
+        *params.arguments(),
         n_pairs,
         n_tokens,
         *q.stride()[:2],
         *(k.stride()[:3] if table is not None else (0, *k.stride()[:2])),
         *(v.stride()[:3] if table is not None else (0, *v.stride()[:2])),
         0 if table is None else table.stride(0),
-        **_constants(q, hkv, scores),
-        BLOCK_M=s.block,
-        BLOCK_N=sched.order(head_dim, q.dtype).block_n,
-        GROUPS=s.groups,
-        DENSE=_dense(s, max_rows),
+        **_constants(q, hkv, params),
+        BLOCK_M=config.block,
+        BLOCK_N=order.block_n,
+        GROUPS=config.pairs,
+        DENSE=_dense(config, max_rows),
         PAGE=0 if table is None else k.shape[1],
         HAS_LSE=lse is not None,
-        num_warps=s.num_warps,
-        num_stages=s.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **PINNED,
     )
     return out
 
 
-def launch_vllm(
+# --------------------------------------------------------------------------------------------------------------
+# backward
+
+
+def dq_config(
+    q: torch.Tensor, k: torch.Tensor, seqlens: Seqlens, params: AttentionParams, order: TwoPass, arch: Arch
+) -> DqConfig | KernelConfig:
+    """How dQ runs in two passes: the Gluon kernel where it serves and is faster, else the Triton kernel."""
+    (_, hq, head_dim), hkv = q.shape, k.shape[1]
+    gluon = configs.gluon_dq(seqlens.max_q, head_dim, q.dtype, order, arch) if _plain(q, k, params) else None
+    n_pairs = (seqlens.cu_q.shape[0] - 1) * hkv
+    return gluon or configs.dq(seqlens.max_q * (hq // hkv), n_pairs, head_dim, q.dtype, order, arch)
+
+
+def dkv_config(
+    q: torch.Tensor, k: torch.Tensor, seqlens: Seqlens, params: AttentionParams, order: TwoPass, arch: Arch
+) -> DkvConfig | KernelConfig:
+    """How dK and dV run in two passes, likewise."""
+    (_, hq, head_dim), hkv = q.shape, k.shape[1]
+    gluon = configs.gluon_dkv(hq // hkv, head_dim, q.dtype, order, arch) if _plain(q, k, params) else None
+    n_pairs = (seqlens.cu_q.shape[0] - 1) * hkv
+    return gluon or configs.dkv(seqlens.max_k, n_pairs, head_dim, q.dtype, order, arch)
+
+
+def backward(
+    g: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    table: torch.Tensor | None,
-    max_q: int,
-    max_k: int,
-    scores: Scores,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) as vLLM's FlashAttention backend computes them under VLLM_BATCH_INVARIANT.
-
-    The backend also hands over query and key scales, which FlashAttention 3 reads for fp8 alone.
-    """
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    keys = {"cu_seqlens_k": cu_k} if table is None else {"seqused_k": cu_k, "block_table": table}
-    return flash_attn_varlen_func(
-        q=q,
-        k=k,
-        v=v,
-        cu_seqlens_q=cu_q,
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
-        softmax_scale=scores.scale,
-        causal=scores.causal,
-        window_size=[-1, -1],
-        softcap=0.0,
-        return_softmax_lse=True,
-        scheduler_metadata=None,
-        num_splits=1,
-        fa_version=3,
-        **keys,
-    )
-
-
-def _plain(q: torch.Tensor, k: torch.Tensor, scores: Scores, sinks: torch.Tensor | None = None) -> bool:
-    """Is there something to compute, and without features? Then the Hopper kernels may serve."""
-    return q.shape[0] > 0 and k.shape[0] > 0 and not scores.features(sinks)
-
-
-def tile_schedule(
-    q: torch.Tensor, k: torch.Tensor, max_q: int, scores: Scores, sinks: torch.Tensor | None
-) -> sched.TileSchedule | None:
-    """How `hopper.forward` runs, None where it does not serve: the Triton forward then gives the same bits."""
-    if not support.serves(q.shape[2], q.dtype, q.device) or not _plain(q, k, scores, sinks):
-        return None
-    return sched.tiles(q.shape[2], max_q)
-
-
-def in_one_pass(q: torch.Tensor, k: torch.Tensor, scores: Scores) -> bool:
-    """Does `hopper.backward` serve? Its bits are not those of two passes.
-
-    A function of head size, dtype, GPU and features alone, but for there being nothing to compute.
-    """
-    return support.serves_one_pass(q.shape[2], q.dtype, q.device) and _plain(q, k, scores)
-
-
-def ring_schedule(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cu_q: torch.Tensor,
-    max_q: int,
-    scores: Scores,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    g_lse: torch.Tensor | None,
+    seqlens: Seqlens,
+    params: AttentionParams,
     sinks: torch.Tensor | None,
-) -> sched.RingSchedule | None:
-    """How `hopper.decode` runs, None where it does not serve: the Triton forward then gives the same bits.
+    need_q: bool,
+    need_kv: bool,
+    order: AttentionOrder,
+    arch: Arch,
+    config: BackwardConfigs = CHOSEN,
+) -> Gradients:
+    """(dq, dk, dv, dsinks), contiguous; empty where not needed, or computed all the same.
 
-    Reads no memory of the GPU. The arguments are those of `launch_forward`.
+    The forward's sinks are in the lse; they are given here if their gradient is needed. g_lse: [Hq, T], contiguous.
     """
-    (hq, head_dim), (page, hkv) = q.shape[1:], k_cache.shape[1:3]
-    if not support.serves(head_dim, q.dtype, q.device) or not _plain(q, k_cache, scores, sinks):
-        return None
-    from bi_ops.gluon import tma
+    q, k, v, g = unit_stride(q), unit_stride(k), unit_stride(v), g.contiguous()
+    some = q.shape[0] > 0 and k.shape[0] > 0
+    two_pass = isinstance(order.backward, TwoPass)
+    dsinks = q.new_empty(0)
+    if sinks is not None or (some and two_pass):
+        delta, shift = launch_delta(g, out, lse, g_lse, q.shape[1] // k.shape[1], order.row_sums)
+        dsinks = dsinks if sinks is None else launch_dsinks(sinks, delta, shift, order, arch, config.sinks)
+    if not some:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), dsinks
+    if isinstance(order.backward, OnePass):
+        dq, dk, dv = launch_one_pass(g, q, k, v, out, lse, g_lse, seqlens, params, order.backward, config.one_pass)
+        return dq, dk, dv, dsinks
+    assert isinstance(order.backward, TwoPass), f"{order.backward} is not of the own kernels"
+    dq = q.new_empty(q.shape if need_q else 0)
+    dk, dv = (k.new_empty(k.shape if need_kv else 0) for _ in range(2))
+    if need_q:
+        launch_dq(g, q, k, v, shift, delta, dq, seqlens, params, order.backward, arch, config.dq)
+    if need_kv:
+        launch_dkv(g, q, k, v, shift, delta, dk, dv, seqlens, params, order.backward, arch, config.dkv)
+    return dq, dk, dv, dsinks
 
-    box = math.gcd(page, sched.order(head_dim, q.dtype).block_n)
-    if not (tma.is_cache_compatible(k_cache, box) and tma.is_cache_compatible(v_cache, box)):
-        return None
-    processors = runtime.multiprocessors(q.device)
-    return sched.ring(max_q * (hq // hkv), (cu_q.shape[0] - 1) * hkv, head_dim, processors)
+
+def launch_one_pass(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    g_lse: torch.Tensor | None,
+    seqlens: Seqlens,
+    params: AttentionParams,
+    order: OnePass,
+    config: BackwardConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), contiguous, of plain attention over at least one query and one key."""
+    from bi_ops.attention.hopper.backward import launch
+
+    cu_q, cu_k, _, max_k = seqlens
+    if config is None:
+        config = configs.one_pass(cdiv(max_k, order.block_n), q.shape[2], runtime.multiprocessors(q.device))
+    return launch(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_k, params.causal, params.scale, order, config)
 
 
 def launch_delta(
-    g: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, g_lse: torch.Tensor | None, heads: int
+    g: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, g_lse: torch.Tensor | None, heads: int, order: RowSums
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row sums of g * out, less g_lse, and -lse in base 2, both fp32 [Hq / heads, T, heads].
 
-    g and out are contiguous [T, Hq, D], lse and g_lse [Hq, T]; `heads` query heads share a key head. A score's gradient
+    g and out are contiguous [T, Hq, D], lse and g_lse [Hq, T]; `heads` query heads share a KV head. A score's gradient
     is p * (dO . v - sum(dO * O)), and p * g_lse through the lse: so one number per row has both.
     """
     n_tokens, hq, head_dim = out.shape
     delta, shift = (out.new_empty((hq // heads, n_tokens, heads), dtype=torch.float32) for _ in range(2))
     if n_tokens == 0:
         return delta, shift
-    rows, num_warps = sched.delta(n_tokens * hq)
-    attention_delta_kernel[(cdiv(n_tokens * hq, rows),)](
+    attention_delta_kernel[(cdiv(n_tokens * hq, order.block_rows),)](
         g,
         out,
         lse,
@@ -236,88 +336,117 @@ def launch_delta(
         H=hq,
         HEADS=heads,
         D=head_dim,
-        BLOCK_D=sched.block_d(head_dim),
-        ROWS=rows,
-        num_warps=num_warps,
+        BLOCK_D=configs.block_d(head_dim),
+        ROWS=order.block_rows,
+        num_warps=order.num_warps,
+        **PINNED,
     )
     return delta, shift
 
 
-def launch_dsinks(sinks: torch.Tensor, delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def launch_dsinks(
+    sinks: torch.Tensor,
+    delta: torch.Tensor,
+    shift: torch.Tensor,
+    order: AttentionOrder,
+    arch: Arch,
+    config: SinkConfig | None = None,
+) -> torch.Tensor:
     """The gradient of the sinks [Hq], in their dtype: the tokens' -exp(sink - lse) * delta, added front to back."""
-    n_pairs, n_tokens, heads = delta.shape
+    n_kv_heads, n_tokens, heads = delta.shape
     dsinks = sinks.new_empty(sinks.shape)
-    s = sched.dsinks(sinks.shape[0])
-    n_chunks = cdiv(n_tokens, sched.CHUNK)
-    partial = delta.new_empty((n_chunks, n_pairs * heads))
-    tiles = cdiv(n_pairs * heads, s.block_h)
-    shape = {"H": n_pairs * heads, "BLOCK_H": s.block_h, "num_warps": s.num_warps}
+    config = configs.dsinks(sinks.shape[0], arch) if config is None else config
+    n_chunks = cdiv(n_tokens, order.sinks_chunk)
+    partial = delta.new_empty((n_chunks, n_kv_heads * heads))
+    tiles = cdiv(n_kv_heads * heads, config.block_h)
+    shape = {"H": n_kv_heads * heads, "BLOCK_H": config.block_h, "num_warps": config.num_warps}
     if n_chunks > 0:
-        attention_dsinks_kernel[(cdiv(n_chunks, s.rows), tiles)](
-            sinks, shift, delta, partial, n_tokens, HEADS=heads, CHUNK=sched.CHUNK, ROWS=s.rows, **shape
+        attention_dsinks_kernel[(cdiv(n_chunks, config.rows), tiles)](
+            *(sinks, shift, delta, partial, n_tokens),
+            HEADS=heads,
+            CHUNK=order.sinks_chunk,
+            ROWS=config.rows,
+            **shape,
+            **PINNED,
         )
-    attention_add_chunks_kernel[(tiles,)](partial, dsinks, n_chunks, UNROLL=s.unroll, **shape)
+    attention_add_chunks_kernel[(tiles,)](partial, dsinks, n_chunks, UNROLL=config.unroll, **shape, **PINNED)
     return dsinks
 
 
-def launch_two_passes(
+def launch_dq(
     g: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     shift: torch.Tensor,
     delta: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    scores: Scores,
-    need_q: bool,
-    need_kv: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), contiguous, empty where not needed.
+    dq: torch.Tensor,
+    seqlens: Seqlens,
+    params: AttentionParams,
+    order: TwoPass,
+    arch: Arch,
+    config: DqConfig | KernelConfig | None = None,
+) -> None:
+    """Write dq [T, Hq, D], contiguous. q, k, v: as `unit_stride` returns them. shift, delta: of `launch_delta`."""
+    if config is None:
+        config = dq_config(q, k, seqlens, params, order, arch)
+    cu_q, cu_k, max_q, _ = seqlens
+    if isinstance(config, DqConfig):
+        from bi_ops.attention.hopper.dq import launch
 
-    g: contiguous. q, k, v: as `unit` returns them. shift, delta: of `launch_delta`.
-    """
-    n_tokens, hq, head_dim = q.shape
-    hkv = k.shape[1]
-    n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, max_q * (hq // hkv)
-    dq = q.new_empty(q.shape if need_q else 0)
-    dk, dv = (k.new_empty(k.shape if need_kv else 0) for _ in range(2))
-    if n_pairs == 0:
-        return dq, dk, dv
-    order = sched.order(head_dim, q.dtype)
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    if need_q and _plain(q, k, scores) and support.serves_dq(head_dim, max_q, q.dtype, q.device):
-        from bi_ops.attention.hopper.dq import launch as launch_dq
+        launch(g, q, k, v, shift, delta, dq, cu_q, cu_k, max_q, params.causal, params.scale, order, config)
+        return
+    n_tokens, hkv = q.shape[0], k.shape[1]
+    heads = q.shape[1] // hkv
+    n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, max_q * heads
+    attention_dq_kernel[_grid(config, n_pairs, hkv, n_tokens * heads, max_rows)](
+        *(g, q, k, v, shift, delta, dq, cu_q, cu_k, *params.arguments(), n_pairs, n_tokens),
+        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        **_constants(q, hkv, params),
+        BLOCK_M=config.block,
+        BLOCK_N=order.block_dq,
+        GROUPS=config.pairs,
+        DENSE=_dense(config, max_rows),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **PINNED,
+    )
 
-        launch_dq(g, q, k, v, shift, delta, dq, cu_q, cu_k, max_q, scores.causal, scores.scale)
-    elif need_q and max_rows > 0:
-        s = sched.backward_dq(max_rows, n_pairs, head_dim, q.dtype)
-        attention_dq_kernel[_grid(s, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
-            *(g, q, k, v, shift, delta, dq, cu_q, cu_k, *scores.arguments(), n_pairs, n_tokens, *strides),
-            **_constants(q, hkv, scores),
-            BLOCK_M=s.block,
-            BLOCK_N=order.block_dq,
-            GROUPS=s.groups,
-            DENSE=_dense(s, max_rows),
-            num_warps=s.num_warps,
-            num_stages=s.num_stages,
-        )
-    if need_kv and _plain(q, k, scores) and support.serves_dkv(head_dim, hq // hkv, q.dtype, q.device):
-        from bi_ops.attention.hopper.dkv import launch as launch_dkv
 
-        launch_dkv(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, max_k, scores.causal, scores.scale)
-    elif need_kv and max_k > 0:
-        s = sched.backward_dkv(max_k, n_pairs, head_dim, q.dtype)
-        attention_dkv_kernel[_grid(s, n_pairs, hkv, k.shape[0], max_k)](
-            *(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, *scores.arguments(), n_pairs, n_tokens, *strides),
-            **_constants(q, hkv, scores),
-            BLOCK_N=s.block,
-            BLOCK_R=order.block_r,
-            GROUPS=s.groups,
-            DENSE=_dense(s, max_k),
-            num_warps=s.num_warps,
-            num_stages=s.num_stages,
-        )
-    return dq, dk, dv
+def launch_dkv(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shift: torch.Tensor,
+    delta: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    seqlens: Seqlens,
+    params: AttentionParams,
+    order: TwoPass,
+    arch: Arch,
+    config: DkvConfig | KernelConfig | None = None,
+) -> None:
+    """Write dk and dv [Tk, Hkv, D], contiguous. Arguments as `launch_dq`."""
+    if config is None:
+        config = dkv_config(q, k, seqlens, params, order, arch)
+    cu_q, cu_k, _, max_k = seqlens
+    if isinstance(config, DkvConfig):
+        from bi_ops.attention.hopper.dkv import launch
+
+        launch(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, max_k, params.causal, params.scale, order, config)
+        return
+    n_pairs, hkv = (cu_q.shape[0] - 1) * k.shape[1], k.shape[1]
+    attention_dkv_kernel[_grid(config, n_pairs, hkv, k.shape[0], max_k)](
+        *(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, *params.arguments(), n_pairs, q.shape[0]),
+        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        **_constants(q, hkv, params),
+        BLOCK_N=config.block,
+        BLOCK_R=order.block_r,
+        GROUPS=config.pairs,
+        DENSE=_dense(config, max_k),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **PINNED,
+    )

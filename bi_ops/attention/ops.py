@@ -1,15 +1,13 @@
-"""Attention: choose who computes it, check, differentiate."""
+"""Attention: check, select a backend, run, differentiate."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import operator
 from typing import Literal, overload
 
 import torch
 
-from bi_ops.attention import flash_attn
-from bi_ops.attention import schedule as sched
+from bi_ops.attention.backends import backends, select
 from bi_ops.attention.checks import (
     check_features,
     check_lengths_tensor,
@@ -17,85 +15,11 @@ from bi_ops.attention.checks import (
     check_qkv,
     longest,
 )
-from bi_ops.attention.hopper import support
-from bi_ops.attention.launch import (
-    Scores,
-    in_one_pass,
-    launch_delta,
-    launch_dsinks,
-    launch_forward,
-    launch_two_passes,
-    launch_vllm,
-    ring_schedule,
-    tile_schedule,
-    unit,
-)
-from bi_ops.core import checks, runtime
+from bi_ops.attention.order import Problem
+from bi_ops.attention.params import AttentionParams, Seqlens
+from bi_ops.core import arch as arches
+from bi_ops.core import checks
 from bi_ops.core.operators import custom_op
-from bi_ops.core.providers import Availability, Provider, ProviderTable, vllm_availability
-
-#: Head sizes at which vLLM's FlashAttention 3 gives a decoded row the bits of a prefilled one.
-VLLM_HEAD_DIMS = (128, 256)
-
-
-@functools.cache
-def _architecture(device: int) -> str:
-    return runtime.architecture(torch.device("cuda", device))  # kept, because every call chooses a provider
-
-
-def _vllm_available() -> Availability:
-    if runtime.INTERPRET:
-        return Availability(False, "no GPU: vLLM's kernels need one")
-    if (here := _architecture(torch.cuda.current_device())) != "sm_90":
-        return Availability(False, f"FlashAttention 3 needs a Hopper GPU (sm_90), this one is {here}")
-    return vllm_availability()
-
-
-def _triton_available() -> Availability:
-    where = "Triton's interpreter" if runtime.INTERPRET else "Triton"
-    if runtime.warp_specialised(runtime.default_device()):
-        where += f", warp-specialised at head_dim {', '.join(map(str, support.HEAD_DIMS))}"
-    return Availability(True, f"{where}, own kernel; its bits are not those of vLLM's FlashAttention")
-
-
-#: Who computes the forward, dense and paged alike. They do not agree in bits: one choice serves rollout and training.
-#: Windows, soft-capping and sinks are the own kernel's; 'vllm' raises for them where it is forced. flash-attn's come
-#: after the own kernel, which runs everywhere: they serve where they are forced and nowhere else.
-providers = ProviderTable(
-    "attention",
-    (
-        Provider(
-            "vllm",
-            _vllm_available,
-            False,
-            "vLLM's FlashAttention 3; bf16 and fp16, head_dim 128 and 256, no window, softcap or sinks",
-        ),
-        Provider("triton", _triton_available, True, "own kernel, every dtype, head_dim and feature; every backward"),
-        *flash_attn.PROVIDERS,
-    ),
-)
-
-
-def _provider(op: str, dtype: torch.dtype, head_dim: int, features: Sequence[str] = ()) -> str:
-    """Who computes the forward for this dtype, head size and these features: never a function of the batch."""
-    name = providers.choose()
-    if name in flash_attn.NAMES:
-        flash_attn.check(op, name, dtype, features)
-        return name
-    if name != "vllm" or dtype == torch.float32:
-        return "triton"
-    if head_dim in VLLM_HEAD_DIMS and not features:
-        return "vllm"
-    if providers.why() == "forced":
-        why = f"{' and '.join(features)}: it serves plain attention only"
-        if not features:
-            why = (
-                f"head_dim {head_dim}: FlashAttention 3 is known to give decoded and prefilled rows the same bits at "
-                f"head_dim {VLLM_HEAD_DIMS} only"
-            )
-        raise RuntimeError(f"{op}: provider 'vllm' cannot serve {why}. Use provider 'triton'")
-    return "triton"
-
 
 # --------------------------------------------------------------------------------------------------------------
 # custom operators
@@ -112,33 +36,23 @@ def _flash(
     max_k: int | None,
     causal: bool,
     scale: float,
-    provider: str,
+    backend: str,
     left: int = -1,
     right: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [T, Hq, D], lse fp32 [Hq, T])."""
-    scores = Scores(causal, scale, left, right, softcap)
+    """(out [T, Hq, D], lse fp32 [Hq, T]). backend: its name, as `select` returns it."""
+    params = AttentionParams(causal, scale, left, right, softcap)
     max_q = longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], max_q)
     max_k = longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
-    if provider == "vllm" and q.shape[0] > 0 and k.shape[0] > 0:
-        return launch_vllm(q, k, v, cu_q, cu_k, None, max_q, max_k, scores)
-    if provider in flash_attn.NAMES and q.shape[0] > 0 and k.shape[0] > 0:
-        return flash_attn.forward(q, k, v, cu_q, cu_k, max_q, max_k, scores)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    tiles = tile_schedule(q, k, max_q, scores, sinks)
-    if tiles is not None:
-        from bi_ops.attention.hopper import forward
-
-        out, block_n = q.new_empty(q.shape), sched.order(q.shape[2], q.dtype).block_n
-        forward.launch(q, k, v, out, lse, cu_q, cu_k, max_q, causal, scale, block_n, tiles)
-        return out, lse
-    return launch_forward(q, k, v, lse, cu_q, cu_k, None, max_q, scores, sinks), lse
+    chosen, arch = backends.get(backend), arches.of(q.device)
+    order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks)), arch)
+    return chosen.forward(q, k, v, Seqlens(cu_q, cu_k, max_q, max_k), params, sinks, order, arch)
 
 
 @_flash.register_fake
-def _(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, provider, *features):
+def _(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, backend, *features):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
@@ -158,35 +72,28 @@ def _flash_grad(
     scale: float,
     need_q: bool,
     need_kv: bool,
+    need_sinks: bool = False,
     g_lse: torch.Tensor | None = None,
     left: int = -1,
     right: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
-    provider: str = "triton",
+    backend: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, dsinks), contiguous; empty tensors where not needed. g_lse: [Hq, T], contiguous.
 
-    The forward's sinks are in lse; they are given here if their gradient is needed. provider: who computed the forward.
+    sinks, backend: the forward's.
     """
-    scores = Scores(causal, scale, left, right, softcap)
+    params = AttentionParams(causal, scale, left, right, softcap)
     max_q = longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], max_q)
     max_k = longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
-    q, k, v, g = unit(q), unit(k), unit(v), g.contiguous()
-    heads, some = q.shape[1] // k.shape[1], q.shape[0] > 0 and k.shape[0] > 0
-    theirs, one_pass = provider == flash_attn.DETERMINISTIC and some, in_one_pass(q, k, scores)
-    dsinks = q.new_empty(0)
-    if sinks is not None or not (theirs or one_pass):
-        delta, shift = launch_delta(g, out, lse, g_lse, heads)
-        dsinks = dsinks if sinks is None else launch_dsinks(sinks, delta, shift)
-    if theirs:
-        dq, dk, dv = flash_attn.backward(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_q, max_k, scores)
-    elif one_pass:
-        from bi_ops.attention.hopper import backward
-
-        dq, dk, dv = backward.launch(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_k, causal, scale)
-    else:
-        dq, dk, dv = launch_two_passes(*(g, q, k, v, shift, delta, cu_q, cu_k, max_q, max_k, scores, need_q, need_kv))
+    chosen, arch = backends.get(backend), arches.of(q.device)
+    order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks)), arch)
+    seqlens = Seqlens(cu_q, cu_k, max_q, max_k)
+    sinks = sinks if need_sinks else None  # the softmax's are in the lse
+    dq, dk, dv, dsinks = chosen.backward(
+        g, q, k, v, out, lse, g_lse, seqlens, params, sinks, need_q, need_kv, order, arch
+    )
     return dq if need_q else dq.new_empty(0), *((dk, dv) if need_kv else (dk.new_empty(0), dk.new_empty(0))), dsinks
 
 
@@ -206,20 +113,21 @@ def _(
     scale,
     need_q,
     need_kv,
+    need_sinks=False,
     g_lse=None,
     left=-1,
     right=-1,
     softcap=0.0,
     sinks=None,
-    provider="triton",
+    backend="triton",
 ):
     dk, dv = (k.new_empty(k.shape if need_kv else 0) for _ in range(2))
-    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    dsinks = sinks.new_empty(sinks.shape) if need_sinks else q.new_empty(0)
     return q.new_empty(q.shape if need_q else 0), dk, dv, dsinks
 
 
 def _flash_setup(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.scale, ctx.provider, *ctx.features, sinks = inputs
+    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.scale, ctx.backend, *ctx.features, sinks = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, sinks)
     ctx.set_materialize_grads(False)  # what nobody asked for comes as None
@@ -233,7 +141,7 @@ def _flash_backward(ctx, g, g_lse):
     g_lse = None if g_lse is None else g_lse.contiguous()
     dq, dk, dv, dsinks = _flash_grad(
         *(g, q, k, v, out, lse, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.scale, need_q, need_k or need_v),
-        *(g_lse, *ctx.features, sinks if need_sinks else None, ctx.provider),
+        *(need_sinks, g_lse, *ctx.features, sinks, ctx.backend),
     )
     grads = dq if need_q else None, dk if need_k else None, dv if need_v else None
     return *grads, *([None] * 10), dsinks if need_sinks else None
@@ -253,30 +161,23 @@ def _paged(
     max_q: int,
     causal: bool,
     scale: float,
-    provider: str,
+    backend: str,
     left: int = -1,
     right: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    scores = Scores(causal, scale, left, right, softcap)
+    params = AttentionParams(causal, scale, left, right, softcap)
     max_q = longest("paged_attention", "cu_seqlens_q", cu_q, q.shape[0], max_q)
     if q.device.type == "cpu":
         check_pages(k_cache, table, seqlens_k)
-    if provider == "vllm" and q.shape[0] > 0 and table.numel() > 0:
-        max_k = table.shape[1] * k_cache.shape[1]  # an upper bound is enough, as under vLLM's CUDA graphs
-        return launch_vllm(q, k_cache, v_cache, cu_q, seqlens_k, table, max_q, max_k, scores)[0]
-    ring = ring_schedule(q, k_cache, v_cache, cu_q, max_q, scores, sinks) if table.numel() > 0 else None
-    if ring is not None:
-        from bi_ops.attention.hopper import decode
-
-        block_n = sched.order(q.shape[2], q.dtype).block_n
-        return decode.launch(q, k_cache, v_cache, table, cu_q, seqlens_k, causal, scale, block_n, ring)
-    return launch_forward(q, k_cache, v_cache, None, cu_q, seqlens_k, table, max_q, scores, sinks)
+    chosen, arch = backends.get(backend), arches.of(q.device)
+    order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks), True), arch)
+    return chosen.paged_forward(q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, sinks, order, arch)
 
 
 @_paged.register_fake
-def _(q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, causal, scale, provider, *features):
+def _(q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, causal, scale, backend, *features):
     return q.new_empty(q.shape)
 
 
@@ -300,6 +201,7 @@ def flash_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     return_lse: Literal[False] = False,
+    backend: str | None = None,
 ) -> torch.Tensor: ...
 @overload
 def flash_attention(
@@ -317,6 +219,7 @@ def flash_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     return_lse: Literal[True],
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def flash_attention(
     q: torch.Tensor,
@@ -333,10 +236,11 @@ def flash_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention inside each packed sequence (Dao et al., 2022), in memory linear in the tokens.
 
-    out, dq, dk and dv of a sequence have the same bits alone or packed with others (but for the gradients of a forced
+    out, dq, dk and dv of a sequence have the same bits alone or packed with others (but for the gradients of backend
     'flash_attn_deterministic'). Query heads share key heads in order: query head h uses key head h // (Hq / Hkv).
 
     Args:
@@ -354,6 +258,8 @@ def flash_attention(
         sinks: [Hq], a learned score per head, bf16, fp16 or fp32, that joins the softmax and takes no value. Its
             gradient is a sum over tokens, front to back in chunks of 16: the same bits for the same tokens.
         return_lse: also return the log of the sum of exponentials, the sink's among them. It has a gradient.
+        backend: who computes it, a name of `bi_ops.attention.backends`; None: the first that serves this head size,
+            dtype and features here. Backends differ in bits (`order_of` says how): rollout and training name the same.
 
     Returns:
         [T, Hq, D], contiguous, in the dtype of q; with return_lse (that, lse fp32 [Hq, T]). A query that sees no key
@@ -361,11 +267,12 @@ def flash_attention(
 
     Raises:
         TypeError: unsupported or differing dtypes. ValueError: wrong shapes, devices, cu_seqlens, window_size or
-        softcap. RuntimeError: the forced provider cannot serve this head size, dtype or feature.
+        softcap, or an unknown backend. RuntimeError: the named backend cannot run here, or cannot serve this head size,
+        dtype or feature.
     """
     op = "flash_attention"
     scale = check_qkv(op, softmax_scale, q=q, k=k, v=v)
-    scores = check_features(op, q, causal, scale, window_size, softcap, sinks)
+    params = check_features(op, q, causal, scale, window_size, softcap, sinks)
     check_lengths_tensor(op, "cu_seqlens", cu_seqlens)
     checks.same_device(op, q=q, cu_seqlens=cu_seqlens)
     cu_q = cu_k = cu_seqlens.contiguous()
@@ -382,10 +289,10 @@ def flash_attention(
             cu_q.shape == cu_k.shape,
             lambda: f"cu_seqlens {list(cu_q.shape)} and cu_seqlens_k {list(cu_k.shape)} differ",
         )
-    provider = _provider(op, q.dtype, q.shape[2], scores.features(sinks))
+    name = select(operator.index(q.shape[2]), q.dtype, params.features(sinks), q.device, backend)
     out, lse = _flash(
         *(q, k, v, cu_q, cu_k, max_seqlen, max_seqlen_k, causal, scale),
-        *(provider, scores.left, scores.right, scores.softcap, sinks if sinks is None else sinks.contiguous()),
+        *(name, params.left, params.right, params.softcap, sinks if sinks is None else sinks.contiguous()),
     )
     return (out, lse) if return_lse else out
 
@@ -404,16 +311,17 @@ def paged_attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """`flash_attention` with keys and values in pages: decoding and chunked prefill. Forward only, the same bits.
 
     Args:
         q: [T, Hq, D], the new tokens of each sequence. k_cache, v_cache: [blocks, block_size, Hkv, D], any block size
-            (provider 'vllm': a multiple of 16), with the new tokens' keys and values already written.
+            (backend 'vllm': a multiple of 16), with the new tokens' keys and values already written.
         block_table: int32 [B, max_blocks], the blocks of each sequence in order.
         cu_seqlens_q: int32 [B + 1]. seqlens_k: int32 [B], all keys of each sequence, the new ones included.
-        max_seqlen_q: at least the longest of the new parts. causal, softmax_scale, window_size, softcap, sinks: as
-            `flash_attention`. Blocks before the first new token's window may hold anything.
+        max_seqlen_q: at least the longest of the new parts. causal, softmax_scale, window_size, softcap, sinks and
+            backend: as `flash_attention`. Blocks before the first new token's window may hold anything.
 
     Returns:
         [T, Hq, D], contiguous, in the dtype of q.
@@ -424,9 +332,9 @@ def paged_attention(
     """
     op = "paged_attention"
     scale = check_qkv(op, softmax_scale, q=q, k_cache=k_cache, v_cache=v_cache)
-    scores = check_features(op, q, causal, scale, window_size, softcap, sinks)
-    learned = (q, k_cache, v_cache, *(() if sinks is None else (sinks,)))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
+    params = check_features(op, q, causal, scale, window_size, softcap, sinks)
+    inputs = (q, k_cache, v_cache, *(() if sinks is None else (sinks,)))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         raise RuntimeError(f"{op}: has no backward; use flash_attention, or torch.no_grad() to decode")
     check_lengths_tensor(op, "cu_seqlens_q", cu_seqlens_q)
     checks.tensor(op, "block_table", block_table, ndim=2)
@@ -444,14 +352,9 @@ def paged_attention(
         ),
     )
     checks.shape(op, k_cache.shape[1] > 0, lambda: f"block_size must not be 0, got k_cache {list(k_cache.shape)}")
-    provider = _provider(op, q.dtype, q.shape[2], scores.features(sinks))
-    if provider == "vllm" and k_cache.shape[1] % 16 != 0:
-        raise RuntimeError(
-            f"{op}: provider 'vllm' needs a block size that is a multiple of 16, got {k_cache.shape[1]}. Use such a "
-            "cache, or provider 'triton'"
-        )
+    name = select(operator.index(q.shape[2]), q.dtype, params.features(sinks), q.device, backend, paged=True)
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     return _paged(
         *(q, k_cache, v_cache, table, cu_seqlens_q.contiguous(), seqlens_k.contiguous(), max_seqlen_q, causal, scale),
-        *(provider, scores.left, scores.right, scores.softcap, sinks if sinks is None else sinks.contiguous()),
+        *(name, params.left, params.right, params.softcap, sinks if sinks is None else sinks.contiguous()),
     )

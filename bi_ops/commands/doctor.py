@@ -47,6 +47,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _selected(family: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a family with a table of backends: the first that runs here without being named."""
+    reasons = {row["name"]: row["reason"] for row in rows}
+    name = next((row["name"] for row in rows if row["ok"] and row["automatic"]), None)
+    why = "no backend can run here" if name is None else reasons.pop(name)
+    return {"op": family, "ok": name is not None, "provider": name, "why": why, "others": reasons}
+
+
 def operators() -> list[dict[str, Any]]:
     """One record per family: op, ok, provider, why, others (name to why it could or could not run)."""
     from bi_ops.core import runtime
@@ -57,14 +65,8 @@ def operators() -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for family in FAMILIES:
         module = importlib.import_module(f"bi_ops.{family}")
-        backends = getattr(module, "backends", None)
-        if isinstance(backends, Backends):
-            rows = backends.table()
-            chosen = next((r for r in rows if r["ok"] and r["automatic"]), None)
-            reasons = {str(r["name"]): r["reason"] for r in rows if r is not chosen}
-            why = chosen["reason"] if chosen else "no backend can run here"
-            name = chosen["name"] if chosen else None
-            records.append({"op": family, "ok": chosen is not None, "provider": name, "why": why, "others": reasons})
+        if isinstance(found := getattr(module, "backends", None), Backends):
+            records.append(_selected(family, found.table()))
             continue
         table = getattr(module, "providers", None)
         if not isinstance(table, ProviderTable):

@@ -129,7 +129,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from bi_ops.rollout.base import attention_of
     from bi_ops.verify.recompose import COMPOSITIONS, rescore
 
     for name in ("prompts", "new_tokens", "max_prompt_tokens"):
@@ -152,8 +151,12 @@ def run(args: argparse.Namespace) -> int:
     ):
         tell("generating", 0)
         model, completions, engine, described = _sample(args, path)
-        with attention_of(engine):
-            reports = rescore(model, completions, seed=args.seed, progress=lambda name, done, _: tell(name, done))
+        reports = rescore(
+            *(model, completions),
+            seed=args.seed,
+            attention_backend=engine.attention,
+            progress=lambda name, done, _: tell(name, done),
+        )
     identical = all(r.identical for r in reports.values())
 
     if args.json:

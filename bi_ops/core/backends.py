@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from bi_ops.core.arch import Arch
 from bi_ops.core.orders import Order
@@ -42,11 +42,11 @@ class Backend:
         """Can it run on this machine? Asked often: keep the answer."""
         return Support(True)
 
-    def order(self, problem: Hashable, arch: Arch) -> Order:
+    def order(self, problem: Any, arch: Arch) -> Order:
         """The order in which it computes `problem`, which `supports` has accepted."""
         raise NotImplementedError
 
-    def supports(self, problem: Hashable, arch: Arch) -> Support:
+    def supports(self, problem: Any, arch: Arch) -> Support:
         """Does it compute `problem` on `arch`? Never a function of rows, tokens or sequences."""
         return Support(True)
 

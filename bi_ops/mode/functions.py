@@ -48,12 +48,6 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` through `bi_ops.attention.flash_attention`; [..., H, S, D]."""
     op, given = "scaled_dot_product_attention", [query, key, value]
-    provider = attention.providers.get(attention.providers.choose())
-    if not provider.batch_invariant:
-        raise RuntimeError(
-            f"{op}: provider {provider.name!r} is forced, whose gradients depend on the batch; force another, or call "
-            "bi_ops.attention.flash_attention outside the mode"
-        )
     if attn_mask is not None or dropout_p > 0:
         raise unsupported(op, given, "is not served with an attn_mask or dropout")
     if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:

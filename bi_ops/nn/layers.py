@@ -78,7 +78,7 @@ class Attention(torch.nn.Module):
             (None: as many). causal: a token sees itself and what stands before it. softmax_scale: None for
             1 / sqrt(head_dim). window_size, softcap: as `bi_ops.attention.flash_attention`. sinks: learn a score per
             head that joins the softmax and takes no value, `sinks` [num_heads], which starts at 0. device, dtype: of
-            the sinks.
+            the sinks. backend: as `bi_ops.attention.flash_attention`.
 
     Raises:
         ValueError: sizes that are not positive, or head counts that do not divide.
@@ -96,6 +96,7 @@ class Attention(torch.nn.Module):
         sinks: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -106,6 +107,7 @@ class Attention(torch.nn.Module):
             )
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
         self.causal, self.softmax_scale, self.window_size, self.softcap = causal, softmax_scale, window_size, softcap
+        self.backend = backend
         self.sinks = torch.nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sinks else None
 
     def forward(
@@ -133,6 +135,7 @@ class Attention(torch.nn.Module):
             window_size=self.window_size,
             softcap=self.softcap,
             sinks=self.sinks,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ from bi_ops.rl.loss import group_advantages, grpo_loss, ordered_sum, token_weigh
 from bi_ops.rl.metrics import StepMetrics
 from bi_ops.rl.seeds import PROBLEM, SAMPLE, derive_seed
 from bi_ops.rl.tasks import Problem, Task
-from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams, attention_of
+from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams
 from bi_ops.verify.parity import ParityReport, compare, joined
 
 if TYPE_CHECKING:
@@ -141,14 +141,12 @@ class Trainer:
         def check(part: slice, logprobs: Sequence[torch.Tensor]) -> None:
             reports.append(self.check(step, completions, part, logprobs))
 
-        with attention_of(self.engine):
-            result = self.backward(completions, advantages, check)
+        result = self.backward(completions, advantages, check)
         report = joined(reports)
         grad_norm = clip_gradients(self.parameters, config.max_grad_norm)
         self.optimizer.step()
         for _ in range(config.updates_per_rollout - 1):  # from here on the ratio is not 1, and the clip has work
-            with attention_of(self.engine):
-                result = self.backward(completions, advantages)
+            result = self.backward(completions, advantages)
             grad_norm = clip_gradients(self.parameters, config.max_grad_norm)
             self.optimizer.step()
         self.engine.update_weights(self.model)
@@ -217,12 +215,12 @@ class Trainer:
         for part in microbatches(totals, config.max_tokens_per_microbatch):
             prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
             batch = pack(prompts, tokens, device, align=TOKEN_STEP)
-            scores = self.model.token_logprobs(batch)
+            scores = self.model.token_logprobs(batch, self.engine.attention)
             check(part, batch.split(scores.detach().cpu()))
             reference = None
             if self.reference is not None and config.kl != 0:
                 with torch.no_grad():
-                    reference = self.reference.token_logprobs(batch)
+                    reference = self.reference.token_logprobs(batch, self.engine.attention)
             rows = slice(at, at := at + scores.shape[0])
             terms = grpo_loss(
                 scores,

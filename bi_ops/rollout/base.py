@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-
-from bi_ops import attention
 
 if TYPE_CHECKING:
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
@@ -50,8 +47,8 @@ class Completion:
 class RolloutEngine(Protocol):
     """What samples. Its log-probabilities are the same bits as those training computes from the same weights.
 
-    attention: the provider of attention that it samples with, and that `attention_of` makes training use; None: the
-    one that `bi_ops.attention.providers` chooses, in both.
+    attention: the backend of attention that it samples with, which training has to name too; None: the one that
+    `bi_ops.attention.backends` selects, in both.
     """
 
     name: str
@@ -79,23 +76,6 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Free what the engine holds; it cannot generate afterwards."""
         ...
-
-
-@contextlib.contextmanager
-def attention_of(engine: RolloutEngine) -> Iterator[None]:
-    """Inside the block attention has the bits it has in `engine`: what generated a rollout decides what trains on it.
-
-    Raises:
-        RuntimeError: another provider is forced, or the engine's cannot run here.
-    """
-    table, name = attention.providers, engine.attention
-    if name is not None and table.why() == "forced" and table.choose() != name:
-        raise RuntimeError(
-            f"attention: the {engine.name} engine samples with provider {name!r}, but {table.choose()!r} is forced, "
-            f"whose bits are others; force nothing, or give the engine attention={table.choose()!r}"
-        )
-    with contextlib.nullcontext() if name is None else table.forced(name):
-        yield
 
 
 def check_request(

@@ -10,10 +10,10 @@ import torch
 import triton
 
 from bi_ops import logprob, matmul
-from bi_ops.attention import paged_attention, providers
-from bi_ops.core import runtime
+from bi_ops.attention import Problem, backends, paged_attention
+from bi_ops.core import arch, runtime
 from bi_ops.models.qwen3 import Qwen3ForCausalLM
-from bi_ops.rollout.base import Completion, SamplingParams, attention_of, check_request
+from bi_ops.rollout.base import Completion, SamplingParams, check_request
 from bi_ops.rollout.sampling import sample
 
 
@@ -56,7 +56,7 @@ class _PagedAttend:
         cu_seqlens = [0]
         for n in lengths:
             cu_seqlens.append(cu_seqlens[-1] + n)
-        self.caches = engine.caches
+        self.caches, self.backend = engine.caches, engine.attention
         self.max_seqlen_q = max(lengths)
         self.slots = torch.tensor(slots, device=device)
         self.block_table = torch.tensor(
@@ -78,6 +78,7 @@ class _PagedAttend:
             self.seqlens_k,
             max_seqlen_q=self.max_seqlen_q,
             causal=True,
+            backend=self.backend,
         )
 
 
@@ -89,12 +90,12 @@ class EmbeddedEngine:
         max_model_len: prompt + completion, in tokens; None is the model's positions.
         block_size: tokens per KV-cache block. max_batch_tokens: KV-cache size and prefill size, in tokens; requests
             that do not fit together run one after the other. Neither changes any bit.
-        attention: the provider that computes attention, "vllm" or "triton"; None: the one that
-            `bi_ops.attention.providers` chooses.
+        attention: the backend that computes attention, "vllm" or "triton"; None: the one that
+            `bi_ops.attention.backends` selects.
 
     Raises:
-        ValueError: a max_model_len that the model does not have, a block_size below 1, or an unknown provider.
-        RuntimeError: the provider cannot run here.
+        ValueError: a max_model_len that the model does not have, a block_size below 1, or an unknown backend.
+        RuntimeError: the backend cannot run here, or does not serve the model.
     """
 
     name = "embedded"
@@ -114,9 +115,8 @@ class EmbeddedEngine:
             raise ValueError(f"EmbeddedEngine: max_model_len must be in [2, {positions}], got {self.max_model_len}")
         if block_size < 1:
             raise ValueError(f"EmbeddedEngine: block_size must be at least 1, got {block_size}")
-        if attention is not None:
-            providers.check(attention)
-        self.attention = attention
+        problem = Problem(config.head_dim, model.compute_dtype, paged=True)
+        self.attention, self._chosen = attention, backends.select(problem, arch.of(model.device), attention).name
         if max_batch_tokens < self.max_model_len:
             max_batch_tokens = self.max_model_len
         self.device, self.block_size = model.device, block_size
@@ -168,8 +168,7 @@ class EmbeddedEngine:
             self._allocate(used)
             running = batch
             while running:
-                with attention_of(self):
-                    self._step(running)
+                self._step(running)
                 running = [s for s in running if s.finish_reason is None]
             done += [self._completion(s) for s in batch]
         return done
@@ -222,7 +221,7 @@ class EmbeddedEngine:
             "plugin": False,
             "providers": {
                 "matmul": matmul.backend_of(self.model.compute_dtype, self.device),
-                "attention": self.attention or providers.choose(),
+                "attention": self._chosen,
             },
             "versions": {
                 "torch": torch.__version__,

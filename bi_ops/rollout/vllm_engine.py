@@ -99,7 +99,7 @@ class VllmEngine:
         path: a Qwen3 checkpoint folder.
         plugin: replace what is batch-variant in stock vLLM. False is the negative control and breaks the contract.
         attention: "vllm", its FlashAttention 3, at head_dim 128 and 256; or "triton", bi_ops' own kernel, at every
-            head_dim. They differ in bits: training uses the same one (`attention_of`).
+            head_dim. They differ in bits: training names the same one.
         cuda_graphs: capture full CUDA graphs; False runs eagerly. Same bits. With attention="triton" graphs hold
             decoding, and prefill runs eagerly.
         dtype: of weights and activations.

@@ -69,6 +69,7 @@ def rescore(
     *,
     max_tokens_per_pack: int = 65536,
     seed: int = 0,
+    attention_backend: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, ParityReport]:
     """Score `completions` with `model` in every composition and compare with their own log-probabilities.
@@ -79,6 +80,7 @@ def rescore(
         compositions: "alone" (each sequence by itself), "together" (in order, as few packs as fit), "shuffled" (another
             order), "strangers" (shuffled, a sequence of random tokens before each).
         max_tokens_per_pack: bounds the memory of one forward pass. seed: of the shuffles and the strangers.
+        attention_backend: the one that sampled (`RolloutEngine.attention`); None: the one that is selected.
 
     Returns:
         One report per composition, sequences numbered as in `completions`.
@@ -102,7 +104,7 @@ def rescore(
         limit = 1 if name == "alone" else max_tokens_per_pack
         for members in _packs(_compose(name, sequences, model.config.vocab_size, rng), limit):
             batch = pack([s.prompt for s in members], [s.tokens for s in members], device)
-            for s, values in zip(members, batch.split(model.token_logprobs(batch)), strict=True):
+            for s, values in zip(members, batch.split(model.token_logprobs(batch, attention_backend)), strict=True):
                 if s.index is not None:
                     scores[s.index] = values.cpu()
             if progress is not None:

@@ -1,4 +1,4 @@
-"""vLLM's attention through bi_ops' own kernel: any head size, the bits that provider 'triton' trains with.
+"""vLLM's attention through bi_ops' own kernel: any head size, the bits that backend 'triton' trains with.
 
 FlashAttention 3 changes its tile between prefill and decode at some head sizes. A backend of vLLM's named CUSTOM, which
 writes the KV cache as FLASH_ATTN does and reads it with `paged_attention`, does not. Sliding windows, soft-capping and
@@ -99,20 +99,20 @@ def attend(
         raise NotImplementedError(f"attention: backend {NAME} does not compute {names}; use a model without")
     k_cache, v_cache = kv_cache.transpose(1, 2).split(head_dim, dim=-1)
     n = metadata.num_actual_tokens
-    with attention.providers.forced("triton"):
-        output[:n] = attention.paged_attention(
-            query[:n],
-            k_cache,
-            v_cache,
-            metadata.block_table,
-            metadata.query_start_loc,
-            metadata.seq_lens,
-            max_seqlen_q=metadata.max_query_len,
-            softmax_scale=scale,
-            window_size=window_size,
-            softcap=softcap,
-            sinks=sinks,
-        )
+    output[:n] = attention.paged_attention(
+        query[:n],
+        k_cache,
+        v_cache,
+        metadata.block_table,
+        metadata.query_start_loc,
+        metadata.seq_lens,
+        max_seqlen_q=metadata.max_query_len,
+        softmax_scale=scale,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        backend="triton",
+    )
     return output
 
 

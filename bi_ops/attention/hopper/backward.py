@@ -26,11 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bi_ops.attention import schedule as sched
+from bi_ops.attention.config import BackwardConfig, check_order
 from bi_ops.attention.hopper.common import ROWS, clear_rows, wgmma_layout
 from bi_ops.attention.kernels.backward import attention_prepare_kernel
 from bi_ops.attention.kernels.common import LOG2E
-from bi_ops.core import runtime
+from bi_ops.attention.order import OnePass
 from bi_ops.core.integers import cdiv
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
@@ -542,17 +542,20 @@ def launch(
     max_k: int,
     causal: bool,
     scale: float,
+    order: OnePass,
+    config: BackwardConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), contiguous, of packed sequences in `schedule.one_pass_order`.
+    """(dq, dk, dv), contiguous, of packed sequences.
 
     Args:
         g, out: [T, Hq, D], contiguous, bf16 or fp16, D 64 or 128, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D],
             Tk > 0. lse, g_lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
+
+    Raises:
+        ValueError: an order of other tiles than this kernel's.
     """
+    check_order(config, order)
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
-    order = sched.one_pass_order(head_dim, q.dtype)
-    num_sms = runtime.multiprocessors(q.device)
-    s = sched.one_pass(cdiv(max_k, order.block_n), head_dim, num_sms)
     n_seqs = cu_q.shape[0] - 1
     n_tiles = n_tokens // order.block_m + n_seqs
     statistics = (hq, n_tiles, order.block_m)
@@ -570,21 +573,21 @@ def launch(
         **PINNED,
     )
     equal = max_k * n_seqs == n_keys
-    last_group = max(n_seqs * hkv - s.last // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
-    last_group = last_group // s.together * s.together
+    last_group = max(n_seqs * hkv - config.tail_bytes // max(n_tokens // n_seqs * hq // hkv * head_dim * 4, 1), 0)
+    last_group = last_group // config.swizzle * config.swizzle
     programs = cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
     kv_order = cu_k if equal else lpt_order(cu_k, order.block_n)[0]
     attention_backward_kernel[(programs * hkv,)](
         *(tma.head_descriptor(t, order.block_m) for t in (q, g)),
         *(tma.head_descriptor(t, order.block_n) for t in (k, v)),
         *(tma.vector_descriptor(t, order.block_m) for t in (neg_lse, delta)),
-        *(d_dq, semaphores, dq, dk, dv, cu_q, cu_k, kv_order, scale, n_seqs, s.together, last_group, n_tiles),
+        *(d_dq, semaphores, dq, dk, dv, cu_q, cu_k, kv_order, scale, n_seqs, config.swizzle, last_group, n_tiles),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
         BLOCK_M=order.block_m,
         BLOCK_N=order.block_n,
-        STAGES=s.stages,
+        STAGES=config.stages,
         CAUSAL=causal,
         EQUAL=equal,
         num_warps=4,

@@ -21,10 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bi_ops.attention import schedule as sched
+from bi_ops.attention.config import DecodeConfig, check_order
 from bi_ops.attention.hopper.common import ROWS, clear_rows, row_layout, wgmma_layout
 from bi_ops.attention.hopper.softmax import online_softmax, reciprocal
 from bi_ops.attention.kernels.common import LOG2E
+from bi_ops.attention.order import KeySteps
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
@@ -290,34 +291,38 @@ def launch(
     lengths: torch.Tensor,
     causal: bool,
     scale: float,
-    block_n: int,
-    s: sched.RingSchedule,
+    order: KeySteps,
+    config: DecodeConfig,
 ) -> torch.Tensor:
-    """[T, Hq, D], contiguous: as `attention_kernel` computes it with steps of `block_n` keys, bit for bit.
+    """[T, Hq, D], contiguous: as `attention_kernel` computes it in this order, bit for bit.
 
     Args:
         q: [T, Hq, D], bf16 or fp16, D 64, 128 or 256, at most 64 rows (query, head of a KV head) in a sequence.
         k_cache, v_cache: [blocks, block_size, Hkv, D], as `tma.is_cache_compatible` asks. table: int32 [B, max_blocks],
-            both > 0, dense in its last dimension. cu_q: int32 [B + 1]. lengths: int32 [B]. block_n: 64 or 128.
+            both > 0, dense in its last dimension. cu_q: int32 [B + 1]. lengths: int32 [B].
+
+    Raises:
+        ValueError: an order of other steps than 64 or 128 keys.
     """
+    check_order(config, order)
     q = q if q.stride(2) == 1 else q.contiguous()
     hq, head_dim = q.shape[1:]
     page, hkv = k_cache.shape[1:3]
     out = q.new_empty(q.shape)
-    box = math.gcd(page, block_n)
+    box = math.gcd(page, order.block_n)
     (d_k, *k_layout), (d_v, *v_layout) = tma.cache_descriptor(k_cache, box), tma.cache_descriptor(v_cache, box)
     attention_decode_kernel[(table.shape[0] * hkv,)](
         *(d_k, d_v, q, out, cu_q, lengths, table, scale, *q.stride()[:2], table.stride(0), *k_layout, *v_layout),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
-        BLOCK_N=block_n,
+        BLOCK_N=order.block_n,
         PAGE=page,
-        STAGES=s.slots,
-        CTAS_PER_SM=s.together,
+        STAGES=config.stages,
+        CTAS_PER_SM=config.ctas_per_sm,
         CAUSAL=causal,
         num_warps=4,
-        maxnreg=168 if s.together == 1 else 128,  # at the start; then the consumer takes from the producers
+        maxnreg=168 if config.ctas_per_sm == 1 else 128,  # at the start; then the consumer takes from the producers
         **PINNED,
     )
     return out

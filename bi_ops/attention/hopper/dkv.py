@@ -21,8 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bi_ops.attention.config import DkvConfig, check_order
 from bi_ops.attention.hopper.common import clear_rows, wgmma_layout
 from bi_ops.attention.kernels.common import LOG2E
+from bi_ops.attention.order import TwoPass
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
 from bi_ops.core.triton_helpers import PINNED
@@ -337,6 +339,8 @@ def launch(
     max_k: int,
     causal: bool,
     scale: float,
+    order: TwoPass,
+    config: DkvConfig,
 ) -> None:
     """Write dk and dv as `attention_dkv_kernel` does, bit for bit.
 
@@ -344,17 +348,21 @@ def launch(
         g: [T, Hq, D], contiguous, bf16 or fp16, D 256, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D], Tk > 0,
             Hq / Hkv a power of two up to 64. neg_lse, delta: of `launch_delta`. dk, dv: [Tk, Hkv, D], contiguous.
             cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
+
+    Raises:
+        ValueError: an order of other steps than 16, 32 or 64 rows.
     """
+    check_order(config, order)
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
     n_seqs, block_n = cu_q.shape[0] - 1, BLOCK_N.value
     equal = max_k * n_seqs == n_keys
     programs = cdiv(max_k, block_n) * n_seqs if equal else n_keys // block_n + n_seqs
     num_sms = runtime.multiprocessors(q.device)
-    order = cu_k if equal else lpt_order(cu_k, block_n)[0]
+    tile_order = cu_k if equal else lpt_order(cu_k, block_n)[0]
     attention_dkv_hopper_kernel[(programs * hkv,)](
         *(_group_descriptor(t, hq // hkv) for t in (q, g)),
         *(tma.head_descriptor(t, block_n) for t in (k, v)),
-        *(neg_lse, delta, dk, dv, cu_q, cu_k, order, scale, n_tokens, n_seqs, num_sms),
+        *(neg_lse, delta, dk, dv, cu_q, cu_k, tile_order, scale, n_tokens, n_seqs, num_sms),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,

@@ -20,8 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from bi_ops.attention.config import DqConfig, check_order
 from bi_ops.attention.hopper.common import ROWS, clear_rows, wgmma_layout
 from bi_ops.attention.kernels.common import LOG2E
+from bi_ops.attention.order import TwoPass
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
 from bi_ops.core.triton_helpers import PINNED
@@ -368,6 +370,8 @@ def launch(
     max_q: int,
     causal: bool,
     scale: float,
+    order: TwoPass,
+    config: DqConfig,
 ) -> None:
     """Write dq as `attention_dq_kernel` does, bit for bit.
 
@@ -375,18 +379,22 @@ def launch(
         g: [T, Hq, D], contiguous, bf16 or fp16, D 256, T > 0. q: likewise, any strides. k, v: [Tk, Hkv, D], Tk > 0.
             neg_lse, delta: of `launch_delta`. dq: [T, Hq, D], contiguous. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at
             least the most queries of one.
+
+    Raises:
+        ValueError: an order of other steps than 64 keys.
     """
+    check_order(config, order)
     (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
     n_seqs = cu_q.shape[0] - 1
     equal = max_q * n_seqs == n_tokens
     block_m = BLOCK_M.value
     n_tiles = cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
-    order, counter = (cu_q, cu_q.new_zeros(1)) if equal else lpt_order(cu_q, block_m)
+    tile_order, counter = (cu_q, cu_q.new_zeros(1)) if equal else lpt_order(cu_q, block_m)
     programs = min(n_tiles * hq, runtime.multiprocessors(q.device))
     attention_dq_hopper_kernel[(programs,)](
         *(tma.head_descriptor(t, ROWS.value) for t in (q, g)),
         *(tma.head_descriptor(t, BLOCK_N.value) for t in (k, v)),
-        *(neg_lse, delta, dq, cu_q, cu_k, order, counter, cu_q.new_empty((programs, WARP_GROUPS.value))),
+        *(neg_lse, delta, dq, cu_q, cu_k, tile_order, counter, cu_q.new_empty((programs, WARP_GROUPS.value))),
         *(scale, n_tokens, n_seqs, n_tiles),
         H=hq,
         HEADS=hq // hkv,

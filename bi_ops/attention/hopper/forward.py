@@ -13,11 +13,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from bi_ops.attention import schedule as sched
+from bi_ops.attention.config import ForwardConfig, check_order
 from bi_ops.attention.hopper.common import ROWS, clear_rows, row_layout, wgmma_layout
 from bi_ops.attention.hopper.mainloop import mainloop, mainloop_overlap
 from bi_ops.attention.hopper.softmax import reciprocal
 from bi_ops.attention.kernels.common import LN2, LOG2E
+from bi_ops.attention.order import KeySteps
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
 from bi_ops.core.triton_helpers import PINNED
@@ -313,40 +314,44 @@ def launch(
     max_q: int,
     causal: bool,
     scale: float,
-    block_n: int,
-    s: sched.TileSchedule,
+    order: KeySteps,
+    config: ForwardConfig,
 ) -> None:
-    """Write out and lse as `attention_kernel` does with steps of `block_n` keys, bit for bit.
+    """Write out and lse as `attention_kernel` does in this order, bit for bit.
 
     Args:
         q: [T, Hq, D], bf16 or fp16, D 64, 128 or 256, T > 0. k, v: [Tk, Hkv, D], Tk > 0. out: [T, Hq, D], contiguous.
-        lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at least the most queries of one. block_n: 64 or
-            128. s: of `schedule.tiles`, or any.
+        lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at least the most queries of one.
+
+    Raises:
+        ValueError: an order of other steps than 64 or 128 keys.
     """
+    check_order(config, order)
     (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
     n_seqs = cu_q.shape[0] - 1
     equal = max_q * n_seqs == n_tokens
-    block_m = s.teams * ROWS.value
+    block_m = config.warp_groups * ROWS.value
     n_tiles = cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
-    order, counter = (cu_q, cu_q.new_zeros(1)) if equal else lpt_order(cu_q, block_m)
+    tile_order, counter = (cu_q, cu_q.new_zeros(1)) if equal else lpt_order(cu_q, block_m)
     programs = n_tiles * hq
-    if s.stay:
+    if config.persistent:
         programs = min(programs, runtime.multiprocessors(q.device))
-    tile_ids = cu_q.new_empty((programs, s.queries))
+    tile_ids = cu_q.new_empty((programs, config.q_stages))
     attention_forward_kernel[(programs,)](
-        *(tma.head_descriptor(q, ROWS.value), tma.head_descriptor(k, block_n), tma.head_descriptor(v, block_n)),
-        *(out, lse, cu_q, cu_k, order, counter, tile_ids, scale, n_tokens, n_seqs, n_tiles),
+        tma.head_descriptor(q, ROWS.value),
+        *(tma.head_descriptor(t, order.block_n) for t in (k, v)),
+        *(out, lse, cu_q, cu_k, tile_order, counter, tile_ids, scale, n_tokens, n_seqs, n_tiles),
         H=hq,
         HEADS=hq // hkv,
         D=head_dim,
-        BLOCK_N=block_n,
-        WARP_GROUPS=s.teams,
-        STAGES=s.stages,
-        Q_STAGES=s.queries,
+        BLOCK_N=order.block_n,
+        WARP_GROUPS=config.warp_groups,
+        STAGES=config.stages,
+        Q_STAGES=config.q_stages,
         CAUSAL=causal,
-        PINGPONG=s.turns,
-        OVERLAP=s.ahead,
-        PERSISTENT=s.stay,
+        PINGPONG=config.ping_pong,
+        OVERLAP=config.overlap,
+        PERSISTENT=config.persistent,
         EQUAL=equal,
         num_warps=4,
         **PINNED,

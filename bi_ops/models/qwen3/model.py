@@ -236,8 +236,10 @@ class Qwen3ForCausalLM(nn.Module):
                 module.weight.grad = module.main_grad.to(module.weight.dtype)
                 module.main_grad = None
 
-    def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
+    def token_logprobs(self, batch: PackedBatch, attention_backend: str | None = None) -> torch.Tensor:
         """Log-probabilities fp32 [S] of `batch.targets`; differentiable.
+
+        attention_backend: as `backend` of `bi_ops.attention.flash_attention`, the one that the rollout used.
 
         Raises:
             ValueError: a sequence longer than the model's positions.
@@ -249,7 +251,9 @@ class Qwen3ForCausalLM(nn.Module):
             )
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return attention.flash_attention(q, k, v, batch.cu_seqlens, max_seqlen=batch.max_seqlen, causal=True)
+            return attention.flash_attention(
+                *(q, k, v, batch.cu_seqlens), max_seqlen=batch.max_seqlen, causal=True, backend=attention_backend
+            )
 
         hidden = self(batch.input_ids, batch.positions, attend)[batch.predictors]
         if torch.is_grad_enabled():
