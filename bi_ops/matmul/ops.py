@@ -260,7 +260,8 @@ def linear(
 ) -> torch.Tensor:
     """``x @ weight.T + bias`` as `torch.nn.functional.linear`.
 
-    The product is rounded before the bias is added, as in vLLM's batch-invariant linear.
+    The product is rounded before the bias is added, as in vLLM's batch-invariant linear up to 0.31; later releases add
+    it to the fp32 accumulator, as `addmm` does.
 
     Args:
         x: [..., K], bf16, fp16 or fp32. weight: [N, K], the dtype of x or fp32. bias: [N] or None.
