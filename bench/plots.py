@@ -32,22 +32,22 @@ def draw_rewards(data: dict[str, Any], ax: Any) -> None:
     ax.legend(loc="lower right")
 
 
-def product_speed(results: Path) -> dict[str, Any]:
-    """Speed against cuBLAS of every forward product at every row count."""
+def gemm_speed(results: Path) -> dict[str, Any]:
+    """Speed against cuBLAS of every forward GEMM at every row count."""
     rows = [r for r in load_csv(results, "h100/products.csv") if r["pass"] == "fwd"]
-    names = list(dict.fromkeys(f"{r['model']} {r['product']}" for r in rows))
+    names = list(dict.fromkeys(f"{r['model']} {r['gemm']}" for r in rows))
     sizes = sorted({int(r["m"]) for r in rows})
-    cells = {(f"{r['model']} {r['product']}", int(r["m"])): float(r["cublas_us"]) / float(r["ours_us"]) for r in rows}
+    cells = {(f"{r['model']} {r['gemm']}", int(r["m"])): float(r["cublas_us"]) / float(r["ours_us"]) for r in rows}
     return {"names": names, "sizes": sizes, "ratios": [[round(cells[n, m], 3) for m in sizes] for n in names]}
 
 
-def draw_product_speed(data: dict[str, Any], ax: Any) -> None:
+def draw_gemm_speed(data: dict[str, Any], ax: Any) -> None:
     """A heat map; white is the speed of cuBLAS, blue faster."""
     ax.figure.set_size_inches(8, 8)
     image = ax.imshow(data["ratios"], cmap="RdBu", vmin=0.7, vmax=1.3, aspect="auto")
     ax.set_xticks(range(len(data["sizes"])), [str(m) for m in data["sizes"]], rotation=60)
     ax.set_yticks(range(len(data["names"])), data["names"], fontsize=7)
-    ax.set(xlabel="rows", title="Forward products on an H100: speed against cuBLAS, same bits at every row count")
+    ax.set(xlabel="rows", title="Forward GEMMs on an H100: speed against cuBLAS, same bits at every row count")
     ax.figure.colorbar(image, ax=ax, label="times as fast as cuBLAS")
 
 
@@ -101,7 +101,7 @@ def draw_attention_speed(data: dict[str, Any], ax: Any) -> None:
 #: File name to (what is drawn, how).
 FIGURES: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], None]]] = {
     "train.svg": (rewards, draw_rewards),
-    "products.svg": (product_speed, draw_product_speed),
+    "gemm.svg": (gemm_speed, draw_gemm_speed),
     "attention.svg": (attention_speed, draw_attention_speed),
 }
 

@@ -1,4 +1,4 @@
-"""Products against cuBLAS and vLLM: time and bits of every Qwen3 product, one row to thousands. Writes products.csv.
+"""GEMMs against cuBLAS and vLLM: time and bits of every Qwen3 linear layer, one row to thousands. Writes products.csv.
 
     python bench/products.py --out bench/results/h100 [--models 0.6B 8B] [--quick]
 
@@ -23,7 +23,9 @@ import bi_ops  # isort: skip  (before triton)
 import torch
 
 from bi_ops.core import vllm
-from bi_ops.matmul import ops, providers
+from bi_ops.matmul import backends, verification, warmup
+from bi_ops.matmul.backends import gemm
+from bi_ops.matmul.launch import launch_wgrad
 
 #: hidden, intermediate, query heads, key heads; head_dim 128, vocabulary 151,936.
 MODELS = {
@@ -84,7 +86,7 @@ def times(sides: dict[str, list[Callable[[], object]]], rounds: int) -> dict[str
 
 def vllm_product() -> Callable[..., torch.Tensor] | None:
     """vLLM's batch-invariant kernel, where vLLM is installed."""
-    if not providers.get("vllm").available().ok:
+    if not backends.get("vllm").available():
         return None
     return vllm.batch_invariant_module().matmul_persistent
 
@@ -96,18 +98,20 @@ def forward_rows(model: str, pool: torch.Tensor, sizes: tuple[int, ...]) -> Iter
         copies = max(1, min(32, pool.numel() // (n * k), math.ceil(COLD / (2 * n * k))))
         weights = [pool[i * n * k : (i + 1) * n * k].view(n, k).t() for i in range(copies)]
         x_all = torch.randn(max(sizes), k, device="cuda").bfloat16()
-        out_all = ops._mm_out(x_all, weights[0])
+        gemm(x_all, weights[0])
+        warmup()
+        out_all = gemm(x_all, weights[0])
         for m in sizes:
             x = x_all[:m].clone()
             calls = max(copies, 2 if m * n * k > 1 << 38 else 6)
             sides = {
                 "cublas": [lambda x=x, w=weights[i % copies]: torch.mm(x, w) for i in range(calls)],
-                "ours": [lambda x=x, w=weights[i % copies]: ops._mm_out(x, w) for i in range(calls)],
+                "ours": [lambda x=x, w=weights[i % copies]: gemm(x, w) for i in range(calls)],
             }
             if vllm is not None:
                 sides["vllm"] = [lambda x=x, w=weights[i % copies]: vllm(x, w) for i in range(min(calls, 8))]
             us = times(sides, 3 if m * n * k > 1 << 38 else 7)
-            ours = ops._mm_out(x, weights[0])
+            ours = gemm(x, weights[0])
             yield {
                 "pass": "fwd",
                 "model": model,
@@ -121,17 +125,14 @@ def forward_rows(model: str, pool: torch.Tensor, sizes: tuple[int, ...]) -> Iter
                 "roof_us": round(roof_us(m, n, k), 3),
                 "bits_equal_vllm": torch.equal(ours, vllm(x, weights[0])) if vllm is not None else "",
                 "m_invariant": torch.equal(ours, out_all[:m]),
-                "provider": ours_by(x, weights[0], ours, "m"),
+                "backend": ours_by(x, weights[0], ours, "m"),
             }
         del x_all, out_all
 
 
-def ours_by(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, free: str) -> str:
-    """Who computed a product of ours."""
-    from bi_ops.matmul.launch import launch_cublaslt
-
-    chosen = providers.choose()
-    return "triton" if chosen == "cublaslt" and not launch_cublaslt(a, b, None, out, free) else chosen  # type: ignore[arg-type]
+def ours_by(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, batch_axis: verification.BatchAxis) -> str:
+    """Who computed a GEMM of ours."""
+    return "cublaslt" if backends.get("cublaslt").gemm(a, b, None, out, batch_axis) else "triton"
 
 
 def backward_rows(model: str, pool: torch.Tensor, tokens: int) -> Iterator[dict[str, object]]:
@@ -142,20 +143,23 @@ def backward_rows(model: str, pool: torch.Tensor, tokens: int) -> Iterator[dict[
         buffer = torch.zeros(n, k, device="cuda")
         half = tokens // 2
         sides = {
-            "dx": (partial(torch.mm, g, weight), partial(ops._mm_out, g, weight)),
-            "dw": (partial(torch.mm, g.t(), x), partial(ops._mm_out, g.t(), x, free="k")),
-            "dw_fp32": (partial(torch.mm, g.t(), x), partial(ops.launch_weight_grad, g, x, buffer)),
+            "dx": (partial(torch.mm, g, weight), partial(gemm, g, weight)),
+            "dw": (partial(torch.mm, g.t(), x), partial(gemm, g.t(), x, None, None, "k")),
+            "dw_fp32": (partial(torch.mm, g.t(), x), partial(launch_wgrad, g, x, buffer)),
         }
+        for _theirs, ours in sides.values():
+            ours()
+        warmup()
         for name, (theirs, ours) in sides.items():
             us = times({"cublas": [theirs] * 2, "ours": [ours] * 2}, 5)
             if name == "dx":  # the same rows of half the batch
-                invariant = torch.equal(ops._mm_out(g[:half], weight), ops._mm_out(g, weight)[:half])
+                invariant = torch.equal(gemm(g[:half], weight), gemm(g, weight)[:half])
                 by = ours_by(g, weight, torch.empty_like(x), "m")
             else:  # the same sum in micro-batches, and as the other operator rounds it
                 buffer.zero_()
                 for a, b in ((0, 16), (16, half), (half, tokens)):
-                    ops.launch_weight_grad(g[a:b], x[a:b], buffer)
-                whole = ops._mm_out(g.t(), x, free="k", out_dtype=torch.float32)
+                    launch_wgrad(g[a:b], x[a:b], buffer)
+                whole = gemm(g.t(), x, None, torch.float32, "k")
                 invariant = torch.equal(buffer, whole)
                 by = ours_by(g.t(), x, torch.empty_like(weight), "k") if name == "dw" else "triton"
             yield {
@@ -171,7 +175,7 @@ def backward_rows(model: str, pool: torch.Tensor, tokens: int) -> Iterator[dict[
                 "roof_us": round(roof_us(tokens, n, k), 3),
                 "bits_equal_vllm": "",
                 "m_invariant": invariant,
-                "provider": by,
+                "backend": by,
             }
 
 
@@ -185,6 +189,8 @@ def host_rows() -> Iterator[dict[str, object]]:
             "bi_ops.matmul.linear": lambda: bi_ops.matmul.linear(x, weight),
         }
         for name, call in calls.items():
+            call()
+            warmup()
             best = math.inf
             for _ in range(7):
                 torch.cuda.synchronize()

@@ -1,9 +1,9 @@
-"""Puts the committed results into README.md and draws the plots from them.
+"""Writes the tables of README.md and docs/results.md from the committed results, and draws the plots.
 
-    python bench/report.py            # rewrite the marked blocks of README.md, and docs/plots
+    python bench/report.py            # rewrite the marked blocks of both pages, and docs/plots
     python bench/report.py --check    # exit status 1 if any of them is stale; needs no matplotlib
 
-A block of the README stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`, and is what `tables.BLOCKS[NAME]`
+A block stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`, and is what `tables.BLOCKS[NAME]`
 makes of bench/results. A plot is stale when its data or its drawing code is not what the file was made from.
 """
 
@@ -18,7 +18,8 @@ from plots import FIGURES, fingerprint, write_plot
 from tables import BLOCKS
 
 ROOT = Path(__file__).resolve().parents[1]
-README, RESULTS, PLOTS = ROOT / "README.md", ROOT / "bench" / "results", ROOT / "docs" / "plots"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+RESULTS, PLOTS = ROOT / "bench" / "results", ROOT / "docs" / "plots"
 
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)
 
@@ -42,9 +43,9 @@ def render(text: str, results: Path = RESULTS) -> str:
 
 
 def stale() -> list[str]:
-    """Names of what is not what bench/results would make of it."""
-    text = README.read_text(encoding="utf-8")
-    found = [] if render(text) == text else [str(README.relative_to(ROOT))]
+    """The pages and plots that differ from what bench/results would make of them."""
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    found = [str(page.relative_to(ROOT)) for page, text in texts.items() if render(text) != text]
     for name, (collect, draw) in FIGURES.items():
         path = PLOTS / name
         if not path.exists() or fingerprint(collect(RESULTS), draw) not in path.read_text(encoding="utf-8"):
@@ -60,7 +61,8 @@ def main() -> int:
         for name in (names := stale()):
             print(f"{name} is stale; run `python bench/report.py`", file=sys.stderr)
         return 1 if names else 0
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
     wanted = stale()
     for name, (collect, draw) in FIGURES.items():
         path = PLOTS / name

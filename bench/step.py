@@ -75,7 +75,7 @@ Step = tuple[Callable[[], torch.Tensor], Callable[[], None], Callable[[], None]]
 
 
 def ours(model: str, ids: torch.Tensor) -> Step:
-    from bi_ops.matmul import TOKEN_STEP
+    from bi_ops.matmul import TOKEN_STEP, warmup
     from bi_ops.models.packing import pack
     from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
@@ -84,6 +84,7 @@ def ours(model: str, ids: torch.Tensor) -> Step:
     with torch.no_grad():
         for name, p in network.named_parameters():
             p.fill_(1.0) if name.endswith("norm.weight") else p.normal_(std=0.02)
+    warmup(network)
     rows = ids.tolist()
     batch = pack([row[:1] for row in rows], [row[1:] for row in rows], network.device, align=TOKEN_STEP)
 

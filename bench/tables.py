@@ -1,4 +1,8 @@
-"""What the README's marked blocks hold: one function a block, from bench/results to Markdown."""
+"""The marked blocks of README.md and docs/results.md: one function per block, from bench/results to Markdown.
+
+A table has the project's words of today. Committed results keep the words of the commit that wrote them, so `load` and
+`load_csv` translate old names first.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,11 @@ from typing import Any
 
 # --------------------------------------------------------------------------------------------------------------
 # what blocks are made of
+
+#: Columns of result files that have another name now.
+RENAMED_COLUMNS = {"provider": "backend", "product": "gemm", "roof_us": "roofline_us", "roof_gbs": "roofline_gbs"}
+#: Batch compositions of `bi-ops parity` that have another name now.
+RENAMED_COMPOSITIONS = {"strangers": "distractors"}
 
 
 def load(results: Path, name: str) -> Any:
@@ -30,12 +39,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def load_csv(results: Path, name: str) -> list[dict[str, str]]:
-    """The rows of `results`/`name`; empty where nothing was measured yet."""
+    """The rows of `results`/`name`, columns by their names of today; empty where nothing was measured yet."""
     path = results / name
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [{RENAMED_COLUMNS.get(k, k): v for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def csv_provenance(rows: Sequence[Mapping[str, str]], file: str) -> str:
@@ -51,9 +60,9 @@ def geometric_mean(ratios: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def ratios(rows: Iterable[Mapping[str, str]], rival: str) -> list[float]:
-    """How many times faster than `rival` ours is, per row that has both."""
-    return [float(r[rival]) / float(r["ours_us"]) for r in rows if r[rival]]
+def ratios(rows: Iterable[Mapping[str, str]], baseline: str) -> list[float]:
+    """The speed of bi_ops relative to `baseline`, per row that has both; above 1, bi_ops is faster."""
+    return [float(r[baseline]) / float(r["ours_us"]) for r in rows if r[baseline]]
 
 
 #: Libraries whose versions are named, of those that a record has.
@@ -72,7 +81,7 @@ def provenance(records: Sequence[Mapping[str, Any]], file: str) -> str:
     versions = all_of(named(r["versions"]) for r in records)
     where, commits = all_of(r["device"] for r in records), all_of(r["commit"] for r in records)
     dates = all_of(r["date"][:10] for r in records)
-    return f"{where}; {versions}; commit {commits}; {dates}; [`{file}`](bench/results/{file}).\n"
+    return f"{where}; {versions}; commit {commits}; {dates}; `bench/results/{file}`.\n"
 
 
 def delta(value: float) -> str:
@@ -103,9 +112,10 @@ def parity(results: Path) -> str:
             )
         )
     head = ("shape", "vLLM, batch-invariant", "run", "log-probabilities compared", "with other bits", "largest gap")
-    compositions = ", ".join(dict.fromkeys(r["composition"] for r in records))
+    names = (RENAMED_COMPOSITIONS.get(r["composition"], r["composition"]) for r in records)
+    compositions = ", ".join(dict.fromkeys(names))
     sizes = sorted({f"{r['prompts']} prompts x {r['new_tokens']} sampled tokens" for r in records})
-    note = f"{', '.join(sizes)}, each scored again by the training model in these batches: {compositions}. "
+    note = f"{', '.join(sizes)}, each scored again by the training model in these batch compositions: {compositions}. "
     return table(head, rows) + "\n" + note + provenance(records, "h100/parity.json")
 
 
@@ -160,8 +170,8 @@ def bits(results: Path) -> str:
     return what + "- " + provenance([one], "h100/bits.json") + "- " + provenance([other], "h200/bits.json")
 
 
-def products(results: Path) -> str:
-    """Products against cuBLAS and vLLM: the forward by row count, then the backward."""
+def gemm(results: Path) -> str:
+    """GEMMs against cuBLAS and vLLM: the forward by row count, then the backward."""
     rows = load_csv(results, "h100/products.csv")
     if not rows:
         return "Not measured yet.\n"
@@ -174,9 +184,11 @@ def products(results: Path) -> str:
         )
         for low, high in buckets
     ]
-    names = {"dx": "dX", "dw": "dW", "dw_fp32": "dW added to an fp32 buffer"}
+    names = {"dx": "dX", "dw": "dW", "dw_fp32": "dW accumulated into fp32 `main_grad`"}
     parts += [(f"{label}, 8,192 tokens", [r for r in rows if r["pass"] == key]) for key, label in names.items()]
     for label, part in parts:
+        if not part:
+            continue
         cublas, vllm = ratios(part, "cublas_us"), ratios(part, "vllm_us")
         exact = all(r["m_invariant"] == "True" and r["bits_equal_vllm"] in ("True", "") for r in part)
         out.append(
@@ -186,23 +198,23 @@ def products(results: Path) -> str:
                 f"{geometric_mean(cublas):.2f}x",
                 f"{min(cublas):.2f}x",
                 f"{geometric_mean(vllm):.2f}x" if vllm else "",
-                f"{geometric_mean(ratios(part, 'roof_us')):.0%}",
+                f"{geometric_mean(ratios(part, 'roofline_us')):.0%}",
                 "yes" if exact else "NO",
             )
         )
     head = (
-        *("pass", "cells", "speed against cuBLAS", "worst cell", "against vLLM's invariant kernel"),
-        *("of the roof", "bits hold"),
+        *("pass", "shapes", "speed against cuBLAS", "slowest shape", "against vLLM's batch-invariant kernel"),
+        *("of the roofline", "bits hold"),
     )
-    what = "Every product of six Qwen3 sizes, LM head included; geometric means. "
+    what = "Every GEMM of six Qwen3 sizes, LM head included; geometric means. "
     return table(head, out) + "\n" + what + csv_provenance(rows, "h100/products.csv")
 
 
-#: The head size whose cases are listed; of the others the table says how they stand against the best rival.
+#: The head size whose cases are listed; of the others the table says the geometric mean against each baseline.
 MAIN_HEAD_DIM = "128"
-#: How the README calls a pass, in the order of its tables.
+#: What a table calls a pass, in the order of its tables.
 PASSES = {"fwd": "forward", "bwd": "backward", "decode": "decode, GB/s"}
-#: A pass, a rival's columns, its name.
+#: A pass, a baseline's columns, its name.
 Comparison = tuple[str, str, str]
 
 
@@ -212,7 +224,7 @@ def by_pass(rows: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
 
 
 def sequences(row: Mapping[str, str]) -> str:
-    """What a case of attention is computed over."""
+    """The sequences of a case of attention."""
     longest = f"{int(row['seqlen']):,}"
     return f"packed, longest {longest}" if row["packed"] == "True" else f"{row['batch']} x {longest}"
 
@@ -223,19 +235,19 @@ def rounded(figures: Iterable[str]) -> list[str]:
 
 
 def attention(results: Path) -> str:
-    """Attention against its rivals: every case of the main head size, then what the other sizes come to."""
+    """Attention against its baselines: every case of the main head size, then the means of every head size."""
     rows = load_csv(results, "h100/attention.csv")
     if not rows:
         return "Not measured yet.\n"
-    rivals = ("ours", "fa3", "cudnn", "cudnn_deterministic", "fa2")
+    sides = ("ours", "fa3", "cudnn", "cudnn_deterministic", "fa2")
     out = []
     for r in by_pass([r for r in rows if r["head_dim"] == MAIN_HEAD_DIM]):
         unit = "gbs" if r["pass"] == "decode" else "tflops"
         bits = "yes" if r["reruns_equal"] == r["batch_invariant"] == "True" else "NO"
-        figures = rounded(r.get(f"{rival}_{unit}", "") for rival in rivals)
+        figures = rounded(r.get(f"{side}_{unit}", "") for side in sides)
         out.append((PASSES[r["pass"]], sequences(r), *figures, f"{r['reruns']}, {bits}"))
     head = (
-        *("pass, TFLOP/s", "sequences", "ours", "FlashAttention 3", "cuDNN"),
+        *("pass, TFLOP/s", "sequences", "bi_ops", "FlashAttention 3", "cuDNN"),
         *("cuDNN deterministic", "FlashAttention 2", "reruns, bits hold"),
     )
     comparisons = (
@@ -254,7 +266,7 @@ def attention(results: Path) -> str:
 
 
 def flash_attention_4(results: Path) -> str:
-    """Attention against FlashAttention 4: a case a row, its head sizes side by side."""
+    """Attention against FlashAttention 4: one row per case, its head sizes side by side."""
     rows = load_csv(results, "h100/flash_attention_4.csv")
     if not rows:
         return "Not measured yet.\n"
@@ -272,12 +284,12 @@ def flash_attention_4(results: Path) -> str:
         by_size = {r["head_dim"]: r for r in case}
         sides = [f"{side}_tflops" for side in ("ours", "fa4", "fa4_deterministic")]
         figures = rounded(by_size[d][side] if d in by_size else "" for d in sizes for side in sides)
-        together = [r for r in case if int(r["batch"]) > 1]  # a sequence alone says nothing of batches
-        out.append((*names, *figures, hold(case, "fa4_reruns_equal"), hold(together, "fa4_batch_invariant")))
-    named = ("ours", "FlashAttention 4", "FlashAttention 4 deterministic")
+        batched = [r for r in case if int(r["batch"]) > 1]  # one sequence alone cannot depend on a batch
+        out.append((*names, *figures, hold(case, "fa4_reruns_equal"), hold(batched, "fa4_batch_invariant")))
+    named = ("bi_ops", "FlashAttention 4", "FlashAttention 4 deterministic")
     head = (
         *("pass, TFLOP/s", "sequences", *(f"{side}, {d}" for d in sizes for side in named)),
-        *("deterministic: reruns equal", "in a batch as alone"),
+        *("deterministic: reruns equal", "the same bits in a batch and alone"),
     )
     comparisons = (
         ("fwd", "fa4", "FlashAttention 4"),
@@ -297,54 +309,59 @@ def flash_attention_4(results: Path) -> str:
 HEAD_SIZES = "Every head size, geometric means over the lengths:"
 
 
-def attention_ratios(rows: Sequence[Mapping[str, str]], kind: str, head_dim: str, rival: str) -> dict[str, float]:
-    """How many times as fast as `rival`, by length, where it has the case."""
+def attention_ratios(rows: Sequence[Mapping[str, str]], kind: str, head_dim: str, baseline: str) -> dict[str, float]:
+    """The speed of bi_ops relative to `baseline`, by length, where both have the case."""
     return {
         f"{int(r['seqlen']):,}{', packed' if r['packed'] == 'True' else ''}": float(r["ours_tflops"])
-        / float(r[f"{rival}_tflops"])
+        / float(r[f"{baseline}_tflops"])
         for r in rows
-        if r["pass"] == kind and r["head_dim"] == head_dim and r[f"{rival}_tflops"]
+        if r["pass"] == kind and r["head_dim"] == head_dim and r[f"{baseline}_tflops"]
     }
 
 
 def headline(results: Path) -> str:
-    """What exactness costs, in one table."""
+    """What batch invariance costs in speed, in one table."""
     names = ("products", "attention", "flash_attention_4")
-    products, attention, fa4 = (load_csv(results, f"h100/{name}.csv") for name in names)
-    if not products or not attention:
+    gemms, attention, fa4 = (load_csv(results, f"h100/{name}.csv") for name in names)
+    if not gemms or not attention:
         return "Not measured yet.\n"
     rows = [
-        (label, "cuBLAS", f"{geometric_mean(ratios([r for r in products if r['pass'] == kind], 'cublas_us')):.2f}x")
-        for kind, label in (("fwd", "products, forward"), ("dx", "products, dX"), ("dw", "products, dW"))
+        (label, baseline, f"{geometric_mean(ratios([r for r in gemms if r['pass'] == kind], 'cublas_us')):.2f}x")
+        for kind, label, baseline in (
+            ("fwd", "GEMM, forward", "cuBLAS"),
+            ("dx", "GEMM, dX", "cuBLAS"),
+            ("dw", "GEMM, dW", "cuBLAS"),
+            ("dw_fp32", "GEMM, dW accumulated into fp32 `main_grad`", "cuBLAS, dW in bf16"),
+        )
     ]
-    for cases, kind, rival, name in (
+    for cases, kind, baseline, name in (
         (attention, "fwd", "fa3", "FlashAttention 3"),
         (attention, "bwd", "cudnn_deterministic", "cuDNN, deterministic"),
         (fa4, "bwd", "fa4_deterministic", "FlashAttention 4, deterministic"),
     ):
-        if by_length := attention_ratios(cases, kind, MAIN_HEAD_DIM, rival):
+        if by_length := attention_ratios(cases, kind, MAIN_HEAD_DIM, baseline):
             speed = geometric_mean(list(by_length.values()))
             rows.append((f"attention, {PASSES[kind]}, head_dim {MAIN_HEAD_DIM}", name, f"{speed:.2f}x"))
     for model, speed in step_speed(results, "torch, compiled").items():
         rows.append((f"a training step of Qwen3-{model}", "transformers, `torch.compile`, bf16", f"{speed:.2f}x"))
-    what = "\nOn an H100; operators by geometric means.\n"
-    return table(("exact, and batch-invariant", "rival", "speed"), rows) + what
+    what = "\nNVIDIA H100. Above 1x, bi_ops is faster. Operators: geometric means over shapes.\n"
+    return table(("bi_ops, bitwise batch-invariant", "baseline", "speed"), rows) + what
 
 
 def head_sizes(rows: Sequence[Mapping[str, str]], comparisons: Iterable[Comparison]) -> str:
-    """Per comparison and head size: how many times as fast as the rival, where it has any case."""
+    """Per comparison and head size: the speed relative to the baseline, where it has any case."""
     out = []
-    for kind, rival, name in comparisons:
+    for kind, baseline, name in comparisons:
         for d in sorted({int(r["head_dim"]) for r in rows}):
-            if by_length := attention_ratios(rows, kind, str(d), rival):
+            if by_length := attention_ratios(rows, kind, str(d), baseline):
                 worst = min(by_length, key=by_length.__getitem__)
                 speed = f"{geometric_mean(list(by_length.values())):.2f}x"
                 out.append((PASSES[kind], d, name, speed, f"{by_length[worst]:.2f}x at {worst}"))
-    return table(("pass", "head_dim", "against", "speed", "worst"), out)
+    return table(("pass", "head_dim", "baseline", "speed", "slowest case"), out)
 
 
 def host(results: Path) -> str:
-    """What an eager call costs the host."""
+    """Host time of an eager call."""
     rows = load_csv(results, "h100/products_host.csv")
     if not rows:
         return "Not measured yet.\n"
@@ -352,9 +369,9 @@ def host(results: Path) -> str:
     return table(("eager call", "with a gradient", "host, us"), out)
 
 
-#: What is measured beside bi_ops' training step, and how the README calls it.
+#: The sides of a training step's measurement, and what the table calls them.
 STEP_SIDES = {
-    "bi_ops": "bi_ops: exact, fp32 master weights, fp32 gradients",
+    "bi_ops": "bi_ops: batch-invariant, fp32 master weights, fp32 gradients",
     "torch, compiled": "transformers, bf16 weights, `torch.compile`",
     "torch": "transformers, bf16 weights, eager",
     "torch, autocast": "transformers, fp32 master weights under autocast, eager",
@@ -362,7 +379,7 @@ STEP_SIDES = {
 
 
 def step_speed(results: Path, side: str) -> dict[str, float]:
-    """How many times as fast bi_ops' training step is as `side`'s, by model, where both ran."""
+    """The speed of bi_ops' training step relative to `side`'s, by model, where both ran."""
     ms = {(r["model"], r["side"]): float(r["step_ms"]) for r in load_csv(results, "h100/step.csv")}
     return {m: t / ms[m, "bi_ops"] for (m, s), t in ms.items() if s == side and (m, "bi_ops") in ms}
 
@@ -388,13 +405,13 @@ def step(results: Path) -> str:
     return table(head, out) + "\n" + what + csv_provenance(rows, "h100/step.csv")
 
 
-#: Every block the README may have. A further benchmark adds a function above and its name here.
+#: Every block that a page may have. A further benchmark adds a function above and its name here.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "parity": parity,
     "train": train,
     "tests": tests,
-    "products": products,
+    "gemm": gemm,
     "host": host,
     "attention": attention,
     "flash_attention_4": flash_attention_4,

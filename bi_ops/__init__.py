@@ -7,6 +7,7 @@ touches no GPU. On a machine without one, kernels run in Triton's interpreter.
 
 from bi_ops.core import runtime as _runtime  # noqa: F401  # isort: skip  (first: it decides how triton is imported)
 from bi_ops import activation, attention, embedding, logprob, matmul, nn, norm, reduction, rope
+from bi_ops.matmul import warmup
 from bi_ops.mode import (
     batch_invariant_backward_mode,
     disable_batch_invariant_backward_mode,
@@ -29,4 +30,5 @@ __all__ = [
     "norm",
     "reduction",
     "rope",
+    "warmup",
 ]

@@ -179,21 +179,21 @@ def test_doctor_says_what_runs_each_operator(capsys):
     assert "matmul" in out
 
 
-def test_doctor_lists_certificates_and_what_was_refused(capsys, tmp_path, monkeypatch):
+def test_doctor_lists_verified_gemms_and_what_was_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert json.loads(call(capsys, "doctor", "--json")[1])["certificates"]["count"] == 0
-    file = tmp_path / "bi_ops" / "certificates.json"
+    assert json.loads(call(capsys, "doctor", "--json")[1])["verified_gemms"]["count"] == 0
+    file = tmp_path / "bi_ops" / "verified_gemms.json"
     file.parent.mkdir()
-    records = {"good": {"holds": True, "differs_at": []}, "bad": {"holds": False, "differs_at": [8, 16]}}
+    records = {"good": {"verified": True, "differs_at": []}, "bad": {"verified": False, "differs_at": [8, 16]}}
     file.write_text(json.dumps(records | {"foreign": 1, "cut": {}}))
-    found = json.loads(call(capsys, "doctor", "--json")[1])["certificates"]
+    found = json.loads(call(capsys, "doctor", "--json")[1])["verified_gemms"]
     assert found == {"file": str(file), "count": 2, "refused": {"bad": [8, 16]}}
     out = call(capsys, "doctor")[1]
-    assert "2 products, 1 refused" in out
+    assert "2 GEMMs verified bitwise, 1 refused" in out
     assert "bad: other bits at [8, 16]" in out
     for unreadable in ("[1]", "{", "null"):
         file.write_text(unreadable)
-        assert json.loads(call(capsys, "doctor", "--json")[1])["certificates"]["count"] == 0
+        assert json.loads(call(capsys, "doctor", "--json")[1])["verified_gemms"]["count"] == 0
 
 
 @pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")

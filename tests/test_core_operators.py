@@ -13,8 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bi_ops import attention, embedding, logprob, matmul, reduction
 from bi_ops.core import operators
+from bi_ops.core.backends import Support
 from bi_ops.core.operators import custom_op, on_device_of_first
-from bi_ops.matmul import TOKEN_STEP
+from bi_ops.matmul import TOKEN_STEP, cublaslt
+from bi_ops.matmul.backends import CublasLt
+from bi_ops.matmul.linear import through_binding
 from bi_ops.models.packing import pack
 from bi_ops.verify.properties import bits_equal
 
@@ -206,18 +209,26 @@ def test_whoever_watches_the_dispatcher_sees_the_operator(call, device):
 
 
 def test_the_binding_is_not_asked_where_the_operator_is_to_be_seen(device, monkeypatch):
-    """It is C++ that no mode sees into: a trace through it would lack the product."""
+    """It is C++ that no mode sees into: a trace through it would lack the GEMM."""
     asked = []
     binding = SimpleNamespace(linear=lambda x, weight: asked.append(x))
-    monkeypatch.setattr(matmul.ops.cublaslt, "extension", lambda: binding)
-    monkeypatch.setattr(matmul.ops.providers, "choose", lambda: "cublaslt")
-    x, weight = torch.randn(2, 4, 4, device=device)
-    assert matmul.ops._through_binding(x, weight) is None
-    assert len(asked) == 1
-    with FlopCounterMode(display=False):
-        assert matmul.ops._through_binding(x, weight) is None
-    assert matmul.ops._through_binding(torch._neg_view(x), weight) is None
-    assert len(asked) == 1
+    monkeypatch.setattr(cublaslt, "extension", lambda: binding)
+
+    class Chosen(CublasLt):
+        def available(self):
+            return Support(True)
+
+    x, weight = torch.randn(2, 4, 4, device=device).bfloat16()
+    matmul.backends.register(Chosen(), first=True)
+    try:
+        assert through_binding(x, weight) is None
+        assert len(asked) == 1
+        with FlopCounterMode(display=False):
+            assert through_binding(x, weight) is None
+        assert through_binding(torch._neg_view(x), weight) is None
+        assert len(asked) == 1
+    finally:
+        matmul.backends.register(CublasLt(), first=True)
 
 
 def test_shapes_alone_are_enough_to_trace(device):

@@ -1,19 +1,23 @@
-"""The words of the project are true: tables and plots are those of the results, samples run, commands parse."""
+"""The documentation is true: tables and plots are those of the results, samples run, commands parse, links lead on."""
 
 from __future__ import annotations
 
 import csv
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from bi_ops.cli import make_parser
+from bi_ops.core import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/architecture.md")
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
+README_LINES = 200
 FENCE = re.compile(r"(?:<!-- (?P<note>[^>]*) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.DOTALL)
 
 
@@ -27,7 +31,7 @@ def report(monkeypatch):
 def write_rows(path, rows: list[dict[str, object]], versions: dict[str, str]) -> None:
     """A result file of `rows`, all of them measured in one place."""
     record = {"device": "GPU", "versions": versions, "commit": "abc", "date": "2026-01-02T03:04:05+00:00"}
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *record])
         writer.writeheader()
@@ -50,26 +54,66 @@ SAMPLES = fences("python")
 COMMANDS = [line for _, code in fences("bash") for line in code.splitlines() if "bi-ops " in line.split("#")[0]]
 
 
+def test_the_readme_is_a_front_door():
+    """One table and one figure of results; the rest is in docs/."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= README_LINES
+    assert text.count("<!-- begin: ") == text.count("![") == 1
+
+
+def test_every_result_is_shown(report):
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert [name for name in report.BLOCKS if f"<!-- begin: {name} -->" not in text] == []
+    assert [name for name in report.FIGURES if f"](plots/{name})" not in text] == []
+
+
 def test_blocks_and_plots_are_made_from_the_committed_results(report):
     assert report.stale() == [], "run `python bench/report.py`"
 
 
 def test_a_stale_block_is_noticed(report, tmp_path, monkeypatch):
-    """Negative control: one changed figure in the README, and one in a plot's data."""
-    text = report.README.read_text(encoding="utf-8")
-    changed = re.sub(r"\| \d[\d,]* \|", "| 12,345 |", text, count=1)
-    assert changed != text
-    (tmp_path / "README.md").write_text(changed, encoding="utf-8")
+    """Negative control: one changed figure in each page, and one in a plot's data."""
+    pages = []
+    for page in report.PAGES:
+        text = page.read_text(encoding="utf-8")
+        changed = re.sub(r"(<!-- begin: .*?)\b1\.02x", r"\g<1>9.99x", text, count=1, flags=re.DOTALL)
+        assert changed != text
+        pages.append(tmp_path / page.name)
+        pages[-1].write_text(changed, encoding="utf-8")
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "PAGES", tuple(pages))
     monkeypatch.setattr(report, "PLOTS", tmp_path / "plots")
     monkeypatch.setattr(report, "FIGURES", {"train.svg": report.FIGURES["train.svg"]})
     collect, draw = report.FIGURES["train.svg"]
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "train.svg").write_text(report.fingerprint({"rewards": []}, draw))
-    assert report.stale() == ["README.md", "plots/train.svg"]
+    assert report.stale() == ["README.md", "results.md", "plots/train.svg"]
     (tmp_path / "plots" / "train.svg").write_text(report.fingerprint(collect(report.RESULTS), draw))
-    assert report.stale() == ["README.md"]
+    assert report.stale() == ["README.md", "results.md"]
+
+
+def test_results_with_older_names_stay_readable(report, tmp_path):
+    """Columns and compositions that were renamed: an old file and a new one make the same table."""
+    gemm = {"pass": "fwd", "model": "0.6B", "m": 1, "n": 8, "k": 8, "cublas_us": 3.0, "vllm_us": 9.0, "ours_us": 2.0}
+    exact = {"bits_equal_vllm": True, "m_invariant": True}
+    scores = {"model": "0.6B", "plugin": True, "cuda_graphs": True, "prompts": 2, "new_tokens": 4, "max_delta": 0.0}
+    counts = {"tokens_checked": 8, "tokens_different": 0}
+    where = {"device": "GPU", "versions": {"torch": "2.11.0"}, "commit": "abc", "date": "2026-01-02T03:04:05+00:00"}
+    made = {}
+    for age, names, composition in (
+        ("old", {"product": "qkv", "provider": "triton", "roof_us": 1.0}, "strangers"),
+        ("new", {"gemm": "qkv", "backend": "triton", "roofline_us": 1.0}, "distractors"),
+    ):
+        results = tmp_path / age
+        write_rows(results / "h100/products.csv", [{**gemm, **names, **exact}], {"torch": "2.11.0"})
+        record = [{**scores, **counts, **where, "composition": composition}]
+        (results / "h100/parity.json").write_text(json.dumps(record), encoding="utf-8")
+        made[age] = [report.BLOCKS["gemm"](results), report.BLOCKS["parity"](results)]
+        data, _ = report.FIGURES["gemm.svg"]
+        made[age].append(data(results))
+    assert made["old"] == made["new"]
+    assert "50%" in made["new"][0]
+    assert "compositions: distractors." in made["new"][1]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +139,7 @@ def test_the_block_of_flash_attention_4_says_what_holds_and_what_was_not_asked(r
     rows = [
         case("bwd", 64, 4, 200.0, 100.4, 50.0, True, True),
         case("fwd", 64, 4, 300.0, 400.0, "", "", ""),
-        case("bwd", 128, 4, 250.0, "", 100.0, True, False),  # a batch that changes bits, and a rival that failed
+        case("bwd", 128, 4, 250.0, "", 100.0, True, False),  # a batch that changes bits, and a baseline that failed
         case("bwd", 128, 1, 100.0, 125.0, 80.0, True, True),  # one sequence: nothing is said of batches
     ]
     write_rows(tmp_path / "h100/flash_attention_4.csv", rows, {"torch": "2.11.0+cu130", "flash-attn-4": "4.0.0b36"})
@@ -140,7 +184,8 @@ def test_python_samples_run(i):
     assert note in ("runnable", "needs vllm"), "say above the sample whether it runs everywhere"
     compiled = compile(code, f"sample {i}", "exec")
     if note == "runnable":
-        exec(compiled, {"__name__": "__main__"})
+        with torch.device(runtime.default_device()):  # the README's samples leave the device to the reader
+            exec(compiled, {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -150,17 +195,34 @@ def test_commands_parse(line):
     make_parser().parse_args(arguments)
 
 
-def test_links_lead_somewhere():
-    for page in PAGES:
-        text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
-        for target in re.findall(r"\]\(([^)#\s]+)", text):
-            if "://" not in target:
-                assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs both make them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
 
 
-def test_named_files_exist():
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
     """A path in backticks that looks like one of the project's is one."""
-    for page in PAGES:
-        text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
-        for path in re.findall(r"`((?:bi_ops|bench|tests|docs)/[\w./-]+)`", text):
-            assert (ROOT / path).exists(), f"{page} names {path}"
+    text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    for path in re.findall(r"`((?:bi_ops|bench|tests|docs|examples)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_every_page_is_in_the_navigation():
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [Path(p).name for p in PAGES if p.startswith("docs/")]
+    assert sorted(re.findall(r": ([\w-]+\.md)$", config, re.MULTILINE)) == pages

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from bi_ops import matmul as mm_ops
+from bi_ops import matmul
 from bi_ops.core import runtime
-from bi_ops.matmul import reference
+from bi_ops.core.backends import Support
+from bi_ops.matmul import reference, verification
+from bi_ops.matmul.backends import CublasLt
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 
 # The interpreter pays milliseconds per tile; a GPU takes the sizes that matter.
@@ -17,14 +23,37 @@ BACKEND = "aot_eager" if runtime.INTERPRET else "inductor"
 
 
 #: The step of the reduced axis after which the interpreter, and the tensor cores, round.
-STEP = mm_ops.TOKEN_STEP
+STEP = matmul.TOKEN_STEP
 
 
-@pytest.fixture(params=["triton"] if runtime.INTERPRET else ["cublaslt", "triton"], autouse=True)
-def provider(request):
-    """Every property holds for every provider."""
-    with mm_ops.providers.forced(request.param):
-        yield request.param
+class VerifiedFirst(CublasLt):
+    """cuBLASLt that compares a shape's bits when it meets it, so that it computes whatever it may."""
+
+    name = "cublaslt, verified first"
+    automatic = False
+
+    def supports(self, problem, arch):
+        return Support(True)  # what it cannot multiply, `gemm` leaves to the Triton kernel
+
+    def gemm(self, *operands):
+        return super().gemm(*operands) or (matmul.warmup().verified > 0 and super().gemm(*operands))
+
+
+#: The public functions, with the backend of the test.
+mm_ops: Any = matmul
+
+
+@pytest.fixture(params=["triton"] if runtime.INTERPRET else [VerifiedFirst.name, "triton"], autouse=True)
+def backend(request):
+    """Every property holds for every backend, forward and backward."""
+    global mm_ops
+    matmul.backends.register(VerifiedFirst())
+    calls = {
+        n: functools.partial(getattr(matmul, n), backend=request.param) for n in ("mm", "addmm", "linear", "matmul")
+    }
+    mm_ops = SimpleNamespace(**{n: getattr(matmul, n) for n in matmul.__all__} | calls)
+    yield request.param
+    matmul.backends.unregister(VerifiedFirst.name)
 
 
 def randn(*shape, dtype=torch.bfloat16, device):
@@ -168,13 +197,16 @@ def test_bad_input_is_named(call, error, message, device):
         call(device)
 
 
-def test_forcing_a_provider_that_is_missing_says_how_to_get_it():
-    if mm_ops.providers.get("vllm").available().ok:
-        pytest.skip("vLLM is installed")
-    with pytest.raises(RuntimeError, match=r"(?i)vllm"):
-        mm_ops.providers.force("vllm")
-    with pytest.raises(ValueError, match="providers are"):
-        mm_ops.providers.force("magma")
+@pytest.mark.parametrize("call", [matmul.mm, matmul.matmul, matmul.linear])
+def test_a_backend_that_cannot_serve_says_why(call, device):
+    a = torch.ones(3, 3, device=device)
+    with pytest.raises(RuntimeError, match="matmul: backend 'cublaslt' cannot"):
+        call(a, a, backend="cublaslt")  # fp32, and in the interpreter no GPU
+    with pytest.raises(ValueError, match="matmul: no backend 'magma'; backends are cublaslt, triton, vllm"):
+        call(a, a, backend="magma")
+    if not matmul.backends.get("vllm").available():
+        with pytest.raises(RuntimeError, match=r"(?i)matmul: backend 'vllm' cannot run here: .*vllm"):
+            call(a.bfloat16(), a.bfloat16(), backend="vllm")
 
 
 @pytest.mark.gpu
@@ -186,20 +218,19 @@ def test_bits_equal_vllms_kernel(dtype, device):
         for m in (1, 2, 15, 16, 17, 64, 65, 128, 129, 257, 1000, 4096):
             x = randn(m, k, dtype=dtype, device=device)
             ours = mm_ops.linear(x, weight)
-            with mm_ops.providers.forced("vllm"):
-                theirs = mm_ops.linear(x, weight)
+            theirs = matmul.linear(x, weight, backend="vllm")
             assert torch.equal(ours, theirs), (m, n, k)
 
 
 # --------------------------------------------------------------------------------------------------------------
-# weight gradients carried on in a buffer
+# weight gradients accumulated in a buffer
 
 
 def pieces(total, cuts):
     return list(zip((0, *cuts), (*cuts, total), strict=True))
 
 
-def carried(g, x, cuts):
+def accumulated(g, x, cuts):
     buffer = torch.zeros(g.shape[1], x.shape[1], device=g.device)
     for a, b in pieces(len(g), cuts):
         mm_ops.accumulate_weight_grad(buffer, g[a:b], x[a:b])
@@ -211,19 +242,19 @@ def test_micro_batches_cut_on_the_step_end_in_the_bits_of_one_pass(dtype, device
     tokens = 7 * STEP + 5
     for n, k in ((24, 40),) if runtime.INTERPRET else ((24, 40), (1024, 2048), (520, 264)):
         g, x = randn(tokens, n, dtype=dtype, device=device), randn(tokens, k, dtype=dtype, device=device)
-        whole = carried(g, x, ())
+        whole = accumulated(g, x, ())
         weight = torch.zeros(n, k, device=device, requires_grad=True)  # an fp32 master: its gradient is not rounded
         assert torch.equal(torch.autograd.grad(mm_ops.linear(x, weight), weight, g)[0], whole)
         for cuts in ((STEP,), (STEP, 4 * STEP), tuple(range(STEP, 7 * STEP, STEP))):
-            assert torch.equal(carried(g, x, cuts), whole), (n, k, cuts)
+            assert torch.equal(accumulated(g, x, cuts), whole), (n, k, cuts)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["WIDE", "NARROW"])
-def test_carrying_on_hopper_has_the_bits_of_the_plain_kernel(name, dtype, device):
+def test_accumulating_on_hopper_has_the_bits_of_the_triton_kernel(name, dtype, device):
     """Tiles at the edges, more tiles than multiprocessors, fewer tokens than a step, cut tiles; often, for races."""
-    from bi_ops.matmul import hopper, launch, schedule
+    from bi_ops.matmul import config, hopper, launch
 
     all_of_them = torch.cuda.get_device_properties(device).multi_processor_count
     cases = ((24, 40, 117), (520, 264, 16), (1000, 3000, 999), (2560, 8192, 333), (2560, 4096, 2101), (520, 264, 2500))
@@ -234,27 +265,27 @@ def test_carrying_on_hopper_has_the_bits_of_the_plain_kernel(name, dtype, device
         launch.launch_triton(g.t()[None], x[None], None, plain[None], accumulate=True, over_tokens=True)
         for processors in (all_of_them, 3, 4, 7) if n * k < 2**20 else (all_of_them, 100):
             for _ in range(10):
-                carried_on = start.clone()
-                hopper.launch(g, x, carried_on, getattr(schedule, name), processors)
-                assert torch.equal(carried_on, plain), (n, k, tokens, processors)
+                accumulated_on_hopper = start.clone()
+                hopper.launch(g, x, accumulated_on_hopper, getattr(config, name), processors)
+                assert torch.equal(accumulated_on_hopper, plain), (n, k, tokens, processors)
 
 
-def test_carrying_takes_the_tile_that_needs_less_time():
-    from bi_ops.matmul.schedule import NARROW, WIDE, carry_schedule
+def test_a_weight_gradient_takes_the_tile_that_needs_less_time():
+    from bi_ops.matmul.config import NARROW, WIDE, wgrad_config
 
-    assert carry_schedule(4096, 12288, 8192, 132) == WIDE  # 1,536 wide tiles, 12 rounds, against 24
-    assert carry_schedule(1024, 2048, 8192, 132) == NARROW  # one round of either
-    assert carry_schedule(6144, 1024, 8192, 132) == WIDE  # one round and a half, its tiles cut, against 3 short ones
-    assert carry_schedule(6144, 1024, 1024, 132) == NARROW  # too few tokens to cut: 3 short rounds against 2 long ones
+    assert wgrad_config(4096, 12288, 8192, 132) == WIDE  # 1,536 wide tiles, 12 rounds, against 24
+    assert wgrad_config(1024, 2048, 8192, 132) == NARROW  # one round of either
+    assert wgrad_config(6144, 1024, 8192, 132) == WIDE  # one round and a half, its tiles cut, against 3 short ones
+    assert wgrad_config(6144, 1024, 1024, 132) == NARROW  # too few tokens to cut: 3 short rounds against 2 long ones
 
 
 def test_tiles_are_cut_where_a_last_round_would_not_be_full():
-    from bi_ops.matmul.schedule import carry_split
+    from bi_ops.matmul.config import split_along_tokens
 
     for tiles in range(1, 700):
         for tokens in (16, 2047, 2048, 8192, 9999):
             for step in (16, 64):
-                whole, piece = carry_split(tiles, tokens, step, 132)
+                whole, piece = split_along_tokens(tiles, tokens, step, 132)
                 left = tiles - whole
                 assert (piece == 0) == (left == 0)
                 if piece:
@@ -264,28 +295,31 @@ def test_tiles_are_cut_where_a_last_round_would_not_be_full():
                     assert tokens >= 2048
                     assert 2 <= pieces <= whole // 132 + 1  # a round for each
                     assert pieces * left <= 132  # and a program
-    assert carry_split(320, 8192, 16, 132) == (264, 4096)  # 56 tiles left: 112 programs take half of one each
-    assert carry_split(800, 8192, 16, 132) == (792, 1184)  # 8 left: 7 pieces, one in each round
-    assert carry_split(480, 8192, 16, 132) == (480, 0)  # 84 left: more than half as many as programs
-    assert carry_split(132, 8192, 16, 132) == (132, 0)
-    assert carry_split(96, 8192, 16, 132) == (96, 0)  # not a round: there is no time before or after to put a piece
+    assert split_along_tokens(320, 8192, 16, 132) == (264, 4096)  # 56 tiles left: 112 programs take half of one each
+    assert split_along_tokens(800, 8192, 16, 132) == (792, 1184)  # 8 left: 7 pieces, one in each round
+    assert split_along_tokens(480, 8192, 16, 132) == (480, 0)  # 84 left: more than half as many as programs
+    assert split_along_tokens(132, 8192, 16, 132) == (132, 0)
+    assert split_along_tokens(96, 8192, 16, 132) == (
+        96,
+        0,
+    )  # not a round: there is no time before or after to put a piece
 
 
 def test_a_cut_off_the_step_is_caught(device):
     """Negative control."""
     g, x = randn(4 * STEP, 64, device=device), randn(4 * STEP, 64, device=device)
-    whole = carried(g, x, ())
-    assert not torch.equal(carried(g, x, (STEP + STEP // 2,)), whole)
-    assert not torch.equal(carried(g, x, (2 * STEP - 3, 3 * STEP + 1)), whole)
+    whole = accumulated(g, x, ())
+    assert not torch.equal(accumulated(g, x, (STEP + STEP // 2,)), whole)
+    assert not torch.equal(accumulated(g, x, (2 * STEP - 3, 3 * STEP + 1)), whole)
 
 
 def test_rows_of_zeros_add_exactly_nothing(device):
     g, x = randn(2 * STEP, 24, device=device), randn(2 * STEP, 40, device=device)
     g[STEP - 3 : STEP] = 0
-    padded = carried(g, x, (STEP,))
-    assert torch.equal(carried(g[: STEP - 3], x[: STEP - 3], ()), carried(g[:STEP], x[:STEP], ()))
+    padded = accumulated(g, x, (STEP,))
+    assert torch.equal(accumulated(g[: STEP - 3], x[: STEP - 3], ()), accumulated(g[:STEP], x[:STEP], ()))
     x[STEP - 3 : STEP] = 7.0
-    assert torch.equal(carried(g, x, (STEP,)), padded)
+    assert torch.equal(accumulated(g, x, (STEP,)), padded)
 
 
 def test_linear_adds_its_weight_gradient_to_the_buffer(device):
@@ -332,42 +366,46 @@ def test_linear_into_a_buffer_is_one_node_and_refuses_a_second_derivative(device
 
 
 # --------------------------------------------------------------------------------------------------------------
-# certificates
+# the bitwise verification of cuBLASLt
 
 
 @pytest.fixture
-def product(tmp_path, monkeypatch):
-    from bi_ops.matmul import certificate
-
+def shape(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(certificate, "_verdicts", {})
-    monkeypatch.setattr(certificate, "_file", None)
-    return certificate.Product(0, torch.bfloat16, torch.bfloat16, "m", 1024, 3072, False, True, False)
+    verification.forget()
+    yield verification.GemmShape(0, torch.bfloat16, torch.bfloat16, "m", 1024, 3072, False, True, False)
+    verification.forget()
 
 
 @pytest.mark.gpu
-def test_a_certificate_is_given_once_and_kept(product, monkeypatch):
-    from bi_ops.matmul import certificate
-
-    assert certificate.holds(product) is True
-    assert list(certificate.stored()) == [product.key()]
-    monkeypatch.setattr(certificate, "_verdicts", {})
-    monkeypatch.setattr(certificate, "differing", lambda p: pytest.fail("compared again"))
-    assert certificate.holds(product) is True
+def test_a_shape_is_compared_once_and_kept(shape):
+    assert verification.is_verified(shape) is False
+    assert verification.verify(shape) is True
+    assert list(verification.stored()) == [shape.key()]
+    verification.forget()
+    assert verification.is_verified(shape) is True
 
 
 @pytest.mark.gpu
-def test_the_certificate_refuses_split_k(product, monkeypatch):
-    """Negative control: with the restriction lifted cuBLASLt splits K here; the product then falls to Triton."""
-    from bi_ops.matmul import certificate, launch
+def test_verification_refuses_split_k(shape):
+    """Negative control: with the restriction lifted cuBLASLt splits K here."""
+    assert verification.differing(shape) == []
+    assert verification.differing(shape, restricted=False) != []
 
-    assert certificate.differing(product) == []
-    assert certificate.differing(product, restricted=False) != []
-    free = certificate.differing
-    monkeypatch.setattr(certificate, "differing", lambda p: free(p, restricted=False))
-    assert certificate.holds(product) is False
-    a, b = torch.ones(4, 3072, device="cuda").bfloat16(), torch.ones(1024, 3072, device="cuda").bfloat16().t()
-    assert launch.launch_cublaslt(a, b, None, torch.empty(4, 1024, device="cuda").bfloat16(), "m") is False
+
+@pytest.mark.gpu
+def test_a_first_call_runs_triton_and_a_warmup_changes_no_bit(shape, device):
+    """Forward and gradients before, when nothing is verified, and after, through the C++ binding."""
+    x, weight = randn(100, 3072, device=device).requires_grad_(), randn(1024, 3072, device=device).requires_grad_()
+    g, found = randn(100, 1024, device=device), []
+    for _ in range(2):
+        out = matmul.linear(x, weight)
+        found.append((out, *torch.autograd.grad(out, (x, weight), g)))
+        through_cpp = type(out.grad_fn).__name__
+        summary = matmul.warmup()
+    assert summary.verified == 0  # the second call met nothing new
+    assert through_cpp == "CppFunction"
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.gpu

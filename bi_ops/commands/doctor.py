@@ -17,7 +17,7 @@ FAMILIES = ("matmul", "norm", "attention", "activation", "rope", "embedding", "l
 
 DESCRIPTION = """\
 Say what this machine has: GPU, versions, whether kernels are compiled or interpreted, which provider computes each
-operator and why, how many products cuBLASLt is certified for, and what is missing with the command that gets it."""
+operator and why, how many GEMMs of cuBLASLt are verified, and what is missing with the command that gets it."""
 
 EPILOG = """\
 examples:
@@ -50,35 +50,41 @@ def _version(package: str) -> str | None:
 def operators() -> list[dict[str, Any]]:
     """One record per family: op, ok, provider, why, others (name to why it could or could not run)."""
     from bi_ops.core import runtime
+    from bi_ops.core.backends import Backends
     from bi_ops.core.providers import ProviderTable
 
     kernel = "Triton's interpreter" if runtime.INTERPRET else "Triton"
     records: list[dict[str, Any]] = []
     for family in FAMILIES:
-        table = getattr(importlib.import_module(f"bi_ops.{family}"), "providers", None)
+        module = importlib.import_module(f"bi_ops.{family}")
+        backends = getattr(module, "backends", None)
+        if isinstance(backends, Backends):
+            rows = backends.table()
+            chosen = next((r for r in rows if r["ok"] and r["automatic"]), None)
+            reasons = {str(r["name"]): r["reason"] for r in rows if r is not chosen}
+            why = chosen["reason"] if chosen else "no backend can run here"
+            name = chosen["name"] if chosen else None
+            records.append({"op": family, "ok": chosen is not None, "provider": name, "why": why, "others": reasons})
+            continue
+        table = getattr(module, "providers", None)
         if not isinstance(table, ProviderTable):
             only = {"provider": "triton", "why": f"{kernel}, the only provider", "others": {}}
             records.append({"op": family, "ok": True, **only})
             continue
         reasons = {p.name: p.available().reason for p in table.providers}
-        try:
-            chosen = table.choose()
-            why = table.why()
-        except RuntimeError as e:
-            records.append({"op": family, "ok": False, "provider": None, "why": str(e), "others": reasons})
-            continue
-        others = {name: reason for name, reason in reasons.items() if name != chosen}
-        records.append({"op": family, "ok": True, "provider": chosen, "why": why, "others": others})
+        chosen_name = table.choose()
+        others = {name: reason for name, reason in reasons.items() if name != chosen_name}
+        records.append({"op": family, "ok": True, "provider": chosen_name, "why": table.why(), "others": others})
     return records
 
 
-def certificates() -> dict[str, Any]:
-    """The certificates of products that this machine keeps: file, count, and the products whose bits differed."""
-    from bi_ops.matmul import certificate
+def verified_gemms() -> dict[str, Any]:
+    """The bitwise verification cache of this machine: file, count, and the GEMMs whose bits differed."""
+    from bi_ops.matmul import verification
 
-    kept = certificate.stored()
-    refused = {key: record.get("differs_at", []) for key, record in kept.items() if not record["holds"]}
-    return {"file": str(certificate.path()), "count": len(kept), "refused": refused}
+    kept = verification.stored()
+    refused = {key: record.get("differs_at", []) for key, record in kept.items() if not record["verified"]}
+    return {"file": str(verification.path()), "count": len(kept), "refused": refused}
 
 
 def missing(gpu: str | None) -> list[dict[str, str]]:
@@ -101,7 +107,7 @@ def missing(gpu: str | None) -> list[dict[str, str]]:
     if gpu is not None and runtime.architecture() != "sm_90":
         means = f"bits were shown to agree on sm_90, not on {runtime.architecture()}"
         out.append({"what": "Hopper", "means": means, "how": "check with bi-ops parity, or use an H100 or H200"})
-    binding = matmul.providers.get("cublaslt").available()
+    binding = matmul.backends.get("cublaslt").available()
     if gpu is not None and runtime.architecture() == "sm_90" and not binding.ok:
         means = f"products run in Triton: the same bits, more slowly ({binding.reason})"
         out.append({"what": "cuBLASLt", "means": means, "how": cublaslt.REQUIREMENTS})
@@ -135,7 +141,7 @@ def diagnose() -> dict[str, Any]:
             "transformers": _version("transformers"),
         },
         "operators": operators(),
-        "certificates": certificates(),
+        "verified_gemms": verified_gemms(),
         "missing": missing(gpu),
     }
 
@@ -162,8 +168,8 @@ def run(args: argparse.Namespace) -> int:
         others = "\n".join(f"{name}: {reason}" for name, reason in record["others"].items())
         table.add_row(record["op"], record["provider"] or "NONE", escape(record["why"]), escape(others))
     console.print(table)
-    kept = found["certificates"]
-    console.print(f"cuBLASLt certificates: {kept['count']} products, {len(kept['refused'])} refused; {kept['file']}")
+    kept = found["verified_gemms"]
+    console.print(f"cuBLASLt: {kept['count']} GEMMs verified bitwise, {len(kept['refused'])} refused; {kept['file']}")
     for key, lengths in kept["refused"].items():
         console.print(f"  refused, so Triton computes it: {key}: other bits at {lengths}", soft_wrap=True, markup=False)
     for item in found["missing"]:

@@ -7,7 +7,7 @@ backend of another order is another result, so what generated a rollout decides 
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -52,6 +52,7 @@ class Backend:
 
 
 B = TypeVar("B", bound=Backend)
+Choose = TypeVar("Choose", bound=Callable[..., object])
 
 
 class Backends(Generic[B]):
@@ -64,7 +65,18 @@ class Backends(Generic[B]):
     def __init__(self, op: str, backends: tuple[B, ...] = ()) -> None:
         self.op = op
         self._backends = list(backends)
-        self.select = functools.lru_cache(maxsize=4096)(self._select)
+        self._caches: list[Callable[[], None]] = []
+        self.select = self.cached(self._select)
+
+    def cached(self, choose: Choose) -> Choose:
+        """`choose` with its answers kept until the table changes: a choice is asked for in every call."""
+        kept = functools.lru_cache(maxsize=4096)(choose)
+        self._caches.append(kept.cache_clear)
+        return kept  # type: ignore[return-value]
+
+    def _changed(self) -> None:
+        for clear in self._caches:
+            clear()
 
     def __iter__(self) -> Iterator[B]:
         return iter(self._backends)
@@ -73,13 +85,13 @@ class Backends(Generic[B]):
         """Add a backend, last or first in preference; one of its name is replaced."""
         self._backends = [b for b in self._backends if b.name != backend.name]
         self._backends.insert(0 if first else len(self._backends), backend)
-        self.select.cache_clear()
+        self._changed()
         return backend
 
     def unregister(self, name: str) -> None:
         """Take a backend out of the table."""
         self._backends.remove(self.get(name))
-        self.select.cache_clear()
+        self._changed()
 
     def names(self) -> tuple[str, ...]:
         return tuple(b.name for b in self._backends)

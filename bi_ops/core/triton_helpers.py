@@ -9,6 +9,10 @@ from bi_ops.core.runtime import INTERPRET
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
+#: Options of every kernel launch. Whether the compiler may fuse a multiplication and an addition shapes bits, and
+#: releases of Triton differ in their default (3.10 turns it off).
+PINNED = {"enable_fp_fusion": True}
+
 
 @triton.jit
 def dot(a, b, acc):

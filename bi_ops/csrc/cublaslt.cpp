@@ -338,14 +338,14 @@ struct Linear : torch::autograd::Function<Linear> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     using Signature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool,
-                                                         bool);
+                                                         bool, c10::string_view);
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("bi_ops::mm_backward", "").typed<Signature>();
     const auto saved = ctx->get_saved_variables();
     const auto &x = saved[0], &weight = saved[1];
     const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
     const auto g = grads[0].reshape({-1, weight.size(0)});
-    auto [dx, dw] = op.call(g, x.reshape({-1, x.size(-1)}), weight.t(), need_x, need_weight);
+    auto [dx, dw] = op.call(g, x.reshape({-1, x.size(-1)}), weight.t(), need_x, need_weight, "");
     return {need_x ? dx.view(x.sizes()) : at::Tensor(), need_weight ? dw.t() : at::Tensor()};
   }
 };
@@ -393,11 +393,11 @@ std::string describe(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("count", &count);
   m.def("run", &run);
-  m.def("admit", [](int64_t device, py::object dtype, int64_t n, int64_t k) {
+  m.def("allow", [](int64_t device, py::object dtype, int64_t n, int64_t k) {
     admit(device, torch::python::detail::py_object_to_dtype(std::move(dtype)), n, k);
   });
   m.def("linear", &linear);
   m.def("describe", &describe);
-  m.attr("COMPETING") = kCompeting;
+  m.attr("CANDIDATES") = kCompeting;
   m.def("version", [] { return static_cast<int64_t>(cublasLtGetVersion()); });
 }

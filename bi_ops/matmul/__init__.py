@@ -1,6 +1,21 @@
-"""Matrix products whose rows do not depend on how many rows there are."""
+"""GEMMs whose rows do not depend on how many rows there are."""
 
 from bi_ops.core.rows import TOKEN_STEP
-from bi_ops.matmul.ops import accumulate_weight_grad, addmm, bmm, linear, matmul, mm, providers
+from bi_ops.matmul.backends import backends
+from bi_ops.matmul.linear import accumulate_weight_grad, linear
+from bi_ops.matmul.ops import addmm, backend_of, bmm, matmul, mm, order_of
+from bi_ops.matmul.warmup import warmup
 
-__all__ = ["TOKEN_STEP", "accumulate_weight_grad", "addmm", "bmm", "linear", "matmul", "mm", "providers"]
+__all__ = [
+    "TOKEN_STEP",
+    "accumulate_weight_grad",
+    "addmm",
+    "backend_of",
+    "backends",
+    "bmm",
+    "linear",
+    "matmul",
+    "mm",
+    "order_of",
+    "warmup",
+]

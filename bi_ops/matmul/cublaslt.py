@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bi_ops.core import runtime
-from bi_ops.core.providers import Availability
+from bi_ops.core.backends import Support
 
 #: Inside the package, so that a wheel carries it too.
 _SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cublaslt.cpp"
@@ -116,10 +116,10 @@ def _build() -> tuple[ModuleType | None, str]:
     return module, f"cuBLASLt {module.version()}"
 
 
-def availability() -> Availability:
+def availability() -> Support:
     """Whether the binding can be had here."""
     module, reason = _build()
-    return Availability(module is not None, reason)
+    return Support(module is not None, reason)
 
 
 def extension() -> ModuleType:

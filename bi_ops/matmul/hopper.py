@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.core.integers import cdiv
 from bi_ops.core.turns import end_turn, wait_turn
-from bi_ops.matmul.schedule import CarrySchedule, carry_split
+from bi_ops.matmul.config import WgradConfig, split_along_tokens
 
 # Later releases than triton 3.6 call them by other names.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -282,7 +282,7 @@ def _descriptor(t: torch.Tensor, tile: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(t, tile, _layout(*tile, t.element_size()))
 
 
-def launch(g: torch.Tensor, x: torch.Tensor, c: torch.Tensor, s: CarrySchedule, processors: int) -> None:
+def launch(g: torch.Tensor, x: torch.Tensor, c: torch.Tensor, s: WgradConfig, processors: int) -> None:
     """c[M, N] += g[T, M].T @ x[T, N], the accumulator starting from what c holds.
 
     Args:
@@ -291,7 +291,7 @@ def launch(g: torch.Tensor, x: torch.Tensor, c: torch.Tensor, s: CarrySchedule, 
     """
     (t, m), n = g.shape, x.shape[1]
     tiles = cdiv(m, 2 * HALF.value) * cdiv(n, s.block_n)
-    whole, piece = carry_split(tiles, t, s.block_t, processors)
+    whole, piece = split_along_tokens(tiles, t, s.block_t, processors)
     turns = torch.zeros(2 * (tiles - whole), dtype=torch.int32, device=c.device)
     carry_kernel[(min(tiles, processors),)](
         _descriptor(g, [s.block_t, HALF.value]),
@@ -303,7 +303,7 @@ def launch(g: torch.Tensor, x: torch.Tensor, c: torch.Tensor, s: CarrySchedule, 
         t,
         whole,
         piece,
-        SLOTS=s.slots,
+        SLOTS=s.stages,
         GROUP_M=s.group_m,
         num_warps=4,
         maxnreg=168,

@@ -1,16 +1,21 @@
-"""Launches of products on plain tensors, no autograd: the Triton kernels and cuBLASLt. All end in the same bits."""
+"""Launches of bi_ops' own GEMM kernels on plain tensors, no autograd."""
 
 from __future__ import annotations
 
 import torch
 
+from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
-from bi_ops.matmul import certificate, cublaslt
-from bi_ops.matmul import schedule as sched
+from bi_ops.core.rows import TOKEN_STEP
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.matmul.config import GemmConfig, WgradConfig, gemm_config, wgrad_config
 from bi_ops.matmul.kernels import matmul_kernel
+from bi_ops.matmul.order import GemmOrder, Problem
+from bi_ops.matmul.order import order as order_of
 
-_HALVES = (torch.bfloat16, torch.float16)
+#: Dtypes that the tensor cores multiply.
+TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def launch_triton(
@@ -20,19 +25,25 @@ def launch_triton(
     out: torch.Tensor,
     accumulate: bool = False,
     over_tokens: bool = False,
+    order: GemmOrder | None = None,
+    config: GemmConfig | None = None,
 ) -> None:
     """out[B, M, N] = a[B, M, K] @ b[B, K, N] (+ bias[N]) with the Triton kernel: any strides, any dtypes.
 
-    accumulate: out is fp32 and where the accumulator starts. over_tokens: as `schedule`.
+    accumulate: out is fp32 and where the accumulator starts. over_tokens: K counts tokens. order, config: None for
+    those of `order.order` and `config.gemm_config`.
     """
     batch, m, k = a.shape
     n = b.shape[2]
     if batch == 0 or m == 0 or n == 0:
         return
-    s = sched.schedule(m, n, k, a.dtype, over_tokens)
+    arch = arches.of(a.device)
+    order = order or order_of(Problem(a.dtype, over_tokens), arch)
+    config = config or gemm_config(m, n, a.dtype, arch)
+    block_k = order.block_k(config.block_k)
     # Strided views reach past their element count, so the test is on the furthest offset.
     large = any(sum((d - 1) * st for d, st in zip(t.shape, t.stride(), strict=True)) >= 2**31 for t in (a, b, out))
-    grid = (cdiv(m, s.block_m) * cdiv(n, s.block_n), batch)
+    grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n), batch)
     matmul_kernel[grid](
         a,
         b,
@@ -44,20 +55,21 @@ def launch_triton(
         *a.stride(),
         *b.stride(),
         *out.stride(),
-        BLOCK_M=s.block_m,
-        BLOCK_N=s.block_n,
-        BLOCK_K=s.block_k,
-        GROUP_M=s.group_m,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=order.block_k(config.block_k),
+        GROUP_M=config.group_m,
         HAS_BIAS=bias is not None,
         ACCUMULATE=accumulate,
-        EVEN_K=k % s.block_k == 0,
+        EVEN_K=k % block_k == 0,
         LARGE=large,
-        num_warps=s.num_warps,
-        num_stages=s.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **PINNED,
     )
 
 
-def _is_matrix(t: torch.Tensor) -> bool:
+def is_matrix(t: torch.Tensor) -> bool:
     """Rows or columns are contiguous, lie apart, and start at multiples of 16 bytes (of a 16-bit dtype)."""
     (r, c), (sr, sc) = t.shape, t.stride()
     if t.data_ptr() % 16:
@@ -65,45 +77,22 @@ def _is_matrix(t: torch.Tensor) -> bool:
     return (sc == 1 and sr >= c and sr % 8 == 0) or (sr == 1 and sc >= r and sc % 8 == 0)
 
 
-def launch_cublaslt(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, free: certificate.Free
-) -> bool:
-    """out[M, N] = a @ b (+ bias) with cuBLASLt; False, and nothing done, where it may not or cannot.
-
-    free: the axis whose length the batch sets; the certificate holds for every length.
-    """
-    if a.dtype not in _HALVES or out.numel() == 0 or a.shape[1] == 0 or not (_is_matrix(a) and _is_matrix(b)):
-        return False
-    if out.stride(0) * out.element_size() % 16 or (bias is not None and bias.dtype != out.dtype):
-        return False
-    product = certificate.Product(
-        a.get_device(),
-        a.dtype,
-        out.dtype,
-        free,
-        out.shape[1],
-        a.shape[1] if free == "m" else out.shape[0],
-        a.stride(1) != 1,
-        b.stride(1) != 1,
-        bias is not None,
-    )
-    return bool(certificate.holds(product)) and cublaslt.extension().run(a, b, out, bias, -1, True)
-
-
-def _hopper_serves(g: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> bool:
+def hopper_serves(g: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> bool:
     """Can `hopper.launch` compute out += g.T @ x?"""
-    if g.dtype not in _HALVES or not runtime.warp_specialised(g.device):
+    if g.dtype not in TENSOR_CORE_DTYPES or not arches.of(g.device).gluon:
         return False
-    stored = g.stride(1) == 1 and x.stride(1) == 1 and _is_matrix(g) and _is_matrix(x)
+    stored = g.stride(1) == 1 and x.stride(1) == 1 and is_matrix(g) and is_matrix(x)
     return stored and out.data_ptr() % 16 == 0 and out.shape[1] % 4 == 0 and min(*g.shape, out.shape[1]) > 0
 
 
-def launch_weight_grad(g: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
-    """out[M, N] += g[T, M].T @ x[T, N], out fp32 and contiguous: the sum over T is carried on from what out holds."""
-    if not _hopper_serves(g, x, out):
+def launch_wgrad(g: torch.Tensor, x: torch.Tensor, out: torch.Tensor, config: WgradConfig | None = None) -> None:
+    """out[M, N] += g[T, M].T @ x[T, N], out fp32 and contiguous: the sum over T goes on from what out holds."""
+    if not hopper_serves(g, x, out):
         launch_triton(g.t()[None], x[None], None, out[None], accumulate=True, over_tokens=True)
         return
     from bi_ops.matmul import hopper
 
-    (tokens, m), n, processors = g.shape, x.shape[1], runtime.multiprocessors(out.device)
-    hopper.launch(g, x, out, sched.carry_schedule(m, n, tokens, processors), processors)
+    (tokens, m), n, num_sms = g.shape, x.shape[1], runtime.multiprocessors(out.device)
+    config = config or wgrad_config(m, n, tokens, num_sms)
+    assert config.block_t % TOKEN_STEP == 0  # the order's step: `order.order` over tokens
+    hopper.launch(g, x, out, config, num_sms)

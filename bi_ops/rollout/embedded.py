@@ -220,7 +220,10 @@ class EmbeddedEngine:
             "device": "Triton interpreter" if runtime.INTERPRET else torch.cuda.get_device_name(self.device),
             "cuda_graphs": False,
             "plugin": False,
-            "providers": {"matmul": matmul.providers.choose(), "attention": self.attention or providers.choose()},
+            "providers": {
+                "matmul": matmul.backend_of(self.model.compute_dtype, self.device),
+                "attention": self.attention or providers.choose(),
+            },
             "versions": {
                 "torch": torch.__version__,
                 "triton": triton.__version__,

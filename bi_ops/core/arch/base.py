@@ -31,6 +31,9 @@ class Arch:
     triton_releases: tuple[str, ...] = ()
     reason: str = ""
 
+    def __hash__(self) -> int:  # asked in every call of an operator
+        return hash((self.name, self.orders))
+
     def knows_triton(self, version: str) -> bool:
         """Were this entry's kernels built with that release of Triton?"""
         return not self.triton_releases or any(version.startswith(f"{r}.") for r in self.triton_releases)

@@ -1,0 +1,95 @@
+"""What only sets a GEMM's speed: tiles and launch options. Any choice gives the same bits."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from bi_ops.core.arch import Arch
+from bi_ops.core.integers import next_power_of_2
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A tile, the number of tile rows that share L2, and launch options. block_k: where the order leaves it free."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+def _pow2(n: int, low: int, high: int) -> int:
+    """The smallest power of two that holds `n`, within [low, high]."""
+    return min(max(next_power_of_2(n), low), high)
+
+
+def gemm_config(m: int, n: int, dtype: torch.dtype, arch: Arch) -> GemmConfig:
+    """The fastest known tile for an [m, n] result."""
+    if arch.interpreted:
+        # A program costs milliseconds whatever its size: few and large.
+        return GemmConfig(_pow2(m, 16, 512), _pow2(n, 16, 512), 128, 1, 1, 1)
+    if dtype == torch.float32:
+        # No tensor cores in full fp32: small tiles keep the accumulators in registers.
+        return GemmConfig(64, 64, 32, 8, 8, 2)
+    if m <= 128:
+        # Bound by reading B once: narrow tiles until every SM has one, deep K steps to keep loads in flight.
+        block_n = 16 if n <= 2048 else 32 if n <= 8192 else 64
+        return GemmConfig(_pow2(m, 16, 128), max(block_n, 32) if m > 64 else block_n, 128, 1, 4, 4)
+    if m <= 512:
+        return GemmConfig(64, 128, 64, 8, 4, 4)
+    return GemmConfig(128, 256, 64, 8, 8, 3)
+
+
+@dataclass(frozen=True)
+class WgradConfig:
+    """Tiles of `hopper.wgrad_kernel`: 128 rows by `block_n` columns; `stages` steps of `block_t` tokens in flight."""
+
+    block_n: int
+    block_t: int
+    stages: int
+    group_m: int
+
+
+#: What fits beside the accumulators, which take half a KiB of shared memory per column.
+WIDE = WgradConfig(256, 16, 8, 8)
+NARROW = WgradConfig(128, 64, 4, 8)
+
+#: Time of a narrow tile over that of a wide one. More than half: it reads 4/3 of the bytes per multiply-add.
+NARROW_COST = 0.545
+
+#: Below as many tokens a tile is computed faster than a partial sum is passed on.
+SPLIT_TOKENS = 2048
+
+
+def split_along_tokens(tiles: int, tokens: int, step: int, num_sms: int) -> tuple[int, int]:
+    """(tiles that one program computes whole, tokens of the other tiles that a program takes at a time).
+
+    A last wave of few tiles takes as long as a full one, so its tiles are split along the tokens, in series: every
+    program takes a piece of one, and the pieces of a tile are computed one after the other, in one wave each. Where
+    that is not possible no tile is split, and the second number is 0.
+    """
+    waves, left = divmod(tiles, num_sms)
+    pieces = min(waves + 1, num_sms // left) if left else 1
+    if pieces < 2 or tokens < SPLIT_TOKENS:
+        return tiles, 0
+    return tiles - left, -(-tokens // (pieces * step)) * step
+
+
+@functools.lru_cache
+def wgrad_config(m: int, n: int, tokens: int, num_sms: int) -> WgradConfig:
+    """The tile of an [m, n] weight gradient that is accumulated in fp32: the one that takes fewer waves of time.
+
+    A wave is one tile on every SM.
+    """
+
+    def waves(c: WgradConfig) -> float:
+        tiles = -(-m // 128) * -(-n // c.block_n)
+        whole, piece = split_along_tokens(tiles, tokens, c.block_t, num_sms)
+        return -(-whole // num_sms) + piece / tokens
+
+    return NARROW if waves(NARROW) * NARROW_COST < waves(WIDE) else WIDE

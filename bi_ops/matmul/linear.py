@@ -1,0 +1,165 @@
+"""Linear layers: one GEMM each way, a bias, and weight gradients that are accumulated in a buffer.
+
+A call is one autograd node. Which one, is decided by what has to be differentiated:
+
+    plain tensors, a verified shape      the C++ binding: a node without Python, because its way through Python would
+                                         take the host longer than a small GEMM takes the GPU (bench/products.py)
+    a bias, or a main_grad               `_Linear`
+    everything else                      `mm`'s custom operator: torch.compile, transforms, modes and subclasses
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bi_ops.core import checks
+from bi_ops.core.operators import custom_op, dispatcher_is_watched, is_plain
+from bi_ops.matmul import cublaslt
+from bi_ops.matmul.backends import gemm, select
+from bi_ops.matmul.launch import launch_wgrad
+from bi_ops.matmul.ops import _mm, _mm_grad, bias_grad, check_backend, check_operands
+
+
+@custom_op("bi_ops::accumulate_weight_grad", mutates_args={"main_grad"})
+def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> None:
+    launch_wgrad(g, x, main_grad)
+
+
+@_accumulate.register_fake
+def _(main_grad, g, x):
+    return None
+
+
+@custom_op("bi_ops::linear_backward", mutates_args={"main_grad"})
+def _linear_grad(
+    main_grad: torch.Tensor,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    need_x: bool,
+    need_weight: bool,
+    backend: str = "",
+) -> torch.Tensor:
+    """Gradients of x[T, K] @ weight[N, K].T: g @ weight, empty where not needed, and g.T @ x, added to main_grad."""
+    if need_weight:
+        launch_wgrad(g, x, main_grad)
+    return gemm(g, weight, backend=backend or None) if need_x else g.new_empty(0)
+
+
+@_linear_grad.register_fake
+def _(main_grad, g, x, weight, need_x, need_weight, backend=""):
+    return g.new_empty(x.shape if need_x else 0)
+
+
+def through_binding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """x @ weight.T in C++, without Python's cost per call, gradient included. None: the operator has to be called.
+
+    That is where the shape is not verified or not for cuBLASLt, or where an `Operator` goes through the dispatcher.
+    """
+    if dispatcher_is_watched() or not (is_plain(x) and is_plain(weight)):
+        return None
+    return cublaslt.extension().linear(x, weight) if select(x.dtype, x.device).name == "cublaslt" else None
+
+
+class _Linear(torch.autograd.Function):
+    """x[T, K] @ weight[N, K].T + bias, whose weight gradient goes into `main_grad` if there is one."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, main_grad, backend):
+        rounded = weight.to(x.dtype)
+        # With a buffer the rounded weight stays in memory until the backward, so that a master is rounded once.
+        ctx.save_for_backward(x, weight if main_grad is None else rounded, bias)
+        ctx.main_grad, ctx.backend = main_grad, backend
+        out = None if backend else through_binding(x, rounded)
+        out = _mm(x, rounded.t(), None, backend) if out is None else out
+        return out if bias is None else out + bias.to(out.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, bias = ctx.saved_tensors
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        dbias = bias_grad(g).to(bias.dtype) if need_bias else None
+        if ctx.main_grad is not None:
+            dx = _linear_grad(ctx.main_grad, g.contiguous(), x, weight, need_x, need_weight, ctx.backend)
+            return dx if need_x else None, None, dbias, None, None
+        dx, dweight = _mm_grad(g, x, weight.t(), need_x, need_weight, ctx.backend)
+        return dx if need_x else None, dweight.t() if need_weight else None, dbias, None, None
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    main_grad: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``x @ weight.T + bias`` as `torch.nn.functional.linear`.
+
+    The GEMM is rounded before the bias is added: torch takes F.linear apart into a GEMM with a bias or one without, by
+    the rank and the strides of x, and this is what both can agree on.
+
+    Args:
+        x: [..., K], bf16, fp16 or fp32. weight: [N, K], the dtype of x or fp32. bias: [N] or None.
+        main_grad: fp32 [N, K], contiguous, or None. If given, the weight's gradient is added to it in place and
+            `weight.grad` stays as it is; see `accumulate_weight_grad`.
+        backend: as `bi_ops.matmul.mm`.
+
+    Returns:
+        [..., N] in the dtype of x.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `mm`.
+    """
+    if bias is None and main_grad is None and backend is None:
+        out = through_binding(x, weight)
+        if out is not None:
+            return out
+    check_operands("linear", x, weight, ("x", "weight"))
+    checks.shape("linear", weight.ndim == 2, lambda: f"weight must be [N, K], got {list(weight.shape)}")
+    checks.shape(
+        "linear",
+        x.ndim >= 1 and x.shape[-1] == weight.shape[1],
+        lambda: (
+            f"x {list(x.shape)} does not fit weight {list(weight.shape)}: x's last dimension must be {weight.shape[1]}"
+        ),
+    )
+    if weight.dtype != torch.float32:
+        checks.same_dtype("linear", x=x, weight=weight)
+    if bias is not None:
+        checks.tensor("linear", "bias", bias, ndim=1)
+        checks.dtype("linear", "bias", bias)
+        checks.same_device("linear", x=x, bias=bias)
+        n = weight.shape[0]
+        checks.shape("linear", bias.shape[0] == n, lambda: f"bias {list(bias.shape)} for {n} columns")
+    name = check_backend(x, backend)
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # a view would be one more node, in both passes
+    if main_grad is not None:
+        checks.main_grad("linear", "main_grad", main_grad, weight.shape, x.device)
+    if bias is None and main_grad is None:
+        out = _mm(rows, weight.t(), None, name)
+    else:
+        out = _Linear.apply(rows, weight, bias, main_grad, name)
+    return out if x.ndim == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def accumulate_weight_grad(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
+    """Accumulate ``main_grad += grad.T @ x`` over the tokens in order, in place.
+
+    The buffer is where the fp32 accumulator starts, so a batch cut into pieces ends in the bits of one pass, as long
+    as every cut lies on a multiple of 16 tokens, the step in which tensor cores sum. Rows of zeros add exactly
+    nothing: pad with them to get there.
+
+    Args:
+        main_grad: fp32 [N, K], contiguous. grad: [T, N], x: [T, K], one dtype.
+
+    Raises:
+        TypeError, ValueError: as `mm`, or main_grad of another dtype, shape or layout.
+    """
+    op = "accumulate_weight_grad"
+    check_operands(op, grad, x, ("grad", "x"))
+    checks.same_dtype(op, grad=grad, x=x)
+    ok = grad.ndim == 2 and x.ndim == 2 and grad.shape[0] == x.shape[0]
+    checks.shape(op, ok, lambda: f"needs [T, N] and [T, K], got {list(grad.shape)} and {list(x.shape)}")
+    checks.main_grad(op, "main_grad", main_grad, torch.Size((grad.shape[1], x.shape[1])), x.device)
+    _accumulate(main_grad, grad, x)

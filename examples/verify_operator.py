@@ -1,0 +1,73 @@
+"""Check your own operator: is a row's result the same bits in every batch, and on every run?
+
+    python examples/verify_operator.py
+
+The operator is a Triton kernel that sums rows, tile by tile. `sum_rows` always takes tiles of one size.
+`sum_rows_by_occupancy` chooses the size from the number of rows, as a kernel may to fill a GPU: it is the negative
+control, and the check has to find it.
+"""
+
+from __future__ import annotations
+
+import bi_ops  # noqa: F401  (before triton: it decides whether kernels are compiled or interpreted)
+import torch
+import triton
+import triton.language as tl
+from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, kernels run in Triton's interpreter
+
+
+@triton.jit
+def sum_kernel(p_x, p_out, N, BLOCK: tl.constexpr):
+    """One program per row: tiles of BLOCK columns, front to back."""
+    row = tl.program_id(0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        total += tl.load(p_x + row * N + offsets, mask=offsets < N, other=0.0)
+    tl.store(p_out + row, tl.sum(total))
+
+
+def launch(x: torch.Tensor, block: int) -> torch.Tensor:
+    out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    sum_kernel[(x.shape[0],)](x, out, x.shape[1], BLOCK=block)
+    return out
+
+
+class Sum(torch.autograd.Function):
+    """x [M, N] fp32 -> its sums along the rows, fp32 [M]."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.columns = x.shape[1]
+        return launch(x, block=128)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[:, None].expand(-1, ctx.columns)
+
+
+def sum_rows(x: torch.Tensor) -> torch.Tensor:
+    return Sum.apply(x)
+
+
+def sum_rows_by_occupancy(x: torch.Tensor) -> torch.Tensor:
+    """Another tile for few rows means another reduction order."""
+    return launch(x, block=128 if x.shape[0] >= 16 else 512)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 1000, device=DEVICE)
+    counts = (1, 3, 15, 16)  # bi_ops.verify.ROW_COUNTS has more
+    print(f"sum_rows                changes at row counts {row_variant(sum_rows, (x,), counts)}")
+    print(f"sum_rows, shuffled      changes in trials {order_variant(sum_rows, (x,))}")
+    print(f"sum_rows, run again     changes in runs {rerun_variant(lambda: sum_rows(x), runs=5)}")
+    for e in gradient_errors(sum_rows, lambda t: t.sum(1), {"x": x}):
+        print(f"sum_rows, {e.name:12}  error {e.ours:.1e}, torch's own {e.plain:.1e}, {'ok' if e.ok else 'TOO LARGE'}")
+    print(f"sum_rows_by_occupancy   changes at row counts {row_variant(sum_rows_by_occupancy, (x,), counts)}")
+
+
+if __name__ == "__main__":
+    main()
