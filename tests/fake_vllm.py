@@ -33,17 +33,20 @@ def stock_rms_norm(input, weight, eps=1e-6, residual=None):
 
 @functools.cache
 def stock_choice(backend, attn_selector_config, num_heads=None):
-    """vLLM 0.26's choice of an attention backend, cached as there."""
+    """vLLM's choice of an attention backend until 0.30, cached as there."""
     return types.SimpleNamespace(get_name=lambda: backend)
 
 
 @functools.cache
 def stock_choice_by_cache(backend, attn_selector_config, num_heads=None, *, _run_kv_cache_dtype=None):
-    """vLLM 0.33's."""
+    """The same since 0.31."""
     return types.SimpleNamespace(get_name=lambda: backend)
 
 
-CHOICES = {"0.26.0": stock_choice, "0.33.0": stock_choice_by_cache}
+CHOICES = {
+    v: stock_choice_by_cache if "_run_kv_cache_dtype" in r.choose_backend else stock_choice
+    for v, r in vllm.RELEASES.items()
+}
 
 
 class EngineArgs:
@@ -115,3 +118,15 @@ def installed(monkeypatch, version="0.26.0"):
     finally:
         vllm_plugin.unregister()
         vllm.installed.cache_clear()
+
+
+def write_sources(root, release):
+    """Writes the patch points of a release as Python sources under `root`; layernorm.py imports the norm by name."""
+    for patch in vllm_plugin.patches_of(release):
+        path = root.joinpath(*patch.module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        owner, _, name = patch.attribute.rpartition(".")
+        function = f"def {name}({', '.join(patch.parameters)}): ..."
+        if patch.module == LAYERNORM:
+            function = f"from {release.batch_invariant} import {name}"
+        path.write_text(f"class {owner}:\n    {function}\n" if owner else f"{function}\n")

@@ -502,10 +502,12 @@ def test_the_first_call_of_a_replaced_bmm_raises(vllm_init, device, on):
 REAL_VLLM = """
 import bi_ops, torch
 from bi_ops import matmul, mode
-from vllm.model_executor.layers import batch_invariant
+from bi_ops.core import vllm
+batch_invariant, stock = vllm.batch_invariant_module(), torch.bmm
+theirs = batch_invariant.bmm_batch_invariant if vllm.require("the test").replaces_bmm else stock
 if {first}:
     batch_invariant.enable_batch_invariant_mode()
-    assert torch.bmm is batch_invariant.bmm_batch_invariant
+    assert torch.bmm is theirs
 mode.enable_batch_invariant_backward_mode()
 if not {first}:
     batch_invariant.enable_batch_invariant_mode()
@@ -516,7 +518,7 @@ soft = torch.nn.functional.softmax(out, -1) + torch.log_softmax(out, -1) + out.m
 (grad,) = torch.autograd.grad((soft * torch.arange(16, device="cuda")).float().sum(), a)
 assert grad.isfinite().all() and grad.abs().sum() > 0
 mode.disable_batch_invariant_backward_mode()
-assert torch.bmm is batch_invariant.bmm_batch_invariant
+assert torch.bmm is theirs
 """
 
 

@@ -115,6 +115,14 @@ def test_what_the_kernel_does_not_compute_is_refused(version, change, what):
         backend.attend(none, none, metadata(release, **change), 64, 0.125, none, release=release)
 
 
+#: What vLLM asks a backend since 0.28, by what makes it ask.
+NEW = {
+    "rswa": "supports_rswa",
+    "dcp": "supports_dcp",
+    "adaptive_verification": "supports_device_cpu_query_lens_mismatch",
+}
+
+
 def real(name):
     """A module of the installed vLLM, which is imported before bi_ops' stand-ins; skips without it."""
     pytest.importorskip("transformers.tokenization_utils_base")
@@ -125,6 +133,7 @@ def test_the_installed_vllm_finds_the_backend_and_what_it_cannot_do():
     """Checks the real thing where it is installed, GPU or not."""
     registry, interface = real("v1.attention.backends.registry"), real("v1.attention.backend")
     flash = real("v1.attention.backends.flash_attn")
+    questions = vllm.require("the test").questions
     backend.install()
     try:
         found = registry.AttentionBackendEnum.CUSTOM.get_class()
@@ -146,6 +155,7 @@ def test_the_installed_vllm_finds_the_backend_and_what_it_cannot_do():
         *({"head_size": 20}, {"dtype": torch.float32}, {"kv_cache_dtype": "fp8"}, {"block_size": 8}),
         *({"use_mm_prefix": True}, {"attn_type": "encoder_only"}, {"use_non_causal": True}, {"use_mla": True}),
         *({"use_per_head_quant_scales": True}, {"use_kv_connector": True, "use_pcp": True}),
+        *({f"use_{name}": True} for name in ("rswa", "dcp", "adaptive_verification") if NEW[name] in questions),
     ):
         assert found.validate_configuration(**(asked | change)) != [], change
     builder = found.get_builder_cls()
@@ -231,6 +241,7 @@ def test_the_installed_vllms_own_kernel_computes_the_same_function(layer, device
         softmax_segm_max=None,
         softmax_segm_expsum=None,
         rswa_window=None,
+        mm_prefix_range_tensor=None,  # the Triton backend's name for it in every release
     )
     scales = types.SimpleNamespace(
         _q_scale=None, **dict.fromkeys(("_k_scale", "_v_scale"), torch.ones(1, device=device))

@@ -12,14 +12,15 @@ from fake_vllm import installed
 
 from bi_ops import attention
 from bi_ops.core import runtime
+from bi_ops.core.vllm import RELEASES
 from bi_ops.rollout import vllm_engine
 from bi_ops.rollout.base import SamplingParams
 from bi_ops.vllm_plugin import backend
 
 
-@pytest.fixture
-def vllm(monkeypatch):
-    with installed(monkeypatch) as modules:
+@pytest.fixture(params=RELEASES)
+def vllm(monkeypatch, request):
+    with installed(monkeypatch, request.param) as modules:
         yield modules
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.machinery
 import importlib.metadata
 import re
@@ -20,6 +21,7 @@ from fake_vllm import (
     create_engine_config,
     installed,
     stock_rms_norm,
+    write_sources,
 )
 
 from bi_ops import vllm_plugin
@@ -40,7 +42,7 @@ def vllm(monkeypatch, version):
 
 def origin_of(vllm):
     """Where this release has its batch-invariant kernels."""
-    [origin] = [r.batch_invariant for r in releases.RELEASES.values() if r.batch_invariant in vllm]
+    [origin] = {r.batch_invariant for r in releases.RELEASES.values()} & vllm.keys()
     return vllm[origin]
 
 
@@ -91,11 +93,39 @@ def test_nothing_happens_outside_batch_invariant_mode(vllm, caplog, monkeypatch)
     assert "VLLM_BATCH_INVARIANT is not set" in caplog.text
 
 
-def test_another_vllm_version_is_refused(vllm, monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.27.1")
-    with pytest.raises(RuntimeError, match=r"vLLM 0\.27\.1 is not supported; supported: 0\.26\.0, 0\.33\.0"):
+@pytest.mark.parametrize("unknown", ["0.25.1", "0.33.1", "0.34.0", "0.33.0rc1"])
+def test_another_vllm_version_is_refused(vllm, monkeypatch, unknown):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: unknown)
+    message = f"vllm_plugin: vLLM {unknown} is not supported; supported: 0.26.0, 0.27.0, "
+    with pytest.raises(RuntimeError, match=rf"^{re.escape(message)}.*, 0\.33\.0$"):
         vllm_plugin.register()
     assert in_force(vllm) == [False] * 5
+
+
+def test_an_unknown_version_whose_sources_are_there_is_told_what_differs(vllm, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.34.0")
+    vllm["vllm"].__spec__.submodule_search_locations = [str(tmp_path / "vllm")]
+    write_sources(tmp_path, releases.RELEASES["0.33.0"])
+    with pytest.raises(RuntimeError, match=r"0\.33\.0 \(its patch points look like those of 0\.33\.0, but"):
+        vllm_plugin.register()
+    write_sources(tmp_path, dataclasses.replace(releases.RELEASES["0.33.0"], choose_backend=("backend", "layer")))
+    with pytest.raises(RuntimeError) as error:
+        vllm_plugin.register()
+    choice = "vllm.v1.attention.selector._cached_get_attn_backend has parameters ('backend', 'layer'), expected "
+    assert f"(unlike in 0.33.0, {choice}('backend', 'attn_selector_config', 'num_heads', '_run_kv" in str(error.value)
+    assert str(error.value).count("expected") == 1
+    (tmp_path / "vllm/engine/arg_utils.py").unlink()
+    with pytest.raises(RuntimeError, match=r"EngineArgs\.create_engine_config is missing"):
+        vllm_plugin.register()
+    assert in_force(vllm) == [False] * 5
+
+
+def test_a_release_that_no_gpu_has_seen_is_named_in_a_warning(vllm, version, caplog):
+    with caplog.at_level("WARNING"):
+        vllm_plugin.register()
+    shown = releases.RELEASES[version].shown
+    assert (f"vLLM {version} was not shown" in caplog.text) is not shown
+    assert ("not shown on a GPU" in releases.availability().reason) is not shown
 
 
 @pytest.mark.parametrize("change", ["signature", "missing"])

@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from bi_ops.core.backends import Support
@@ -19,9 +19,11 @@ class Release:
 
     batch_invariant: the module of vLLM's batch-invariant kernels. choose_backend: the parameters of the function that
     chooses a layer's attention backend. refused_metadata: fields of the attention metadata that ask for what
-    `paged_attention` does not compute, by the feature's name. bias_in_accumulator: a linear layer's bias joins the fp32
+    `paged_attention` does not compute, by the feature's name. questions: the names `supports_...` by which vLLM asks an
+    attention backend what it can do, beyond those of 0.26. bias_in_accumulator: a linear layer's bias joins the fp32
     accumulator, else it is added after rounding. replaces_bmm: the batch-invariant mode puts a function without a
-    gradient in torch.bmm's place. shown: rollout and training were compared bit for bit on a GPU with this release.
+    gradient in torch.bmm's place. shown: rollout and training were compared bit for bit on a GPU with this release; of
+    the others the sources were read.
     """
 
     version: str
@@ -30,37 +32,50 @@ class Release:
     refused_metadata: Mapping[str, str]
     bias_in_accumulator: bool
     replaces_bmm: bool
+    questions: frozenset[str] = frozenset()
     shown: bool = True
 
 
 _CHOOSE = ("backend", "attn_selector_config", "num_heads")
 _REFUSED = {"reference sliding windows": "rswa_prefix_lens", "context parallelism": "dcp_context_kv_lens"}
+_CASCADE = {"cascade attention": "use_cascade"}
+
+_0_26 = Release(
+    version="0.26.0",
+    batch_invariant="vllm.model_executor.layers.batch_invariant",
+    choose_backend=_CHOOSE,
+    refused_metadata=_REFUSED | _CASCADE | {"multimodal prefixes": "mm_prefix_range_tensor"},
+    bias_in_accumulator=False,
+    replaces_bmm=True,
+)
+# 0.27 to 0.32 need torch 2.13.
+_0_27 = replace(_0_26, version="0.27.0", shown=False)
+_0_28 = replace(
+    _0_27,
+    version="0.28.0",
+    refused_metadata=_REFUSED | _CASCADE | {"multimodal prefixes": "mm_prefix_query_range_tensor"},
+    questions=frozenset({"supports_device_cpu_query_lens_mismatch"}),
+)
+_0_29 = replace(
+    _0_28,
+    version="0.29.0",
+    batch_invariant="vllm.model_executor.determinism.batch_invariant",
+    questions=_0_28.questions | {"supports_non_causal_dcp"},
+)
+_0_30 = replace(_0_29, version="0.30.0", questions=_0_29.questions | {"supports_rswa", "supports_dcp"})
+_0_31 = replace(_0_30, version="0.31.0", choose_backend=(*_CHOOSE, "_run_kv_cache_dtype"))
+_0_32 = replace(
+    _0_31,
+    version="0.32.0",
+    refused_metadata={k: v for k, v in _0_31.refused_metadata.items() if k not in _CASCADE},
+    bias_in_accumulator=True,
+    replaces_bmm=False,
+)
+_0_33 = replace(_0_32, version="0.33.0", questions=_0_32.questions | {"supports_kv_cache_update_bypass"}, shown=True)
 
 #: Every release that is accepted, oldest first. Another one is added here, after its patch points were read.
 RELEASES = {
-    r.version: r
-    for r in (
-        Release(
-            version="0.26.0",
-            batch_invariant="vllm.model_executor.layers.batch_invariant",
-            choose_backend=_CHOOSE,
-            refused_metadata={
-                **_REFUSED,
-                "cascade attention": "use_cascade",
-                "multimodal prefixes": "mm_prefix_range_tensor",
-            },
-            bias_in_accumulator=False,
-            replaces_bmm=True,
-        ),
-        Release(
-            version="0.33.0",
-            batch_invariant="vllm.model_executor.determinism.batch_invariant",
-            choose_backend=(*_CHOOSE, "_run_kv_cache_dtype"),
-            refused_metadata={**_REFUSED, "multimodal prefixes": "mm_prefix_query_range_tensor"},
-            bias_in_accumulator=True,
-            replaces_bmm=False,
-        ),
-    )
+    r.version: r for r in (_0_26, _0_27, replace(_0_27, version="0.27.1"), _0_28, _0_29, _0_30, _0_31, _0_32, _0_33)
 }
 
 
@@ -76,7 +91,7 @@ def installed() -> tuple[Support, Release | None]:
     release = RELEASES.get(version.split("+")[0])
     if release is None:
         return Support(False, f"vLLM {version} is not supported; supported: {', '.join(RELEASES)}"), None
-    return Support(True, f"vLLM {version}"), release
+    return Support(True, f"vLLM {version}" + ("" if release.shown else ", not shown on a GPU")), release
 
 
 def availability() -> Support:

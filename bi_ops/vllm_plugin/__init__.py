@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_ops.core import vllm
-from bi_ops.vllm_plugin import backend
+from bi_ops.vllm_plugin import backend, sources
 from bi_ops.vllm_plugin.patches import Patch, patches_of
 
 __all__ = ["backend", "is_registered", "patches_of", "register", "unregister"]
@@ -47,7 +47,8 @@ def register() -> None:
     if not getattr(envs, "VLLM_BATCH_INVARIANT", False):
         logger.info("bi_ops: VLLM_BATCH_INVARIANT is not set, so vLLM is left as it is")
         return
-    patches = patches_of(vllm.require("vllm_plugin"))
+    release = _release()
+    patches = patches_of(release)
     # All modules are imported and checked before the first is changed: a module imported later would copy a patched
     # function by name, and unregister could not give it the stock one back.
     modules = [importlib.import_module(p.module) for p in patches]
@@ -57,6 +58,22 @@ def register() -> None:
         patch.replace(module, patch.build(function))
         _stock[patch] = function
         logger.info("bi_ops: replaced %s.%s: %s", patch.module, patch.attribute, patch.why)
+    if not release.shown:
+        logger.warning(
+            "bi_ops: vLLM %s was not shown to keep the contract on a GPU: compare with bi-ops parity --engine vllm",
+            release.version,
+        )
+
+
+def _release() -> vllm.Release:
+    """The installed release; the error for an unknown one also says where its patch points differ."""
+    try:
+        return vllm.require("vllm_plugin")
+    except RuntimeError as error:
+        root = sources.installed_root()
+        if root is None:
+            raise
+        raise RuntimeError(f"{error} ({sources.unlike(root)})") from None
 
 
 def unregister() -> None:

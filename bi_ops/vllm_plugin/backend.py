@@ -176,6 +176,8 @@ def _backend() -> type:
     class PagedAttentionBackend(FlashAttentionBackend):
         """What vLLM asks before it chooses; everything not overridden is as FLASH_ATTN, the cache's layout too."""
 
+        supports_kv_cache_update_bypass = False  # a model's fused kernel would write keys with bits of its own
+
         @staticmethod
         def get_name() -> str:
             return NAME
@@ -210,6 +212,10 @@ def _backend() -> type:
 
         @classmethod
         def supports_rswa(cls) -> bool:  # asked by releases that know reference sliding windows
+            return False
+
+        @classmethod
+        def supports_device_cpu_query_lens_mismatch(cls) -> bool:  # adaptive verification; rows it drops stay unwritten
             return False
 
         @classmethod

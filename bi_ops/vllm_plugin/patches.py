@@ -47,17 +47,21 @@ class Patch:
         """
         holder, name = self.holder(module)
         target = getattr(holder, name, None)
-        if callable(target):
-            found = tuple(inspect.signature(target).parameters)
-            if found == self.parameters:
-                return target
-            what = f"has parameters {found}, expected {self.parameters}"
-        else:
-            what = "is missing"
-        raise RuntimeError(
-            f"vllm_plugin: {self.module}.{self.attribute} {what} in vLLM {importlib.metadata.version('vllm')}; install "
-            "a release whose patch points were checked (see bi_ops doctor)"
-        )
+        difference = self.difference(tuple(inspect.signature(target).parameters) if callable(target) else None)
+        if target is None or difference is not None:
+            raise RuntimeError(
+                f"vllm_plugin: {difference} in vLLM {importlib.metadata.version('vllm')}; install a release whose "
+                "patch points were checked (see bi_ops doctor)"
+            )
+        return target
+
+    def difference(self, found: tuple[str, ...] | None) -> str | None:
+        """What is wrong with a function of parameters `found` here (None: there is none); None: nothing."""
+        if found is None:
+            return f"{self.module}.{self.attribute} is missing"
+        if found != self.parameters:
+            return f"{self.module}.{self.attribute} has parameters {found}, expected {self.parameters}"
+        return None
 
 
 def add_then_norm(stock: Callable[..., Any]) -> Callable[..., Any]:

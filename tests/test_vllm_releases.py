@@ -1,0 +1,153 @@
+"""The table of vLLM releases against vLLM's sources, wherever they are found: nothing of vLLM is imported, no GPU."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.metadata
+
+import pytest
+from fake_vllm import write_sources
+
+from bi_ops.core import vllm
+from bi_ops.vllm_plugin import sources
+
+#: The questions that every release asks an attention backend.
+QUESTIONS = {
+    f"supports_{what}"
+    for what in (
+        *("head_size", "dtype", "kv_cache_dtype", "block_size", "sink", "alibi_sqrt", "mm_prefix", "combination"),
+        *("per_head_quant_scales", "sliding_window", "non_causal", "batch_invariance", "kv_connector", "pcp"),
+        *("attn_type", "compute_capability"),
+    )
+}
+
+#: Module, function or Class.method, and the parameters by which bi_ops calls or overrides it; None: it must be there.
+CALLED = [
+    ("vllm.entrypoints.llm", "LLM.apply_model", ("self", "func")),
+    ("vllm.entrypoints.llm", "LLM.reset_prefix_cache", ("self", "reset_running_requests", "reset_connector")),
+    ("vllm.plugins", "load_general_plugins", ()),
+    ("vllm.config.vllm", "VllmConfig.use_v2_model_runner", ("self",)),
+    ("vllm.config.compilation", "CUDAGraphMode.has_full_cudagraphs", ("self",)),
+    ("vllm.v1.attention.backends.fa_utils", "get_flash_attn_version", None),
+    ("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path", "is_mamba")),
+    *(
+        ("vllm.v1.attention.backends.registry", f"AttentionBackendEnum.{name}", ("self",))
+        for name in ("is_overridden", "clear_override")
+    ),
+    ("vllm.v1.attention.backends.registry", "AttentionBackendEnum.get_path", ("self", "include_classname")),
+    (
+        "vllm.v1.attention.backends.flash_attn",
+        "FlashAttentionImpl.forward",
+        (
+            *("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+            *("output_scale", "output_block_scale"),
+        ),
+    ),
+    (
+        "vllm.v1.attention.backends.flash_attn",
+        "FlashAttentionImpl.__init__",
+        (
+            *("self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window"),
+            *("kv_cache_dtype", "logits_soft_cap", "attn_type", "kv_sharing_target_layer_name", "sinks"),
+        ),
+    ),
+    ("vllm.v1.worker.gpu.sample.logprob", "compute_token_logprobs", ("logits", "token_ids")),
+]
+
+#: Class of vLLM to the fields that bi_ops reads or sets.
+FIELDS = {
+    ("vllm.config.attention", "AttentionConfig"): {"backend", "flash_attn_version"},
+    ("vllm.config.compilation", "CompilationConfig"): {"mode", "cudagraph_mode"},
+    ("vllm.logprobs", "FlatLogprobs"): {"token_ids", "logprobs"},
+    ("vllm.sampling_params", "SamplingParams"): {
+        *("max_tokens", "temperature", "seed", "stop_token_ids", "ignore_eos", "top_p", "top_k", "min_p", "logprobs"),
+        *("flat_logprobs", "detokenize", "output_kind"),
+    },
+    ("vllm.engine.arg_utils", "EngineArgs"): {
+        *("model", "skip_tokenizer_init", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization"),
+        *("max_model_len", "max_num_seqs", "enable_prefix_caching", "generation_config", "logprobs_mode"),
+        *("enforce_eager", "compilation_config", "attention_config"),
+    },
+    ("vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadata"): {
+        *("causal", "num_actual_tokens", "block_table", "query_start_loc", "seq_lens", "max_query_len"),
+    },
+}
+
+
+@pytest.fixture
+def release() -> vllm.Release:
+    if sources.installed_root() is None:
+        pytest.skip("no sources of vLLM")
+    version = importlib.metadata.version("vllm")
+    assert version.split("+")[0] in vllm.RELEASES, "read its patch points and add it to bi_ops/core/vllm.py"
+    return vllm.RELEASES[version.split("+")[0]]
+
+
+def names_in(module: str, owner: str) -> set[str]:
+    """The annotated fields and the methods of a class."""
+    body = sources.statements(sources.installed_root(), module)
+    [found] = [n for n in body if isinstance(n, ast.ClassDef) and n.name == owner]
+    fields = {n.target.id for n in found.body if isinstance(n, ast.AnnAssign)}
+    return fields | {n.name for n in found.body if isinstance(n, ast.FunctionDef)}
+
+
+def test_patch_points(release):
+    assert sources.differences(release, sources.installed_root()) == []
+
+
+def test_attention_metadata(release):
+    """A field of another release's that this one has too would be a refusal that is lost."""
+    module, owner = "vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadata"
+    known = {field for r in vllm.RELEASES.values() for field in r.refused_metadata.values()}
+    assert names_in(module, owner) & known == set(release.refused_metadata.values())
+
+
+def test_questions_to_a_backend(release):
+    asked = {n for n in names_in("vllm.v1.attention.backend", "AttentionBackend") if n.startswith("supports_")}
+    assert asked - QUESTIONS == release.questions
+    assert asked >= QUESTIONS
+    assert "supports_dcp" in names_in("vllm.v1.attention.backend", "AttentionImplBase")
+
+
+def test_bmm_and_bias(release):
+    body = sources.statements(sources.installed_root(), release.batch_invariant)
+    assert any("torch.bmm = " in ast.unparse(n) for n in body) is release.replaces_bmm
+    [linear] = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == "linear_batch_invariant"]
+    after = "output + bias" in ast.unparse(linear)
+    assert after is not release.bias_in_accumulator
+    assert after or "bias=bias" in ast.unparse(linear)
+    matmul = sources.parameters(sources.installed_root(), release.batch_invariant, "matmul_persistent")
+    assert matmul == ("a", "b", "bias")
+
+
+@pytest.mark.parametrize(("module", "attribute", "expected"), CALLED, ids=[attribute for _, attribute, _ in CALLED])
+def test_what_bi_ops_calls_and_overrides(release, module, attribute, expected):
+    found = sources.parameters(sources.installed_root(), module, attribute)
+    assert found is not None
+    assert expected is None or found == expected
+
+
+@pytest.mark.parametrize(("module", "owner"), FIELDS, ids=[owner for _, owner in FIELDS])
+def test_what_bi_ops_reads_and_sets(release, module, owner):
+    assert names_in(module, owner) >= FIELDS[module, owner]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the reader itself, on sources made here
+
+
+@pytest.mark.parametrize("version", vllm.RELEASES)
+def test_a_release_equals_itself_and_one_that_differs_is_described(version, tmp_path):
+    release = vllm.RELEASES[version]
+    write_sources(tmp_path, release)
+    assert sources.differences(release, tmp_path) == []
+    moved = dataclasses.replace(release, batch_invariant="vllm.elsewhere")  # negative control
+    [difference] = sources.differences(moved, tmp_path)
+    assert difference == "vllm.elsewhere.rms_norm_batch_invariant is missing"
+
+
+def test_an_empty_folder_lacks_every_patch_point(tmp_path):
+    found = sources.differences(vllm.RELEASES["0.26.0"], tmp_path)
+    assert len(found) == 4
+    assert all(difference.endswith("is missing") for difference in found)
