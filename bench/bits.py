@@ -56,6 +56,9 @@ def product_bits(models: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
             if name == "lm_head" and model not in ("0.6B", "8B"):
                 continue
             weight = values(n, k, seed=1, scale=0.1).requires_grad_()
+            x = values(17, k, seed=18).requires_grad_()
+            torch.autograd.grad(bi_ops.matmul.linear(x, weight), (x, weight), values(17, n, seed=3))
+            bi_ops.warmup()  # so that the GEMMs that serve a warm machine are the ones that are fingerprinted
             for rows in (1, 17, 256, 1000):
                 x = values(rows, k, seed=rows + 1).requires_grad_()
                 out = bi_ops.matmul.linear(x, weight)
