@@ -27,9 +27,9 @@ class Failure(Exception):
 
 
 class State(threading.local):
-    """Of a thread: its program, its name, products it has in flight, and tiles that copies of its read."""
+    """Of a thread: its program, its name and warps, products it has in flight, and tiles that its copies read."""
 
-    program, programs, name, allocated = 0, 1, "", 0
+    program, programs, name, warps, allocated = 0, 1, "", 4, 0
 
     def __init__(self):
         self.groups, self.leaving = [], []
@@ -254,12 +254,12 @@ class Shared:
 
 
 class Descriptor:
-    """Global memory as TMA sees it; what is stored there is in `log`: {corner: [(how, program)]}."""
+    """Global memory as TMA sees it, {corner: [(how, program)]}: stores are in `log`, stores and loads in `history`."""
 
     dtype = layout = None
 
     def __init__(self, shape, block, itemsize):
-        self.shape, self.log = shape, collections.defaultdict(list)
+        self.shape, self.log, self.history = shape, collections.defaultdict(list), collections.defaultdict(list)
         self.block_type = types.SimpleNamespace(shape=block, nbytes=int(np.prod(block)) * itemsize)
 
 
@@ -297,6 +297,7 @@ class tma:
             if tile.root.readers[tile.slot]:
                 fail(f"{here.name}: copies over slot {tile.slot}, read by {tile.root.readers[tile.slot]}")
             tile.root.coming[tile.slot] += 1
+            descriptor.history[tuple(map(int, corner))].append(("load", here.program))
             machine.copies.append((bar.barrier, descriptor.block_type.nbytes, tile))
 
     def async_store(descriptor, corner, tile, how="set"):
@@ -306,7 +307,8 @@ class tma:
                 fail(f"{here.name}: corner {corner} of {descriptor.shape}")
             tile.root.readers[tile.slot].append(here.name)
             here.leaving.append([tile])
-            descriptor.log[tuple(map(int, corner))].append((how, here.program))
+            for events in (descriptor.log, descriptor.history):
+                events[tuple(map(int, corner))].append((how, here.program))
 
     def async_atomic_add(descriptor, corner, tile):
         tma.async_store(descriptor, corner, tile, "add")
@@ -349,7 +351,7 @@ def release(semaphore, after):
     tma.store_wait(0)
     with lock:
         seen = Index(after.memory[after.at])
-        semaphore.memory[semaphore.at] += 1
+        semaphore.memory[semaphore.at] += here.warps
         lock.notify_all()
         return seen
 
@@ -386,6 +388,15 @@ class gl:
     exp2 = log2 = zeros_like = full_like = staticmethod(_same)
     max = sum = staticmethod(_reduce)
     permute = Tensor.permute
+
+    def cdiv(a, b):
+        return (a + b - 1) // b
+
+    def split(x):
+        return x.like(x.shape[:-1]), x.like(x.shape[:-1])
+
+    def join(a, b):
+        return a.like([*a.shape, 2])
 
     def static_assert(holds):
         assert holds
@@ -446,7 +457,7 @@ class gl:
         program = here.program, here.programs
 
         def run(i, part, args):
-            here.program, here.programs = program
+            (here.program, here.programs), here.warps = program, [4, *warps][i]
             here.name = f"program {here.program}, part {i} {part.__name__}"
             try:
                 part(*args)

@@ -87,7 +87,7 @@ def _get_work(n_tiles, n_whole, slice_tokens, T):
     n_before = gl.program_id(0) // gl.maximum(n_split, 1)
     begin = n_before * slice_tokens
     has_slice = (n_split > 0) & (begin < T)
-    slice_item = gl.where(has_slice, n_before, 2147483647)
+    slice_item = gl.where(has_slice, n_before, 2**30)
     tile = n_whole + gl.program_id(0) % gl.maximum(n_split, 1)
     end = gl.minimum(begin + slice_tokens, T)
     return Work(n_items + has_slice.to(gl.int32), slice_item, tile, begin, end, n_before)

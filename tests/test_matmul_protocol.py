@@ -1,0 +1,79 @@
+"""The control flow of `wgrad_kernel`, run on the CPU: no deadlock, no race, slices of a tile added front to back.
+
+What the kernel computes is shown on the GPU alone (`test_matmul_properties.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import gluon_model as model
+import pytest
+from gluon_model import Descriptor, Pointer
+
+from bi_ops.matmul import hopper
+
+ROWS, BLOCK_N, BLOCK_T = 128, 128, 64
+
+
+def run_wgrad(m, n, t, programs, n_split, slices, kernels=hopper, stages=4, **options):
+    """The last `n_split` tiles of C are split into slices of the tokens, at most one slice for each program."""
+    tiles = -(-m // ROWS) * -(-n // BLOCK_N)
+    n_whole, slice_tokens = tiles - n_split, -(-t // (slices * BLOCK_T)) * BLOCK_T
+    g, x = Descriptor([t, m], [BLOCK_T, 64], 2), Descriptor([t, n], [BLOCK_T, BLOCK_N], 2)
+    c = Descriptor([-(-m // ROWS) * ROWS, n], [64, BLOCK_N // 2], 4)  # rows past the last are left out by TMA
+    semaphores = Pointer([0] * (2 * n_split))
+    unused = model.launch(
+        *(kernels.wgrad_kernel, programs, g, x, c, semaphores, m, n, t, n_whole, slice_tokens, stages, 8), **options
+    )
+    assert unused == 0
+    corners = {(i, j) for i in range(0, -(-m // ROWS) * ROWS, 64) for j in range(0, -(-n // BLOCK_N) * BLOCK_N, 64)}
+    assert set(c.history) == corners
+    orders = list(c.history.values())
+    for events in orders:
+        # A slice is loaded when the slice before is stored, and slices are taken by programs in ascending order.
+        assert [how for how, _ in events] == ["load", "set"] * (len(events) // 2)
+        assert [p for _, p in events[::2]] == [p for _, p in events[1::2]] == sorted(p for _, p in events[::2])
+    many = -(-t // slice_tokens)
+    assert sum(len(events) == 2 * many for events in orders) == (len(orders) if many == 1 else 4 * n_split)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_size(seed):
+    r = random.Random(seed)
+    for _ in range(3):
+        m, n, t = r.choice([64, 256, 320]), r.choice([128, 384]), r.choice([64, 200, 1024])
+        tiles, programs = -(-m // ROWS) * -(-n // BLOCK_N), r.choice([1, 2, 3, 5])
+        programs = min(programs, tiles)
+        n_split = tiles % programs if t == 1024 else 0
+        slices = programs // n_split if n_split else 1
+        resident = r.choice([1, 2, programs])
+        run_wgrad(m, n, t, programs, n_split, slices, stages=r.choice([2, 4]), resident=resident, seed=seed)
+
+
+BROKEN = [
+    ("mbarrier.wait(args.empty.index(stage), phase)", "pass"),
+    ("acquire(p_semaphore, work.n_before * WARPS)", "pass"),
+    ("tma.store_wait(0)  #", "pass  #"),
+    ("mbarrier.wait(c_full, c_phase, pred=follows)", "pass"),
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=range(len(BROKEN)))
+def test_what_is_broken_is_caught(broken, tmp_path):
+    """Negative control: each line left out is noticed."""
+    line, instead = broken
+    source = Path(hopper.__file__).read_text()
+    assert source.count(line) == 1
+    (tmp_path / "broken.py").write_text(source.replace(line, instead))
+    spec = importlib.util.spec_from_file_location("broken", tmp_path / "broken.py")
+    other = importlib.util.module_from_spec(spec)
+    sys.modules["broken"] = other
+    spec.loader.exec_module(other)
+    some = [(256, 640, 1024, 4, 2, 2), (256, 640, BLOCK_T, 2, 0, 1)]
+    [run_wgrad(*sizes) for sizes in some]
+    with pytest.raises((model.Failure, AssertionError)):
+        [run_wgrad(*sizes, kernels=other, resident=4, seed=seed) for seed in range(10) for sizes in some]
