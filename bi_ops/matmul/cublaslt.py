@@ -131,7 +131,7 @@ def availability() -> Support:
 
 
 def extension() -> ModuleType:
-    """The binding: count, run, describe, version, COMPETING; linear and admit.
+    """The binding: count, run, describe, version, CANDIDATES; linear, is_plain and allow.
 
     Raises:
         RuntimeError: it cannot be built here; the reason says why.
