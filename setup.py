@@ -1,7 +1,7 @@
-"""Builds the cuBLASLt binding into the package where a torch with CUDA and cuBLAS's headers are at hand.
+"""Carries csrc/ in the wheel, and builds the cuBLASLt binding into it where torch with CUDA and cuBLAS's headers are.
 
-A build that pip isolates sees no torch: `pip install --no-build-isolation .` does this, `pip install .` leaves it to
-the first use. So does a build that fails: the package works, and `bi-ops doctor` says what is missing.
+A build that pip isolates sees no torch: `pip install --no-build-isolation .` builds the binding, `pip install .` leaves
+it to the first use. So does a build that fails: the package works, and `bi-ops doctor` says what is missing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+SOURCES = sorted((ROOT / "csrc").glob("*.cpp"))
+
+
+class BuildPy(build_py):
+    """Copies csrc/ to bi_ops/csrc, so that an installed package can build the binding on first use."""
+
+    def _copies(self) -> dict[str, str]:
+        """Where each source goes. An editable install needs none: it finds csrc/ beside the package."""
+        if self.editable_mode:
+            return {}
+        folder = Path(self.build_lib) / "bi_ops" / "csrc"
+        return {str(folder / source.name): str(source) for source in SOURCES}
+
+    def run(self) -> None:
+        super().run()
+        for target, source in self._copies().items():
+            self.mkpath(os.path.dirname(target))
+            self.copy_file(source, target)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), *self._copies()]
 
 
 def binding() -> dict[str, Any]:
@@ -37,4 +59,5 @@ def binding() -> dict[str, Any]:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)}}
 
 
-setup(**binding())
+built = binding()
+setup(**{**built, "cmdclass": {"build_py": BuildPy, **built.get("cmdclass", {})}})

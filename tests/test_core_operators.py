@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bi_ops import attention, embedding, logprob, matmul, reduction
 from bi_ops.core import operators
 from bi_ops.core.backends import Support
-from bi_ops.core.operators import custom_op, on_device_of_first
+from bi_ops.core.operators import custom_op, is_plain, on_device_of_first
 from bi_ops.matmul import TOKEN_STEP, cublaslt
 from bi_ops.matmul.backends import CublasLt
 from bi_ops.matmul.linear import through_binding
@@ -229,6 +229,35 @@ def test_the_binding_is_not_asked_where_the_operator_is_to_be_seen(device, monke
         assert len(asked) == 1
     finally:
         matmul.backends.register(CublasLt(), first=True)
+
+
+def judged(device) -> list[tuple[str, object, bool]]:
+    """(what it is, an object, is it a plain tensor)."""
+    t = torch.randn(4, 4, device=device)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(t)
+    return [
+        ("tensor", t, True),
+        ("parameter", torch.nn.Parameter(t), True),
+        ("strided view", t[::2].t(), True),
+        ("subclass", t.as_subclass(Subclass), False),
+        ("meta tensor", torch.empty(2, device="meta"), False),
+        ("negative view", torch._neg_view(t), False),
+        ("fake tensor", fake, False),
+        ("number", 3.0, False),
+        ("None", None, False),
+    ]
+
+
+def test_what_is_plain(device):
+    assert [what for what, t, plain in judged(device) if is_plain(t) is not plain] == []
+
+
+@pytest.mark.gpu
+def test_the_binding_has_the_same_rule_of_what_is_plain(device):
+    """csrc/cublaslt.cpp mirrors `is_plain`: its `linear` reads the memory of what it takes."""
+    lt = cublaslt.extension()
+    assert [what for what, t, _ in judged(device) if lt.is_plain(t) is not is_plain(t)] == []
 
 
 def test_shapes_alone_are_enough_to_trace(device):

@@ -21,7 +21,7 @@ def randn(*shape, device, dtype=torch.bfloat16):
 
 
 @pytest.fixture(params=["bmm", "addmm"])
-def product(request, device):
+def gemm(request, device):
     """A function of rows x [M, K], the same for every row, with its other operands."""
     if request.param == "bmm":
         b = randn(BATCH, K, N, device=device).requires_grad_()
@@ -30,8 +30,8 @@ def product(request, device):
     return lambda x: matmul.addmm(bias, x, b), (b, bias)
 
 
-def test_rows_do_not_depend_on_the_batch(product, device):
-    fn, _ = product
+def test_rows_do_not_depend_on_the_batch(gemm, device):
+    fn, _ = gemm
 
     def with_gradient(x, g):
         x = x.clone().requires_grad_()
@@ -42,7 +42,7 @@ def test_rows_do_not_depend_on_the_batch(product, device):
     assert row_variant(with_gradient, (x, torch.randn_like(fn(x))), COUNTS) == []
 
 
-def test_a_product_split_by_the_row_count_is_caught(device):
+def test_a_gemm_split_by_the_row_count_is_caught(device):
     """Negative control."""
     b = randn(BATCH, K, N, device=device, dtype=torch.float32)
 
@@ -56,8 +56,8 @@ def test_a_product_split_by_the_row_count_is_caught(device):
     assert row_variant(split_k, (x,), (16, 17, 64, 256)) == [16, 17]
 
 
-def test_gradients_are_the_same_on_every_run(product, device):
-    fn, others = product
+def test_gradients_are_the_same_on_every_run(gemm, device):
+    fn, others = gemm
     x = randn(65, K, device=device).requires_grad_()
     g = torch.randn_like(fn(x))
     assert rerun_variant(lambda: torch.autograd.grad(fn(x), (x, *others), g), RERUNS) == []

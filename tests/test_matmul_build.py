@@ -1,4 +1,4 @@
-"""The cuBLASLt binding at install: built where it can be, left to the first use otherwise, never a reason to fail."""
+"""The cuBLASLt binding at install: its source in every wheel, built where it can be, never a reason to fail."""
 
 from __future__ import annotations
 
@@ -39,22 +39,41 @@ def given(monkeypatch):
 
 def test_an_install_builds_nothing_without_cuda_or_headers(given, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert given() == {}
+    assert "ext_modules" not in given()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cublaslt, "recipe", lambda: (None, "no cublasLt.h"))
-    assert given() == {}
+    assert "ext_modules" not in given()
     monkeypatch.setitem(sys.modules, "torch", None)  # an isolated build
-    assert given() == {}
+    assert "ext_modules" not in given()
 
 
 def test_an_install_builds_the_binding_and_forgives_a_failure(given, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cublaslt, "recipe", lambda: (dict(RECIPE), ""))
-    [extension] = given()["ext_modules"]
+    declared = given()
+    [extension] = declared["ext_modules"]
+    assert declared["cmdclass"].keys() == {"build_py", "build_ext"}
     assert extension.name == f"bi_ops.matmul.{cublaslt.name()}"
     assert "cu13_0" in extension.name
     assert extension.optional
-    assert extension.sources == ["bi_ops/csrc/cublaslt.cpp"]
+    assert extension.sources == ["csrc/cublaslt.cpp"]
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_a_wheel_carries_the_source_and_an_editable_install_finds_it(editable, given, tmp_path):
+    """In a wheel csrc/ lies inside the package; an editable install, like a checkout, has it beside the package."""
+    command = given()["cmdclass"]["build_py"](setuptools.Distribution({"packages": []}))
+    command.build_lib, command.editable_mode = str(tmp_path), editable
+    command.ensure_finalized()
+    command.run()
+    copied = tmp_path / "bi_ops" / "csrc" / "cublaslt.cpp"
+    assert copied.exists() is not editable
+    assert command.get_outputs() == ([] if editable else [str(copied)])
+    if not editable:
+        assert copied.read_bytes() == (ROOT / "csrc" / "cublaslt.cpp").read_bytes()
+        assert cublaslt.find_source(tmp_path / "bi_ops") == copied
+    assert cublaslt.find_source(ROOT / "bi_ops") == ROOT / "csrc" / "cublaslt.cpp"
+    assert cublaslt._SOURCE.exists()
 
 
 def test_an_installed_binding_is_loaded_and_another_torchs_is_not(monkeypatch):

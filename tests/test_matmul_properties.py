@@ -1,4 +1,4 @@
-"""Products: accuracy against fp64, and bits that do not depend on the batch."""
+"""GEMMs: accuracy against fp64, and bits that do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_rows_do_not_depend_on_the_batch(device):
     assert order_variant(lambda x, g: grad_rows(x, g, weight), rows) == []
 
 
-def test_a_split_k_product_is_caught(device):
+def test_a_split_k_gemm_is_caught(device):
     """Negative control: splitting K when there are few rows changes bits, and the sweep sees it."""
     weight = randn(N, K, dtype=torch.float32, device=device)
     half = K // 2
@@ -147,7 +147,8 @@ def test_an_fp32_master_weight_has_the_bits_of_its_bf16_copy_and_an_unrounded_gr
 )
 def test_matmul_broadcasts_like_torch(a, b, device):
     a, b = randn(*a, dtype=torch.float32, device=device), randn(*b, dtype=torch.float32, device=device)
-    torch.testing.assert_close(mm_ops.matmul(a, b), a @ b)
+    call = mm_ops.matmul if b.ndim <= 2 else matmul.matmul  # batches of matrices have no choice
+    torch.testing.assert_close(call(a, b), a @ b)
 
 
 def test_strided_inputs_have_the_bits_of_contiguous_ones(device):
@@ -410,7 +411,7 @@ def test_a_first_call_runs_triton_and_a_warmup_changes_no_bit(shape, device):
 
 @pytest.mark.gpu
 def test_whichever_candidate_is_fastest_the_bits_are_the_first_ones(device):
-    """A product large enough to be timed: met first in a captured graph, where nothing is timed, then outside."""
+    """A GEMM large enough to be timed: met first in a captured graph, where nothing is timed, then outside."""
     from bi_ops.matmul import cublaslt
 
     lt = cublaslt.extension()
@@ -427,7 +428,7 @@ def test_whichever_candidate_is_fastest_the_bits_are_the_first_ones(device):
 
 
 @pytest.mark.gpu
-def test_products_are_captured_in_cuda_graphs(device):
+def test_gemms_are_captured_in_cuda_graphs(device):
     x, weight = randn(33, 2048, device=device), randn(1024, 2048, device=device)
     expected = mm_ops.linear(x, weight)
     graph = torch.cuda.CUDAGraph()

@@ -11,6 +11,7 @@ import torch
 from bi_ops.core import runtime
 from bi_ops.core.backends import Support
 from bi_ops.matmul import backends, verification, warmup
+from bi_ops.matmul.warmup import shapes_of
 
 SHAPE = verification.GemmShape(0, torch.bfloat16, torch.bfloat16, "m", 64, 32, False, True, False)
 
@@ -113,6 +114,37 @@ def test_a_warmup_verifies_what_has_run_so_far(asked, monkeypatch):
     assert told == [(0, 2), (1, 2), (2, 2)]
     assert (verification.is_verified(SHAPE), verification.is_verified(refused)) == (True, False)
     assert warmup().verified == 0  # nothing is left
+
+
+def test_a_shape_that_waits_for_a_warmup_is_looked_up_once(asked, monkeypatch):
+    """Until then the question is asked in every call, and reading the file costs the host more than a small GEMM."""
+    looked_up = []
+    find = verification._record
+    monkeypatch.setattr(verification, "_record", lambda s: looked_up.append(s) or find(s))
+    assert [verification.is_verified(SHAPE) for _ in range(3)] == [False] * 3
+    assert looked_up == [SHAPE]
+    assert verification.verify(SHAPE) is True
+    assert verification.is_verified(SHAPE) is True
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked_for", "computed"),
+    [
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16, torch.float16),  # a model in fp16 computes in fp16
+    ],
+)
+def test_a_models_shapes_are_those_that_it_runs(stored, asked_for, computed):
+    weight = SimpleNamespace(ndim=2, is_cuda=True, shape=(64, 32), dtype=stored, requires_grad=True)
+    weight.get_device = lambda: 0
+    bias = SimpleNamespace(ndim=1)
+    forward, dx, dw = shapes_of(SimpleNamespace(parameters=lambda: [weight, bias]), asked_for)
+    assert forward == SHAPE._replace(dtype=computed, out_dtype=computed)
+    assert forward.is_linear()
+    assert (dx.dtype, dx.out_dtype, dx.n, dx.other) == (computed, computed, 32, 64)
+    assert (dw.dtype, dw.out_dtype, dw.batch_axis, dw.n, dw.other) == (computed, stored, "k", 32, 64)
 
 
 @pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")

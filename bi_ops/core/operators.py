@@ -42,6 +42,7 @@ def is_plain(t: Any) -> bool:
     """Is `t` a tensor whose values are what its memory holds: no subclass, no meta tensor, no negative view?
 
     The others are resolved by the dispatcher, so that a kernel that is launched without it would read something else.
+    `is_plain` in csrc/cublaslt.cpp is the same rule.
     """
     return type(t) in _PLAIN and not (t.is_meta or t.is_neg())
 

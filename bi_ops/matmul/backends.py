@@ -99,6 +99,8 @@ class Vllm(GemmBackend):
         return Support(False, "no GPU: vLLM's kernels need one") if runtime.INTERPRET else vllm.availability()
 
     def supports(self, problem: Problem, arch: Arch) -> Support:  # type: ignore[override]
+        if not arch.canonical_gemm:
+            return Support(False, f"{arch.name}: the order of vLLM's kernel was not examined there")
         return Support(problem.dtype in TENSOR_CORE_DTYPES, f"{problem.dtype}: it multiplies bf16 and fp16")
 
     def gemm(self, a, b, bias, out, batch_axis):
@@ -128,6 +130,11 @@ backends: Backends[GemmBackend] = Backends("matmul", (CublasLt(), _TRITON, Vllm(
 def select(dtype: torch.dtype, device: torch.device, backend: str | None = None) -> GemmBackend:
     """Who computes GEMMs of this dtype. Raises as `Backends.select`."""
     return backends.select(Problem(dtype), arches.of(device), backend)
+
+
+def gradient_backend(name: str) -> str | None:
+    """Who computes the gradients of a GEMM by backend `name`, "" for the default selection: itself, if it can."""
+    return None if not name or backends.get(name).forward_only else name
 
 
 def gemm(

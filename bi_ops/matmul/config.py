@@ -28,6 +28,7 @@ def _pow2(n: int, low: int, high: int) -> int:
     return min(max(next_power_of_2(n), low), high)
 
 
+@functools.lru_cache(maxsize=4096)  # asked in every launch
 def gemm_config(m: int, n: int, dtype: torch.dtype, arch: Arch) -> GemmConfig:
     """The fastest known tile for an [m, n] result."""
     if arch.interpreted:

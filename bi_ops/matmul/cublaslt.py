@@ -1,5 +1,5 @@
 """The cuBLASLt binding, one shared library per torch and CUDA version: installed with the package (setup.py), or built
-from bi_ops/csrc on first use."""
+from csrc/ on first use."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ import torch
 from bi_ops.core import runtime
 from bi_ops.core.backends import Support
 
-#: Inside the package, so that a wheel carries it too.
-_SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cublaslt.cpp"
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def find_source(package: Path) -> Path:
+    """The binding's source: inside an installed package, else beside it, in a checkout."""
+    installed = package / "csrc" / "cublaslt.cpp"
+    return installed if installed.exists() else package.parent / "csrc" / "cublaslt.cpp"
+
+
+_SOURCE = find_source(_PACKAGE)
 
 #: What building needs, for people.
 REQUIREMENTS = (
@@ -123,7 +131,7 @@ def availability() -> Support:
 
 
 def extension() -> ModuleType:
-    """The binding: count, run, describe, version, COMPETING; linear and admit.
+    """The binding: count, run, describe, version, CANDIDATES; linear, is_plain and allow.
 
     Raises:
         RuntimeError: it cannot be built here; the reason says why.

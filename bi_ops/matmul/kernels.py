@@ -1,4 +1,4 @@
-"""The product kernel. One program owns one output tile and walks K front to back: no split-K, no atomics."""
+"""The GEMM kernel. One program owns one output tile and walks K front to back: no split-K, no atomics."""
 
 from __future__ import annotations
 

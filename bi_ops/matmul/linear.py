@@ -15,7 +15,7 @@ import torch
 from bi_ops.core import checks
 from bi_ops.core.operators import custom_op, dispatcher_is_watched, is_plain
 from bi_ops.matmul import cublaslt
-from bi_ops.matmul.backends import gemm, select
+from bi_ops.matmul.backends import gemm, gradient_backend, select
 from bi_ops.matmul.launch import launch_wgrad
 from bi_ops.matmul.ops import _mm, _mm_grad, bias_grad, check_backend, check_operands
 
@@ -43,7 +43,7 @@ def _linear_grad(
     """Gradients of x[T, K] @ weight[N, K].T: g @ weight, empty where not needed, and g.T @ x, added to main_grad."""
     if need_weight:
         launch_wgrad(g, x, main_grad)
-    return gemm(g, weight, backend=backend or None) if need_x else g.new_empty(0)
+    return gemm(g, weight, backend=gradient_backend(backend)) if need_x else g.new_empty(0)
 
 
 @_linear_grad.register_fake

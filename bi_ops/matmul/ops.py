@@ -9,7 +9,7 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import checks
 from bi_ops.core.operators import custom_op
-from bi_ops.matmul.backends import backends, gemm, select
+from bi_ops.matmul.backends import backends, gemm, gradient_backend, select
 from bi_ops.matmul.launch import launch_triton
 from bi_ops.matmul.order import BiasOrder, GemmOrder, Problem
 
@@ -46,7 +46,7 @@ def _mm_grad(
     g: torch.Tensor, a: torch.Tensor, b: torch.Tensor, need_a: bool, need_b: bool, backend: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of a[M, K] @ b[K, N]: g @ b.T and a.T @ g; an empty tensor where not needed."""
-    name = None if not backend or backends.get(backend).forward_only else backend
+    name = gradient_backend(backend)
     grad_a = gemm(g, b.to(g.dtype).t(), backend=name) if need_a else g.new_empty(0)
     grad_b = _grad_b(a, g, b, name) if need_b else g.new_empty(0)
     return grad_a, grad_b
@@ -124,6 +124,14 @@ def check_backend(a: torch.Tensor, backend: str | None) -> str:
     return select(a.dtype, a.device, backend).name
 
 
+def check_batched(op: str, backend: str | None) -> None:
+    """Batches of matrices have the Triton kernel alone: raise if another backend is named."""
+    if backend is not None and backends.get(backend).name != "triton":
+        raise RuntimeError(
+            f"{op}: backend {backend!r} cannot serve batches of matrices; leave it out, or name 'triton'"
+        )
+
+
 def backend_of(dtype: torch.dtype, device: torch.device) -> str:
     """The name of the backend that computes GEMMs of this dtype unless another is named."""
     return select(dtype, device).name
@@ -181,9 +189,13 @@ def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, backend: str 
     return mm(a, b, bias, backend=backend)
 
 
-def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a[i] @ b[i]`` for every i; a [B, M, K], b [B, K, N], one dtype; out [B, M, N]. Raises as `mm`."""
+def bmm(a: torch.Tensor, b: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """``a[i] @ b[i]`` for every i; a [B, M, K], b [B, K, N], one dtype; out [B, M, N]. Raises as `mm`.
+
+    backend: None or "triton", the one that computes batches.
+    """
     check_operands("bmm", a, b)
+    check_batched("bmm", backend)
     ok = a.ndim == 3 and b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1]
     checks.shape("bmm", ok, lambda: f"needs [B, M, K] and [B, K, N], got {list(a.shape)} and {list(b.shape)}")
     checks.same_dtype("bmm", a=a, b=b)
@@ -193,7 +205,7 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def matmul(a: torch.Tensor, b: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """`torch.matmul` under the contract: 1-D to N-D, leading dimensions broadcast. Raises as `mm`.
 
-    backend: as `mm`, for a two-dimensional b; batches of matrices have the Triton kernel alone.
+    backend: as `mm` where b has one or two dimensions, else as `bmm`.
     """
     check_operands("matmul", a, b)
     checks.same_dtype("matmul", a=a, b=b)
@@ -207,6 +219,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, *, backend: str | None = None) -> t
         out = _mm(a2.reshape(-1, a2.shape[-1]), b2, None, check_backend(a, backend))
         out = out.reshape(*a2.shape[:-1], b2.shape[1])
     else:
+        check_batched("matmul", backend)
         lead = torch.broadcast_shapes(a2.shape[:-2], b2.shape[:-2])
         a3 = a2.expand(*lead, *a2.shape[-2:]).reshape(math.prod(lead), *a2.shape[-2:])
         b3 = b2.expand(*lead, *b2.shape[-2:]).reshape(math.prod(lead), *b2.shape[-2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -44,6 +45,7 @@ class GemmOrder(Order):
         return wanted if self.any_tile else self.k_step
 
 
+@functools.lru_cache(maxsize=4096)  # asked in every launch
 def order(problem: Problem, arch: Arch) -> GemmOrder:
     """The order of a GEMM. Takes no count of rows: that is the contract."""
     k_step = TOKEN_STEP if problem.over_tokens else arch.gemm_step

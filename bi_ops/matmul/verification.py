@@ -155,6 +155,8 @@ def is_verified(s: GemmShape) -> bool:
     """May cuBLASLt compute this GEMM? Asks this process and the file, and compares nothing."""
     verdict = _known.verified.get(s)
     if verdict is None:
+        if s in _known.wanted:  # asked in every call: the file was looked up in the first one
+            return False
         record = _record(s)
         if record is None:
             _known.wanted[s] = None

@@ -29,16 +29,18 @@ class Warmup:
 def shapes_of(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[GemmShape]:
     """The GEMMs of every two-dimensional weight of a model: forward, dX and, for weights that are learned, dW.
 
-    dtype: of the activations. A weight that a `main_grad` is accumulated for needs no dW of another library.
+    dtype: of the activations, for fp32 weights; those of a 16-bit weight have its own. dW counts for a weight with a
+    `main_grad` too, which may be without one in another step.
     """
     for weight in module.parameters():
         if weight.ndim != 2 or not weight.is_cuda:
             continue
         (n, k), device = weight.shape, weight.get_device()
-        yield GemmShape(device, dtype, dtype, "m", n, k, False, True, False)
+        d = weight.dtype if weight.dtype in TENSOR_CORE_DTYPES else dtype
+        yield GemmShape(device, d, d, "m", n, k, False, True, False)
         if weight.requires_grad:
-            yield GemmShape(device, dtype, dtype, "m", k, n, False, False, False)
-            yield GemmShape(device, dtype, weight.dtype, "k", k, n, True, False, False)
+            yield GemmShape(device, d, d, "m", k, n, False, False, False)
+            yield GemmShape(device, d, weight.dtype, "k", k, n, True, False, False)
 
 
 def warmup(
@@ -53,7 +55,7 @@ def warmup(
 
     Args:
         module: a model on a GPU; None: the shapes that have run unverified in this process.
-        dtype: of the activations, bf16 or fp16. progress: called with (done, total, next shape).
+        dtype: of the activations over fp32 weights, bf16 or fp16. progress: called with (done, total, next shape).
 
     Raises:
         TypeError: another dtype. RuntimeError: a CUDA graph is being captured.

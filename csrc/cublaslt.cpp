@@ -1,8 +1,8 @@
-// cuBLASLt restricted to the canonical order: no split-K, no stream-K, no reduction scheme, no workspace.
+// GEMMs by cuBLASLt in the canonical reduction order: no split-K, no stream-K, no reduction scheme, no workspace.
 //
-// out[M, N] = a[M, K] @ b[K, N], batched or not. Tensors are row-major and cuBLASLt is column-major, so it is asked for
-// out^T = b^T a^T. Plans (descriptors and the admitted algorithms) are made once per shape, layout and alignment.
-// Admitted algorithms have the same bits, so which of them runs is a matter of time: see `settle`.
+// out[M, N] = a[M, K] @ b[K, N], batched or not. Tensors are row-major and cuBLASLt is column-major, so it computes
+// out^T = b^T a^T. A plan (descriptors and candidate algorithms) is made once per shape, layout and alignment. The
+// candidates of a verified GEMM have the same bits (bi_ops/matmul/verification.py), so the fastest runs: see `tune`.
 
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAEvent.h>
@@ -31,8 +31,8 @@ void check(cublasStatus_t status, const char* what) {
   TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "bi_ops cublaslt: ", what, ": ", cublasLtGetStatusString(status));
 }
 
-// A 2-D tensor as column-major storage: `rows` x `cols` with leading dimension `ld`; `transposed` if that storage is
-// the transpose of what the product wants.
+// A 2-D tensor as column-major storage: `rows` x `cols` with leading dimension `ld`. `transposed`: the storage is the
+// transpose of the operand of the GEMM.
 struct View {
   int64_t rows, cols, ld;
   bool transposed;
@@ -115,16 +115,16 @@ T config(const cublasLtMatmulAlgo_t& algo, cublasLtMatmulAlgoConfigAttributes_t 
   return status == CUBLAS_STATUS_SUCCESS ? value : T{};
 }
 
-bool keeps_the_order(const cublasLtMatmulHeuristicResult_t& r) {
+bool has_canonical_order(const cublasLtMatmulHeuristicResult_t& r) {
   return r.workspaceSize == 0 && config<int32_t>(r.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1 &&
          config<uint32_t>(r.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) == CUBLASLT_REDUCTION_SCHEME_NONE;
 }
 
-constexpr int kMostCandidates = 16;
-constexpr size_t kCompeting = 5;  // candidates that are timed; a certificate compares the bits of all of them
-constexpr double kWorthTiming = 0x1p30;  // multiply-adds; below, cuBLASLt's first candidate runs
-constexpr size_t kMostPlans = 4096;  // a new token count makes new plans; beyond this many, start again
-constexpr size_t kFreeWorkspace = 32u << 20;  // for the unrestricted plans of the negative control
+constexpr int kHeuristicResults = 16;  // algorithms that cuBLASLt's heuristic is asked for
+constexpr size_t kCandidates = 5;      // of those, the ones that may run: verified bitwise, then timed
+constexpr double kMinTunedWork = 0x1p30;  // multiply-adds; a smaller GEMM runs cuBLASLt's first algorithm, untimed
+constexpr size_t kMaxPlans = 4096;        // each row count makes a plan; the cache is emptied when it holds this many
+constexpr size_t kUnrestrictedWorkspace = 32u << 20;  // bytes; for the negative control, which may split K
 
 using Key = std::array<int64_t, 20>;
 
@@ -133,14 +133,14 @@ struct Plan {
   std::unique_ptr<Layout> a, b, out;
   std::vector<cublasLtMatmulHeuristicResult_t> candidates;
   size_t fastest = 0;
-  bool settled = true;  // is `fastest` known
-  Key like;  // the key with powers of two for M and K: products of about this size
+  bool tuned = true;  // is `fastest` known?
+  Key size_class;     // the key with M and K rounded up to powers of two; one tuning result serves the class
 };
 
 std::map<Key, std::unique_ptr<Plan>> plans;
 std::mutex lock;
 
-// What tells one candidate from another, whatever the shape.
+// Identifies an algorithm across shapes.
 using Identity = std::array<int64_t, 7>;
 
 Identity identity(const cublasLtMatmulHeuristicResult_t& r) {
@@ -153,7 +153,7 @@ Identity identity(const cublasLtMatmulHeuristicResult_t& r) {
           config<uint16_t>(r.algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID)};
 }
 
-std::map<Key, Identity> winners;
+std::map<Key, Identity> tuned_algorithms;  // by size class
 
 int64_t power_of_two(int64_t n) {
   int64_t p = 1;
@@ -163,30 +163,30 @@ int64_t power_of_two(int64_t n) {
 
 using Launch = std::function<void(const cublasLtMatmulHeuristicResult_t&)>;
 
-// Finds the fastest candidate, once per size: the first product of about this size is computed by each of them, a few
-// times, with its operands in memory, as a layer's weights are when its turn comes: from L2 another one may be faster.
-// Nothing is timed while a CUDA graph is captured: the first candidate runs, and the question stays open.
-void settle(Plan& plan, const Launch& launch) {
-  const size_t competing = std::min(plan.candidates.size(), kCompeting);
-  if (const auto won = winners.find(plan.like); won != winners.end()) {
-    plan.settled = true;
-    for (size_t i = competing; i-- > 0;)
-      if (identity(plan.candidates[i]) == won->second) plan.fastest = i;
+// Finds the fastest candidate, once per size class: the first GEMM of the class is computed a few times by each of them.
+// L2 is flushed before each run, because a layer's weights are in HBM when the layer runs, and the ranking from L2 can
+// differ. Nothing is timed during CUDA graph capture: the first candidate runs, and the plan stays untuned.
+void tune(Plan& plan, const Launch& launch) {
+  const size_t n_candidates = std::min(plan.candidates.size(), kCandidates);
+  if (const auto known = tuned_algorithms.find(plan.size_class); known != tuned_algorithms.end()) {
+    plan.tuned = true;
+    for (size_t i = n_candidates; i-- > 0;)
+      if (identity(plan.candidates[i]) == known->second) plan.fastest = i;
     return;
   }
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return;
-  plan.settled = true;
-  std::array<float, kCompeting> best;
+  plan.tuned = true;
+  std::array<float, kCandidates> best;
   best.fill(std::numeric_limits<float>::infinity());
   at::Tensor flush;
   try {
     flush = at::empty({2 * at::cuda::getCurrentDeviceProperties()->l2CacheSize}, at::device(at::kCUDA).dtype(at::kByte));
   } catch (const c10::OutOfMemoryError&) {
-    return;  // the first candidate runs
+    return;  // no room for the flush buffer: the first candidate runs
   }
   at::cuda::CUDAEvent start(cudaEventDefault), end(cudaEventDefault);
   for (int round = 0; round < 5; ++round)
-    for (size_t i = 0; i < competing; ++i) {
+    for (size_t i = 0; i < n_candidates; ++i) {
       flush.zero_();
       start.record();
       launch(plan.candidates[i]);
@@ -194,10 +194,10 @@ void settle(Plan& plan, const Launch& launch) {
       end.synchronize();
       best[i] = std::min(best[i], start.elapsed_time(end));
     }
-  for (size_t i = 1; i < competing; ++i)
-    if (best[i] < best[plan.fastest] && best[i] < 0.98f * best[0]) plan.fastest = i;  // 2%: not for noise
-  if (winners.size() >= kMostPlans) winners.clear();
-  winners[plan.like] = identity(plan.candidates[plan.fastest]);
+  for (size_t i = 1; i < n_candidates; ++i)
+    if (best[i] < best[plan.fastest] && best[i] < 0.98f * best[0]) plan.fastest = i;  // less than 2% faster may be noise
+  if (tuned_algorithms.size() >= kMaxPlans) tuned_algorithms.clear();
+  tuned_algorithms[plan.size_class] = identity(plan.candidates[plan.fastest]);
 }
 
 Plan& plan_for(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool bias, bool restricted) {
@@ -208,20 +208,20 @@ Plan& plan_for(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, 
                 batched ? out.size(0) : -1, out.size(-2), out.size(-1), a.size(-1), va.ld, va.transposed, vb.ld,
                 vb.transposed, vo.ld, batched ? a.stride(0) : 0, batched ? b.stride(0) : 0,
                 batched ? out.stride(0) : 0, alignment(a), alignment(b), alignment(out), bias, restricted};
-  if (plans.size() >= kMostPlans && plans.find(key) == plans.end()) plans.clear();
+  if (plans.size() >= kMaxPlans && plans.find(key) == plans.end()) plans.clear();
   auto& slot = plans[key];
   if (slot) return *slot;
 
   auto plan = std::make_unique<Plan>();
-  plan->like = key;
-  for (const size_t i : {4, 6}) plan->like[i] = power_of_two(key[i]);
+  plan->size_class = key;
+  for (const size_t i : {4, 6}) plan->size_class[i] = power_of_two(key[i]);
   plan->operation = std::make_unique<Operation>(va, vb, bias);
-  plan->a = std::make_unique<Layout>(b, vb);  // cuBLASLt's A is our b: the product is transposed
+  plan->a = std::make_unique<Layout>(b, vb);  // cuBLASLt's A is our b: it computes the transpose
   plan->b = std::make_unique<Layout>(a, va);
   plan->out = std::make_unique<Layout>(out, vo);
 
   Preference preference;
-  const size_t workspace = restricted ? 0 : kFreeWorkspace;
+  const size_t workspace = restricted ? 0 : kUnrestrictedWorkspace;
   preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace);
   if (restricted) {
     const uint32_t none = CUBLASLT_REDUCTION_SCHEME_NONE;
@@ -232,23 +232,23 @@ Plan& plan_for(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, 
   preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(out));
   preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(out));
 
-  std::array<cublasLtMatmulHeuristicResult_t, kMostCandidates> found{};
+  std::array<cublasLtMatmulHeuristicResult_t, kHeuristicResults> found{};
   int count = 0;
   auto handle = reinterpret_cast<cublasLtHandle_t>(at::cuda::getCurrentCUDABlasHandle());
   const auto status =
       cublasLtMatmulAlgoGetHeuristic(handle, plan->operation->raw, plan->a->raw, plan->b->raw, plan->out->raw,
-                                     plan->out->raw, preference.raw, kMostCandidates, found.data(), &count);
+                                     plan->out->raw, preference.raw, kHeuristicResults, found.data(), &count);
   if (status != CUBLAS_STATUS_NOT_SUPPORTED) check(status, "heuristic");
   for (int i = 0; i < count; ++i)
-    if (found[i].state == CUBLAS_STATUS_SUCCESS && (!restricted || keeps_the_order(found[i])))
+    if (found[i].state == CUBLAS_STATUS_SUCCESS && (!restricted || has_canonical_order(found[i])))
       plan->candidates.push_back(found[i]);
   const double work = static_cast<double>(out.numel()) * static_cast<double>(a.size(-1));
-  plan->settled = !restricted || plan->candidates.size() < 2 || work < kWorthTiming;
+  plan->tuned = !restricted || plan->candidates.size() < 2 || work < kMinTunedWork;
   slot = std::move(plan);
   return *slot;
 }
 
-void check_product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
+void check_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
   TORCH_CHECK(a.is_cuda() && b.device() == a.device() && out.device() == a.device(), "bi_ops cublaslt: devices differ");
   TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.scalar_type() != at::kFloat,
               "bi_ops cublaslt: a and b must both be bf16 or both fp16");
@@ -257,18 +257,19 @@ void check_product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& o
               "bi_ops cublaslt: shapes ", a.sizes(), " @ ", b.sizes(), " -> ", out.sizes());
 }
 
-// How many algorithms cuBLASLt offers for this product.
+// The number of algorithms that cuBLASLt offers for this GEMM.
 int64_t count(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool restricted) {
-  check_product(a, b, out);
+  check_gemm(a, b, out);
   const c10::cuda::CUDAGuard guard(a.device());
   const std::lock_guard<std::mutex> held(lock);
   return static_cast<int64_t>(plan_for(a, b, out, false, restricted).candidates.size());
 }
 
-// out = a @ b (+ bias) with candidate `index`, -1 for the fastest; false, and nothing done, if there are not that many.
+// out = a @ b (+ bias) with candidate `index`, or the fastest for -1. Returns false, and does nothing, if there is no
+// such candidate.
 bool run(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const std::optional<at::Tensor>& bias,
          int64_t index, bool restricted) {
-  check_product(a, b, out);
+  check_gemm(a, b, out);
   if (out.numel() == 0) return true;
   const c10::cuda::CUDAGuard guard(a.device());
   const std::lock_guard<std::mutex> held(lock);
@@ -291,32 +292,42 @@ bool run(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, const 
                          at::cuda::getCurrentCUDAStream()),
           "matmul");
   };
-  if (index < 0 && !plan.settled) settle(plan, launch);
+  if (index < 0 && !plan.tuned) tune(plan, launch);
   launch(plan.candidates[index < 0 ? plan.fastest : static_cast<size_t>(index)]);
   return true;
 }
 
 // --------------------------------------------------------------------------------------------------------------
-// linear without Python on the way: x @ weight.T for shapes whose certificate Python holds. The backward is the
-// operator that differentiates `bi_ops::mm`.
+// linear in C++: x @ weight.T and its autograd node without Python's cost per call. It serves weights on the allowlist,
+// which holds the GEMMs that Python has verified. The backward calls the operator that differentiates `bi_ops::mm`.
 
 using Weight = std::tuple<int64_t, at::ScalarType, int64_t, int64_t>;  // device, dtype, N, K
-std::set<Weight> admitted;
+std::set<Weight> allowlist;
 
-void admit(int64_t device, at::ScalarType dtype, int64_t n, int64_t k) {
+void allow(int64_t device, at::ScalarType dtype, int64_t n, int64_t k) {
   const std::lock_guard<std::mutex> held(lock);
-  admitted.insert({device, dtype, n, k});
+  allowlist.insert({device, dtype, n, k});
 }
 
-bool is_plain(const at::Tensor& t) {
-  using c10::DispatchKey;
-  const c10::DispatchKeySet wrapped({DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper,
-                                     DispatchKey::Python, DispatchKey::Functionalize});
-  return t.is_cuda() && t.is_contiguous() && !t.key_set().has_any(wrapped) &&
-         reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+bool is_allowed(const at::Tensor& weight) {
+  const std::lock_guard<std::mutex> held(lock);
+  return allowlist.count({weight.get_device(), weight.scalar_type(), weight.size(0), weight.size(1)}) > 0;
 }
 
-// cuBLASLt has no algorithm in the canonical order for this row count: the caller takes another way.
+// The rule of bi_ops.core.operators.is_plain: a tensor or parameter whose memory holds its values. Subclasses, meta
+// tensors and negative views are not. tests/test_core_operators.py compares both on the same tensors.
+bool is_plain(const py::handle& object) {
+  if (!THPVariable_CheckExact(object.ptr())) return false;
+  const at::Tensor& t = THPVariable_Unpack(object.ptr());
+  return !t.is_meta() && !t.is_neg();
+}
+
+// The layout that the verified GEMM was compared in: on a GPU, contiguous, 16-byte aligned.
+bool has_verified_layout(const at::Tensor& t) {
+  return t.is_cuda() && t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+}
+
+// cuBLASLt has no algorithm in the canonical order for this row count: the caller runs another backend.
 struct NoAlgorithm : std::exception {};
 
 at::Tensor times_weight(const at::Tensor& x, const at::Tensor& weight) {
@@ -350,16 +361,15 @@ struct Linear : torch::autograd::Function<Linear> {
   }
 };
 
-// x [..., K] @ weight[N, K].T; nothing where the shape is not admitted, the tensors are not plain ones, or there is no
-// algorithm for them.
-std::optional<at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight) {
+// x [..., K] @ weight[N, K].T; nullopt if the weight is not on the allowlist, an argument is not plain or not in the
+// verified layout, or cuBLASLt has no algorithm.
+std::optional<at::Tensor> linear(const py::handle& x_object, const py::handle& weight_object) {
+  if (!is_plain(x_object) || !is_plain(weight_object)) return std::nullopt;
+  const at::Tensor &x = THPVariable_Unpack(x_object.ptr()), &weight = THPVariable_Unpack(weight_object.ptr());
   if (x.dim() < 1 || weight.dim() != 2 || x.scalar_type() != weight.scalar_type() || x.numel() == 0 ||
-      x.size(-1) != weight.size(1) || !is_plain(x) || !is_plain(weight) || x.device() != weight.device())
+      x.size(-1) != weight.size(1) || x.device() != weight.device() || !has_verified_layout(x) ||
+      !has_verified_layout(weight) || !is_allowed(weight))
     return std::nullopt;
-  {
-    const std::lock_guard<std::mutex> held(lock);
-    if (!admitted.count({x.get_device(), x.scalar_type(), weight.size(0), weight.size(1)})) return std::nullopt;
-  }
   try {
     if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad())) return Linear::apply(x, weight);
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -369,9 +379,9 @@ std::optional<at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight) 
   }
 }
 
-// What candidate `index` is made of, for people.
+// The configuration of candidate `index`, to print.
 std::string describe(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, int64_t index, bool restricted) {
-  check_product(a, b, out);
+  check_gemm(a, b, out);
   const c10::cuda::CUDAGuard guard(a.device());
   const std::lock_guard<std::mutex> held(lock);
   auto& plan = plan_for(a, b, out, false, restricted);
@@ -394,10 +404,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("count", &count);
   m.def("run", &run);
   m.def("allow", [](int64_t device, py::object dtype, int64_t n, int64_t k) {
-    admit(device, torch::python::detail::py_object_to_dtype(std::move(dtype)), n, k);
+    allow(device, torch::python::detail::py_object_to_dtype(std::move(dtype)), n, k);
   });
   m.def("linear", &linear);
+  m.def("is_plain", &is_plain);
   m.def("describe", &describe);
-  m.attr("CANDIDATES") = kCompeting;
+  m.attr("CANDIDATES") = kCandidates;
   m.def("version", [] { return static_cast<int64_t>(cublasLtGetVersion()); });
 }
