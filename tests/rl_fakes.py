@@ -23,7 +23,7 @@ class TableModel(nn.Module):
         return torch.log_softmax(self.table[ids].bfloat16().float(), dim=-1)
 
     def token_logprobs(self, batch) -> torch.Tensor:
-        rows = self.logprobs(batch.input_ids[batch.predictors])
+        rows = self.logprobs(batch.input_ids[batch.logit_indices])
         return rows.gather(1, batch.targets[:, None])[:, 0]
 
     def allocate_main_grads(self) -> None:

@@ -18,7 +18,7 @@ FAMILIES = frozenset(p.parent.name for p in (ROOT / "bi_ops").glob("*/ops.py"))
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "core": frozenset(),
     **dict.fromkeys(FAMILIES, frozenset({"core"})),
-    "nn": FAMILIES,
+    "nn": FAMILIES | {"core"},
     "_aten": FAMILIES | {"core"},
     "mode": frozenset({"_aten", "core"}),
     "vllm_plugin": FAMILIES | {"core"},

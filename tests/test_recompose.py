@@ -28,7 +28,7 @@ class Model(torch.nn.Module):
         self.batches.append(batch)
         starts = torch.repeat_interleave(batch.cu_seqlens[:-1], batch.cu_seqlens.diff()).long()
         sums = torch.cat((torch.zeros(1), batch.input_ids.cumsum(0)))
-        before = sums[batch.predictors + 1] - sums[starts[batch.predictors]]
+        before = sums[batch.logit_indices + 1] - sums[starts[batch.logit_indices]]
         return -(before * 7 + batch.targets) / 13 + self.leak(batch)
 
 
