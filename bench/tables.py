@@ -84,6 +84,11 @@ def delta(value: float) -> str:
 # one function per block: bench/results -> Markdown
 
 
+def composition(record: dict[str, Any]) -> str:
+    """A parity row's batch composition; rows of earlier releases call distractors strangers."""
+    return record["composition"].replace("strangers", "distractors")
+
+
 def parity(results: Path) -> str:
     """Per engine run, its compositions added up."""
     records = load(results, "h100/parity.json")
@@ -103,7 +108,7 @@ def parity(results: Path) -> str:
             )
         )
     head = ("shape", "vLLM, batch-invariant", "run", "log-probabilities compared", "with other bits", "largest gap")
-    compositions = ", ".join(dict.fromkeys(r["composition"] for r in records))
+    compositions = ", ".join(dict.fromkeys(composition(r) for r in records))
     sizes = sorted({f"{r['prompts']} prompts x {r['new_tokens']} sampled tokens" for r in records})
     note = f"{', '.join(sizes)}, each scored again by the training model in these batches: {compositions}. "
     return table(head, rows) + "\n" + note + provenance(records, "h100/parity.json")

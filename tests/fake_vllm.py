@@ -19,6 +19,7 @@ LAYERNORM = "vllm.model_executor.layers.layernorm"
 SELECTOR = "vllm.v1.attention.selector"
 REGISTRY = "vllm.v1.attention.backends.registry"
 VERSION = "vllm.v1.attention.backends.fa_utils"
+CONFIG = "vllm.config"
 
 
 def stock_rms_norm(input, weight, eps=1e-6, residual=None):
@@ -57,7 +58,7 @@ def installed(monkeypatch):
     modules = {}
     packages = ("vllm", "vllm.envs", "vllm.model_executor", "vllm.model_executor.layers", "vllm.v1")
     packages += ("vllm.v1.attention", "vllm.v1.attention.backends")
-    for name in (*packages, ORIGIN, LAYERNORM, SELECTOR, REGISTRY, VERSION):
+    for name in (*packages, ORIGIN, LAYERNORM, SELECTOR, REGISTRY, VERSION, CONFIG):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__path__ = []
@@ -68,6 +69,8 @@ def installed(monkeypatch):
             setattr(modules[parent], child, module)
     modules["vllm.envs"].VLLM_BATCH_INVARIANT = True
     modules["vllm.envs"].VLLM_ENABLE_V1_MULTIPROCESSING = False
+    model = types.SimpleNamespace(hf_config=types.SimpleNamespace(to_dict=lambda: {}), dtype=torch.bfloat16)
+    modules[CONFIG].get_current_vllm_config_or_none = lambda: types.SimpleNamespace(model_config=model)
     modules[ORIGIN].rms_norm_batch_invariant = modules[LAYERNORM].rms_norm_batch_invariant = stock_rms_norm
     modules[SELECTOR]._cached_get_attn_backend = stock_choice
     modules[VERSION].get_flash_attn_version = lambda head_size: 3

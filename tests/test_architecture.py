@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "nn": FAMILIES | {"core"},
     "_aten": FAMILIES | {"core"},
     "mode": frozenset({"_aten", "core"}),
-    "vllm_plugin": FAMILIES | {"core"},
+    "vllm_plugin": FAMILIES | {"core", "models"},
     "models": FAMILIES | {"core", "nn"},
     "verify": frozenset({"core", "models"}),
     "rollout": FAMILIES | {"core", "nn", "models", "vllm_plugin"},

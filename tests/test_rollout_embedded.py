@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import tiny_model
 
-from bi_ops import attention
 from bi_ops.core import runtime
+from bi_ops.models import orders
 from bi_ops.models.packing import pack
-from bi_ops.rollout.base import SamplingParams, attention_of
+from bi_ops.rollout import factory
+from bi_ops.rollout.base import SamplingParams
 from bi_ops.rollout.embedded import EmbeddedEngine
 from bi_ops.rollout.sampling import sample, uniform
+from bi_ops.verify.compositions import rescore
 from bi_ops.verify.parity import compare
 
 PROMPTS = [[1, 2, 3], [4], list(range(5, 30)), [7] * 17, [9, 8]]
@@ -127,31 +131,79 @@ def test_sizes_that_no_cache_has_are_refused(model, options, message):
         EmbeddedEngine(model, **options)
 
 
-def test_what_generates_decides_what_trains(model, completions, monkeypatch):
+def test_what_generates_decides_what_trains(model, completions):
     engine = EmbeddedEngine(model, attention="triton")
-    assert engine.describe()["providers"]["attention"] == "triton"
-    with attention_of(engine):
-        assert (attention.providers.choose(), attention.providers.why()) == ("triton", "forced")
-    assert attention.providers.why() != "forced"
+    assert engine.describe()["backends"]["attention"] == "triton"
+    assert engine.describe()["orders"] == engine.orders.digest
+    trained = tiny_model()
+    trained.adopt(engine.orders)
+    assert trained.orders() == engine.orders
     again = engine.generate(PROMPTS[:2], params()[:2])
-    if runtime.INTERPRET:
-        assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(again, completions, strict=False))
-    with attention_of(EmbeddedEngine(model)):  # it was given none: chosen alike on both sides
-        assert attention.providers.why() != "forced"
-    with attention.providers.forced("triton"):
-        with attention_of(engine):
-            pass
-        monkeypatch.setattr(engine, "attention", "vllm")
-        with pytest.raises(RuntimeError, match="samples with provider 'vllm', but 'triton' is forced"):
-            attention_of(engine).__enter__()
+    reports = rescore(trained, again, ("together",), orders=engine.orders)
+    assert reports["together"].identical
+    if runtime.INTERPRET:  # the one backend there
+        assert EmbeddedEngine(model).orders == engine.orders
+        assert trained.attention_backend is None
 
 
-def test_a_provider_that_cannot_run_is_refused(model):
-    with pytest.raises(ValueError, match="no provider 'flash'"):
+def test_training_takes_the_backend_that_has_the_rollouts_order(monkeypatch):
+    """Two backends of other orders, as FlashAttention 3 and the own kernel are."""
+    steps = {None: 64, "vllm": 64, "triton": 128, "flash_attn": 32}
+    monkeypatch.setattr(orders, "_attention", lambda shapes, backend: orders.KeySteps(steps[backend]))
+    monkeypatch.setattr(orders, "attention_backends", lambda: ("vllm", "triton", "flash_attn"))
+    model, engine = tiny_model(), tiny_model()
+    engine.attention_backend = "triton"
+    model.adopt(engine.orders())
+    assert model.attention_backend == "triton"
+    engine.attention_backend = None
+    model.adopt(engine.orders())
+    assert model.attention_backend is None
+    model.attention_backend = "vllm"
+    model.adopt(engine.orders())
+    assert model.attention_backend == "vllm"  # kept: it has that order
+    steps[None] = 256  # of a machine that computes otherwise
+    foreign = engine.orders()
+    steps[None] = 64
+    with pytest.raises(RuntimeError, match=r"attention: .*'block_n': 64.* and .*'block_n': 256"):
+        model.adopt(foreign)
+    assert model.attention_backend == "vllm"
+
+
+def test_another_dtype_or_architecture_is_refused(model, completions):
+    record = model.orders()
+    half = tiny_model()
+    half.compute_dtype = torch.float16
+    with pytest.raises(RuntimeError, match=r"dtype: .*float16.* and .*bfloat16"):
+        half.adopt(record)
+    elsewhere = dataclasses.replace(record, arch="sm_100")
+    with pytest.raises(RuntimeError, match=r"architecture .* and sm_100"):
+        model.adopt(elsewhere)
+    with pytest.raises(RuntimeError, match=r"rescore: the model computes in other orders .*model\.adopt"):
+        rescore(model, completions, orders=elsewhere)
+
+
+def test_gradients_have_orders_too(model):
+    forward, both = model.orders(), model.orders(training=True)
+    assert forward.orders.items() < both.orders.items()
+    assert {"attention_backward", "norm_weight_grad"} == both.orders.keys() - forward.orders.keys()
+
+
+def test_a_backend_that_cannot_run_is_refused(model):
+    with pytest.raises(ValueError, match=r"flash'; .* are"):
         EmbeddedEngine(model, attention="flash")
     if runtime.INTERPRET:
-        with pytest.raises(RuntimeError, match="provider 'vllm' cannot run here"):
+        with pytest.raises(RuntimeError, match="'vllm' cannot run here"):
             EmbeddedEngine(model, attention="vllm")
+
+
+def test_engines_are_made_by_name(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    given = factory.make_engine("embedded", tmp_path, model, attention="triton", max_model_len=64)
+    read = factory.make_engine("embedded", tmp_path)
+    assert (given.name, given.max_model_len, given.model.attention_backend) == ("embedded", 64, "triton")
+    assert torch.equal(read.model.lm_head.weight, given.model.lm_head.weight)
+    with pytest.raises(ValueError, match="no engine 'sglang'; engines are embedded, vllm"):
+        factory.make_engine("sglang", tmp_path)
 
 
 def test_a_closed_engine_says_so(model):

@@ -9,10 +9,12 @@ from collections import namedtuple
 
 import pytest
 import torch
-from fake_vllm import LAYERNORM, ORIGIN, REGISTRY, SELECTOR, VERSION, installed, stock_choice, stock_rms_norm
+from fake_vllm import CONFIG, LAYERNORM, ORIGIN, REGISTRY, SELECTOR, VERSION, installed, stock_choice, stock_rms_norm
+from tiny import tiny_config
 
 from bi_ops import vllm_plugin
 from bi_ops.core import providers
+from bi_ops.rollout.vllm_engine import VllmEngine
 from bi_ops.vllm_plugin import backend
 
 
@@ -110,6 +112,21 @@ def test_a_head_size_that_flash_attention_cannot_keep_is_refused_with_the_way_ou
     vllm_plugin.unregister()
     choose = vllm[SELECTOR]._cached_get_attn_backend
     assert choose("FLASH_ATTN", Layer(head_dim, "decoder")).get_name() == "FLASH_ATTN"
+
+
+def test_the_digest_of_a_models_orders_is_logged_once(vllm, caplog):
+    config = tiny_config()
+    vllm[CONFIG].get_current_vllm_config_or_none().model_config.hf_config.to_dict = config.to_dict
+    vllm_plugin.register()
+    with caplog.at_level("INFO"):
+        for _ in range(config.num_hidden_layers):
+            vllm[SELECTOR]._cached_get_attn_backend("CUSTOM", Layer(config.head_dim, "decoder"))
+        vllm[SELECTOR]._cached_get_attn_backend("TREE_ATTN", Layer(config.head_dim, "decoder"))
+    digest = VllmEngine.orders_of(config, "triton").digest
+    said = [r.getMessage() for r in caplog.records if r.name == "vllm.bi_ops"]
+    assert len(said) == 2
+    assert f"reduction orders {digest} on " in said[0]
+    assert "no record of reduction orders for this model: attention is vLLM's TREE_ATTN" in said[1]
 
 
 def test_a_head_size_that_nothing_serves_offers_no_option():

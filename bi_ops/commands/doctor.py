@@ -1,4 +1,4 @@
-"""`bi-ops doctor`: what runs here, which provider each operator uses and why, what is missing."""
+"""`bi-ops doctor`: what runs here, which backend computes each operator, in which order and why, what is missing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 from bi_ops.core.files import to_json
 
-#: Operator families that choose among providers have a table; the others have their Triton kernel alone.
+#: Operators that have a choice of backends have a table; the others have their Triton kernel alone.
 FAMILIES = ("matmul", "norm", "attention", "activation", "rope", "embedding", "logprob", "reduction")
 
 DESCRIPTION = """\
-Say what this machine has: GPU, versions, whether kernels are compiled or interpreted, which provider computes each
-operator and why, how many products cuBLASLt is certified for, and what is missing with the command that gets it."""
+Say what this machine has: GPU, versions, whether kernels are compiled or interpreted, which backend computes each
+operator, in which order and why, how many products cuBLASLt is certified for, and what is missing with the command
+that gets it."""
 
 EPILOG = """\
 examples:
@@ -48,28 +49,43 @@ def _version(package: str) -> str | None:
 
 
 def operators() -> list[dict[str, Any]]:
-    """One record per family: op, ok, provider, why, others (name to why it could or could not run)."""
+    """One record per operator: op, ok, backend, order, why, others (name to why it could or could not run).
+
+    order: in one line, of bf16 and head_dim 128; None for an operator that states none.
+    """
+    orders = _orders()
+    return [{"op": op, **_backend(op), "order": orders.get(op)} for op in FAMILIES]
+
+
+def _orders() -> dict[str, str]:
+    """Each operator's order in one line, at the sizes of an example."""
+    from bi_ops.commands.orders import short
+    from bi_ops.models.orders import EXAMPLE, record
+
+    return {name: short(order) for name, order in record(EXAMPLE).orders.items()}
+
+
+def _backend(op: str) -> dict[str, Any]:
+    """Who computes an operator, why, and who else there is."""
     from bi_ops.core import runtime
     from bi_ops.core.providers import ProviderTable
 
+    module = importlib.import_module(f"bi_ops.{op}")
+    if (table := getattr(module, "backends", None)) is not None:
+        rows = table.table()
+        chosen = next((r for r in rows if r["ok"] and r["automatic"]), None)
+        others = {r["name"]: r["reason"] or r["note"] for r in rows if r is not chosen}
+        if chosen is None:
+            return {"ok": False, "backend": None, "why": "no backend can run here", "others": others}
+        return {"ok": True, "backend": chosen["name"], "why": chosen["reason"] or chosen["note"], "others": others}
+    providers = getattr(module, "providers", None)
+    if isinstance(providers, ProviderTable):
+        reasons = {p.name: p.available().reason for p in providers.providers}
+        name = providers.choose()
+        others = {n: reason for n, reason in reasons.items() if n != name}
+        return {"ok": True, "backend": name, "why": providers.why(), "others": others}
     kernel = "Triton's interpreter" if runtime.INTERPRET else "Triton"
-    records: list[dict[str, Any]] = []
-    for family in FAMILIES:
-        table = getattr(importlib.import_module(f"bi_ops.{family}"), "providers", None)
-        if not isinstance(table, ProviderTable):
-            only = {"provider": "triton", "why": f"{kernel}, the only provider", "others": {}}
-            records.append({"op": family, "ok": True, **only})
-            continue
-        reasons = {p.name: p.available().reason for p in table.providers}
-        try:
-            chosen = table.choose()
-            why = table.why()
-        except RuntimeError as e:
-            records.append({"op": family, "ok": False, "provider": None, "why": str(e), "others": reasons})
-            continue
-        others = {name: reason for name, reason in reasons.items() if name != chosen}
-        records.append({"op": family, "ok": True, "provider": chosen, "why": why, "others": others})
-    return records
+    return {"ok": True, "backend": "triton", "why": f"{kernel}, the only backend", "others": {}}
 
 
 def certificates() -> dict[str, Any]:
@@ -117,13 +133,16 @@ def diagnose() -> dict[str, Any]:
     import torch
 
     import bi_ops
-    from bi_ops.core import runtime
+    from bi_ops.core import arch, runtime
 
+    here = arch.current()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "bi_ops": bi_ops.__version__,
         "gpu": gpu,
-        "architecture": runtime.architecture(),
+        "architecture": here.name,
+        "orders": here.orders,
+        "why_these_orders": here.reason or f"the table of architectures has {here.name}",
         "interpreter": runtime.INTERPRET,
         "versions": {
             "python": platform.python_version(),
@@ -157,10 +176,13 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"bi_ops {found['bi_ops']}: GPU {found['gpu'] or 'none'}, kernels {where}")
     versions = [f"{name} {version or 'none'}" for name, version in found["versions"].items()]
     console.print(", ".join(versions))
-    table = Table("operator", "provider", "why", "others")
+    if found["orders"] == "portable":
+        console.print(f"orders portable: {found['why_these_orders']}", soft_wrap=True, markup=False)
+    table = Table("operator", "backend", "order", "why", "others")
     for record in found["operators"]:
         others = "\n".join(f"{name}: {reason}" for name, reason in record["others"].items())
-        table.add_row(record["op"], record["provider"] or "NONE", escape(record["why"]), escape(others))
+        row = (record["op"], record["backend"] or "NONE", record["order"] or "-", record["why"], others)
+        table.add_row(*map(escape, row))
     console.print(table)
     kept = found["certificates"]
     console.print(f"cuBLASLt certificates: {kept['count']} products, {len(kept['refused'])} refused; {kept['file']}")

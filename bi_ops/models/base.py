@@ -148,8 +148,7 @@ class CausalLM(torch.nn.Module):
 
     def shapes(self) -> orders.Shapes:
         """What the model's orders depend on."""
-        c = self.config
-        return orders.Shapes(c.hidden_size, c.head_dim, c.vocab_size, self.compute_dtype)
+        return orders.shapes_of(self.config, self.compute_dtype)
 
     def orders(self, training: bool = False) -> OrderRecord:
         """The orders that the model computes in; with `training` those of its gradients too.

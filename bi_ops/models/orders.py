@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bi_ops import attention
+from bi_ops import attention, matmul
 from bi_ops.core import arch, runtime
 from bi_ops.core.orders import Order, OrderRecord
+from bi_ops.models.config import CausalLMConfig
 
 
 class Shapes(NamedTuple):
@@ -28,11 +29,20 @@ class Shapes(NamedTuple):
     dtype: torch.dtype
 
 
+#: Qwen3's sizes, for those who ask about no model.
+EXAMPLE = Shapes(2048, 128, 151936, torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class ComputeDtype(Order):
     """The dtype of weights and activations: no order, but another one has other bits in every operator."""
 
     dtype: torch.dtype
+
+
+def shapes_of(config: CausalLMConfig, dtype: torch.dtype) -> Shapes:
+    """What the orders of a model of this config depend on, computed in `dtype`."""
+    return Shapes(config.hidden_size, config.head_dim, config.vocab_size, dtype)
 
 
 def record(
@@ -84,6 +94,11 @@ def backend_of(rollout: OrderRecord, shapes: Shapes, preferred: str | None, devi
 def attention_backends() -> tuple[str, ...]:
     """The names of attention's backends, in order of preference."""
     return attention.providers.names()
+
+
+def chosen_backends(backend: str | None) -> dict[str, str]:
+    """Who computes the operators that have a choice, by operator; for people. backend: attention's, None: chosen."""
+    return {"matmul": matmul.providers.choose(), "attention": backend or attention.providers.choose()}
 
 
 @contextlib.contextmanager

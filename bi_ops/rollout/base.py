@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
-from bi_ops import attention
+from bi_ops.core.orders import OrderRecord
 
 if TYPE_CHECKING:
-    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.models.base import CausalLM
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,13 @@ class Completion:
 class RolloutEngine(Protocol):
     """What samples. Its log-probabilities are the same bits as those training computes from the same weights.
 
-    attention: the provider of attention that it samples with, and that `attention_of` makes training use; None: the
-    one that `bi_ops.attention.providers` chooses, in both.
+    orders: those that it samples in, which training adopts (`CausalLM.adopt`); None where training could not have them,
+    as without vLLM's plugin.
     """
 
     name: str
     max_model_len: int
-    attention: str | None
+    orders: OrderRecord | None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] | SamplingParams
@@ -68,34 +67,20 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, model: Qwen3ForCausalLM) -> None:
+    def update_weights(self, model: CausalLM) -> None:
         """Take the model's weights, rounded to the engine's dtype, and forget every cached prefix."""
         ...
 
     def describe(self) -> dict[str, object]:
-        """engine, dtype, device, cuda_graphs, plugin, providers, versions: what a report needs to be reproduced."""
+        """What a report needs to be reproduced.
+
+        engine, dtype, device, cuda_graphs, plugin, backends, orders (their digest), versions.
+        """
         ...
 
     def close(self) -> None:
         """Free what the engine holds; it cannot generate afterwards."""
         ...
-
-
-@contextlib.contextmanager
-def attention_of(engine: RolloutEngine) -> Iterator[None]:
-    """Inside the block attention has the bits it has in `engine`: what generated a rollout decides what trains on it.
-
-    Raises:
-        RuntimeError: another provider is forced, or the engine's cannot run here.
-    """
-    table, name = attention.providers, engine.attention
-    if name is not None and table.why() == "forced" and table.choose() != name:
-        raise RuntimeError(
-            f"attention: the {engine.name} engine samples with provider {name!r}, but {table.choose()!r} is forced, "
-            f"whose bits are others; force nothing, or give the engine attention={table.choose()!r}"
-        )
-    with contextlib.nullcontext() if name is None else table.forced(name):
-        yield
 
 
 def check_request(
