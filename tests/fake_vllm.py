@@ -19,6 +19,7 @@ SELECTOR = "vllm.v1.attention.selector"
 REGISTRY = "vllm.v1.attention.backends.registry"
 VERSION = "vllm.v1.attention.backends.fa_utils"
 ARGUMENTS = "vllm.engine.arg_utils"
+CONFIG = "vllm.config"
 
 
 def stock_rms_norm(input, weight, eps=1e-6, residual=None):
@@ -83,7 +84,6 @@ def installed(monkeypatch, version="0.26.0"):
     modules = {}
     packages = (
         "vllm",
-        "vllm.config",
         "vllm.engine",
         "vllm.envs",
         "vllm.model_executor",
@@ -91,7 +91,7 @@ def installed(monkeypatch, version="0.26.0"):
         "vllm.v1",
     )
     packages += ("vllm.model_executor.determinism", "vllm.v1.attention", "vllm.v1.attention.backends")
-    for name in (*packages, origin, LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS):
+    for name in (*packages, origin, LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS, CONFIG):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__path__ = []
@@ -102,6 +102,8 @@ def installed(monkeypatch, version="0.26.0"):
             setattr(modules[parent], child, module)
     modules["vllm.envs"].VLLM_BATCH_INVARIANT = True
     modules["vllm.envs"].VLLM_ENABLE_V1_MULTIPROCESSING = False
+    model = types.SimpleNamespace(hf_config=types.SimpleNamespace(to_dict=lambda: {}), dtype=torch.bfloat16)
+    modules[CONFIG].get_current_vllm_config_or_none = lambda: types.SimpleNamespace(model_config=model)
     modules[origin].rms_norm_batch_invariant = modules[LAYERNORM].rms_norm_batch_invariant = stock_rms_norm
     modules[SELECTOR]._cached_get_attn_backend = CHOICES[version]
     modules[ARGUMENTS].EngineArgs = type("EngineArgs", (EngineArgs,), {"create_engine_config": create_engine_config})

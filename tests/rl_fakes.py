@@ -1,7 +1,8 @@
-"""A model and an engine in plain torch that stand in for Qwen3: logits come from a table by the last token alone."""
+"""A model and an engine in plain torch, registered as "table": logits come from a table by the last token alone."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,20 +11,45 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bi_ops import models
+from bi_ops.core.orders import OrderRecord
+from bi_ops.rollout import factory
 from bi_ops.rollout.base import Completion, check_request
+
+#: What a TrainConfig needs so that a run takes them.
+TABLE = {"engine": "table", "architecture": {"model_type": "table", "vocab_size": 12}}
+ORDERS = OrderRecord("table", {"lookup": {"kind": "Row"}})
+
+
+class TableConfig(SimpleNamespace):
+    @classmethod
+    def from_dict(cls, values) -> TableConfig:
+        return cls(vocab_size=values["vocab_size"], max_position_embeddings=64)
 
 
 class TableModel(nn.Module):
-    def __init__(self, vocab_size: int = 12, seed: int = 0) -> None:
+    def __init__(self, config=None, seed: int = 0) -> None:
         super().__init__()
-        self.config = SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=64)
-        self.table = nn.Parameter(torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed)))
+        self.config = config or TableConfig.from_dict(TABLE["architecture"])
+        self.table = nn.Parameter(torch.empty(self.config.vocab_size, self.config.vocab_size))
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        self.table.copy_(torch.randn(self.table.shape, generator=torch.Generator().manual_seed(seed)))
+
+    def orders(self, training=False) -> OrderRecord:
+        return ORDERS
+
+    def adopt(self, record: OrderRecord) -> None:
+        if record != ORDERS:
+            raise RuntimeError(f"other orders: {record.differences(ORDERS)}")
 
     def logprobs(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.log_softmax(self.table[ids].bfloat16().float(), dim=-1)
 
-    def token_logprobs(self, batch, attention_backend=None) -> torch.Tensor:
-        rows = self.logprobs(batch.input_ids[batch.predictors])
+    def token_logprobs(self, batch) -> torch.Tensor:
+        rows = self.logprobs(batch.input_ids[batch.logit_indices])
         return rows.gather(1, batch.targets[:, None])[:, 0]
 
     def allocate_main_grads(self) -> None:
@@ -35,12 +61,14 @@ class TableModel(nn.Module):
     def save_pretrained(self, path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
         save_file({"table": self.table.detach()}, Path(path) / "model.safetensors")
-        (Path(path) / "config.json").write_text(json.dumps({"vocab_size": self.config.vocab_size}))
+        (Path(path) / "config.json").write_text(
+            json.dumps({"model_type": "table", "vocab_size": self.config.vocab_size})
+        )
 
     @classmethod
-    def from_pretrained(cls, path) -> TableModel:
+    def from_pretrained(cls, path, *dtypes_and_device) -> TableModel:
         table = load_file(Path(path) / "model.safetensors")["table"]
-        model = cls(table.shape[0])
+        model = cls(TableConfig.from_dict({"vocab_size": table.shape[0]}))
         model.table.data.copy_(table)
         return model
 
@@ -50,11 +78,11 @@ class TableEngine:
 
     name = "table"
     max_model_len = 64
-    attention = None
+    orders: OrderRecord | None = ORDERS
     breaks_to_nan = False
 
     def __init__(self, model: TableModel, broken_at: tuple[int, int, int] | None = None) -> None:
-        self.model = TableModel(model.config.vocab_size)
+        self.model = TableModel(model.config)
         self.broken_at, self.calls, self.closed = broken_at, 0, False
         self.update_weights(model)
 
@@ -89,3 +117,25 @@ class TableEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+#: Of the engines that are made by name.
+_settings: dict = {"broken_at": None}
+
+
+def _make(path, model, attention=None):
+    return TableEngine(model, _settings["broken_at"])
+
+
+models.register("table", TableConfig, TableModel)
+factory.register("table", factory.Entry(_make, True, lambda path, attention: ORDERS))
+
+
+@contextlib.contextmanager
+def fresh_settings():
+    """Yields the settings of engines that are made by name, and gives them back as they were."""
+    before = dict(_settings)
+    try:
+        yield _settings
+    finally:
+        _settings.update(before)

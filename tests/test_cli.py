@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import ClassVar
 
 import pytest
 import torch
-from rl_fakes import TableEngine, TableModel
+from rl_fakes import TABLE, TableEngine, fresh_settings
 from tiny import tiny_model
 
-from bi_ops import cli
-from bi_ops.core import runtime
-from bi_ops.models.qwen3 import Qwen3ForCausalLM
-from bi_ops.rl import PRESETS, TrainConfig, runner
-from bi_ops.rollout import embedded, vllm_engine
-from bi_ops.verify import recompose
-from bi_ops.verify.recompose import COMPOSITIONS
+from bi_ops import cli, matmul
+from bi_ops.core import arch, backends, runtime
+from bi_ops.models import load_model
+from bi_ops.rl import PRESETS, TrainConfig
+from bi_ops.rollout import embedded
+from bi_ops.verify.compositions import COMPOSITIONS
 
 
 @pytest.fixture
-def table(monkeypatch):
-    """`bi-ops train` with the table model; returns a dict whose "broken_at" breaks the engine."""
-    settings: dict = {"broken_at": None}
-
-    def initial(config, output):
-        TableModel().save_pretrained(output / "model")
-        return output / "model"
-
-    def load(config, path):
-        model = TableModel.from_pretrained(path)
-        return model, TableEngine(model, settings["broken_at"])
-
-    monkeypatch.setattr(runner, "initial_model", initial)
-    monkeypatch.setattr(runner, "load_model_and_engine", load)
-    return settings
+def table(tmp_path):
+    """Options that train the table model, and the settings of its engine; "broken_at" breaks it."""
+    config = tmp_path / "table.json"
+    config.write_text(json.dumps(TABLE | {"symbols": 4}))
+    with fresh_settings() as settings:
+        settings["options"] = ("--config", config)
+        yield settings
 
 
 def call(capsys, *argv) -> tuple[int, str, str]:
@@ -47,7 +39,7 @@ def call(capsys, *argv) -> tuple[int, str, str]:
     return code, out, err
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("parity",), ("doctor",)])
+@pytest.mark.parametrize("command", [(), ("train",), ("parity",), ("orders",), ("doctor",)])
 def test_help_teaches_with_examples(capsys, command):
     code, out, _ = call(capsys, *command, "--help")
     assert code == 0
@@ -90,7 +82,7 @@ def test_a_setting_of_another_type_in_a_file_is_bad_input(capsys, tmp_path):
 
 
 def test_train_prints_every_step_and_the_weights_hash(capsys, table, tmp_path):
-    code, out, err = call(capsys, "train", "--output", tmp_path / "run", "--symbols", 4, "--steps", 3)
+    code, out, err = call(capsys, "train", *table["options"], "--output", tmp_path / "run", "--steps", 3)
     assert (code, err) == (0, "")
     assert out.count("128 tokens identical") == 3
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -100,7 +92,7 @@ def test_train_prints_every_step_and_the_weights_hash(capsys, table, tmp_path):
 
 def test_train_stops_on_a_difference_with_exit_code_1(capsys, table, tmp_path):
     table["broken_at"] = (1, 4, 2)
-    code, _, err = call(capsys, "train", "--output", tmp_path / "run", "--symbols", 4, "--steps", 3)
+    code, _, err = call(capsys, "train", *table["options"], "--output", tmp_path / "run", "--steps", 3)
     assert code == 1
     assert "step 2" in err
     assert "sequence 4, completion position 2" in err
@@ -109,8 +101,8 @@ def test_train_stops_on_a_difference_with_exit_code_1(capsys, table, tmp_path):
 
 def test_train_refuses_a_used_folder_and_resumes_with_its_settings(capsys, table, tmp_path):
     run = ("train", "--output", tmp_path / "run")
-    assert call(capsys, *run, "--symbols", 4, "--steps", 2, "--save-every", 1)[0] == 0
-    code, _, err = call(capsys, *run, "--symbols", 4)
+    assert call(capsys, *run, *table["options"], "--steps", 2, "--save-every", 1)[0] == 0
+    code, _, err = call(capsys, *run, *table["options"])
     assert code == 2
     assert err.startswith("bi-ops train: error: ")
     assert err.count("\n") == 1
@@ -127,7 +119,7 @@ def test_a_failed_run_has_exit_code_3_and_debug_shows_where(capsys, table, tmp_p
         raise KeyError("lost")
 
     monkeypatch.setattr(TableEngine, "generate", fail)
-    argv = ("train", "--symbols", 4, "--output")
+    argv = ("train", *table["options"], "--output")
     code, _, err = call(capsys, *argv, tmp_path / "a")
     assert code == 3
     assert "KeyError" in err
@@ -152,10 +144,10 @@ def test_an_interrupted_run_says_so(capsys, table, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TableEngine, "generate", interrupt)
-    assert call(capsys, "train", "--symbols", 4, "--output", tmp_path / "a")[0] == 130
+    assert call(capsys, "train", *table["options"], "--output", tmp_path / "a")[0] == 130
 
 
-def test_settings_come_from_preset_then_file_then_options(table, tmp_path):
+def test_settings_come_from_preset_then_file_then_options(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"lr": 0.5, "steps": 7}))
     argv = ["train", "--preset", "h100", "--config", str(tmp_path / "c.json"), "--steps", "9", "--output", "x"]
     config = cli.train.make_config(cli.make_parser().parse_args(argv))
@@ -172,11 +164,43 @@ def test_doctor_says_what_runs_each_operator(capsys):
     assert found["versions"]["torch"] == torch.__version__
     operators = {o["op"]: o for o in found["operators"]}
     assert {"matmul", "norm", "attention", "activation", "rope", "embedding", "logprob"} <= set(operators)
-    assert all(o["provider"] and o["why"] for o in operators.values())
-    assert "vllm" in {operators["matmul"]["provider"], *operators["matmul"]["others"]}
+    assert all(o["backend"] and o["why"] for o in operators.values())
+    assert operators["attention"]["order"].startswith("KeySteps(" if runtime.INTERPRET else "")
+    assert (found["architecture"], found["orders"]) == ("interpreter", "interpreter") or not runtime.INTERPRET
+    assert "vllm" in {operators["matmul"]["backend"], *operators["matmul"]["others"]}
     code, out, _ = call(capsys, "doctor")
     assert code == 0
     assert "matmul" in out
+
+
+def test_doctor_reads_a_table_of_backends(capsys, monkeypatch):
+    class Own(backends.Backend):
+        name, note = "own", "written here"
+
+    class Theirs(backends.Backend):
+        name, automatic = "theirs", False
+
+        def available(self):
+            return backends.Support(False, "is not installed")
+
+    monkeypatch.setattr(matmul, "backends", backends.Backends("matmul", (Theirs(), Own())), raising=False)
+    found = {o["op"]: o for o in json.loads(call(capsys, "doctor", "--json")[1])["operators"]}["matmul"]
+    assert (found["ok"], found["backend"], found["why"]) == (True, "own", "written here")
+    assert found["others"] == {"theirs": "is not installed"}
+    monkeypatch.setattr(matmul, "backends", backends.Backends("matmul", (Theirs(),)))
+    code, out, _ = call(capsys, "doctor", "--json")
+    found = {o["op"]: o for o in json.loads(out)["operators"]}["matmul"]
+    assert (code, found["ok"], found["backend"], found["why"]) == (1, False, None, "no backend can run here")
+
+
+def test_doctor_says_why_the_portable_orders_are_in_use(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert "portable" not in call(capsys, "doctor")[1]
+    portable = dataclasses.replace(arch.PORTABLE, name="sm_120", reason="bi_ops knows no orders of its own for sm_120")
+    monkeypatch.setattr(arch, "current", lambda: portable)
+    found = json.loads(call(capsys, "doctor", "--json")[1])
+    assert (found["orders"], found["why_these_orders"]) == ("portable", portable.reason)
+    assert "orders portable: bi_ops knows no orders of its own for sm_120" in call(capsys, "doctor")[1]
 
 
 def test_doctor_lists_verified_gemms_and_what_was_refused(capsys, tmp_path, monkeypatch):
@@ -199,7 +223,7 @@ def test_doctor_lists_verified_gemms_and_what_was_refused(capsys, tmp_path, monk
 @pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")
 def test_doctor_says_how_to_get_cublaslt(monkeypatch):
     assert "cuBLASLt" not in [item["what"] for item in cli.doctor.missing(None)]
-    monkeypatch.setattr(runtime, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(arch, "current", lambda: arch.SM_90)
     [item] = [item for item in cli.doctor.missing("an H100") if item["what"] == "cuBLASLt"]
     assert "Triton" in item["means"]
     assert "g++" in item["how"]
@@ -234,7 +258,8 @@ def test_parity_of_a_real_model_is_identical(capsys, checkpoint_folder, monkeypa
     code, out, err = call(capsys, "parity", checkpoint_folder, *PARITY, "--json")
     rows = json.loads(out)
     assert (code, err) == (0, "a library that logs to stdout\n")
-    assert [r["composition"] for r in rows] == ["alone", "together", "shuffled", "strangers"]
+    assert [r["composition"] for r in rows] == ["alone", "together", "shuffled", "distractors"]
+    assert {r["orders"] for r in rows} == {tiny_model(num_hidden_layers=1).orders().digest}
     assert all(r["engine"] == "embedded" and r["cuda_graphs"] is False and r["versions"] for r in rows)
     assert all(r["identical"] and r["tokens_checked"] == 6 and r["tokens_different"] == 0 for r in rows)
 
@@ -276,7 +301,7 @@ def test_parity_shows_its_progress_on_a_terminal_alone(capsys, checkpoint_folder
     assert call(capsys, *argv)[2] == ""
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich: stderr is a terminal
     code, out, err = call(capsys, *argv)
-    assert (code, "strangers" in err, "15/15" in err) == (0, True, True)
+    assert (code, "distractors" in err, "15/15" in err) == (0, True, True)
     assert out.rstrip().endswith("bitwise identical")
     assert call(capsys, *argv, "--json")[2] == ""
 
@@ -288,8 +313,9 @@ class FakeVllm(embedded.EmbeddedEngine):
     started: ClassVar[list] = []
 
     def __init__(self, path, *, plugin, attention, cuda_graphs):
-        super().__init__(Qwen3ForCausalLM.from_pretrained(path))
+        super().__init__(load_model(path))
         self.plugin, self.cuda_graphs = plugin, cuda_graphs
+        self.orders = self.orders if plugin else None
         self.started.append((plugin, attention, cuda_graphs))
 
     def generate(self, prompts, params):
@@ -315,7 +341,7 @@ class FakeVllm(embedded.EmbeddedEngine):
 def test_parity_runs_vllm_each_way_it_can_run(
     options, plugin, attention, cuda_graphs, capsys, checkpoint_folder, monkeypatch
 ):
-    monkeypatch.setattr(vllm_engine, "VllmEngine", FakeVllm)
+    monkeypatch.setattr("bi_ops.rollout.vllm_engine.VllmEngine", FakeVllm)
     monkeypatch.setattr(FakeVllm, "started", [])
     code, out, _ = call(capsys, "parity", checkpoint_folder, *PARITY, "--engine", "vllm", *options, "--json")
     rows = json.loads(out)
@@ -324,26 +350,67 @@ def test_parity_runs_vllm_each_way_it_can_run(
     assert [r["composition"] for r in rows] == list(COMPOSITIONS)
     assert {(r["engine"], r["plugin"], r["cuda_graphs"]) for r in rows} == {("vllm", plugin, cuda_graphs)}
     assert {r["tokens_different"] for r in rows} == {0 if plugin else 3}
+    assert {r["orders"] is None for r in rows} == {not plugin}
 
 
-def test_parity_scores_with_the_attention_that_sampled(capsys, checkpoint_folder, monkeypatch):
-    seen = []
-
-    def rescore(model, completions, **options):
-        seen.append(options["attention_backend"])
-        return honest(model, completions, **options)
-
-    honest = recompose.rescore
-    monkeypatch.setattr(recompose, "rescore", rescore)
+def test_parity_scores_in_the_orders_that_sampled_or_not_at_all(capsys, checkpoint_folder, monkeypatch):
     assert call(capsys, "parity", checkpoint_folder, *PARITY, "--attention", "triton")[0] == 0
-    assert seen == ["triton"]
+    honest = embedded.EmbeddedEngine.__init__
+
+    def elsewhere(self, *args, **options):
+        honest(self, *args, **options)
+        self.orders = dataclasses.replace(self.orders, arch="sm_100")
+
+    monkeypatch.setattr(embedded.EmbeddedEngine, "__init__", elsewhere)
+    code, out, err = call(capsys, "parity", checkpoint_folder, *PARITY)
+    assert (code, out) == (3, "")
+    assert "and sm_100" in err
 
 
-@pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU may have it")
-def test_parity_says_why_a_backend_cannot_run(capsys, checkpoint_folder):
-    code, _, err = call(capsys, "parity", checkpoint_folder, *PARITY, "--attention", "vllm")
-    assert code == 3
-    assert "backend 'vllm' cannot run here: no GPU" in err
+def test_orders_prints_a_record_and_compares_it(capsys, checkpoint_folder, tmp_path):
+    record = load_model(checkpoint_folder).orders()
+    code, out, _ = call(capsys, "orders", checkpoint_folder)
+    assert code == 0
+    assert f"digest        {record.digest}" in out
+    assert "attention     KeySteps(block_n=" in out
+    code, out, _ = call(capsys, "orders", checkpoint_folder, "--json")
+    assert json.loads(out, parse_constant=pytest.fail) == record.as_dict()
+    other = dataclasses.replace(record, orders={**record.orders, "norm": {"kind": "RowOrder", "block": 512}})
+    for name, values in (
+        ("same", record.as_dict()),
+        ("run", {"rollout": record.as_dict()}),
+        ("other", other.as_dict()),
+    ):
+        (tmp_path / name).write_text(json.dumps(values))
+    for name in ("same", "run"):
+        assert call(capsys, "orders", checkpoint_folder, "--compare", tmp_path / name)[0] == 0
+    code, _, err = call(capsys, "orders", checkpoint_folder, "--compare", tmp_path / "other")
+    assert (code, "bi-ops orders: differs: norm: " in err, "'block': 512" in err) == (1, True, True)
+    (tmp_path / "edited").write_text(json.dumps(record.as_dict() | {"arch": "sm_90"}))
+    (tmp_path / "text").write_text("{")
+    for name, message in (("edited", "it was edited"), ("text", "is not JSON"), ("nothing", "nothing")):
+        code, _, err = call(capsys, "orders", checkpoint_folder, "--compare", tmp_path / name)
+        assert (code, message in err) == (2, True)
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")
+def test_orders_of_a_server_that_cannot_run_here_say_so(capsys, tmp_path):
+    tiny_model(head_dim=128).save_pretrained(tmp_path)
+    code, out, err = call(capsys, "orders", tmp_path, "--engine", "vllm")
+    assert (code, out, "'vllm' cannot run here" in err) == (3, "", True)
+    assert call(capsys, "orders", tmp_path, "--engine", "vllm", "--attention", "triton")[0] == 0
+    tiny_model(head_dim=64).save_pretrained(tmp_path)
+    code, _, err = call(capsys, "orders", tmp_path, "--engine", "vllm")
+    assert (code, "attention='triton'" in err) == (2, True)
+
+
+def test_a_model_that_nobody_knows_is_refused_by_name(capsys, checkpoint_folder):
+    values = json.loads((checkpoint_folder / "config.json").read_text())
+    (checkpoint_folder / "config.json").write_text(json.dumps(values | {"model_type": "gpt9"}))
+    for command in (("parity", checkpoint_folder), ("orders", checkpoint_folder)):
+        code, _, err = call(capsys, *command)
+        assert code == 2
+        assert "model_type is 'gpt9'; models that can be loaded: qwen3" in err
 
 
 def test_parity_prompts_have_mixed_lengths_and_come_from_the_seed(capsys, checkpoint_folder):

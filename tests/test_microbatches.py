@@ -12,7 +12,7 @@ from bi_ops.embedding import embedding
 from bi_ops.matmul import TOKEN_STEP
 from bi_ops.models.packing import pack
 from bi_ops.models.qwen3 import Qwen3ForCausalLM
-from bi_ops.models.qwen3.model import zeros
+from bi_ops.nn.main_grad import zeros
 from bi_ops.rl import TrainConfig
 from bi_ops.rl.tasks import Problem
 from bi_ops.rl.trainer import Trainer
@@ -161,13 +161,13 @@ def test_padding_is_a_sequence_of_its_own_that_is_not_scored():
     assert padded.cu_seqlens.tolist() == [0, 5, 16, 36, 48, 64]
     assert padded.max_seqlen == 20
     assert (padded.lengths, padded.targets.tolist()) == (plain.lengths, plain.targets.tolist())
-    assert torch.equal(padded.input_ids[padded.predictors], plain.input_ids[plain.predictors])
-    assert torch.equal(padded.positions[padded.predictors], plain.positions[plain.predictors])
+    assert torch.equal(padded.input_ids[padded.logit_indices], plain.input_ids[plain.logit_indices])
+    assert torch.equal(padded.positions[padded.logit_indices], plain.positions[plain.logit_indices])
     assert not padded.input_ids[5:16].any()
     assert padded.positions[5:16].tolist() == list(range(11))
-    assert (padded.slots.tolist(), padded.n_slots) == ([0, 1, 16, 17, 18, 32], 48)
-    assert (plain.slots.tolist(), plain.n_slots) == (list(range(6)), 6)
-    assert padded.spread(torch.ones(6, 2)).sum(1).nonzero()[:, 0].tolist() == padded.slots.tolist()
+    assert (padded.scatter_indices.tolist(), padded.scatter_size) == ([0, 1, 16, 17, 18, 32], 48)
+    assert (plain.scatter_indices.tolist(), plain.scatter_size) == (list(range(6)), 6)
+    assert padded.scatter(torch.ones(6, 2)).sum(1).nonzero()[:, 0].tolist() == padded.scatter_indices.tolist()
     with pytest.raises(ValueError, match="align"):
         pack(PROMPTS, COMPLETIONS, "cpu", align=0)
 
@@ -269,7 +269,7 @@ def test_buffers_share_allocations_and_nothing_else():
     shapes = [(3, 5), (64,), (0, 4), (40, 5), (7,), (2, 2)]
     weights = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
     weights[3] = torch.empty(5, 40).t()  # and a weight that is stored in another way
-    buffers = zeros(weights, together=192)
+    buffers = zeros(weights, elements=192)
     assert [(tuple(b.shape), b.dtype, b.is_contiguous()) for b in buffers] == [(s, torch.float32, True) for s in shapes]
     assert not any(b.any() for b in buffers)
     stores = [b.untyped_storage().data_ptr() for b in buffers]
@@ -298,10 +298,8 @@ def test_without_buffers_nothing_changes():
 class Replay:
     """An engine that says the same every time; the log-probabilities are the model's own."""
 
-    attention = None
-
     def __init__(self, model):
-        self.model = model
+        self.model, self.orders = model, model.orders()
 
     def generate(self, prompts, params):
         batch = pack(PROMPTS_OF_FOUR, COMPLETIONS_OF_FOUR, self.model.device)

@@ -74,6 +74,62 @@ def test_layers_have_the_bits_of_their_operators(device):
     assert bits_equal(table(ids), embedding.embedding(ids, table.weight, padding_idx=2))
 
 
+@pytest.mark.parametrize("shape", [(24,), (2, 12)])
+def test_a_norm_after_a_residual_add_has_the_bits_of_the_fused_operator(shape, device):
+    x, residual = (torch.randn(5, *shape, device=device).bfloat16() for _ in range(2))
+    rms = bi_ops.nn.RMSNorm(shape, eps=1e-6, device=device)
+    out, total = rms(x, residual)
+    expected = norm.add_rms_norm(x.reshape(5, 24), residual.reshape(5, 24), rms.weight.reshape(-1), 1e-6)
+    assert out.shape == total.shape == x.shape
+    assert bits_equal(out.reshape(5, 24), expected[0])
+    assert bits_equal(total, x + residual)
+    with pytest.raises(ValueError, match="does not end in normalized_shape"):
+        rms(x[..., :-1])
+
+
+def test_an_embedding_gives_the_dtype_that_is_asked_for(device):
+    table, ids = bi_ops.nn.Embedding(9, 8, device=device), torch.tensor([2, 8], device=device)
+    assert bits_equal(table(ids, torch.bfloat16), table.weight.detach().bfloat16()[ids])
+
+
+def learned(model, batches, carried):
+    """Every weight's gradient after a backward for each of `batches`."""
+    model.zero_grad()
+    if carried:
+        bi_ops.nn.allocate_main_grads(model)
+    for ids, target in batches:
+        (model(ids) * target).sum().backward()
+    if carried:
+        bi_ops.nn.collect_main_grads(model)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_any_converted_model_carries_its_weight_gradients_over_micro_batches(device):
+    """Its tied head too; the bias keeps autograd's gradient."""
+    model = bi_ops.nn.convert(Block().to(device))
+    names = set(model.state_dict())
+    ids, target = torch.randint(0, 20, (48,), device=device), torch.randn(48, 20, device=device)
+    whole = learned(model, [(ids, target)], True)
+    parts = [(ids[part], target[part]) for part in (slice(0, 16), slice(16, 48))]
+    cut, summed = learned(model, parts, True), learned(model, parts, False)
+    weights = {name for name in whole if name.endswith("weight")}
+    assert weights == {"embed.weight", "norm.weight", "mlp.0.weight", "mlp.3.weight"}
+    assert all(bits_equal(cut[name], whole[name]) for name in weights)
+    assert not all(bits_equal(summed[name], whole[name]) for name in weights)  # negative control
+    torch.testing.assert_close(summed, whole)
+    assert set(model.state_dict()) == names
+    assert all(m.main_grad is None for m in model.modules() if hasattr(m, "main_grad"))
+
+
+def test_frozen_weights_get_no_buffer(device):
+    model = bi_ops.nn.convert(Block().to(device))
+    model.mlp.requires_grad_(False)
+    bi_ops.nn.allocate_main_grads(model)
+    assert model.mlp[0].main_grad is None
+    assert model.head.main_grad is not None
+    assert model.head.main_grad.data_ptr() != model.embed.main_grad.data_ptr()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_default_eps_is_torchs(dtype, device):
     x = torch.full((1, 16), 3e-4, device=device, dtype=dtype)  # small enough for eps to show

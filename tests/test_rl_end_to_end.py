@@ -49,4 +49,4 @@ def test_training_with_own_attention_in_vllm_agrees_bit_for_bit(tmp_path):
     )
     summary = run(small, tmp_path / "run")
     assert summary.tokens_different == 0
-    assert summary.engine["providers"]["attention"] == "bi_ops triton"
+    assert summary.engine["backends"]["attention"] == "bi_ops triton"

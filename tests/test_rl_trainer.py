@@ -7,32 +7,22 @@ import json
 
 import pytest
 import torch
-from rl_fakes import TableEngine, TableModel
+from rl_fakes import ORDERS, TABLE, TableConfig, TableEngine, TableModel, fresh_settings
 
+from bi_ops.core.orders import OrderRecord
 from bi_ops.rl import DifferenceFound, TrainConfig, checkpoint, runner
 from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics
 from bi_ops.rl.tasks import Alphabet, Problem, make_task
 from bi_ops.rl.trainer import Trainer, clip_gradients, microbatches
 
-CONFIG = TrainConfig(steps=6, symbols=4, prompts_per_step=3, group_size=4, lr=0.1, save_every=2)
+CONFIG = TrainConfig(steps=6, symbols=4, prompts_per_step=3, group_size=4, lr=0.1, save_every=2, **TABLE)
 
 
 @pytest.fixture
-def table(monkeypatch):
-    """`runner.run` with the table model; returns a dict whose "broken_at" breaks the engine."""
-    settings: dict = {"broken_at": None}
-
-    def initial(config, output):
-        TableModel(seed=config.seed).save_pretrained(output / "model")
-        return output / "model"
-
-    def load(config, path):
-        model = TableModel.from_pretrained(path)
-        return model, TableEngine(model, settings["broken_at"])
-
-    monkeypatch.setattr(runner, "initial_model", initial)
-    monkeypatch.setattr(runner, "load_model_and_engine", load)
-    return settings
+def table():
+    """The settings of the table engine; "broken_at" breaks it."""
+    with fresh_settings() as settings:
+        yield settings
 
 
 def deterministic(folder):
@@ -131,18 +121,39 @@ def test_the_same_nan_on_both_sides_is_a_loss(table, tmp_path, monkeypatch):
         runner.run(CONFIG, tmp_path / "run")
 
 
-def test_every_training_pass_has_the_attention_that_sampled(monkeypatch):
-    t, seen = trainer(dataclasses.replace(CONFIG, updates_per_rollout=2)), []
-    honest = t.model.token_logprobs
+def test_training_adopts_the_orders_that_sample(monkeypatch):
+    adopted = []
+    monkeypatch.setattr(TableModel, "adopt", lambda self, record: adopted.append((self, record)))
+    t = trainer(CONFIG)
+    assert [m for m, _ in adopted] == [t.model, t.reference]
+    assert all(record is ORDERS for _, record in adopted)
 
-    def token_logprobs(batch, attention_backend=None):
-        seen.append(attention_backend)
-        return honest(batch)
 
-    monkeypatch.setattr(t.model, "token_logprobs", token_logprobs)
-    monkeypatch.setattr(TableEngine, "attention", "triton")
-    t.step(1)
-    assert seen == ["triton"] * 2
+def test_an_engine_in_other_orders_or_in_none_is_refused(monkeypatch):
+    monkeypatch.setattr(TableEngine, "orders", dataclasses.replace(ORDERS, arch="sm_90"))
+    with pytest.raises(RuntimeError, match="architecture sm_90 and table"):
+        trainer(CONFIG)
+    monkeypatch.setattr(TableEngine, "orders", None)
+    with pytest.raises(ValueError, match="the table engine states no orders"):
+        trainer(CONFIG)
+
+
+def test_a_run_records_its_orders_and_is_not_resumed_in_others(table, tmp_path, monkeypatch):
+    runner.run(dataclasses.replace(CONFIG, steps=2), tmp_path / "run")
+    written = {"rollout": ORDERS.as_dict(), "training": ORDERS.as_dict()}
+    assert json.loads((tmp_path / "run" / "orders.json").read_text()) == written
+    saved = tmp_path / "run" / "checkpoints" / "step_000002" / "state.json"
+    assert json.loads(saved.read_text())["orders"] == written
+    other = OrderRecord(ORDERS.arch, {"lookup": {"kind": "Column"}})
+    with monkeypatch.context() as m:
+        m.setattr(TableModel, "orders", lambda self, training=False: other)
+        with pytest.raises(ValueError, match=r"orders.json was computed in other orders .*lookup: .*Row.*Column"):
+            runner.run(CONFIG, tmp_path / "run", resume=True)
+        (tmp_path / "run" / "orders.json").unlink()  # the checkpoint says it too
+        with pytest.raises(ValueError, match="step_000002 was computed in other orders"):
+            runner.run(CONFIG, tmp_path / "run", resume=True)
+    (tmp_path / "run" / "orders.json").unlink()
+    assert runner.run(CONFIG, tmp_path / "run", resume=True).steps == 6
 
 
 def test_a_difference_in_a_micro_batch_names_the_sequence_of_the_step(table, tmp_path):
@@ -280,7 +291,7 @@ def test_a_checkpoint_that_does_not_fit_lists_what_does_not(tmp_path):
     model, optimizer = stepped_model()
     path = checkpoint.save(tmp_path, 1, model, optimizer, {})
     with pytest.raises(ValueError, match=r"table is \[12, 12\], the model has \[5, 5\]"):
-        checkpoint.load(path, TableModel(5), optimizer)
+        checkpoint.load(path, TableModel(TableConfig.from_dict({"vocab_size": 5})), optimizer)
     other = torch.nn.Linear(2, 2, bias=False)
     with pytest.raises(ValueError, match="missing weight; extra table"):
         checkpoint.load(path, other, torch.optim.AdamW(other.parameters()))
@@ -315,7 +326,7 @@ def test_a_config_survives_json(tmp_path):
         ({"group_size": 1}, "group_size is 1; it must be at least 2"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"task": "chess"}, "one of repeat"),
-        ({"engine": "sglang"}, "embedded or vllm"),
+        ({"engine": "sglang"}, "engine is 'sglang'; it must be embedded or vllm"),
         ({"clip": 1.5}, "clip is 1.5"),
         ({"attention": "flash"}, "attention is 'flash'; it must be vllm, triton or null"),
         ({"kl": float("nan")}, "kl is nan"),

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import tiny_model
 
+from bi_ops import attention
+from bi_ops.attention.backends import AttentionBackend
+from bi_ops.attention.order import KeySteps
 from bi_ops.core import runtime
 from bi_ops.models.packing import pack
+from bi_ops.rollout import factory
 from bi_ops.rollout.base import SamplingParams
 from bi_ops.rollout.embedded import EmbeddedEngine
 from bi_ops.rollout.sampling import sample, uniform
+from bi_ops.verify.compositions import rescore
 from bi_ops.verify.parity import compare
 
 PROMPTS = [[1, 2, 3], [4], list(range(5, 30)), [7] * 17, [9, 8]]
@@ -128,22 +135,99 @@ def test_sizes_that_no_cache_has_are_refused(model, options, message):
 
 def test_what_generates_decides_what_trains(model, completions):
     engine = EmbeddedEngine(model, attention="triton")
-    assert engine.describe()["providers"]["attention"] == "triton"
+    assert engine.describe()["backends"]["attention"] == "triton"
+    assert engine.describe()["orders"] == engine.orders.digest
+    trained = tiny_model()
+    trained.adopt(engine.orders)
+    assert trained.orders() == engine.orders
     again = engine.generate(PROMPTS[:2], params()[:2])
-    if runtime.INTERPRET:
-        assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(again, completions, strict=False))
-    batch = pack([c.prompt for c in again], [c.tokens for c in again], model.device)
-    scored = model.token_logprobs(batch, engine.attention)
-    assert torch.equal(scored.cpu(), torch.cat([c.logprobs for c in again]))
-    assert EmbeddedEngine(model).attention is None  # it was given none: selected alike on both sides
+    reports = rescore(trained, again, ("together",), orders=engine.orders)
+    assert reports["together"].identical
+    if runtime.INTERPRET:  # the one backend there
+        assert EmbeddedEngine(model).orders == engine.orders
+        assert trained.attention_backend is None
+
+
+@pytest.fixture
+def stepped():
+    """Backends of other orders, as FlashAttention 3 and the own kernel are: steps of 128 keys, and of 256."""
+
+    def backend(wanted: int) -> AttentionBackend:
+        class Stepped(AttentionBackend):
+            name, automatic = f"steps of {wanted}", False
+
+            def order(self, problem, arch):
+                own = super().order(problem, arch)
+                return dataclasses.replace(own, forward=KeySteps(wanted))
+
+        return attention.backends.register(Stepped())
+
+    made = [backend(n) for n in (128, 256)]
+    yield [b.name for b in made]
+    for b in made:
+        if b.name in attention.backends.names():
+            attention.backends.unregister(b.name)
+
+
+def test_training_takes_the_backend_that_has_the_rollouts_order(stepped):
+    model, engine = tiny_model(), tiny_model()
+    engine.attention_backend = stepped[0]
+    model.adopt(engine.orders())
+    assert model.attention_backend == stepped[0]
+    engine.attention_backend = None
+    model.adopt(engine.orders())
+    assert model.attention_backend is None
+    model.attention_backend = "triton"
+    model.adopt(engine.orders())
+    assert model.attention_backend == "triton"  # kept: it has that order
+    engine.attention_backend = stepped[1]
+    foreign = engine.orders()
+    attention.backends.unregister(stepped[1])  # as on a machine that computes otherwise
+    with pytest.raises(RuntimeError, match=r"attention: .*'block_n': \d+.* and .*'block_n': 256"):
+        model.adopt(foreign)
+    assert model.attention_backend == "triton"
+
+
+def test_another_dtype_or_architecture_is_refused(model, completions):
+    record = model.orders()
+    half = tiny_model()
+    half.compute_dtype = torch.float16
+    with pytest.raises(RuntimeError, match=r"dtype: .*float16.* and .*bfloat16"):
+        half.adopt(record)
+    elsewhere = dataclasses.replace(record, arch="sm_100")
+    with pytest.raises(RuntimeError, match=r"architecture .* and sm_100"):
+        model.adopt(elsewhere)
+    with pytest.raises(RuntimeError, match=r"rescore: the model computes in other orders .*model\.adopt"):
+        rescore(model, completions, orders=elsewhere)
+
+
+def test_gradients_have_orders_too(model):
+    forward, both = model.orders(), model.orders(training=True)
+    assert forward.orders.items() < both.orders.items()
+    assert {
+        "attention_backward",
+        "attention_row_sums",
+        "embedding_grad",
+        "norm_weight_grad",
+    } == both.orders.keys() - forward.orders.keys()
 
 
 def test_a_backend_that_cannot_run_is_refused(model):
-    with pytest.raises(ValueError, match="no backend 'flash'"):
+    with pytest.raises(ValueError, match=r"flash'; .* are"):
         EmbeddedEngine(model, attention="flash")
     if runtime.INTERPRET:
-        with pytest.raises(RuntimeError, match="backend 'vllm' cannot run here"):
+        with pytest.raises(RuntimeError, match="'vllm' cannot run here"):
             EmbeddedEngine(model, attention="vllm")
+
+
+def test_engines_are_made_by_name(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    given = factory.make_engine("embedded", tmp_path, model, attention="triton", max_model_len=64)
+    read = factory.make_engine("embedded", tmp_path)
+    assert (given.name, given.max_model_len, given.model.attention_backend) == ("embedded", 64, "triton")
+    assert torch.equal(read.model.lm_head.weight, given.model.lm_head.weight)
+    with pytest.raises(ValueError, match="no engine 'sglang'; engines are embedded, vllm"):
+        factory.make_engine("sglang", tmp_path)
 
 
 def test_a_closed_engine_says_so(model):

@@ -165,7 +165,7 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_engine_on_a_gpu(checkpoints, cuda_graphs):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
-    from bi_ops.verify.recompose import rescore
+    from bi_ops.verify.compositions import rescore
 
     options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512}
     engine = vllm_engine.VllmEngine(checkpoints[0], **options)
@@ -188,7 +188,8 @@ def test_engine_on_a_gpu(checkpoints, cuda_graphs):
         engine.update_weights(model)
         updated = engine.generate(PROMPTS, PARAMS)
         assert not same(first, updated)
-        reports = rescore(model, updated)
+        model.adopt(engine.orders)
+        reports = rescore(model, updated, orders=engine.orders)
         assert all(r.identical for r in reports.values()), reports
         assert engine.describe()["plugin"] is True
     finally:
@@ -221,7 +222,7 @@ def prefilled_otherwise(engine) -> int:
 @pytest.mark.parametrize(("head_dim", "cuda_graphs"), [(64, False), (64, True), (96, True), (128, True)])
 def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
-    from bi_ops.verify.recompose import rescore
+    from bi_ops.verify.compositions import rescore
 
     folder = tiny_checkpoint(tmp_path, 0, head_dim)
     # Fewer places than prompts: prefill and decode share batches.
@@ -231,13 +232,15 @@ def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
             vllm_engine.VllmEngine(folder, **options)
     engine = vllm_engine.VllmEngine(folder, attention="triton", **options)
     try:
-        assert engine.describe()["providers"]["attention"] == "bi_ops triton"
+        assert engine.describe()["backends"]["attention"] == "bi_ops triton"
         completions = engine.generate(PROMPTS, PARAMS)
         assert same(completions, [engine.generate([p], s)[0] for p, s in zip(PROMPTS, PARAMS, strict=True)])
         assert prefilled_otherwise(engine) == 0
     finally:
         engine.close()
-    reports = rescore(Qwen3ForCausalLM.from_pretrained(folder), completions, attention_backend=engine.attention)
+    model = Qwen3ForCausalLM.from_pretrained(folder)
+    model.adopt(engine.orders)
+    reports = rescore(model, completions, orders=engine.orders)
     assert all(r.identical for r in reports.values()), reports
 
 
@@ -248,13 +251,13 @@ def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
 def test_windows_soft_capping_and_sinks_in_vllm_on_a_gpu(tmp_path, cuda_graphs, device, monkeypatch):
     """A checkpoint whose layers have a window; vLLM's Qwen3 gives them neither a cap nor sinks, so the test does."""
     from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
-    from bi_ops.verify.recompose import rescore
+    from bi_ops.verify.compositions import rescore
 
     folder = tiny_checkpoint(tmp_path, 0, 96)
     config, model = Qwen3Config.from_pretrained(folder), Qwen3ForCausalLM.from_pretrained(folder)
     window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | window))
-    monkeypatch.setattr(Qwen3Config, "from_pretrained", lambda path: config)  # which refuses windows
+    monkeypatch.setattr(vllm_engine, "load_config", lambda path: config)  # which refuses windows
     sinks, softcap = torch.linspace(-1, 3, 4, device=device), 3.0
     impl_cls = backend.PagedAttentionBackend.get_impl_cls()
     stock = impl_cls.__init__
@@ -274,15 +277,14 @@ def test_windows_soft_capping_and_sinks_in_vllm_on_a_gpu(tmp_path, cuda_graphs, 
     finally:
         engine.close()
     features = {"window_size": (63, 0), "softcap": softcap, "sinks": sinks}
-    honest, backend_name = attention.flash_attention, engine.attention
+    model.adopt(engine.orders)
     for left_out in features:  # negative control
         rest = {name: value for name, value in features.items() if name != left_out}
         with monkeypatch.context() as m:
-            m.setattr(attention, "flash_attention", functools.partial(honest, **rest))
-            reports = rescore(model, completions, ["together"], attention_backend=backend_name)
-            assert not reports["together"].identical, left_out
-    monkeypatch.setattr(attention, "flash_attention", functools.partial(honest, **features))
-    reports = rescore(model, completions, attention_backend=backend_name)
+            m.setattr(attention, "flash_attention", functools.partial(attention.flash_attention, **rest))
+            assert not rescore(model, completions, ["together"])["together"].identical, left_out
+    monkeypatch.setattr(attention, "flash_attention", functools.partial(attention.flash_attention, **features))
+    reports = rescore(model, completions)
     assert all(r.identical for r in reports.values()), reports
 
 

@@ -14,6 +14,7 @@ import torch
 from fake_vllm import (
     ARGUMENTS,
     CHOICES,
+    CONFIG,
     LAYERNORM,
     REGISTRY,
     SELECTOR,
@@ -23,9 +24,11 @@ from fake_vllm import (
     stock_rms_norm,
     write_sources,
 )
+from tiny import tiny_config
 
 from bi_ops import vllm_plugin
 from bi_ops.core import vllm as releases
+from bi_ops.rollout.vllm_engine import VllmEngine
 from bi_ops.vllm_plugin import backend
 
 
@@ -180,6 +183,21 @@ def test_an_engine_takes_full_graphs_without_inductor_unless_it_is_told_otherwis
             arguments(mode=mode).create_engine_config()
     vllm_plugin.unregister()
     assert arguments(mode=3).create_engine_config() == (3, None)
+
+
+def test_the_digest_of_a_models_orders_is_logged_once(vllm, caplog):
+    config = tiny_config()
+    vllm[CONFIG].get_current_vllm_config_or_none().model_config.hf_config.to_dict = config.to_dict
+    vllm_plugin.register()
+    with caplog.at_level("INFO"):
+        for _ in range(config.num_hidden_layers):
+            vllm[SELECTOR]._cached_get_attn_backend("CUSTOM", Layer(config.head_dim, "decoder"))
+        vllm[SELECTOR]._cached_get_attn_backend("TREE_ATTN", Layer(config.head_dim, "decoder"))
+    digest = VllmEngine.orders_of(config, "triton").digest
+    said = [r.getMessage() for r in caplog.records if r.name == "vllm.bi_ops"]
+    assert len(said) == 2
+    assert f"reduction orders {digest} on " in said[0]
+    assert "no record of reduction orders for this model: attention is vLLM's TREE_ATTN" in said[1]
 
 
 def test_a_head_size_that_nothing_serves_offers_no_option():

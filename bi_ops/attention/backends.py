@@ -29,7 +29,7 @@ from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.core.arch import Arch
 from bi_ops.core.backends import Backend, Backends, Support
-from bi_ops.core.providers import vllm_availability
+from bi_ops.core.vllm import availability as vllm_availability
 
 
 class AttentionBackend(Backend):
@@ -122,8 +122,7 @@ class VllmBackend(AttentionBackend):
             return Support(False, "no GPU: vLLM's kernels need one")
         if not (here := arches.current()).flash_attention_3:
             return Support(False, f"FlashAttention 3 needs a Hopper GPU (sm_90), this one is {_described(here)}")
-        found = vllm_availability()
-        return Support(found.ok, found.reason)
+        return vllm_availability()
 
     def supports(self, problem: Problem, arch: Arch) -> Support:
         why = ""

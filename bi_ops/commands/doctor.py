@@ -1,4 +1,4 @@
-"""`bi-ops doctor`: what runs here, which provider each operator uses and why, what is missing."""
+"""`bi-ops doctor`: what runs here, which backend computes each operator, in which order and why, what is missing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 from bi_ops.core.files import to_json
 
-#: Operator families that choose among providers have a table; the others have their Triton kernel alone.
+#: Operators that have a choice of backends have a table; the others have their Triton kernel alone.
 FAMILIES = ("matmul", "norm", "attention", "activation", "rope", "embedding", "logprob", "reduction")
 
 DESCRIPTION = """\
-Say what this machine has: GPU, versions, whether kernels are compiled or interpreted, which provider computes each
-operator and why, how many GEMMs of cuBLASLt are verified, and what is missing with the command that gets it."""
+Say what this machine has: GPU, versions, whether kernels are compiled or interpreted, which backend computes each
+operator, in which order and why, how many GEMMs of cuBLASLt are verified, and what is missing with the command that
+gets it."""
 
 EPILOG = """\
 examples:
@@ -47,37 +48,37 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _selected(family: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record of a family with a table of backends: the first that runs here without being named."""
-    reasons = {row["name"]: row["reason"] for row in rows}
-    name = next((row["name"] for row in rows if row["ok"] and row["automatic"]), None)
-    why = "no backend can run here" if name is None else reasons.pop(name)
-    return {"op": family, "ok": name is not None, "provider": name, "why": why, "others": reasons}
-
-
 def operators() -> list[dict[str, Any]]:
-    """One record per family: op, ok, provider, why, others (name to why it could or could not run)."""
+    """One record per operator: op, ok, backend, order, why, others (name to why it could or could not run).
+
+    order: in one line, of bf16 and head_dim 128; None for an operator that states none.
+    """
+    orders = _orders()
+    return [{"op": op, **_backend(op), "order": orders.get(op)} for op in FAMILIES]
+
+
+def _orders() -> dict[str, str]:
+    """Each operator's order in one line, at the sizes of an example."""
+    from bi_ops.commands.orders import short
+    from bi_ops.models.orders import EXAMPLE, record
+
+    return {name: short(order) for name, order in record(EXAMPLE).orders.items()}
+
+
+def _backend(op: str) -> dict[str, Any]:
+    """Who computes an operator, why, and who else there is."""
     from bi_ops.core import runtime
-    from bi_ops.core.backends import Backends
-    from bi_ops.core.providers import ProviderTable
 
     kernel = "Triton's interpreter" if runtime.INTERPRET else "Triton"
-    records: list[dict[str, Any]] = []
-    for family in FAMILIES:
-        module = importlib.import_module(f"bi_ops.{family}")
-        if isinstance(found := getattr(module, "backends", None), Backends):
-            records.append(_selected(family, found.table()))
-            continue
-        table = getattr(module, "providers", None)
-        if not isinstance(table, ProviderTable):
-            only = {"provider": "triton", "why": f"{kernel}, the only provider", "others": {}}
-            records.append({"op": family, "ok": True, **only})
-            continue
-        reasons = {p.name: p.available().reason for p in table.providers}
-        chosen_name = table.choose()
-        others = {name: reason for name, reason in reasons.items() if name != chosen_name}
-        records.append({"op": family, "ok": True, "provider": chosen_name, "why": table.why(), "others": others})
-    return records
+    table = getattr(importlib.import_module(f"bi_ops.{op}"), "backends", None)
+    if table is not None:
+        rows = table.table()
+        chosen = next((r for r in rows if r["ok"] and r["automatic"]), None)
+        others = {r["name"]: r["reason"] or r["note"] for r in rows if r is not chosen}
+        if chosen is None:
+            return {"ok": False, "backend": None, "why": "no backend can run here", "others": others}
+        return {"ok": True, "backend": chosen["name"], "why": chosen["reason"] or chosen["note"], "others": others}
+    return {"ok": True, "backend": "triton", "why": f"{kernel}, the only backend", "others": {}}
 
 
 def verified_gemms() -> dict[str, Any]:
@@ -94,7 +95,7 @@ def missing(gpu: str | None) -> list[dict[str, str]]:
     import torch
 
     from bi_ops import matmul
-    from bi_ops.core import runtime
+    from bi_ops.core import arch
     from bi_ops.core.vllm import RELEASES, availability
     from bi_ops.matmul import cublaslt
 
@@ -106,12 +107,12 @@ def missing(gpu: str | None) -> list[dict[str, str]]:
             else "on a machine with an NVIDIA GPU: pip install torch, from the default index"
         )
         out.append({"what": "GPU", "means": "kernels run in Triton's interpreter: logic, not speed", "how": how})
-    if gpu is not None and runtime.architecture() != "sm_90":
-        means = f"bits were shown to agree on sm_90, not on {runtime.architecture()}"
+    here = arch.current()
+    if gpu is not None and not here.canonical_gemm:
+        means = f"bits were shown to agree on sm_90, not on {here.name}"
         out.append({"what": "Hopper", "means": means, "how": "check with bi-ops parity, or use an H100 or H200"})
-    binding = matmul.backends.get("cublaslt").available()
-    if gpu is not None and runtime.architecture() == "sm_90" and not binding.ok:
-        means = f"products run in Triton: the same bits, more slowly ({binding.reason})"
+    if gpu is not None and here.canonical_gemm and not (binding := matmul.backends.get("cublaslt").available()):
+        means = f"GEMMs run in Triton: the same bits, more slowly ({binding.reason})"
         out.append({"what": "cuBLASLt", "means": means, "how": cublaslt.REQUIREMENTS})
     vllm = availability()
     if not vllm.ok:
@@ -125,13 +126,16 @@ def diagnose() -> dict[str, Any]:
     import torch
 
     import bi_ops
-    from bi_ops.core import runtime
+    from bi_ops.core import arch, runtime
 
+    here = arch.current()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "bi_ops": bi_ops.__version__,
         "gpu": gpu,
-        "architecture": runtime.architecture(),
+        "architecture": here.name,
+        "orders": here.orders,
+        "why_these_orders": here.reason or f"the table of architectures has {here.name}",
         "interpreter": runtime.INTERPRET,
         "versions": {
             "python": platform.python_version(),
@@ -165,10 +169,13 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"bi_ops {found['bi_ops']}: GPU {found['gpu'] or 'none'}, kernels {where}")
     versions = [f"{name} {version or 'none'}" for name, version in found["versions"].items()]
     console.print(", ".join(versions))
-    table = Table("operator", "provider", "why", "others")
+    if found["orders"] == "portable":
+        console.print(f"orders portable: {found['why_these_orders']}", soft_wrap=True, markup=False)
+    table = Table("operator", "backend", "order", "why", "others")
     for record in found["operators"]:
         others = "\n".join(f"{name}: {reason}" for name, reason in record["others"].items())
-        table.add_row(record["op"], record["provider"] or "NONE", escape(record["why"]), escape(others))
+        row = (record["op"], record["backend"] or "NONE", record["order"] or "-", record["why"], others)
+        table.add_row(*map(escape, row))
     console.print(table)
     kept = found["verified_gemms"]
     console.print(f"cuBLASLt: {kept['count']} GEMMs verified bitwise, {len(kept['refused'])} refused; {kept['file']}")

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from bi_ops.core.files import to_json
 
 if TYPE_CHECKING:
-    from bi_ops.rollout.base import RolloutEngine
+    from bi_ops.models.base import CausalLM
+    from bi_ops.rollout.base import Completion, RolloutEngine
 
 DESCRIPTION = """\
 Sample from MODEL with a rollout engine, then compute the log-probability of every sampled token again with the
-training model, in other batches: each sequence alone, all together, shuffled, and packed with strangers. Every
+training model, in other batches: each sequence alone, all together, shuffled, and packed with distractors. Every
 log-probability is compared bit for bit with the one the engine reported."""
 
 EPILOG = """\
@@ -36,6 +37,8 @@ exit codes:
 
 
 def add_parser(commands: Any) -> None:
+    from bi_ops.rollout import factory
+
     parser = commands.add_parser(
         "parity",
         help="generate, re-score in other batches, compare the bits",
@@ -44,8 +47,8 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face checkpoint of a Qwen3")
-    parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded", help="what samples")
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face checkpoint folder")
+    parser.add_argument("--engine", choices=factory.names(), default="embedded", help="what samples")
     parser.add_argument(
         "--attention",
         choices=("vllm", "triton"),
@@ -94,26 +97,19 @@ def _progress(shown: bool, prompts: int, compositions: int) -> Iterator[Callable
         yield tell
 
 
-def _sample(args: argparse.Namespace, path: Path) -> tuple[Any, list[Any], RolloutEngine, dict[str, object]]:
+def _sample(
+    args: argparse.Namespace, path: Path
+) -> tuple[CausalLM, list[Completion], RolloutEngine, dict[str, object]]:
     """The training model, the completions, the engine, closed so that it leaves room for scoring, and it in words."""
-    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+    from bi_ops.models import load_config, load_model
     from bi_ops.rl.seeds import SAMPLE, derive_seed
+    from bi_ops.rollout import factory
     from bi_ops.rollout.base import SamplingParams
 
-    vocab_size = Qwen3Config.from_pretrained(str(path)).vocab_size
-    model = None
-    engine: RolloutEngine
-    if args.engine == "vllm":
-        from bi_ops.rollout.vllm_engine import VllmEngine
-
-        engine = VllmEngine(
-            str(path), plugin=args.plugin, attention=args.attention or "vllm", cuda_graphs=args.cuda_graphs
-        )
-    else:
-        from bi_ops.rollout.embedded import EmbeddedEngine
-
-        model = Qwen3ForCausalLM.from_pretrained(str(path))
-        engine = EmbeddedEngine(model, attention=args.attention)
+    vocab_size = load_config(path).vocab_size
+    model = load_model(path) if factory.lookup(args.engine).needs_model else None
+    options = {"plugin": args.plugin, "cuda_graphs": args.cuda_graphs} if args.engine == "vllm" else {}
+    engine = factory.make_engine(args.engine, path, model, attention=args.attention, **options)
     try:
         longest = args.max_prompt_tokens or max(1, min(engine.max_model_len - args.new_tokens, 512) // 2)
         prompts = random_prompts(args.prompts, longest, vocab_size, args.seed)
@@ -122,14 +118,15 @@ def _sample(args: argparse.Namespace, path: Path) -> tuple[Any, list[Any], Rollo
         described = dict(engine.describe())
     finally:
         engine.close()
-    return model or Qwen3ForCausalLM.from_pretrained(str(path)), completions, engine, described
+    return load_model(path) if model is None else model, completions, engine, described
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from bi_ops.verify.recompose import COMPOSITIONS, rescore
+    from bi_ops.models.config import read_config
+    from bi_ops.verify.compositions import COMPOSITIONS, rescore
 
     for name in ("prompts", "new_tokens", "max_prompt_tokens"):
         value = getattr(args, name)
@@ -138,11 +135,7 @@ def run(args: argparse.Namespace) -> int:
     if args.engine != "vllm" and not (args.cuda_graphs and args.plugin):
         raise ValueError("--no-cuda-graphs and --no-plugin change what vLLM does; add --engine vllm")
     path = Path(args.model)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path} is not a checkpoint folder (no config.json in it); download a model with "
-            "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` and name that folder"
-        )
+    read_config(path)  # before anything is started
 
     # vLLM logs to stdout, where a JSON document must stand alone.
     with (
@@ -151,10 +144,13 @@ def run(args: argparse.Namespace) -> int:
     ):
         tell("generating", 0)
         model, completions, engine, described = _sample(args, path)
+        if engine.orders is not None:  # None: the negative control
+            model.adopt(engine.orders)
         reports = rescore(
-            *(model, completions),
+            model,
+            completions,
+            orders=engine.orders,
             seed=args.seed,
-            attention_backend=engine.attention,
             progress=lambda name, done, _: tell(name, done),
         )
     identical = all(r.identical for r in reports.values())

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from bi_ops.rl import StepMetrics, TrainConfig
 
 DESCRIPTION = """\
-Train a Qwen3 with GRPO on a task generated on the spot. Every step compares every log-probability that the rollout
-engine reported with the one training computes, bit for bit; a difference stops the run and names the token.
+Train a language model with GRPO on a task generated on the spot. Every step compares every log-probability that the
+rollout engine reported with the one training computes, bit for bit; a difference stops the run and names the token.
 
-Without --model, a tiny Qwen3 with random weights is written to OUTPUT/model first. Settings come from --preset, then
+Without --model, a tiny model with random weights is written to OUTPUT/model first. Settings come from --preset, then
 --config (a JSON file, such as an earlier run's config.json), then the options here, the later over the earlier."""
 
 EPILOG = """\
@@ -31,7 +31,8 @@ exit codes:
   0  trained     1  a log-probability differed (OUTPUT/difference.json says where)
   2  bad usage or bad input     3  the run failed     130  interrupted; go on with --resume
 
-OUTPUT holds config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json, and final/ (Hugging Face format).
+OUTPUT holds config.json, orders.json (the reduction orders), metrics.jsonl, tensorboard/, checkpoints/, summary.json,
+and final/ (Hugging Face format). Two runs of the same settings on one machine end in the same bytes.
 All JSON is strict: a number that is NaN or infinite, as a delta may be, is null."""
 
 #: Options whose names and types are those of TrainConfig's fields.
@@ -57,6 +58,7 @@ _PLAIN: tuple[tuple[str, type, str], ...] = (
 def add_parser(commands: Any) -> None:
     from bi_ops.rl.presets import PRESETS
     from bi_ops.rl.tasks import TASKS
+    from bi_ops.rollout import factory
 
     parser = commands.add_parser(
         "train",
@@ -71,8 +73,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT's latest checkpoint")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from")
     parser.add_argument("--config", metavar="FILE", help="a JSON file of settings")
-    parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint of a Qwen3", **given)
-    parser.add_argument("--engine", choices=("embedded", "vllm"), help="what samples", **given)
+    parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint folder", **given)
+    parser.add_argument("--engine", choices=factory.names(), help="what samples", **given)
     parser.add_argument(
         "--attention",
         choices=("vllm", "triton"),
@@ -135,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"reward        {first} (first five steps) -> {last} (last five)")
     console.print(f"parity        {summary.tokens_checked} tokens checked, {summary.tokens_different} different")
     console.print(f"weights       sha256 {summary.weights_sha256}")
+    console.print("              (every such run on this machine ends in it; another CPU or GPU may end in another)")
     console.print(f"metrics       {Path(args.output) / 'metrics.jsonl'}")
     console.print(f"checkpoint    {Path(args.output) / 'final'}")
     return 0

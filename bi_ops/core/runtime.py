@@ -59,16 +59,3 @@ def architecture(device: torch.device | None = None) -> str:
 def multiprocessors(device: torch.device) -> int:
     """How many the GPU has; the interpreter is one."""
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-#: Releases of Triton that the Gluon kernels are written for and were run with: Gluon changes from one to the next.
-GLUON_TRITON = ("3.6",)
-
-
-@functools.cache
-def warp_specialised(device: torch.device) -> bool:
-    """Can the warp-specialised kernels run: on a Hopper GPU, with a Triton that they are written for?"""
-    import triton
-
-    known = any(triton.__version__.startswith(f"{v}.") for v in GLUON_TRITON)
-    return known and not INTERPRET and architecture(device) == "sm_90"

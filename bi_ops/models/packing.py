@@ -15,28 +15,29 @@ class PackedBatch:
 
     input_ids, positions: int64 [T]. cu_seqlens: int32 [B + 1], where padding counts as sequences of its own, which no
     other token attends to. max_seqlen: the longest of them.
-    predictors: int64 [S], the rows of [T] whose next token is scored; targets: int64 [S], those next tokens;
+    logit_indices: int64 [S], the rows of [T] whose next token is scored; targets: int64 [S], those next tokens;
     lengths: how many of the S scores belong to each sequence.
-    slots: int64 [S], where each score stands among `n_slots` once those of every sequence are padded like its tokens.
+    scatter_indices: int64 [S], where each score stands among `scatter_size` once every sequence's are padded as its
+    tokens are.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
-    predictors: torch.Tensor
+    logit_indices: torch.Tensor
     targets: torch.Tensor
     lengths: tuple[int, ...]
-    slots: torch.Tensor
-    n_slots: int
+    scatter_indices: torch.Tensor
+    scatter_size: int
 
     def split(self, scores: torch.Tensor) -> list[torch.Tensor]:
         """Scores [S] as one tensor per sequence."""
         return list(scores.split(list(self.lengths)))
 
-    def spread(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [S, ...] at their slots, zeros between; [n_slots, ...]."""
-        return rows.new_zeros((self.n_slots, *rows.shape[1:])).index_copy(0, self.slots, rows)
+    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [S, ...] at their padded places, zeros between; [scatter_size, ...]."""
+        return rows.new_zeros((self.scatter_size, *rows.shape[1:])).index_copy(0, self.scatter_indices, rows)
 
 
 def pack(
@@ -63,10 +64,10 @@ def pack(
     ids: list[int] = []
     positions: list[int] = []
     cu_seqlens = [0]
-    predictors: list[int] = []
+    logit_indices: list[int] = []
     targets: list[int] = []
-    slots: list[int] = []
-    n_slots = 0
+    scatter_indices: list[int] = []
+    scatter_size = 0
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if len(prompt) == 0 or len(completion) == 0:
             raise ValueError(f"pack: sequence {i} has {len(prompt)} prompt and {len(completion)} completion tokens")
@@ -74,14 +75,14 @@ def pack(
         ids += [*prompt, *completion]
         positions += range(length)
         cu_seqlens.append(start + length)
-        predictors += range(start + len(prompt) - 1, start + length - 1)
+        logit_indices += range(start + len(prompt) - 1, start + length - 1)
         targets += completion
         if padding := -length % align:
             ids += [0] * padding
             positions += range(padding)
             cu_seqlens.append(len(ids))
-        slots += range(n_slots, n_slots + len(completion))
-        n_slots += len(completion) + -len(completion) % align
+        scatter_indices += range(scatter_size, scatter_size + len(completion))
+        scatter_size += len(completion) + -len(completion) % align
 
     def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
@@ -91,9 +92,9 @@ def pack(
         positions=tensor(positions),
         cu_seqlens=tensor(cu_seqlens, torch.int32),
         max_seqlen=max(b - a for a, b in itertools.pairwise(cu_seqlens)),
-        predictors=tensor(predictors),
+        logit_indices=tensor(logit_indices),
         targets=tensor(targets),
         lengths=tuple(len(c) for c in completions),
-        slots=tensor(slots),
-        n_slots=n_slots,
+        scatter_indices=tensor(scatter_indices),
+        scatter_size=scatter_size,
     )

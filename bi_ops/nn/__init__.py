@@ -2,5 +2,15 @@
 
 from bi_ops.nn.convert import convert
 from bi_ops.nn.layers import Attention, Embedding, Linear, RMSNorm, SiluAndMul
+from bi_ops.nn.main_grad import allocate_main_grads, collect_main_grads
 
-__all__ = ["Attention", "Embedding", "Linear", "RMSNorm", "SiluAndMul", "convert"]
+__all__ = [
+    "Attention",
+    "Embedding",
+    "Linear",
+    "RMSNorm",
+    "SiluAndMul",
+    "allocate_main_grads",
+    "collect_main_grads",
+    "convert",
+]

@@ -3,42 +3,79 @@
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 
 from bi_ops import activation, attention, embedding, matmul, norm
 
+#: torch's epsilon of a norm whose eps is None.
+_EPS = torch.finfo(torch.float32).eps
+
 
 class Linear(torch.nn.Linear):
-    """`torch.nn.Linear` under the contract. An fp32 weight under a 16-bit input is cast for the product."""
+    """`torch.nn.Linear` under the contract. An fp32 weight under a 16-bit input is cast for the GEMM.
+
+    main_grad: fp32 [out_features, in_features] that the weight's gradient is added to, in place of `.grad`; None, and
+    not a part of state_dict. See `bi_ops.nn.allocate_main_grads`.
+    """
+
+    main_grad: torch.Tensor | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [..., in_features], bf16, fp16 or fp32 -> [..., out_features]. Raises as `bi_ops.matmul.linear`."""
-        return matmul.linear(input, self.weight, self.bias)
+        return matmul.linear(input, self.weight, self.bias, self.main_grad)
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` under the contract."""
+    """`torch.nn.RMSNorm` under the contract, alone or after a residual add.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., *normalized_shape], bf16, fp16 or fp32 -> the same shape. Raises as `bi_ops.norm.rms_norm`."""
-        lead = x.shape[: max(x.ndim - len(self.normalized_shape), 0)]
-        if (*lead, *self.normalized_shape) != tuple(x.shape):
-            raise ValueError(
-                f"RMSNorm: x {list(x.shape)} does not end in normalized_shape {list(self.normalized_shape)}"
-            )
+    main_grad: fp32 [the product of normalized_shape], as `Linear`'s.
+    """
+
+    main_grad: torch.Tensor | None = None
+
+    @overload
+    def forward(self, x: torch.Tensor, residual: None = None) -> torch.Tensor: ...
+    @overload
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x [..., *normalized_shape], bf16, fp16 or fp32 -> the same shape.
+
+        With `residual`, of the shape and dtype of x: (the norm of x + residual, x + residual), the sum rounded before
+        it is normalised. Raises as `bi_ops.norm.rms_norm` and `add_rms_norm`.
+        """
+        shape, size = x.shape, self.normalized_shape
+        if shape[max(x.ndim - len(size), 0) :] != size:
+            raise ValueError(f"RMSNorm: x {list(shape)} does not end in normalized_shape {list(size)}")
         # torch computes 16-bit norms in fp32 and takes the machine epsilon of that when eps is None.
-        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
+        eps = _EPS if self.eps is None else self.eps
+        if len(size) == 1:
+            if residual is None:
+                return norm.rms_norm(x, self.weight, eps, self.main_grad)
+            return norm.add_rms_norm(x, residual, self.weight, eps, self.main_grad)
+        # The operators sum along one dimension.
+        flat = (*shape[: -len(size)], math.prod(size))
         weight = None if self.weight is None else self.weight.reshape(-1)
-        return norm.rms_norm(x.reshape(*lead, math.prod(self.normalized_shape)), weight, eps).reshape(x.shape)
+        if residual is None:
+            return norm.rms_norm(x.reshape(flat), weight, eps, self.main_grad).reshape(shape)
+        both = norm.add_rms_norm(x.reshape(flat), residual.reshape(flat), weight, eps, self.main_grad)
+        return both[0].reshape(shape), both[1].reshape(shape)
 
 
 class Embedding(torch.nn.Embedding):
     """`torch.nn.Embedding` under the contract.
 
+    main_grad: fp32 [num_embeddings, embedding_dim], as `Linear`'s. A tied head is a `Linear` that has this layer's
+    weight; each keeps a buffer of its own, so that micro-batches do not mix the two sums.
+
     Raises:
         ValueError: `max_norm`, `scale_grad_by_freq` or `sparse`, which no operator here serves.
     """
+
+    main_grad: torch.Tensor | None = None
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -46,10 +83,13 @@ class Embedding(torch.nn.Embedding):
         if unsupported:
             raise ValueError(f"Embedding: {unsupported} is not supported; use the default or torch.nn.Embedding")
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input [...], int64 or int32 -> [..., embedding_dim]. Raises as `bi_ops.embedding.embedding`."""
+    def forward(self, input: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """input [...], int64 or int32 -> [..., embedding_dim] in `dtype`, None for the weight's.
+
+        Raises as `bi_ops.embedding.embedding`.
+        """
         padding_idx = -1 if self.padding_idx is None else self.padding_idx
-        return embedding.embedding(input, self.weight, padding_idx=padding_idx)
+        return embedding.embedding(input, self.weight, dtype, padding_idx, self.main_grad)
 
 
 def unsupported_embedding_options(module: torch.nn.Embedding) -> str:

@@ -9,28 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bi_ops.models.tiny import TINY
 from bi_ops.rl.tasks import TASKS
-
-#: A Qwen3 small enough for Triton's interpreter, as the fields of its config.json.
-TINY_QWEN3: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.1,
-    "dtype": "float32",
-}
+from bi_ops.rollout import factory
 
 #: Fields that may change when a run is resumed: none of them changes what a step learns.
 FREE_ON_RESUME = ("steps", "save_every", "on_difference", "gpu_memory_utilization", "max_tokens_per_microbatch")
@@ -72,9 +53,10 @@ def _check_type(name: str, annotation: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One GRPO run. Two runs of one config on one machine end in the same bytes.
+    """One GRPO run. Two runs of one config on one machine end in the same bytes; on another CPU or GPU in others.
 
-    model: a Hugging Face checkpoint of a Qwen3, or None for random weights of `architecture` (config.json fields).
+    model: a Hugging Face checkpoint folder, or None for random weights of `architecture` (config.json fields).
+    engine: what samples, by its name in `bi_ops.rollout.factory`.
     attention: who computes it, in rollout and training alike: vllm (FlashAttention 3) or triton (bi_ops' own kernel,
     any head size); None: vllm where engine is vllm, else what this machine has.
     task, symbols, max_new_tokens: what is learned, from how many symbols, and the longest answer.
@@ -92,8 +74,8 @@ class TrainConfig:
     """
 
     model: str | None = None
-    architecture: dict[str, Any] = field(default_factory=lambda: dict(TINY_QWEN3))
-    engine: Literal["embedded", "vllm"] = "embedded"
+    architecture: dict[str, Any] = field(default_factory=lambda: dict(TINY))
+    engine: str = "embedded"
     attention: str | None = None
     task: str = "repeat"
     symbols: int = 8
@@ -126,7 +108,7 @@ class TrainConfig:
             if not ok:
                 raise ValueError(f"train: {name} is {getattr(self, name)!r}; it must be {rule}")
 
-        need(self.engine in ("embedded", "vllm"), "engine", "embedded or vllm")
+        need(self.engine in factory.names(), "engine", " or ".join(factory.names()))
         need(self.attention in (None, "vllm", "triton"), "attention", "vllm, triton or null")
         need(self.task in TASKS, "task", "one of " + ", ".join(TASKS))
         need(self.mean in ("token", "sequence"), "mean", "token or sequence")
@@ -152,6 +134,13 @@ class TrainConfig:
         packs = self.max_tokens_per_microbatch
         need(packs is None or packs >= 1, "max_tokens_per_microbatch", "None or >= 1")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
+
+    def engine_options(self) -> dict[str, Any]:
+        """What `factory.make_engine` takes besides the name and the checkpoint."""
+        options: dict[str, Any] = {"attention": self.attention}
+        if self.engine == "vllm":
+            options |= {"cuda_graphs": self.cuda_graphs, "gpu_memory_utilization": self.gpu_memory_utilization}
+        return options
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""

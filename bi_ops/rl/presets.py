@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bi_ops.rl.config import TINY_QWEN3, TrainConfig
+from bi_ops.models.tiny import TINY
+from bi_ops.rl.config import TrainConfig
 
 PRESETS: dict[str, TrainConfig] = {
     # Two CPU cores and Triton's interpreter: a kernel program costs milliseconds, so few and small.
@@ -10,7 +11,7 @@ PRESETS: dict[str, TrainConfig] = {
     # One H100 with vLLM: head_dim 128 is what FlashAttention 3 decodes and prefills with the same bits.
     "h100": TrainConfig(
         architecture={
-            **TINY_QWEN3,
+            **TINY,
             "vocab_size": 256,
             "hidden_size": 256,
             "intermediate_size": 512,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -12,20 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bi_ops.core.files import write_json
+from bi_ops.core.orders import OrderRecord
+from bi_ops.models.config import read_config
 from bi_ops.rl import checkpoint
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics
 from bi_ops.rl.seeds import INIT, derive_seed
 from bi_ops.rl.tasks import Alphabet, make_task
 from bi_ops.rl.trainer import DifferenceFound, Trainer
+from bi_ops.rollout import factory
 from bi_ops.rollout.base import RolloutEngine
 
 if TYPE_CHECKING:
-    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.models.base import CausalLM
 
 #: Names inside a run's folder.
 CONFIG, METRICS, CHECKPOINTS = "config.json", "metrics.jsonl", "checkpoints"
-INITIAL, FINAL, SUMMARY, DIFFERENCE = "model", "final", "summary.json", "difference.json"
+INITIAL, FINAL, SUMMARY, DIFFERENCE, ORDERS = "model", "final", "summary.json", "difference.json", "orders.json"
 
 
 @dataclass(frozen=True)
@@ -79,53 +83,29 @@ def initial_model(config: TrainConfig, output: Path) -> Path:
     """The checkpoint training starts from: config.model, or random weights written to `output`/model.
 
     Raises:
-        FileNotFoundError: config.model is not a checkpoint's folder. ValueError: an architecture Qwen3 cannot have.
+        FileNotFoundError: config.model is not a checkpoint's folder. ValueError: an unknown architecture, or one that
+            its model cannot have.
     """
     if config.model is not None:
-        path = Path(config.model)
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(
-                f"train: {path} is not a checkpoint folder (no config.json in it); download a model with "
-                "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` and name that folder"
-            )
-        return path
+        read_config(config.model)
+        return Path(config.model)
     path = output / INITIAL
     if not (path / "config.json").is_file():
-        from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+        from bi_ops.models import make_model
 
-        model = Qwen3ForCausalLM(Qwen3Config.from_dict(config.architecture))
+        model = make_model(config.architecture)
         model.init_weights(derive_seed(config.seed, INIT))
         model.save_pretrained(path)
     return path
 
 
-def make_engine(config: TrainConfig, path: Path, model: Qwen3ForCausalLM | None) -> RolloutEngine:
-    """The rollout engine of `config`; the embedded one needs `model`, vLLM reads the checkpoint at `path`."""
-    if config.engine == "vllm":
-        from bi_ops.rollout.vllm_engine import VllmEngine
-
-        return VllmEngine(
-            str(path),
-            attention=config.attention or "vllm",
-            cuda_graphs=config.cuda_graphs,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-        )
-    from bi_ops.rollout.embedded import EmbeddedEngine
-
-    assert model is not None
-    return EmbeddedEngine(model, attention=config.attention)
-
-
-def load_model_and_engine(config: TrainConfig, path: Path) -> tuple[Qwen3ForCausalLM, RolloutEngine]:
+def load_model_and_engine(config: TrainConfig, path: Path) -> tuple[CausalLM, RolloutEngine]:
     """The trained model (fp32 master weights) and the engine that samples from it."""
-    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.models import load_model
 
-    if config.engine == "vllm":
-        # Both share one GPU, and vLLM sizes its KV cache from what is free: it goes first.
-        engine = make_engine(config, path, None)
-        return Qwen3ForCausalLM.from_pretrained(str(path)), engine
-    model = Qwen3ForCausalLM.from_pretrained(str(path))
-    return model, make_engine(config, path, model)
+    model = load_model(path) if factory.lookup(config.engine).needs_model else None
+    engine = factory.make_engine(config.engine, path, model, **config.engine_options())
+    return load_model(path) if model is None else model, engine
 
 
 def make_alphabet(config: TrainConfig, path: Path, vocab_size: int) -> Alphabet:
@@ -146,12 +126,13 @@ def run(
 ) -> Summary:
     """Train, from the beginning or from the latest checkpoint of `output`.
 
-    Leaves in `output`: config.json, metrics.jsonl, tensorboard/, checkpoints/, final/ (a Hugging Face checkpoint) and
-    summary.json. A resumed run ends in the same bytes as one that was never interrupted.
+    Leaves in `output`: config.json, orders.json, metrics.jsonl, tensorboard/, checkpoints/, final/ (a Hugging Face
+    checkpoint) and summary.json. A resumed run ends in the same bytes as one that was never interrupted.
 
     Raises:
         DifferenceFound: rollout and training differ in some bit; the report is in `output`/difference.json too.
-        FileExistsError, FileNotFoundError, ValueError: as `prepare_folder`, `initial_model`; bad settings.
+        FileExistsError, FileNotFoundError, ValueError: as `prepare_folder`, `initial_model`; bad settings; a run that
+            is resumed in other orders than it was computed in.
         FloatingPointError: a reward, the loss or a gradient is not finite.
     """
     output = Path(output)
@@ -163,6 +144,7 @@ def run(
             abandon_folder(output)
         raise
     try:
+        keep_orders(trainer, output)
         done = restore(trainer, output) if resume else 0
         train(trainer, output, done, on_step)
         trainer.model.save_pretrained(output / FINAL)
@@ -180,12 +162,41 @@ def set_up(config: TrainConfig, output: Path, on_difference: Callable[[Differenc
     try:
         reference = None
         if config.kl != 0:
-            reference = type(model).from_pretrained(str(path)).requires_grad_(False)
+            reference = type(model).from_pretrained(path).requires_grad_(False)
         task = make_task(config.task, make_alphabet(config, path, model.config.vocab_size), config.max_new_tokens)
         return Trainer(config, model, engine, task, reference, on_difference)
     except BaseException:
         engine.close()
         raise
+
+
+def orders_of(trainer: Trainer) -> dict[str, Any]:
+    """The record of a run: the orders of its rollouts, and those of training, gradients included."""
+    assert trainer.engine.orders is not None  # or there was no trainer
+    return {"rollout": trainer.engine.orders.as_dict(), "training": trainer.model.orders(training=True).as_dict()}
+
+
+def check_orders(trainer: Trainer, earlier: dict[str, Any], where: Path) -> None:
+    """Raise ValueError, listing what differs, unless the trainer computes in the orders that `where` records."""
+    now, differences = orders_of(trainer), []
+    for side in now:
+        before = OrderRecord.from_dict(earlier.get(side, {}))
+        differences += [f"{side} {d}" for d in before.differences(OrderRecord.from_dict(now[side]))]
+    if differences:
+        raise ValueError(
+            f"train: cannot resume, {where} was computed in other orders (those first): {'; '.join(differences)}. "
+            "Resume on the architecture, libraries and attention backend of the run, or start another one from its "
+            "weights"
+        )
+
+
+def keep_orders(trainer: Trainer, output: Path) -> None:
+    """Write the run's orders into its folder; what is there already must be equal. Raises as `check_orders`."""
+    path = output / ORDERS
+    if path.exists():
+        check_orders(trainer, json.loads(path.read_text(encoding="utf-8")), path)
+    else:
+        write_json(path, orders_of(trainer))
 
 
 def restore(trainer: Trainer, output: Path) -> int:
@@ -194,6 +205,8 @@ def restore(trainer: Trainer, output: Path) -> int:
     if latest is None:
         return 0
     state = checkpoint.load(latest, trainer.model, trainer.optimizer)
+    if "orders" in state:  # a checkpoint of an earlier release has none
+        check_orders(trainer, state["orders"], latest)
     trainer.engine.update_weights(trainer.model)
     return int(state["step"])
 
@@ -208,7 +221,7 @@ def train(trainer: Trainer, output: Path, done: int, on_step: Callable[[StepMetr
             record = trainer.step(step)
             metrics.write(record)
             if config.save_every and step % config.save_every == 0:
-                extra = {"config": config.to_dict(), "seed": config.seed}
+                extra = {"config": config.to_dict(), "seed": config.seed, "orders": orders_of(trainer)}
                 checkpoint.save(output / CHECKPOINTS, step, trainer.model, trainer.optimizer, extra)
             on_step(record)
     except DifferenceFound as difference:

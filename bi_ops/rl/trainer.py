@@ -21,7 +21,7 @@ from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams
 from bi_ops.verify.parity import ParityReport, compare, joined
 
 if TYPE_CHECKING:
-    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.models.base import CausalLM
 
 
 class DifferenceFound(RuntimeError):
@@ -92,27 +92,35 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) ->
 
 
 class Trainer:
-    """Trains `model` on what `engine` samples from it.
+    """Trains `model` on what `engine` samples from it, in the orders that the engine samples in.
 
     Args:
         reference: the frozen model of the KL term; needed where config.kl is not 0.
         on_difference: called with the difference when config.on_difference is "warn".
 
     Raises:
-        ValueError: a KL coefficient without a reference.
+        ValueError: a KL coefficient without a reference, or an engine that states no orders.
+        RuntimeError: the model cannot compute in the engine's orders here; what differs is listed.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        model: Qwen3ForCausalLM,
+        model: CausalLM,
         engine: RolloutEngine,
         task: Task,
-        reference: Qwen3ForCausalLM | None = None,
+        reference: CausalLM | None = None,
         on_difference: Callable[[DifferenceFound], None] = lambda difference: None,
     ) -> None:
         if config.kl != 0 and reference is None:
             raise ValueError(f"train: kl={config.kl} needs a reference model")
+        if engine.orders is None:
+            raise ValueError(
+                f"train: the {engine.name} engine states no orders, so training could not have its bits; use it with "
+                "the plugin"
+            )
+        for m in (model, *([] if reference is None else [reference])):
+            m.adopt(engine.orders)
         self.config, self.model, self.engine, self.task, self.reference = config, model, engine, task, reference
         self.on_difference = on_difference
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -124,8 +132,8 @@ class Trainer:
         """One step, counted from 1: sample, score, check the bits, learn, hand the weights to the engine.
 
         Raises:
-            DifferenceFound: a log-probability differs, be it by a NaN, and config.on_difference is "stop"; nothing was
-                learned.
+            DifferenceFound: a log-probability differs, including a NaN on either side, and config.on_difference is
+                "stop"; nothing was learned.
             FloatingPointError: a reward, the loss or the gradient norm is not finite.
         """
         started = time.perf_counter()
@@ -215,12 +223,12 @@ class Trainer:
         for part in microbatches(totals, config.max_tokens_per_microbatch):
             prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
             batch = pack(prompts, tokens, device, align=TOKEN_STEP)
-            scores = self.model.token_logprobs(batch, self.engine.attention)
+            scores = self.model.token_logprobs(batch)
             check(part, batch.split(scores.detach().cpu()))
             reference = None
             if self.reference is not None and config.kl != 0:
                 with torch.no_grad():
-                    reference = self.reference.token_logprobs(batch, self.engine.attention)
+                    reference = self.reference.token_logprobs(batch)
             rows = slice(at, at := at + scores.shape[0])
             terms = grpo_loss(
                 scores,

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
+from bi_ops.core.orders import OrderRecord
+
 if TYPE_CHECKING:
-    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.models.base import CausalLM
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,13 @@ class Completion:
 class RolloutEngine(Protocol):
     """What samples. Its log-probabilities are the same bits as those training computes from the same weights.
 
-    attention: the backend of attention that it samples with, which training has to name too; None: the one that
-    `bi_ops.attention.backends` selects, in both.
+    orders: those that it samples in, which training adopts (`CausalLM.adopt`); None where training could not have them,
+    as without vLLM's plugin.
     """
 
     name: str
     max_model_len: int
-    attention: str | None
+    orders: OrderRecord | None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] | SamplingParams
@@ -65,12 +67,15 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, model: Qwen3ForCausalLM) -> None:
+    def update_weights(self, model: CausalLM) -> None:
         """Take the model's weights, rounded to the engine's dtype, and forget every cached prefix."""
         ...
 
     def describe(self) -> dict[str, object]:
-        """engine, dtype, device, cuda_graphs, plugin, providers, versions: what a report needs to be reproduced."""
+        """What a report needs to be reproduced.
+
+        engine, dtype, device, cuda_graphs, plugin, backends, orders (their digest), versions.
+        """
         ...
 
     def close(self) -> None:

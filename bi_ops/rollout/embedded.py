@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 import torch
 import triton
 
-from bi_ops import logprob, matmul
-from bi_ops.attention import Problem, backends, paged_attention
-from bi_ops.core import arch, runtime
-from bi_ops.models.qwen3 import Qwen3ForCausalLM
+from bi_ops import logprob
+from bi_ops.attention import paged_attention
+from bi_ops.core import runtime
+from bi_ops.core.orders import OrderRecord
+from bi_ops.models import orders
+from bi_ops.models.base import CausalLM
+from bi_ops.models.config import CausalLMConfig
 from bi_ops.rollout.base import Completion, SamplingParams, check_request
 from bi_ops.rollout.sampling import sample
 
@@ -40,7 +43,7 @@ class _Sequence:
         return "length" if len(self.tokens) == self.params.max_new_tokens else None
 
 
-class _PagedAttend:
+class _PagedAttention:
     """Attention over the cache: writes the step's keys and values, then reads each sequence's blocks."""
 
     def __init__(self, engine: EmbeddedEngine, batch: Sequence[_Sequence]) -> None:
@@ -56,7 +59,7 @@ class _PagedAttend:
         cu_seqlens = [0]
         for n in lengths:
             cu_seqlens.append(cu_seqlens[-1] + n)
-        self.caches, self.backend = engine.caches, engine.attention
+        self.caches, self.backend = engine.caches, engine.model.attention_backend
         self.max_seqlen_q = max(lengths)
         self.slots = torch.tensor(slots, device=device)
         self.block_table = torch.tensor(
@@ -90,8 +93,8 @@ class EmbeddedEngine:
         max_model_len: prompt + completion, in tokens; None is the model's positions.
         block_size: tokens per KV-cache block. max_batch_tokens: KV-cache size and prefill size, in tokens; requests
             that do not fit together run one after the other. Neither changes any bit.
-        attention: the backend that computes attention, "vllm" or "triton"; None: the one that
-            `bi_ops.attention.backends` selects.
+        attention: the backend that computes attention, "vllm" or "triton"; None: the one that `bi_ops.attention`
+            chooses.
 
     Raises:
         ValueError: a max_model_len that the model does not have, a block_size below 1, or an unknown backend.
@@ -102,7 +105,7 @@ class EmbeddedEngine:
 
     def __init__(
         self,
-        model: Qwen3ForCausalLM,
+        model: CausalLM,
         max_model_len: int | None = None,
         block_size: int = 16,
         max_batch_tokens: int = 65536,
@@ -115,24 +118,30 @@ class EmbeddedEngine:
             raise ValueError(f"EmbeddedEngine: max_model_len must be in [2, {positions}], got {self.max_model_len}")
         if block_size < 1:
             raise ValueError(f"EmbeddedEngine: block_size must be at least 1, got {block_size}")
-        problem = Problem(config.head_dim, model.compute_dtype, paged=True)
-        self.attention, self._chosen = attention, backends.select(problem, arch.of(model.device), attention).name
         if max_batch_tokens < self.max_model_len:
             max_batch_tokens = self.max_model_len
         self.device, self.block_size = model.device, block_size
-        self.model = Qwen3ForCausalLM(config, model.compute_dtype, model.compute_dtype, self.device)
+        self.model = type(model)(config, model.compute_dtype, model.compute_dtype, self.device)
+        self.model.attention_backend = attention
+        #: See `RolloutEngine`.
+        self.orders: OrderRecord | None = self.model.orders()
         self._closed = False
         self.num_blocks = -(-max_batch_tokens // block_size)
         #: (keys, values) of each layer, allocated for the largest batch seen.
         self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.update_weights(model)
 
+    @staticmethod
+    def orders_of(config: CausalLMConfig, attention: str | None = None) -> OrderRecord:
+        """The orders of an engine with a model of this config, in bfloat16, without making it."""
+        return orders.record(orders.shapes_of(config, torch.bfloat16), attention)
+
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("EmbeddedEngine: the engine is closed; make a new one")
 
     @torch.no_grad()
-    def update_weights(self, model: Qwen3ForCausalLM) -> None:
+    def update_weights(self, model: CausalLM) -> None:
         """Take the model's weights, rounded to the compute dtype. The cache never outlives a `generate`.
 
         Raises:
@@ -189,15 +198,15 @@ class EmbeddedEngine:
         positions = [
             at for s, ids in zip(batch, pending, strict=True) for at in range(s.computed, s.computed + len(ids))
         ]
-        attend = _PagedAttend(self, batch)
+        attention_fn = _PagedAttention(self, batch)
         ids = torch.tensor([t for part in pending for t in part], device=self.device)
-        hidden = self.model(ids, torch.tensor(positions, device=self.device), attend)
-        logits = self.model.logits(hidden[attend.cu_seqlens_q[1:].long() - 1])
+        hidden = self.model(ids, torch.tensor(positions, device=self.device), attention_fn)
+        logits = self.model.logits(hidden[attention_fn.cu_seqlens_q[1:].long() - 1])
         sampled = sample(
             logits,
             torch.tensor([s.params.temperature for s in batch], dtype=torch.float64, device=self.device),
             torch.tensor([s.params.seed for s in batch], device=self.device),
-            attend.seqlens_k.long(),
+            attention_fn.seqlens_k.long(),
         )
         logprobs = logprob.token_logprobs(logits, sampled).cpu()
         for i, (s, token) in enumerate(zip(batch, sampled.tolist(), strict=True)):
@@ -219,10 +228,10 @@ class EmbeddedEngine:
             "device": "Triton interpreter" if runtime.INTERPRET else torch.cuda.get_device_name(self.device),
             "cuda_graphs": False,
             "plugin": False,
-            "providers": {
-                "matmul": matmul.backend_of(self.model.compute_dtype, self.device),
-                "attention": self._chosen,
-            },
+            "backends": orders.chosen_backends(
+                self.model.attention_backend, orders.shapes_of(self.model.config, self.model.compute_dtype), self.device
+            ),
+            "orders": None if self.orders is None else self.orders.digest,
             "versions": {
                 "torch": torch.__version__,
                 "triton": triton.__version__,

@@ -14,10 +14,13 @@ import torch
 
 from bi_ops import vllm_plugin
 from bi_ops.core import runtime, vllm
+from bi_ops.core.orders import OrderRecord
+from bi_ops.models import load_config, orders
+from bi_ops.models.config import CausalLMConfig
 from bi_ops.rollout.base import Completion, SamplingParams, check_request
 
 if TYPE_CHECKING:
-    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.models.base import CausalLM
 
 #: Who may compute attention in vLLM: vLLM's FlashAttention 3, or bi_ops' own kernel as a backend of vLLM's.
 ATTENTION = ("vllm", "triton")
@@ -96,10 +99,10 @@ class VllmEngine:
     """vLLM in its batch-invariant mode on one GPU; the releases are those of `bi_ops.core.vllm.RELEASES`.
 
     Args:
-        path: a Qwen3 checkpoint folder.
+        path: a checkpoint folder of a model that `bi_ops.models` knows.
         plugin: replace what is batch-variant in stock vLLM. False is the negative control and breaks the contract.
         attention: "vllm", its FlashAttention 3, at head_dim 128 and 256; or "triton", bi_ops' own kernel, at every
-            head_dim. They differ in bits: training names the same one.
+            head_dim. They differ in bits: training adopts the orders of the one that sampled (`orders`).
         cuda_graphs: capture full CUDA graphs; False runs eagerly. Same bits. With attention="triton" graphs hold
             decoding, and prefill runs eagerly.
         dtype: of weights and activations.
@@ -130,8 +133,6 @@ class VllmEngine:
         seed: int = 0,
         tensor_parallel_size: int = 1,
     ) -> None:
-        from bi_ops.models.qwen3 import Qwen3Config
-
         if runtime.INTERPRET:
             raise RuntimeError("VllmEngine: needs a CUDA GPU; bi_ops.rollout.embedded.EmbeddedEngine runs without one")
         vllm.require("VllmEngine")
@@ -140,7 +141,7 @@ class VllmEngine:
                 f"VllmEngine: tensor_parallel_size={tensor_parallel_size} adds row-parallel products in another order "
                 "than one GPU does, so training could not reproduce the log-probabilities; use 1"
             )
-        config = Qwen3Config.from_pretrained(path)
+        config = load_config(path)
         check_attention(attention, config.head_dim, plugin)
         _prepare_environment()
         from vllm import LLM
@@ -182,7 +183,7 @@ class VllmEngine:
             torch.bmm = bmm
         self.plugin, self.cuda_graphs, self.dtype, self._kernel = plugin, cuda_graphs, dtype, attention
         #: See `RolloutEngine`; without the plugin there are no bits that training could have.
-        self.attention: str | None = attention if plugin else None
+        self.orders: OrderRecord | None = self.orders_of(config, attention, dtype) if plugin else None
         self.max_model_len: int = self._llm.model_config.max_model_len
         self._vocab_size = config.vocab_size
         try:
@@ -190,6 +191,19 @@ class VllmEngine:
         except RuntimeError:
             self.close()
             raise
+
+    @staticmethod
+    def orders_of(config: CausalLMConfig, attention: str = "vllm", dtype: str = "bfloat16") -> OrderRecord:
+        """The orders of an engine, or a separate `vllm serve`, with the plugin, on this machine.
+
+        Raises:
+            ValueError: an attention or a dtype that is none. RuntimeError: vLLM's attention cannot run here.
+        """
+        check_attention(attention, config.head_dim, plugin=True)
+        known = {"auto": config.dtype, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+        if dtype not in known:
+            raise ValueError(f"VllmEngine: dtype is {dtype!r}; it must be {', '.join(known)}")
+        return orders.record(orders.shapes_of(config, known[dtype]), attention)
 
     def _check_choices(self) -> None:
         """Raise RuntimeError where vLLM silently chose something else than it was asked for."""
@@ -228,7 +242,7 @@ class VllmEngine:
             _completion(i, prompt, o.outputs[0]) for i, (prompt, o) in enumerate(zip(prompts, outputs, strict=True))
         ]
 
-    def update_weights(self, model: Qwen3ForCausalLM) -> None:
+    def update_weights(self, model: CausalLM) -> None:
         """Copy the model's weights, rounded to the engine's dtype, into vLLM's own and forget every cached prefix.
 
         Raises:
@@ -255,7 +269,8 @@ class VllmEngine:
             "cuda_graphs": self.cuda_graphs,
             "plugin": self.plugin,
             "model_runner": "v2" if config.use_v2_model_runner else "v1",
-            "providers": {
+            "orders": None if self.orders is None else self.orders.digest,
+            "backends": {
                 "attention": "FLASH_ATTN 3" if self._kernel == "vllm" else "bi_ops triton",
                 "linear": "vllm matmul_persistent",
             },

@@ -13,6 +13,7 @@ from typing import Any
 
 from bi_ops.core import vllm
 from bi_ops.vllm_plugin import backend, sources
+from bi_ops.vllm_plugin.orders import forget_logged
 from bi_ops.vllm_plugin.patches import Patch, patches_of
 
 __all__ = ["backend", "is_registered", "patches_of", "register", "unregister"]
@@ -80,6 +81,7 @@ def unregister() -> None:
     """Give vLLM its own functions back. CUDA graphs that an engine captured before keep what they captured."""
     if _stock:
         backend.uninstall()
+        forget_logged()
     while _stock:
         patch, function = _stock.popitem()
         patch.replace(importlib.import_module(patch.module), function)

@@ -15,6 +15,7 @@ import torch
 
 from bi_ops import attention
 from bi_ops.core import vllm
+from bi_ops.vllm_plugin.orders import log_orders
 
 #: Head sizes at which FlashAttention 3 was seen to give prefill and decode the same bits. At 64 and 96 it picks
 #: another tile for decode: 44 of 54 probed rows differed.
@@ -58,6 +59,8 @@ def refuse_head_sizes(stock: Callable[..., Any]) -> Callable[..., Any]:
 
             if get_flash_attn_version(head_size=head_dim) == 3:
                 raise ValueError(way_out(head_dim))
+        if decodes:
+            log_orders(chosen.get_name())
         return chosen
 
     return choose

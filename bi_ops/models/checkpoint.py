@@ -1,10 +1,9 @@
-"""Hugging Face checkpoints, read and written without loss. The file has q, k, v and gate, up; the model fuses them."""
+"""Hugging Face checkpoints of any causal LM, read and written without loss."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bi_ops.core.files import write_atomically, write_json
-from bi_ops.models.qwen3.config import Qwen3Config
+from bi_ops.models.config import FILE
 
 if TYPE_CHECKING:
-    from bi_ops.models.qwen3.model import Qwen3ForCausalLM
+    from bi_ops.models.base import CausalLM
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -32,7 +31,7 @@ COMPANIONS = (
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightSlice:
     """One tensor of the file: rows [start, start + rows) of the model's parameter `parameter`."""
 
     name: str
@@ -41,37 +40,8 @@ class Piece:
     rows: int
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The slice of the parameter, a view."""
         return parameter.narrow(0, self.start, self.rows)
-
-
-def pieces(config: Qwen3Config) -> Iterator[Piece]:
-    """Every tensor of a checkpoint and where it lies in the model."""
-    yield Piece(EMBEDDING, EMBEDDING, 0, config.vocab_size)
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        fused = {
-            "self_attn.qkv_proj": (("q_proj", config.q_size), ("k_proj", config.kv_size), ("v_proj", config.kv_size)),
-            "mlp.gate_up_proj": (("gate_proj", config.intermediate_size), ("up_proj", config.intermediate_size)),
-        }
-        for parameter, parts in fused.items():
-            start = 0
-            for part, rows in parts:
-                name = f"{layer}.{parameter.split('.')[0]}.{part}.weight"
-                yield Piece(name, f"{layer}.{parameter}.weight", start, rows)
-                start += rows
-        own = {
-            "self_attn.o_proj": config.hidden_size,
-            "self_attn.q_norm": config.head_dim,
-            "self_attn.k_norm": config.head_dim,
-            "mlp.down_proj": config.hidden_size,
-            "input_layernorm": config.hidden_size,
-            "post_attention_layernorm": config.hidden_size,
-        }
-        for parameter, rows in own.items():
-            yield Piece(f"{layer}.{parameter}.weight", f"{layer}.{parameter}.weight", 0, rows)
-    yield Piece("model.norm.weight", "model.norm.weight", 0, config.hidden_size)
-    if not config.tie_word_embeddings:
-        yield Piece(HEAD, HEAD, 0, config.vocab_size)
 
 
 def _damaged(path: Path, name: str, cause: Exception) -> ValueError:
@@ -105,16 +75,16 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def load(model: Qwen3ForCausalLM, path: Path) -> None:
-    """Fill `model` from the safetensors in `path`. Raises as `Qwen3ForCausalLM.from_pretrained`."""
+def load(model: CausalLM, path: Path) -> None:
+    """Fill `model` from the safetensors in `path`. Raises as `CausalLM.from_pretrained`."""
     parameters = dict(model.named_parameters())
-    expected = {p.name: p for p in pieces(model.config)}
+    expected = {s.name: s for s in model.weight_slices()}
     with ExitStack() as stack:
         files = [stack.enter_context(_open(f)) for f in _weight_files(path)]
         found = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
         tied_copy = model.config.tie_word_embeddings and HEAD in found
         shapes = {name: list(file.get_slice(name).get_shape()) for name, file in found.items()}
-        wanted = {name: list(p.of(parameters[p.parameter]).shape) for name, p in expected.items()}
+        wanted = {name: list(s.of(parameters[s.parameter]).shape) for name, s in expected.items()}
         problems = [f"missing: {n} {s}" for n, s in wanted.items() if n not in shapes]
         problems += [
             f"unknown: {n} {s}" for n, s in shapes.items() if n not in wanted and not (n == HEAD and tied_copy)
@@ -126,12 +96,12 @@ def load(model: Qwen3ForCausalLM, path: Path) -> None:
             problems.append(f"tied: {HEAD} differs from {EMBEDDING}, but the config says they are one")
         if problems:
             raise ValueError(f"checkpoint {path} does not fit its config:\n  " + "\n  ".join(problems))
-        for name, piece in expected.items():
-            piece.of(parameters[piece.parameter]).copy_(found[name].get_tensor(name))
+        for name, part in expected.items():
+            part.of(parameters[part.parameter]).copy_(found[name].get_tensor(name))
     model.source, model.has_tied_copy = path, tied_copy
 
 
-def _lossless_dtype(model: Qwen3ForCausalLM) -> torch.dtype:
+def _lossless_dtype(model: CausalLM) -> torch.dtype:
     parameters = [p.detach() for p in model.parameters()]
     stored = model.config.dtype
     exact = all(torch.equal(p, p.to(stored).to(p.dtype)) for p in parameters)
@@ -139,19 +109,19 @@ def _lossless_dtype(model: Qwen3ForCausalLM) -> torch.dtype:
 
 
 @torch.no_grad()
-def save(model: Qwen3ForCausalLM, path: Path, dtype: torch.dtype | None) -> None:
+def save(model: CausalLM, path: Path, dtype: torch.dtype | None) -> None:
     """Write config.json, model.safetensors and the companions of the folder `model` was read from."""
     dtype = dtype or _lossless_dtype(model)
     parameters = dict(model.named_parameters())
     tensors = {
-        p.name: p.of(parameters[p.parameter]).detach().to("cpu", dtype).contiguous().clone()
-        for p in pieces(model.config)
+        s.name: s.of(parameters[s.parameter]).detach().to("cpu", dtype).contiguous().clone()
+        for s in model.weight_slices()
     }
     if model.has_tied_copy:
         tensors[HEAD] = tensors[EMBEDDING].clone()
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    write_json(path / "config.json", model.config.with_dtype(dtype).to_dict())
+    write_json(path / FILE, model.config.with_dtype(dtype).to_dict())
     if model.source is not None and model.source.resolve() != path.resolve():
         for name in COMPANIONS:
             if (model.source / name).is_file():

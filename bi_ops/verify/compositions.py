@@ -1,4 +1,4 @@
-"""The same completions scored in other batches: alone, together, shuffled, among strangers."""
+"""The same completions scored in other batches: alone, together, shuffled, among distractors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bi_ops.core.orders import OrderRecord
 from bi_ops.models.packing import pack
 from bi_ops.verify.parity import ParityReport, compare
 
 if TYPE_CHECKING:
-    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.models.base import CausalLM
     from bi_ops.rollout.base import Completion
 
 #: Every composition `rescore` knows.
-COMPOSITIONS = ("alone", "together", "shuffled", "strangers")
+COMPOSITIONS = ("alone", "together", "shuffled", "distractors")
 
 #: Called with (composition, sequences scored so far, sequences in all).
 Progress = Callable[[str, int, int], None]
@@ -25,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class _Sequence:
-    """What goes into a pack. index: its place among the completions, None for a stranger, whose scores are dropped."""
+    """What goes into a pack. index: its place among the completions; None for a distractor, which is not compared."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -36,10 +37,10 @@ class _Sequence:
 
 
 def _compose(name: str, sequences: list[_Sequence], vocab_size: int, rng: random.Random) -> list[_Sequence]:
-    """The order of `sequences` in the composition, strangers included."""
+    """The order of `sequences` in the composition, distractors included."""
     if name == "shuffled":
         return rng.sample(sequences, len(sequences))
-    if name == "strangers":
+    if name == "distractors":
         longest = max(len(s) for s in sequences)
         mixed = []
         for s in rng.sample(sequences, len(sequences)):
@@ -63,13 +64,13 @@ def _packs(sequences: list[_Sequence], max_tokens: int) -> Iterator[list[_Sequen
 
 @torch.no_grad()
 def rescore(
-    model: Qwen3ForCausalLM,
+    model: CausalLM,
     completions: Sequence[Completion],
     compositions: Sequence[str] = COMPOSITIONS,
     *,
+    orders: OrderRecord | None = None,
     max_tokens_per_pack: int = 65536,
     seed: int = 0,
-    attention_backend: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, ParityReport]:
     """Score `completions` with `model` in every composition and compare with their own log-probabilities.
@@ -78,15 +79,16 @@ def rescore(
         model: what trains; scored through `token_logprobs`, on the device of its parameters.
         completions: with the rollout's log-probabilities.
         compositions: "alone" (each sequence by itself), "together" (in order, as few packs as fit), "shuffled" (another
-            order), "strangers" (shuffled, a sequence of random tokens before each).
-        max_tokens_per_pack: bounds the memory of one forward pass. seed: of the shuffles and the strangers.
-        attention_backend: the one that sampled (`RolloutEngine.attention`); None: the one that is selected.
+            order), "distractors" (shuffled, a sequence of random tokens before each).
+        orders: those that the completions were sampled in (`RolloutEngine.orders`); None: not asked for.
+        max_tokens_per_pack: bounds the memory of one forward pass. seed: of the shuffles and the distractors.
 
     Returns:
         One report per composition, sequences numbered as in `completions`.
 
     Raises:
         ValueError: an unknown composition, a pack size below 1, or nothing to score.
+        RuntimeError: `model` computes in other orders; what differs is listed.
     """
     unknown = [c for c in compositions if c not in COMPOSITIONS]
     if unknown:
@@ -95,6 +97,11 @@ def rescore(
         raise ValueError(f"rescore: max_tokens_per_pack must be at least 1, got {max_tokens_per_pack}")
     if not completions:
         raise ValueError("rescore: no completions to score")
+    if orders is not None and (differences := model.orders().differences(orders)):
+        raise RuntimeError(
+            "rescore: the model computes in other orders than the completions were sampled in (the model's first): "
+            f"{'; '.join(differences)}. Call model.adopt(engine.orders) first"
+        )
     device = next(model.parameters()).device
     sequences = [_Sequence(tuple(c.prompt), tuple(c.tokens), i) for i, c in enumerate(completions)]
     reports = {}
@@ -104,7 +111,7 @@ def rescore(
         limit = 1 if name == "alone" else max_tokens_per_pack
         for members in _packs(_compose(name, sequences, model.config.vocab_size, rng), limit):
             batch = pack([s.prompt for s in members], [s.tokens for s in members], device)
-            for s, values in zip(members, batch.split(model.token_logprobs(batch, attention_backend)), strict=True):
+            for s, values in zip(members, batch.split(model.token_logprobs(batch)), strict=True):
                 if s.index is not None:
                     scores[s.index] = values.cpu()
             if progress is not None:

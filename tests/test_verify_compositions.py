@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bi_ops.rollout.base import Completion
-from bi_ops.verify.recompose import COMPOSITIONS, rescore
+from bi_ops.verify.compositions import COMPOSITIONS, rescore
 
 VOCAB = 50
 
@@ -28,7 +28,7 @@ class Model(torch.nn.Module):
         self.batches.append(batch)
         starts = torch.repeat_interleave(batch.cu_seqlens[:-1], batch.cu_seqlens.diff()).long()
         sums = torch.cat((torch.zeros(1), batch.input_ids.cumsum(0)))
-        before = sums[batch.predictors + 1] - sums[starts[batch.predictors]]
+        before = sums[batch.logit_indices + 1] - sums[starts[batch.logit_indices]]
         return -(before * 7 + batch.targets) / 13 + self.leak(batch)
 
 
@@ -66,9 +66,9 @@ def test_a_sequence_longer_than_a_pack_gets_its_own():
     assert [len(b.lengths) for b in model.batches] == [1] * 5
 
 
-def test_strangers_are_among_them_and_their_scores_are_not_compared():
+def test_distractors_are_among_them_and_their_scores_are_not_compared():
     model = Model()
-    report = rescore(model, completions(), ("strangers",))["strangers"]
+    report = rescore(model, completions(), ("distractors",))["distractors"]
     assert len(model.batches[0].lengths) == 10
     assert report.identical
     assert report.tokens_checked == 28
@@ -86,7 +86,7 @@ def test_a_model_that_looks_at_its_batch_is_caught():
     """Negative control: a score that depends on how many tokens share the batch."""
     reports = rescore(Model(lambda batch: 1e-3 * (len(batch.input_ids) > 40)), completions())
     assert reports["alone"].identical
-    for name in ("together", "shuffled", "strangers"):
+    for name in ("together", "shuffled", "distractors"):
         assert reports[name].tokens_different > 0, name
         assert 0 < reports[name].max_delta < 2e-3
 

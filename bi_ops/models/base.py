@@ -1,0 +1,215 @@
+"""What a causal language model is to rollout engines, trainers and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from bi_ops import attention, logprob, nn
+from bi_ops.core import runtime
+from bi_ops.core.orders import OrderRecord
+from bi_ops.models import checkpoint, orders
+from bi_ops.models.config import CausalLMConfig
+from bi_ops.models.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D]: what differs between training and decoding.
+AttentionFn = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+#: Rows of logits held at once when no gradient is asked for.
+LOGIT_ROWS = 4096
+
+
+class CausalLM(torch.nn.Module):
+    """A language model over packed tokens [T], made of bi_ops layers; parameter names and shapes are vLLM's.
+
+    A model derives from it with `config_class`, `decoder` and `forward`, and `packed_modules` where it fuses what a
+    checkpoint stores apart. `bi_ops.models.register` makes it known by its model_type.
+
+    Args:
+        config: sizes. param_dtype: of the master weights. compute_dtype: weights are rounded to it on use, activations
+            are in it; gradients of fp32 masters are never rounded to it. device: None is where kernels run.
+
+    Weights are uninitialised until `init_weights` draws them or `from_pretrained` reads them.
+
+    Attributes:
+        attention_backend: who computes attention in `token_logprobs`; None: the one that `bi_ops.attention` chooses.
+        source: the folder that the weights came from; `save_pretrained` copies the tokenizer from there.
+        has_tied_copy: the checkpoint stores tied embeddings twice; kept, so that saving gives back the same file.
+    """
+
+    config_class: ClassVar[type[CausalLMConfig]]
+
+    model: Any
+    lm_head: nn.Linear
+
+    def __init__(
+        self,
+        config: CausalLMConfig,
+        param_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        device = torch.device(device) if device is not None else runtime.default_device()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.attention_backend: str | None = None
+        self.source: Path | None = None
+        self.has_tied_copy = False
+        # Built without memory, so that no layer draws weights that are drawn or read again.
+        factory = {"dtype": param_dtype, "device": torch.device("meta")}
+        self.model = self.decoder(**factory).to_empty(device=device)
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
+        if config.tie_word_embeddings:
+            head.weight = self.model.embed_tokens.weight
+        self.lm_head = head if config.tie_word_embeddings else head.to_empty(device=device)
+
+    # What a model defines.
+
+    def decoder(self, **factory: Any) -> torch.nn.Module:
+        """The layers below the head: `embed_tokens`, the decoder layers and the final norm. factory: device, dtype."""
+        raise NotImplementedError
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention_fn: AttentionFn) -> torch.Tensor:
+        """Hidden states [T, hidden] after the final norm; input_ids, positions: int64 [T]."""
+        raise NotImplementedError
+
+    def packed_modules(self) -> Mapping[str, Mapping[str, int]]:
+        """Fused modules by their last name, each with what a checkpoint stores apart: name to rows, in order."""
+        return {}
+
+    # What follows from it.
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights, normal with `config.initializer_range` and norms at one, as Hugging Face does.
+
+        On the CPU, so that a GPU draws the same.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            elif name.endswith("bias"):
+                p.zero_()
+            else:
+                p.copy_(torch.randn(p.shape, generator=generator) * self.config.initializer_range)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] -> [T, vocab] in the compute dtype."""
+        return self.lm_head(hidden)
+
+    def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
+        """Log-probabilities fp32 [S] of `batch.targets`; differentiable.
+
+        Raises:
+            ValueError: a sequence longer than the model's positions.
+        """
+        if batch.max_seqlen > self.config.max_position_embeddings:
+            raise ValueError(
+                f"token_logprobs: a sequence has {batch.max_seqlen} tokens; the model has "
+                f"{self.config.max_position_embeddings} positions"
+            )
+
+        def attention_fn(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attention.flash_attention(
+                *(q, k, v, batch.cu_seqlens),
+                max_seqlen=batch.max_seqlen,
+                causal=True,
+                backend=self.attention_backend,
+            )
+
+        hidden = self(batch.input_ids, batch.positions, attention_fn)[batch.logit_indices]
+        if torch.is_grad_enabled():
+            if batch.scatter_size == len(batch.targets):
+                return logprob.token_logprobs(self.logits(hidden), batch.targets)
+            # The head's gradient sums over the scored tokens alone, so these are padded for themselves.
+            scores = logprob.token_logprobs(self.logits(batch.scatter(hidden)), batch.scatter(batch.targets))
+            return scores[batch.scatter_indices]
+        parts = zip(hidden.split(LOGIT_ROWS), batch.targets.split(LOGIT_ROWS), strict=True)
+        return torch.cat([logprob.token_logprobs(self.logits(h), ids) for h, ids in parts])
+
+    # Weight gradients, over micro-batches.
+
+    def allocate_main_grads(self) -> None:
+        """See `bi_ops.nn.allocate_main_grads`."""
+        nn.allocate_main_grads(self)
+
+    def collect_main_grads(self) -> None:
+        """See `bi_ops.nn.collect_main_grads`."""
+        nn.collect_main_grads(self)
+
+    # Orders.
+
+    def shapes(self) -> orders.Shapes:
+        """What the model's orders depend on."""
+        return orders.shapes_of(self.config, self.compute_dtype)
+
+    def orders(self, training: bool = False) -> OrderRecord:
+        """The orders that the model computes in; with `training` those of its gradients too.
+
+        Raises:
+            RuntimeError: its attention backend cannot run here.
+        """
+        return orders.record(self.shapes(), self.attention_backend, self.device, training)
+
+    def adopt(self, record: OrderRecord) -> None:
+        """Compute in the orders of `record`, a rollout's, from now on.
+
+        Takes the attention backend that has the record's order: the model's own where it does, else the first. All
+        other orders are those of the machine, the libraries and the dtype, and must be equal already.
+
+        Raises:
+            RuntimeError: no backend here has these orders; what differs is listed, and the model is as it was.
+        """
+        self.attention_backend = orders.backend_of(record, self.shapes(), self.attention_backend, self.device)
+
+    # Checkpoints.
+
+    def weight_slices(self) -> Iterator[checkpoint.WeightSlice]:
+        """Every tensor of a checkpoint and where it lies in the model."""
+        packed = self.packed_modules()
+        for name, parameter in self.named_parameters():
+            module, _, leaf = name.rpartition(".")
+            parent, _, last = module.rpartition(".")
+            start = 0
+            for part, rows in packed.get(last, {last: parameter.shape[0]}).items():
+                stored = ".".join(n for n in (parent, part, leaf) if n)
+                yield checkpoint.WeightSlice(stored, name, start, rows)
+                start += rows
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        param_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Read a Hugging Face checkpoint folder (config.json, safetensors in one file or in shards).
+
+        Raises:
+            FileNotFoundError: no config or weights there. ValueError: an unsupported model, or tensors that are
+                missing, unknown or of another shape (all listed at once).
+        """
+        model = cls(cls.config_class.from_pretrained(path), param_dtype, compute_dtype, device)
+        checkpoint.load(model, Path(path))
+        return model
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a Hugging Face checkpoint folder, each file atomically.
+
+        Args:
+            path: created if it does not exist. dtype: of the stored tensors; None takes the config's dtype where that
+                loses nothing (so reading and saving gives the same bytes), else the master weights' own.
+        """
+        checkpoint.save(self, Path(path), dtype)

@@ -1,0 +1,69 @@
+"""Weight gradients summed over micro-batches in fp32, in one order: `main_grad` buffers of a model's layers.
+
+Autograd adds up one rounded sum per micro-batch, so another cut of the batch has other bits. A buffer carries the sum
+itself from one backward to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from bi_ops.core.integers import cdiv
+from bi_ops.nn.layers import Embedding, Linear, RMSNorm
+
+#: Elements that share an allocation at most, because each allocation costs a launch: 256 MiB of fp32.
+ELEMENTS = 1 << 26
+
+
+def _layers(module: torch.nn.Module) -> Iterator[Linear | RMSNorm | Embedding]:
+    """The layers that can carry a weight gradient. Layers that share a weight are all listed."""
+    for layer in module.modules():
+        if isinstance(layer, Linear | RMSNorm | Embedding) and layer.weight is not None:
+            yield layer
+
+
+def zeros(weights: Sequence[torch.Tensor], elements: int = ELEMENTS) -> list[torch.Tensor]:
+    """fp32 zeros [*weight.shape], contiguous, for each weight. Up to `elements` of one device share an allocation."""
+    buffers: list[torch.Tensor] = []
+    while len(buffers) < len(weights):
+        part, ends = weights[len(buffers) :], [0]
+        for weight in part:
+            end = ends[-1] + cdiv(weight.numel(), 64) * 64  # all begin at multiples of 256 bytes
+            if len(ends) > 1 and (end > elements or weight.device != part[0].device):
+                break
+            ends.append(end)
+        flat = torch.zeros(ends[-1], dtype=torch.float32, device=part[0].device)
+        buffers += [flat[i : i + w.numel()].view(w.shape) for w, i in zip(part, ends[:-1], strict=False)]
+    return buffers
+
+
+def allocate_main_grads(module: torch.nn.Module) -> None:
+    """From now on a backward adds the weight gradients of `module`'s bi_ops layers to fp32 buffers, not to `.grad`.
+
+    Each sum over tokens goes on from one backward to the next, so a batch ends in the same bits however it is cut into
+    micro-batches, if they are packed with align=TOKEN_STEP. `collect_main_grads` ends it. Layers that share a weight
+    get a buffer each. Frozen weights get none; biases, and parameters of other layers, keep autograd's `.grad`.
+    """
+    layers = [layer for layer in _layers(module) if layer.weight.requires_grad]
+    for layer, buffer in zip(layers, zeros([layer.weight for layer in layers]), strict=True):
+        layer.main_grad = buffer.view(-1) if isinstance(layer, RMSNorm) else buffer
+
+
+def collect_main_grads(module: torch.nn.Module) -> None:
+    """Hand the finished sums over as `.grad`, in the dtype of the weight.
+
+    The buffers of layers that share a weight are added here, in the order of `module.modules()`.
+    """
+    sums: dict[torch.Tensor, torch.Tensor] = {}
+    for layer in _layers(module):
+        if layer.main_grad is None:
+            continue
+        if layer.weight in sums:
+            sums[layer.weight] += layer.main_grad
+        else:
+            sums[layer.weight] = layer.main_grad
+        layer.main_grad = None
+    for weight, total in sums.items():
+        weight.grad = total.view(weight.shape).to(weight.dtype)
