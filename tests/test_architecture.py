@@ -25,14 +25,17 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "models": FAMILIES | {"core", "nn"},
     "verify": frozenset({"core", "models"}),
     "rollout": FAMILIES | {"core", "nn", "models", "vllm_plugin"},
-    "rl": frozenset({"core", "models", "rollout", "verify"}),
+    "rl": frozenset({"core", "models", "optim", "rollout", "verify"}),
     "commands": FAMILIES | {"", "core", "models", "rollout", "rl", "verify"},
     "cli": frozenset({"", "commands"}),
     "": FAMILIES | {"core", "nn", "mode"},  # bi_ops/__init__.py
 }
 
 #: What an order may depend on: sizes along which is summed, and the dtype. Never a count of rows, tokens or sequences.
-ORDER_MAY_TAKE = frozenset({"k", "n", "head_dim", "hidden_size", "vocab_size", "dtype"})
+ORDER_MAY_TAKE = frozenset({"k", "n", "head_dim", "hidden_size", "vocab_size", "dtype", "problem", "arch"})
+
+#: Files of an operator folder that are nobody else's.
+INNER = ("ops", "kernels", "schedule", "order", "config", "reference")
 
 #: Imported inside the functions that need them.
 OPTIONAL = frozenset({"vllm", "transformers", "flash_attn", "flash_attn_interface"})
@@ -95,13 +98,14 @@ def broken_rules(path: str, source: str) -> list[str]:
         other = part_of(i.name)
         if other != part and other not in MAY_IMPORT[part]:
             found.append(f"{where}: {part or 'bi_ops'} may not import {other or 'bi_ops'}")
-        inner = len(i.name.split(".")) > 3 or i.name.split(".")[-1] in ("ops", "kernels", "schedule", "reference")
+        inner = len(i.name.split(".")) > 3 or i.name.split(".")[-1] in INNER
         if other in FAMILIES and other != part and inner:
             found.append(f"{where}: outside its folder a family is known by its public names")
         if module.split(".")[2:3] == ["kernels"] and other == part and not i.name.startswith(f"bi_ops.{part}.kernels"):
             found.append(f"{where}: kernels know nothing of their launchers")
-        if path.endswith("/schedule.py") and other == part and ".schedule" not in i.name:
-            found.append(f"{where}: a schedule is pure choice")
+        own = {"schedule": ("schedule",), "order": ("order",), "config": ("order", "config")}.get(Path(path).stem)
+        if part in FAMILIES and own and other == part and i.name.split(".")[2] not in own:
+            found.append(f"{where}: orders, configs and schedules are pure choice")
     return found
 
 
@@ -144,7 +148,8 @@ def test_every_file_that_is_no_module_is_package_data():
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_an_operator_folder_has_its_rooms(family):
     rooms = {p.stem for p in (ROOT / "bi_ops" / family).iterdir()}  # kernels.py, or kernels/ where they are long
-    assert {"__init__", "kernels", "ops", "reference", "schedule"} <= rooms
+    assert {"__init__", "kernels", "ops", "reference"} <= rooms
+    assert {"order", "config"} <= rooms or "schedule" in rooms
 
 
 def test_imports_keep_the_rules():
@@ -189,7 +194,8 @@ def test_what_is_allowed_passes():
 
 
 def test_an_order_takes_no_batch_size():
-    found = {f: orders((ROOT / f).read_text(encoding="utf-8")) for f in FILES if f.endswith("/schedule.py")}
+    files = [f for f in FILES if part_of(f.replace("/", ".")) in FAMILIES and f.endswith(("/order.py", "/schedule.py"))]
+    found = {f: orders((ROOT / f).read_text(encoding="utf-8")) for f in files}
     assert sum(len(functions) for functions in found.values()) >= 5
     taken = {f"{f}: {name}": names for f, functions in found.items() for name, names in functions.items()}
     assert {name: names for name, names in taken.items() if not names <= ORDER_MAY_TAKE} == {}

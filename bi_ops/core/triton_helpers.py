@@ -9,6 +9,10 @@ from bi_ops.core.runtime import INTERPRET
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
+#: Launch options that shape bits, passed at every launch. Whether the compiler fuses a multiplication with an addition
+#: decides whether the product is rounded, and Triton changes its default: on up to 3.9, off from 3.10.
+PINNED = {"enable_fp_fusion": True}
+
 
 @triton.jit
 def dot(a, b, acc):
