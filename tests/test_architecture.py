@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "models": FAMILIES | {"core", "nn"},
     "verify": frozenset({"core", "models"}),
     "rollout": FAMILIES | {"core", "nn", "models", "vllm_plugin"},
-    "rl": frozenset({"core", "models", "rollout", "verify"}),
+    "rl": frozenset({"core", "models", "optim", "rollout", "verify"}),
     "commands": FAMILIES | {"", "core", "models", "rollout", "rl", "verify"},
     "cli": frozenset({"", "commands"}),
     "": FAMILIES | {"core", "nn", "mode"},  # bi_ops/__init__.py
@@ -56,13 +56,15 @@ FROM_ORDER: dict[str, frozenset[str]] = {
     "attention_prepare_kernel": frozenset({"BLOCK_M"}),
     "attention_backward_kernel": frozenset({"BLOCK_M", "BLOCK_N"}),
     "sum_kernel": frozenset({"LANES", "LOG2_LANES", "SPAN"}),
+    "square_sums_kernel": frozenset({"LANES", "LOG2_LANES", "SPAN"}),
 }
 
 #: Kernels that sum nothing, or one element after another whatever their constants.
 NO_CONSTANT_SHAPES_A_SUM = frozenset(
     {
         *("kernel", "rope_kernel", "embedding_kernel", "token_logprobs_dx_kernel"),  # `kernel`: silu_and_mul's two
-        *("carry_kernel", "wgrad_kernel"),  # the tensor cores' step of 16 tokens, whatever the tile
+        *("pairwise_sum_kernel", "scale_kernel", "adamw_kernel"),
+        *("wgrad_kernel",),  # the tensor cores' step of 16 tokens, whatever the tile
         *("attention_dq_hopper_kernel", "attention_dkv_hopper_kernel"),  # of one order, which `check_order` compares
         *("attention_add_chunks_kernel", "lpt_order_kernel"),
         *("embedding_backward_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),

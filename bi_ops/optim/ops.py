@@ -1,0 +1,283 @@
+"""The global norm of gradients, and clipping by it: check, find the tables, launch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from bi_ops.core import checks, runtime
+from bi_ops.core.operators import is_plain, on_device_of_first
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.optim import config as configs
+from bi_ops.optim import tables
+from bi_ops.optim.config import ElementwiseConfig, NormConfig
+from bi_ops.optim.kernels import pairwise_sum_kernel, scale_kernel, square_sums_kernel
+from bi_ops.optim.order import NormOrder, order_of
+
+# --------------------------------------------------------------------------------------------------------------
+# checks
+
+
+def check_dense(op: str, name: Callable[[], str], t: object, dtype: torch.dtype = torch.float32) -> None:
+    """Raise TypeError or ValueError unless `t` is a plain contiguous tensor of `dtype` where kernels run.
+
+    name: called for an error alone.
+    """
+    if not isinstance(t, torch.Tensor) or t.is_meta or t.is_cuda == runtime.INTERPRET:
+        checks.tensor(op, name(), t)
+    assert isinstance(t, torch.Tensor)
+    if not is_plain(t) or t.layout != torch.strided:
+        raise TypeError(
+            f"{op}: {name()} is a {type(t).__name__}, {checks.describe(t)}, {t.layout}; the kernel reads plain memory. "
+            "Of a DTensor use .to_local(), for the norm with row_sums and norm_of_row_sums; of a sparse one .to_dense()"
+        )
+    if t.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{op}: {name()} is {checks.describe(t)}, and must be {wanted}. Master weights and their gradients "
+            "(main_grad) are fp32; cast it with .to(...)"
+        )
+    if not t.is_contiguous():
+        raise ValueError(
+            f"{op}: {name()} {list(t.shape)} has strides {list(t.stride())}; it must be contiguous, use .contiguous()"
+        )
+
+
+def check_capture(op: str, device: torch.device) -> None:
+    """Raise RuntimeError while a CUDA graph is captured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{op}: a CUDA graph would replay the addresses of today's tensors; call it outside of one")
+
+
+def _check_grads(op: str, grads: Sequence[torch.Tensor]) -> None:
+    for i, g in enumerate(grads):
+        check_dense(op, lambda i=i: f"gradient {i}", g)  # type: ignore[misc]
+        if g.device != grads[0].device:
+            raise ValueError(
+                f"{op}: gradient 0 is on {grads[0].device}, gradient {i} {list(g.shape)} on {g.device}; call it "
+                "once per device, or row_sums per device and norm_of_row_sums of all"
+            )
+    if grads:
+        check_capture(op, grads[0].device)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# launches, on checked tensors; `first` is the one on whose GPU they run
+
+
+def is_aligned(pointer: int, numel: int) -> bool:
+    """May a thread load 16 bytes at once, from this address to the end?"""
+    return pointer % 16 == 0 and numel % 4 == 0
+
+
+@on_device_of_first
+def launch_square_sums(
+    first: torch.Tensor,
+    grads: Sequence[torch.Tensor],
+    rows: tuple[tables.Rows, ...],
+    each: bool,
+    order: NormOrder,
+    config: NormConfig,
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The sums of squares of each span, or of tiles of `config.rows` spans; and the number of tiles of each gradient.
+
+    fp32, tile after tile.
+    """
+    pointers = tuple(g.data_ptr() for g in grads)
+    aligned = tuple(is_aligned(p, r.numel) and r.row % 4 == 0 for p, r in zip(pointers, rows, strict=True))
+    groups, counts = tables.norm(rows, aligned, order, config.rows, first.device)
+    out = torch.empty(sum(counts) * (config.rows if each else 1), dtype=torch.float32, device=first.device)
+    for is_group_aligned, (sizes, tiles) in zip((False, True), groups, strict=True):
+        if len(tiles) == 0:
+            continue
+        square_sums_kernel[(len(tiles),)](
+            tables.addresses(pointers, first.device),
+            sizes,
+            tiles,
+            out,
+            LANES=order.lanes,
+            LOG2_LANES=order.log2_lanes,
+            SPAN=order.span,
+            LOG2_ROWS=config.rows.bit_length() - 1,
+            EACH=each,
+            ALIGNED=is_group_aligned,
+            num_warps=config.num_warps,
+            **PINNED,
+        )
+    return out, counts
+
+
+@on_device_of_first
+def launch_tree(sums: torch.Tensor, counts: tuple[int, ...], config: NormConfig) -> torch.Tensor:
+    """The root [] of the pairwise sum of `counts[p]` sums of each parameter, then of the parameters."""
+    launches = tables.tree(counts, config.width, sums.device)
+    for i, segments in enumerate(launches):
+        out = torch.empty(len(segments), dtype=torch.float32, device=sums.device)
+        pairwise_sum_kernel[(len(segments),)](
+            sums,
+            segments,
+            out,
+            LOG2_WIDTH=config.width.bit_length() - 1,
+            SQRT=i == len(launches) - 1,
+            num_warps=config.tree_warps,
+            **PINNED,
+        )
+        sums = out
+    return sums.view(())
+
+
+@on_device_of_first
+def launch_scale(
+    first: torch.Tensor, tensors: Sequence[torch.Tensor], scale: torch.Tensor, config: ElementwiseConfig
+) -> None:
+    """tensors *= scale, a scalar on their device."""
+    groups: dict[bool, list[torch.Tensor]] = {}
+    for t in tensors:
+        if t.numel():
+            groups.setdefault(is_aligned(t.data_ptr(), t.numel()), []).append(t)
+    for aligned, group in groups.items():
+        sizes, tiles = tables.elementwise(tuple(t.numel() for t in group), config.block * config.blocks, first.device)
+        scale_kernel[(len(tiles),)](
+            tables.addresses(tuple(t.data_ptr() for t in group), first.device),
+            sizes,
+            tiles,
+            scale,
+            BLOCK=config.block,
+            BLOCKS=config.blocks,
+            ALIGNED=aligned,
+            num_warps=config.num_warps,
+            **PINNED,
+        )
+
+
+def launch_norm(
+    grads: Sequence[torch.Tensor], order: NormOrder | None = None, config: NormConfig | None = None
+) -> torch.Tensor:
+    """`global_norm` of checked gradients, one or more."""
+    order = order_of() if order is None else order
+    rows = tuple(tables.rows_of(g.shape, order) for g in grads)
+    config = configs.norm(max(r.spans(order) for r in rows)) if config is None else config
+    sums, counts = launch_square_sums(grads[0], grads, rows, False, order, config)
+    return launch_tree(sums, counts, config)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# public functions
+
+
+@torch.no_grad()
+def global_norm(grads: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all gradients together, in fp32: what `torch.nn.utils.get_total_norm` returns, in a fixed order.
+
+    The order (`NormOrder`) follows from the shapes and the sequence of `grads`. GPU, number of multiprocessors, config,
+    and how the rows of a parameter are spread over ranks (`row_sums`) change no bit. Every gradient is read once, 4
+    bytes an element, in three or four launches for all; the host does not wait.
+
+    Args:
+        grads: fp32, contiguous, any shapes, on one device. A row is everything behind the first axis.
+
+    Returns:
+        fp32 []. NaN if a gradient has one; infinite if one is, or if the sum of squares overflows fp32. 0 of nothing.
+
+    Raises:
+        TypeError: not fp32, sparse, or a subclass such as DTensor. ValueError: not contiguous, or another device.
+        RuntimeError: while a CUDA graph is captured, which would keep the addresses.
+    """
+    grads = list(grads)
+    _check_grads("global_norm", grads)
+    if not any(g.numel() for g in grads):
+        return torch.zeros((), dtype=torch.float32, device=grads[0].device if grads else runtime.default_device())
+    return launch_norm(grads)
+
+
+@torch.no_grad()
+def row_sums(grads: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The sum of squares of every row: fp32 [shape[0]] for each gradient; for a scalar [1].
+
+    A row's sum does not depend on the other rows. So ranks that have some rows each may compute theirs, and
+    `norm_of_row_sums` of all, concatenated in the order of the rows, has the bits of `global_norm` of whole gradients.
+
+    Args, Raises: as `global_norm`'s.
+    """
+    grads = list(grads)
+    _check_grads("row_sums", grads)
+    order = order_of()
+    out = [g.square().flatten() if g.ndim < 2 else g.new_zeros(g.shape[0]) for g in grads]
+    matrices = [i for i, g in enumerate(grads) if g.ndim >= 2 and g.numel()]
+    if not matrices:
+        return out
+    whole = [grads[i] for i in matrices]
+    rows = tuple(tables.Rows(g.numel(), g.numel() // g.shape[0]) for g in whole)
+    config = configs.norm(max(r.spans(order) for r in rows))
+    sums, counts = launch_square_sums(whole[0], whole, rows, True, order, config)
+    parts = sums.split([count * config.rows for count in counts])
+    for i, row, part in zip(matrices, rows, parts, strict=True):
+        spans = part[: row.spans(order)].view(grads[i].shape[0], -1)
+        while spans.shape[1] > 1:
+            spans = spans[:, ::2] + spans[:, 1::2]
+        out[i] = spans.flatten()
+    return out
+
+
+@torch.no_grad()
+def norm_of_row_sums(sums: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The norm, fp32 [], of what `row_sums` returned: for each parameter the sums of all its rows, in order.
+
+    Raises:
+        TypeError, ValueError: sums that are not fp32 [rows], or not on one device.
+    """
+    sums = list(sums)
+    _check_grads("norm_of_row_sums", sums)
+    for i, s in enumerate(sums):
+        checks.tensor("norm_of_row_sums", f"the sums of parameter {i}", s, ndim=1)
+    if not any(s.numel() for s in sums):
+        return torch.zeros((), dtype=torch.float32, device=sums[0].device if sums else runtime.default_device())
+    counts = tuple(s.numel() for s in sums)
+    return launch_tree(torch.cat(sums), counts, configs.norm(max(counts)))
+
+
+def clip_scale(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """What gradients of this norm are multiplied by, fp32 []: min(max_norm / (norm + 1e-6), 1), as torch clips.
+
+    NaN of a NaN. `AdamW.step(grad_scale=...)` takes it, so that clipping costs no pass of its own.
+    """
+    if not max_norm >= 0:
+        raise ValueError(f"clip_scale: max_norm is {max_norm}; it must not be negative")
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, error_if_nonfinite: bool = False
+) -> torch.Tensor:
+    """Scale the gradients of `parameters` in place so that their joint norm is at most `max_norm`; returns the norm.
+
+    `torch.nn.utils.clip_grad_norm_` with the norm of `global_norm`. Where the scale is one nothing is written. To save
+    the pass that scales: ``AdamW.step(grad_scale=clip_scale(global_norm(grads), max_norm))`` has the same bits.
+
+    Args:
+        parameters: those without a gradient are left out. error_if_nonfinite: the host waits for the norm.
+
+    Returns:
+        fp32 [], the norm before. If it is not finite and nobody asked, the gradients are NaN or 0 now, as torch's.
+
+    Raises:
+        FloatingPointError: error_if_nonfinite, and the norm is NaN or infinite; the gradients are untouched.
+        TypeError, ValueError, RuntimeError: as `global_norm`'s.
+    """
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    _check_grads("clip_grad_norm_", grads)
+    norm = global_norm(grads)
+    scale = clip_scale(norm, max_norm)
+    if error_if_nonfinite and not math.isfinite(value := float(norm)):
+        raise FloatingPointError(
+            f"clip_grad_norm_: the norm of {len(grads)} gradients is {value}; look for the parameter that is not "
+            "finite, or lower the learning rate"
+        )
+    if grads:
+        torch.autograd.graph.increment_version(grads)
+        launch_scale(grads[0], grads, scale, configs.elementwise())
+    return norm
