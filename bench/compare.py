@@ -16,6 +16,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -193,7 +194,9 @@ def run_step(checkout: Path, model: str) -> dict[str, float]:
 
 def environment(checkout: Path) -> dict[str, str]:
     paths = [str(checkout), str(checkout / "bench"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    caches = Path(tempfile.gettempdir()) / f"compare-{checkout.name}"  # each side builds and verifies for itself
+    own = {"TORCH_EXTENSIONS_DIR": str(caches / "extensions"), "XDG_CACHE_HOME": str(caches / "cache")}
+    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def main() -> int:
@@ -208,6 +211,7 @@ def main() -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
+        sys.path.remove(str(HERE))  # the checkout's own modules are meant
         print(json.dumps(worker(args.every, args.budget)))
         return 0
     if args.old is None or args.out is None:
