@@ -132,6 +132,27 @@ def _mm_backward(ctx, g):
 _mm.register_autograd(_mm_backward, setup_context=_mm_setup)
 
 
+def _mm_grad_setup(ctx, inputs, output):
+    *tensors, ctx.need_a, ctx.need_b = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _mm_grad_backward(ctx, h_a, h_b):
+    """Gradients of (g @ b.T, a.T @ g), for a gradient of a gradient. h_a [M, K], h_b [K, N]."""
+    g, a, b = ctx.saved_tensors
+    grad_g, grad_a, grad_b = None, None, None
+    if ctx.need_a:
+        grad_g, grad_b = mm(h_a, b), mm(h_a.t(), g).to(b.dtype)
+    if ctx.need_b:
+        h_b = h_b.to(g.dtype)
+        grad_a, part = mm(g, h_b.t()), mm(a, h_b)
+        grad_g = part if grad_g is None else grad_g + part
+    return grad_g, grad_a, grad_b, None, None
+
+
+_mm_grad.register_autograd(_mm_grad_backward, setup_context=_mm_grad_setup)
+
+
 @custom_op("bi_ops::bmm")
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
@@ -223,13 +244,13 @@ def _check(op: str, a: torch.Tensor, b: torch.Tensor, names: tuple[str, str] = (
 
 
 def mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``a @ b (+ bias)``, each row the same bits whatever rows stand beside it.
+    """``a @ b``, or with a bias `addmm`; each row the same bits whatever rows stand beside it.
 
     Args:
         a: [M, K], bf16, fp16 or fp32, any strides.
         b: [K, N], the dtype of `a` (or fp32, a master weight: it is cast to the dtype of `a` first and its gradient
             comes back in fp32, rounded once).
-        bias: [N], added to the fp32 accumulator before rounding.
+        bias: [N], added after the rounding, as by `linear`.
 
     Returns:
         [M, N] in the dtype of `a`.
@@ -249,12 +270,34 @@ def mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> to
         checks.dtype("mm", "bias", bias)
         checks.same_device("mm", a=a, bias=bias)
         checks.shape("mm", bias.shape[0] == b.shape[1], lambda: f"bias {list(bias.shape)} for {b.shape[1]} columns")
-    return _mm(a, b, bias, providers.choose())
+    out = _mm(a, b, None, providers.choose())
+    return out if bias is None else _AddBias.apply(out, bias)
 
 
-def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``bias + a @ b`` with the bias added before rounding; bias [N], a [M, K], b [K, N]. See `mm`."""
-    return mm(a, b, bias)
+def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
+    """``beta * bias + alpha * (a @ b)`` as `torch.addmm`, the product rounded before anything is done to it.
+
+    torch turns `F.linear` into addmm or into a product and an addition by the rank and the strides of its input, so
+    only an addition after the rounding, which is what `linear` does, gives one result.
+
+    Args:
+        bias: [N] or [M, N], not looked at if beta is 0. a: [M, K]. b: [K, N]. See `mm`.
+
+    Raises:
+        TypeError, ValueError: as `mm`, and for a bias of another shape.
+    """
+    out = mm(a, b)
+    checks.tensor("addmm", "bias", bias)
+    checks.dtype("addmm", "bias", bias)
+    checks.same_device("addmm", a=a, bias=bias)
+    fits = bias.shape in (out.shape[1:], out.shape)
+    checks.shape("addmm", fits, lambda: f"bias {list(bias.shape)} for {list(out.shape)}; it must be [N] or [M, N]")
+    if alpha != 1:
+        out = out * alpha
+    if beta == 0:
+        return out
+    bias = bias if beta == 1 else bias * beta
+    return _AddBias.apply(out, bias) if bias.ndim == 1 else out + bias.to(out.dtype)
 
 
 def linear(
