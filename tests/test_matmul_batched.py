@@ -61,3 +61,14 @@ def test_gradients_are_the_same_on_every_run(gemm, device):
     x = randn(65, K, device=device).requires_grad_()
     g = torch.randn_like(fn(x))
     assert rerun_variant(lambda: torch.autograd.grad(fn(x), (x, *others), g), RERUNS) == []
+
+
+def test_addmm_takes_a_bias_for_every_row_or_a_matrix(device):
+    a, b = randn(5, K, device=device), randn(K, N, device=device)
+    for shape in ((N,), (5, N)):
+        bias = randn(*shape, device=device)
+        expected = matmul.mm(a, b) * 2 + bias * 0.5
+        assert torch.equal(matmul.addmm(bias, a, b, beta=0.5, alpha=2), expected)
+    for shape in ((N - 1,), (5, 1), ()):
+        with pytest.raises(ValueError, match=r"addmm: bias .* must be \[N\] or \[M, N\]"):
+            matmul.addmm(torch.ones(shape, device=device), a, b)

@@ -76,9 +76,43 @@ def _mm_backward(ctx, g):
 _mm.register_autograd(_mm_backward, setup_context=_mm_setup)
 
 
+def _mm_grad_setup(ctx, inputs, output):
+    *tensors, ctx.need_a, ctx.need_b, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _mm_grad_backward(ctx, h_a, h_b):
+    """Gradients of (g @ b.T, a.T @ g), for a gradient of a gradient. h_a [M, K], h_b [K, N]."""
+    g, a, b = ctx.saved_tensors
+    grad_g, grad_a, grad_b = None, None, None
+    if ctx.need_a:
+        grad_g, grad_b = mm(h_a, b), mm(h_a.t(), g).to(b.dtype)
+    if ctx.need_b:
+        h_b = h_b.to(g.dtype)
+        grad_a, part = mm(g, h_b.t()), mm(a, h_b)
+        grad_g = part if grad_g is None else grad_g + part
+    return grad_g, grad_a, grad_b, None, None, None
+
+
+_mm_grad.register_autograd(_mm_grad_backward, setup_context=_mm_grad_setup)
+
+
 def bias_grad(g: torch.Tensor) -> torch.Tensor:
     """The sum of g[T, N] over its rows: a GEMM with ones has the fixed row order of dB."""
     return _mm(g.new_ones(1, g.shape[0]), g, None, "triton")[0]
+
+
+class _AddBias(torch.autograd.Function):
+    """out + bias, with the bias gradient summed in row order (torch's own sum depends on the row count)."""
+
+    @staticmethod
+    def forward(ctx, out, bias):
+        ctx.bias_dtype = bias.dtype
+        return out + bias.to(out.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, bias_grad(g).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
 
 
 @custom_op("bi_ops::bmm")
@@ -153,13 +187,13 @@ def order_of(
 def mm(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:
-    """``a @ b (+ bias)``, each row the same bits whatever rows stand beside it.
+    """``a @ b``, or with a bias `addmm`; each row the same bits whatever rows stand beside it.
 
     Args:
         a: [M, K], bf16, fp16 or fp32, any strides.
         b: [K, N], the dtype of `a` (or fp32, a master weight: it is cast to the dtype of `a` first and its gradient
             comes back in fp32, rounded once).
-        bias: [N], added to the fp32 accumulator before rounding.
+        bias: [N], added after the rounding, as by `linear`.
         backend: a name of `bi_ops.matmul.backends`; None: the fastest that can run here. All have the same bits.
 
     Returns:
@@ -181,12 +215,42 @@ def mm(
         checks.dtype("mm", "bias", bias)
         checks.same_device("mm", a=a, bias=bias)
         checks.shape("mm", bias.shape[0] == b.shape[1], lambda: f"bias {list(bias.shape)} for {b.shape[1]} columns")
-    return _mm(a, b, bias, check_backend(a, backend))
+    out = _mm(a, b, None, check_backend(a, backend))
+    return out if bias is None else _AddBias.apply(out, bias)
 
 
-def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """``bias + a @ b`` with the bias added before rounding; bias [N], a [M, K], b [K, N]. See `mm`."""
-    return mm(a, b, bias, backend=backend)
+def addmm(
+    bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``beta * bias + alpha * (a @ b)`` as `torch.addmm`, the product rounded before anything is done to it.
+
+    torch turns `F.linear` into addmm or into a product and an addition by the rank and the strides of its input, so
+    only an addition after the rounding, which is what `linear` does, gives one result.
+
+    Args:
+        bias: [N] or [M, N], not looked at if beta is 0. a: [M, K]. b: [K, N]. backend: as `mm`.
+
+    Raises:
+        TypeError, ValueError: as `mm`, and for a bias of another shape.
+    """
+    out = mm(a, b, backend=backend)
+    checks.tensor("addmm", "bias", bias)
+    checks.dtype("addmm", "bias", bias)
+    checks.same_device("addmm", a=a, bias=bias)
+    fits = bias.shape in (out.shape[1:], out.shape)
+    checks.shape("addmm", fits, lambda: f"bias {list(bias.shape)} for {list(out.shape)}; it must be [N] or [M, N]")
+    if alpha != 1:
+        out = out * alpha
+    if beta == 0:
+        return out
+    bias = bias if beta == 1 else bias * beta
+    return _AddBias.apply(out, bias) if bias.ndim == 1 else out + bias.to(out.dtype)
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:

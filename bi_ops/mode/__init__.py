@@ -8,7 +8,9 @@ cannot depend on the batch passes. Anything else raises NotImplementedError.
 How: a TorchDispatchMode sees every aten operator below autograd, so the gradients are torch's own formulas over
 operators that are again seen, in the thread that calls backward and in autograd's threads, which inherit the mode. It
 registers nothing with the dispatcher and so gets along with vLLM's `init_batch_invariance`, before or after. A
-TorchFunctionMode catches what torch takes apart earlier (attention, RMS norm).
+TorchFunctionMode replaces what torch takes apart earlier (attention, RMS norm), and GEMMs, whose gradients cannot be
+told from other operators below autograd: F.linear, torch.mm, torch.addmm and torch.matmul have the gradients of
+`bi_ops.matmul`. One name has one result: under the mode it has the bits of bi_ops' function of that name.
 
 torch.compile: torch runs a compiled function eagerly while a dispatch mode is on, so it keeps the contract at eager
 speed; with fullgraph=True torch raises instead. The backward of a function that ran compiled before the mode was

@@ -1,4 +1,8 @@
-"""Functions that torch takes apart, or chooses a backend for, before the dispatcher sees them."""
+"""Functions of torch that are replaced before the dispatcher sees them.
+
+Torch takes them apart or chooses a backend for them early, or their gradients cannot be told from other operators below
+autograd. The replacements bring the library's own gradients.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bi_ops import attention, norm
+from bi_ops import attention, matmul, norm
 from bi_ops.core import runtime
+from bi_ops.core.checks import FLOAT_DTYPES
+from bi_ops.core.operators import is_plain
 from bi_ops.mode.errors import unsupported
 
 Tensor = torch.Tensor
@@ -84,27 +90,92 @@ def scaled_dot_product_attention(
     return out.view(batch, len_q, n_heads, dim).transpose(1, 2).reshape(query.shape)
 
 
-def _softmax_was_replaced() -> bool:
-    """Whether someone registered an own kernel for aten::softmax, which takes its derivative away (vLLM does)."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::softmax.int", runtime.device_type().upper())
+# --------------------------------------------------------------------------------------------------------------
+# softmax: aten's own operators below, whose forward and backward are served. `F.softmax` gets there only through
+# aten::softmax, which vLLM replaces by one without a derivative, and which reads a 16-bit x as fp32 where fp32 is asked
+# for, in another order than `bi_ops.logprob.softmax(x, torch.float32)`.
 
 
-def torch_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """`torch.softmax` through the operator that has a derivative."""
-    if not _softmax_was_replaced():
-        return NotImplemented
-    if dtype is None and torch.is_autocast_enabled(input.device.type):
-        dtype = torch.float32  # as autocast does
-    return aten._softmax.default(input if dtype is None else input.to(dtype), dim, False)
+def _softmax(op: Callable[..., Tensor], x: Tensor, dim: int | None, dtype: torch.dtype | None) -> Tensor:
+    if dim is None:
+        dim = 0 if x.dim() in (0, 1, 3) else 1  # torch.nn.functional's own rule
+    if dtype is None and x.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.float32  # as autocast does, on a GPU alone
+    widened = dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    return op(x if dtype is None or widened else x.to(dtype), dim, widened)
+
+
+def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """`torch.softmax` and its kin."""
+    return NotImplemented if options else _softmax(aten._softmax.default, input, dim, dtype)
+
+
+def log_softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """`torch.log_softmax` and its kin."""
+    return NotImplemented if options else _softmax(aten._log_softmax.default, input, dim, dtype)
 
 
 def functional_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
     """`torch.nn.functional.softmax`."""
-    if dim is None:
-        dim = 0 if input.dim() in (0, 1, 3) else 1  # F.softmax's own rule
-    return torch_softmax(input, dim, dtype)
+    return _softmax(aten._softmax.default, input, dim, dtype)
+
+
+def functional_log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`torch.nn.functional.log_softmax`."""
+    return _softmax(aten._log_softmax.default, input, dim, dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# GEMMs: the operators of `bi_ops.matmul` with their own gradients. Below autograd an aten::mm does not know that it is
+# a weight gradient, nor an aten::sum that it is that of a bias.
+
+
+def _operands(*tensors: Tensor) -> tuple[Tensor, ...] | None:
+    """The tensors as `bi_ops.matmul` takes them, cast as autocast would; None where they are the dispatcher's."""
+    kind = runtime.device_type()
+    plain = all(is_plain(t) and t.device.type == kind and t.is_floating_point() for t in tensors)
+    if not plain or torch._C._are_functorch_transforms_active():
+        return None
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    dtypes = {t.dtype for t in tensors}
+    return tensors if len(dtypes) == 1 and dtypes.issubset(FLOAT_DTYPES) else None
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` through `bi_ops.matmul.linear`."""
+    given = _operands(input, weight, *([] if bias is None else [bias]))
+    if given is None or input.ndim == 0 or weight.ndim != 2 or (bias is not None and bias.ndim != 1):
+        return NotImplemented
+    return matmul.linear(*given)
+
+
+def mm(input: Tensor, mat2: Tensor, **options: Any) -> Tensor:
+    """`torch.mm` through `bi_ops.matmul.mm`."""
+    given = None if options else _operands(input, mat2)
+    return NotImplemented if given is None else matmul.mm(*given)
+
+
+def addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *deprecated: Any, beta: float = 1, alpha: float = 1, **options: Any
+) -> Tensor:
+    """`torch.addmm` through `bi_ops.matmul.addmm`, where its bias is [N] or [M, N]."""
+    given = None if deprecated or options else _operands(input, mat1, mat2)
+    if given is None or mat1.ndim != 2 or mat2.ndim != 2:
+        return NotImplemented
+    shape = mat1.shape[0], mat2.shape[1]
+    return matmul.addmm(*given, beta=beta, alpha=alpha) if input.shape in (shape[1:], shape) else NotImplemented
+
+
+def torch_matmul(input: Tensor, other: Tensor, **options: Any) -> Tensor:
+    """`torch.matmul` and ``@`` through `bi_ops.matmul.matmul`."""
+    given = None if options else _operands(input, other)
+    return NotImplemented if given is None or input.ndim == 0 or other.ndim == 0 else matmul.matmul(*given)
 
 
 #: What replaces a function of torch where its first argument is a floating-point tensor on the kernels' device. The
@@ -114,9 +185,21 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
     F.softmax: functional_softmax,
-    torch.softmax: torch_softmax,
-    torch.special.softmax: torch_softmax,
-    torch.Tensor.softmax: torch_softmax,
+    torch.softmax: softmax,
+    torch.special.softmax: softmax,
+    torch.Tensor.softmax: softmax,
+    F.log_softmax: functional_log_softmax,
+    torch.log_softmax: log_softmax,
+    torch.special.log_softmax: log_softmax,
+    torch.Tensor.log_softmax: log_softmax,
+    F.linear: linear,
+    torch.mm: mm,
+    torch.Tensor.mm: mm,
+    torch.addmm: addmm,
+    torch.Tensor.addmm: addmm,
+    torch.matmul: torch_matmul,
+    torch.Tensor.matmul: torch_matmul,
+    torch.linalg.matmul: torch_matmul,
 }
 
 

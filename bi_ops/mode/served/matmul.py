@@ -1,4 +1,8 @@
-"""GEMMs below autograd: what autograd's formulas and other C++ of torch call."""
+"""GEMMs below autograd: what einsum, autograd's formulas and other C++ of torch call.
+
+`torch.mm`, `torch.addmm`, `torch.matmul` and `F.linear` themselves are replaced earlier, with their gradients
+(`bi_ops.mode.functions`).
+"""
 
 from __future__ import annotations
 
@@ -29,11 +33,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _plus(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta * bias + alpha * product, the product already rounded.
-
-    torch turns F.linear into addmm or into a product and an addition by the rank and the strides of its input, so
-    rounding first is what gives both the same bits; it also gives those of `bi_ops.matmul.linear` and of vLLM.
-    """
+    """beta * bias + alpha * product, the product already rounded, as in `bi_ops.matmul.addmm`."""
     out = product if alpha == 1 else product * alpha
     if beta == 0:
         return out
@@ -42,6 +42,8 @@ def _plus(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
 
 @serves("addmm")
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if bias.shape in ((b.shape[1],), (a.shape[0], b.shape[1])):
+        return matmul.addmm(bias, a, b, beta=beta, alpha=alpha)
     return _plus(bias, _mm(a, b), beta, alpha)
 
 

@@ -1,32 +1,35 @@
-"""RMS norm below autograd, as newer torch dispatches it."""
+"""RMS norm below autograd, as newer torch dispatches it: the operators of `bi_ops.norm`, forward and backward."""
 
 from __future__ import annotations
 
 import torch
 
-from bi_ops import reduction
-from bi_ops.mode.functions import rms_norm, rms_norm_eps
+from bi_ops.mode.functions import rms_norm_eps
 from bi_ops.mode.served.registry import Tensor, serves
+
+bi_ops = torch.ops.bi_ops
 
 
 @serves("_fused_rms_norm")
 def _rms_norm(
     x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
-    dims = list(range(x.ndim - len(normalized_shape), x.ndim))
-    rstd = torch.rsqrt(reduction.mean(x.float().pow(2), dims, keepdim=True) + rms_norm_eps(eps))
-    return rms_norm(x, normalized_shape, weight, eps), rstd
+    n_dims = len(normalized_shape)
+    if weight is not None:
+        x, weight = x.to(torch.promote_types(x.dtype, weight.dtype)), weight.reshape(-1)
+    y, rstd = bi_ops.rms_norm(x.flatten(-n_dims), weight, rms_norm_eps(eps))
+    return y.view(x.shape), rstd.view(*x.shape[:-n_dims], *[1] * n_dims)
 
 
 @serves("_fused_rms_norm_backward")
 def _rms_norm_backward(
     g: Tensor, x: Tensor, normalized_shape: list[int], rstd: Tensor, weight: Tensor | None, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    rows, cols = list(range(x.ndim - len(normalized_shape))), list(range(x.ndim - len(normalized_shape), x.ndim))
-    normed, wide = x.float() * rstd.float(), g.float()
-    scaled = wide if weight is None else wide * weight.float()
-    dx = (rstd.float() * (scaled - normed * reduction.mean(scaled * normed, cols, keepdim=True))).to(x.dtype)
-    if weight is None or not output_mask[1]:
-        return dx if output_mask[0] else None, None
-    dw = reduction.sum(wide * normed, rows) if rows else wide * normed
-    return dx if output_mask[0] else None, dw.to(weight.dtype)
+    n_dims = len(normalized_shape)
+    need_x, need_weight = output_mask
+    weight_row = None if weight is None else weight.reshape(-1)
+    # g has the dtype that x was promoted to.
+    rows = g.flatten(-n_dims), None, x.to(g.dtype).flatten(-n_dims)
+    dx, dw = bi_ops.rms_norm_backward(*rows, weight_row, rstd.reshape(-1), need_x, need_weight)
+    dw = None if weight is None or not need_weight else dw.view(weight.shape)
+    return dx.view(x.shape).to(x.dtype) if need_x else None, dw

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from bi_ops import logprob, reduction
+from bi_ops import logprob
 from bi_ops.mode.served.registry import Tensor, serves
+
+bi_ops = torch.ops.bi_ops
 
 
 def _last(fn: Callable[..., Tensor], dim: int, *tensors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -29,11 +31,9 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
 
 @serves("_softmax_backward_data")
 def _softmax_backward(g: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
-    y, product = y.float(), g.float() * y.float()
-    return (product - y * reduction.sum(product, dim, keepdim=True)).to(input_dtype)
+    return _last(lambda g, y, dtype: bi_ops.softmax_backward(g, y, False, dtype), dim, g, y, dtype=input_dtype)
 
 
 @serves("_log_softmax_backward_data")
 def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
-    g = g.float()
-    return (g - y.float().exp() * reduction.sum(g, dim, keepdim=True)).to(input_dtype)
+    return _last(lambda g, y, dtype: bi_ops.softmax_backward(g, y, True, dtype), dim, g, y, dtype=input_dtype)
