@@ -12,7 +12,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A tiny Qwen3 learns to repeat a symbol, every rollout log-probability compared with training's, bit for bit.
 demo: $(VENV)/.ready

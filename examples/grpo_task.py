@@ -13,8 +13,8 @@ import random
 from collections.abc import Sequence
 
 from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from bi_ops.models.tiny import TINY
 from bi_ops.rl import TrainConfig, Trainer
-from bi_ops.rl.config import TINY_QWEN3
 from bi_ops.rl.tasks import Problem
 from bi_ops.rollout.embedded import EmbeddedEngine
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="GRPO steps (default: %(default)s)")
     args = parser.parse_args()
 
-    model = Qwen3ForCausalLM(Qwen3Config.from_dict(TINY_QWEN3))  # or .from_pretrained("./Qwen3-0.6B")
+    model = Qwen3ForCausalLM(Qwen3Config.from_dict(TINY))  # or .from_pretrained("./Qwen3-0.6B")
     model.init_weights(seed=0)
     engine = EmbeddedEngine(model)  # or bi_ops.rollout.vllm_engine.VllmEngine("./Qwen3-0.6B") on a GPU
     config = TrainConfig(steps=args.steps, prompts_per_step=2, group_size=4, lr=3e-2)

@@ -12,16 +12,16 @@ import argparse
 import tempfile
 
 from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
-from bi_ops.rl.config import TINY_QWEN3
+from bi_ops.models.tiny import TINY
 from bi_ops.rollout.base import SamplingParams
 from bi_ops.rollout.embedded import EmbeddedEngine
-from bi_ops.verify.recompose import rescore
+from bi_ops.verify.compositions import rescore
 
 PROMPTS = [[1, 2, 3], [4], list(range(5, 16)), [7] * 6]
 
 
 def tiny_checkpoint(folder: str) -> str:
-    model = Qwen3ForCausalLM(Qwen3Config.from_dict(TINY_QWEN3))
+    model = Qwen3ForCausalLM(Qwen3Config.from_dict(TINY))
     model.init_weights(seed=0)
     model.save_pretrained(folder)
     return folder

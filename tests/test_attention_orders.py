@@ -189,10 +189,11 @@ def test_the_check_comes_before_the_launch(device):
 
 def test_the_gluon_kernels_compute_the_steps_that_they_say():
     from bi_ops.attention.hopper import backward, dkv, dq
+    from bi_ops.attention.hopper.common import ROWS
 
     assert DqConfig.computes(TwoPass(dq.BLOCK_N.value, 32))
     assert DkvConfig.computes(TwoPass(64, dkv.BLOCK_R.value))
-    assert BackwardConfig.computes(OnePass(64, backward.TEAMS.value * backward.KEYS.value))
+    assert BackwardConfig.computes(OnePass(64, backward.WARP_GROUPS.value * ROWS.value))
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
@@ -212,6 +213,9 @@ def test_no_config_shapes_a_row_sum(head_dim):
 # backends
 
 
+TOY_STEP = 16  # no tile of an order of fp32, on a GPU or without one
+
+
 class Negated(AttentionBackend):
     """A toy: -attention, through the own kernels."""
 
@@ -223,7 +227,7 @@ class Negated(AttentionBackend):
         return Support(problem.head_dim == 16, f"head_dim {problem.head_dim}: a toy has 16. Use backend 'triton'")
 
     def order(self, problem, arch):
-        return replace(super().order(problem, arch), forward=KeySteps(32))
+        return replace(super().order(problem, arch), forward=KeySteps(TOY_STEP))
 
     def forward(self, q, *rest):
         out, lse = super().forward(q, *rest)
@@ -289,7 +293,7 @@ def test_a_backend_of_another_order_is_refused_where_an_order_is_asked_for(toy, 
     select = attention.backends.select
     assert select(problem, here, order=asked).name == "triton"
     assert select(problem, here, "toy", toy.order(problem, here)).name == "toy"
-    with pytest.raises(RuntimeError, match=r"backend 'toy' computes another order: .*block_n=32.* asked for .*"):
+    with pytest.raises(RuntimeError, match=r"backend 'toy' computes another order: .*block_n=16.* asked for .*"):
         select(problem, here, "toy", asked)
     with pytest.raises(RuntimeError, match=r"no backend can serve .*triton computes another order"):
         select(problem, here, order=replace(asked, forward=KeySteps(8)))

@@ -433,6 +433,12 @@ ONE_DOOR_FUNCTIONS = {
     "rope.cos_sin_cache": "a table of constants",
     **{f"{name}.order_of": "a value" for name in ("activation", "embedding", "logprob", "norm", "reduction", "rope")},
     "matmul.order_of": "a value",
+    "matmul.backend_of": "a name",
+    "matmul.warmup": "compiles and compares",
+    **{
+        f"optim.{name}": "bi_ops's own; against torch in test_optim_properties.py"
+        for name in ("clip_grad_norm_", "clip_scale", "global_norm", "norm_of_row_sums", "row_sums")
+    },
     "attention.order_of": "a value",
 }
 
