@@ -89,7 +89,7 @@ def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(layer, batch, la
         block_table=table.to(device),
     )
     with torch.no_grad():
-        attend = functools.partial(backend.attend, query, cache, found, HEAD_DIM, HEAD_DIM**-0.5, release=release)
+        attend = functools.partial(backend.paged_output, query, cache, found, HEAD_DIM, HEAD_DIM**-0.5, release=release)
         assert attend(output, **features(layer, device)) is output
         if layer != "plain":  # negative control
             assert not torch.equal(attend(output.clone())[: len(rows)], trained[rows])
@@ -112,7 +112,7 @@ def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(layer, batch, la
 def test_what_the_kernel_does_not_compute_is_refused(version, change, what):
     none, release = torch.empty(0), vllm.RELEASES[version]
     with pytest.raises(NotImplementedError, match=what):
-        backend.attend(none, none, metadata(release, **change), 64, 0.125, none, release=release)
+        backend.paged_output(none, none, metadata(release, **change), 64, 0.125, none, release=release)
 
 
 #: What vLLM asks a backend since 0.28, by what makes it ask.

@@ -201,7 +201,7 @@ def test_the_digest_of_a_models_orders_is_logged_once(vllm, caplog):
 
 
 def test_a_head_size_that_nothing_serves_offers_no_option():
-    assert "use another model" in backend.way_out(264)
+    assert "use another model" in backend.fa3_refusal(264)
     assert [d for d in (8, 16, 20, 64, 80, 96, 256, 264) if backend.served(d)] == [16, 64, 80, 96, 256]
 
 

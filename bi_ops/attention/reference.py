@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def attend(
+def one_sequence(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -58,5 +58,5 @@ def flash_attention(
     lens_q = cu_seqlens.diff().tolist()
     lens_k = lens_q if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
     parts = zip(q.split(lens_q), k.split(lens_k), v.split(lens_k), strict=True)
-    outs, lses = zip(*(attend(*part, causal, scale, window_size, softcap, sinks) for part in parts), strict=True)
+    outs, lses = zip(*(one_sequence(*part, causal, scale, window_size, softcap, sinks) for part in parts), strict=True)
     return (torch.cat(outs), torch.cat(lses, dim=1)) if return_lse else torch.cat(outs)

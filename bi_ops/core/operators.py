@@ -88,15 +88,15 @@ class Operator:
             args += self._defaults[-missing:]  # `setup_context` and `backward` count them all
         if dispatcher_is_watched():
             return self._op(*args)
-        learned = False
+        requires_grad = False
         for a, kinds in zip(args, self._kinds, strict=False):  # a wrong number is the function's to refuse
             if type(a) not in kinds:
                 return self._op(*args)
             if isinstance(a, torch.Tensor):
                 if not is_plain(a):
                     return self._op(*args)
-                learned = learned or a.requires_grad
-        if learned and torch.is_grad_enabled():
+                requires_grad = requires_grad or a.requires_grad
+        if requires_grad and torch.is_grad_enabled():
             # Without a backward of its own the operator raises when a gradient reaches it, as torch's do.
             return self._op(*args) if self._function is None else self._function.apply(*args)
         for i in self._mutated:

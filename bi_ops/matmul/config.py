@@ -90,7 +90,7 @@ def wgrad_config(m: int, n: int, tokens: int, num_sms: int) -> WgradConfig:
 
     def waves(c: WgradConfig) -> float:
         tiles = -(-m // 128) * -(-n // c.block_n)
-        whole, piece = split_along_tokens(tiles, tokens, c.block_t, num_sms)
-        return -(-whole // num_sms) + piece / tokens
+        whole, slice_tokens = split_along_tokens(tiles, tokens, c.block_t, num_sms)
+        return -(-whole // num_sms) + slice_tokens / tokens
 
     return NARROW if waves(NARROW) * NARROW_COST < waves(WIDE) else WIDE

@@ -31,7 +31,7 @@ _SUMMING = (
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
-def _obstacle(module: torch.nn.Module) -> str:
+def _unsupported_reason(module: torch.nn.Module) -> str:
     """Why `module` cannot stand in a converted model; empty if it can."""
     kind = type(module)
     if kind in CONVERSIONS:
@@ -67,7 +67,7 @@ def convert(module: Module) -> Module:
     obstacles = [
         f"  {name or '(the module itself)'}: {type(m).__name__}: {why}"
         for name, m in module.named_modules()
-        if (why := _obstacle(m))
+        if (why := _unsupported_reason(m))
     ]
     if obstacles:
         raise ValueError(

@@ -44,7 +44,7 @@ def _angles(angles, o_r, o_c, R, N, H: tl.constexpr, HALF: tl.constexpr, INVERSE
 
 
 @triton.jit
-def _turn(b, b_partner, b_cos, b_sin, o_c, HALF: tl.constexpr, dtype: tl.constexpr):
+def _rotate(b, b_partner, b_cos, b_sin, o_c, HALF: tl.constexpr, dtype: tl.constexpr):
     """The rotation, rounded to `dtype`. As in `rope_kernel`, a rounded product is negated: zeros have signs."""
     b_product = b_partner * b_sin
     return cast(tl.fma(b, b_cos, tl.where(o_c < HALF, -b_product, b_product)), dtype)
@@ -81,7 +81,7 @@ def _forward(
     b_y = cast(b_x * rstd[:, None] * load_weight(p_w, o_1, N, 1.0, dtype)[None, :], dtype).to(tl.float32)
     b_wp = load_weight(p_w, o_p, N, 1.0, dtype)[None, :]
     b_yp = cast(b_xp * rstd[:, None] * b_wp, dtype).to(tl.float32)
-    tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, _turn(b_y, b_yp, b_cos, b_sin, o_c, HALF, dtype), mask=m)
+    tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, _rotate(b_y, b_yp, b_cos, b_sin, o_c, HALF, dtype), mask=m)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -157,7 +157,7 @@ def _backward(
         b_x = tl.load(p_x + row_start(o_r, H, stride_xt, 2 * HALF) + o_c, mask=m, other=0.0).to(tl.float32)
         rstd = tl.load(p_rstd + o_r, mask=o_r < R, other=0.0)[:, None]
         b_cos, b_sin = _angles(angles, o_r, o_1, R, N, H, HALF, True)
-        b_g = tl.where(m, _turn(b_g, b_gp, b_cos, b_sin, o_c, HALF, dtype).to(tl.float32), 0.0)
+        b_g = tl.where(m, _rotate(b_g, b_gp, b_cos, b_sin, o_c, HALF, dtype).to(tl.float32), 0.0)
 
         b_dx = dx_of_held(b_g, b_g, b_w, b_x, rstd, N, 1, False, True)
         tl.store(p_dx + row_start(o_r, H, stride_dxt, 2 * HALF) + o_c, cast(b_dx, dtype), mask=m)

@@ -92,7 +92,7 @@ def check_attention(attention: str, head_dim: int, plugin: bool) -> None:
                 f"VllmEngine: attention at head_dim {head_dim} is not built; it must be a multiple of 8 from 16 to 256"
             )
     elif plugin and head_dim not in vllm_plugin.backend.FLASH_ATTN_HEAD_DIMS:
-        raise ValueError(f"VllmEngine: {vllm_plugin.backend.way_out(head_dim)}")
+        raise ValueError(f"VllmEngine: {vllm_plugin.backend.fa3_refusal(head_dim)}")
 
 
 class VllmEngine:

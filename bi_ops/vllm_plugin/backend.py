@@ -30,7 +30,7 @@ def served(head_dim: int) -> bool:
     return head_dim % 8 == 0 and 16 <= head_dim <= 256
 
 
-def way_out(head_dim: int) -> str:
+def fa3_refusal(head_dim: int) -> str:
     """Why FlashAttention 3 is refused at `head_dim`, and what to do."""
     option = (
         "let bi_ops' own kernel compute it: VllmEngine(..., attention='triton'), or --attention triton, or for vLLM by "
@@ -58,7 +58,7 @@ def refuse_head_sizes(stock: Callable[..., Any]) -> Callable[..., Any]:
             from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
             if get_flash_attn_version(head_size=head_dim) == 3:
-                raise ValueError(way_out(head_dim))
+                raise ValueError(fa3_refusal(head_dim))
         if decodes:
             log_orders(chosen.get_name())
         return chosen
@@ -66,7 +66,7 @@ def refuse_head_sizes(stock: Callable[..., Any]) -> Callable[..., Any]:
     return choose
 
 
-def attend(
+def paged_output(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     metadata: Any,
@@ -161,7 +161,7 @@ def _backend() -> type:
                 raise NotImplementedError(f"attention: backend {NAME} does not quantize its output")
             if attn_metadata is None:  # vLLM measures its memory
                 return output.fill_(0)
-            return attend(
+            return paged_output(
                 *(query, kv_cache, attn_metadata, self.head_size, self.scale, output),
                 release=release,
                 window_size=self.sliding_window,
