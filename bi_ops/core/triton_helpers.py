@@ -28,6 +28,14 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def fma(a, b, c):
+    """a * b + c of fp32 tensors, rounded once. The interpreter's own, before Triton 3.9, rounds the product too."""
+    if _INTERPRET:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr):
     """x in `dtype`, rounded to nearest even. Kernels store through it: the interpreter's own fp32 to bf16 truncates."""
     if _INTERPRET:

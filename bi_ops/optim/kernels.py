@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from bi_ops.core.runtime import INTERPRET
-from bi_ops.core.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast, fma
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
@@ -83,7 +83,7 @@ def square_sums_kernel(
     for start in tl.range(0, tl.minimum(n, SPAN).to(tl.int32), LANES):
         o = start + tl.arange(0, LANES)[None, :]
         b = tl.load(p_g + begin[:, None] + o, mask=o < count[:, None], other=0.0)
-        acc = tl.fma(b, b, acc)
+        acc = fma(b, b, acc)
 
     sums = pairwise_sum(acc, ROWS, LOG2_LANES)
     if EACH:
@@ -186,12 +186,12 @@ def adamw_kernel(
         if HAS_DECAY:
             b_p = mul(b_p, decay)
         if LERP_BACK:
-            b_m = tl.fma(b_lerp, b_g - b_m, b_g)
+            b_m = fma(b_lerp, b_g - b_m, b_g)
         else:
-            b_m = tl.fma(b_lerp, b_g - b_m, b_m)
-        b_v = tl.fma(b_one_minus_beta2, mul(b_g, b_g), mul(b_v, beta2))
+            b_m = fma(b_lerp, b_g - b_m, b_m)
+        b_v = fma(b_one_minus_beta2, mul(b_g, b_g), mul(b_v, beta2))
         b_denom = mul(tl.sqrt_rn(b_v), rsqrt_bias2) + eps
-        b_p = tl.fma(b_minus_step, tl.div_rn(b_m, b_denom), b_p)
+        b_p = fma(b_minus_step, tl.div_rn(b_m, b_denom), b_p)
 
         tl.store(p_p + o, b_p, mask=m)
         tl.store(p_m + o, b_m, mask=m)
