@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch.utils._device import _device_constructors
@@ -42,9 +44,11 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(config, items):
-    if runtime.INTERPRET:
-        skip = pytest.mark.skip(reason="needs a CUDA GPU")
-        for item in items:
-            # Markers, not keywords: those hold the names of folders too, and a clone may be called vllm.
-            if item.get_closest_marker("gpu") or item.get_closest_marker("vllm"):
-                item.add_marker(skip)
+    # Markers, not keywords: those hold the names of folders too, and a clone may be called vllm.
+    lacking = {"gpu": "needs a CUDA GPU", "vllm": "needs a CUDA GPU"} if runtime.INTERPRET else {}
+    if not runtime.INTERPRET and importlib.util.find_spec("vllm") is None:
+        lacking["vllm"] = "needs vLLM"
+    for item in items:
+        for marker, reason in lacking.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

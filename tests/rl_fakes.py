@@ -38,6 +38,9 @@ class TableModel(nn.Module):
     def init_weights(self, seed: int) -> None:
         self.table.copy_(torch.randn(self.table.shape, generator=torch.Generator().manual_seed(seed)))
 
+    def warmup(self) -> None:
+        pass
+
     def orders(self, training=False) -> OrderRecord:
         return ORDERS
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from bi_ops import activation, models, nn, rope
+from bi_ops import activation, matmul, models, nn, rope
 from bi_ops.models import registry
 from bi_ops.models.base import CausalLM
 from bi_ops.models.config import CausalLMConfig
@@ -18,6 +18,16 @@ from bi_ops.rl import TrainConfig, run
 from bi_ops.rollout import factory
 from bi_ops.rollout.base import SamplingParams
 from bi_ops.verify.compositions import rescore
+
+
+def test_a_model_is_warmed_up_in_its_own_dtype(monkeypatch):
+    asked = []
+    monkeypatch.setattr(matmul, "warmup", lambda *given: asked.append(given))
+    model = models.Qwen3ForCausalLM(tiny_config())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model.compute_dtype = dtype
+        model.warmup()
+    assert asked == [(model, torch.bfloat16), (model, torch.float16)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,13 @@ def deterministic(folder):
     return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(folder / "metrics.jsonl")]
 
 
+def test_the_models_gemms_are_verified_before_the_first_step(table, tmp_path, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(TableModel, "warmup", lambda model: warmed.append("warmup"))
+    runner.run(dataclasses.replace(CONFIG, steps=1), tmp_path / "run", on_step=lambda _: warmed.append("step"))
+    assert warmed == ["warmup", "step"]
+
+
 def test_two_runs_of_one_seed_end_in_the_same_bytes(table, tmp_path):
     a, b = (runner.run(CONFIG, tmp_path / name) for name in "ab")
     other = runner.run(dataclasses.replace(CONFIG, seed=1), tmp_path / "c")

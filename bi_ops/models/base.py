@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from bi_ops import attention, logprob, nn
+from bi_ops import attention, logprob, matmul, nn
 from bi_ops.core import runtime
 from bi_ops.core.orders import OrderRecord
 from bi_ops.models import checkpoint, orders
@@ -137,6 +137,11 @@ class CausalLM(torch.nn.Module):
             return scores[batch.scatter_indices]
         parts = zip(hidden.split(LOGIT_ROWS), batch.targets.split(LOGIT_ROWS), strict=True)
         return torch.cat([logprob.token_logprobs(self.logits(h), ids) for h, ids in parts])
+
+    def warmup(self) -> None:
+        """`bi_ops.warmup` of this model in its own dtype. fp32 is Triton's anyway, and has nothing to verify."""
+        if self.compute_dtype != torch.float32:
+            matmul.warmup(self, self.compute_dtype)
 
     # Weight gradients, over micro-batches.
 

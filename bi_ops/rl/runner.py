@@ -160,6 +160,7 @@ def set_up(config: TrainConfig, output: Path, on_difference: Callable[[Differenc
     path = initial_model(config, output)
     model, engine = load_model_and_engine(config, path)
     try:
+        model.warmup()
         reference = None
         if config.kl != 0:
             reference = type(model).from_pretrained(path).requires_grad_(False)
