@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,8 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+
+from bi_ops.core.arch import SM_90  # noqa: E402
 
 BF16, FP16 = torch.bfloat16, torch.float16
 Launch = tuple[str, Callable[[], object]]
@@ -81,6 +83,13 @@ def _starts(*ends: int) -> torch.Tensor:
     return torch.tensor([0, *ends], dtype=torch.int32)
 
 
+def _order(head_dim: int, dtype: torch.dtype):
+    """Attention's order on Hopper."""
+    from bi_ops.attention.order import Problem, order
+
+    return order(Problem(head_dim, dtype), SM_90)
+
+
 def _text(**options: object) -> str:
     return " ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in options.items())
 
@@ -91,18 +100,18 @@ LENGTHS = {"equal": 128, "packed": 130}
 
 def forward_launches() -> Iterator[Launch]:
     """Head sizes, masks and lengths; then what production does not choose but GPU tests run."""
-    from bi_ops.attention import schedule as sched
+    from bi_ops.attention import config
     from bi_ops.attention.hopper import forward
 
     def launch(head_dim, causal, lengths, dtype=BF16, hkv=8, other="", **changes):
         q, k, cu = _packed(256, 32, head_dim, dtype), _packed(256, hkv, head_dim, dtype), _starts(128, 256)
-        s = sched.tiles(head_dim, 4096)
-        s = type(s)(**{**asdict(s), **changes})
-        lse, block_n = torch.zeros((32, 256)), sched.order(head_dim, dtype).block_n
+        order = _order(head_dim, dtype).forward
+        chosen = replace(config.gluon_forward(4096, head_dim, dtype, order, SM_90), **changes)
+        lse = torch.zeros((32, 256))
         name = _text(head_dim=head_dim, causal=causal, lengths=lengths, dtype=dtype, kv_heads=hkv)
         longest = LENGTHS[lengths]
         return f"{name} {other}".strip(), lambda: forward.launch(
-            q, k, k, q.clone(), lse, cu, cu, longest, causal, 0.1, block_n, s
+            q, k, k, q.clone(), lse, cu, cu, longest, causal, 0.1, order, chosen
         )
 
     for head_dim, causal, lengths in itertools.product((64, 128, 256), (True, False), LENGTHS):
@@ -110,24 +119,25 @@ def forward_launches() -> Iterator[Launch]:
     for head_dim in (64, 128, 256):
         yield launch(head_dim, True, "packed", FP16)
     yield launch(128, True, "packed", hkv=32)
-    yield launch(128, True, "packed", other="no ping-pong", turns=False)
-    yield launch(128, True, "packed", other="not persistent", stay=False)
-    yield launch(64, True, "packed", other="ping-pong", turns=True, ahead=False, stages=4)
+    yield launch(128, True, "packed", other="no ping-pong", ping_pong=False)
+    yield launch(128, True, "packed", other="not persistent", persistent=False)
+    yield launch(64, True, "packed", other="ping-pong", ping_pong=True, overlap=False, stages=4)
 
 
 def decode_launches() -> Iterator[Launch]:
-    from bi_ops.attention import schedule as sched
+    from bi_ops.attention import config
     from bi_ops.attention.hopper import decode
 
     def launch(head_dim, ctas_per_sm, page, causal=True, dtype=BF16):
         q, cache = _packed(4, 32, head_dim, dtype), torch.zeros((8, page, 8, head_dim), dtype=dtype)
         pairs = 33 if ctas_per_sm == 1 else 160  # on 132 SMs
-        s = sched.ring(4, pairs, head_dim, 132)
-        assert s.together == ctas_per_sm
+        order = _order(head_dim, dtype).forward
+        chosen = config.gluon_decode(4, pairs, head_dim, dtype, order, SM_90, 132)
+        assert chosen.ctas_per_sm == ctas_per_sm
         table, lengths = torch.zeros((4, 2), dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-        cu, block_n = _starts(1, 2, 3, 4), sched.order(head_dim, dtype).block_n
+        cu = _starts(1, 2, 3, 4)
         name = _text(head_dim=head_dim, causal=causal, page=page, ctas_per_sm=ctas_per_sm, dtype=dtype)
-        return name, lambda: decode.launch(q, cache, cache, table, cu, lengths, causal, 0.1, block_n, s)
+        return name, lambda: decode.launch(q, cache, cache, table, cu, lengths, causal, 0.1, order, chosen)
 
     for options in itertools.product((64, 128), (1, 2), (16, 256)):
         yield launch(*options)
@@ -143,52 +153,63 @@ def _backward_tensors(head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def backward_launches() -> Iterator[Launch]:
+    from bi_ops.attention import config
     from bi_ops.attention.hopper import backward
 
     def launch(head_dim, causal, lengths):
+        order, chosen = _order(head_dim, BF16).backward, config.one_pass(1, head_dim, 132)
         q, k, cu, _ = _backward_tensors(head_dim)
         lse, longest = torch.zeros((32, 256)), LENGTHS[lengths]
         name = _text(head_dim=head_dim, causal=causal, lengths=lengths)
-        return name, lambda: backward.launch(q, q, k, k, q, lse, None, cu, cu, longest, causal, 0.1)
+        return name, lambda: backward.launch(q, q, k, k, q, lse, None, cu, cu, longest, causal, 0.1, order, chosen)
 
     for options in itertools.product((64, 128), (True, False), LENGTHS):
         yield launch(*options)
 
 
 def dq_launches() -> Iterator[Launch]:
+    from bi_ops.attention.config import DqConfig
     from bi_ops.attention.hopper import dq
+
+    order = _order(256, BF16).backward
 
     def launch(causal, lengths):
         q, k, cu, rows = _backward_tensors(256)
         longest = LENGTHS[lengths]
         name = _text(head_dim=256, causal=causal, lengths=lengths)
-        return name, lambda: dq.launch(q, q, k, k, rows, rows, q.clone(), cu, cu, longest, causal, 0.1)
+        return name, lambda: dq.launch(
+            q, q, k, k, rows, rows, q.clone(), cu, cu, longest, causal, 0.1, order, DqConfig()
+        )
 
     for options in itertools.product((True, False), LENGTHS):
         yield launch(*options)
 
 
 def dkv_launches() -> Iterator[Launch]:
+    from bi_ops.attention.config import DkvConfig
     from bi_ops.attention.hopper import dkv
+
+    order = _order(256, BF16).backward
 
     def launch(causal, lengths):
         q, k, cu, rows = _backward_tensors(256)
         longest = LENGTHS[lengths]
         name = _text(head_dim=256, causal=causal, lengths=lengths)
-        return name, lambda: dkv.launch(q, q, k, k, rows, rows, k.clone(), k.clone(), cu, cu, longest, causal, 0.1)
+        return name, lambda: dkv.launch(
+            q, q, k, k, rows, rows, k.clone(), k.clone(), cu, cu, longest, causal, 0.1, order, DkvConfig()
+        )
 
     for options in itertools.product((True, False), LENGTHS):
         yield launch(*options)
 
 
 def wgrad_launches() -> Iterator[Launch]:
-    from bi_ops.matmul import hopper
-    from bi_ops.matmul import schedule as sched
+    from bi_ops.matmul import config, hopper
 
-    def launch(config, dtype):
+    def launch(name, dtype):
         g, x = torch.zeros((256, 512), dtype=dtype), torch.zeros((256, 1024), dtype=dtype)
         dw = torch.zeros((512, 1024))
-        return f"{config} {_text(dtype=dtype)}", lambda: hopper.launch(g, x, dw, getattr(sched, config), 132)
+        return f"{name} {_text(dtype=dtype)}", lambda: hopper.launch(g, x, dw, getattr(config, name), 132)
 
     for options in itertools.product(("WIDE", "NARROW"), (BF16, FP16)):
         yield launch(*options)
