@@ -100,7 +100,7 @@ def main() -> int:
         known = earlier["tests"]
     path.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)  # tests are named from here
-    common = ["-p", "no:cacheprovider"]
+    common = ["-p", "no:cacheprovider", "-m", ""]  # the slow ones too
     collector = Collector()
     if exit_code := pytest.main([*common, "--collect-only", "-qq", *(args.files or ["tests"])], [collector]):
         return int(exit_code)

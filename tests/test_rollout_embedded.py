@@ -150,7 +150,7 @@ def test_what_generates_decides_what_trains(model, completions):
 
 @pytest.fixture
 def stepped():
-    """Backends of other orders, as FlashAttention 3 and the own kernel are: steps of 128 keys, and of 256."""
+    """Backends of other orders, as FlashAttention 3 and the own kernel are, with steps of keys that no kernel takes."""
 
     def backend(wanted: int) -> AttentionBackend:
         class Stepped(AttentionBackend):
@@ -162,7 +162,7 @@ def stepped():
 
         return attention.backends.register(Stepped())
 
-    made = [backend(n) for n in (128, 256)]
+    made = [backend(n) for n in (1024, 2048)]
     yield [b.name for b in made]
     for b in made:
         if b.name in attention.backends.names():
@@ -183,7 +183,7 @@ def test_training_takes_the_backend_that_has_the_rollouts_order(stepped):
     engine.attention_backend = stepped[1]
     foreign = engine.orders()
     attention.backends.unregister(stepped[1])  # as on a machine that computes otherwise
-    with pytest.raises(RuntimeError, match=r"attention: .*'block_n': \d+.* and .*'block_n': 256"):
+    with pytest.raises(RuntimeError, match=r"attention: .*'block_n': \d+.* and .*'block_n': 2048"):
         model.adopt(foreign)
     assert model.attention_backend == "triton"
 
