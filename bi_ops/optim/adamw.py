@@ -56,7 +56,7 @@ class Hyper(NamedTuple):
             lerp=float(-(np.float32(1) - weight) if back else weight),
             beta2=beta2,
             one_minus_beta2=1 - beta2,
-            rsqrt_bias2=float(np.float32(1) / np.float32((1 - beta2**step) ** 0.5)),
+            rsqrt_bias2=float(np.float32(1 / (1 - beta2**step) ** 0.5)),
             eps=group["eps"],
             minus_step=-(lr / (1 - beta1**step)),
             has_decay=weight_decay != 0,
@@ -141,16 +141,14 @@ def _check_options(options: Mapping[str, Any]) -> None:
 class AdamW(torch.optim.Optimizer):
     """AdamW: decoupled weight decay (Loshchilov and Hutter, 2019), all parameters in one kernel.
 
-    Not ready for a GPU: three tests of it fail on an H200 (bench/LOG.md), and training does not use it.
-
-    The order meant is that of ``torch.optim.AdamW(foreach=False, fused=False)`` on a CUDA device in fp32 (fma: rounded
-    once)::
+    Training does not use it yet. The order is that of ``torch.optim.AdamW(foreach=False, fused=False)`` on a CUDA
+    device in fp32 (fma: rounded once)::
 
         g = g * grad_scale
         p = p * (1 - lr * weight_decay)
         m = fma(1 - beta1, g - m, m)                      # Tensor.lerp_; at beta1 <= 0.5 fma(-beta1, g - m, g)
         v = fma(1 - beta2, g * g, v * beta2)              # Tensor.mul_, Tensor.addcmul_
-        d = sqrt(v) * (1 / sqrt(1 - beta2**step)) + eps   # a division by a number is a product on a CUDA device
+        d = sqrt(v) * (1 / sqrt(1 - beta2**step)) + eps   # the reciprocal of a number is taken in fp64
         p = fma(-lr / (1 - beta1**step), m / d, p)        # Tensor.addcdiv_
 
     torch's CPU kernels take other products first in the last three lines, so there the two agree in all but the last

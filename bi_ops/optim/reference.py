@@ -70,5 +70,5 @@ def adamw(
     weight = (one * (1 - beta1)).item()
     m = _fma(weight, g - m, m) if weight < 0.5 else _fma(-(one - weight), g - m, g)
     v = _fma(1 - beta2, g * g, v * beta2)
-    d = _sqrt(v) * (one / (one * (1 - beta2**step) ** 0.5)) + eps
+    d = _sqrt(v) * (one * (1 / (1 - beta2**step) ** 0.5)) + eps
     return _fma(-lr / (1 - beta1**step), m / d, p), m, v
