@@ -104,7 +104,7 @@ def test_another_triton_has_the_forward_of_this_one_and_the_triton_kernels():
 def test_an_order_is_a_value():
     a, b = (order(Problem(128, BF16), arch) for arch in (arches.SM_90, arches.PORTABLE))
     assert {a, b, order(Problem(128, BF16, (), True), arches.SM_90)} == {a, b}  # paged or not
-    assert repr(a.forward) == "KeySteps(block_n=128)"
+    assert repr(a.forward) == "KeySteps(block_n=128, thread_sums='sequential')"
     assert a.as_dict()["backward"] == {"kind": "OnePass", "block_m": 64, "block_n": 128}
     assert OrderRecord.from_dict(OrderRecord.of("sm_90", {"attention": a}).as_dict()).orders["attention"] == a.as_dict()
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from bi_ops import attention
 from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.core.backends import Backend, Backends, Support
 from bi_ops.core.orders import Order, OrderRecord
+from bi_ops.logprob import order as logprob_order
+from bi_ops.norm import order as norm_order
 
 
 @dataclass(frozen=True)
@@ -162,20 +165,41 @@ def test_a_triton_that_the_kernels_do_not_know_takes_the_portable_orders(on_a_gp
     import triton
 
     on_a_gpu("sm_90")
-    monkeypatch.setattr(triton, "__version__", "3.7.0")
-    with pytest.warns(UserWarning, match=r"were not built with Triton 3\.7\.0"):
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    with pytest.warns(UserWarning, match=r"were not built with Triton 3\.5\.1"):
         assert arches.of(torch.device("cuda", 0)).orders == "portable"
-    arches.of.cache_clear()
-    arches._of_name.cache_clear()
-    monkeypatch.setattr(triton, "__version__", "3.6.0")
-    assert arches.of(torch.device("cuda", 0)) is arches.SM_90
+
+
+@pytest.mark.parametrize(
+    ("release", "sums"),
+    [("3.6.0", "sequential"), ("3.7.1", "sequential"), ("3.8.0", "pairwise"), ("3.10.0", "pairwise")],
+)
+def test_orders_say_how_the_installed_triton_adds_within_a_thread(release, sums, on_a_gpu, monkeypatch):
+    """Else a rollout under one release would be scored under another in other bits."""
+    import triton
+
+    on_a_gpu("sm_90")
+    monkeypatch.setattr(triton, "__version__", release)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a release that the table does not know
+        here = arches.of(torch.device("cuda", 0))
+    assert here.thread_sums == sums
+    bf16 = torch.bfloat16
+    own = attention.order.order(attention.Problem(128, bf16), here)
+    for order in (
+        norm_order.order(norm_order.Problem(1024, bf16), here).rows,
+        logprob_order.order(logprob_order.Problem(1024, bf16), here),
+        own.forward,
+        own.row_sums,
+    ):
+        assert order.as_dict()["thread_sums"] == sums
 
 
 def test_an_architecture_is_added_by_one_registration(on_a_gpu):
     on_a_gpu("sm_00")
     toy = arches.register(arches.Arch(name="sm_00", orders="sm_00", one_pass_backward=True))
     try:
-        assert arches.of(torch.device("cuda", 0)) is toy
+        assert replace(arches.of(torch.device("cuda", 0)), thread_sums=toy.thread_sums) == toy
         assert arches.known()["sm_00"] is toy
     finally:
         del arches._TABLE["sm_00"]

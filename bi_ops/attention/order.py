@@ -39,10 +39,12 @@ class KeySteps(Order):
     """The own forward: a query row takes its keys in steps of `block_n`, front to back, with an online softmax in fp32.
 
     Steps are counted from the start of the row's sequence. A step that the row cannot see changes none of its bits, so
-    steps outside a window are skipped. A sink comes before the first key.
+    steps outside a window are skipped. A sink comes before the first key. thread_sums: how Triton adds the weights of a
+    step that one thread holds.
     """
 
     block_n: int
+    thread_sums: str = "sequential"
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,11 @@ class FlashAttention2Backward(Order):
 
 @dataclass(frozen=True)
 class RowSums(Order):
-    """The row sums of dO * O: the tile of rows and its warps shape the tree of a sum along a row."""
+    """The row sums of dO * O: the tile of rows, its warps and Triton's `thread_sums` shape the tree along a row."""
 
     block_rows: int
     num_warps: int
+    thread_sums: str = "sequential"
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class AttentionOrder(Order):
 def order(problem: Problem, arch: Arch) -> AttentionOrder:
     """The order of the own kernels, Triton and Gluon alike. Takes no batch size and no length: that is the contract."""
     # The interpreter sums a row in the same order whatever the tile, and pays by the program.
-    rows = RowSums(1024, 1) if arch.interpreted else RowSums(32, 4)
+    rows = RowSums(*((1024, 1) if arch.interpreted else (32, 4)), arch.thread_sums)
     backward = OnePass(64, 128) if in_one_pass(problem, arch) else two_pass(problem, arch)
     return AttentionOrder(key_steps(problem, arch), backward, rows)
 
@@ -120,11 +123,11 @@ def key_steps(problem: Problem, arch: Arch) -> KeySteps:
     head_dim = problem.head_dim
     if problem.dtype == torch.float32 and not arch.interpreted:
         # No tensor cores in full fp32: small tiles keep the operands in registers.
-        return KeySteps(16 if head_dim > 128 else 32)
+        return KeySteps(16 if head_dim > 128 else 32, arch.thread_sums)
     # Measured on an H100 (bench/results/h100/tune_attention.csv) at head_dim 128: steps of 128 keys run at 514 TFLOP/s
     # against 461 for 64 (8k causal; 382 against 371 at 2k), and decode 64 sequences of 8k at 2.84 TB/s against 2.92. At
     # head_dim 64 steps of 64 are faster (420 against 373), at 256 two stages of 128 do not fit.
-    return KeySteps(128 if 64 < head_dim <= 128 and not arch.interpreted else 64)
+    return KeySteps(128 if 64 < head_dim <= 128 and not arch.interpreted else 64, arch.thread_sums)
 
 
 def two_pass(problem: Problem, arch: Arch) -> TwoPass:

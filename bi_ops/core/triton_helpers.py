@@ -14,6 +14,26 @@ _INTERPRET = tl.constexpr(INTERPRET)
 PINNED = {"enable_fp_fusion": True}
 
 
+def thread_sums(release: str) -> str:
+    """How `tl.sum` of that release of Triton adds what one thread holds: since 3.8 as a tree (triton#9220)."""
+    version = tuple(int(n) for n in release.split(".")[:2])
+    return "sequential" if version < (3, 8) else "pairwise"
+
+
+_SEQUENTIAL = tl.constexpr(thread_sums(triton.__version__) == "sequential")
+
+
+@triton.jit
+def sum_front_to_back(x, N: tl.constexpr):
+    """[1], the sum of x [N], which every thread holds whole, first element first."""
+    if _SEQUENTIAL or N == 2:
+        return tl.sum(x, axis=0, keep_dims=True)
+    total = tl.zeros([1], dtype=tl.float32)
+    for i in tl.static_range(N):  # each step adds one element and zeros
+        total += tl.sum(tl.where(tl.arange(0, N) == i, x, 0.0), axis=0, keep_dims=True)
+    return total
+
+
 @triton.jit
 def dot(a, b, acc):
     """``acc + a @ b`` in the canonical order: K front to back, one fp32 accumulator, never TF32.

@@ -25,18 +25,19 @@ class RowOrder(Order):
     """exp(x - max) is summed in chunks of `block` columns, front to back, by `num_warps` warps.
 
     Both are those of vLLM's sampler kernels (1024 columns, Triton's default of 4 warps). The tree inside a chunk
-    follows from them and from the dtype, of which a thread loads 16 bytes at a time: bf16 logits have other bits than
-    the same logits in fp32.
+    follows from them, from the dtype, of which a thread loads 16 bytes at a time (bf16 logits have other bits than the
+    same logits in fp32), and from Triton's `thread_sums`.
     """
 
     block: int = 1024
     num_warps: int = 4
+    thread_sums: str = "sequential"
 
 
 @functools.lru_cache
 def order(problem: Problem, arch: Arch) -> RowOrder:
-    """The order of a softmax row and of its gradient: vLLM's, for every row length and on every architecture."""
-    return RowOrder()
+    """The order of a softmax row and of its gradient: vLLM's, for every row length."""
+    return RowOrder(thread_sums=arch.thread_sums)
 
 
 def order_of(vocab_size: int, dtype: torch.dtype) -> RowOrder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops.core.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast, sum_front_to_back
 
 #: Chunks of one column that lie side by side in the partial sums of dweight: 16 bytes, one load of a thread.
 GROUP = tl.constexpr(4)
@@ -37,7 +37,7 @@ def row_sum(b, CHUNKS: tl.constexpr):
     """Sum of each row of the tile: a tree inside a chunk, the chunks front to back."""
     b_sum = tl.sum(b, axis=1)
     if CHUNKS > 1:
-        b_sum = tl.sum(b_sum, axis=0, keep_dims=True)
+        b_sum = sum_front_to_back(b_sum, CHUNKS)
     return b_sum
 
 

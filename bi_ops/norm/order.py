@@ -27,18 +27,20 @@ class RowOrder(Order):
     """One row is summed in chunks of `block` columns, front to back, by `num_warps` warps.
 
     Both are vLLM's (`rms_norm_batch_invariant`: 1024 columns, Triton's default of 4 warps). The tree inside a chunk
-    follows from them and from the dtype, of which a thread loads 16 bytes at a time. So they are no config.
+    follows from them, from the dtype, of which a thread loads 16 bytes at a time, and from Triton's `thread_sums`. So
+    they are no config.
     """
 
     block: int = 1024
     num_warps: int = 4
+    thread_sums: str = "sequential"
 
     def tile(self, hidden_size: int, held: bool) -> int:
         """Columns of a tile: a whole chunk, or if rows are `held` in registers, as many as a short row needs.
 
         Both have one tree. With fewer columns a row lies in the first threads of those that it would have to itself. A
-        thread adds its elements front to back, lanes then meet at distances 16, 8, ..., 1 and warps at 2, 1; the
-        distances that are gone are those at which the row would have met zeros, which change no bit.
+        thread adds its elements as `thread_sums` says, lanes then meet at distances 16, 8, ..., 1 and warps at 2, 1.
+        The distances that are gone are those at which the row would have met zeros, which change no bit.
         """
         return min(max(next_power_of_2(hidden_size), ALIGNMENT), self.block) if held else self.block
 
@@ -64,8 +66,8 @@ class NormOrder(Order):
 
 @functools.lru_cache
 def order(problem: Problem, arch: Arch) -> NormOrder:
-    """The order of a norm: vLLM's, the same for every row length and on every architecture."""
-    return NormOrder()
+    """The order of a norm: vLLM's, the same for every row length."""
+    return NormOrder(RowOrder(thread_sums=arch.thread_sums))
 
 
 def order_of(hidden_size: int, dtype: torch.dtype) -> NormOrder:

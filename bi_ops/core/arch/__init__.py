@@ -56,6 +56,9 @@ def current() -> Arch:
 def _of_name(name: str) -> Arch:
     import triton
 
+    from bi_ops.core.triton_helpers import thread_sums
+
+    sums = thread_sums(triton.__version__)
     entry = _TABLE.get(name)
     if entry is None:
         reason = f"bi_ops knows no orders of its own for {name} (known: {', '.join(sorted(_TABLE))})"
@@ -63,12 +66,12 @@ def _of_name(name: str) -> Arch:
         releases = ", ".join(entry.triton_releases)
         reason = f"{name}'s kernels were not built with Triton {triton.__version__} (known: {releases})"
     else:
-        return entry
+        return entry if entry.thread_sums == sums else replace(entry, thread_sums=sums)
     warnings.warn(
-        f"bi_ops: {reason}; it takes the portable orders, whose bits differ from {name}'s own in attention's gradients",
+        f"bi_ops: {reason}; it takes the portable orders, whose bits are not {name}'s own",
         stacklevel=2,
     )
-    return replace(PORTABLE, name=name, reason=reason)
+    return replace(PORTABLE, name=name, reason=reason, thread_sums=sums)
 
 
 for _arch in (SM_90, INTERPRETER):

@@ -11,4 +11,5 @@ INTERPRETER = Arch(
     gemm_step=128,  # it rounds to fp32 once per tile step
     reduction_lanes=1024,
     reduction_steps=64,
+    thread_sums="numpy",
 )
