@@ -11,8 +11,9 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install -q -e '.[dev]'
 	touch $@
 
+# Two processes for two cores: more threads in each would wait for one another.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A tiny Qwen3 learns to repeat a symbol, every rollout log-probability compared with training's, bit for bit.
 demo: $(VENV)/.ready

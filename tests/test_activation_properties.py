@@ -11,7 +11,7 @@ from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_var
 from bi_ops.verify.properties import bits_equal
 
 D, M = (200, 300) if runtime.INTERPRET else (6144, 8192)
-RERUNS = 5 if runtime.INTERPRET else 100
+RERUNS = 2 if runtime.INTERPRET else 100
 BACKEND = "aot_eager" if runtime.INTERPRET else "inductor"
 
 
@@ -56,7 +56,7 @@ def with_gradient(x, g):
 
 def test_rows_do_not_depend_on_the_batch(device):
     rows = (randn(M, 2 * D, device=device), randn(M, D, device=device))
-    counts = ((1, 2, 16, 17, 64, 255, 256, 257),) if runtime.INTERPRET else ()
+    counts = ((1, 17, 257),) if runtime.INTERPRET else ()
     assert row_variant(with_gradient, rows, *counts) == []
     assert order_variant(with_gradient, rows, trials=1) == []
 

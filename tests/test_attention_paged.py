@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from sweeps import sweep
 
 from bi_ops import attention
 from bi_ops.core import runtime
@@ -59,8 +60,11 @@ def last_rows(x, lengths):
     return torch.stack([s[-1] for s in x.split(lengths)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("page", PAGES)
+@sweep(
+    ("page", "dtype"),
+    itertools.product(PAGES, DTYPES),
+    [(7, torch.bfloat16), (64, torch.bfloat16), (1, torch.float32)],
+)
 def test_decoded_rows_have_the_bits_of_prefilled_rows(page, dtype, device):
     for head_dim in HEAD_DIMS if dtype == torch.bfloat16 else FEW_HEAD_DIMS:
         q, k, v = make(head_dim, dtype, device)

@@ -12,7 +12,7 @@ from bi_ops.verify import gradient_errors, rerun_variant, row_variant
 from bi_ops.verify.properties import bits_equal
 
 T, V, D = (300, 60, 96) if runtime.INTERPRET else (8192, 2000, 1024)
-RERUNS = 5 if runtime.INTERPRET else 100
+RERUNS = 2 if runtime.INTERPRET else 100
 BACKEND = "aot_eager" if runtime.INTERPRET else "inductor"
 
 
@@ -77,7 +77,7 @@ def test_strided_tables_strided_ids_and_empty_batches(device):
 
 def test_rows_do_not_depend_on_the_batch(device):
     weight, ids = randn(V, D, device=device), torch.randint(0, V, (T,), device=device)
-    counts = ((1, 16, 17, 255, 256, 257),) if runtime.INTERPRET else ()
+    counts = ((1, 17, 257),) if runtime.INTERPRET else ()
     assert row_variant(lambda i: embedding(i, weight, torch.float32), (ids,), *counts) == []
 
 

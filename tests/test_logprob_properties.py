@@ -12,8 +12,8 @@ from bi_ops.verify import ROW_COUNTS, gradient_errors, order_variant, rerun_vari
 
 # On a GPU Qwen3's vocabulary: 8192 rows of it are 2.5 GB, and the sweep holds about six copies.
 V, M = (2100, 300) if runtime.INTERPRET else (151936, 8192)
-COUNTS = (1, 2, 16, 17, 64, 255, 256, 257) if runtime.INTERPRET else ROW_COUNTS
-RERUNS = 5 if runtime.INTERPRET else 100
+COUNTS = (1, 17, 64, 257) if runtime.INTERPRET else ROW_COUNTS
+RERUNS = 2 if runtime.INTERPRET else 100
 
 
 def randn(*shape, dtype=torch.bfloat16, device, scale=3.0):

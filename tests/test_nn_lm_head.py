@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from sweeps import sweep
 
 from bi_ops import logprob, matmul
 from bi_ops.nn.lm_head import linear_token_logprobs
@@ -18,13 +21,16 @@ def inputs(device, dtype, weight_dtype):
     return hidden, weight, torch.randint(V, (T,), device=device), torch.randn(T, device=device)
 
 
-@pytest.mark.parametrize("chunk_rows", [16, 32, 64, 80, None])
-@pytest.mark.parametrize(
-    ("dtype", "weight_dtype"),
-    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@sweep(
+    ("chunk_rows", "dtypes"),
+    itertools.product([16, 32, 64, 80, None], [(BF16, BF16), (BF16, FP32), (FP32, FP32)]),
+    [(16, (BF16, FP32)), (64, (BF16, BF16)), (80, (FP32, FP32)), (None, (BF16, FP32))],
 )
-def test_any_chunk_has_the_bits_of_the_two_operators(device, dtype, weight_dtype, chunk_rows):
-    hidden, weight, ids, g = inputs(device, dtype, weight_dtype)
+def test_any_chunk_has_the_bits_of_the_two_operators(chunk_rows, dtypes, device):
+    hidden, weight, ids, g = inputs(device, *dtypes)
     expected = logprob.token_logprobs(matmul.linear(hidden, weight), ids)
     got = linear_token_logprobs(hidden, weight, ids, chunk_rows=chunk_rows)
     assert bits_equal(got, expected)

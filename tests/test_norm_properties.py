@@ -13,7 +13,7 @@ from bi_ops.norm.order import NormOrder
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 
 N, M = (1100, 300) if runtime.INTERPRET else (2048, 8192)
-RERUNS = 5 if runtime.INTERPRET else 100
+RERUNS = 2 if runtime.INTERPRET else 100
 
 
 def randn(*shape, dtype=torch.bfloat16, device):
@@ -67,7 +67,7 @@ def grad_rows(x, residual, g, weight):
 def test_rows_do_not_depend_on_the_batch(device):
     weight = randn(N, device=device)
     rows = tuple(randn(M, N, device=device) for _ in range(3))
-    counts = (1, 2, 16, 17, 64, 255, 256, 257) if runtime.INTERPRET else None
+    counts = (1, 17, 257) if runtime.INTERPRET else None
     args = () if counts is None else (counts,)
     assert row_variant(lambda x, r, g: grad_rows(x, r, g, weight), rows, *args) == []
     assert order_variant(lambda x, r, g: grad_rows(x, r, g, weight), rows, trials=1) == []

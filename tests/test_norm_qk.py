@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from sweeps import sweep
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +18,7 @@ from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_var
 from bi_ops.verify.properties import bits_equal
 
 T, HQ, HK, D = (300, 2, 1, 32) if runtime.INTERPRET else (8192, 16, 8, 128)
-RERUNS = 5 if runtime.INTERPRET else 100
+RERUNS = 2 if runtime.INTERPRET else 100
 BACKEND = "aot_eager" if runtime.INTERPRET else "inductor"
 P = 512
 
@@ -63,10 +66,13 @@ def all_equal(some, others):
 
 
 @pytest.mark.parametrize("t", [1, 37] if runtime.INTERPRET else [1, 2, 15, 16, 17, 127, 129, 1000, 8192])
-@pytest.mark.parametrize(("hq", "hk", "d"), HEADS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_bits_are_those_of_the_norm_and_then_the_rotation(t, hq, hk, d, dtype, device):
-    given, g = inputs(t, hq, hk, d, device, dtype)
+@sweep(
+    ("heads", "dtype"),
+    itertools.product(HEADS, [torch.bfloat16, torch.float32]),
+    [*((heads, torch.bfloat16) for heads in HEADS), (HEADS[0], torch.float32)],
+)
+def test_the_bits_are_those_of_the_norm_and_then_the_rotation(t, heads, dtype, device):
+    given, g = inputs(t, *heads, device, dtype)
     assert all_equal(with_gradients(qk_norm_rope, given, g), with_gradients(composed, given, g))
 
 
@@ -163,7 +169,7 @@ def rows_of(given, g):
 
 def test_tokens_do_not_depend_on_the_batch(device):
     run, rows = rows_of(*inputs(T, HQ, HK, D, device))
-    counts = ((1, 2, 16, 17, 64, 255, 256, 257),) if runtime.INTERPRET else ()
+    counts = ((1, 17, 257),) if runtime.INTERPRET else ()
     assert row_variant(run, rows, *counts) == []
     assert order_variant(run, rows, trials=1) == []
 

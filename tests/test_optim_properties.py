@@ -19,7 +19,7 @@ SHAPES = ((300, 256), (128,), (2, 5000), (1, 9002), (33, 3, 4), (), (0, 4), (100
 if not runtime.INTERPRET:
     SHAPES += ((4096, 1024), (1024, 12288), (70000, 96))
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-RERUNS = 3 if runtime.INTERPRET else 50
+RERUNS = 2 if runtime.INTERPRET else 50
 
 
 def gradients(device, shapes=SHAPES):

@@ -13,7 +13,7 @@ from bi_ops.reduction.config import SumConfig
 from bi_ops.verify import ROW_COUNTS, gradient_errors, order_variant, rerun_variant, row_variant
 
 N, M = (1500, 300) if runtime.INTERPRET else (20_000, 8192)
-RERUNS = 5 if runtime.INTERPRET else 100
+RERUNS = 2 if runtime.INTERPRET else 100
 LONG = 3 * order_of(1).span + 17  # several spans
 
 
@@ -57,7 +57,7 @@ def test_several_spans_match_fp64(device):
 
 def test_a_sum_does_not_depend_on_the_others(device):
     x = randn(M, N, dtype=torch.float32, device=device)
-    counts = (1, 2, 16, 17, 255, 256, 257) if runtime.INTERPRET else ROW_COUNTS
+    counts = (1, 17, 257) if runtime.INTERPRET else ROW_COUNTS
     assert row_variant(lambda x: (reduction.sum(x, 1), reduction.mean(x, 1)), (x,), counts) == []
     assert order_variant(lambda x: reduction.sum(x, 1), (x,), trials=1) == []
 

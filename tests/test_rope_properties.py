@@ -11,7 +11,7 @@ from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_var
 from bi_ops.verify.properties import bits_equal
 
 T, H, D = (300, 3, 64) if runtime.INTERPRET else (8192, 16, 128)
-RERUNS = 5 if runtime.INTERPRET else 100
+RERUNS = 2 if runtime.INTERPRET else 100
 BACKEND = "aot_eager" if runtime.INTERPRET else "inductor"
 P = 512
 
@@ -81,7 +81,7 @@ def with_gradient(x, positions, g, cos_sin):
 def test_rows_do_not_depend_on_the_batch(device):
     cos_sin = cache(D, torch.bfloat16, device)
     rows = (randn(T, H, D, device=device), torch.randint(0, P, (T,), device=device), randn(T, H, D, device=device))
-    counts = ((1, 2, 16, 17, 64, 255, 256, 257),) if runtime.INTERPRET else ()
+    counts = ((1, 17, 257),) if runtime.INTERPRET else ()
     assert row_variant(lambda *r: with_gradient(*r, cos_sin), rows, *counts) == []
     assert order_variant(lambda *r: with_gradient(*r, cos_sin), rows, trials=1) == []
 

@@ -1,0 +1,443 @@
+"""The table of operators and their doors, for test_one_result.py.
+
+Doors: the function of bi_ops, the layer of bi_ops.nn, torch's function and torch's layer under the mode, torch.compile
+of bi_ops' function, and main_grad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from bi_ops import (
+    activation,
+    attention,
+    embedding,
+    logprob,
+    matmul,
+    nn,
+    norm,
+    reduction,
+    rope,
+)
+from bi_ops.mode.served import SERVED
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows [*lead, k], of a matrix with n columns. strided: inputs are views, of other memory layouts."""
+
+    lead: tuple[int, ...]
+    k: int
+    n: int
+    strided: bool = False
+
+    @property
+    def rows(self) -> int:
+        return torch.Size(self.lead).numel()
+
+
+SHAPES = {
+    "row": Shape((1,), 16, 8),
+    "rows": Shape((37,), 48, 33),
+    "batch": Shape((2, 17), 160, 24),
+    "strided": Shape((3, 19), 64, 40, strided=True),
+}
+
+
+class Make:
+    """Inputs of one shape and dtype."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.generator = torch.Generator().manual_seed(7)
+
+    def randn(self, *size: int) -> Tensor:
+        """If strided, every second column of a larger tensor whose first two axes are swapped in memory."""
+        wide = (*size[:-1], 2 * size[-1]) if self.shape.strided else size
+        t = torch.randn(wide, generator=self.generator).to(self.device, self.dtype)
+        if not self.shape.strided:
+            return t
+        return t.transpose(0, 1).contiguous().transpose(0, 1)[..., ::2] if t.ndim > 2 else t[..., ::2]
+
+    def ints(self, high: int, *size: int) -> Tensor:
+        return torch.randint(high, size, generator=self.generator).to(self.device)
+
+    def x(self) -> Tensor:
+        return self.randn(*self.shape.lead, self.shape.k)
+
+    def matrix(self) -> Tensor:
+        return self.randn(self.shape.rows, self.shape.k)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator, and the doors to it.
+
+    inputs: the tensors, by name; floating-point ones get a gradient. doors: "bi_ops..." functions of these, "torch..."
+    the same under the mode, `layer ...` functions that call a layer of bi_ops.nn. The first is what the others are
+    compared with. main_grad: takes the inputs and a buffer for each name in `buffers`. serves: aten operators that the
+    doors come through, without overloads.
+    """
+
+    inputs: Callable[[Make], Mapping[str, Tensor]]
+    doors: Mapping[str, Callable[..., Any]]
+    main_grad: Callable[..., Any] | None = None
+    buffers: tuple[str, ...] = ()
+    serves: frozenset[str] = frozenset()
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    compiled: bool = True
+
+
+def names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def layer(make: Callable[..., torch.nn.Module], *parameters: str) -> Callable[..., Tensor]:
+    """A door through a layer that takes the first input; the others are its parameters of these names."""
+
+    def call(x: Tensor, *given: Tensor) -> Tensor:
+        return functional_call(make(x, *given), dict(zip(parameters, given, strict=True)), (x,))
+
+    return call
+
+
+def linear_layer(kind):
+    def make(x, weight, bias=None):
+        return kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+
+    return make
+
+
+def norm_layer(kind):
+    return lambda x, weight: kind(weight.shape[0], EPS, device="meta")
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """What the mode serves aten::_fused_rms_norm with. On the CPU torch takes that operator apart before the mode."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        y, rstd = SERVED[aten._fused_rms_norm.default](x, list(x.shape[-1:]), weight, EPS)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, rstd = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad)
+        return SERVED[aten._fused_rms_norm_backward.default](g, x, list(x.shape[-1:]), rstd, weight, needed)
+
+
+def embed(kind, padding_idx):
+    def call(ids, weight):
+        module = kind(*weight.shape, padding_idx=padding_idx, device="meta")
+        return functional_call(module, {"weight": weight}, (ids,))
+
+    return call
+
+
+def gemm_inputs(m: Make) -> dict[str, Tensor]:
+    return {"a": m.matrix(), "b": m.randn(m.shape.k, m.shape.n)}
+
+
+def linear_inputs(m: Make) -> dict[str, Tensor]:
+    return {"x": m.x(), "weight": m.randn(m.shape.n, m.shape.k), "bias": m.randn(m.shape.n)}
+
+
+def without(name: str, inputs: Callable[[Make], Mapping[str, Tensor]]) -> Callable[[Make], Mapping[str, Tensor]]:
+    return lambda m: {k: t for k, t in inputs(m).items() if k != name}
+
+
+def addmm(**scales: float) -> Operator:
+    return Operator(
+        lambda m: {"bias": m.randn(m.shape.n), **gemm_inputs(m)},
+        {
+            "bi_ops.matmul.addmm": lambda bias, a, b: matmul.addmm(bias, a, b, **scales),
+            "torch.addmm": lambda bias, a, b: torch.addmm(bias, a, b, **scales),
+            "torch.Tensor.addmm": lambda bias, a, b: bias.addmm(a, b, **scales),
+            **(
+                {}
+                if scales
+                else {
+                    "bi_ops.matmul.mm": lambda bias, a, b: matmul.mm(a, b, bias),
+                    "bi_ops.matmul.linear": lambda bias, a, b: matmul.linear(a, b.t(), bias),
+                    "torch.nn.functional.linear": lambda bias, a, b: F.linear(a, b.t(), bias),
+                }
+            ),
+        },
+        serves=names("addmm mm"),
+    )
+
+
+def softmax(name: str, dim: int = -1, dtype: torch.dtype | None = None) -> Operator:
+    ours, functional = getattr(logprob, name), getattr(F, name)
+    torchs, method, special = getattr(torch, name), getattr(Tensor, name), getattr(torch.special, name)
+    module = {"softmax": torch.nn.Softmax, "log_softmax": torch.nn.LogSoftmax}[name]
+    doors = {
+        f"bi_ops.logprob.{name}": lambda x: ours(x.movedim(dim, -1), dtype).movedim(-1, dim),
+        f"torch.nn.functional.{name}": lambda x: functional(x, dim, dtype=dtype),
+        f"torch.{name}": lambda x: torchs(x, dim, dtype),
+        f"torch.Tensor.{name}": lambda x: method(x, dim, dtype),
+        f"torch.special.{name}": lambda x: special(x, dim, dtype=dtype),
+        f"torch.ops.aten._{name}": lambda x: getattr(aten, f"_{name}")(x, dim, dtype is not None and dtype != x.dtype),
+    }
+    if dtype is None:
+        doors["torch layer"] = lambda x: module(dim)(x)
+    shapes = tuple(SHAPES) if dim == -1 and dtype is None else ("rows", "strided")
+    return Operator(lambda m: {"x": m.x()}, doors, serves=names(f"_{name} _{name}_backward_data"), shapes=shapes)
+
+
+def reduced(name: str, dim: Any, dtype: torch.dtype | None = None) -> Operator:
+    ours, torchs, method = getattr(reduction, name), getattr(torch, name), getattr(Tensor, name)
+    axes = {} if dim is None else {"dim": dim}
+    return Operator(
+        lambda m: {"x": m.randn(*m.shape.lead, 1200)},
+        {
+            f"bi_ops.reduction.{name}": lambda x: ours(x, dim, dtype=dtype),
+            f"torch.{name}": lambda x: torchs(x, **axes, dtype=dtype),
+            f"torch.Tensor.{name}": lambda x: method(x, **axes, dtype=dtype),
+        },
+        serves=names(name),
+    )
+
+
+def looked_up(padding_idx: int | None) -> Operator:
+    pad = -1 if padding_idx is None else padding_idx
+    return Operator(
+        lambda m: {"ids": m.ints(11, *m.shape.lead), "weight": m.randn(11, m.shape.n)},
+        {
+            "bi_ops.embedding.embedding": lambda ids, weight: embedding.embedding(ids, weight, padding_idx=pad),
+            "bi_ops.nn.Embedding": embed(nn.Embedding, padding_idx),
+            "torch.nn.functional.embedding": lambda ids, weight: F.embedding(ids, weight, padding_idx),
+            "torch layer": embed(torch.nn.Embedding, padding_idx),
+        },
+        lambda ids, weight, main: embedding.embedding(ids, weight, padding_idx=pad, main_grad=main),
+        ("weight",),
+        serves=names("embedding_dense_backward"),
+    )
+
+
+def per_head(m: Make, n_heads: int) -> Tensor:
+    return m.randn(m.shape.rows, n_heads, 16)
+
+
+def attended(causal: bool, n_kv_heads: int) -> Operator:
+    batch, length, heads, dim = 2, 19, 4, 16
+
+    def inputs(m: Make) -> dict[str, Tensor]:
+        return {n: m.randn(batch, h, length, dim) for n, h in (("q", heads), ("k", n_kv_heads), ("v", n_kv_heads))}
+
+    def packed(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).reshape(batch * length, -1, dim)
+
+    def starts(q: Tensor) -> Tensor:
+        return torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
+
+    def unpacked(t: Tensor) -> Tensor:
+        return t.view(batch, length, heads, dim).transpose(1, 2)
+
+    def ours(q, k, v):
+        return unpacked(
+            attention.flash_attention(packed(q), packed(k), packed(v), starts(q), max_seqlen=length, causal=causal)
+        )
+
+    def layered(q, k, v):
+        module = nn.Attention(heads, dim, n_kv_heads, causal)
+        return unpacked(module(packed(q), packed(k), packed(v), starts(q), length))
+
+    return Operator(
+        inputs,
+        {
+            "bi_ops.attention.flash_attention": ours,
+            "bi_ops.nn.Attention": layered,
+            "torch.nn.functional.scaled_dot_product_attention": lambda q, k, v: F.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, enable_gqa=True
+            ),
+        },
+        shapes=("rows", "strided"),
+    )
+
+
+def rotated(call: Callable[..., Any], tokens: Tensor, *rest: Any, **more: Any) -> Any:
+    positions = torch.arange(len(tokens), device=tokens.device) % 7
+    return call(tokens, *rest, positions=positions, cos_sin=rope.cos_sin_cache(16, 8, device=tokens.device), **more)
+
+
+OPERATORS: dict[str, Operator] = {
+    "mm": Operator(
+        gemm_inputs,
+        {
+            "bi_ops.matmul.mm": matmul.mm,
+            "bi_ops.matmul.matmul": matmul.matmul,
+            "torch.mm": torch.mm,
+            "torch.Tensor.mm": lambda a, b: a.mm(b),
+            "torch.matmul": torch.matmul,
+            "torch.Tensor.matmul": lambda a, b: a @ b,
+            "torch.linalg.matmul": torch.linalg.matmul,
+        },
+        serves=names("mm"),
+    ),
+    "addmm": addmm(),
+    "addmm, scaled": addmm(beta=0.5, alpha=-2.0),
+    "addmm, no bias": addmm(beta=0, alpha=3.0),
+    "addmm, a matrix as bias": Operator(
+        lambda m: {"bias": m.randn(m.shape.rows, m.shape.n), **gemm_inputs(m)},
+        {"bi_ops.matmul.addmm": matmul.addmm, "torch.addmm": torch.addmm},
+    ),
+    "linear": Operator(
+        linear_inputs,
+        {
+            "bi_ops.matmul.linear": matmul.linear,
+            "bi_ops.nn.Linear": layer(linear_layer(nn.Linear), "weight", "bias"),
+            "torch.nn.functional.linear": F.linear,
+            "torch layer": layer(linear_layer(torch.nn.Linear), "weight", "bias"),
+        },
+        matmul.linear,
+        ("weight",),
+        serves=names("mm addmm"),
+    ),
+    "linear, no bias": Operator(
+        without("bias", linear_inputs),
+        {
+            "bi_ops.matmul.linear": matmul.linear,
+            "bi_ops.matmul.matmul": lambda x, weight: matmul.matmul(x, weight.t()),
+            "bi_ops.nn.Linear": layer(linear_layer(nn.Linear), "weight"),
+            "torch.nn.functional.linear": F.linear,
+            "torch.Tensor.matmul": lambda x, weight: x @ weight.t(),
+            "torch layer": layer(linear_layer(torch.nn.Linear), "weight"),
+        },
+        lambda x, weight, main: matmul.linear(x, weight, main_grad=main),
+        ("weight",),
+    ),
+    "bmm": Operator(
+        lambda m: {"a": m.randn(3, m.shape.rows, m.shape.k), "b": m.randn(3, m.shape.k, m.shape.n)},
+        {
+            "bi_ops.matmul.bmm": matmul.bmm,
+            "bi_ops.matmul.matmul": matmul.matmul,
+            "torch.bmm": torch.bmm,
+            "torch.matmul": torch.matmul,
+        },
+        serves=names("bmm"),
+    ),
+    "a matrix and a vector": Operator(
+        lambda m: {"a": m.matrix(), "b": m.randn(m.shape.k)},
+        {
+            "bi_ops.matmul.matmul": matmul.matmul,
+            "torch.matmul": torch.matmul,
+            "torch.Tensor.matmul": lambda a, b: a @ b,
+        },
+    ),
+    "rms_norm": Operator(
+        lambda m: {"x": m.x(), "weight": m.randn(m.shape.k)},
+        {
+            "bi_ops.norm.rms_norm": lambda x, weight: norm.rms_norm(x, weight, EPS),
+            "bi_ops.nn.RMSNorm": layer(norm_layer(nn.RMSNorm), "weight"),
+            "torch.nn.functional.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
+            "torch.rms_norm": lambda x, weight: torch.rms_norm(x, weight.shape, weight, EPS),
+            "the operator served below autograd": FusedRMSNorm.apply,
+            "torch layer": layer(norm_layer(torch.nn.RMSNorm), "weight"),
+        },
+        lambda x, weight, main: norm.rms_norm(x, weight, EPS, main),
+        ("weight",),
+        serves=names("_fused_rms_norm _fused_rms_norm_backward"),
+    ),
+    "rms_norm, no weight": Operator(
+        lambda m: {"x": m.x()},
+        {
+            "bi_ops.norm.rms_norm": lambda x: norm.rms_norm(x, None, EPS),
+            "torch.nn.functional.rms_norm": lambda x: F.rms_norm(x, x.shape[-1:], None, EPS),
+            "the operator served below autograd": lambda x: FusedRMSNorm.apply(x, None),
+        },
+    ),
+    "add_rms_norm": Operator(
+        lambda m: {"x": m.x(), "residual": m.x(), "weight": m.randn(m.shape.k)},
+        {"bi_ops.norm.add_rms_norm": lambda x, residual, weight: norm.add_rms_norm(x, residual, weight, EPS)},
+        lambda x, residual, weight, main: norm.add_rms_norm(x, residual, weight, EPS, main),
+        ("weight",),
+    ),
+    "qk_norm_rope": Operator(
+        lambda m: {"qkv": m.randn(m.shape.rows, 5 * 16), "q_weight": m.randn(16), "k_weight": m.randn(16)},
+        {"bi_ops.norm.qk_norm_rope": lambda *given: rotated(norm.qk_norm_rope, *given, num_heads=3)},
+        lambda qkv, q_weight, k_weight, q_main, k_main: rotated(
+            *(norm.qk_norm_rope, qkv, q_weight, k_weight), num_heads=3, q_main_grad=q_main, k_main_grad=k_main
+        ),
+        ("q_weight", "k_weight"),
+    ),
+    "silu_and_mul": Operator(
+        lambda m: {"x": m.x()},
+        {
+            "bi_ops.activation.silu_and_mul": activation.silu_and_mul,
+            "bi_ops.nn.SiluAndMul": lambda x: nn.SiluAndMul()(x),
+        },
+    ),
+    "apply_rope": Operator(
+        lambda m: {"x": per_head(m, 3)}, {"bi_ops.rope.apply_rope": lambda x: rotated(rope.apply_rope, x)}
+    ),
+    "embedding": looked_up(None),
+    "embedding, padded": looked_up(2),
+    "embedding_backward": Operator(
+        lambda m: {"grad": m.x(), "ids": m.ints(5, *m.shape.lead)},
+        {
+            "bi_ops.embedding.embedding_backward": lambda grad, ids: embedding.embedding_backward(
+                grad.detach(), ids, 5, dtype=grad.dtype
+            ),
+            "torch.ops.aten.embedding_dense_backward": lambda grad, ids: aten.embedding_dense_backward(
+                grad.detach(), ids, 5, -1, False
+            ),
+        },
+        compiled=False,
+    ),
+    "softmax": softmax("softmax"),
+    "softmax, along the first axis": softmax("softmax", dim=0),
+    "softmax, in fp32": softmax("softmax", dtype=torch.float32),
+    "log_softmax": softmax("log_softmax"),
+    "log_softmax, along the first axis": softmax("log_softmax", dim=0),
+    "log_softmax, in fp32": softmax("log_softmax", dtype=torch.float32),
+    "token_logprobs": Operator(
+        lambda m: {"logits": m.matrix(), "ids": m.ints(m.shape.k, m.shape.rows)},
+        {"bi_ops.logprob.token_logprobs": logprob.token_logprobs},
+    ),
+    "sum": reduced("sum", -1),
+    "sum of everything": reduced("sum", None),
+    "sum over rows, in fp32": reduced("sum", 0, torch.float32),
+    "mean": reduced("mean", -1),
+    "mean of everything": reduced("mean", None),
+    "mean over rows, in fp32": reduced("mean", (0,), torch.float32),
+    "attention": attended(causal=True, n_kv_heads=2),
+    "attention, not causal": attended(causal=False, n_kv_heads=4),
+}
+
+#: Public functions with no other door, and why.
+ONE_DOOR_FUNCTIONS = {
+    "matmul.accumulate_weight_grad": "what linear's main_grad calls",
+    "attention.paged_attention": "decoding: no gradient; compared with flash_attention in test_attention_paged.py",
+    "attention.check_cu_seqlens": "a check",
+    "rope.cos_sin_cache": "a table of constants",
+    **{f"{name}.order_of": "a value" for name in ("activation", "embedding", "logprob", "norm", "reduction", "rope")},
+    "matmul.order_of": "a value",
+    "matmul.backend_of": "a name",
+    "matmul.warmup": "compiles and compares",
+    **{
+        f"optim.{name}": "bi_ops's own; against torch in test_optim_properties.py"
+        for name in ("clip_grad_norm_", "clip_scale", "global_norm", "norm_of_row_sums", "row_sums")
+    },
+    "attention.order_of": "a value",
+}
+
+#: Aten operators that bi_ops has no function of: the mode alone computes them.
+ONE_DOOR_ATEN = names(
+    """
+    mv dot vdot addmv baddbmm logsumexp index_put index_add scatter_add nll_loss_forward nll_loss_backward mse_loss
+    smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits
+    """
+)
