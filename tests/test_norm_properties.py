@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from sweeps import sweep
 
 from bi_ops import norm
 from bi_ops.core import rows, runtime
@@ -12,6 +15,7 @@ from bi_ops.norm.config import BackwardConfig, RowConfig, TokenConfig, backward_
 from bi_ops.norm.order import NormOrder
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 N, M = (1100, 300) if runtime.INTERPRET else (2048, 8192)
 RERUNS = 2 if runtime.INTERPRET else 100
 
@@ -20,8 +24,11 @@ def randn(*shape, dtype=torch.bfloat16, device):
     return torch.randn(*shape, device=device).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(7, 40), (3, 5, 2, 16), (300, 1100), (1, 1)])
+@sweep(
+    ("shape", "dtype"),
+    itertools.product([(7, 40), (3, 5, 2, 16), (300, 1100), (1, 1)], [BF16, FP16, FP32]),
+    [((7, 40), FP32), ((3, 5, 2, 16), FP16), ((3, 5, 2, 16), FP32), ((300, 1100), BF16), ((1, 1), BF16)],
+)
 def test_gradients_match_fp64(dtype, shape, device):
     x, weight = randn(*shape, dtype=dtype, device=device), randn(shape[-1], dtype=dtype, device=device)
     residual = randn(*shape, dtype=dtype, device=device)
@@ -137,8 +144,7 @@ def heads_of(fused, n_heads, size):
     return fused[:, size : (n_heads + 1) * size].unflatten(1, (n_heads, size))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("n_heads", "size"), [(3, 48), (8, 128)])
+@sweep(("n_heads", "size", "dtype"), [(*s, d) for s in ((3, 48), (8, 128)) for d in (BF16, FP32)], [(3, 48, BF16)])
 def test_heads_of_a_fused_projection_are_read_where_they_are(n_heads, size, dtype, device, monkeypatch):
     """Any of x, residual and the gradients may lie in one: the bits of contiguous copies, and no copy is made."""
     fused = [randn(37, (n_heads + 3) * size, dtype=dtype, device=device) for _ in range(4)]
@@ -192,8 +198,7 @@ COUNTS, SIZES = (
 GPU_SHAPES = [] if runtime.INTERPRET else [(8192, 16, 128), (8192, 2048), (8192, 2560), (4096, 4096), (1000, 1024)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("n", SIZES)
+@sweep(("n", "dtype"), itertools.product(SIZES, [BF16, FP32]), [(40, BF16), (128, BF16), (1100, FP32)])
 def test_the_config_of_a_row_changes_no_bit(n, dtype, device):
     """One row a program, read twice, against the config of this size and other tiles of short rows."""
     weight = torch.randn(n, device=device)
@@ -216,8 +221,11 @@ def test_a_held_row_has_the_bits_of_one_that_is_read_twice(device):
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(37, 3, 48), (70, 128), (50, 1008), (2, 16), *GPU_SHAPES])
+@sweep(
+    ("shape", "dtype"),
+    itertools.product([(37, 3, 48), (70, 128), (50, 1008), (2, 16), *GPU_SHAPES], [BF16, FP32]),
+    [((37, 3, 48), BF16), ((70, 128), FP32), ((50, 1008), BF16)],
+)
 def test_a_backward_in_one_pass_has_the_bits_of_two(shape, dtype, device, monkeypatch):
     weight = torch.randn(shape[-1], device=device)
     tensors = [randn(*shape, dtype=dtype, device=device) for _ in range(4)]
