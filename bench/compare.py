@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def gemm_cells() -> Iterator[Cell]:
         copies = max(1, min(16, math.ceil(COLD / (2 * n * k))))
         weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16).t() for _ in range(copies)]
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        return [lambda w=w: bi_ops.matmul.mm(x, w) for w in weights]
+        return [partial(bi_ops.matmul.mm, x, w) for w in weights]
 
     def wgrad(t: int, n: int, k: int) -> list[Callable[[], object]]:
         g, x = (torch.randn(t, d, device="cuda", dtype=torch.bfloat16) for d in (n, k))
@@ -59,10 +60,10 @@ def gemm_cells() -> Iterator[Cell]:
     for model in ("0.6B", "1.7B", "4B", "8B"):
         for name, n, k in products(model):
             for m in ROWS:
-                yield f"gemm {model} {name} {m}", lambda m=m, n=n, k=k: forward(m, n, k)
+                yield f"gemm {model} {name} {m}", partial(forward, m, n, k)
             if name != "lm_head":
-                yield f"linear {model} {name} 8192", lambda n=n, k=k: backward(8192, n, k)
-                yield f"wgrad {model} {name} 8192", lambda n=n, k=k: wgrad(8192, n, k)
+                yield f"linear {model} {name} 8192", partial(backward, 8192, n, k)
+                yield f"wgrad {model} {name} 8192", partial(wgrad, 8192, n, k)
 
 
 def attention_cells() -> Iterator[Cell]:
@@ -86,19 +87,20 @@ def attention_cells() -> Iterator[Cell]:
 
     def decode(d: int, batch: int, context: int) -> list[Callable[[], object]]:
         heads, pages = 4096 // d, batch * (context // 16)
-        caches = [torch.randn(pages, 16, heads // 8, d, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        shape = (2, pages, 16, heads // 8, d)
+        k_cache, v_cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
         table = torch.randperm(pages, device="cuda").int().view(batch, -1)
         q = torch.randn(batch, heads, d, device="cuda", dtype=torch.bfloat16)
         cu = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
         lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-        return [lambda: paged_attention(q, *caches, table, cu, lengths, max_seqlen_q=1)]
+        return [lambda: paged_attention(q, k_cache, v_cache, table, cu, lengths, max_seqlen_q=1)]
 
     for d in HEAD_DIMS:
         for s in SEQLENS:
             for passes in ("fwd", "bwd"):
-                yield f"attention {d} {s} {passes}", lambda d=d, s=s, p=passes: training(d, s, p)
+                yield f"attention {d} {s} {passes}", partial(training, d, s, passes)
         for batch in (1, 8, 64):
-            yield f"attention {d} decode {batch}", lambda d=d, b=batch: decode(d, b, 8192)
+            yield f"attention {d} decode {batch}", partial(decode, d, batch, 8192)
 
 
 def chosen(cells: Iterator[Cell], every: int) -> list[Cell]:

@@ -29,7 +29,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from record import provenance, write_csv
 
@@ -51,7 +53,7 @@ MODELS = {
 }
 BANDWIDTH = 3.35e12  # bytes/s of an H100; of an H200 4.8e12
 BYTES = {"norm": 4, "clip": 12, "adamw": 28, "adamw, copy, zero": 34, "step": 32}
-HYPER = {"lr": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+HYPER: dict[str, Any] = {"lr": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 MAX_NORM = 1.0
 REPEATS = 9
 SPARE = 2 << 30  # bytes that are left free
@@ -101,7 +103,7 @@ class Setup:
         for p, g in zip(self.params, self.grads, strict=True):
             p.grad = g
         self.copies = flat(model, torch.bfloat16, device) if copies else []
-        of = dict(zip(self.params, self.copies, strict=False))
+        of: dict[torch.Tensor, torch.Tensor] = dict(zip(self.params, self.copies, strict=False))
         self.ours = optim.AdamW(self.params, **HYPER)
         self.with_copies = optim.AdamW(self.params, bf16_copies=of, **HYPER)
         self.torch = torch.optim.AdamW(self.params, fused=True, **HYPER)
@@ -141,7 +143,7 @@ class Setup:
     @torch.no_grad()
     def torch_copy_zero(self) -> None:
         self.torch.step()
-        torch._foreach_copy_(self.copies, self.params)
+        torch._foreach_copy_(self.copies, list[torch.Tensor](self.params))
         torch._foreach_zero_(self.grads)
 
 
@@ -238,7 +240,7 @@ def bits(device: torch.device) -> dict[str, bool]:
                 (mine.state[p]["exp_avg_sq"], other.state[q]["exp_avg_sq"]),
             )
         )
-    grads = [p.grad for p in ours]
+    grads = [p.grad for p in ours if p.grad is not None]
     norm = optim.global_norm(grads)
     found["norm_reruns_equal"] = all(torch.equal(optim.global_norm(grads), norm) for _ in range(5))
     sums = optim.row_sums(grads)
@@ -268,7 +270,7 @@ def sweep(model: str, device: torch.device, bandwidth: float) -> Iterator[dict[s
     for spans, warps in ((4, 4), (8, 4), (8, 8), (16, 8), (16, 16), (32, 16)):
         how = chosen._replace(rows=spans, num_warps=warps)
         equal = torch.equal(ops.launch_norm(setup.grads, config=how), expected)
-        yield row("norm", how, lambda how=how: ops.launch_norm(setup.grads, config=how), equal)
+        yield row("norm", how, partial(ops.launch_norm, setup.grads, config=how), equal)
     hyper = adamw.Hyper.of(HYPER, 10)
     zipped = zip(setup.params, setup.grads, strict=True)
     tensors = [
@@ -277,12 +279,8 @@ def sweep(model: str, device: torch.device, bandwidth: float) -> Iterator[dict[s
     for block, blocks, warps in itertools.product((512, 1024, 2048), (1, 2, 4, 8), (4, 8)):
         if block // warps not in (128, 256):  # elements of a warp: 4 or 8 a thread
             continue
-        how = config.ElementwiseConfig(block, blocks, warps)
-
-        def call(how: config.ElementwiseConfig = how) -> None:
-            adamw.launch_adamw(tensors[0].p, tensors, hyper, None, False, how)
-
-        yield row("adamw", how, call, "")
+        tile = config.ElementwiseConfig(block, blocks, warps)
+        yield row("adamw", tile, partial(adamw.launch_adamw, tensors[0].p, tensors, hyper, None, False, tile), "")
 
 
 def main() -> int:

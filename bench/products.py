@@ -104,12 +104,12 @@ def forward_rows(model: str, pool: torch.Tensor, sizes: tuple[int, ...]) -> Iter
         for m in sizes:
             x = x_all[:m].clone()
             calls = max(copies, 2 if m * n * k > 1 << 38 else 6)
-            sides = {
-                "cublas": [lambda x=x, w=weights[i % copies]: torch.mm(x, w) for i in range(calls)],
-                "ours": [lambda x=x, w=weights[i % copies]: gemm(x, w) for i in range(calls)],
+            sides: dict[str, list[Callable[[], object]]] = {
+                "cublas": [partial(torch.mm, x, weights[i % copies]) for i in range(calls)],
+                "ours": [partial(gemm, x, weights[i % copies]) for i in range(calls)],
             }
             if vllm is not None:
-                sides["vllm"] = [lambda x=x, w=weights[i % copies]: vllm(x, w) for i in range(min(calls, 8))]
+                sides["vllm"] = [partial(vllm, x, weights[i % copies]) for i in range(min(calls, 8))]
             us = times(sides, 3 if m * n * k > 1 << 38 else 7)
             ours = gemm(x, weights[0])
             yield {
@@ -142,7 +142,7 @@ def backward_rows(model: str, pool: torch.Tensor, tokens: int) -> Iterator[dict[
         g, x = (torch.randn(tokens, d, device="cuda").bfloat16() for d in (n, k))
         buffer = torch.zeros(n, k, device="cuda")
         half = tokens // 2
-        sides = {
+        sides: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "dx": (partial(torch.mm, g, weight), partial(gemm, g, weight)),
             "dw": (partial(torch.mm, g.t(), x), partial(gemm, g.t(), x, None, None, "k")),
             "dw_fp32": (partial(torch.mm, g.t(), x), partial(launch_wgrad, g, x, buffer)),

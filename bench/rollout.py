@@ -149,7 +149,8 @@ def main() -> int:
     parser.add_argument("--one", nargs=2, metavar=("MODE", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(*args.one, args.batches, args.rounds)))
+        mode, model = args.one
+        print(json.dumps(measure(mode, model, args.batches, args.rounds)))
         return 0
     record = provenance(args.commit)
     release = dict(record["versions"])["vllm"]  # type: ignore[call-overload]

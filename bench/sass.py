@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,7 +107,9 @@ def forward_launches() -> Iterator[Launch]:
     def launch(head_dim, causal, lengths, dtype=BF16, hkv=8, other="", **changes):
         q, k, cu = _packed(256, 32, head_dim, dtype), _packed(256, hkv, head_dim, dtype), _starts(128, 256)
         order = _order(head_dim, dtype).forward
-        chosen = replace(config.gluon_forward(4096, head_dim, dtype, order, SM_90), **changes)
+        served = config.gluon_forward(4096, head_dim, dtype, order, SM_90)
+        assert served is not None
+        chosen = replace(served, **changes)
         lse = torch.zeros((32, 256))
         name = _text(head_dim=head_dim, causal=causal, lengths=lengths, dtype=dtype, kv_heads=hkv)
         longest = LENGTHS[lengths]
@@ -133,6 +136,7 @@ def decode_launches() -> Iterator[Launch]:
         pairs = 33 if ctas_per_sm == 1 else 160  # on 132 SMs
         order = _order(head_dim, dtype).forward
         chosen = config.gluon_decode(4, pairs, head_dim, dtype, order, SM_90, 132)
+        assert chosen is not None
         assert chosen.ctas_per_sm == ctas_per_sm
         table, lengths = torch.zeros((4, 2), dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
         cu = _starts(1, 2, 3, 4)
@@ -229,7 +233,7 @@ LAUNCHES = {
 # what they compile
 
 
-def compiled(launch: Callable[[], object]) -> tuple[object, str]:
+def compiled(launch: Callable[[], object]) -> tuple[Any, str]:
     """(the Gluon kernel that a launch compiles, what ptxas says of it)"""
     kernels, run, log = [], JITFunction.run, io.StringIO()
 
@@ -270,7 +274,7 @@ def measured(name: str, variant: str, kernel, log: str) -> tuple[Row, str]:
 def read(path: Path) -> list[Row]:
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    kinds = {f.name: int if f.type == "int" else str for f in fields(Row)}
+    kinds: dict[str, Any] = {f.name: int if f.type == "int" else str for f in fields(Row)}
     return [Row(**{name: kinds[name](value) for name, value in row.items()}) for row in rows]
 
 

@@ -231,7 +231,8 @@ def main() -> int:
     if args.dry:
         args.models, args.tokens, args.seqlen, args.steps = ["dry"], 32, 16, 1
     if args.one:
-        print(json.dumps(measure(*args.one, args.tokens, args.seqlen, args.steps, args.profile)))
+        side, model = args.one
+        print(json.dumps(measure(side, model, args.tokens, args.seqlen, args.steps, args.profile)))
         return 0
     rows, profiles, failed = [], [], False
     record = provenance(args.commit)

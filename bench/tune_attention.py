@@ -60,17 +60,28 @@ class Variant:
     config: KernelConfig | None = None
 
     @property
+    def two_pass(self) -> TwoPass:
+        """The order of the backward: `order_in_use` takes no other."""
+        assert isinstance(self.order.backward, TwoPass)
+        return self.order.backward
+
+    @property
+    def key_steps(self) -> KeySteps:
+        assert isinstance(self.order.forward, KeySteps)
+        return self.order.forward
+
+    @property
     def step(self) -> int:
         """What the kernel takes a sum in."""
         if self.kernel in ("fwd", "decode"):
-            return self.order.forward.block_n
-        return self.order.backward.block_dq if self.kernel == "dq" else self.order.backward.block_r
+            return self.key_steps.block_n
+        return self.two_pass.block_dq if self.kernel == "dq" else self.two_pass.block_r
 
     def with_step(self, step: int) -> AttentionOrder:
         """The order with other steps of this kernel."""
         if self.kernel in ("fwd", "decode"):
             return replace(self.order, forward=KeySteps(step))
-        now = self.order.backward
+        now = self.two_pass
         changed = TwoPass(step, now.block_r) if self.kernel == "dq" else TwoPass(now.block_dq, step)
         return replace(self.order, backward=changed)
 
@@ -120,7 +131,8 @@ class Bench:
         self.in_use = Variant(kernel, head_dim, order_in_use(head_dim))
         if kernel == "decode":
             pages = n * -(-lengths[0] // PAGE)
-            self.cache = tuple(random_like(pages, PAGE, case.kv_heads, head_dim) for _ in range(2))
+            shape = (pages, PAGE, case.kv_heads, head_dim)
+            self.cache = random_like(*shape), random_like(*shape)
             device = runtime.default_device()
             self.table = torch.randperm(pages, device=device).int().view(n, -1)
             self.q, self.cu = random_like(n, heads, head_dim), cu((1,) * n)
@@ -136,31 +148,32 @@ class Bench:
 
     def config(self, variant: Variant) -> KernelConfig:
         """The variant's, or the one that sizes choose."""
-        pairs, o = (len(self.cu) - 1) * self.case.kv_heads, variant.order
+        pairs = (len(self.cu) - 1) * self.case.kv_heads
         shape = (pairs, variant.head_dim, self.q.dtype)
         if variant.config is not None:
             return variant.config
         if variant.kernel == "decode":
-            return config.forward(GROUP, *shape, o.forward, self.arch)
+            return config.forward(GROUP, *shape, variant.key_steps, self.arch)
         if variant.kernel == "fwd":
-            return config.forward(self.seqlens.max_q * GROUP, *shape, o.forward, self.arch)
+            return config.forward(self.seqlens.max_q * GROUP, *shape, variant.key_steps, self.arch)
         if variant.kernel == "dq":
-            return config.dq(self.seqlens.max_q * GROUP, *shape, o.backward, self.arch)
-        return config.dkv(self.seqlens.max_k, *shape, o.backward, self.arch)
+            return config.dq(self.seqlens.max_q * GROUP, *shape, variant.two_pass, self.arch)
+        return config.dkv(self.seqlens.max_k, *shape, variant.two_pass, self.arch)
 
     def forward(self, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
-        o, chosen = variant.order.forward, self.config(variant)
+        o, chosen = variant.key_steps, self.config(variant)
         return launch.forward(self.q, self.k, self.v, self.seqlens, self.params, None, o, self.arch, chosen)
 
     def run(self, variant: Variant):
-        o, chosen = variant.order, self.config(variant)
+        chosen = self.config(variant)
         if self.kernel == "decode":
-            pages = (self.q, *self.cache, self.table, self.cu, self.lengths, 1)
-            return launch.paged_forward(*pages, self.params, None, o.forward, self.arch, chosen)
+            pages = (self.q, *self.cache, self.table, self.cu, self.lengths)
+            how = (self.params, None, variant.key_steps, self.arch, chosen)
+            return launch.paged_forward(*pages, 1, *how)
         if self.kernel == "fwd":
             return self.forward(variant)
         given = (self.g, self.q, self.k, self.v, self.shift, self.delta)
-        rest = (self.seqlens, self.params, o.backward, self.arch, chosen)
+        rest = (self.seqlens, self.params, variant.two_pass, self.arch, chosen)
         if self.kernel == "dq":
             dq = torch.empty_like(self.q)
             launch.launch_dq(*given, dq, *rest)

@@ -32,7 +32,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
     return out.unflatten(0, (batch, tokens)), None  # no attention weights
 
 
-def use_bi_ops(model: torch.nn.Module) -> None:
+def use_bi_ops(model: transformers.PreTrainedModel) -> None:
     """Change `model` in place: linear layers, embedding, norms, attention."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():

@@ -1,5 +1,7 @@
 """A module tree that stands in for vLLM, as far as the plugin and the engine read it."""
 
+# Modules are made and filled here.
+# mypy: disable-error-code="attr-defined"
 from __future__ import annotations
 
 import contextlib
@@ -82,14 +84,14 @@ def installed(monkeypatch, version="0.26.0"):
     for name in [n for n in sys.modules if n == "vllm" or n.startswith("vllm.")]:
         monkeypatch.delitem(sys.modules, name)
     modules = {}
-    packages = (
+    packages = [
         "vllm",
         "vllm.engine",
         "vllm.envs",
         "vllm.model_executor",
         "vllm.model_executor.layers",
         "vllm.v1",
-    )
+    ]
     packages += ("vllm.model_executor.determinism", "vllm.v1.attention", "vllm.v1.attention.backends")
     for name in (*packages, origin, LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS, CONFIG):
         module = types.ModuleType(name)

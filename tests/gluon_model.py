@@ -7,6 +7,8 @@ or that a shape or an index is out of bounds. `launch` also counts barriers that
 their place to other data.
 """
 
+# Classes stand for Gluon's modules here, so a function's first argument is no self.
+# mypy: disable-error-code="arg-type, attr-defined, call-overload"
 from __future__ import annotations
 
 import collections
@@ -16,6 +18,7 @@ import threading
 import time
 import traceback
 import types
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +32,8 @@ class Failure(Exception):
 class State(threading.local):
     """Of a thread: its program, its name and warps, products it has in flight, and tiles that its copies read."""
 
-    program, programs, name, warps, allocated = 0, 1, "", 4, 0
+    program: int | None = 0
+    programs, name, warps, allocated = 1, "", 4, 0
 
     def __init__(self):
         self.groups, self.leaving = [], []
@@ -161,8 +165,8 @@ for _name, _f in OPERATORS.items():
     for _prefix in ("", "r") if _name not in ("lt", "le", "gt", "ge", "eq", "ne") else ("",):
         setattr(Index, f"__{_prefix}{_name}__", _scalar(_f, _prefix == "r"))
         setattr(Tensor, f"__{_prefix}{_name}__", _tensor(_numpy, _prefix == "r"))
-Index.__hash__ = int.__hash__
-Index.__neg__ = lambda self: 0 - self
+setattr(Index, "__hash__", int.__hash__)  # noqa: B010 (after __eq__)
+setattr(Index, "__neg__", lambda self: 0 - self)  # noqa: B010
 
 
 class Pointer:
@@ -214,7 +218,8 @@ class Shared:
         self.root = root or self
         if root is None:
             self.barriers = {}
-            self.coming, self.readers = collections.Counter(), collections.defaultdict(list)
+            self.coming: collections.Counter[Any] = collections.Counter()
+            self.readers: collections.defaultdict[Any, list[Any]] = collections.defaultdict(list)
             here.allocated += 1
             with lock:
                 machine.shared[here.allocated].append(self)
@@ -453,7 +458,7 @@ class gl:
         with lock:
             np.add.at(pointer.memory, at, 1)
 
-    def warp_specialize(parts, warps, registers):
+    def warp_specialize(parts: Any, warps, registers):
         program = here.program, here.programs
 
         def run(i, part, args):
@@ -545,7 +550,7 @@ def launch(kernel, programs, *args, resident=2, seed=0, **kwargs):
     machine.random, machine.failed, machine.alive = random.Random(seed), None, 0
     machine.copies, machine.shared, machine.waiting = [], collections.defaultdict(list), {}
     f, ids = plain(kernel, {}), iter(range(programs))
-    args = [Index(a) if type(a) is int else a for a in args]
+    given = [Index(a) if type(a) is int else a for a in args]
 
     def multiprocessor():
         try:
@@ -555,7 +560,7 @@ def launch(kernel, programs, *args, resident=2, seed=0, **kwargs):
                 if here.program is None:
                     break
                 here.allocated = 0
-                f(*args, **kwargs)
+                f(*given, **kwargs)
         finally:
             with lock:
                 machine.alive -= 1

@@ -158,7 +158,7 @@ def without(name: str, inputs: Callable[[Make], Mapping[str, Tensor]]) -> Callab
     return lambda m: {k: t for k, t in inputs(m).items() if k != name}
 
 
-def addmm(**scales: float) -> Operator:
+def addmm(**scales: Any) -> Operator:
     return Operator(
         lambda m: {"bias": m.randn(m.shape.n), **gemm_inputs(m)},
         {

@@ -50,6 +50,7 @@ def run(
     """(out, lse, dq, dk, dv, dsinks if any). g_lse: [Hq, T]. forward, backward: configs; None and CHOSEN: chosen."""
     with torch.no_grad():
         arch, order = arches.of(q.device), order or own_order(q, params, sinks)
+        assert isinstance(order.forward, KeySteps)
         out, lse = launch.forward(q, k, v, seqlens, params, sinks, order.forward, arch, forward)
         saved = (g, q, k, v, out, lse, None if g_lse is None else g_lse.contiguous())
         *grads, dsinks = launch.backward(*saved, seqlens, params, sinks, True, True, order, arch, backward)

@@ -6,6 +6,7 @@ import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from bi_ops.rollout import factory
 from bi_ops.rollout.base import Completion, check_request
 
 #: What a TrainConfig needs so that a run takes them.
-TABLE = {"engine": "table", "architecture": {"model_type": "table", "vocab_size": 12}}
+TABLE: dict[str, Any] = {"engine": "table", "architecture": {"model_type": "table", "vocab_size": 12}}
 ORDERS = OrderRecord("table", {"lookup": {"kind": "Row"}})
 
 
@@ -130,7 +131,7 @@ def _make(path, model, attention=None):
     return TableEngine(model, _settings["broken_at"])
 
 
-models.register("table", TableConfig, TableModel)
+models.register("table", cast(Any, TableConfig), cast(Any, TableModel))
 factory.register("table", factory.Entry(_make, True, lambda path, attention: ORDERS))
 
 

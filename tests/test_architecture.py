@@ -149,22 +149,23 @@ def broken_rules(path: str, source: str) -> list[str]:
 def orders(source: str) -> dict[str, set[str]]:
     """The functions of a module that return an order, and what each takes; of `Problem`, its fields."""
     body = ast.parse(source).body
-    functions = [n for n in body if isinstance(n, ast.FunctionDef) and n.returns is not None]
+    functions = [n for n in body if isinstance(n, ast.FunctionDef)]
     problems = [n for n in body if isinstance(n, ast.ClassDef) and n.name == "Problem"]
     return {
         f.name: {a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)}
         for f in functions
-        if ast.unparse(f.returns).endswith("Order")
+        if f.returns is not None and ast.unparse(f.returns).endswith("Order")
     } | {c.name: {ast.unparse(n.target) for n in c.body if isinstance(n, ast.AnnAssign)} for c in problems}
 
 
 def launches(source: str) -> list[tuple[str, dict[str | None, ast.expr]]]:
     """Every launch ``a_kernel[grid](...)``: the kernel, and the keywords; None for those that are unpacked."""
-    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
+    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+    called = [(c, c.func.value) for c in calls if isinstance(c.func, ast.Subscript)]
     return [
-        (c.func.value.id, {k.arg: k.value for k in c.keywords})
-        for c in calls
-        if isinstance(c.func.value, ast.Name) and c.func.value.id.endswith("kernel")
+        (kernel.id, {k.arg: k.value for k in c.keywords})
+        for c, kernel in called
+        if isinstance(kernel, ast.Name) and kernel.id.endswith("kernel")
     ]
 
 

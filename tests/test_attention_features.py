@@ -1,10 +1,13 @@
 """Windows, soft-capping, sinks and the gradient through lse: the contract of plain attention holds with each."""
 
+# Arguments are packed in tuples, of which mypy knows no length.
+# mypy: disable-error-code="arg-type, call-arg, call-overload, misc, union-attr"
 from __future__ import annotations
 
 import functools
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ RERUNS = 2 if runtime.INTERPRET else 100
 HQ, HKV = 4, 2
 
 #: Arguments of flash_attention; sinks stands for whether there are any. Windows are smaller than a tile, and larger.
-FEATURES = {
+FEATURES: dict[str, dict[str, Any]] = {
     "window": {"window_size": (20, 0)},
     "wide window": {"window_size": (100, -1)},
     "window on both sides": {"window_size": (7, 30), "causal": False},
@@ -42,7 +45,7 @@ FEATURES = {
 PAGES = (
     [(80, 16), (96, 256)] if runtime.INTERPRET else [(64, 64), (80, 16), (96, 256), (112, 32), (128, 128), (256, 16)]
 )
-COMBINATIONS = {
+COMBINATIONS: dict[str, dict[str, Any]] = {
     "window and softcap": {"window_size": (33, 0), "softcap": 3.0},
     "window and sinks": {"window_size": (33, 0), "sinks": True},
     "softcap and sinks": {"softcap": 3.0, "sinks": True},

@@ -1,10 +1,13 @@
 """flash-attn as a backend: its arguments, what is refused before any call; its numbers and bits, installed."""
 
+# Arguments are packed in tuples, of which mypy knows no length.
+# mypy: disable-error-code="arg-type, call-arg, call-overload, misc, union-attr"
 from __future__ import annotations
 
 import itertools
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +40,8 @@ def qkv(n_q, n_k, device, head_dim=HEAD_DIM, dtype=torch.bfloat16) -> list[torch
 @pytest.fixture
 def package(monkeypatch):
     """A flash_attn of release 2.8.3 on a Hopper GPU, as far as its availability can tell."""
-    fake, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
+    fake: Any = ModuleType("flash_attn")
+    interface: Any = ModuleType("flash_attn.flash_attn_interface")
     fake.__version__, fake.flash_attn_interface = "2.8.3.post1", interface
     fake.flash_attn_varlen_func = interface._flash_attn_varlen_backward = None
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
@@ -70,9 +74,10 @@ def calls(package, device, monkeypatch):
 
     package.flash_attn_varlen_func, package.flash_attn_interface._flash_attn_varlen_backward = forward, backward
     monkeypatch.setattr(flash_attn, "availability", lambda: Support(True, "a fake"))
-    attention.backends.select.cache_clear()
+    select: Any = attention.backends.select
+    select.cache_clear()
     yield seen
-    attention.backends.select.cache_clear()
+    select.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -271,7 +276,7 @@ def test_naming_it_where_it_cannot_run_says_why(backend, device):
 # with the package
 
 LENGTHS = [5, 0, 70, 1, 130, 257, 1024, 2049]
-FEATURES = (
+FEATURES: tuple[dict[str, Any], ...] = (
     {},
     {"causal": False},
     {"window_size": (100, 0)},

@@ -1,5 +1,7 @@
 """Decoding on Hopper, warp-specialised: the Triton kernel's bits, from pages in any layout."""
 
+# Arguments are packed in tuples, of which mypy knows no length.
+# mypy: disable-error-code="arg-type, call-arg, call-overload, misc, union-attr"
 from __future__ import annotations
 
 import itertools

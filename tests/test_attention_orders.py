@@ -1,5 +1,7 @@
 """Attention's orders as values: what decides them, that kernels take them as they are given, and who computes which."""
 
+# Arguments are packed in tuples, of which mypy knows no length.
+# mypy: disable-error-code="arg-type, call-arg, call-overload, misc, union-attr"
 from __future__ import annotations
 
 import inspect

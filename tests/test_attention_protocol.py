@@ -3,6 +3,8 @@
 What they compute is shown on the GPU alone (`test_attention_hopper.py`).
 """
 
+# Arguments are packed in tuples, of which mypy knows no length.
+# mypy: disable-error-code="arg-type, call-arg, call-overload, misc, union-attr"
 from __future__ import annotations
 
 import importlib.util
@@ -247,6 +249,8 @@ def test_what_is_broken_is_caught(broken, tmp_path):
     assert source.count(line) == 1
     (tmp_path / "broken.py").write_text(source.replace(line, instead))
     spec = importlib.util.spec_from_file_location("broken", tmp_path / "broken.py")
+    assert spec is not None
+    assert spec.loader is not None
     other = importlib.util.module_from_spec(spec)
     sys.modules["broken"] = other
     spec.loader.exec_module(other)

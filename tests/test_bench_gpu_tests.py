@@ -16,6 +16,8 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 def gpu_tests(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     spec = importlib.util.spec_from_file_location("gpu_tests", BENCH / "gpu_tests.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

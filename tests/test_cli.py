@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def call(capsys, *argv) -> tuple[int, str, str]:
     try:
         code = cli.main([str(a) for a in argv])
     except SystemExit as e:
-        code = e.code
+        code = cast(int, e.code)
     out, err = capsys.readouterr()
     return code, out, err
 

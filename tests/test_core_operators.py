@@ -1,9 +1,12 @@
 """Operators: past torch's dispatcher or through it the same, and on the GPU that holds their tensors."""
 
+# Arguments are packed in tuples, of which mypy knows no length.
+# mypy: disable-error-code="arg-type, call-arg, call-overload, misc"
 from __future__ import annotations
 
 import contextlib
 from types import SimpleNamespace
+from typing import Any
 
 import numpy
 import pytest
@@ -295,7 +298,7 @@ def trained(device: torch.device) -> dict[str, torch.Tensor]:
     """Weights' gradients of a model with and without fp32 buffers, and what it does not call."""
     model = tiny_model().to(device)
     batch = pack(PROMPTS, COMPLETIONS, device, align=TOKEN_STEP)
-    found = {}
+    found: dict[str, Any] = {}
     for carried in (False, True):
         model.zero_grad()
         if carried:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +21,8 @@ class Toy(GemmBackend):
     automatic = False
 
     def __init__(self, forward_only: bool = False) -> None:
-        self.forward_only, self.computed = forward_only, []
+        self.forward_only = forward_only
+        self.computed: list[Any] = []
 
     def supports(self, problem, arch):
         return Support(problem.dtype != torch.float16, f"{problem.dtype}")

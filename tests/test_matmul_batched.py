@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -50,7 +52,8 @@ def test_a_gemm_split_by_the_row_count_is_caught(device):
         x = x.expand(BATCH, *x.shape)
         halves = [x] if x.shape[1] >= 64 else x.chunk(2, -1)
         parts = zip(halves, b.chunk(len(halves), 1), strict=True)
-        return sum(matmul.bmm(h.contiguous(), w.contiguous()) for h, w in parts).transpose(0, 1).flatten(1)
+        products = [matmul.bmm(h.contiguous(), w.contiguous()) for h, w in parts]
+        return functools.reduce(torch.add, products).transpose(0, 1).flatten(1)
 
     x = randn(M, K, device=device, dtype=torch.float32)
     assert row_variant(split_k, (x,), (16, 17, 64, 256)) == [16, 17]
@@ -65,7 +68,8 @@ def test_gradients_are_the_same_on_every_run(gemm, device):
 
 def test_addmm_takes_a_bias_for_every_row_or_a_matrix(device):
     a, b = randn(5, K, device=device), randn(K, N, device=device)
-    for shape in ((N,), (5, N)):
+    given: tuple[tuple[int, ...], ...] = ((N,), (5, N))
+    for shape in given:
         bias = randn(*shape, device=device)
         expected = matmul.mm(a, b) * 2 + bias * 0.5
         assert torch.equal(matmul.addmm(bias, a, b, beta=0.5, alpha=2), expected)

@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import setuptools
@@ -28,7 +29,7 @@ def given(monkeypatch):
     """Runs setup.py; what it gives to setup()."""
 
     def run():
-        seen = {}
+        seen: dict[str, Any] = {}
         monkeypatch.setattr(setuptools, "setup", seen.update)
         monkeypatch.setattr(sys, "path", [*sys.path])
         runpy.run_path(str(ROOT / "setup.py"))

@@ -70,6 +70,8 @@ def test_what_is_broken_is_caught(broken, tmp_path):
     assert source.count(line) == 1
     (tmp_path / "broken.py").write_text(source.replace(line, instead))
     spec = importlib.util.spec_from_file_location("broken", tmp_path / "broken.py")
+    assert spec is not None
+    assert spec.loader is not None
     other = importlib.util.module_from_spec(spec)
     sys.modules["broken"] = other
     spec.loader.exec_module(other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -120,7 +121,12 @@ def test_a_shape_that_waits_for_a_warmup_is_looked_up_once(asked, monkeypatch):
     """Until then the question is asked in every call, and reading the file costs the host more than a small GEMM."""
     looked_up = []
     find = verification._record
-    monkeypatch.setattr(verification, "_record", lambda s: looked_up.append(s) or find(s))
+
+    def record(shape):
+        looked_up.append(shape)
+        return find(shape)
+
+    monkeypatch.setattr(verification, "_record", record)
     assert [verification.is_verified(SHAPE) for _ in range(3)] == [False] * 3
     assert looked_up == [SHAPE]
     assert verification.verify(SHAPE) is True
@@ -140,7 +146,7 @@ def test_a_models_shapes_are_those_that_it_runs(stored, asked_for, computed):
     weight = SimpleNamespace(ndim=2, is_cuda=True, shape=(64, 32), dtype=stored, requires_grad=True)
     weight.get_device = lambda: 0
     bias = SimpleNamespace(ndim=1)
-    forward, dx, dw = shapes_of(SimpleNamespace(parameters=lambda: [weight, bias]), asked_for)
+    forward, dx, dw = shapes_of(cast(Any, SimpleNamespace(parameters=lambda: [weight, bias])), asked_for)
     assert forward == SHAPE._replace(dtype=computed, out_dtype=computed)
     assert forward.is_linear()
     assert (dx.dtype, dx.out_dtype, dx.n, dx.other) == (computed, computed, 32, 64)

@@ -264,7 +264,10 @@ RAISES = {
     "put": lambda x: x.put(torch.tensor([0, 0], device=x.device), x[0, :2], accumulate=True),
     "addbmm": lambda x: torch.addbmm(x[:3, :3], x.view(2, 3, 8), x.view(2, 3, 8).mT),
     "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(
-        *[x.view(1, 1, 6, 8)] * 3, attn_mask=torch.ones(6, 6, dtype=torch.bool, device=x.device)
+        x.view(1, 1, 6, 8),
+        x.view(1, 1, 6, 8),
+        x.view(1, 1, 6, 8),
+        attn_mask=torch.ones(6, 6, dtype=torch.bool, device=x.device),
     ),
     "nll_loss_forward": lambda x: F.cross_entropy(
         x, torch.zeros(6, dtype=torch.long, device=x.device), weight=x.detach()[0].exp()
@@ -320,11 +323,11 @@ def test_the_parts_of_a_tensor_subclass_are_seen(device, on):
             return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
 
         def __init__(self, inner):
-            self.inner = inner
+            self.whole = inner
 
         @classmethod
-        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-            return func(*(a.inner if isinstance(a, Wrapped) else a for a in args), **(kwargs or {}))
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+            return func(*(a.whole if isinstance(a, Wrapped) else a for a in args), **(kwargs or {}))
 
     a, b = torch.randn(4, 8, device=device), torch.randn(8, 5, device=device)
     assert torch.equal(torch.mm(Wrapped(a), b), matmul.mm(a, b))
@@ -431,6 +434,7 @@ def test_checkpointed_code_is_recomputed_under_the_mode(block, ids, on):
         again = torch.utils.checkpoint.checkpoint(fn, x, use_reentrant=reentrant).float().sum()
         x.grad = None
         again.backward()
+        assert x.grad is not None
         assert torch.equal(x.grad, plain[0])
 
 
@@ -459,7 +463,7 @@ def vllm_init(monkeypatch):
         key = "CPU" if runtime.INTERPRET else "CUDA"
         library.impl("softmax.int", vllm_softmax, key)
         library.impl("_log_softmax", lambda x, dim, half: vllm_softmax(x, dim).log(), key)
-        torch.bmm = vllm_bmm
+        monkeypatch.setattr(torch, "bmm", vllm_bmm)
 
     yield init
     library._destroy()

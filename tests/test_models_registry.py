@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -64,6 +64,7 @@ class Decoder(torch.nn.Module):
 
 class ToyForCausalLM(CausalLM):
     config_class = ToyConfig
+    config: ToyConfig
 
     def decoder(self, **factory):
         return Decoder(self.config, **factory)
@@ -101,6 +102,7 @@ def test_a_registered_model_is_sampled_and_scored_with_the_same_bits(toy, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), model.parameters(), strict=True))
     assert "model.layers.0.k_proj.weight" in {s.name for s in model.weight_slices()}
     engine = factory.make_engine("embedded", tmp_path, model)
+    assert engine.orders is not None
     model.adopt(engine.orders)
     completions = engine.generate([[1, 2, 3], [4] * 9], [SamplingParams(3, seed=i) for i in range(2)])
     reports = rescore(model, completions, ("together", "distractors"), orders=engine.orders)
@@ -111,7 +113,7 @@ def test_a_registered_model_is_sampled_and_scored_with_the_same_bits(toy, tmp_pa
 
 
 def test_a_registered_model_is_trained(toy, tmp_path):
-    small = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 2}
+    small: dict[str, Any] = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 2}
     summary = run(TrainConfig(architecture=CONFIG, **small), tmp_path / "run")
     assert (summary.tokens_checked > 0, summary.tokens_different) == (True, 0)
     assert models.load_config(tmp_path / "run" / "final").model_type == "toy"

@@ -1,5 +1,7 @@
 """RMS norms: accuracy against fp64, and bits that do not depend on the batch."""
 
+# Arguments are packed in tuples, of which mypy knows no length.
+# mypy: disable-error-code="arg-type, call-arg, union-attr"
 from __future__ import annotations
 
 import itertools
@@ -203,7 +205,7 @@ def test_the_config_of_a_row_changes_no_bit(n, dtype, device):
     """One row a program, read twice, against the config of this size and other tiles of short rows."""
     weight = torch.randn(n, device=device)
     tensors = [randn(COUNTS[-1], n, dtype=dtype, device=device) for _ in range(4)]
-    configs = [None]
+    configs: list[RowConfig | None] = [None]
     if n <= 1024 and n % 16 == 0:
         configs += [RowConfig(tile // ORDER.rows.tile(n, held=True), 1) for tile in (1024, 4096)]
     expected = launched(*tensors, weight, RowConfig(1, 0))

@@ -1,5 +1,7 @@
 """Norm and rotation of queries and keys in one pass: the bits of rms_norm, then apply_rope."""
 
+# Arguments are packed in tuples, of which mypy knows no length.
+# mypy: disable-error-code="arg-type, call-arg"
 from __future__ import annotations
 
 import itertools
@@ -22,7 +24,7 @@ RERUNS = 2 if runtime.INTERPRET else 100
 BACKEND = "aot_eager" if runtime.INTERPRET else "inductor"
 P = 512
 
-HEADS = (
+HEADS: tuple[tuple[int, int, int], ...] = (
     ((2, 1, 16), (3, 2, 48)) if runtime.INTERPRET else ((2, 1, 16), (3, 2, 48), (14, 2, 64), (4, 4, 80), (16, 8, 128))
 )
 HEADS += ((1, 1, 256),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from bi_ops.optim import adamw, config, ops, order, reference, tables
 from bi_ops.rl import checkpoint
 
 #: A matrix, a norm's weight, rows of several spans, rows that 16 bytes do not divide, three axes, a scalar, nothing.
-SHAPES = ((300, 256), (128,), (2, 5000), (1, 9002), (33, 3, 4), (), (0, 4), (1001,))
+SHAPES: tuple[tuple[int, ...], ...] = ((300, 256), (128,), (2, 5000), (1, 9002), (33, 3, 4), (), (0, 4), (1001,))
 if not runtime.INTERPRET:
     SHAPES += ((4096, 1024), (1024, 12288), (70000, 96))
-HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 RERUNS = 2 if runtime.INTERPRET else 50
 
 
@@ -221,8 +222,8 @@ def test_adamw_has_the_bits_of_torch_on_a_gpu_spelled_out(betas, weight_decay, d
         give_grads(ours)
         optimizer.step()
         for i, p in enumerate(ours):
-            x, m, v = expected[i]
-            expected[i] = tuple(t.detach() for t in reference.adamw(x, p.grad, m, v, step, **hyper))
+            x, m, v = (t.detach() for t in reference.adamw(expected[i][0], p.grad, *expected[i][1:], step, **hyper))
+            expected[i] = x, m, v
             assert same_bits(state_of(optimizer, p), expected[i]), (i, step)
 
 
@@ -265,14 +266,14 @@ def test_adamw_is_as_accurate_as_torch(device):
     """Errors against fp64, after steps on the same gradients."""
     ours, theirs = parameters(device, ((200, 300),)), parameters(device, ((200, 300),))
     theirs[0].data.copy_(ours[0].data)
-    exact = [ours[0].detach().double(), *(torch.zeros(200, 300, dtype=torch.float64, device=device) for _ in range(2))]
+    x, m, v = ours[0].detach().double(), *(torch.zeros(200, 300, dtype=torch.float64, device=device) for _ in range(2))
     mine, other = optim.AdamW(ours, **HYPER), torch.optim.AdamW(theirs, foreach=False, **HYPER)
     for step in range(1, 6):
         give_grads(ours, theirs)
         mine.step()
         other.step()
-        exact = reference.adamw(exact[0], ours[0].grad.double(), *exact[1:], step, **HYPER)
-    errors = [(p.detach().double() - exact[0]).abs().max().item() for p in (ours[0], theirs[0])]
+        x, m, v = reference.adamw(x, ours[0].grad.double(), m, v, step, **HYPER)
+    errors = [(p.detach().double() - x).abs().max().item() for p in (ours[0], theirs[0])]
     assert errors[0] <= max(2 * errors[1], 1e-6)
 
 
@@ -325,7 +326,7 @@ def test_no_config_and_no_split_changes_a_bit_of_adamw(device):
             t.copy_(value)
         parts = zip(*(t.split(cut) for t in flat), strict=True)
         how = config.ElementwiseConfig(block, blocks, 4)
-        adamw.launch_adamw(flat[0], [adamw._Tensors(*t, None) for t in parts], hyper, None, False, how)
+        adamw.launch_adamw(flat[0], [adamw._Tensors(a, b, c, d, None) for a, b, c, d in parts], hyper, None, False, how)
         return flat[0], flat[2], flat[3]
 
     expected = run(8192, 1, 64)
@@ -471,7 +472,7 @@ def test_a_copied_optimizer_goes_on_and_has_no_engine(device):
 @pytest.mark.parametrize("name", sorted(adamw.REFUSED))
 def test_options_of_torch_are_refused_by_name(name, device):
     with pytest.raises(ValueError, match=rf"AdamW: {name}=True is not supported: .*use torch.optim.AdamW"):
-        optim.AdamW(parameters(device), **{name: True})
+        optim.AdamW(parameters(device), **cast(Any, {name: True}))
 
 
 def test_a_state_of_amsgrad_is_refused(device):
@@ -496,18 +497,19 @@ def test_numbers_out_of_range_are_refused(hyper, error, device):
 
 def test_a_tensor_as_learning_rate_is_refused(device):
     with pytest.raises(TypeError, match=r"AdamW: lr must be a number.*float\(...\)"):
-        optim.AdamW(parameters(device), lr=torch.tensor(1e-3))
+        optim.AdamW(parameters(device), lr=cast(Any, torch.tensor(1e-3)))
 
 
 def test_gradients_that_the_norm_cannot_read_are_refused(device):
     good = torch.randn(4, 6, device=device)
-    for bad, error, words in (
+    refused: tuple[tuple[Any, type[Exception], str], ...] = (
         (good.bfloat16(), TypeError, r"gradient 1 is bfloat16\[4, 6\].*must be float32.*\.to\("),
         (good.t(), ValueError, r"gradient 1 \[6, 4\] has strides \[1, 6\].*\.contiguous\(\)"),
         (good.to_sparse(), TypeError, r"gradient 1 .*to_dense"),
         (good.to("meta"), TypeError, r"gradient 1 .*plain memory"),
         (3.0, TypeError, "gradient 1 must be a tensor"),
-    ):
+    )
+    for bad, error, words in refused:
         for call in (optim.global_norm, optim.row_sums):
             with pytest.raises(error, match=rf"{call.__name__}: {words}"):
                 call([good, bad])

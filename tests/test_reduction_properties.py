@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -123,7 +125,7 @@ def test_under_torch_compile(device):
         (lambda x: reduction.sum(x, 2), ValueError, "out of range"),
         (lambda x: reduction.mean(x, (0, -2)), ValueError, "twice"),
         (lambda x: reduction.sum(x, dtype=torch.float64), TypeError, "float64"),
-        (lambda x: reduction.mean([1.0]), TypeError, "must be a tensor"),
+        (lambda x: reduction.mean(cast(Any, [1.0])), TypeError, "must be a tensor"),
     ],
 )
 def test_bad_input_is_named(call, error, message, device):

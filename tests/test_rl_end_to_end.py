@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from bi_ops.core import runtime
 from bi_ops.rl import PRESETS, read_metrics, run
 
-SMALL = {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 2, "save_every": 1}
+SMALL: dict[str, Any] = {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 2, "save_every": 1}
 
 
 def config(steps):

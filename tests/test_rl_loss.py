@@ -17,6 +17,7 @@ def test_ordered_sum_sums_and_passes_gradients(n):
     assert total.item() == pytest.approx(math.fsum(x.tolist()), abs=1e-10)
     if n:
         total.backward()
+        assert x.grad is not None
         assert torch.equal(x.grad, torch.ones_like(x))
 
 

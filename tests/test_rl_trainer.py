@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any, cast
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_a_nan_is_a_difference_at_a_token_and_not_a_loss(table, tmp_path, monkey
     assert (record["sequence"], record["position"]) == (7, 1)
     assert (record["rollout"], record["max_delta"], record["mean_delta"]) == (None, None, None)
     assert record["training"] < 0
-    seen = []
+    seen: list[Any] = []
     warned = dataclasses.replace(config, on_difference="warn")
     with pytest.raises(FloatingPointError, match="the loss is nan"):  # nothing can be learned from it
         runner.run(warned, tmp_path / "warned", on_difference=seen.append)
@@ -175,7 +176,7 @@ def test_a_difference_in_a_micro_batch_names_the_sequence_of_the_step(table, tmp
 
 def test_on_difference_warn_goes_on_and_records_it(table, tmp_path):
     table["broken_at"] = (2, 7, 1)
-    seen = []
+    seen: list[Any] = []
     config = dataclasses.replace(CONFIG, on_difference="warn")
     summary = runner.run(config, tmp_path / "run", on_difference=seen.append)
     assert summary.tokens_different == 1
@@ -197,11 +198,12 @@ def test_a_folder_with_another_run_is_refused(table, tmp_path):
         runner.run(CONFIG, tmp_path / "full")
 
 
-def trainer(config, task=None, broken_at=None):
-    model = TableModel()
-    reference = TableModel().requires_grad_(False)
+def trainer(config, task: Any = None, broken_at=None):
+    model: Any = TableModel()
+    engine: Any = TableEngine(model, broken_at)
+    reference: Any = TableModel().requires_grad_(False)
     task = task or make_task("repeat", Alphabet.integers(12, 4), config.max_new_tokens)
-    return Trainer(config, model, TableEngine(model, broken_at), task, reference)
+    return Trainer(config, model, engine, task, reference)
 
 
 def test_a_nan_reward_is_named():
@@ -216,9 +218,9 @@ def test_a_nan_reward_is_named():
 
 
 def test_kl_needs_a_reference_and_grows_from_zero():
-    config = dataclasses.replace(CONFIG, kl=0.1)
+    config, model, none = dataclasses.replace(CONFIG, kl=0.1), cast(Any, TableModel()), cast(Any, None)
     with pytest.raises(ValueError, match="needs a reference"):
-        Trainer(config, TableModel(), None, None)
+        Trainer(config, model, none, none)
     t = trainer(config)
     first, second = t.step(1), t.step(2)
     assert first.kl == 0 < second.kl
@@ -371,7 +373,7 @@ def test_settings_of_another_type_are_named(settings, message):
 
 
 def test_metrics_are_strict_json(tmp_path):
-    values = dict.fromkeys((f.name for f in dataclasses.fields(StepMetrics)), 1.0)
+    values: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(StepMetrics)), 1.0)
     metrics = StepMetrics(**(values | {"step": 1, "max_delta": float("inf"), "mean_delta": float("nan")}))
     writer = MetricsWriter(tmp_path)
     writer.write(metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,7 @@ def test_one_wrong_bit_is_reported(model, completions):
         scores = [s.cpu().clone() for s in batch.split(model.token_logprobs(batch))]
     scores[3].view(torch.int32)[2] ^= 1
     report = compare([c.logprobs for c in completions], scores, [c.tokens for c in completions])
+    assert report.first_difference is not None
     assert (report.tokens_different, report.first_difference.sequence, report.first_difference.position) == (1, 3, 2)
 
 
@@ -135,6 +137,7 @@ def test_sizes_that_no_cache_has_are_refused(model, options, message):
 
 def test_what_generates_decides_what_trains(model, completions):
     engine = EmbeddedEngine(model, attention="triton")
+    assert engine.orders is not None
     assert engine.describe()["backends"]["attention"] == "triton"
     assert engine.describe()["orders"] == engine.orders.digest
     trained = tiny_model()
@@ -222,8 +225,8 @@ def test_a_backend_that_cannot_run_is_refused(model):
 
 def test_engines_are_made_by_name(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
-    given = factory.make_engine("embedded", tmp_path, model, attention="triton", max_model_len=64)
-    read = factory.make_engine("embedded", tmp_path)
+    given: Any = factory.make_engine("embedded", tmp_path, model, attention="triton", max_model_len=64)
+    read: Any = factory.make_engine("embedded", tmp_path)
     assert (given.name, given.max_model_len, given.model.attention_backend) == ("embedded", 64, "triton")
     assert torch.equal(read.model.lm_head.weight, given.model.lm_head.weight)
     with pytest.raises(ValueError, match="no engine 'sglang'; engines are embedded, vllm"):

@@ -1,5 +1,7 @@
 """Rotary position embedding: accuracy against fp64, bits that do not depend on the batch and equal vLLM's."""
 
+# Arguments are packed in tuples, of which mypy knows no length.
+# mypy: disable-error-code="arg-type, call-arg"
 from __future__ import annotations
 
 import pytest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -145,18 +146,25 @@ def test_the_installed_vllm_finds_the_backend_and_what_it_cannot_do():
         backend.uninstall()
     assert not registry.AttentionBackendEnum.CUSTOM.is_overridden()
 
-    asked = {"head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 16, "use_mla": False}
+    asked: dict[str, Any] = {
+        "head_size": 64,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 16,
+        "use_mla": False,
+    }
     asked |= {"has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False}
     asked |= {"device_capability": real("platforms.interface").DeviceCapability(9, 0), "attn_type": "decoder"}
     asked |= {"use_batch_invariant": True}
     assert found.validate_configuration(**asked) == []
     assert found.validate_configuration(**(asked | {"has_sliding_window": True, "has_sink": True})) == []
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         *({"head_size": 20}, {"dtype": torch.float32}, {"kv_cache_dtype": "fp8"}, {"block_size": 8}),
         *({"use_mm_prefix": True}, {"attn_type": "encoder_only"}, {"use_non_causal": True}, {"use_mla": True}),
         *({"use_per_head_quant_scales": True}, {"use_kv_connector": True, "use_pcp": True}),
         *({f"use_{name}": True} for name in ("rswa", "dcp", "adaptive_verification") if NEW[name] in questions),
-    ):
+    )
+    for change in changes:
         assert found.validate_configuration(**(asked | change)) != [], change
     builder = found.get_builder_cls()
     assert builder.get_cudagraph_support(None, None) == interface.AttentionCGSupport.UNIFORM_BATCH
@@ -182,7 +190,7 @@ def test_the_installed_vllms_layer_runs_the_kernel(layer, device, monkeypatch):
     arguments = features(layer, device) | {"sinks": sinks, "backend": "triton"}
     keys, values = k[..., :64].contiguous(), k[..., 64:].contiguous()
     expected = attention.flash_attention(query, keys, values, whole, **arguments)
-    given = {
+    given: dict[str, Any] = {
         "num_actual_tokens": 1,
         "max_query_len": 1,
         "max_seq_len": 20,

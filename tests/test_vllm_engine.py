@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -67,8 +68,8 @@ def test_a_vllm_that_runs_in_another_mode_is_refused(vllm, monkeypatch):
         vllm_engine._prepare_environment()
 
 
-def tiny_module(rows: int) -> torch.nn.Module:
-    module = torch.nn.Module()
+def tiny_module(rows: int) -> Any:
+    module: Any = torch.nn.Module()
     module.model = torch.nn.Module()
     module.model.embed_tokens = torch.nn.Embedding(rows, 4, dtype=torch.bfloat16)
     module.model.norm = torch.nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
@@ -188,6 +189,7 @@ def test_engine_on_a_gpu(checkpoints, cuda_graphs):
         engine.update_weights(model)
         updated = engine.generate(PROMPTS, PARAMS)
         assert not same(first, updated)
+        assert engine.orders is not None
         model.adopt(engine.orders)
         reports = rescore(model, updated, orders=engine.orders)
         assert all(r.identical for r in reports.values()), reports
@@ -239,6 +241,7 @@ def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
     finally:
         engine.close()
     model = Qwen3ForCausalLM.from_pretrained(folder)
+    assert engine.orders is not None
     model.adopt(engine.orders)
     reports = rescore(model, completions, orders=engine.orders)
     assert all(r.identical for r in reports.values()), reports
@@ -277,6 +280,7 @@ def test_windows_soft_capping_and_sinks_in_vllm_on_a_gpu(tmp_path, cuda_graphs, 
     finally:
         engine.close()
     features = {"window_size": (63, 0), "softcap": softcap, "sinks": sinks}
+    assert engine.orders is not None
     model.adopt(engine.orders)
     for left_out in features:  # negative control
         rest = {name: value for name, value in features.items() if name != left_out}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 from fake_vllm import write_sources
@@ -84,16 +85,22 @@ def release() -> vllm.Release:
     return vllm.RELEASES[version.split("+")[0]]
 
 
+def root() -> Path:
+    found = sources.installed_root()
+    assert found is not None
+    return found
+
+
 def names_in(module: str, owner: str) -> set[str]:
     """The annotated fields and the methods of a class."""
-    body = sources.statements(sources.installed_root(), module)
+    body = sources.statements(root(), module)
     [found] = [n for n in body if isinstance(n, ast.ClassDef) and n.name == owner]
-    fields = {n.target.id for n in found.body if isinstance(n, ast.AnnAssign)}
+    fields = {n.target.id for n in found.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     return fields | {n.name for n in found.body if isinstance(n, ast.FunctionDef)}
 
 
 def test_patch_points(release):
-    assert sources.differences(release, sources.installed_root()) == []
+    assert sources.differences(release, root()) == []
 
 
 def test_attention_metadata(release):
@@ -111,19 +118,19 @@ def test_questions_to_a_backend(release):
 
 
 def test_bmm_and_bias(release):
-    body = sources.statements(sources.installed_root(), release.batch_invariant)
+    body = sources.statements(root(), release.batch_invariant)
     assert any("torch.bmm = " in ast.unparse(n) for n in body) is release.replaces_bmm
     [linear] = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == "linear_batch_invariant"]
     after = "output + bias" in ast.unparse(linear)
     assert after is not release.bias_in_accumulator
     assert after or "bias=bias" in ast.unparse(linear)
-    matmul = sources.parameters(sources.installed_root(), release.batch_invariant, "matmul_persistent")
+    matmul = sources.parameters(root(), release.batch_invariant, "matmul_persistent")
     assert matmul == ("a", "b", "bias")
 
 
 @pytest.mark.parametrize(("module", "attribute", "expected"), CALLED, ids=[attribute for _, attribute, _ in CALLED])
 def test_what_bi_ops_calls_and_overrides(release, module, attribute, expected):
-    found = sources.parameters(sources.installed_root(), module, attribute)
+    found = sources.parameters(root(), module, attribute)
     assert found is not None
     assert expected is None or found == expected
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -71,7 +71,7 @@ class RolloutEngine(Protocol):
         """Take the model's weights, rounded to the engine's dtype, and forget every cached prefix."""
         ...
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """What a report needs to be reproduced.
 
         engine, dtype, device, cuda_graphs, plugin, backends, orders (their digest), versions.

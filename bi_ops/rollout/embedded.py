@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -219,7 +220,7 @@ class EmbeddedEngine:
         reason = "stop" if s.finish_reason == "stop" else "length"
         return Completion(tuple(s.prompt), tuple(s.tokens), torch.stack(s.logprobs), reason)  # type: ignore[arg-type]
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """See `RolloutEngine.describe`."""
         self._check_open()
         return {

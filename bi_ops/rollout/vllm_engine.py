@@ -256,7 +256,7 @@ class VllmEngine:
         if not llm.reset_prefix_cache():
             raise RuntimeError("update_weights: vLLM still holds unfinished requests; let generate return first")
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """What a report needs to be reproduced."""
         import triton
         import vllm
