@@ -10,13 +10,27 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path beside `path`, flush it to disk, then rename it to `path`."""
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomically(
+    path: Path, write: Callable[[Path], object], before_rename: Callable[[], object] = lambda: None
+) -> None:
+    """Call `write` with a temporary path beside `path`, flush it to disk, then rename it to `path`.
+
+    before_rename is called in between, when nothing but a rename can fail any more.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+        sync(partial)
+        before_rename()
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

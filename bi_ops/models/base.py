@@ -203,18 +203,23 @@ class CausalLM(torch.nn.Module):
         """Read a Hugging Face checkpoint folder (config.json, safetensors in one file or in shards).
 
         Raises:
-            FileNotFoundError: no config or weights there. ValueError: an unsupported model, or tensors that are
-                missing, unknown or of another shape (all listed at once).
+            FileNotFoundError: no config or weights there. ValueError: an unsupported model; two checkpoints in one
+                folder; or tensors that are missing, twice there, unknown or of another shape (listed at once).
         """
         model = cls(cls.config_class.from_pretrained(path), param_dtype, compute_dtype, device)
         checkpoint.load(model, Path(path))
         return model
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a Hugging Face checkpoint folder, each file atomically.
+        """Write a Hugging Face checkpoint folder. Index and shards of an earlier one in it are deleted.
+
+        An interrupted call leaves the earlier checkpoint, the new one, or a folder without config.json, which is none.
 
         Args:
             path: created if it does not exist. dtype: of the stored tensors; None takes the config's dtype where that
                 loses nothing (so reading and saving gives the same bytes), else the master weights' own.
+
+        Raises:
+            ValueError: `path` holds another safetensors file with tensors of these names. Nothing is written then.
         """
         checkpoint.save(self, Path(path), dtype)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import re
 import shutil
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bi_ops.core.files import write_atomically, write_json
+from bi_ops.core.files import sync, write_atomically, write_json
 from bi_ops.models.config import FILE
 
 if TYPE_CHECKING:
@@ -22,6 +26,12 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+#: A shard as every publisher names it.
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+#: How many tensors that do not fit are named in an error.
+_NAMED = 20
 
 #: Files beside the weights that travel with a model.
 COMPANIONS = (
@@ -59,19 +69,40 @@ def _open(file: Path) -> Any:
         raise _damaged(file.parent, file.name, e) from e
 
 
+def _listed(path: Path) -> list[str]:
+    """The names of the weight files in the index of `path`. Raises ValueError if it is damaged."""
+    try:
+        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("it names files outside its folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise _damaged(path, INDEX, e) from e
+    return names
+
+
 def _weight_files(path: Path) -> list[Path]:
-    if (path / INDEX).is_file():
-        try:
-            names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise _damaged(path, INDEX, e) from e
-        files = [path / n for n in sorted(names)]
-    else:
-        files = [path / WEIGHTS]
-    lost = [f.name for f in files if not f.is_file()]
+    """What a checkpoint's tensors are read from: the shards of the index, or the one file."""
+    names = _listed(path) if (path / INDEX).is_file() else [WEIGHTS]
+    if WEIGHTS not in names and (path / WEIGHTS).is_file():
+        raise ValueError(
+            f"checkpoint {path}: holds {WEIGHTS} and {INDEX}, which lists other files; they are two checkpoints. "
+            "Delete the one that is not wanted"
+        )
+    lost = [n for n in names if not (path / n).is_file()]
     if lost:
         raise FileNotFoundError(f"checkpoint {path}: no {', '.join(lost)}; only safetensors are read, never pickles")
-    return files
+    return [path / n for n in names]
+
+
+def _without_prefix(found: Iterable[str], wanted: Iterable[str]) -> bool:
+    """Whether the tensors are those of the model below the head, stored under names without `model.`"""
+    found = set(found)
+    return not found & set(wanted) and EMBEDDING.removeprefix("model.") in found
+
+
+def _problems(path: Path, lines: list[str]) -> ValueError:
+    rest = [f"and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
+    return ValueError(f"checkpoint {path} does not fit its config:\n  " + "\n  ".join(lines[:_NAMED] + rest))
 
 
 @torch.no_grad()
@@ -81,11 +112,18 @@ def load(model: CausalLM, path: Path) -> None:
     expected = {s.name: s for s in model.weight_slices()}
     with ExitStack() as stack:
         files = [stack.enter_context(_open(f)) for f in _weight_files(path)]
-        found = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        held = [(name, file) for file in files for name in file.keys()]  # noqa: SIM118 (not a mapping)
+        found = dict(held)
+        if _without_prefix(found, expected):
+            raise ValueError(
+                f"checkpoint {path}: its tensors have no prefix `model.`, as an embedding model's, which scores no "
+                "tokens; read it with transformers.AutoModelForCausalLM and save_pretrained it to get a causal LM's"
+            )
         tied_copy = model.config.tie_word_embeddings and HEAD in found
         shapes = {name: list(file.get_slice(name).get_shape()) for name, file in found.items()}
         wanted = {name: list(s.of(parameters[s.parameter]).shape) for name, s in expected.items()}
-        problems = [f"missing: {n} {s}" for n, s in wanted.items() if n not in shapes]
+        problems = [f"twice: {n}" for n, count in Counter(n for n, _ in held).items() if count > 1]
+        problems += [f"missing: {n} {s}" for n, s in wanted.items() if n not in shapes]
         problems += [
             f"unknown: {n} {s}" for n, s in shapes.items() if n not in wanted and not (n == HEAD and tied_copy)
         ]
@@ -95,7 +133,7 @@ def load(model: CausalLM, path: Path) -> None:
         if tied_copy and not torch.equal(found[HEAD].get_tensor(HEAD), found[EMBEDDING].get_tensor(EMBEDDING)):
             problems.append(f"tied: {HEAD} differs from {EMBEDDING}, but the config says they are one")
         if problems:
-            raise ValueError(f"checkpoint {path} does not fit its config:\n  " + "\n  ".join(problems))
+            raise _problems(path, problems)
         for name, part in expected.items():
             part.of(parameters[part.parameter]).copy_(found[name].get_tensor(name))
     model.source, model.has_tied_copy = path, tied_copy
@@ -108,9 +146,58 @@ def _lossless_dtype(model: CausalLM) -> torch.dtype:
     return stored if exact else parameters[0].dtype
 
 
+def _superseded(path: Path, names: set[str]) -> list[Path]:
+    """The files of an earlier checkpoint in `path` that a reader might take in place of `WEIGHTS`: index and shards.
+
+    Raises:
+        ValueError: another file holds tensors of the same names, and nothing says that it may be deleted.
+    """
+    index = path / INDEX
+    try:
+        listed = _listed(path) if index.is_file() else []
+    except ValueError:  # damaged, so nobody's checkpoint
+        listed = []
+    old = [index] if index.is_file() else []
+    for file in sorted(path.glob("*.safetensors")):
+        if file.name == WEIGHTS:
+            continue
+        if file.name in listed or _SHARD.fullmatch(file.name):
+            old.append(file)
+            continue
+        try:
+            with safe_open(file, framework="pt") as other:
+                same = names & set(other.keys())
+        except SafetensorError:  # nobody can read it
+            continue
+        if same:
+            raise ValueError(
+                f"checkpoint {path}: {file.name} holds {min(same)} too, and readers of every *.safetensors would mix "
+                "the two; move it elsewhere, or save into another folder"
+            )
+    return old
+
+
+def _differs(source: Path, target: Path) -> bool:
+    """Whether there is a file `source` that `target` is no copy of."""
+    return source.is_file() and not (target.is_file() and filecmp.cmp(source, target, shallow=False))
+
+
+def _is_there(file: Path, value: Any) -> bool:
+    """Whether a JSON file holds `value`."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) == value
+    except (OSError, ValueError):
+        return False
+
+
 @torch.no_grad()
 def save(model: CausalLM, path: Path, dtype: torch.dtype | None) -> None:
-    """Write config.json, model.safetensors and the companions of the folder `model` was read from."""
+    """Write config.json, model.safetensors and the companions of the folder `model` was read from.
+
+    What `path` held before stays whole until the new weights are on the disk. If the weights are all that changes, one
+    rename puts them in place. Otherwise config.json goes first and comes back last, so that a folder in which a crash
+    left parts of two checkpoints is none to any reader. Raises as `CausalLM.save_pretrained`.
+    """
     dtype = dtype or _lossless_dtype(model)
     parameters = dict(model.named_parameters())
     tensors = {
@@ -120,9 +207,23 @@ def save(model: CausalLM, path: Path, dtype: torch.dtype | None) -> None:
     if model.has_tied_copy:
         tensors[HEAD] = tensors[EMBEDDING].clone()
     path.mkdir(parents=True, exist_ok=True)
-    write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    write_json(path / FILE, model.config.with_dtype(dtype).to_dict())
+    old, config, companions = _superseded(path, set(tensors)), model.config.with_dtype(dtype).to_dict(), []
     if model.source is not None and model.source.resolve() != path.resolve():
-        for name in COMPANIONS:
-            if (model.source / name).is_file():
-                write_atomically(path / name, partial(shutil.copyfile, model.source / name))
+        companions = [name for name in COMPANIONS if _differs(model.source / name, path / name)]
+    only_weights = not old and not companions and _is_there(path / FILE, config)
+
+    def withdraw() -> None:
+        if not only_weights:
+            (path / FILE).unlink(missing_ok=True)
+            sync(path)
+
+    write = partial(save_file, tensors, metadata={"format": "pt"})
+    write_atomically(path / WEIGHTS, lambda file: write(filename=file), withdraw)
+    for file in old:
+        file.unlink(missing_ok=True)
+    for name in companions:
+        write_atomically(path / name, partial(shutil.copyfile, cast(Path, model.source) / name))
+    if not only_weights:
+        sync(path)
+        write_json(path / FILE, config)
+    sync(path)

@@ -13,18 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bi_ops.core.files import write_atomically, write_json
+from bi_ops.core.files import sync, write_atomically, write_json
 
 LATEST = "latest"
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -42,12 +33,14 @@ def save(
     """Write `folder`/step_NNNNNN (model, optimizer, state.json) and point `folder`/latest at it.
 
     Everything is written into a temporary folder and flushed to the disk before it gets its name, and `latest` moves
-    last; a crash at any moment leaves the previous checkpoint the latest one.
+    last; a crash at any moment leaves the previous checkpoint the latest one. A folder of the same step is set aside
+    until then, and comes back (see `latest`) if the new one never got its name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:06d}"
-    fresh = folder / f".{final.name}.tmp"
-    for leftover in (fresh, final):  # of a run that died before `latest` moved
+    fresh, aside = folder / f".{final.name}.tmp", _aside(final)
+    _recover(final)
+    for leftover in (fresh, aside):  # of a run that died
         if leftover.exists():
             shutil.rmtree(leftover)
     fresh.mkdir()
@@ -55,13 +48,28 @@ def save(
     save_file(_optimizer_tensors(model, optimizer), fresh / "optimizer.safetensors")
     write_json(fresh / "state.json", {"step": step, **extra})
     for path in fresh.iterdir():
-        _sync(path)
-    _sync(fresh)
+        sync(path)
+    sync(fresh)
+    if final.exists():
+        os.replace(final, aside)
     os.replace(fresh, final)
-    _sync(folder)
+    sync(folder)
     write_atomically(folder / LATEST, lambda partial: partial.write_text(final.name + "\n"))
-    _sync(folder)
+    sync(folder)
+    if aside.exists():
+        shutil.rmtree(aside)
     return final
+
+
+def _aside(path: Path) -> Path:
+    """Where a checkpoint waits while another of its step takes its name."""
+    return path.with_name(f".{path.name}.old")
+
+
+def _recover(path: Path) -> None:
+    """Give a checkpoint that was set aside its name back, if none has it."""
+    if not path.exists() and _aside(path).exists():
+        os.replace(_aside(path), path)
 
 
 def latest(folder: Path) -> Path | None:
@@ -74,27 +82,42 @@ def latest(folder: Path) -> Path | None:
     if not pointer.exists():
         return None
     path = folder / pointer.read_text().strip()
+    _recover(path)
     if not (path / "state.json").is_file():
         raise ValueError(f"checkpoint: {pointer} names {path.name}, which is not there; write another name into it")
     return path
 
 
+def _damaged(path: Path, cause: Exception) -> ValueError:
+    return ValueError(
+        f"checkpoint: {path} cannot be read ({cause}), it is damaged; write the name of an earlier checkpoint into "
+        f"{path.parents[1] / LATEST}"
+    )
+
+
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one file. Raises ValueError naming it and the way out if it is not whole."""
+    """The tensors of one file. Raises ValueError naming it and the way out if it is missing or not whole."""
     try:
         return load_file(path)
-    except SafetensorError as e:
-        raise ValueError(
-            f"checkpoint: {path} cannot be read ({e}), it is damaged; write the name of an earlier checkpoint into "
-            f"{path.parents[1] / LATEST}"
-        ) from e
+    except (SafetensorError, FileNotFoundError) as e:
+        raise _damaged(path, e) from e
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The fields of `path`/state.json. Raises as `_read`."""
+    file = path / "state.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise _damaged(file, e) from e
 
 
 def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put a checkpoint's tensors into `model` and `optimizer`; returns its state.json.
 
     Raises:
-        ValueError: tensors missing, extra or of another shape (all are listed), or a damaged file.
+        ValueError: tensors missing, extra or of another shape or dtype (all are listed), or a damaged file. Neither
+            the model nor the optimizer has changed then.
     """
     weights = _read(path / "model.safetensors")
     parameters = dict(model.named_parameters())
@@ -105,18 +128,24 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
         for n, p in parameters.items()
         if n in weights and weights[n].shape != p.shape
     ]
+    wrong += [
+        f"{n} is {weights[n].dtype}, the model has {p.dtype}"
+        for n, p in parameters.items()
+        if n in weights and weights[n].dtype != p.dtype
+    ]
     if wrong:
         raise ValueError(f"checkpoint: {path} does not fit the model: " + "; ".join(wrong))
+    moments, state = _read(path / "optimizer.safetensors"), _read_state(path)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    moments = _read(path / "optimizer.safetensors")
     for name, parameter in parameters.items():
+        optimizer.state.pop(parameter, None)
         found = {k.removeprefix(f"{name}."): v for k, v in moments.items() if k.rpartition(".")[0] == name}
         if found:
             # AdamW keeps its step count on the CPU, its moments beside the parameter.
             optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in found.items()}
-    return json.loads((path / "state.json").read_text())
+    return state
 
 
 def sha256_of_weights(folder: Path) -> str:
