@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from bi_ops.models.config import read_config
+    from bi_ops.models.config_fields import read_config
     from bi_ops.verify.compositions import COMPOSITIONS, rescore
 
     for name in ("prompts", "new_tokens", "max_prompt_tokens"):

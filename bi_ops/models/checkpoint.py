@@ -19,13 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bi_ops.core.files import sync, write_atomically, write_json
-from bi_ops.models.config import FILE
+from bi_ops.models.config_fields import FILE
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+#: Stored dtypes, in the words of safetensors. Others are quantized weights, or lose bits.
+DTYPES = ("BF16", "F16", "F32")
 
 #: A shard as every publisher names it.
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -129,6 +132,12 @@ def load(model: CausalLM, path: Path) -> None:
         ]
         problems += [
             f"shape: {n} is {shapes[n]}, the config says {s}" for n, s in wanted.items() if shapes.get(n, s) != s
+        ]
+        dtypes = {n: file.get_slice(n).get_dtype() for n, file in found.items() if n in wanted}
+        problems += [
+            f"dtype: {n} is stored as {dtype}; {', '.join(DTYPES)} are read"
+            for n, dtype in dtypes.items()
+            if dtype not in DTYPES
         ]
         if tied_copy and not torch.equal(found[HEAD].get_tensor(HEAD), found[EMBEDDING].get_tensor(EMBEDDING)):
             problems.append(f"tied: {HEAD} differs from {EMBEDDING}, but the config says they are one")

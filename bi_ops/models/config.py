@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,34 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from bi_ops.models import config_fields
+from bi_ops.models.config_fields import FILE, read_config
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FILE = "config.json"
-
 #: Stored dtypes that the operators take.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The fields of `path`/config.json.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: it holds no JSON object.
-    """
-    file = Path(path) / FILE
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{path} is not a checkpoint folder (no {FILE} in it); download a model with "
-            "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` and name that folder"
-        )
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{file} is not JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(values).__name__}")
-    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +24,7 @@ class CausalLMConfig:
     """Names and meanings are those of `config.json`; `others` keeps every field the model has no use for.
 
     A model derives its own: `model_type` and `architecture` name it in the file, `unsupported` says what of the file
-    it cannot compute, and fields may be added.
+    it cannot compute, and fields may be added. A file without `rope_theta` has 10,000, whatever the model's default is.
     """
 
     model_type: ClassVar[str]
@@ -68,9 +47,17 @@ class CausalLMConfig:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        wrong = [config_fields.wrong_type(f.name, str(f.type), getattr(self, f.name)) for f in fields(self)]
+        if any(wrong):
+            raise ValueError(f"{name}: {'; '.join(filter(None, wrong))}")
         for f in fields(CausalLMConfig):
             if f.type == "int" and getattr(self, f.name) < 1:
                 raise ValueError(f"{name}: {f.name} must be at least 1, got {getattr(self, f.name)}")
+        if self.rms_norm_eps < 0 or self.rope_theta <= 0:
+            raise ValueError(
+                f"{name}: rms_norm_eps {self.rms_norm_eps} must not be negative, rope_theta {self.rope_theta} must be "
+                "positive"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{name}: {self.num_attention_heads} attention heads cannot be shared evenly by "
@@ -89,16 +76,8 @@ class CausalLMConfig:
 
     @classmethod
     def unsupported(cls, values: Mapping[str, Any]) -> list[str]:
-        """The fields of a config.json that ask for what the model does not compute."""
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        asked = {
-            "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
-            "attention_bias": bool(values.get("attention_bias")),
-            "mlp_bias": bool(values.get("mlp_bias")),
-            "hidden_act": values.get("hidden_act", "silu") != "silu",
-            "use_sliding_window": bool(values.get("use_sliding_window")),
-        }
-        return [name for name, bad in asked.items() if bad]
+        """What of a config.json asks for what the model does not compute: field, value and hint of each."""
+        return config_fields.unsupported(values)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
@@ -116,17 +95,19 @@ class CausalLMConfig:
         if (found := raw.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"{name}: model_type {found!r} is not supported; supported: {cls.model_type!r}")
         if unsupported := cls.unsupported(raw):
-            raise ValueError(f"{name}: this checkpoint sets {', '.join(unsupported)} to something that is not built")
+            raise ValueError(f"{name}: this checkpoint has what is not built: {'; '.join(unsupported)}")
         known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw and f.name not in ("dtype", "others")}
-        known.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if "rope_theta" not in known and "rope_theta" in rope:
-            known["rope_theta"] = rope["rope_theta"]
+        if known.get("num_key_value_heads") is None:
+            known["num_key_value_heads"] = raw.get("num_attention_heads")
+        stated = known.get("head_dim", cls.__dataclass_fields__["head_dim"].default)
+        if stated is None or stated is MISSING:
+            known["head_dim"] = _even_head_dim(raw, name)
+        known["rope_theta"] = config_fields.rope_theta(raw)
         needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-        missing = [n for n in needed if not isinstance(known.get(n), int)]
+        missing = [n for n in needed if known.get(n) is None]
         if missing:
             raise ValueError(f"{name}: {FILE} lacks {', '.join(missing)}")
-        stored = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+        stored = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         dtype = getattr(torch, stored, None)
         if dtype not in DTYPES:
             raise ValueError(f"{name}: dtype {stored!r} is not supported; supported: bfloat16, float16, float32")
@@ -139,11 +120,27 @@ class CausalLMConfig:
         if not self.others:
             head = {"architectures": [self.architecture], "model_type": self.model_type, "hidden_act": "silu"}
             return {**head, **ours, "attention_bias": False, "torch_dtype": stored}
-        out = dict(self.others)
-        out.update({n: v for n, v in ours.items() if n in out})
-        out["torch_dtype" if "torch_dtype" in out else "dtype"] = stored
-        return out
+        read = asdict(self.from_dict(self.others))
+        changed = {n: v for n, v in ours.items() if v != read[n]}
+        out = {**self.others, **changed}
+        for key in config_fields.ROPE_KEYS if "rope_theta" in changed else ():
+            if out.get(key):
+                out[key] = {**out[key], "rope_theta": self.rope_theta}
+        for spelling in ("dtype", "torch_dtype"):
+            if spelling in out:
+                out[spelling] = stored
+        return out if "dtype" in out or "torch_dtype" in out else {**out, "dtype": stored}
 
     def with_dtype(self, dtype: torch.dtype) -> Self:
         """The same model stored in another dtype."""
         return replace(self, dtype=dtype)
+
+
+def _even_head_dim(values: Mapping[str, Any], name: str) -> int | None:
+    """The head size of a config without one: the hidden size shared by the heads; None where these are not known."""
+    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
+        return None
+    if hidden % heads:
+        raise ValueError(f"{name}: no head_dim is given, and hidden_size {hidden} is no multiple of {heads} heads")
+    return hidden // heads

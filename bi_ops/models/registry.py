@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bi_ops.models.base import CausalLM
-from bi_ops.models.config import CausalLMConfig, read_config
+from bi_ops.models.config import CausalLMConfig
+from bi_ops.models.config_fields import read_config
 
 
 class Entry(NamedTuple):

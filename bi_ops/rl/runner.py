@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bi_ops.core.files import write_json
 from bi_ops.core.orders import OrderRecord
-from bi_ops.models.config import read_config
+from bi_ops.models.config_fields import read_config
 from bi_ops.rl import checkpoint
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics
