@@ -61,7 +61,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def rope_theta(values: Mapping[str, Any]) -> Any:
     """The base wavelength: what stands in the rotary parameters, else beside them, else 10,000."""
-    inside = next((values[key] for key in ROPE_KEYS if values.get(key)), {})
+    inside: Mapping[str, Any] = next((values[key] for key in ROPE_KEYS if values.get(key)), {})
     return inside.get("rope_theta", values.get("rope_theta", ROPE_THETA))
 
 
