@@ -26,7 +26,7 @@ examples:
   bi-ops doctor --json
 
 exit codes:
-  0  every operator can run here     1  some cannot     2  bad usage"""
+  0  every operator has a backend here     1  some have none     2  bad usage"""
 
 
 def add_parser(commands: Any) -> None:
@@ -82,12 +82,12 @@ def _backend(op: str) -> dict[str, Any]:
 
 
 def verified_gemms() -> dict[str, Any]:
-    """The bitwise verification cache of this machine: file, count, and the GEMMs whose bits differed."""
+    """The bitwise verification cache of this machine: file, how many are verified, and those whose bits differed."""
     from bi_ops.matmul import verification
 
     kept = verification.stored()
     refused = {key: record.get("differs_at", []) for key, record in kept.items() if not record["verified"]}
-    return {"file": str(verification.path()), "count": len(kept), "refused": refused}
+    return {"file": str(verification.path()), "count": len(kept) - len(refused), "refused": refused}
 
 
 def missing(gpu: str | None) -> list[dict[str, str]]:
@@ -178,7 +178,8 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(*map(escape, row))
     console.print(table)
     kept = found["verified_gemms"]
-    console.print(f"cuBLASLt: {kept['count']} GEMMs verified bitwise, {len(kept['refused'])} refused; {kept['file']}")
+    counts = f"{kept['count'] or 'no'} GEMMs verified bitwise, {len(kept['refused'])} refused"
+    console.print(f"cuBLASLt: {counts} (bi_ops.warmup(model) verifies a model's); {kept['file']}")
     for key, lengths in kept["refused"].items():
         console.print(f"  refused, so Triton computes it: {key}: other bits at {lengths}", soft_wrap=True, markup=False)
     for item in found["missing"]:

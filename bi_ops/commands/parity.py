@@ -32,7 +32,8 @@ examples:
   bi-ops parity runs/demo/final --json > parity.json
 
 exit codes:
-  0  every log-probability is bitwise identical     1  some differ
+  0  every log-probability is bitwise identical
+  1  some differ, or they show nothing: NaN or infinite, or all of one value
   2  bad usage or bad input     3  the run failed"""
 
 
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             progress=lambda name, done, _: tell(name, done),
         )
-    identical = all(r.identical for r in reports.values())
+    shown = all(r.identical and not r.inconclusive for r in reports.values())
 
     if args.json:
         rows = [
@@ -162,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
                 **described,
                 "composition": name,
                 "identical": r.identical,
+                "inconclusive": r.inconclusive,
                 "tokens_checked": r.tokens_checked,
                 "tokens_different": r.tokens_different,
                 "max_delta": r.max_delta,
@@ -171,17 +173,18 @@ def run(args: argparse.Namespace) -> int:
             for name, r in reports.items()
         ]
         print(to_json(rows, indent=2))
-        return 0 if identical else 1
+        return 0 if shown else 1
 
     table = Table(title=f"{path}, {args.engine} engine, {args.prompts} prompts x {args.new_tokens} tokens")
     for column in ("composition", "tokens checked", "different", "max delta", "mean delta"):
         table.add_column(column, justify="left" if column == "composition" else "right")
     for name, r in reports.items():
         numbers = (str(r.tokens_checked), str(r.tokens_different), f"{r.max_delta:.3e}", f"{r.mean_delta:.3e}")
-        table.add_row(name, *numbers, style=None if r.identical else "red")
+        table.add_row(name, *numbers, style=None if r.identical and not r.inconclusive else "red")
     Console().print(table)
     for name, r in reports.items():
         if r.first_difference is not None:
             print(f"bi-ops parity: {name}: first difference: {r.first_difference}", file=sys.stderr)
-    print("bitwise identical" if identical else "DIFFERENT")
-    return 0 if identical else 1
+    worst = min(reports.values(), key=lambda r: (r.identical, not r.inconclusive))
+    print(worst.verdict)
+    return 0 if shown else 1

@@ -207,7 +207,7 @@ def verify(s: GemmShape) -> bool:
     if record is None:
         broken = differing(s)
         fixed = {n: str(v) for n, v in s._asdict().items()}
-        record = {**fixed, **_asked(s), "verified": not broken, "differs_at": broken}
+        record = {**fixed, **_asked(s), "verified": bool(lengths(s)) and not broken, "differs_at": broken}
         assert _known.file is not None
         _known.file[s.key()] = record
         _keep(s.key(), record)

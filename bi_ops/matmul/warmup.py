@@ -66,6 +66,9 @@ def warmup(
     if not here:
         return Warmup(0, (), here.reason)
     found = verification.wanted() if module is None else list(dict.fromkeys(shapes_of(module, dtype)))
+    if not found:
+        none = "no GEMM has run unverified" if module is None else "the model has no two-dimensional weight on a GPU"
+        return Warmup(0, (), none)
     verified, refused = 0, []
     for i, shape in enumerate(found):
         progress(i, len(found), shape.key())

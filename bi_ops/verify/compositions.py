@@ -87,7 +87,7 @@ def rescore(
         One report per composition, sequences numbered as in `completions`.
 
     Raises:
-        ValueError: an unknown composition, a pack size below 1, or nothing to score.
+        ValueError: an unknown composition, a pack size below 1, nothing to score, or a model without parameters.
         RuntimeError: `model` computes in other orders; what differs is listed.
     """
     unknown = [c for c in compositions if c not in COMPOSITIONS]
@@ -95,14 +95,17 @@ def rescore(
         raise ValueError(f"rescore: unknown compositions {unknown}; known are {', '.join(COMPOSITIONS)}")
     if max_tokens_per_pack < 1:
         raise ValueError(f"rescore: max_tokens_per_pack must be at least 1, got {max_tokens_per_pack}")
-    if not completions:
-        raise ValueError("rescore: no completions to score")
+    if not completions or not compositions:
+        raise ValueError(f"rescore: no {'compositions' if completions else 'completions'} to score")
     if orders is not None and (differences := model.orders().differences(orders)):
         raise RuntimeError(
             "rescore: the model computes in other orders than the completions were sampled in (the model's first): "
             f"{'; '.join(differences)}. Call model.adopt(engine.orders) first"
         )
-    device = next(model.parameters()).device
+    weight = next(model.parameters(), None)
+    if weight is None:
+        raise ValueError("rescore: the model has no parameters, so its scores are no model's")
+    device = weight.device
     sequences = [_Sequence(tuple(c.prompt), tuple(c.tokens), i) for i, c in enumerate(completions)]
     reports = {}
     for name in compositions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,21 @@ def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(view), b.contiguous().view(view))
 
 
+def _shows_something(name: str, outs: Tensors) -> None:
+    """Raise ValueError if equal bits of `outs` would be no proof: no element, no number, or one value everywhere."""
+    for out in outs:
+        if out.numel() == 0:
+            continue
+        finite = out[out.isfinite()] if out.is_floating_point() else out.reshape(-1)
+        if finite.numel() and (out.numel() == 1 or bool((out.reshape(-1) != finite[0]).any())):
+            return
+    shapes = ", ".join(str(list(out.shape)) for out in outs)
+    raise ValueError(
+        f"{name}: the results {shapes} are empty, of one value, or no finite numbers, so equal bits show nothing; give "
+        "inputs whose results differ"
+    )
+
+
 def row_variant(op: RowOp, rows: Tensors, counts: Iterable[int] = ROW_COUNTS) -> list[int]:
     """Row counts m at which `op` on m rows differs from the same rows of `op` on all rows.
 
@@ -39,12 +55,14 @@ def row_variant(op: RowOp, rows: Tensors, counts: Iterable[int] = ROW_COUNTS) ->
         counts: the values of m; those above M_max are left out.
 
     Raises:
-        ValueError: no m below M_max, so nothing would be compared.
+        ValueError: no m below M_max, or results that are empty, all of one value or no finite numbers, so nothing
+            would be compared.
     """
     counts, total = tuple(counts), rows[0].shape[0]
     if not any(m < total for m in counts):
         raise ValueError(f"row_variant: no row count in {counts} is below the {total} rows given: nothing to compare")
     full = _tuple(op(*rows))
+    _shows_something("row_variant", full)
     broken = []
     for m in counts:
         if m > total:
@@ -61,15 +79,19 @@ def order_variant(op: RowOp, rows: Tensors, trials: int = 3, seed: int = 0) -> l
     """Trials in which shuffling the rows changed some row's bits.
 
     Raises:
-        ValueError: fewer than two rows or no trial, so nothing would be compared.
+        ValueError: fewer than two rows or no trial, or results as in `row_variant`, so nothing would be compared.
     """
     if trials < 1 or rows[0].shape[0] < 2:
         raise ValueError(f"order_variant: {trials} trials of {rows[0].shape[0]} rows leave nothing to compare")
     full = _tuple(op(*rows))
+    _shows_something("order_variant", full)
     generator = torch.Generator().manual_seed(seed)
     broken = []
     for trial in range(trials):
-        perm = torch.randperm(rows[0].shape[0], generator=generator).to(rows[0].device)
+        perm = torch.randperm(rows[0].shape[0], generator=generator)
+        if torch.equal(perm, torch.arange(len(perm))):  # every row where it was
+            perm = perm.roll(1)
+        perm = perm.to(rows[0].device)
         shuffled = _tuple(op(*(r[perm] for r in rows)))
         if not all(bits_equal(s, f[perm]) for s, f in zip(shuffled, full, strict=True)):
             broken.append(trial)
@@ -77,10 +99,15 @@ def order_variant(op: RowOp, rows: Tensors, trials: int = 3, seed: int = 0) -> l
 
 
 def rerun_variant(op: Callable[[], torch.Tensor | Tensors], runs: int = 100) -> list[int]:
-    """Reruns (1-based) whose result differs from the first run's. Raises ValueError for fewer than two runs."""
+    """Reruns (1-based) whose result differs from the first run's.
+
+    Raises:
+        ValueError: fewer than two runs, or results as in `row_variant`.
+    """
     if runs < 2:
         raise ValueError(f"rerun_variant: {runs} runs leave nothing to compare; use at least 2")
     first = _tuple(op())
+    _shows_something("rerun_variant", first)
     return [
         run for run in range(1, runs) if not all(bits_equal(a, b) for a, b in zip(_tuple(op()), first, strict=True))
     ]
@@ -96,8 +123,8 @@ class GradientErrors:
 
     @property
     def ok(self) -> bool:
-        """At most twice plain torch's error (one fp32 rounding of slack where plain torch is exact)."""
-        return self.ours <= max(2 * self.plain, 2.0**-22)
+        """At most twice plain torch's error (one fp32 rounding of slack where plain torch is exact); never infinite."""
+        return math.isfinite(self.ours) and self.ours <= max(2 * self.plain, 2.0**-22)
 
 
 def gradient_errors(op: RowOp, reference: RowOp, inputs: dict[str, torch.Tensor]) -> list[GradientErrors]:
@@ -107,6 +134,9 @@ def gradient_errors(op: RowOp, reference: RowOp, inputs: dict[str, torch.Tensor]
         op: the operator; called with the inputs in order. reference: the same mathematics in plain torch; run in
             fp64 for the oracle and in the inputs' own dtype for the comparison.
         inputs: name to tensor; floating-point ones get gradients. A fixed random cotangent is used.
+
+    Raises:
+        ValueError: no floating-point input, outputs that are empty or of other shapes than the reference's.
     """
 
     def run(fn: RowOp, cast: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -119,10 +149,17 @@ def gradient_errors(op: RowOp, reference: RowOp, inputs: dict[str, torch.Tensor]
         named = {f"out{i}": o for i, o in enumerate(outs)}
         return named | {f"grad_{n}": g for n, g in zip(leaves, grads, strict=True)}
 
-    inputs_dtype = next(t.dtype for t in inputs.values() if t.is_floating_point())
+    inputs_dtype = next((t.dtype for t in inputs.values() if t.is_floating_point()), None)
+    if inputs_dtype is None:
+        raise ValueError("gradient_errors: no floating-point input, so there is no gradient to compare")
     ours = run(op, lambda t: t)
     plain = run(reference, lambda t: t)
     exact = run(reference, lambda t: t.double())
+    shapes = {n: (list(ours[n].shape), list(t.shape)) for n, t in exact.items() if n in ours}
+    if ours.keys() != exact.keys() or any(a != b for a, b in shapes.values()):
+        raise ValueError(f"gradient_errors: {len(ours)} results and {len(exact)} of the reference, shapes {shapes}")
+    if any(t.numel() == 0 for t in exact.values()):
+        raise ValueError(f"gradient_errors: empty results, so there is nothing to compare; shapes {shapes}")
 
     def error(x: torch.Tensor, ref: torch.Tensor) -> float:
         return ((x.double() - ref).norm() / ref.norm().clamp_min(1e-30)).item()
