@@ -144,7 +144,7 @@ class Bench:
         if kernel != "fwd":
             out, lse = self.forward(replace(self.in_use, kernel="fwd"))
             sums = self.in_use.order.row_sums
-            self.delta, self.shift = launch.launch_delta(self.g, out, lse, None, GROUP, sums)
+            self.delta, self.shift = launch.launch_delta(self.g, out, lse, None, (None,) * 3, self.seqlens, GROUP, sums)
 
     def config(self, variant: Variant) -> KernelConfig:
         """The variant's, or the one that sizes choose."""

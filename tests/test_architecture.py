@@ -53,7 +53,7 @@ FROM_ORDER: dict[str, frozenset[str]] = {
     "attention_dsinks_kernel": frozenset({"CHUNK"}),
     "attention_dq_kernel": frozenset({"BLOCK_N"}),
     "attention_dkv_kernel": frozenset({"BLOCK_R"}),
-    "attention_prepare_kernel": frozenset({"BLOCK_M"}),
+    "attention_prepare_kernel": frozenset({"BLOCK_M", "BLOCK_N"}),
     "attention_backward_kernel": frozenset({"BLOCK_M", "BLOCK_N"}),
     "sum_kernel": frozenset({"LANES", "LOG2_LANES", "SPAN"}),
     "square_sums_kernel": frozenset({"LANES", "LOG2_LANES", "SPAN"}),
@@ -66,7 +66,7 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         *("pairwise_sum_kernel", "scale_kernel", "adamw_kernel"),
         *("wgrad_kernel",),  # the tensor cores' step of 16 tokens, whatever the tile
         *("attention_dq_hopper_kernel", "attention_dkv_hopper_kernel"),  # of one order, which `check_order` compares
-        *("attention_add_chunks_kernel", "lpt_order_kernel"),
+        *("attention_add_chunks_kernel", "attention_clear_kernel", "lpt_order_kernel"),
         *("embedding_backward_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),
     }
 )

@@ -284,6 +284,12 @@ def test_bad_input_is_named(kwargs, error, message, device):
         bad(device, **kwargs)
 
 
+def test_more_rows_than_32_bits_count_are_named(device):
+    rows = torch.empty(1, 2, 16, device=device).expand(2**30, 2, 16)
+    with pytest.raises(ValueError, match=r"1073741824 tokens in 2 sequences, times 2 heads, are 2\*\*31 rows or more"):
+        flash_attention(rows, rows, rows, cu([2**30], device))
+
+
 @pytest.mark.parametrize("maximum", [-1, 5])
 def test_a_maximum_without_room_is_named_where_contents_are_not_read(maximum):
     """As on a GPU, where reading cu_seqlens would wait: 2 sequences of at most 5 cannot hold 11 tokens."""

@@ -20,6 +20,7 @@ import pytest
 from gluon_model import Descriptor, Pointer
 
 from bi_ops.attention.hopper import backward, decode, dkv, dq, forward
+from bi_ops.attention.order import OnePass
 
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 192, 193, 257, 300)
 
@@ -34,10 +35,16 @@ def lists(lengths, block):
     return starts(-(-lengths[i] // block) for i in longest_first)[:-1] + longest_first
 
 
-def grid(lengths, longest, block):
+def grid(lengths, longest, block, tokens=None):
     """(tiles, whether all sequences count as equal) of the launches."""
-    equal = longest * len(lengths) == sum(lengths)
-    return (-(-longest // block) * len(lengths) if equal else sum(lengths) // block + len(lengths)), equal
+    tokens = sum(lengths) if tokens is None else tokens
+    equal = longest * len(lengths) == tokens
+    return (-(-longest // block) * len(lengths) if equal else tokens // block + len(lengths)), equal
+
+
+def inside(lengths, before=0):
+    """Starts of sequences after `before` rows that belong to none."""
+    return [before + n for n in starts(lengths)]
 
 
 def pointers(*lists_of_numbers):
@@ -66,12 +73,14 @@ def run_forward(
     **options,
 ):
     causal, stay = options.pop("causal", True), options.pop("stay", True)
-    d, block_n, block_m, t = 64, 64, 64 * teams, sum(lens_q)
-    n_tiles, equal = grid(lens_q, options.pop("longest", 0) or max(lens_q), block_m)
+    before, after = options.pop("outside", (0, 0))  # rows of q that belong to no sequence
+    d, block_n, block_m, t = 64, 64, 64 * teams, before + sum(lens_q) + after
+    n_tiles, equal = grid(lens_q, options.pop("longest", 0) or max(lens_q), block_m, t)
     programs = min(n_tiles * h, 3) if stay else n_tiles * h
     d_q, d_k = Descriptor([t, h * d], [64, d], 2), Descriptor([sum(lens_k), h // heads * d], [block_n, d], 2)
     out, lse = outputs(t * h * d, t * h)
-    numbers = pointers(starts(lens_q), starts(lens_k), lists(lens_q, block_m), [0], [-1] * (programs * queries))
+    cu_q = inside(lens_q, before)
+    numbers = pointers(cu_q, starts(lens_k), lists(lens_q, block_m), [0], [-1] * (programs * queries))
     unused = model.launch(
         *(kernels.attention_forward_kernel, programs, d_q, d_k, d_k, out, lse, *numbers, 1.0),
         *(t, len(lens_q), n_tiles, h, heads, d, block_n, teams, stages, queries, causal, turns, ahead, stay, equal),
@@ -82,7 +91,8 @@ def run_forward(
 
 
 def run_decode(n_queries, lengths, kernels=decode, hkv=2, heads=2, page=16, slots=3, causal=True, **options):
-    d, block_n, t = 64, 64, sum(n_queries)
+    before, after = options.pop("outside", (0, 0))
+    d, block_n, t = 64, 64, before + sum(n_queries) + after
     box, columns = math.gcd(page, block_n), max(-(-n // page) for n in lengths) + 1
     pages, table = itertools.count(), []
     for n in lengths:
@@ -92,8 +102,8 @@ def run_decode(n_queries, lengths, kernels=decode, hkv=2, heads=2, page=16, slot
     q, out = outputs(0, t * hkv * heads * d)
     unused = model.launch(
         *(kernels.attention_decode_kernel, len(lengths) * hkv, cache, cache, q, out),
-        *(*pointers(starts(n_queries), lengths, table), 1.0, hkv * heads * d, d, columns, page, 0, d, page, 0, d),
-        *(hkv, heads, d, block_n, page, slots, 1, causal),
+        *(*pointers(inside(n_queries, before), lengths, table), 1.0, t, hkv * heads * d, d, columns),
+        *(page, 0, d, page, 0, d, hkv, heads, d, block_n, page, slots, 1, causal, options.pop("large", False)),
         **options,
     )
     assert once(out)
@@ -106,15 +116,16 @@ def run_backward(
     causal, tokens, keys, n_seqs = options.pop("causal", True), sum(lens_q), sum(lens_k), len(lens_q)
     programs, equal = grid(lens_k, options.pop("longest", 0) or max(lens_k), 128)
     h, n_tiles = hkv * heads, tokens // 64 + n_seqs
+    n_slots = backward.n_slots(tokens, keys, n_seqs, OnePass(64, 128))
     last = max(n_seqs * hkv - side_by_side, 0) // together * together
     d_q, d_k = Descriptor([tokens, h * d], [64, d], 2), Descriptor([keys, hkv * d], [128, d], 2)
     numbers = Descriptor([h * n_tiles * 64], [64], 4)
-    sums = Descriptor([h * n_tiles * d // 4, 256], [d // 8, 256], 4)
+    sums = Descriptor([h * n_slots * d // 4, 256], [d // 8, 256], 4)
     dq, dk, dv = outputs(tokens * h * d, keys * hkv * d, keys * hkv * d)
-    turns, cu_q, cu_k, order = pointers([0] * (h * n_tiles), starts(lens_q), starts(lens_k), lists(lens_k, 128))
+    turns, cu_q, cu_k, order = pointers([0] * (h * n_slots), starts(lens_q), starts(lens_k), lists(lens_k, 128))
     unused = model.launch(
         *(kernels.attention_backward_kernel, programs * hkv, d_q, d_q, d_k, d_k, numbers, numbers, sums, turns),
-        *(dq, dk, dv, cu_q, cu_k, order, 1.0, n_seqs, together, last, n_tiles),
+        *(dq, dk, dv, cu_q, cu_k, order, 1.0, n_seqs, together, last, n_tiles, n_slots),
         *(hkv, heads, d, 64, 128, stages, causal, equal),
         **options,
     )
@@ -218,6 +229,50 @@ def test_any_lengths_decode(seed):
             **{"hkv": r.choice([1, 2]), "heads": heads, "page": r.choice([8, 16, 48, 64, 256])},
             **{"slots": r.choice([2, 3, 4, 5, 16]), "causal": r.random() < 0.7, "seed": seed},
         )
+
+
+@pytest.mark.parametrize("outside", [(0, 1), (3, 0), (70, 200)])
+def test_rows_that_belong_to_no_sequence_are_written_once(outside):
+    for lengths in ([65, 0, 3], [1], [64, 64]):
+        run_forward(lengths, lengths, outside=outside)
+        run_forward(lengths, lengths, outside=outside, stay=False)
+        run_decode([1, 3], [65, 0], outside=outside)
+    assert sum(outside) != 1 or grid([127], 128, 128, 128) == (1, True)
+    run_forward([127], [127], outside=(0, 1), longest=128)  # counts as one of equal lengths
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_slots_of_dq_do_not_overlap_and_grow_with_tokens(seed):
+    """Each tile of dQ that takes more than one tile of keys has a slot of its own among `n_slots`."""
+    r, order = random.Random(seed), OnePass(64, 128)
+    n_seqs = r.choice([1, 2, 30, 300])
+    lens_q, lens_k = ([r.choice(EDGES[: r.choice([4, 12])]) for _ in range(n_seqs)] for _ in range(2))
+    cu_q, cu_k = starts(lens_q), starts(lens_k)
+    slots = backward.n_slots(cu_q[-1], cu_k[-1], n_seqs, order)
+    taken = [
+        cu_q[b] // 64 + min(b, cu_k[b] // 128) + i
+        for b in range(n_seqs)
+        if lens_k[b] > 128
+        for i in range(-(-lens_q[b] // 64))
+    ]
+    assert len(set(taken)) == len(taken)
+    assert all(0 <= slot < slots for slot in taken)
+    assert slots * 64 <= cu_q[-1] + cu_k[-1] / 2
+
+
+def workspace(n_tokens, n_seqs, heads, head_dim):
+    """(bytes that the backward takes beside its gradients, bytes of those), of as many query heads as KV heads."""
+    buffers = backward.workspace(n_tokens, n_tokens, n_seqs, heads, head_dim, OnePass(64, 128))
+    return sum(math.prod(shape) * 4 for shape in buffers), 3 * n_tokens * heads * head_dim * 2
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_workspace_of_many_short_sequences_is_about_that_of_one(head_dim):
+    one, gradients = workspace(2**20, 1, 32, head_dim)
+    assert one < gradients  # fp32 dQ and two statistics
+    for n_seqs in (32_768, 65_536):
+        many, _ = workspace(2**20, n_seqs, 32, head_dim)
+        assert many < 1.8 * gradients, many / gradients
 
 
 def test_every_barrier_is_used():

@@ -145,7 +145,10 @@ class VllmBackend(AttentionBackend):
     def forward(self, q, k, v, seqlens, params, sinks, order, arch):
         if q.shape[0] == 0 or k.shape[0] == 0:
             return _no_keys(q)
-        return vllm.forward(q, k, v, seqlens.cu_q, seqlens.cu_k, None, seqlens.max_q, seqlens.max_k, params)
+        out, lse = vllm.forward(q, k, v, seqlens.cu_q, seqlens.cu_k, None, seqlens.max_q, seqlens.max_k, params)
+        if not seqlens.read:
+            launch.clear_outside(seqlens.cu_q, out, lse)
+        return out, lse
 
     def paged_forward(self, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, sinks, order, arch):
         page = k_cache.shape[1]
@@ -157,7 +160,9 @@ class VllmBackend(AttentionBackend):
         if q.shape[0] == 0 or table.numel() == 0:
             return _no_keys(q)[0]
         max_k = table.shape[1] * page  # an upper bound is enough, as under vLLM's CUDA graphs
-        return vllm.forward(q, k_cache, v_cache, cu_q, seqlens_k, table, max_q, max_k, params)[0]
+        out, _ = vllm.forward(q, k_cache, v_cache, cu_q, seqlens_k, table, max_q, max_k, params)
+        launch.clear_outside(cu_q, out)
+        return out
 
 
 class FlashAttnBackend(AttentionBackend):
@@ -189,7 +194,10 @@ class FlashAttnBackend(AttentionBackend):
     def forward(self, q, k, v, seqlens, params, sinks, order, arch):
         if q.shape[0] == 0 or k.shape[0] == 0:  # flash-attn takes no empty batch
             return _no_keys(q)
-        return flash_attn.forward(q, k, v, seqlens, params)
+        out, lse = flash_attn.forward(q, k, v, seqlens, params)
+        if not seqlens.read:
+            launch.clear_outside(seqlens.cu_q, out, lse)
+        return out, lse
 
 
 class FlashAttnDeterministicBackend(FlashAttnBackend):
@@ -206,7 +214,11 @@ class FlashAttnDeterministicBackend(FlashAttnBackend):
         if q.shape[0] == 0 or k.shape[0] == 0:
             return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), q.new_empty(0)
         q, k, v = (launch.unit_stride(t) for t in (q, k, v))
-        return *flash_attn.backward(g.contiguous(), q, k, v, out, lse, g_lse, seqlens, params), q.new_empty(0)
+        dq, dk, dv = flash_attn.backward(g.contiguous(), q, k, v, out, lse, g_lse, seqlens, params)
+        if not seqlens.read:
+            for rows, cu in ((dq, seqlens.cu_q), (dk, seqlens.cu_k), (dv, seqlens.cu_k)):
+                launch.clear_outside(cu, rows)
+        return dq, dk, dv, q.new_empty(0)
 
 
 def _described(arch: Arch) -> str:

@@ -97,6 +97,18 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, total: int, name: str = "cu_seqle
     return max(lengths, default=0)
 
 
+def check_rows(op: str, n_tokens: int, n_heads: int, n_seqs: int) -> None:
+    """Rows (token, head) and tiles are counted in 32 bits. Offsets in memory are not."""
+    ok = (n_tokens + n_seqs) * n_heads < 2**31
+    checks.shape(
+        op,
+        ok,
+        lambda: (
+            f"{n_tokens} tokens in {n_seqs} sequences, times {n_heads} heads, are 2**31 rows or more; split the batch"
+        ),
+    )
+
+
 def check_lengths_tensor(op: str, name: str, t: torch.Tensor) -> None:
     checks.tensor(op, name, t, ndim=1)
     checks.dtype(op, name, t, (torch.int32,))

@@ -7,6 +7,7 @@ out, and with its class which kernel runs; None: chosen from sizes and architect
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -29,7 +30,7 @@ from bi_ops.attention.kernels.backward import (
     attention_dq_kernel,
     attention_dsinks_kernel,
 )
-from bi_ops.attention.kernels.forward import attention_kernel
+from bi_ops.attention.kernels.forward import attention_clear_kernel, attention_kernel
 from bi_ops.attention.order import AttentionOrder, KeySteps, OnePass, RowSums, TwoPass
 from bi_ops.attention.params import AttentionParams, Seqlens
 from bi_ops.core import runtime
@@ -136,7 +137,7 @@ def forward(
     if config is None:
         config = forward_config(q, k, seqlens, params, sinks, order, arch)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    cu_q, cu_k, max_q, _ = seqlens
+    cu_q, cu_k, max_q, *_ = seqlens
     if isinstance(config, ForwardConfig):
         from bi_ops.attention.hopper.forward import launch
 
@@ -223,6 +224,17 @@ def _triton_forward(
     return out
 
 
+def clear_outside(cu: torch.Tensor, rows: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+    """Zeros in rows [T, H, D], contiguous, and lse [H, T] of tokens outside the sequences, which the GPU alone knows.
+
+    For kernels that are not ours: ours do so themselves.
+    """
+    n_tokens, heads, head_dim = rows.shape
+    attention_clear_kernel[(min(n_tokens, 256),)](
+        *(rows, lse, cu, cu.shape[0] - 1, n_tokens), H=heads, D=head_dim, num_warps=4, **PINNED
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------
 # backward
 
@@ -270,10 +282,14 @@ def backward(
     """
     q, k, v, g = unit_stride(q), unit_stride(k), unit_stride(v), g.contiguous()
     some = q.shape[0] > 0 and k.shape[0] > 0
-    two_pass = isinstance(order.backward, TwoPass)
+    two_pass = some and isinstance(order.backward, TwoPass)
+    dq = q.new_empty(q.shape if need_q and two_pass else 0)
+    dk, dv = (k.new_empty(k.shape if need_kv and two_pass else 0) for _ in range(2))
     dsinks = q.new_empty(0)
-    if sinks is not None or (some and two_pass):
-        delta, shift = launch_delta(g, out, lse, g_lse, q.shape[1] // k.shape[1], order.row_sums)
+    if sinks is not None or two_pass:
+        gradients = [t if t.numel() else None for t in (dq, dk, dv)]
+        heads = q.shape[1] // k.shape[1]
+        delta, shift = launch_delta(g, out, lse, g_lse, gradients, seqlens, heads, order.row_sums)
         dsinks = dsinks if sinks is None else launch_dsinks(sinks, delta, shift, order, arch, config.sinks)
     if not some:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), dsinks
@@ -281,8 +297,6 @@ def backward(
         dq, dk, dv = launch_one_pass(g, q, k, v, out, lse, g_lse, seqlens, params, order.backward, config.one_pass)
         return dq, dk, dv, dsinks
     assert isinstance(order.backward, TwoPass), f"{order.backward} is not of the own kernels"
-    dq = q.new_empty(q.shape if need_q else 0)
-    dk, dv = (k.new_empty(k.shape if need_kv else 0) for _ in range(2))
     if need_q:
         launch_dq(g, q, k, v, shift, delta, dq, seqlens, params, order.backward, arch, config.dq)
     if need_kv:
@@ -306,20 +320,29 @@ def launch_one_pass(
     """(dq, dk, dv), contiguous, of plain attention over at least one query and one key."""
     from bi_ops.attention.hopper.backward import launch
 
-    cu_q, cu_k, _, max_k = seqlens
+    cu_q, cu_k, _, max_k, _ = seqlens
     if config is None:
         config = configs.one_pass(cdiv(max_k, order.block_n), q.shape[2], runtime.multiprocessors(q.device))
     return launch(g, q, k, v, out, lse, g_lse, cu_q, cu_k, max_k, params.causal, params.scale, order, config)
 
 
 def launch_delta(
-    g: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, g_lse: torch.Tensor | None, heads: int, order: RowSums
+    g: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    g_lse: torch.Tensor | None,
+    gradients: Sequence[torch.Tensor | None],
+    seqlens: Seqlens,
+    heads: int,
+    order: RowSums,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row sums of g * out, less g_lse, and -lse in base 2, both fp32 [Hq / heads, T, heads].
 
     g and out are contiguous [T, Hq, D], lse and g_lse [Hq, T]; `heads` query heads share a KV head. A score's gradient
-    is p * (dO . v - sum(dO * O)), and p * g_lse through the lse: so one number per row has both.
+    is p * (dO . v - sum(dO * O)), and p * g_lse through the lse: so one number per row has both. Rows of `gradients`,
+    (dq, dk, dv) or None for each, that belong to no sequence become zeros.
     """
+    dq, dk, dv = gradients
     n_tokens, hq, head_dim = out.shape
     delta, shift = (out.new_empty((hq // heads, n_tokens, heads), dtype=torch.float32) for _ in range(2))
     if n_tokens == 0:
@@ -331,8 +354,8 @@ def launch_delta(
         g_lse,
         delta,
         shift,
-        n_tokens * hq,
-        n_tokens,
+        *(dq, dk, dv, seqlens.cu_q, seqlens.cu_k),
+        *(n_tokens, 0 if dk is None else dk.shape[0], seqlens.cu_q.shape[0] - 1),
         H=hq,
         HEADS=heads,
         D=head_dim,
@@ -390,7 +413,7 @@ def launch_dq(
     """Write dq [T, Hq, D], contiguous. q, k, v: as `unit_stride` returns them. shift, delta: of `launch_delta`."""
     if config is None:
         config = dq_config(q, k, seqlens, params, order, arch)
-    cu_q, cu_k, max_q, _ = seqlens
+    cu_q, cu_k, max_q, *_ = seqlens
     if isinstance(config, DqConfig):
         from bi_ops.attention.hopper.dq import launch
 
@@ -431,7 +454,7 @@ def launch_dkv(
     """Write dk and dv [Tk, Hkv, D], contiguous. Arguments as `launch_dq`."""
     if config is None:
         config = dkv_config(q, k, seqlens, params, order, arch)
-    cu_q, cu_k, _, max_k = seqlens
+    cu_q, cu_k, _, max_k, _ = seqlens
     if isinstance(config, DkvConfig):
         from bi_ops.attention.hopper.dkv import launch
 

@@ -13,6 +13,7 @@ from bi_ops.attention.checks import (
     check_lengths_tensor,
     check_pages,
     check_qkv,
+    check_rows,
     longest,
 )
 from bi_ops.attention.order import Problem
@@ -23,6 +24,14 @@ from bi_ops.core.operators import custom_op
 
 # --------------------------------------------------------------------------------------------------------------
 # custom operators
+
+
+def _seqlens(
+    q: torch.Tensor, k: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int | None, max_k: int | None
+) -> Seqlens:
+    op, read = "flash_attention", max_q is None and max_k is None
+    max_q = longest(op, "cu_seqlens", cu_q, q.shape[0], max_q)
+    return Seqlens(cu_q, cu_k, max_q, longest(op, "cu_seqlens_k", cu_k, k.shape[0], max_k), read)
 
 
 @custom_op("bi_ops::flash_attention")
@@ -44,11 +53,10 @@ def _flash(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [T, Hq, D], lse fp32 [Hq, T]). backend: its name, as `select` returns it."""
     params = AttentionParams(causal, scale, left, right, softcap)
-    max_q = longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], max_q)
-    max_k = longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
+    seqlens = _seqlens(q, k, cu_q, cu_k, max_q, max_k)
     chosen, arch = backends.get(backend), arches.of(q.device)
     order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks)), arch)
-    return chosen.forward(q, k, v, Seqlens(cu_q, cu_k, max_q, max_k), params, sinks, order, arch)
+    return chosen.forward(q, k, v, seqlens, params, sinks, order, arch)
 
 
 @_flash.register_fake
@@ -85,11 +93,9 @@ def _flash_grad(
     sinks, backend: the forward's.
     """
     params = AttentionParams(causal, scale, left, right, softcap)
-    max_q = longest("flash_attention", "cu_seqlens", cu_q, q.shape[0], max_q)
-    max_k = longest("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
+    seqlens = _seqlens(q, k, cu_q, cu_k, max_q, max_k)
     chosen, arch = backends.get(backend), arches.of(q.device)
     order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks)), arch)
-    seqlens = Seqlens(cu_q, cu_k, max_q, max_k)
     sinks = sinks if need_sinks else None  # the softmax's are in the lse
     dq, dk, dv, dsinks = chosen.backward(
         g, q, k, v, out, lse, g_lse, seqlens, params, sinks, need_q, need_kv, order, arch
@@ -246,7 +252,8 @@ def flash_attention(
     Args:
         q: [T, Hq, D], bf16, fp16 or fp32; D a multiple of 8 from 16 to 256. k, v: [Tk, Hkv, D], Hkv divides Hq. The
             last dimension should be contiguous, other strides are free: views into a fused projection are fine.
-        cu_seqlens: int32 [B + 1], where each sequence starts in q; sequences may be empty.
+        cu_seqlens: int32 [B + 1], where each sequence starts in q; sequences may be empty. Rows before the first or
+            after the last, which a GPU call with `max_seqlen` does not see, give zeros: out, lse and gradients.
         cu_seqlens_k: the same for k and v; None: as `cu_seqlens`.
         max_seqlen, max_seqlen_k: at least the longest sequence. Without them a GPU call waits for `cu_seqlens`, and
             then checks its contents; with them a GPU call sees only that they leave room (see `check_cu_seqlens`).
@@ -289,6 +296,7 @@ def flash_attention(
             cu_q.shape == cu_k.shape,
             lambda: f"cu_seqlens {list(cu_q.shape)} and cu_seqlens_k {list(cu_k.shape)} differ",
         )
+    check_rows(op, max(q.shape[0], k.shape[0]), q.shape[1], cu_q.shape[0])
     name = select(operator.index(q.shape[2]), q.dtype, params.features(sinks), q.device, backend)
     out, lse = _flash(
         *(q, k, v, cu_q, cu_k, max_seqlen, max_seqlen_k, causal, scale),
@@ -352,6 +360,7 @@ def paged_attention(
         ),
     )
     checks.shape(op, k_cache.shape[1] > 0, lambda: f"block_size must not be 0, got k_cache {list(k_cache.shape)}")
+    check_rows(op, q.shape[0], q.shape[1], n)
     name = select(operator.index(q.shape[2]), q.dtype, params.features(sinks), q.device, backend, paged=True)
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     return _paged(

@@ -35,9 +35,13 @@ class AttentionParams(NamedTuple):
 
 
 class Seqlens(NamedTuple):
-    """Packed sequences. cu_q, cu_k: int32 [B + 1], where each starts in q and k. max_q, max_k: at least the longest."""
+    """Packed sequences. cu_q, cu_k: int32 [B + 1], where each starts in q and k. max_q, max_k: at least the longest.
+
+    read: cu_q and cu_k were read, and every row belongs to a sequence; where they were not, only the GPU knows.
+    """
 
     cu_q: torch.Tensor
     cu_k: torch.Tensor
     max_q: int
     max_k: int
+    read: bool = False

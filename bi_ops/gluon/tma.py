@@ -37,12 +37,17 @@ def smem_layout(swizzle: int, bits: int, rank: int) -> NVMMASharedLayout:
     return NVMMASharedLayout(swizzle, bits, rank)
 
 
+def _is_row_stride(n_bytes: int) -> bool:
+    """Can a descriptor hold it? A tensor of one row may have any stride."""
+    return n_bytes % 16 == 0 and n_bytes < 2**40
+
+
 def is_compatible(t: torch.Tensor) -> bool:
     """Can TMA read t [T, H, D] as rows of H * D values?"""
     n, h, d = t.shape
     row = t.stride(0)
     dense = t.stride(2) == 1 and (h == 1 or t.stride(1) == d) and row >= h * d
-    return n > 0 and dense and row * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+    return n > 0 and dense and _is_row_stride(row * t.element_size()) and t.data_ptr() % 16 == 0
 
 
 def compatible(t: torch.Tensor) -> torch.Tensor:
@@ -85,7 +90,7 @@ def is_cache_compatible(cache: torch.Tensor, block: int) -> bool:
     row, page_rows, head_rows, columns = _cache_layout(cache)
     even = n == 1 or cache.stride(0) % row == 0
     dense = cache.stride(3) == 1 and (h - 1) * columns + d <= row
-    aligned = row * cache.element_size() % 16 == 0 and cache.data_ptr() % 16 == 0
+    aligned = _is_row_stride(row * cache.element_size()) and cache.data_ptr() % 16 == 0
     few = (n - 1) * page_rows + (h - 1) * head_rows + size < 2**31
     return n > 0 and size % block == 0 and block >= 8 and even and dense and aligned and few
 

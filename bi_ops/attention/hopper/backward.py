@@ -51,6 +51,8 @@ class KeyTile:
     q_len: gl.tensor
     n_tiles: Scalar  # query tiles of all sequences
     first_tile: gl.tensor  # the sequence's first among them
+    n_slots: Scalar  # of tiles of dQ in global memory
+    first_slot: gl.tensor  # the sequence's first among them, if it has more than one tile of keys
     k_row: gl.tensor  # the tile's first key
     n_keys: gl.tensor  # from there to the sequence's last
     kv_head: gl.tensor
@@ -131,8 +133,8 @@ def _producer(args):
 
 @gluon.jit
 def _dq_tile(tile, step, HEADS: gl.constexpr):
-    """The tile of dQ, among those of all heads and sequences, that a step adds to."""
-    return (tile.kv_head * HEADS + step % HEADS) * tile.n_tiles + tile.first_tile + tile.end - 1 - step // HEADS
+    """The slot of the tile of dQ, among those of all heads and sequences, that a step adds to."""
+    return (tile.kv_head * HEADS + step % HEADS) * tile.n_slots + tile.first_slot + tile.end - 1 - step // HEADS
 
 
 @gluon.jit
@@ -423,7 +425,7 @@ def _rasterize(
     return i_b + (i + j % width) // HKV, (i + j % width) % HKV, j // width
 
 
-@gluon.jit(do_not_specialize=["n_seqs", "swizzle", "last_group", "n_tiles"])
+@gluon.jit(do_not_specialize=["n_seqs", "swizzle", "last_group", "n_tiles", "n_slots"])
 def attention_backward_kernel(
     d_q,  # [T, HKV * HEADS * D], tiles [BLOCK_M, D]
     d_g,  # as d_q
@@ -431,8 +433,8 @@ def attention_backward_kernel(
     d_v,  # as d_k
     d_neg_lse,  # fp32 [HKV * HEADS * n_tiles * BLOCK_M], tiles [BLOCK_M]: -lse in log2
     d_delta,  # as d_neg_lse: row sums of dO * O
-    d_dq,  # fp32 [HKV * HEADS * n_tiles * D / 4, 256], a warp group's tiles [D / 8, 256] as `_by_thread`: dQ / scale
-    p_semaphores,  # int32 zeros [HKV * HEADS, n_tiles]: how many key tiles have added to a tile of dQ
+    d_dq,  # fp32 [HKV * HEADS * n_slots * D / 4, 256], a warp group's tiles [D / 8, 256] as `_by_thread`: dQ / scale
+    p_semaphores,  # int32 zeros [HKV * HEADS, n_slots]: how many key tiles have added to a tile of dQ
     p_dq,  # [T, HKV * HEADS, D], contiguous; tiles of queries that see no key are not written
     p_dk,  # [Tk, HKV, D], contiguous
     p_dv,  # as p_dk
@@ -443,7 +445,8 @@ def attention_backward_kernel(
     n_seqs,
     swizzle,  # pairs of a sequence and a KV head that run side by side
     last_group,  # a multiple of `swizzle`; only if EQUAL
-    n_tiles,  # of queries: T // BLOCK_M + B; those of a sequence lie as `find_tile` says
+    n_tiles,  # of queries: T // BLOCK_M + B
+    n_slots,  # of `n_slots`
     HKV: gl.constexpr,
     HEADS: gl.constexpr,  # query heads of a KV head
     D: gl.constexpr,
@@ -508,8 +511,12 @@ def attention_backward_kernel(
     fence_async_shared()
 
     first_tile = q_start // BLOCK_M + i_b
+    first_slot = q_start // BLOCK_M + gl.minimum(i_b, k_start // BLOCK_N)
     n_open = (end - open) * HEADS
-    tile = KeyTile(q_start, q_len, n_tiles, first_tile, k_row, n_keys, i_h, i_n, first, full, end, n_open)
+    tile = KeyTile(
+        *(q_start, q_len, n_tiles, first_tile, n_slots, first_slot, k_row, n_keys, i_h, i_n),
+        *(first, full, end, n_open),
+    )
     args = PartitionArgs(
         *(d_q, d_g, d_k, d_v, d_neg_lse, d_delta, d_dq, p_semaphores, p_dq, p_dk, p_dv),
         *(q_smem, g_smem, k_smem, v_smem, ds_smem, dq_smem, neg_lse_smem, delta_smem),
@@ -527,6 +534,28 @@ def attention_backward_kernel(
         [4, 1, 1, 1],
         [240, 24, 24, 24],
     )
+
+
+def n_slots(n_tokens: int, n_keys: int, n_seqs: int, order: OnePass) -> int:
+    """Tiles of dQ, of one head, that wait in global memory for more than one tile of keys.
+
+    A sequence of one tile of keys has none. Sequence b, of more, has its first at
+    q_start // block_m + min(b, k_start // block_n): the second term grows by one at least from one such sequence to the
+    next, and rounding takes no more. So what they take grows with tokens, however many sequences there are.
+    """
+    return n_tokens // order.block_m + min(n_seqs, n_keys // order.block_n)
+
+
+def workspace(
+    n_tokens: int, n_keys: int, n_seqs: int, hq: int, head_dim: int, order: OnePass
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the memory that `launch` takes beside the gradients, 4 bytes an element.
+
+    neg_lse and delta, which are padded to whole tiles of each sequence; the tiles of dQ; their semaphores.
+    """
+    statistics = (hq, n_tokens // order.block_m + n_seqs, order.block_m)
+    slots = n_slots(n_tokens, n_keys, n_seqs, order)
+    return statistics, statistics, (hq * max(slots, 1) * head_dim // 4, 256), (hq, slots)
 
 
 def launch(
@@ -552,23 +581,30 @@ def launch(
             Tk > 0. lse, g_lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_k: at least the most keys of one.
 
     Raises:
-        ValueError: an order of other tiles than this kernel's.
+        ValueError: an order of other tiles than this kernel's; more rows than 32 bits count.
     """
     check_order(config, order)
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
     n_seqs = cu_q.shape[0] - 1
-    n_tiles = n_tokens // order.block_m + n_seqs
-    statistics = (hq, n_tiles, order.block_m)
-    neg_lse, delta = (torch.empty(statistics, dtype=torch.float32, device=q.device) for _ in range(2))
-    semaphores = torch.empty((hq, n_tiles), dtype=torch.int32, device=q.device)
-    total = torch.empty((hq * n_tiles * head_dim // 4, 256), dtype=torch.float32, device=q.device)
+    shapes = workspace(n_tokens, n_keys, n_seqs, hq, head_dim, order)
+    neg_lse, delta, total = (q.new_empty(shape, dtype=torch.float32) for shape in shapes[:3])
+    semaphores = q.new_empty(shapes[3], dtype=torch.int32)
+    n_tiles, slots = neg_lse.shape[1], semaphores.shape[1]
+    if neg_lse.numel() >= 2**31:  # TMA counts in 32 bits
+        raise ValueError(
+            f"flash_attention: the backward pads {n_tokens} tokens in {n_seqs} sequences, times {hq} heads, to 2**31 "
+            "rows or more; split the batch"
+        )
     d_dq = TensorDescriptor.from_tensor(total, [head_dim // 8, 256], tma.smem_layout(0, 32, 2))
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
     attention_prepare_kernel[(n_tiles * hq,)](
-        *(g, out, lse, g_lse, neg_lse, delta, semaphores, dq, cu_q, cu_k, n_tokens, n_seqs, n_tiles),
+        *(g, out, lse, g_lse, neg_lse, delta, semaphores, dq, dk, dv, cu_q, cu_k),
+        *(n_tokens, n_keys, n_seqs, n_tiles, slots),
         H=hq,
+        HEADS=hq // hkv,
         D=head_dim,
         BLOCK_M=order.block_m,
+        BLOCK_N=order.block_n,
         CAUSAL=causal,
         **PINNED,
     )
@@ -581,7 +617,8 @@ def launch(
         *(tma.head_descriptor(t, order.block_m) for t in (q, g)),
         *(tma.head_descriptor(t, order.block_n) for t in (k, v)),
         *(tma.vector_descriptor(t, order.block_m) for t in (neg_lse, delta)),
-        *(d_dq, semaphores, dq, dk, dv, cu_q, cu_k, kv_order, scale, n_seqs, config.swizzle, last_group, n_tiles),
+        *(d_dq, semaphores, dq, dk, dv, cu_q, cu_k, kv_order, scale, n_seqs, config.swizzle, last_group),
+        *(n_tiles, slots),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,

@@ -34,3 +34,18 @@ def clear_rows(tile, n_valid, WARPS: gl.constexpr):
         o_r = i * PART + gl.arange(0, PART, gl.SliceLayout(1, layout))
         x = part.load(layout)
         part.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def clear_outside(p, p_cu, n_seqs, n_tokens, stride_t, stride_n, N: gl.constexpr):
+    """`kernels.common.clear_outside`, by one warp of each CTA."""
+    BLOCK: gl.constexpr = 256
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+    start = gl.load(p_cu)
+    end = gl.load(p_cu + n_seqs)
+    for i in range(gl.program_id(0), n_tokens - (end - start), gl.num_programs(0)):
+        o_t = gl.where(i < start, i, i - start + end).to(gl.int64)
+        for n in range(0, N, BLOCK):
+            o_n = (n + gl.arange(0, BLOCK, layout)).to(gl.int64)
+            zeros = gl.zeros((BLOCK,), p.dtype.element_ty, layout)
+            gl.store(p + o_t * stride_t + o_n * stride_n, zeros, mask=o_n < N)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bi_ops.attention.config import DecodeConfig, check_order
-from bi_ops.attention.hopper.common import ROWS, clear_rows, row_layout, wgmma_layout
+from bi_ops.attention.hopper.common import ROWS, clear_outside, clear_rows, row_layout, wgmma_layout
 from bi_ops.attention.hopper.softmax import online_softmax, reciprocal
 from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.attention.order import KeySteps
@@ -43,6 +43,8 @@ class PartitionArgs:
     n_keys: gl.tensor
     q: gl.tensor
     out: gl.tensor
+    cu_q: gl.tensor
+    n_tokens: Scalar
     q_smem: gl.shared_memory_descriptor
     kv_head: gl.tensor
     q_start: gl.tensor
@@ -54,6 +56,7 @@ class PartitionArgs:
     HEADS: gl.constexpr
     PAGE: gl.constexpr
     CAUSAL: gl.constexpr
+    LARGE: gl.constexpr
 
 
 @aggregate
@@ -111,6 +114,11 @@ def _producer(desc, args, cache, IS_V: gl.constexpr):
                 fence_async_shared()
                 mbarrier.arrive(args.full.index(stage))
             pages = next_pages
+    if not IS_V:  # while the consumer takes the last steps
+        H: gl.constexpr = args.HKV * args.HEADS
+        D: gl.constexpr = args.kv_smem.shape[2]
+        n_seqs = gl.num_programs(0) // args.HKV
+        clear_outside(args.out, args.cu_q, n_seqs, args.n_tokens, H * D, 1, H * D)
 
 
 @gluon.jit
@@ -127,6 +135,8 @@ def _store_q(args):
     l_q: gl.constexpr = row_layout(D, 4)
     o_r = gl.arange(0, ROWS, gl.SliceLayout(1, l_q))
     o_h = args.kv_head * HEADS + o_r % HEADS
+    if args.LARGE:
+        o_h = o_h.to(gl.int64)
     o_q = (args.q_start + o_r // HEADS).to(gl.int64) * args.stride_qt + o_h * args.stride_qh
     o_d = gl.arange(0, D, gl.SliceLayout(0, l_q))
     m_r = (o_r // HEADS < args.q_len)[:, None]
@@ -219,7 +229,7 @@ def _consumer(args):
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_table",
+        *("n_tokens", "stride_table"),
         *("page_rows_k", "head_rows_k", "head_columns_k"),
         *("page_rows_v", "head_rows_v", "head_columns_v"),
     ]
@@ -233,6 +243,7 @@ def attention_decode_kernel(
     p_lengths,  # int32 [B], of keys
     p_table,  # int32 [B, max_blocks]
     scale,  # softmax_scale
+    n_tokens,
     stride_qt,
     stride_qh,
     stride_table,
@@ -250,6 +261,7 @@ def attention_decode_kernel(
     STAGES: gl.constexpr,  # tiles of K or V in shared memory
     CTAS_PER_SM: gl.constexpr,
     CAUSAL: gl.constexpr,
+    LARGE: gl.constexpr,  # offsets of heads in q or of sequences in the table need 64 bits
 ):
     DTYPE: gl.constexpr = d_k.dtype
     # Registers of a producer: with 24 what the last V's clearing needs is spilled.
@@ -268,10 +280,13 @@ def attention_decode_kernel(
     q_len = gl.load(p_cu_q + i_b + 1) - q_start
     n_keys = gl.load(p_lengths + i_b)
     n_keys = gl.where(q_len > 0, n_keys, 0)
-    p_table += i_b * stride_table
+    i_table = i_b
+    if LARGE:
+        i_table = i_table.to(gl.int64)
+    p_table += i_table * stride_table
     args = PartitionArgs(
-        *(kv_smem, full, empty, p_table, n_keys, p_q, p_out, q_smem, head, q_start, q_len),
-        *(stride_qt, stride_qh, scale, HKV, HEADS, PAGE, CAUSAL),
+        *(kv_smem, full, empty, p_table, n_keys, p_q, p_out, p_cu_q, n_tokens, q_smem, head, q_start, q_len),
+        *(stride_qt, stride_qh, scale, HKV, HEADS, PAGE, CAUSAL, LARGE),
     )
     k_layout = CacheLayout(page_rows_k, head * head_rows_k, head * head_columns_k)
     v_layout = CacheLayout(page_rows_v, head * head_rows_v, head * head_columns_v)
@@ -306,13 +321,14 @@ def launch(
     """
     check_order(config, order)
     q = q if q.stride(2) == 1 else q.contiguous()
-    hq, head_dim = q.shape[1:]
+    n_tokens, hq, head_dim = q.shape
     page, hkv = k_cache.shape[1:3]
     out = q.new_empty(q.shape)
     box = math.gcd(page, order.block_n)
     (d_k, *k_layout), (d_v, *v_layout) = tma.cache_descriptor(k_cache, box), tma.cache_descriptor(v_cache, box)
     attention_decode_kernel[(table.shape[0] * hkv,)](
-        *(d_k, d_v, q, out, cu_q, lengths, table, scale, *q.stride()[:2], table.stride(0), *k_layout, *v_layout),
+        *(d_k, d_v, q, out, cu_q, lengths, table, scale, n_tokens),
+        *(*q.stride()[:2], table.stride(0), *k_layout, *v_layout),
         HKV=hkv,
         HEADS=hq // hkv,
         D=head_dim,
@@ -321,6 +337,7 @@ def launch(
         STAGES=config.stages,
         CTAS_PER_SM=config.ctas_per_sm,
         CAUSAL=causal,
+        LARGE=max(hq * q.stride(1), table.shape[0] * table.stride(0)) >= 2**31,
         num_warps=4,
         maxnreg=168 if config.ctas_per_sm == 1 else 128,  # at the start; then the consumer takes from the producers
         **PINNED,

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from bi_ops.attention.config import ForwardConfig, check_order
-from bi_ops.attention.hopper.common import ROWS, clear_rows, row_layout, wgmma_layout
+from bi_ops.attention.hopper.common import ROWS, clear_outside, clear_rows, row_layout, wgmma_layout
 from bi_ops.attention.hopper.mainloop import mainloop, mainloop_overlap
 from bi_ops.attention.hopper.softmax import reciprocal
 from bi_ops.attention.kernels.common import LN2, LOG2E
@@ -139,6 +139,9 @@ def _producer(args):
     gl.store(p_tile_id + stage, n_tiles * args.H)
     for group in gl.static_range(args.WARP_GROUPS):
         mbarrier.arrive(args.q_full.index(stage * SLOTS + group))
+    # While consumers compute the last tile.
+    clear_outside(args.out, sequences.cu_q, sequences.n_seqs, args.n_tokens, args.H * D, 1, args.H * D)
+    clear_outside(args.lse, sequences.cu_q, sequences.n_seqs, args.n_tokens, 1, args.n_tokens, args.H)
 
 
 @gluon.jit

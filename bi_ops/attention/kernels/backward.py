@@ -8,6 +8,7 @@ import triton.language as tl
 from bi_ops.attention.kernels.common import (
     LOG2E,
     apply_softcap,
+    clear_outside,
     dot_nn,
     dot_nt,
     exponent_scale,
@@ -28,7 +29,7 @@ from bi_ops.core.triton_helpers import cast
 @triton.jit
 def _row_offsets(o_r, stride_t, stride_h, HEADS: tl.constexpr):
     """Offsets, int64, of rows `o_r` of a pair. Cheap enough to compute where used: kept, they cost registers."""
-    return (o_r // HEADS).to(tl.int64) * stride_t + o_r % HEADS * stride_h
+    return (o_r // HEADS).to(tl.int64) * stride_t + (o_r % HEADS).to(tl.int64) * stride_h
 
 
 @triton.jit
@@ -41,7 +42,17 @@ def _across(x, N: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr):
         return tl.reshape(x, (GROUPS * N, M))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_tokens"])
+@triton.jit
+def _clear_gradients(p_dq, p_dk, p_dv, p_cu_q, p_cu_k, n_seqs, n_tokens, n_keys, Q: tl.constexpr, KV: tl.constexpr):
+    """Zeros in the gradients [n_tokens, Q], [n_keys, KV] of rows that belong to no sequence; None is skipped."""
+    if p_dq is not None:
+        clear_outside(p_dq, p_cu_q, n_seqs, n_tokens, Q, 1, Q)
+    if p_dk is not None:
+        clear_outside(p_dk, p_cu_k, n_seqs, n_keys, KV, 1, KV)
+        clear_outside(p_dv, p_cu_k, n_seqs, n_keys, KV, 1, KV)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_keys", "n_seqs"])
 def attention_delta_kernel(
     p_g,  # [T * H, D], contiguous
     p_out,  # [T * H, D], contiguous
@@ -49,8 +60,14 @@ def attention_delta_kernel(
     p_glse,  # fp32 [H, T], gradient of lse, or None
     p_delta,  # fp32 [H / HEADS, T, HEADS]: the rows of a pair lie side by side
     p_neg_lse,  # fp32 [H / HEADS, T, HEADS]: -lse in log2
-    n_rows,
+    p_dq,  # [T, H, D], contiguous, as all gradients: zeros in rows that belong to no sequence; or None
+    p_dk,  # [Tk, H / HEADS, D], or None
+    p_dv,  # as p_dk
+    p_cu_q,
+    p_cu_k,
     n_tokens,
+    n_keys,
+    n_seqs,
     H: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -58,21 +75,24 @@ def attention_delta_kernel(
     ROWS: tl.constexpr,
 ):
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    m_r = o_r < n_rows
-    b_g = load_rows(p_g, o_r * D, m_r, D, BLOCK_D, True).to(tl.float32)
-    b_out = load_rows(p_out, o_r * D, m_r, D, BLOCK_D, True).to(tl.float32)
     o_t = o_r // H
     o_h = o_r % H
+    m_row = o_t < n_tokens
+    # A row that belongs to no sequence has a weight of 0 in every sum.
+    m_r = (o_t >= tl.load(p_cu_q)) & (o_t < tl.load(p_cu_q + n_seqs))
+    b_g = load_rows(p_g, o_r * D, m_r, D, BLOCK_D, True).to(tl.float32)
+    b_out = load_rows(p_out, o_r * D, m_r, D, BLOCK_D, True).to(tl.float32)
     o_row = (o_h // HEADS * n_tokens + o_t) * HEADS + o_h % HEADS
     delta = tl.sum(b_g * b_out, 1)
     if p_glse is not None:
         delta -= tl.load(p_glse + o_h * n_tokens + o_t, mask=m_r, other=0.0)
-    tl.store(p_delta + o_row, delta, mask=m_r)
-    lse = tl.load(p_lse + o_h * n_tokens + o_t, mask=m_r, other=0.0)
-    tl.store(p_neg_lse + o_row, -(lse * LOG2E), mask=m_r)
+    tl.store(p_delta + o_row, delta, mask=m_row)
+    lse = tl.load(p_lse + o_h * n_tokens + o_t, mask=m_r, other=float("inf"))
+    tl.store(p_neg_lse + o_row, -(lse * LOG2E), mask=m_row)
+    _clear_gradients(p_dq, p_dk, p_dv, p_cu_q, p_cu_k, n_seqs, n_tokens, n_keys, H * D, H // HEADS * D)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"])
+@triton.jit(do_not_specialize=["n_tokens", "n_keys", "n_seqs", "n_tiles", "n_slots"])
 def attention_prepare_kernel(
     p_g,  # [T, H, D], contiguous
     p_out,  # [T, H, D], contiguous
@@ -80,16 +100,22 @@ def attention_prepare_kernel(
     p_g_lse,  # fp32 [H, T] or None
     p_neg_lse,  # fp32 [H, n_tiles, BLOCK_M]: -lse in log2; 0 past the end of a sequence
     p_delta,  # as p_neg_lse: row sums of dO * O, less the gradient of the lse
-    p_semaphores,  # int32 [H, n_tiles]: zeros
-    p_dq,  # [T, H, D], contiguous: zeros in tiles that see no key, which no CTA of the main kernel writes
+    p_semaphores,  # int32 [H, n_slots]: zeros where a tile takes more than one tile of keys
+    p_dq,  # [T, H, D], contiguous: zeros in rows that see no key, which no CTA of the main kernel writes
+    p_dk,  # [Tk, H / HEADS, D], contiguous: zeros in rows that belong to no sequence
+    p_dv,  # as p_dk
     p_cu_q,
     p_cu_k,
     n_tokens,
+    n_keys,
     n_seqs,
     n_tiles,
+    n_slots,  # of `hopper.backward.n_slots`
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     # The heads of a tile run side by side: together they read whole rows of memory.
@@ -98,7 +124,8 @@ def attention_prepare_kernel(
     i_b, i_m = find_tile(p_cu_q, i_tile, n_seqs, 1, BLOCK_M)  # past a sequence's last tile are no rows
     start = tl.load(p_cu_q + i_b)
     q_len = tl.load(p_cu_q + i_b + 1) - start
-    k_len = tl.load(p_cu_k + i_b + 1) - tl.load(p_cu_k + i_b)
+    k_start = tl.load(p_cu_k + i_b)
+    k_len = tl.load(p_cu_k + i_b + 1) - k_start
     lane = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_t = lane < q_len
     o_t = (start + lane).to(tl.int64)
@@ -110,16 +137,19 @@ def attention_prepare_kernel(
     b_delta = tl.sum(b_g * b_out, 1)
     if p_g_lse is not None:
         b_delta -= tl.load(p_g_lse + o_lse, mask=m_t, other=0.0)
-    tile = i_h.to(tl.int64) * n_tiles + i_tile
-    o_stat = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(p_neg_lse + o_stat, -(lse * LOG2E))
-    tl.store(p_delta + o_stat, b_delta)
-    tl.store(p_semaphores + tile, 0)
+    if i_m * BLOCK_M < q_len:
+        o_stat = (i_h.to(tl.int64) * n_tiles + start // BLOCK_M + i_b + i_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tl.store(p_neg_lse + o_stat, -(lse * LOG2E))
+        tl.store(p_delta + o_stat, b_delta)
+        if k_len > BLOCK_N:
+            first_slot = start // BLOCK_M + tl.minimum(i_b, k_start // BLOCK_N)
+            tl.store(p_semaphores + i_h.to(tl.int64) * n_slots + first_slot + i_m, 0)
     unseen = k_len == 0
     if CAUSAL:
         unseen = unseen | ((i_m + 1) * BLOCK_M <= q_len - k_len)
     if unseen:
         tl.store(p_dq + o_x, tl.zeros_like(b_g).to(p_dq.dtype.element_ty), mask=m_t[:, None])
+    _clear_gradients(p_dq, p_dk, p_dv, p_cu_q, p_cu_k, n_seqs, n_tokens, n_keys, H * D, H // HEADS * D)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])

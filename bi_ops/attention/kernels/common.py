@@ -33,17 +33,19 @@ def pair_offsets(PER: tl.constexpr, GROUPS: tl.constexpr):
 def find_tile(p_cu, i_tile, n_seqs, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
     """(sequence, tile of it) of tile `i_tile` in a list that holds those of sequence 0, then those of 1, and so on.
 
-    Sequence b starts at cu[b] * PER_TOKEN // BLOCK + b, which leaves room for its rows, and at most one tile more.
+    Sequence b starts at (cu[b] - cu[0]) * PER_TOKEN // BLOCK + b, which leaves room for its rows, and at most one tile
+    more.
     """
+    start = tl.load(p_cu)
     low = n_seqs * 0
     high = n_seqs
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(p_cu + middle) * PER_TOKEN // BLOCK + middle <= i_tile:
+        if (tl.load(p_cu + middle) - start) * PER_TOKEN // BLOCK + middle <= i_tile:
             low = middle
         else:
             high = middle
-    return low, i_tile - (tl.load(p_cu + low) * PER_TOKEN // BLOCK + low)
+    return low, i_tile - ((tl.load(p_cu + low) - start) * PER_TOKEN // BLOCK + low)
 
 
 @triton.jit
@@ -74,6 +76,24 @@ def seqlen_info(p_cu, pair, n_pairs, HKV: tl.constexpr):
     i_b = tl.minimum(pair, n_pairs - 1) // HKV
     start = tl.load(p_cu + i_b)
     return start, tl.where(pair < n_pairs, tl.load(p_cu + i_b + 1) - start, 0)
+
+
+@triton.jit
+def clear_outside(p, p_cu, n_seqs, n_tokens, stride_t, stride_n, N: tl.constexpr):
+    """Zeros in the rows of p [n_tokens, N] that belong to no sequence. Every program of the grid clears its share.
+
+    They lie before the first sequence and after the last. Where there are none, that takes two loads.
+    """
+    BLOCK: tl.constexpr = 256
+    start = tl.load(p_cu)
+    end = tl.load(p_cu + n_seqs)
+    i_program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    for i in range(i_program, n_tokens - (end - start), tl.num_programs(0) * tl.num_programs(1)):
+        o_t = tl.where(i < start, i, i - start + end).to(tl.int64)
+        for n in range(0, N, BLOCK):
+            o_n = (n + tl.arange(0, BLOCK)).to(tl.int64)
+            zeros = tl.zeros((BLOCK,), dtype=p.dtype.element_ty)
+            tl.store(p + o_t * stride_t + o_n * stride_n, zeros, mask=o_n < N)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from bi_ops.attention.kernels.common import (
     LN2,
     LOG2E,
     apply_softcap,
+    clear_outside,
     dot_nn,
     dot_nt,
     exponent_scale,
@@ -82,12 +83,16 @@ def attention_kernel(
     _, k_len = _key_seqlen_info(p_cu_k, pair_m, n_pairs, HKV, PAGE)
     o_r = i_m * BLOCK_M + pair_offsets(BLOCK_M, GROUPS)
     o_t = o_r // HEADS
-    o_h = (pair_m % HKV) * HEADS + o_r % HEADS
+    o_h = ((pair_m % HKV) * HEADS + o_r % HEADS).to(tl.int64)
     m_r = o_t < q_len
     first, n_seen = mask_bounds(o_t, q_len, k_len, left, right, CAUSAL)
     n_seen = tl.where(m_r, n_seen, 0)
     o_q = (q_start + o_t).to(tl.int64)
     b_q = load_rows(p_q, o_q * stride_qt + o_h * stride_qh, m_r, D, BLOCK_D, True)
+    # While Q comes.
+    clear_outside(p_out, p_cu_q, n_pairs // HKV, n_tokens, HKV * HEADS * D, 1, HKV * HEADS * D)
+    if HAS_LSE:
+        clear_outside(p_lse, p_cu_q, n_pairs // HKV, n_tokens, 1, n_tokens, HKV * HEADS)
 
     pair_n = pair_index(first_pair, BLOCK_N, GROUPS)
     k_start, k_len = _key_seqlen_info(p_cu_k, pair_n, n_pairs, HKV, PAGE)
@@ -96,7 +101,9 @@ def attention_kernel(
     if PAGE == 0:
         p_k += k_start.to(tl.int64) * stride_kt + i_h * stride_kh
         p_v += k_start.to(tl.int64) * stride_vt + i_h * stride_vh
-    elif left is not None:
+    else:
+        p_pages = p_table + (pair_n // HKV).to(tl.int64) * stride_table
+    if PAGE != 0 and left is not None:
         # No row of the tile sees a key before those of its first row. The pages there may be another sequence's by now,
         # and a weight of 0 would not hide a value that is not finite.
         _, pair_len = seqlen_info(p_cu_q, pair_n, n_pairs, HKV)
@@ -133,9 +140,10 @@ def attention_kernel(
                 o_k = o_n.to(tl.int64) * stride_kt
                 o_v = o_n.to(tl.int64) * stride_vt
             else:
-                page = tl.load(p_table + (pair_n // HKV) * stride_table + o_n // PAGE, mask=m_n, other=0).to(tl.int64)
-                o_k = page * stride_kp + (o_n % PAGE) * stride_kt + i_h * stride_kh
-                o_v = page * stride_vp + (o_n % PAGE) * stride_vt + i_h * stride_vh
+                page = tl.load(p_pages + o_n // PAGE, mask=m_n, other=0).to(tl.int64)
+                o_page = (o_n % PAGE).to(tl.int64)
+                o_k = page * stride_kp + o_page * stride_kt + i_h * stride_kh
+                o_v = page * stride_vp + o_page * stride_vt + i_h * stride_vh
             b_k = load_rows(p_k, o_k, m_n, D, BLOCK_D, PART != 1)
             b_s = apply_softcap(dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS), scale, softcap)
             if PART != 1:
@@ -152,4 +160,20 @@ def attention_kernel(
     if HAS_LSE:
         # +inf where no key is seen: the backward's exp(score - lse) is then 0.
         lse = tl.where(seen, (row_max + tl.log2(tl.where(seen, row_sum, 1.0))) * LN2, float("inf"))
-        tl.store(p_lse + o_h.to(tl.int64) * n_tokens + o_q, lse, mask=m_r)
+        tl.store(p_lse + o_h * n_tokens + o_q, lse, mask=m_r)
+
+
+@triton.jit(do_not_specialize=["n_seqs", "n_tokens"])
+def attention_clear_kernel(
+    p_out,  # [T, H, D], contiguous
+    p_lse,  # fp32 [H, T], or None
+    p_cu,  # int32 [B + 1]
+    n_seqs,
+    n_tokens,
+    H: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Zeros in the rows that belong to no sequence, after a kernel that is not ours."""
+    clear_outside(p_out, p_cu, n_seqs, n_tokens, H * D, 1, H * D)
+    if p_lse is not None:
+        clear_outside(p_lse, p_cu, n_seqs, n_tokens, 1, n_tokens, H)
