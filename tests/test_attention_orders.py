@@ -121,7 +121,9 @@ def test_order_of_is_what_runs_here(device):
     assert attention.order_of(24, BF16, backend="triton") == own_order(q.to(device), AttentionParams(True, 1.0))
     features = attention.order_of(24, BF16, ("sinks", "softcap"), "triton", device)
     assert features == attention.order_of(24, BF16, ("softcap", "sinks"), "triton")
-    with pytest.raises(ValueError, match=r"no features \['alibi'\]; features are window_size, softcap, sinks"):
+    with pytest.raises(
+        ValueError, match=r"no features \['alibi'\]; features are window_size, softcap, sinks, attn_mask"
+    ):
         attention.order_of(24, BF16, ("alibi",))
     with pytest.raises(ValueError, match="no backend 'tritn'; backends are vllm, triton"):
         attention.order_of(24, BF16, backend="tritn")

@@ -264,9 +264,10 @@ def bad(device, shapes=((6, 2, 16), (6, 1, 16), (6, 1, 16)), dtypes=(torch.float
     ("kwargs", "error", "message"),
     [
         ({"shapes": ((6, 3, 16), (6, 2, 16), (6, 2, 16))}, ValueError, "3 query heads are not"),
-        ({"shapes": ((6, 2, 20), (6, 1, 20), (6, 1, 20))}, ValueError, "multiple of 8 from 16 to 256, got 20"),
-        ({"shapes": ((6, 2, 264), (6, 1, 264), (6, 1, 264))}, ValueError, "got 264"),
-        ({"shapes": ((6, 2, 16), (6, 1, 24), (6, 1, 24))}, ValueError, "head sizes differ"),
+        ({"shapes": ((6, 2, 257), (6, 1, 257), (6, 1, 257))}, ValueError, r"from 1 to 256, got q \[6, 2, 257\]"),
+        ({"shapes": ((6, 2, 16), (6, 1, 16), (6, 1, 257))}, ValueError, r"from 1 to 256, .* v \[6, 1, 257\]"),
+        ({"shapes": ((6, 2, 0), (6, 1, 0), (6, 1, 8))}, ValueError, "head sizes must be from 1"),
+        ({"shapes": ((6, 2, 16), (6, 1, 24), (6, 1, 24))}, ValueError, "head sizes of queries and keys differ"),
         ({"shapes": ((6, 2, 16), (6, 1, 16), (5, 1, 16))}, ValueError, "one shape"),
         ({"shapes": ((6, 2, 16), (5, 1, 16), (5, 1, 16))}, ValueError, "give cu_seqlens_k"),
         ({"shapes": ((6, 16), (6, 1, 16), (6, 1, 16))}, ValueError, "q must have 3 dimensions"),

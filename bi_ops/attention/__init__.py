@@ -2,6 +2,7 @@
 
 from bi_ops.attention.backends import backends, order_of
 from bi_ops.attention.checks import check_cu_seqlens
+from bi_ops.attention.masked import masked_attention
 from bi_ops.attention.ops import flash_attention, paged_attention
 from bi_ops.attention.order import AttentionOrder, Problem
 
@@ -11,6 +12,7 @@ __all__ = [
     "backends",
     "check_cu_seqlens",
     "flash_attention",
+    "masked_attention",
     "order_of",
     "paged_attention",
 ]

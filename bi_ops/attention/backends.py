@@ -24,6 +24,7 @@ from bi_ops.attention.order import (
     Problem,
 )
 from bi_ops.attention.order import order as own_order
+from bi_ops.attention.padding import padded_head_dim
 from bi_ops.attention.params import AttentionParams, Seqlens
 from bi_ops.core import arch as arches
 from bi_ops.core import runtime
@@ -184,8 +185,9 @@ class FlashAttnBackend(AttentionBackend):
             )
         if problem.dtype not in HALF_DTYPES:
             return Support(False, f"{problem.dtype}. Use bf16 or fp16, or backend 'triton'")
-        if "sinks" in problem.features:
-            return Support(False, "sinks: flash-attn has none. Use backend 'triton'")
+        for missing in ("sinks", "attn_mask"):
+            if missing in problem.features:
+                return Support(False, f"{missing}: flash-attn has none. Use backend 'triton'")
         return Support(True)
 
     def order(self, problem: Problem, arch: Arch) -> AttentionOrder:
@@ -271,8 +273,9 @@ def order_of(
     """The order in which `flash_attention` sums: what a rollout states and what trains on it compares.
 
     Args:
-        head_dim, dtype: of q, k and v. features: those in use, of "window_size", "softcap" and "sinks". backend: a
-            name; None: the one that is selected. device: None is where kernels run.
+        head_dim, dtype: of q, k and v; the larger head size where v has another. features: those in use, of
+            "window_size", "softcap", "sinks" and "attn_mask". backend: a name; None: the one that is selected. device:
+            None is where kernels run.
 
     Raises:
         ValueError: an unknown feature or backend. RuntimeError: the backend cannot run here or does not serve this.
@@ -280,5 +283,5 @@ def order_of(
     if unknown := sorted(set(features) - set(FEATURES)):
         raise ValueError(f"attention: no features {unknown}; features are {', '.join(FEATURES)}")
     arch = arches.current() if device is None else arches.of(device)
-    problem = Problem(head_dim, dtype, tuple(f for f in FEATURES if f in features))
+    problem = Problem(padded_head_dim(head_dim), dtype, tuple(f for f in FEATURES if f in features))
     return backends.select(problem, arch, backend).order(problem, arch)

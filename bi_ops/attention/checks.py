@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from bi_ops.attention.padding import LARGEST, SMALLEST, STEP, padded_head_dim
 from bi_ops.attention.params import AttentionParams
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
@@ -27,20 +28,32 @@ def check_qkv(op: str, scale: float | None, **tensors: torch.Tensor) -> float:
     def what() -> str:
         return ", ".join(f"{n} {list(t.shape)}" for n, t in tensors.items())
 
-    checks.shape(op, k.shape == v.shape, lambda: f"keys and values must have one shape, got {what()}")
-    checks.shape(op, k.shape[-1] == head_dim, lambda: f"head sizes differ: {what()}")
+    one = k.shape[:-1] == v.shape[:-1]
+    checks.shape(op, one, lambda: f"keys and values must have one shape, but for the head size, got {what()}")
+    checks.shape(op, k.shape[-1] == head_dim, lambda: f"head sizes of queries and keys differ: {what()}")
     checks.shape(
         op,
         hkv > 0 and hq % hkv == 0,
         lambda: f"{hq} query heads are not a positive multiple of {hkv} key heads: {what()}",
     )
-    ok = head_dim % 8 == 0 and 16 <= head_dim <= 256
-    checks.shape(
-        op, ok, lambda: f"head_dim must be a multiple of 8 from 16 to 256, got {head_dim}; pad q, k and v with zeros"
-    )
+    ok = 0 < head_dim <= LARGEST and 0 < v.shape[-1] <= LARGEST
+    checks.shape(op, ok, lambda: f"head sizes must be from 1 to {LARGEST}, got {what()}")
     scale = head_dim**-0.5 if scale is None else float(scale)
     checks.shape(op, 0 < scale < float("inf"), lambda: f"softmax_scale must be positive and finite, got {scale}")
     return scale
+
+
+def check_cache_head_dim(op: str, head_dim: int, value_dim: int) -> None:
+    """Pages are read where they lie, so their head size has to be one of the kernels'."""
+    ok = head_dim == value_dim == padded_head_dim(head_dim)
+    checks.shape(
+        op,
+        ok,
+        lambda: (
+            f"caches must have one head size, a multiple of {STEP} from {SMALLEST} to {LARGEST}, got {head_dim} for "
+            f"keys and {value_dim} for values; pad q and the caches with zeros"
+        ),
+    )
 
 
 #: A window of so many keys or more has no limit: no sequence is as long, and positions in the kernels are int32.

@@ -57,6 +57,10 @@ def _constants(q: torch.Tensor, hkv: int, params: AttentionParams) -> dict[str, 
     return {"HKV": hkv, "HEADS": heads, "D": head_dim, "BLOCK_D": configs.block_d(head_dim), "CAUSAL": params.causal}
 
 
+def _mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
+    return (0,) * 4 if mask is None else mask.stride()
+
+
 def _dense(config: KernelConfig, longest: int) -> bool:
     """Is the grid one of pairs and tiles: where a CTA takes several pairs, or a pair is one tile, as in decoding.
 
@@ -184,8 +188,13 @@ def _triton_forward(
     sinks: torch.Tensor | None,
     order: KeySteps,
     config: KernelConfig,
+    mask: torch.Tensor | None = None,
+    neg_max: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """k and v [Tk, Hkv, D] with cu_k [B + 1], or pages with lengths cu_k [B] and their table."""
+    """k and v [Tk, Hkv, D] with cu_k [B + 1], or pages with lengths cu_k [B] and their table.
+
+    mask, neg_max: as `masked_forward`.
+    """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     n_tokens, hq = q.shape[:2]
     hkv = k.shape[-2]
@@ -203,6 +212,8 @@ def _triton_forward(
         cu_k,
         table,
         sinks,
+        mask,
+        neg_max,
         *params.arguments(),
         n_pairs,
         n_tokens,
@@ -210,6 +221,7 @@ def _triton_forward(
         *(k.stride()[:3] if table is not None else (0, *k.stride()[:2])),
         *(v.stride()[:3] if table is not None else (0, *v.stride()[:2])),
         0 if table is None else table.stride(0),
+        *_mask_strides(mask),
         **_constants(q, hkv, params),
         BLOCK_M=config.block,
         BLOCK_N=order.block_n,
@@ -222,6 +234,32 @@ def _triton_forward(
         **PINNED,
     )
     return out
+
+
+def masked_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    seqlens: Seqlens,
+    params: AttentionParams,
+    order: KeySteps,
+    arch: Arch,
+    config: KernelConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out [T, Hq, D], contiguous, log of the row sums fp32 [Hq, T], -row_max fp32 [Hkv, T, Hq / Hkv]).
+
+    mask: [B, Hq, queries, keys], any strides, numbers or uint8 of a bool; B sequences of one length. Row maximum and
+    row sum are kept apart, because beside a mask of -3e38 the logarithm of a sum is lost.
+    """
+    (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
+    if config is None:
+        n_pairs = (seqlens.cu_q.shape[0] - 1) * hkv
+        config = configs.forward(seqlens.max_q * (hq // hkv), n_pairs, head_dim, q.dtype, order, arch)
+    lse = q.new_empty((hq, n_tokens), dtype=torch.float32)
+    neg_max = q.new_empty((hkv, n_tokens, hq // hkv), dtype=torch.float32)
+    given = (seqlens.cu_q, seqlens.cu_k, None, seqlens.max_q, params, None, order, config)
+    return _triton_forward(q, k, v, lse, *given, mask, neg_max), lse, neg_max
 
 
 def clear_outside(cu: torch.Tensor, rows: torch.Tensor, lse: torch.Tensor | None = None) -> None:
@@ -302,6 +340,40 @@ def backward(
     if need_kv:
         launch_dkv(g, q, k, v, shift, delta, dk, dv, seqlens, params, order.backward, arch, config.dkv)
     return dq, dk, dv, dsinks
+
+
+def masked_backward(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    neg_max: torch.Tensor,
+    dmask: torch.Tensor | None,
+    seqlens: Seqlens,
+    params: AttentionParams,
+    order: AttentionOrder,
+    arch: Arch,
+    config: BackwardConfigs = CHOSEN,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), contiguous, after `masked_forward` of at least one query and one key.
+
+    dmask: [B, Hq, queries, keys], contiguous, zeros, which the mask's gradient is written to.
+    """
+    assert isinstance(order.backward, TwoPass), f"{order.backward} takes no mask"
+    q, k, v, g = unit_stride(q), unit_stride(k), unit_stride(v), g.contiguous()
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    heads = q.shape[1] // k.shape[1]
+    delta, shift = launch_delta(g, out, lse, None, (dq, dk, dv), seqlens, heads, order.row_sums)
+    given, rest = (g, q, k, v, shift, delta), (seqlens, params, order.backward, arch)
+    n_pairs, dtype = (seqlens.cu_q.shape[0] - 1) * k.shape[1], q.dtype
+    of_dq = config.dq or configs.dq(seqlens.max_q * heads, n_pairs, q.shape[2], dtype, order.backward, arch)
+    of_dkv = config.dkv or configs.dkv(seqlens.max_k, n_pairs, q.shape[2], dtype, order.backward, arch)
+    launch_dq(*given, dq, *rest, of_dq, mask, neg_max, dmask)
+    launch_dkv(*given, dk, dv, *rest, of_dkv, mask, neg_max)
+    return dq, dk, dv
 
 
 def launch_one_pass(
@@ -409,8 +481,14 @@ def launch_dq(
     order: TwoPass,
     arch: Arch,
     config: DqConfig | KernelConfig | None = None,
+    mask: torch.Tensor | None = None,
+    neg_max: torch.Tensor | None = None,
+    dmask: torch.Tensor | None = None,
 ) -> None:
-    """Write dq [T, Hq, D], contiguous. q, k, v: as `unit_stride` returns them. shift, delta: of `launch_delta`."""
+    """Write dq [T, Hq, D], contiguous. q, k, v: as `unit_stride` returns them. shift, delta: of `launch_delta`.
+
+    mask, neg_max, dmask: as `masked_backward`, with a KernelConfig.
+    """
     if config is None:
         config = dq_config(q, k, seqlens, params, order, arch)
     cu_q, cu_k, max_q, *_ = seqlens
@@ -423,8 +501,8 @@ def launch_dq(
     heads = q.shape[1] // hkv
     n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, max_q * heads
     attention_dq_kernel[_grid(config, n_pairs, hkv, n_tokens * heads, max_rows)](
-        *(g, q, k, v, shift, delta, dq, cu_q, cu_k, *params.arguments(), n_pairs, n_tokens),
-        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        *(g, q, k, v, shift, delta, dq, cu_q, cu_k, mask, neg_max, dmask, *params.arguments(), n_pairs, n_tokens),
+        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *_mask_strides(mask)),
         **_constants(q, hkv, params),
         BLOCK_M=config.block,
         BLOCK_N=order.block_dq,
@@ -450,6 +528,8 @@ def launch_dkv(
     order: TwoPass,
     arch: Arch,
     config: DkvConfig | KernelConfig | None = None,
+    mask: torch.Tensor | None = None,
+    neg_max: torch.Tensor | None = None,
 ) -> None:
     """Write dk and dv [Tk, Hkv, D], contiguous. Arguments as `launch_dq`."""
     if config is None:
@@ -462,8 +542,8 @@ def launch_dkv(
         return
     n_pairs, hkv = (cu_q.shape[0] - 1) * k.shape[1], k.shape[1]
     attention_dkv_kernel[_grid(config, n_pairs, hkv, k.shape[0], max_k)](
-        *(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, *params.arguments(), n_pairs, q.shape[0]),
-        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        *(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, mask, neg_max, *params.arguments(), n_pairs, q.shape[0]),
+        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *_mask_strides(mask)),
         **_constants(q, hkv, params),
         BLOCK_N=config.block,
         BLOCK_R=order.block_r,

@@ -9,6 +9,7 @@ import torch
 
 from bi_ops.attention.backends import backends, select
 from bi_ops.attention.checks import (
+    check_cache_head_dim,
     check_features,
     check_lengths_tensor,
     check_pages,
@@ -17,6 +18,7 @@ from bi_ops.attention.checks import (
     longest,
 )
 from bi_ops.attention.order import Problem
+from bi_ops.attention.padding import padded, unpadded
 from bi_ops.attention.params import AttentionParams, Seqlens
 from bi_ops.core import arch as arches
 from bi_ops.core import checks
@@ -250,8 +252,10 @@ def flash_attention(
     'flash_attn_deterministic'). Query heads share key heads in order: query head h uses key head h // (Hq / Hkv).
 
     Args:
-        q: [T, Hq, D], bf16, fp16 or fp32; D a multiple of 8 from 16 to 256. k, v: [Tk, Hkv, D], Hkv divides Hq. The
-            last dimension should be contiguous, other strides are free: views into a fused projection are fine.
+        q: [T, Hq, D], bf16, fp16 or fp32. k: [Tk, Hkv, D], Hkv divides Hq. v: [Tk, Hkv, Dv]. D and Dv are from 1 to
+            256; unless they are one multiple of 8 from 16 on, q, k and v are padded with zeros to the next, whose order
+            and bits they then have. The last dimension should be contiguous, other strides are free: views into a
+            fused projection are fine.
         cu_seqlens: int32 [B + 1], where each sequence starts in q; sequences may be empty. Rows before the first or
             after the last, which a GPU call with `max_seqlen` does not see, give zeros: out, lse and gradients.
         cu_seqlens_k: the same for k and v; None: as `cu_seqlens`.
@@ -269,8 +273,8 @@ def flash_attention(
             dtype and features here. Backends differ in bits (`order_of` says how): rollout and training name the same.
 
     Returns:
-        [T, Hq, D], contiguous, in the dtype of q; with return_lse (that, lse fp32 [Hq, T]). A query that sees no key
-        gives zeros, and an lse of +inf, or of its sink.
+        [T, Hq, Dv], contiguous unless v was padded, in the dtype of q; with return_lse (that, lse fp32 [Hq, T]). A
+        query that sees no key gives zeros, and an lse of +inf, or of its sink.
 
     Raises:
         TypeError: unsupported or differing dtypes. ValueError: wrong shapes, devices, cu_seqlens, window_size or
@@ -297,11 +301,13 @@ def flash_attention(
             lambda: f"cu_seqlens {list(cu_q.shape)} and cu_seqlens_k {list(cu_k.shape)} differ",
         )
     check_rows(op, max(q.shape[0], k.shape[0]), q.shape[1], cu_q.shape[0])
+    q, k, v, value_dim = *padded(q, k, v), v.shape[2]
     name = select(operator.index(q.shape[2]), q.dtype, params.features(sinks), q.device, backend)
     out, lse = _flash(
         *(q, k, v, cu_q, cu_k, max_seqlen, max_seqlen_k, causal, scale),
         *(name, params.left, params.right, params.softcap, sinks if sinks is None else sinks.contiguous()),
     )
+    out = unpadded(out, value_dim)
     return (out, lse) if return_lse else out
 
 
@@ -361,6 +367,7 @@ def paged_attention(
     )
     checks.shape(op, k_cache.shape[1] > 0, lambda: f"block_size must not be 0, got k_cache {list(k_cache.shape)}")
     check_rows(op, q.shape[0], q.shape[1], n)
+    check_cache_head_dim(op, q.shape[2], v_cache.shape[3])
     name = select(operator.index(q.shape[2]), q.dtype, params.features(sinks), q.device, backend, paged=True)
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     return _paged(

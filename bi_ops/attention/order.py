@@ -12,7 +12,7 @@ from bi_ops.core.arch import Arch
 from bi_ops.core.orders import Order
 
 #: Features beyond plain attention, by the names of their arguments.
-FEATURES = ("window_size", "softcap", "sinks")
+FEATURES = ("window_size", "softcap", "sinks", "attn_mask")
 
 #: 16-bit dtypes, which the tensor cores multiply.
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -138,10 +138,10 @@ def two_pass(problem: Problem, arch: Arch) -> TwoPass:
 
 
 def in_one_pass(problem: Problem, arch: Arch) -> bool:
-    """Does the own backward take one pass? Windows and soft-capping take two; sinks do not, they are in the lse.
+    """Does the own backward take one pass? Windows, soft-capping and masks take two; sinks do not, they are in the lse.
 
     An architecture without such a kernel takes two passes everywhere: bits of its own, the same on every run.
     """
-    plain = "window_size" not in problem.features and "softcap" not in problem.features
+    plain = not {"window_size", "softcap", "attn_mask"}.intersection(problem.features)
     served = problem.head_dim in ONE_PASS_HEAD_DIMS and problem.dtype in HALF_DTYPES
     return arch.one_pass_backward and served and plain

@@ -20,9 +20,8 @@ _HINTS = {
     "var": "write it with mean: (x - x.mean(d, keepdim=True)).pow(2).mean(d)",
     "std": "write it with mean: (x - x.mean(d, keepdim=True)).pow(2).mean(d).sqrt()",
     "linalg_vector_norm": "over some axes write x.pow(2).sum(dim).sqrt(); over everything it is allowed",
-    "_scaled_dot_product": "call torch.nn.functional.scaled_dot_product_attention directly, not a backend of it or "
-    "through nn.MultiheadAttention",
-    "scaled_dot_product": "without attn_mask and dropout it is served; see bi_ops.attention.flash_attention",
+    "_scaled_dot_product": "call torch.nn.functional.scaled_dot_product_attention directly, not a backend of it",
+    "scaled_dot_product": "pass dropout_p=0",
     "softmax": "call torch.nn.functional.softmax directly: aten's own was replaced by one without autograd",
 }
 

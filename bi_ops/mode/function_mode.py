@@ -8,7 +8,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from bi_ops.mode import functions
+from bi_ops.mode import attention, functions
 from bi_ops.mode.dispatch import DispatchMode
 from bi_ops.mode.torch_bmm import BMM
 
@@ -49,6 +49,9 @@ class FunctionMode(TorchFunctionMode):
             BMM.refuse(sys._getframe(1).f_code)
         if func in _BACKWARDS:
             return self._backward(func, args, kwargs)
+        if func in attention.COMPOSED:
+            with self:
+                return attention.body(func)(*args, **kwargs)
         result = functions.replaced(func, args, kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
 

@@ -6,18 +6,17 @@ autograd. The replacements bring the library's own gradients.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bi_ops import attention, matmul, norm
+from bi_ops import matmul, norm
 from bi_ops.core import runtime
 from bi_ops.core.checks import FLOAT_DTYPES
 from bi_ops.core.operators import is_plain
-from bi_ops.mode.errors import unsupported
+from bi_ops.mode.attention import scaled_dot_product_attention
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -40,54 +39,6 @@ def rms_norm(
         x = x.to(torch.promote_types(x.dtype, weight.dtype))
         weight = weight.reshape(-1)
     return norm.rms_norm(x.flatten(-n_dims), weight, eps).reshape(x.shape)
-
-
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` through `bi_ops.attention.flash_attention`; [..., H, S, D]."""
-    op, given = "scaled_dot_product_attention", [query, key, value]
-    if attn_mask is not None or dropout_p > 0:
-        raise unsupported(op, given, "is not served with an attn_mask or dropout")
-    if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:
-        raise unsupported(op, given, "is served for [..., heads, tokens, head_dim] of one rank")
-    (*lead, n_heads, len_q, dim), (*lead_k, n_kv_heads, len_k, _) = query.shape, key.shape
-    if lead != lead_k or key.shape != value.shape or key.shape[-1] != dim:
-        raise unsupported(op, given, "needs equal batch axes and head sizes, and keys shaped like values")
-    if is_causal and len_q != len_k:
-        raise unsupported(op, given, "is not served causal with unequal lengths of query and key")
-    if n_heads != n_kv_heads and not enable_gqa:
-        raise ValueError(f"{op}: {n_heads} query heads over {n_kv_heads} key heads need enable_gqa=True")
-    batch = math.prod(lead)
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-
-    def packed(t: Tensor) -> Tensor:
-        return t.reshape(batch, *t.shape[-3:]).transpose(1, 2).reshape(-1, t.shape[-3], dim)
-
-    def starts(length: int) -> Tensor:
-        return torch.arange(batch + 1, dtype=torch.int32, device=query.device) * length
-
-    out = attention.flash_attention(
-        packed(query),
-        packed(key),
-        packed(value),
-        starts(len_q),
-        cu_seqlens_k=starts(len_k),
-        max_seqlen=len_q,
-        max_seqlen_k=len_k,
-        causal=is_causal,
-        softmax_scale=scale,
-    )
-    return out.view(batch, len_q, n_heads, dim).transpose(1, 2).reshape(query.shape)
 
 
 # --------------------------------------------------------------------------------------------------------------

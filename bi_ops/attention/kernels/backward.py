@@ -7,6 +7,7 @@ import triton.language as tl
 
 from bi_ops.attention.kernels.common import (
     LOG2E,
+    add_mask,
     apply_softcap,
     clear_outside,
     dot_nn,
@@ -200,7 +201,7 @@ def attention_add_chunks_kernel(
     tl.store(p_out + o_h, cast(acc, p_out.dtype.element_ty), mask=o_h < H)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_tokens", "left", "right"])
+@triton.jit(do_not_specialize=["n_pairs", "n_tokens", "left", "right", "stride_mb", "stride_mh", "stride_mq"])
 def attention_dq_kernel(
     p_g,  # [T, HKV * HEADS, D], contiguous
     p_q,  # [T, HKV * HEADS, D]
@@ -211,6 +212,9 @@ def attention_dq_kernel(
     p_dq,  # [T, HKV * HEADS, D], contiguous
     p_cu_q,
     p_cu_k,
+    p_mask,  # p_mask, p_neg_max and the mask's strides as in `attention_kernel`
+    p_neg_max,
+    p_dmask,  # [B, HKV * HEADS, queries, keys], contiguous, zeros; or None
     scale,  # softmax_scale
     left,  # left, right and softcap as in `attention_kernel`
     right,
@@ -223,6 +227,10 @@ def attention_dq_kernel(
     stride_kh,
     stride_vt,
     stride_vh,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
     HKV: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -237,12 +245,12 @@ def attention_dq_kernel(
 
     pair_m = pair_index(first_pair, BLOCK_M, GROUPS)
     q_start, q_len = seqlen_info(p_cu_q, pair_m, n_pairs, HKV)
-    _, k_len = seqlen_info(p_cu_k, pair_m, n_pairs, HKV)
+    _, key_len = seqlen_info(p_cu_k, pair_m, n_pairs, HKV)
     o_r = i_m * BLOCK_M + pair_offsets(BLOCK_M, GROUPS)
     o_t = o_r // HEADS
     o_h = ((pair_m % HKV) * HEADS + o_r % HEADS).to(tl.int64)
     m_r = o_t < q_len
-    first, n_seen = mask_bounds(o_t, q_len, k_len, left, right, CAUSAL)
+    first, n_seen = mask_bounds(o_t, q_len, key_len, left, right, CAUSAL)
     n_seen = tl.where(m_r, n_seen, 0)
     o_q = (q_start + o_t).to(tl.int64)
     o_row = (o_q * (HKV * HEADS) + o_h) * D
@@ -263,6 +271,11 @@ def attention_dq_kernel(
 
     acc = tl.zeros((GROUPS * BLOCK_M, BLOCK_D), dtype=tl.float32)
     scale2 = exponent_scale(scale, softcap)
+    if p_mask is not None:
+        i_b = (pair_m // HKV).to(tl.int64)
+        o_mask = i_b * stride_mb + o_h * stride_mh + o_t.to(tl.int64) * stride_mq
+        o_dmask = ((i_b * (HKV * HEADS) + o_h) * q_len + o_t) * key_len
+        neg_max = tl.load(p_neg_max + o_stat, mask=m_r, other=0.0)
     for PART in tl.static_range(1 if left is None else 0, 3):
         if PART == 0:
             begin = before
@@ -279,19 +292,30 @@ def attention_dq_kernel(
             b_k = load_rows(p_k, o_n.to(tl.int64) * stride_kt, m_n, D, BLOCK_D, PART != 1)
             b_v = load_rows(p_v, o_n.to(tl.int64) * stride_vt, m_n, D, BLOCK_D, PART != 1)
             b_s = apply_softcap(dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS), scale, softcap)
-            b_p = tl.exp2(tl.fma(b_s, scale2, neg_lse[:, None]))
+            if p_mask is None:
+                b_p = tl.exp2(tl.fma(b_s, scale2, neg_lse[:, None]))
+            else:
+                o_key = n + tl.arange(0, BLOCK_N)
+                o_at = o_mask[:, None] + o_key.to(tl.int64)[None, :] * stride_mk
+                m_there = o_key[None, :] < n_seen[:, None]
+                b_s = add_mask(b_s, scale, p_mask, o_at, m_there)
+                b_p = tl.exp2(tl.fma(b_s + neg_max[:, None], LOG2E, neg_lse[:, None]))
             if PART != 1:
                 b_p = tl.where(visible(n + tl.arange(0, BLOCK_N), first, n_seen, left), b_p, 0.0)
             if softcap is not None:
                 b_p = b_p * tl.fma(-b_s, b_s, 1.0)  # the derivative of tanh
             b_dp = dot_nt(b_g, b_v, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS)
-            b_ds = cast(b_p * (b_dp - b_delta[:, None]), p_k.dtype.element_ty)
-            acc = dot_nn(b_ds, b_k, acc, BLOCK_M, BLOCK_D, BLOCK_N, GROUPS)
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            if p_dmask is not None:
+                tl.store(
+                    p_dmask + o_dmask[:, None] + o_key[None, :], cast(b_ds, p_dmask.dtype.element_ty), mask=m_there
+                )
+            acc = dot_nn(cast(b_ds, p_k.dtype.element_ty), b_k, acc, BLOCK_M, BLOCK_D, BLOCK_N, GROUPS)
 
     store_rows(p_dq, o_row, acc * scale, m_r, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_tokens", "left", "right"])
+@triton.jit(do_not_specialize=["n_pairs", "n_tokens", "left", "right", "stride_mb", "stride_mh", "stride_mq"])
 def attention_dkv_kernel(
     p_g,  # [T, HKV * HEADS, D], contiguous
     p_q,  # [T, HKV * HEADS, D]
@@ -303,6 +327,8 @@ def attention_dkv_kernel(
     p_dv,  # [Tk, HKV, D], contiguous
     p_cu_q,
     p_cu_k,
+    p_mask,  # p_mask, p_neg_max and the mask's strides as in `attention_kernel`
+    p_neg_max,
     scale,  # softmax_scale
     left,  # left, right and softcap as in `attention_kernel`
     right,
@@ -315,6 +341,10 @@ def attention_dkv_kernel(
     stride_kh,
     stride_vt,
     stride_vh,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
     HKV: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -369,6 +399,8 @@ def attention_dkv_kernel(
     acc_k = tl.zeros((GROUPS * BLOCK_N, BLOCK_D), dtype=tl.float32)
     acc_v = tl.zeros((GROUPS * BLOCK_N, BLOCK_D), dtype=tl.float32)
     scale2 = exponent_scale(scale, softcap)
+    if p_mask is not None:
+        o_mask = (pair_n // HKV).to(tl.int64) * stride_mb + o_n.to(tl.int64) * stride_mk
     for PART in tl.static_range(0, 3):
         if PART == 0:
             begin = first
@@ -396,7 +428,16 @@ def attention_dkv_kernel(
                 b_delta = tl.load(p_delta + o_stat, mask=m_r, other=0.0)
 
             b_s = apply_softcap(dot_nt(b_k, b_q, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS), scale, softcap)
-            b_p = tl.exp2(tl.fma(b_s, scale2, _across(neg_lse, BLOCK_N, BLOCK_R, GROUPS)))
+            if p_mask is None:
+                b_p = tl.exp2(tl.fma(b_s, scale2, _across(neg_lse, BLOCK_N, BLOCK_R, GROUPS)))
+            else:
+                o_row = (first_h + o_r % HEADS) * stride_mh + (o_r // HEADS).to(tl.int64) * stride_mq
+                o_at = o_mask[:, None] + _across(o_row, BLOCK_N, BLOCK_R, GROUPS)
+                m_there = m_n[:, None] & (_across(m_r.to(tl.int32), BLOCK_N, BLOCK_R, GROUPS) != 0)
+                b_s = add_mask(b_s, scale, p_mask, o_at, m_there)
+                neg_max = tl.load(p_neg_max + o_stat, mask=m_r, other=0.0)
+                b_p = b_s + _across(neg_max, BLOCK_N, BLOCK_R, GROUPS)
+                b_p = tl.exp2(tl.fma(b_p, LOG2E, _across(neg_lse, BLOCK_N, BLOCK_R, GROUPS)))
             o_query = (i * BLOCK_R + tl.arange(0, BLOCK_R)) // HEADS
             if PART == 0:
                 b_p = tl.where(first_q[:, None] <= o_query[None, :], b_p, 0.0)
@@ -409,6 +450,6 @@ def attention_dkv_kernel(
             b_ds = b_p * (b_dp - _across(b_delta, BLOCK_N, BLOCK_R, GROUPS))
             acc_k = dot_nn(cast(b_ds, p_k.dtype.element_ty), b_q, acc_k, BLOCK_N, BLOCK_D, BLOCK_R, GROUPS)
 
-    o_row = (o_k * HKV + i_h) * D
-    store_rows(p_dk, o_row, acc_k * scale, m_n, D, BLOCK_D)
-    store_rows(p_dv, o_row, acc_v, m_n, D, BLOCK_D)
+    o_out = (o_k * HKV + i_h) * D
+    store_rows(p_dk, o_out, acc_k * scale, m_n, D, BLOCK_D)
+    store_rows(p_dv, o_out, acc_v, m_n, D, BLOCK_D)

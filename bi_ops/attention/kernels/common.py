@@ -170,6 +170,27 @@ def apply_softcap(b_s, scale, softcap):
 
 
 @triton.jit
+def add_mask(b_s, scale, p_mask, offsets, m_there):
+    """b_s, the products of queries and keys, times `scale`, plus the mask at `offsets`: numbers, or bytes of a bool."""
+    b_mask = tl.load(p_mask + offsets, mask=m_there, other=0)
+    if p_mask.dtype.element_ty == tl.uint8:
+        b_mask = tl.where(b_mask != 0, 0.0, float("-inf"))
+    return tl.fma(b_s, tl.full((), 1.0, tl.float32) * scale, b_mask.to(tl.float32))
+
+
+@triton.jit
+def masked_online_softmax(b_s, row_max, row_sum):
+    """`online_softmax` of `add_mask`'s scores. The maximum is subtracted before anything is multiplied: two scores of
+    -1e30 differ by 0, but times log2(e) by a rounding error that no exponent of 2 holds.
+    """
+    new_max = tl.maximum(row_max, tl.max(b_s, 1))
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    b_p = tl.exp2((b_s - safe_max[:, None]) * LOG2E)
+    rescale = tl.exp2((row_max - safe_max) * LOG2E)
+    return b_p, new_max, rescale, tl.fma(row_sum, rescale, tl.sum(b_p, 1))
+
+
+@triton.jit
 def online_softmax(b_s, row_max, row_sum, scale2):
     """(P in fp32, row_max, rescale, row_sum) with a step of scores. `rescale` is for what was summed before.
 

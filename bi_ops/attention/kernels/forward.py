@@ -8,6 +8,7 @@ import triton.language as tl
 from bi_ops.attention.kernels.common import (
     LN2,
     LOG2E,
+    add_mask,
     apply_softcap,
     clear_outside,
     dot_nn,
@@ -17,6 +18,7 @@ from bi_ops.attention.kernels.common import (
     key_ranges,
     load_rows,
     mask_bounds,
+    masked_online_softmax,
     online_softmax,
     pair_index,
     pair_offsets,
@@ -37,7 +39,7 @@ def _key_seqlen_info(p_cu, pair, n_pairs, HKV: tl.constexpr, PAGE: tl.constexpr)
         return length * 0, tl.where(pair < n_pairs, length, 0)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_tokens", "left", "right"])
+@triton.jit(do_not_specialize=["n_pairs", "n_tokens", "left", "right", "stride_mb", "stride_mh", "stride_mq"])
 def attention_kernel(
     p_q,  # [T, HKV * HEADS, D]
     p_k,  # [Tk, HKV, D], or pages [n, PAGE, HKV, D]
@@ -48,6 +50,8 @@ def attention_kernel(
     p_cu_k,  # int32 [B + 1], or lengths int32 [B] if paged
     p_table,  # int32 [B, max_blocks] if paged
     p_sinks,  # [HKV * HEADS]: a score per head that takes no value; or None
+    p_mask,  # [B, HKV * HEADS, queries, keys], numbers added to scores or bytes of a bool; or None
+    p_neg_max,  # fp32 [HKV, T, HEADS]: with a mask, -row_max; p_lse is then the logarithm of the row sums alone
     scale,  # softmax_scale
     left,  # keys seen before a query's own; None: all
     right,  # and after it, unless CAUSAL
@@ -63,6 +67,10 @@ def attention_kernel(
     stride_vt,
     stride_vh,
     stride_table,
+    stride_mb,  # of the mask: sequence, head, query, key
+    stride_mh,
+    stride_mq,
+    stride_mk,
     HKV: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -120,6 +128,8 @@ def attention_kernel(
         row_max = tl.load(p_sinks + o_h, mask=m_r, other=float("-inf")).to(tl.float32) * LOG2E
         row_sum = tl.where(row_max > float("-inf"), 1.0, 0.0)
     scale2 = exponent_scale(scale, softcap)
+    if p_mask is not None:
+        o_mask = (pair_m // HKV).to(tl.int64) * stride_mb + o_h * stride_mh + o_t.to(tl.int64) * stride_mq
     for PART in tl.static_range(1 if left is None else 0, 3):
         if PART == 0:
             begin = before
@@ -146,9 +156,16 @@ def attention_kernel(
                 o_v = page * stride_vp + o_page * stride_vt + i_h * stride_vh
             b_k = load_rows(p_k, o_k, m_n, D, BLOCK_D, PART != 1)
             b_s = apply_softcap(dot_nt(b_q, b_k, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS), scale, softcap)
+            if p_mask is not None:
+                o_key = n + tl.arange(0, BLOCK_N)
+                o_at = o_mask[:, None] + o_key.to(tl.int64)[None, :] * stride_mk
+                b_s = add_mask(b_s, scale, p_mask, o_at, o_key[None, :] < n_seen[:, None])
             if PART != 1:
                 b_s = tl.where(visible(n + tl.arange(0, BLOCK_N), first, n_seen, left), b_s, float("-inf"))
-            b_p, row_max, rescale, row_sum = online_softmax(b_s, row_max, row_sum, scale2)
+            if p_mask is None:
+                b_p, row_max, rescale, row_sum = online_softmax(b_s, row_max, row_sum, scale2)
+            else:
+                b_p, row_max, rescale, row_sum = masked_online_softmax(b_s, row_max, row_sum)
             b_v = load_rows(p_v, o_v, m_n, D, BLOCK_D, PART != 1)
             acc = acc * rescale[:, None]
             acc = dot_nn(cast(b_p, p_v.dtype.element_ty), b_v, acc, BLOCK_M, BLOCK_D, BLOCK_N, GROUPS)
@@ -159,7 +176,13 @@ def attention_kernel(
     store_rows(p_out, o_out, b_out, m_r, D, BLOCK_D)
     if HAS_LSE:
         # +inf where no key is seen: the backward's exp(score - lse) is then 0.
-        lse = tl.where(seen, (row_max + tl.log2(tl.where(seen, row_sum, 1.0))) * LN2, float("inf"))
+        log_sum = tl.log2(tl.where(seen, row_sum, 1.0))
+        if p_neg_max is None:
+            log_sum += row_max
+        else:
+            o_stat = ((pair_m % HKV).to(tl.int64) * n_tokens + q_start) * HEADS + o_r
+            tl.store(p_neg_max + o_stat, tl.where(seen, -row_max, 0.0), mask=m_r)
+        lse = tl.where(seen, log_sum * LN2, float("inf"))
         tl.store(p_lse + o_h * n_tokens + o_q, lse, mask=m_r)
 
 
