@@ -3,7 +3,8 @@
     python bench/gpu_tests.py --out bench/results/h100 [--jobs 14] [--resume] [FILE ...]
 
 Compiling kernels is most of the time, so tests run in many processes (pytest-xdist), which give each other work. Tests
-that start vLLM engines come last, one after the other. tests.json is written while they run: what was interrupted goes
+that start vLLM engines come last, one after the other; where there are several GPUs, they have the last one to
+themselves from the beginning. tests.json is written while they run: what was interrupted goes
 on with --resume. With FILEs too it is the tests in these that go on; outcomes of other files stay as they are. Exit
 status 0 only if every test has run and none failed.
 """
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from record import provenance
 
 from bi_ops.core.files import write_json
@@ -82,6 +85,19 @@ class Recorder:
         self._written = time.monotonic()
         return counts
 
+    def add(self, tests: list[dict[str, Any]]) -> None:
+        """Outcomes that another process has seen."""
+        self._tests |= {f"{t['file']}::{t['test']}": t for t in tests}
+
+
+def engines_beside(args: argparse.Namespace, out: Path) -> subprocess.Popen[bytes] | None:
+    """The tests that start engines, in a process that sees the last GPU alone; None if there is but one."""
+    last = torch.cuda.device_count() - 1
+    if last < 1:
+        return None
+    command = [sys.executable, __file__, "--out", str(out), "--engines", "only", "--commit", args.commit or ""]
+    return subprocess.Popen([*command, *args.files], env={**os.environ, "CUDA_VISIBLE_DEVICES": str(last)})
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,6 +105,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=14, help="processes at a time (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="only tests that failed or have not run")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    parser.add_argument(
+        "--engines", choices=("only", "none"), help="only the tests that start engines, or none of them"
+    )
     parser.add_argument("files", nargs="*", help="test files, from the root; all of them by default")
     args = parser.parse_args()
     header, path, known = provenance(args.commit), args.out.resolve() / "tests.json", []
@@ -105,11 +124,16 @@ def main() -> int:
     if exit_code := pytest.main([*common, "--collect-only", "-qq", *(args.files or ["tests"])], [collector]):
         return int(exit_code)
     together, alone = collector.names[False], collector.names[True]
+    together, alone = together * (args.engines != "only"), alone * (args.engines != "none")
     recorder = Recorder(path, header, together + alone, known)
-    for names, options in ((together, ["-n", str(args.jobs), "--dist", "worksteal"]), (alone, [])):
+    beside = engines_beside(args, path.parent / "engines") if together and recorder.left(alone) else None
+    for names, options in ((together, ["-n", str(args.jobs), "--dist", "worksteal"]), ([] if beside else alone, [])):
         left = recorder.left(names)
         if left and pytest.main([*common, *options, *left], [recorder]) == pytest.ExitCode.INTERRUPTED:
             break
+    if beside:
+        beside.wait()
+        recorder.add(json.loads((path.parent / "engines" / path.name).read_text())["tests"])
     counts = recorder.write()
     print(", ".join(f"{n} {outcome.replace('_', ' ')}" for outcome, n in counts.items()))
     return 1 if counts["failed"] or counts["not_run"] else 0
