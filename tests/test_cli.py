@@ -211,13 +211,24 @@ def test_doctor_lists_verified_gemms_and_what_was_refused(capsys, tmp_path, monk
     records = {"good": {"verified": True, "differs_at": []}, "bad": {"verified": False, "differs_at": [8, 16]}}
     file.write_text(json.dumps(records | {"foreign": 1, "cut": {}}))
     found = json.loads(call(capsys, "doctor", "--json")[1])["verified_gemms"]
-    assert found == {"file": str(file), "count": 1, "refused": {"bad": [8, 16]}}
+    assert found == {"file": str(file), "count": 1, "refused": {"bad": [8, 16]}, "superseded": None}
     out = call(capsys, "doctor")[1]
     assert "1 GEMMs verified bitwise, 1 refused" in out
     assert "bad: other bits at [8, 16]" in out
     for unreadable in ("[1]", "{", "null"):
         file.write_text(unreadable)
         assert json.loads(call(capsys, "doctor", "--json")[1])["verified_gemms"]["count"] == 0
+
+
+def test_doctor_says_that_an_earlier_versions_record_is_not_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "earlier version" not in call(capsys, "doctor")[1]
+    file = tmp_path / "bi_ops" / "certificates.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"good": {"holds": True}}))
+    found = json.loads(call(capsys, "doctor", "--json")[1])["verified_gemms"]
+    assert (found["count"], found["superseded"]) == (0, str(file))
+    assert f"{file} is an earlier version's and is not read: bi_ops.warmup verifies" in call(capsys, "doctor")[1]
 
 
 @pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")

@@ -82,12 +82,18 @@ def _backend(op: str) -> dict[str, Any]:
 
 
 def verified_gemms() -> dict[str, Any]:
-    """The bitwise verification cache of this machine: file, how many are verified, and those whose bits differed."""
+    """This machine's bitwise verification cache: file, how many are verified, whose bits differed, a file not read."""
     from bi_ops.matmul import verification
 
     kept = verification.stored()
     refused = {key: record.get("differs_at", []) for key, record in kept.items() if not record["verified"]}
-    return {"file": str(verification.path()), "count": len(kept) - len(refused), "refused": refused}
+    old = verification.superseded()
+    return {
+        "file": str(verification.path()),
+        "count": len(kept) - len(refused),
+        "refused": refused,
+        "superseded": None if old is None else str(old),
+    }
 
 
 def missing(gpu: str | None) -> list[dict[str, str]]:
@@ -180,6 +186,9 @@ def run(args: argparse.Namespace) -> int:
     kept = found["verified_gemms"]
     counts = f"{kept['count'] or 'no'} GEMMs verified bitwise, {len(kept['refused'])} refused"
     console.print(f"cuBLASLt: {counts} (bi_ops.warmup(model) verifies a model's); {kept['file']}")
+    if kept["superseded"]:
+        old = f"{kept['superseded']} is an earlier version's and is not read"
+        console.print(f"  {old}: bi_ops.warmup verifies GEMMs anew; it can be deleted", soft_wrap=True, markup=False)
     for key, lengths in kept["refused"].items():
         console.print(f"  refused, so Triton computes it: {key}: other bits at {lengths}", soft_wrap=True, markup=False)
     for item in found["missing"]:

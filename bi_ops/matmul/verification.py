@@ -81,6 +81,12 @@ def path() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "bi_ops" / "verified_gemms.json"
 
 
+def superseded() -> Path | None:
+    """The file of an earlier version, if it is there. It is not read: its shapes are verified anew, as they are run."""
+    old = path().with_name("certificates.json")
+    return old if old.is_file() else None
+
+
 def stored() -> dict[str, dict[str, object]]:
     """Every result in the file, by `GemmShape.key`; what is none, or cannot be read, is left out.
 
