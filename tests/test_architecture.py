@@ -62,7 +62,8 @@ FROM_ORDER: dict[str, frozenset[str]] = {
 #: Kernels that sum nothing, or one element after another whatever their constants.
 NO_CONSTANT_SHAPES_A_SUM = frozenset(
     {
-        *("kernel", "rope_kernel", "embedding_kernel", "token_logprobs_dx_kernel"),  # `kernel`: silu_and_mul's two
+        *("rope_kernel", "embedding_kernel", "token_logprobs_dx_kernel"),
+        *("silu_and_mul_kernel", "silu_and_mul_backward_kernel"),
         *("pairwise_sum_kernel", "scale_kernel", "adamw_kernel"),
         *("wgrad_kernel",),  # the tensor cores' step of 16 tokens, whatever the tile
         *("attention_dq_hopper_kernel", "attention_dkv_hopper_kernel"),  # of one order, which `check_order` compares
@@ -159,14 +160,53 @@ def orders(source: str) -> dict[str, set[str]]:
 
 
 def launches(source: str) -> list[tuple[str, dict[str | None, ast.expr]]]:
-    """Every launch ``a_kernel[grid](...)``: the kernel, and the keywords; None for those that are unpacked."""
+    """Every launch ``a_kernel[grid](...)``: the kernel, and the keywords; None for those that are unpacked.
+
+    Whatever is indexed and called is one, but for a look-up in a TABLE of functions.
+    """
     calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
-    called = [(c, c.func.value) for c in calls if isinstance(c.func, ast.Subscript)]
-    return [
-        (kernel.id, {k.arg: k.value for k in c.keywords})
-        for c, kernel in called
-        if isinstance(kernel, ast.Name) and kernel.id.endswith("kernel")
-    ]
+    called = [(ast.unparse(c.func.value), c) for c in calls if isinstance(c.func, ast.Subscript)]
+    return [(name, {k.arg: k.value for k in c.keywords}) for name, c in called if not name.isupper()]
+
+
+#: The functions that give a problem its order.
+ORDER_FUNCTIONS = frozenset({"order", "order_of", "_order"})
+
+
+def is_made_by_order(value: ast.expr) -> bool:
+    """Is it what a function of a problem returns, or, where there is one, an order that the caller gave?"""
+    if isinstance(value, ast.BoolOp | ast.IfExp):
+        parts = value.values if isinstance(value, ast.BoolOp) else [value.body, value.orelse]
+        return all((isinstance(p, ast.Name) and p.id == "order") or is_made_by_order(p) for p in parts)
+    return isinstance(value, ast.Call) and ast.unparse(value.func).rpartition(".")[2] in ORDER_FUNCTIONS
+
+
+def rebound_orders(source: str) -> list[str]:
+    """Assignments to a name `order` of anything else than what a function of a problem returns."""
+    found, pairs = [], list[tuple[ast.expr, ast.expr]]()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.NamedExpr | ast.AnnAssign | ast.AugAssign):
+            pairs = [(node.target, node.value)] if node.value is not None else []
+        elif isinstance(node, ast.Assign):
+            pairs = [(target, node.value) for target in node.targets]
+        else:
+            continue
+        while pairs:
+            target, value = pairs.pop()
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs += zip(target.elts, value.elts, strict=True)
+            elif any(isinstance(n, ast.Name) and n.id == "order" for n in ast.walk(target)):
+                found += [] if is_made_by_order(value) else [f"{ast.unparse(node)}: no order"]
+    return found
+
+
+def constants(source: str) -> dict[str, set[str]]:
+    """What each kernel of a module is compiled for: its arguments annotated as constexpr."""
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and "kernel" in n.name]
+    return {
+        f.name: {a.arg for a in f.args.args if a.annotation is not None and "constexpr" in ast.unparse(a.annotation)}
+        for f in functions
+    }
 
 
 def is_of_order(value: ast.expr) -> bool:
@@ -181,8 +221,9 @@ def is_of_order(value: ast.expr) -> bool:
 
 def broken_launches(source: str) -> list[str]:
     """What the launches of a module take from elsewhere than an order, or leave to Triton's default."""
-    found = []
-    for kernel, keywords in launches(source):
+    launched = launches(source)
+    found = rebound_orders(source) if launched else []
+    for kernel, keywords in launched:
         if kernel not in FROM_ORDER and kernel not in NO_CONSTANT_SHAPES_A_SUM:
             found.append(f"{kernel}: say in FROM_ORDER what shapes its sums")
         for name in FROM_ORDER.get(kernel, ()):
@@ -290,7 +331,11 @@ def test_an_order_by_row_count_is_caught():
 def test_kernels_take_what_shapes_a_sum_from_an_order():
     sources = {f: (ROOT / f).read_text(encoding="utf-8") for f in FILES}
     assert {f: broken for f, s in sources.items() if (broken := broken_launches(s))} == {}
-    assert {kernel for s in sources.values() for kernel, _ in launches(s)} >= FROM_ORDER.keys()
+    assert {
+        kernel for s in sources.values() for kernel, _ in launches(s)
+    } == FROM_ORDER.keys() | NO_CONSTANT_SHAPES_A_SUM
+    taken = {name: arguments for s in sources.values() for name, arguments in constants(s).items()}
+    assert {k: missing for k, names in FROM_ORDER.items() if (missing := names - taken[k] - {"num_warps"})} == {}
 
 
 @pytest.mark.parametrize(
@@ -303,11 +348,59 @@ def test_kernels_take_what_shapes_a_sum_from_an_order():
         ("softmax_kernel[g](x, BLOCK=order.block, **PINNED)", ["num_warps must come from an order"]),
         ("softmax_kernel[g](x, BLOCK=order.block, num_warps=order.num_warps)", ["pass **PINNED"]),
         ("new_kernel[g](x, **PINNED)", ["say in FROM_ORDER what shapes its sums"]),
+        ("self.launcher[g](x, **PINNED)", ["say in FROM_ORDER what shapes its sums"]),
+        ("TABLE[name](x)", []),
+        *(
+            (f"{line}\nsum_kernel[g](x, LANES=order.lanes, LOG2_LANES=order.log2, SPAN=order.span, **PINNED)", broken)
+            for line, broken in (
+                ("order = order_of(n)", []),
+                ("order = order or orders.order(Problem(n), arch)", []),
+                ("x, order = y, _order(x)", []),
+                ("order = order_of() if order is None else order", []),
+                ("order = SumOrder(config.lanes, 64)", ["no order"]),
+                ("order = replace(order_of(n), lanes=config.lanes)", ["no order"]),
+                ("x, order = y, config", ["no order"]),
+                ("order.lanes = 4", ["no order"]),
+            )
+        ),
     ],
 )
 def test_a_launch_that_chooses_its_order_is_caught(launch, broken):
     """Negative control."""
     assert [b.partition(": ")[2] for b in broken_launches(launch)] == broken
+
+
+def order_classes(source: str) -> set[str]:
+    """The classes of orders that a module defines."""
+    classes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+    return {c.name for c in classes if any(ast.unparse(b) == "Order" for b in c.bases)}
+
+
+def orders_made(source: str, classes: set[str]) -> set[str]:
+    """The orders that a module makes itself; comparing with one is none."""
+    tree = ast.parse(source)
+    compared = {id(part) for n in ast.walk(tree) if isinstance(n, ast.Compare) for part in (n.left, *n.comparators)}
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and id(n) not in compared]
+    return {name for c in calls if (name := ast.unparse(c.func).rpartition(".")[2]) in classes}
+
+
+#: Files besides order.py that may make an order: those of other libraries, which have no order.py.
+MAKES_ORDERS = {"bi_ops/attention/backends.py"}
+
+
+def test_orders_are_made_where_orders_are_chosen():
+    """A launch that made its own would pass the check above."""
+    sources = {f: (ROOT / f).read_text(encoding="utf-8") for f in FILES}
+    classes = set().union(*(order_classes(s) for f, s in sources.items() if f.endswith("/order.py")))
+    assert classes >= {"RowOrder", "SumOrder", "GemmOrder", "KeySteps", "TwoPass", "OnePass", "AttentionOrder"}
+    made = {f: found for f, s in sources.items() if not f.endswith("/order.py") and (found := orders_made(s, classes))}
+    assert made.keys() == MAKES_ORDERS, made
+
+
+def test_an_order_made_in_a_launch_is_caught():
+    """Negative control."""
+    assert orders_made("launch(q, order=order.KeySteps(config.block))", {"KeySteps"}) == {"KeySteps"}
+    assert orders_made("if order == OnePass(64, 128): pass", {"OnePass"}) == set()
 
 
 def test_operators_run_on_the_gpu_of_their_tensors():

@@ -22,7 +22,7 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def launch(
-    kernel, x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None = None, config: TileConfig | None = None
+    x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None = None, config: TileConfig | None = None
 ) -> torch.Tensor:
     """`out`, filled by the forward kernel, or by the backward kernel when the gradient `g` is given.
 
@@ -33,9 +33,12 @@ def launch(
     x2 = _rows(x)
     n_rows, n_cols = x2.shape[0], x2.shape[1] // 2
     c = config or tile_config(n_rows, n_cols)
-    tensors = (x2, out) if g is None else (g.contiguous(), x2, out)
     grid = (cdiv(n_rows, c.rows), cdiv(n_cols, c.cols))
-    kernel[grid](*tensors, n_rows, n_cols, x2.stride(0), ROWS=c.rows, COLS=c.cols, num_warps=c.num_warps, **PINNED)
+    sizes = (n_rows, n_cols, x2.stride(0), c.rows, c.cols)
+    if g is None:
+        silu_and_mul_kernel[grid](x2, out, *sizes, num_warps=c.num_warps, **PINNED)
+    else:
+        silu_and_mul_backward_kernel[grid](g.contiguous(), x2, out, *sizes, num_warps=c.num_warps, **PINNED)
     return out
 
 
@@ -45,7 +48,7 @@ def launch(
 
 @custom_op("bi_ops::silu_and_mul")
 def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    return launch(silu_and_mul_kernel, x, x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
+    return launch(x, x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
 
 
 @_silu_and_mul.register_fake
@@ -55,7 +58,7 @@ def _(x):
 
 @custom_op("bi_ops::silu_and_mul_backward")
 def _silu_and_mul_grad(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return launch(silu_and_mul_backward_kernel, x, x.new_empty(x.shape), g)
+    return launch(x, x.new_empty(x.shape), g)
 
 
 @_silu_and_mul_grad.register_fake
