@@ -268,6 +268,34 @@ def attended(causal: bool, n_kv_heads: int) -> Operator:
     )
 
 
+def masked() -> Operator:
+    """A window, and a key that every query sees."""
+    batch, n_q, n_k, heads, dim = 2, 19, 13, 4, 16
+
+    def inputs(m: Make) -> dict[str, Tensor]:
+        return {"q": m.randn(batch, heads, n_q, dim), **{n: m.randn(batch, heads, n_k, dim) for n in ("k", "v")}}
+
+    def mask(q: Tensor) -> Tensor:
+        queries, keys = (torch.arange(n, device=q.device) for n in (n_q, n_k))
+        distance = queries[:, None] - keys
+        return ((distance >= 0) & (distance < 5) | (keys == 0)).expand(batch, heads, n_q, n_k)
+
+    def ours(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return attention.masked_attention(q, k, v, mask(q)).transpose(1, 2)
+
+    return Operator(
+        inputs,
+        {
+            "bi_ops.attention.masked_attention": ours,
+            "torch.nn.functional.scaled_dot_product_attention": lambda q, k, v: F.scaled_dot_product_attention(
+                q, k, v, mask(q)
+            ),
+        },
+        shapes=("rows", "strided"),
+    )
+
+
 def rotated(call: Callable[..., Any], tokens: Tensor, *rest: Any, **more: Any) -> Any:
     positions = torch.arange(len(tokens), device=tokens.device) % 7
     return call(tokens, *rest, positions=positions, cos_sin=rope.cos_sin_cache(16, 8, device=tokens.device), **more)
@@ -415,6 +443,7 @@ OPERATORS: dict[str, Operator] = {
     "mean over rows, in fp32": reduced("mean", (0,), torch.float32),
     "attention": attended(causal=True, n_kv_heads=2),
     "attention, not causal": attended(causal=False, n_kv_heads=4),
+    "attention, masked": masked(),
 }
 
 #: Public functions with no other door, and why.

@@ -1,5 +1,7 @@
 """Whatever a folder held, what was saved last is what loads, or the call refuses; an interrupted save mixes nothing."""
 
+# Arguments are packed in tuples, of which mypy knows no length.
+# mypy: disable-error-code="call-arg"
 from __future__ import annotations
 
 import json

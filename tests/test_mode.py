@@ -263,7 +263,7 @@ RAISES = {
     "scatter": lambda x: x.scatter(1, torch.zeros(6, 8, dtype=torch.long, device=x.device), x, reduce="add"),
     "put": lambda x: x.put(torch.tensor([0, 0], device=x.device), x[0, :2], accumulate=True),
     "addbmm": lambda x: torch.addbmm(x[:3, :3], x.view(2, 3, 8), x.view(2, 3, 8).mT),
-    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(*[x.view(1, 1, 6, 8)] * 3, dropout_p=0.5),
+    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], None, 0.5),
     "nll_loss_forward": lambda x: F.cross_entropy(
         x, torch.zeros(6, dtype=torch.long, device=x.device), weight=x.detach()[0].exp()
     ),

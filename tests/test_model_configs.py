@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_a_head_size_of_null_is_the_hidden_size_shared_by_the_heads():
 
 
 #: Forms that are refused, and what of field, value and hint the error must say.
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp8": (
         {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}},
         "quantization_config .*'fp8'.*unquantized",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -46,7 +48,7 @@ def test_a_foreign_module_with_parameters_is_listed_by_class_and_path():
 
 @pytest.mark.parametrize("allow", [["Scale"], [Scale], ["0.norm", "1.norm"]], ids=str)
 def test_the_way_out_leaves_them_to_the_mode(allow, device):
-    model = nn.Sequential(Layer(), Layer()).to(device)
+    model: Any = nn.Sequential(Layer(), Layer()).to(device)
     assert convert(model, allow=allow) is model
     assert [type(m) for m in (model[0].norm, model[0].proj, model[1].proj)] == [Scale, *[bi_ops.nn.Linear] * 2]
     x = torch.randn(9, 8, device=device)
@@ -85,7 +87,7 @@ def test_an_entry_that_matches_nothing_is_an_error():
 def replaced_forward():
     """As accelerate's hooks do: a class change would go unnoticed."""
     layer = nn.Linear(4, 4)
-    layer.forward = layer.forward
+    setattr(layer, "forward", layer.forward)  # noqa: B010 (mypy takes it for a method)
     return layer
 
 
