@@ -43,7 +43,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see each command's --help)."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == []:  # what argparse of Python 3.11 makes of `--name=--`
+            parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from bi_ops.core import arch as arches
+from bi_ops.core import checks
 from bi_ops.core.arch import Arch
 from bi_ops.core.orders import ElementwiseOrder
 
@@ -29,5 +30,10 @@ def order(problem: Problem, arch: Arch) -> ElementwiseOrder:
 
 
 def order_of(dtype: torch.dtype) -> ElementwiseOrder:
-    """The order of `silu_and_mul` in `dtype` here."""
+    """The order of `silu_and_mul` in `dtype` here.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    checks.result_dtype("activation.order_of", dtype)
     return order(Problem(dtype), arches.current())

@@ -27,7 +27,7 @@ from bi_ops.attention.order import order as own_order
 from bi_ops.attention.padding import padded_head_dim
 from bi_ops.attention.params import AttentionParams, Seqlens
 from bi_ops.core import arch as arches
-from bi_ops.core import runtime
+from bi_ops.core import checks, runtime
 from bi_ops.core.arch import Arch
 from bi_ops.core.backends import Backend, Backends, Support
 from bi_ops.core.vllm import availability as vllm_availability
@@ -278,8 +278,17 @@ def order_of(
             None is where kernels run.
 
     Raises:
-        ValueError: an unknown feature or backend. RuntimeError: the backend cannot run here or does not serve this.
+        TypeError: an argument of another type. ValueError: an unknown feature or backend. RuntimeError: the backend
+            cannot run here or does not serve this.
     """
+    op = "attention.order_of"
+    checks.size(op, "head_dim", head_dim)
+    checks.result_dtype(op, dtype)
+    checks.backend_name(op, backend)
+    if device is not None:
+        checks.device(op, device)
+    if isinstance(features, str) or not isinstance(features, Sequence):
+        raise TypeError(f"{op}: features must be a sequence of names, got {features!r}")
     if unknown := sorted(set(features) - set(FEATURES)):
         raise ValueError(f"attention: no features {unknown}; features are {', '.join(FEATURES)}")
     arch = arches.current() if device is None else arches.of(device)

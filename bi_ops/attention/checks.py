@@ -38,8 +38,8 @@ def check_qkv(op: str, scale: float | None, **tensors: torch.Tensor) -> float:
     )
     ok = 0 < head_dim <= LARGEST and 0 < v.shape[-1] <= LARGEST
     checks.shape(op, ok, lambda: f"head sizes must be from 1 to {LARGEST}, got {what()}")
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    checks.shape(op, 0 < scale < float("inf"), lambda: f"softmax_scale must be positive and finite, got {scale}")
+    scale = head_dim**-0.5 if scale is None else checks.real(op, "softmax_scale", scale)
+    checks.shape(op, 0 < scale < math.inf, lambda: f"softmax_scale must be positive and finite, got {scale}")
     return scale
 
 
@@ -70,13 +70,15 @@ def check_features(
     sinks: torch.Tensor | None,
 ) -> AttentionParams:
     """Check what comes on top of plain attention; the softmax's parameters."""
-    ok = len(window_size) == 2 and all(isinstance(n, int) and n >= -1 for n in window_size)
+    checks.boolean(op, "causal", causal)
+    ok = isinstance(window_size, list | tuple) and len(window_size) == 2
+    ok = ok and all(isinstance(n, int) and not isinstance(n, bool) and n >= -1 for n in window_size)
     checks.shape(
         op,
         ok,
-        lambda: f"window_size must be (left, right), numbers of keys or -1 for no limit, got {tuple(window_size)}",
+        lambda: f"window_size must be (left, right), numbers of keys or -1 for no limit, got {window_size!r}",
     )
-    ok = 0 <= softcap < math.inf
+    ok = 0 <= checks.real(op, "softcap", softcap) < math.inf
     checks.shape(op, ok, lambda: f"softcap must be finite and at least 0, which is none, got {softcap}")
     if sinks is not None:
         checks.tensor(op, "sinks", sinks)
@@ -95,9 +97,11 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, total: int, name: str = "cu_seqle
         total: the number of packed tokens. name, op: what an error calls them.
 
     Raises:
-        TypeError: not int32. ValueError: wrong rank or contents.
+        TypeError: not int32, or a total that is no int. ValueError: wrong rank or contents.
     """
     check_lengths_tensor(op, name, cu_seqlens)
+    checks.integer(op, "total", total)
+    checks.shape(op, not cu_seqlens.is_meta, lambda: f"{name} is a meta tensor, so it holds nothing to check")
     values = cu_seqlens.tolist()
     lengths = [b - a for a, b in itertools.pairwise(values)]
     checks.shape(op, values[0] == 0, lambda: f"{name} must start at 0, got {values[0]}")

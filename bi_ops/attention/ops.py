@@ -282,6 +282,11 @@ def flash_attention(
         dtype or feature.
     """
     op = "flash_attention"
+    checks.boolean(op, "return_lse", return_lse)
+    for given, longest_given in (("max_seqlen", max_seqlen), ("max_seqlen_k", max_seqlen_k)):
+        if longest_given is not None:
+            checks.integer(op, given, longest_given)
+    checks.backend_name(op, backend)
     scale = check_qkv(op, softmax_scale, q=q, k=k, v=v)
     params = check_features(op, q, causal, scale, window_size, softcap, sinks)
     check_lengths_tensor(op, "cu_seqlens", cu_seqlens)
@@ -345,6 +350,8 @@ def paged_attention(
         block table and seqlens_k contain is checked on the CPU only.
     """
     op = "paged_attention"
+    checks.backend_name(op, backend)
+    checks.integer(op, "max_seqlen_q", max_seqlen_q)
     scale = check_qkv(op, softmax_scale, q=q, k_cache=k_cache, v_cache=v_cache)
     params = check_features(op, q, causal, scale, window_size, softcap, sinks)
     inputs = (q, k_cache, v_cache, *(() if sinks is None else (sinks,)))

@@ -199,7 +199,7 @@ def embedding(
     checks.tensor("embedding", "weight", weight, ndim=2)
     checks.dtype("embedding", "weight", weight)
     checks.same_device("embedding", ids=ids, weight=weight)
-    dtype = _checked_dtype("embedding", dtype or weight.dtype)
+    dtype = weight.dtype if dtype is None else checks.result_dtype("embedding", dtype)
     _check_padding("embedding", padding_idx, weight.shape[0])
     if main_grad is not None:
         checks.main_grad("embedding", "main_grad", main_grad, weight.shape, weight.device)
@@ -236,19 +236,14 @@ def embedding_backward(
     checks.shape(
         op, fits, lambda: f"grad {list(grad.shape)} does not fit ids {list(ids.shape)}: it needs one row per id"
     )
+    checks.integer(op, "num_embeddings", num_embeddings)
     checks.shape(op, num_embeddings >= 0, lambda: f"num_embeddings must not be negative, got {num_embeddings}")
     _check_padding(op, padding_idx, num_embeddings)
-    return _embedding_grad(grad, ids, num_embeddings, padding_idx, _checked_dtype(op, dtype))
-
-
-def _checked_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
-    if dtype not in checks.FLOAT_DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in checks.FLOAT_DTYPES)
-        raise TypeError(f"{op}: dtype is {str(dtype).removeprefix('torch.')}; supported dtypes are {names}")
-    return dtype
+    return _embedding_grad(grad, ids, num_embeddings, padding_idx, checks.result_dtype(op, dtype))
 
 
 def _check_padding(op: str, padding_idx: int, rows: int) -> None:
+    checks.integer(op, "padding_idx", padding_idx)
     ok = -1 <= padding_idx < rows
     checks.shape(
         op, ok, lambda: f"padding_idx must be a row of the table, 0..{rows - 1}, or -1 for none; got {padding_idx}"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from bi_ops.core import arch as arches
+from bi_ops.core import checks
 from bi_ops.core.arch import Arch
 from bi_ops.core.orders import Order
 
@@ -38,5 +39,11 @@ def order(problem: Problem, arch: Arch) -> TokenOrder:
 
 
 def order_of(hidden_size: int, dtype: torch.dtype) -> TokenOrder:
-    """The order of the gradient of a table [V, hidden_size] of `dtype` here."""
+    """The order of the gradient of a table [V, hidden_size] of `dtype` here.
+
+    Raises:
+        TypeError: a size that is no int, or another dtype. ValueError: a size that is too small.
+    """
+    checks.size("embedding.order_of", "hidden_size", hidden_size)
+    checks.result_dtype("embedding.order_of", dtype)
     return order(Problem(hidden_size, dtype), arches.current())

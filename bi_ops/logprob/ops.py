@@ -210,10 +210,7 @@ def _check(op: str, name: str, x: torch.Tensor, dtype: torch.dtype | None = None
     checks.shape(
         op, x.ndim >= 1 and x.shape[-1] > 0, lambda: f"{name} needs a last dimension to normalise, {list(x.shape)}"
     )
-    dtype = x.dtype if dtype is None else dtype
-    if dtype not in checks.FLOAT_DTYPES:
-        raise TypeError(f"{op}: dtype {dtype} is not supported; results are bfloat16, float16 or float32")
-    return dtype
+    return x.dtype if dtype is None else checks.result_dtype(op, dtype)
 
 
 def log_softmax(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

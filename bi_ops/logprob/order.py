@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from bi_ops.core import arch as arches
+from bi_ops.core import checks
 from bi_ops.core.arch import Arch
 from bi_ops.core.orders import Order
 
@@ -41,5 +42,11 @@ def order(problem: Problem, arch: Arch) -> RowOrder:
 
 
 def order_of(vocab_size: int, dtype: torch.dtype) -> RowOrder:
-    """The order of log-probabilities over [vocab_size] logits of `dtype` here."""
+    """The order of log-probabilities over [vocab_size] logits of `dtype` here.
+
+    Raises:
+        TypeError: a size that is no int, or another dtype. ValueError: a size that is too small.
+    """
+    checks.size("logprob.order_of", "vocab_size", vocab_size)
+    checks.result_dtype("logprob.order_of", dtype)
     return order(Problem(vocab_size, dtype), arches.current())

@@ -132,7 +132,7 @@ def linear(
         checks.same_device("linear", x=x, bias=bias)
         n = weight.shape[0]
         checks.shape("linear", bias.shape[0] == n, lambda: f"bias {list(bias.shape)} for {n} columns")
-    name = check_backend(x, backend)
+    name = check_backend("linear", x, backend)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # a view would be one more node, in both passes
     if main_grad is not None:
         checks.main_grad("linear", "main_grad", main_grad, weight.shape, x.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 
@@ -151,8 +152,9 @@ def check_operands(op: str, a: torch.Tensor, b: torch.Tensor, names: tuple[str, 
     checks.same_device(op, **{names[0]: a, names[1]: b})
 
 
-def check_backend(a: torch.Tensor, backend: str | None) -> str:
+def check_backend(op: str, a: torch.Tensor, backend: str | None) -> str:
     """The name that a custom operator takes. Raises as `bi_ops.core.backends.Backends.select`."""
+    checks.backend_name(op, backend)
     if backend is None or torch.compiler.is_compiling():  # a trace keeps the name; the operator asks when it runs
         return backend or ""
     return select(a.dtype, a.device, backend).name
@@ -160,6 +162,7 @@ def check_backend(a: torch.Tensor, backend: str | None) -> str:
 
 def check_batched(op: str, backend: str | None) -> None:
     """Batches of matrices have the Triton kernel alone: raise if another backend is named."""
+    checks.backend_name(op, backend)
     if backend is not None and backends.get(backend).name != "triton":
         raise RuntimeError(
             f"{op}: backend {backend!r} cannot serve batches of matrices; leave it out, or name 'triton'"
@@ -167,7 +170,12 @@ def check_batched(op: str, backend: str | None) -> None:
 
 
 def backend_of(dtype: torch.dtype, device: torch.device) -> str:
-    """The name of the backend that computes GEMMs of this dtype unless another is named."""
+    """The name of the backend that computes GEMMs of this dtype unless another is named.
+
+    Raises TypeError for another dtype, or what is no device.
+    """
+    checks.result_dtype("matmul.backend_of", dtype)
+    checks.device("matmul.backend_of", device)
     return select(dtype, device).name
 
 
@@ -177,11 +185,26 @@ def order_of(
     """The order in which GEMMs of this dtype are computed; bias: when one is added, if there is one.
 
     Raises:
-        ValueError: no backend of that name. RuntimeError: it cannot serve here.
+        TypeError: another dtype, or an argument of another type. ValueError: no such backend or bias. RuntimeError: the
+            backend cannot serve here.
     """
+    op = "matmul.order_of"
+    checks.result_dtype(op, dtype)
+    checks.shape(op, bias in get_args(BiasOrder), lambda: f"bias is {bias!r}; it may be {get_args(BiasOrder)}")
+    checks.backend_name(op, backend)
+    if device is not None:
+        checks.device(op, device)
     arch = arches.current() if device is None else arches.of(device)
     problem = Problem(dtype, bias=bias)
     return backends.select(problem, arch, backend).order(problem, arch)
+
+
+def _check_matrices(op: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    check_operands(op, a, b)
+    checks.shape(op, a.ndim == 2 and b.ndim == 2, lambda: f"needs 2-D tensors, got {list(a.shape)} and {list(b.shape)}")
+    checks.shape(op, a.shape[1] == b.shape[0], lambda: f"inner dimensions differ: {list(a.shape)} @ {list(b.shape)}")
+    if b.dtype != torch.float32:
+        checks.same_dtype(op, a=a, b=b)
 
 
 def mm(
@@ -203,19 +226,13 @@ def mm(
         TypeError: dtypes that are unsupported or differ. ValueError: wrong rank, device or inner dimensions, or an
         unknown backend. RuntimeError: the named backend cannot serve this dtype, or not here.
     """
-    check_operands("mm", a, b)
-    checks.shape(
-        "mm", a.ndim == 2 and b.ndim == 2, lambda: f"needs 2-D tensors, got {list(a.shape)} and {list(b.shape)}"
-    )
-    checks.shape("mm", a.shape[1] == b.shape[0], lambda: f"inner dimensions differ: {list(a.shape)} @ {list(b.shape)}")
-    if b.dtype != torch.float32:
-        checks.same_dtype("mm", a=a, b=b)
+    _check_matrices("mm", a, b)
     if bias is not None:
         checks.tensor("mm", "bias", bias, ndim=1)
         checks.dtype("mm", "bias", bias)
         checks.same_device("mm", a=a, bias=bias)
         checks.shape("mm", bias.shape[0] == b.shape[1], lambda: f"bias {list(bias.shape)} for {b.shape[1]} columns")
-    out = _mm(a, b, None, check_backend(a, backend))
+    out = _mm(a, b, None, check_backend("mm", a, backend))
     return out if bias is None else _AddBias.apply(out, bias)
 
 
@@ -239,7 +256,9 @@ def addmm(
     Raises:
         TypeError, ValueError: as `mm`, and for a bias of another shape.
     """
-    out = mm(a, b, backend=backend)
+    _check_matrices("addmm", a, b)
+    beta, alpha = checks.real("addmm", "beta", beta), checks.real("addmm", "alpha", alpha)
+    out = _mm(a, b, None, check_backend("addmm", a, backend))
     checks.tensor("addmm", "bias", bias)
     checks.dtype("addmm", "bias", bias)
     checks.same_device("addmm", a=a, bias=bias)
@@ -280,7 +299,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, *, backend: str | None = None) -> t
         "matmul", a2.shape[-1] == b2.shape[-2], lambda: f"inner dimensions differ: {list(a.shape)} @ {list(b.shape)}"
     )
     if b2.ndim == 2:
-        out = _mm(a2.reshape(-1, a2.shape[-1]), b2, None, check_backend(a, backend))
+        out = _mm(a2.reshape(-1, a2.shape[-1]), b2, None, check_backend("matmul", a, backend))
         out = out.reshape(*a2.shape[:-1], b2.shape[1])
     else:
         check_batched("matmul", backend)

@@ -58,9 +58,11 @@ def warmup(
         dtype: of the activations over fp32 weights, bf16 or fp16. progress: called with (done, total, next shape).
 
     Raises:
-        TypeError: another dtype. RuntimeError: a CUDA graph is being captured.
+        TypeError: another dtype, or what is no module. RuntimeError: a CUDA graph is being captured.
     """
-    if dtype not in TENSOR_CORE_DTYPES:
+    if module is not None and not isinstance(module, torch.nn.Module):
+        raise TypeError(f"warmup: module must be a torch.nn.Module or None, got {type(module).__name__}")
+    if not isinstance(dtype, torch.dtype) or dtype not in TENSOR_CORE_DTYPES:
         raise TypeError(f"warmup: dtype is {dtype}; cuBLASLt is verified for bfloat16 and float16 alone")
     here = backends.get("cublaslt").available()
     if not here:

@@ -100,8 +100,10 @@ def allow_operator(name: str) -> None:
     """Let the operator `name` (``"namespace::operator"``) pass: the caller vouches that it keeps the contract.
 
     Raises:
-        ValueError: no such form of name.
+        TypeError: no string. ValueError: no such form of name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"allow_operator: name must be a string, got {name!r}")
     if name.count("::") != 1:
         raise ValueError(f"allow_operator: {name!r} is no operator name; write it as 'namespace::operator'")
     trusted_operators.add(name)

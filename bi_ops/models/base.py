@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from bi_ops import attention, logprob, matmul, nn
-from bi_ops.core import runtime
+from bi_ops.core import checks, runtime
 from bi_ops.core.orders import OrderRecord
 from bi_ops.models import checkpoint, orders
 from bi_ops.models.config import CausalLMConfig
@@ -35,6 +35,9 @@ class CausalLM(torch.nn.Module):
         config: sizes. param_dtype: of the master weights. compute_dtype: weights are rounded to it on use, activations
             are in it; gradients of fp32 masters are never rounded to it. device: None is where kernels run.
 
+    Raises:
+        TypeError: another dtype. RuntimeError: no such device.
+
     Weights are uninitialised until `init_weights` draws them or `from_pretrained` reads them.
 
     Attributes:
@@ -56,6 +59,8 @@ class CausalLM(torch.nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        for dtype in (param_dtype, compute_dtype):
+            checks.result_dtype(type(self).__name__, dtype)
         device = torch.device(device) if device is not None else runtime.default_device()
         self.config, self.compute_dtype = config, compute_dtype
         self.attention_backend: str | None = None

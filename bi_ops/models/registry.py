@@ -42,8 +42,10 @@ def lookup(values: Mapping[str, Any], where: str = "config") -> Entry:
     """The classes for the fields of a config.json.
 
     Raises:
-        ValueError: no model_type, or an unknown one; the known ones are listed.
+        TypeError: no mapping. ValueError: no model_type, or an unknown one; the known ones are listed.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{where}: the fields of a config.json are a mapping, got {type(values).__name__}")
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in _TABLE:
         raise ValueError(f"{where}: model_type is {model_type!r}; models that can be loaded: {', '.join(known())}")
@@ -56,7 +58,10 @@ def config_from(values: Mapping[str, Any]) -> CausalLMConfig:
 
 
 def make_model(config: Mapping[str, Any], **options: Any) -> CausalLM:
-    """A model with uninitialised weights from the fields of a config.json; options as `CausalLM`. Raises ValueError."""
+    """A model with uninitialised weights from the fields of a config.json; options as `CausalLM`.
+
+    Raises TypeError and ValueError, as `lookup`, the config and `CausalLM`.
+    """
     entry = lookup(config)
     return entry.model_class(entry.config_class.from_dict(config), **options)
 

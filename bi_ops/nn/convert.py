@@ -81,12 +81,17 @@ def convert(module: Module, allow: Iterable[str | type[torch.nn.Module]] = ()) -
         `module`.
 
     Raises:
-        ValueError: torch layers that sum over rows or features and have no conversion (LayerNorm, convolutions,
-            BatchNorm, MultiheadAttention, ...), subclasses of the convertible ones, embeddings with unsupported
-            options, layers whose forward or weight was replaced, and modules of any other class that own parameters
-            (experts, routers, norms of transformers). All are listed, and nothing has been converted. An entry of
-            `allow` that matches no module.
+        TypeError: an argument of another type. ValueError: torch layers that sum over rows or features and have no
+            conversion (LayerNorm, convolutions, BatchNorm, MultiheadAttention, ...), subclasses of the convertible
+            ones, embeddings with unsupported options, layers whose forward or weight was replaced, and modules of any
+            other class that own parameters (experts, routers, norms of transformers). All are listed, and nothing has
+            been converted. An entry of `allow` that matches no module.
     """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"convert: module must be a torch.nn.Module, got {type(module).__name__}")
+    allow = [allow] if isinstance(allow, str | type) else list(allow) if isinstance(allow, Iterable) else [allow]
+    if bad := [entry for entry in allow if not isinstance(entry, str | type)]:
+        raise TypeError(f"convert: allow holds {bad[0]!r}; it takes classes, their names and paths")
     wanted = {entry.__name__ if isinstance(entry, type) else entry for entry in allow}
     obstacles, chosen, met = [], [], set()
     for path, m in module.named_modules():

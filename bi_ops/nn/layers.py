@@ -8,6 +8,7 @@ from typing import overload
 import torch
 
 from bi_ops import activation, attention, embedding, matmul, norm
+from bi_ops.core import checks
 
 #: torch's epsilon of a norm whose eps is None.
 _EPS = torch.finfo(torch.float32).eps
@@ -47,6 +48,7 @@ class RMSNorm(torch.nn.RMSNorm):
         With `residual`, of the shape and dtype of x: (the norm of x + residual, x + residual), the sum rounded before
         it is normalised. Raises as `bi_ops.norm.rms_norm` and `add_rms_norm`.
         """
+        checks.tensor("RMSNorm", "x", x)
         shape, size = x.shape, self.normalized_shape
         if shape[max(x.ndim - len(size), 0) :] != size:
             raise ValueError(f"RMSNorm: x {list(shape)} does not end in normalized_shape {list(size)}")
@@ -121,7 +123,8 @@ class Attention(torch.nn.Module):
             the sinks. backend: as `bi_ops.attention.flash_attention`.
 
     Raises:
-        ValueError: sizes that are not positive, or head counts that do not divide.
+        TypeError: an argument of another type. ValueError: sizes that are not positive, or head counts that do not
+            divide.
     """
 
     def __init__(
@@ -140,6 +143,12 @@ class Attention(torch.nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (("num_heads", num_heads), ("head_dim", head_dim), ("num_kv_heads", num_kv_heads)):
+            checks.integer("Attention", name, value)
+        checks.boolean("Attention", "sinks", sinks)
+        checks.backend_name("Attention", backend)
+        checks.boolean("Attention", "causal", causal)
+        checks.real("Attention", "softcap", softcap)
         if min(num_heads, head_dim, num_kv_heads) < 1 or num_heads % num_kv_heads != 0:
             raise ValueError(
                 f"Attention: num_heads {num_heads}, num_kv_heads {num_kv_heads} and head_dim {head_dim} must be "
@@ -165,6 +174,7 @@ class Attention(torch.nn.Module):
         """
         expected = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
         for (name, heads), t in zip(expected.items(), (q, k, v), strict=True):
+            checks.tensor("Attention", name, t)
             if t.ndim != 3 or t.shape[1:] != (heads, self.head_dim):
                 raise ValueError(f"Attention: {name} must be [T, {heads}, {self.head_dim}], got {list(t.shape)}")
         return attention.flash_attention(

@@ -17,8 +17,10 @@ from bi_ops.nn.layers import Embedding, Linear, RMSNorm
 ELEMENTS = 1 << 26
 
 
-def _layers(module: torch.nn.Module) -> Iterator[Linear | RMSNorm | Embedding]:
+def _layers(op: str, module: torch.nn.Module) -> Iterator[Linear | RMSNorm | Embedding]:
     """The layers that can carry a weight gradient. Layers that share a weight are all listed."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"{op}: module must be a torch.nn.Module, got {type(module).__name__}")
     for layer in module.modules():
         if isinstance(layer, Linear | RMSNorm | Embedding) and layer.weight is not None:
             yield layer
@@ -45,8 +47,10 @@ def allocate_main_grads(module: torch.nn.Module) -> None:
     Each sum over tokens goes on from one backward to the next, so a batch ends in the same bits however it is cut into
     micro-batches, if they are packed with align=TOKEN_STEP. `collect_main_grads` ends it. Layers that share a weight
     get a buffer each. Frozen weights get none; biases, and parameters of other layers, keep autograd's `.grad`.
+
+    Raises TypeError for what is no module.
     """
-    layers = [layer for layer in _layers(module) if layer.weight.requires_grad]
+    layers = [layer for layer in _layers("allocate_main_grads", module) if layer.weight.requires_grad]
     for layer, buffer in zip(layers, zeros([layer.weight for layer in layers]), strict=True):
         layer.main_grad = buffer.view(-1) if isinstance(layer, RMSNorm) else buffer
 
@@ -54,10 +58,11 @@ def allocate_main_grads(module: torch.nn.Module) -> None:
 def collect_main_grads(module: torch.nn.Module) -> None:
     """Hand the finished sums over as `.grad`, in the dtype of the weight.
 
-    The buffers of layers that share a weight are added here, in the order of `module.modules()`.
+    The buffers of layers that share a weight are added here, in the order of `module.modules()`. Raises TypeError for
+    what is no module.
     """
     sums: dict[torch.Tensor, torch.Tensor] = {}
-    for layer in _layers(module):
+    for layer in _layers("collect_main_grads", module):
         if layer.main_grad is None:
             continue
         if layer.weight in sums:

@@ -279,7 +279,7 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float, ma
     checks.shape(
         op, x.ndim >= 1 and x.shape[-1] > 0, lambda: f"x must have a last dimension to normalise, got {list(x.shape)}"
     )
-    checks.shape(op, eps >= 0, lambda: f"eps must not be negative, got {eps}")
+    checks.shape(op, checks.real(op, "eps", eps) >= 0, lambda: f"eps must not be negative, got {eps}")
     if weight is not None:
         checks.tensor(op, "weight", weight, ndim=1)
         checks.dtype(op, "weight", weight)

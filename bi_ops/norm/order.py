@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from bi_ops.core import arch as arches
+from bi_ops.core import checks
 from bi_ops.core.arch import Arch
 from bi_ops.core.integers import next_power_of_2
 from bi_ops.core.orders import Order
@@ -71,5 +72,11 @@ def order(problem: Problem, arch: Arch) -> NormOrder:
 
 
 def order_of(hidden_size: int, dtype: torch.dtype) -> NormOrder:
-    """The order in which rows [hidden_size] of `dtype` are normalised here."""
+    """The order in which rows [hidden_size] of `dtype` are normalised here.
+
+    Raises:
+        TypeError: a size that is no int, or another dtype. ValueError: a size that is too small.
+    """
+    checks.size("norm.order_of", "hidden_size", hidden_size)
+    checks.result_dtype("norm.order_of", dtype)
     return order(Problem(hidden_size, dtype), arches.current())

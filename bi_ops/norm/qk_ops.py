@@ -256,6 +256,7 @@ def _check(op: str, qkv: Any, weights: dict[str, Any], positions: Any, cos_sin: 
         checks.dtype(op, name, w, (qkv.dtype, torch.float32))
     checks.tensor(op, "positions", positions, ndim=1)
     checks.dtype(op, "positions", positions, (torch.int64, torch.int32))
+    checks.integer(op, "num_heads", num_heads)
     checks.tensor(op, "cos_sin", cos_sin, ndim=2)
     checks.dtype(op, "cos_sin", cos_sin, (qkv.dtype, torch.float32))
     checks.same_device(op, qkv=qkv, **weights, positions=positions, cos_sin=cos_sin)
@@ -317,7 +318,7 @@ def qk_norm_rope(
     """
     op = "qk_norm_rope"
     _check(op, qkv, {"q_weight": q_weight, "k_weight": k_weight}, positions, cos_sin, num_heads)
-    checks.shape(op, eps >= 0, lambda: f"eps must not be negative, got {eps}")
+    checks.shape(op, checks.real(op, "eps", eps) >= 0, lambda: f"eps must not be negative, got {eps}")
     inputs = (qkv, q_weight, k_weight, positions.contiguous(), cos_sin.contiguous(), num_heads, eps)
     if q_main_grad is None and k_main_grad is None:
         return _qk_norm_rope(*inputs)[:3]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bi_ops.core import checks
 from bi_ops.core.operators import on_device_of_first
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.optim import config as configs
@@ -118,9 +119,13 @@ def launch_adamw(
 def _check_hyper(group: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError for numbers that AdamW is not defined for."""
     lr, betas, eps, weight_decay = (group[k] for k in ("lr", "betas", "eps", "weight_decay"))
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"{OP}: betas must be two numbers, got {betas!r}")
     for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1]), ("eps", eps)):
         if isinstance(value, torch.Tensor):
             raise TypeError(f"{OP}: {name} must be a number, got a tensor {list(value.shape)}; use float(...)")
+        checks.real(OP, name, value)
+    checks.real(OP, "weight_decay", weight_decay)
     for name, ok, value in (
         ("lr", lr >= 0, lr),
         ("eps", eps >= 0, eps),
@@ -134,7 +139,7 @@ def _check_hyper(group: Mapping[str, Any]) -> None:
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for what this optimizer does not do."""
     for name, reason in REFUSED.items():
-        if options.get(name):
+        if (given := options.get(name)) is not None and given is not False:
             raise ValueError(f"{OP}: {name}={options[name]} is not supported: {reason}; use torch.optim.AdamW for it")
 
 
@@ -184,6 +189,8 @@ class AdamW(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
+        if bf16_copies is not None and not isinstance(bf16_copies, Mapping):
+            raise TypeError(f"{OP}: bf16_copies must map parameters to tensors, got {type(bf16_copies).__name__}")
         # The keys of torch's groups, so that torch.optim.AdamW reads them, with the one path whose order is kept.
         defaults = {
             "lr": lr,
@@ -192,10 +199,10 @@ class AdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
-            "foreach": foreach or False,
+            "foreach": False if foreach is None else foreach,
             "capturable": capturable,
             "differentiable": differentiable,
-            "fused": fused or False,
+            "fused": False if fused is None else fused,
             "decoupled_weight_decay": True,
         }
         super().__init__(params, defaults)

@@ -242,7 +242,12 @@ def clip_scale(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     """What gradients of this norm are multiplied by, fp32 []: min(max_norm / (norm + 1e-6), 1), as torch clips.
 
     NaN of a NaN. `AdamW.step(grad_scale=...)` takes it, so that clipping costs no pass of its own.
+
+    Raises:
+        TypeError: a norm that is no fp32 tensor, or a max_norm that is no number. ValueError: it is negative.
     """
+    checks.dtype("clip_scale", "norm", checks.tensor("clip_scale", "norm", norm), (torch.float32,))
+    max_norm = checks.real("clip_scale", "max_norm", max_norm)
     if not max_norm >= 0:
         raise ValueError(f"clip_scale: max_norm is {max_norm}; it must not be negative")
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -267,6 +272,7 @@ def clip_grad_norm_(
         FloatingPointError: error_if_nonfinite, and the norm is NaN or infinite; the gradients are untouched.
         TypeError, ValueError, RuntimeError: as `global_norm`'s.
     """
+    checks.real("clip_grad_norm_", "max_norm", max_norm)
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     _check_grads("clip_grad_norm_", grads)

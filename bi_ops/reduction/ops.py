@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -91,7 +92,9 @@ def _dims(op: str, x: torch.Tensor, dim: int | Sequence[int] | None) -> list[int
     """`dim` as sorted non-negative axes; None and an empty list mean all of them."""
     rank = max(x.ndim, 1)  # a scalar may be reduced over its axis 0, as in torch
     dims = set()
-    for d in [dim] if isinstance(dim, int) else dim or []:
+    given: Sequence[Any] = () if dim is None else dim if isinstance(dim, list | tuple) else [dim]
+    for d in given:
+        checks.integer(op, "dim", d)
         checks.shape(op, -rank <= d < rank, lambda: f"dim {dim} is out of range for x {list(x.shape)}")
         checks.shape(op, d % rank not in dims, lambda: f"dim {dim} names an axis of x {list(x.shape)} twice")
         dims.add(d % rank)
@@ -102,6 +105,7 @@ def _reduce(
     op: str, x: torch.Tensor, dim: int | Sequence[int] | None, keepdim: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, int]:
     """(the sums in `dtype`, the number of elements in each)."""
+    checks.boolean(op, "keepdim", keepdim)
     dims = _dims(op, x, dim)
     kept = [d for d in range(x.ndim) if d not in dims]
     shape = [1 if d in dims else x.shape[d] for d in range(x.ndim)]
@@ -120,10 +124,7 @@ def _check(op: str, x: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of the result."""
     checks.tensor(op, "x", x)
     checks.dtype(op, "x", x)
-    dtype = x.dtype if dtype is None else dtype
-    if dtype not in checks.FLOAT_DTYPES:
-        raise TypeError(f"{op}: dtype {dtype} is not supported; results are bfloat16, float16 or float32")
-    return dtype
+    return x.dtype if dtype is None else checks.result_dtype(op, dtype)
 
 
 def sum(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bi_ops.core import arch as arches
+from bi_ops.core import checks
 from bi_ops.core.arch import Arch
 from bi_ops.core.integers import next_power_of_2
 from bi_ops.core.orders import Order
@@ -44,5 +45,10 @@ def order(problem: Problem, arch: Arch) -> SumOrder:
 
 
 def order_of(n: int) -> SumOrder:
-    """The order in which `n` elements are added here."""
+    """The order in which `n` elements are added here.
+
+    Raises:
+        TypeError: an n that is no int. ValueError: it is negative.
+    """
+    checks.size("reduction.order_of", "n", n, 0)
     return order(Problem(n), arches.current())

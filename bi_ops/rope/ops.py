@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from bi_ops.core import checks
@@ -104,12 +106,17 @@ def cos_sin_cache(
         [P, D] in `dtype`.
 
     Raises:
-        ValueError: an odd or non-positive head_dim, a non-positive max_position or theta.
+        TypeError: sizes, theta or dtype of another type. ValueError: an odd or non-positive head_dim, a non-positive
+            max_position, a theta that is not positive and finite.
     """
     op = "cos_sin_cache"
+    checks.integer(op, "head_dim", head_dim)
+    checks.integer(op, "max_position", max_position)
+    theta = checks.real(op, "theta", theta)
+    checks.result_dtype(op, dtype)
     checks.shape(op, head_dim > 0 and head_dim % 2 == 0, lambda: f"head_dim must be even and positive, got {head_dim}")
     checks.shape(op, max_position > 0, lambda: f"max_position must be positive, got {max_position}")
-    checks.shape(op, theta > 0, lambda: f"theta must be positive, got {theta}")
+    checks.shape(op, 0 < theta < math.inf, lambda: f"theta must be positive and finite, got {theta}")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     inv_freq = 1.0 / (theta**exponents)
     # vLLM writes an einsum; an outer product has one product per element whichever way it is spelled.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from bi_ops.core import arch as arches
+from bi_ops.core import checks
 from bi_ops.core.arch import Arch
 from bi_ops.core.orders import ElementwiseOrder
 
@@ -32,5 +33,11 @@ def order(problem: Problem, arch: Arch) -> ElementwiseOrder:
 
 
 def order_of(head_dim: int, dtype: torch.dtype) -> ElementwiseOrder:
-    """The order in which heads [head_dim] of `dtype` are rotated here."""
+    """The order in which heads [head_dim] of `dtype` are rotated here.
+
+    Raises:
+        TypeError: a size that is no int, or another dtype. ValueError: a size that is too small.
+    """
+    checks.size("rope.order_of", "head_dim", head_dim)
+    checks.result_dtype("rope.order_of", dtype)
     return order(Problem(head_dim, dtype), arches.current())

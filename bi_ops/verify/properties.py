@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bi_ops.core import checks
+
 Tensors = tuple[torch.Tensor, ...]
 RowOp = Callable[..., torch.Tensor | Tensors]
 
@@ -45,6 +47,15 @@ def _shows_something(name: str, outs: Tensors) -> None:
     )
 
 
+def _check_rows(name: str, op: object, rows: object) -> None:
+    if not callable(op):
+        raise TypeError(f"{name}: op must be callable, got {op!r}")
+    if not isinstance(rows, tuple | list) or not rows or not all(isinstance(r, torch.Tensor) for r in rows):
+        raise TypeError(f"{name}: rows must be a tuple of tensors [M, ...], got {type(rows).__name__}")
+    if any(r.ndim == 0 or r.shape[0] != rows[0].shape[0] for r in rows):
+        raise ValueError(f"{name}: rows must have one first axis, got {[list(r.shape) for r in rows]}")
+
+
 def row_variant(op: RowOp, rows: Tensors, counts: Iterable[int] = ROW_COUNTS) -> list[int]:
     """Row counts m at which `op` on m rows differs from the same rows of `op` on all rows.
 
@@ -55,10 +66,15 @@ def row_variant(op: RowOp, rows: Tensors, counts: Iterable[int] = ROW_COUNTS) ->
         counts: the values of m; those above M_max are left out.
 
     Raises:
-        ValueError: no m below M_max, or results that are empty, all of one value or no finite numbers, so nothing
-            would be compared.
+        TypeError: an argument of another type. ValueError: a count below 1, no m below M_max, or results that are
+            empty, all of one value or no finite numbers, so nothing would be compared.
     """
+    _check_rows("row_variant", op, rows)
+    if isinstance(counts, str) or not isinstance(counts, Iterable):
+        raise TypeError(f"row_variant: counts must be row counts, got {counts!r}")
     counts, total = tuple(counts), rows[0].shape[0]
+    for m in counts:
+        checks.size("row_variant", "a count", m)
     if not any(m < total for m in counts):
         raise ValueError(f"row_variant: no row count in {counts} is below the {total} rows given: nothing to compare")
     full = _tuple(op(*rows))
@@ -81,6 +97,9 @@ def order_variant(op: RowOp, rows: Tensors, trials: int = 3, seed: int = 0) -> l
     Raises:
         ValueError: fewer than two rows or no trial, or results as in `row_variant`, so nothing would be compared.
     """
+    _check_rows("order_variant", op, rows)
+    checks.integer("order_variant", "trials", trials)
+    checks.integer("order_variant", "seed", seed)
     if trials < 1 or rows[0].shape[0] < 2:
         raise ValueError(f"order_variant: {trials} trials of {rows[0].shape[0]} rows leave nothing to compare")
     full = _tuple(op(*rows))
@@ -104,6 +123,9 @@ def rerun_variant(op: Callable[[], torch.Tensor | Tensors], runs: int = 100) -> 
     Raises:
         ValueError: fewer than two runs, or results as in `row_variant`.
     """
+    if not callable(op):
+        raise TypeError(f"rerun_variant: op must be callable, got {op!r}")
+    checks.integer("rerun_variant", "runs", runs)
     if runs < 2:
         raise ValueError(f"rerun_variant: {runs} runs leave nothing to compare; use at least 2")
     first = _tuple(op())
@@ -136,8 +158,14 @@ def gradient_errors(op: RowOp, reference: RowOp, inputs: dict[str, torch.Tensor]
         inputs: name to tensor; floating-point ones get gradients. A fixed random cotangent is used.
 
     Raises:
-        ValueError: no floating-point input, outputs that are empty or of other shapes than the reference's.
+        TypeError: an argument of another type. ValueError: no floating-point input, outputs that are empty or of other
+            shapes than the reference's.
     """
+
+    if not callable(op) or not callable(reference):
+        raise TypeError(f"gradient_errors: op and reference must be callable, got {op!r} and {reference!r}")
+    if not isinstance(inputs, dict) or not all(isinstance(t, torch.Tensor) for t in inputs.values()):
+        raise TypeError("gradient_errors: inputs must be a dict of tensors")
 
     def run(fn: RowOp, cast: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         args = {n: cast(t.detach()) if t.is_floating_point() else t for n, t in inputs.items()}

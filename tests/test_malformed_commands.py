@@ -1,0 +1,105 @@
+"""A malformed command ends with exit code 2 and one line that names it; none shows a traceback."""
+
+from __future__ import annotations
+
+import pytest
+
+from bi_ops import cli
+
+#: Options of each command with a kind of value, and what must stand before them.
+NUMBERS = {
+    "train": (
+        *("steps", "prompts-per-step", "group-size", "updates-per-rollout", "max-new-tokens", "symbols", "lr", "clip"),
+        *("kl", "max-grad-norm", "temperature", "seed", "save-every", "max-tokens-per-microbatch"),
+        "gpu-memory-utilization",
+    ),
+    "parity": ("prompts", "new-tokens", "max-prompt-tokens", "seed"),
+}
+CHOICES = {
+    "train": ("preset", "engine", "attention", "task", "mean", "on-difference"),
+    "parity": ("engine", "attention"),
+    "orders": ("engine", "attention"),
+}
+FLAGS = {
+    "train": ("resume", "no-cuda-graphs"),
+    "parity": ("json", "no-plugin"),
+    "orders": ("json",),
+    "doctor": ("json",),
+}
+
+#: Values that no number of a command may have: argparse's to refuse, or the settings'.
+NO_NUMBER = ("text", "", "1e", "0x10", "--", "None", "1,5", "[1]", "nan", "-1")
+
+
+def start(command: str, folder) -> list[str]:
+    """The command with what it needs: a folder of its own, or a model that is not there."""
+    return [command, "--output", str(folder / "run")] if command == "train" else [command, str(folder / "nowhere")]
+
+
+def malformed(folder):
+    for command, names in NUMBERS.items():
+        for name in names:
+            for value in NO_NUMBER:
+                yield [*start(command, folder), f"--{name}={value}"]
+            yield [*start(command, folder), f"--{name}"]
+    for command, names in CHOICES.items():
+        for name in names:
+            for value in ("nobody", "", "TRITON", "1"):
+                yield [*start(command, folder), f"--{name}={value}"]
+            yield [*start(command, folder), f"--{name}"]
+    for command, names in FLAGS.items():
+        for name in names:
+            yield [*([command] if command == "doctor" else start(command, folder)), f"--{name}=1"]
+    for command in ("train", "parity", "orders", "doctor"):
+        yield [command, "--unknown"]
+        yield [command, "one", "two", "three"]
+    for command in ("train", "parity", "orders"):
+        yield [command]
+    yield ["nothing"]
+    yield []
+    for command in ("parity", "orders"):
+        for path in (folder, folder / "file", folder / "nowhere"):
+            yield [command, str(path)]
+    for file in ("nowhere.json", "file", "list.json"):
+        yield ["orders", str(folder / "nowhere"), "--compare", str(folder / file)]
+        yield ["train", "--output", str(folder / "run"), "--config", str(folder / file)]
+    yield ["train", "--output", str(folder / "file")]
+    yield ["train", "--output", str(folder / "run"), "--model", str(folder / "nowhere")]
+    yield ["train", "--output", str(folder / "run"), "--resume"]
+
+
+def test_each_is_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder, and no JSON")
+    (tmp_path / "list.json").write_text("[1]")
+    wrong, tried = [], 0
+    for argv in malformed(tmp_path):
+        tried += 1
+        try:
+            code = cli.main(argv)
+        except SystemExit as e:  # argparse's
+            code = e.code
+        except BaseException as e:
+            wrong.append(f"{argv}: {type(e).__name__}: {e}")
+            continue
+        err = capsys.readouterr().err
+        last = err.rstrip().splitlines()[-1] if err.strip() else ""
+        if code != 2 or "error: " not in last or "Traceback" in err or not last.startswith("bi-ops"):
+            wrong.append(f"{argv}: exit code {code}, {err[-300:]!r}")
+        if (tmp_path / "run").exists():
+            wrong.append(f"{argv}: left a folder behind")
+            break
+    assert not wrong, "\n".join(wrong)
+    assert tried >= 250
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "1.5"])
+def test_an_option_that_is_refused_is_named(capsys, tmp_path, value):
+    assert cli_code(["train", "--output", str(tmp_path / "run"), f"--steps={value}"]) == 2
+    assert "steps" in capsys.readouterr().err
+
+
+def cli_code(argv) -> int:
+    try:
+        return cli.main(argv)
+    except SystemExit as e:
+        return int(e.code)
