@@ -1,0 +1,184 @@
+"""Runs every operator of torch's operator database under the mode, forward and gradient. Writes limits.json.
+
+    python bench/limits.py --out bench/results/h100 --jobs 15     # all of them, in bf16 and fp32: about four minutes
+    python bench/limits.py --out bench/results/cpu --jobs 2       # in Triton's interpreter: about half an hour
+    python bench/limits.py --only '^(sum|mean)$'                  # prints the verdicts and writes nothing
+
+An operator in a dtype is one pair. Its verdict:
+
+    right      value and gradient are torch's, on every run the same bits, and a row alone is the row in a batch
+    partly     some samples, or the gradient, are refused; the rest is right
+    refused    the mode raises its error
+    wrong      something else comes out, or a floating-point sum ran in torch's own kernel
+    crash      another exception than the mode's, a dead process, a device-side assertion, or the time limit
+    none       torch itself computes no sample here
+
+How each is decided: `bench/opinfo.py`. Operators run in processes of their own kind, so that one that crashes takes no
+other with it. Exit status 1 if a pair is wrong or crashed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from record import provenance
+
+import bi_ops  # isort: skip  # noqa: F401  (before triton)
+from opinfo import DTYPES, DeviceIsGone, Verdict, judge
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from samples import operators
+
+from bi_ops.core import runtime
+from bi_ops.core.files import write_json
+
+ORDER = ("right", "partly", "refused", "wrong", "crash", "none")
+Pair = tuple[str, str]
+
+
+def work(pipe: Any, samples: int) -> None:
+    """A process that judges the pairs that come through `pipe` until there are no more."""
+    import torch
+
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while (pair := pipe.recv()) is not None:
+            try:
+                pipe.send(judge(*pair, samples).asdict())
+            except DeviceIsGone as error:
+                pipe.send(crashed(pair, str(error)))
+                break
+            except Exception as error:
+                pipe.send(crashed(pair, f"{type(error).__name__}: {error}"))
+    pipe.close()
+    os._exit(0)  # a CUDA context that is gone may not be torn down
+
+
+def crashed(pair: Pair, message: str) -> dict[str, Any]:
+    verdict = Verdict(*pair, verdict="crash", forward="crash")
+    verdict.note("forward", "crash", message)
+    return verdict.asdict()
+
+
+class Worker:
+    """One process, and the pair that it has."""
+
+    def __init__(self, samples: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other, samples), daemon=True)
+        self.process.start()
+        other.close()
+        self.pair: Pair | None = None
+        self.since = time.monotonic()
+
+    def give(self, pair: Pair) -> None:
+        self.pair, self.since = pair, time.monotonic()
+        with contextlib.suppress(OSError):  # it is dead: `take` says so
+            self.pipe.send(pair)
+
+    def take(self) -> dict[str, Any] | None:
+        """What it sent; None if it is dead."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            return None
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def judged(pairs: list[Pair], jobs: int, samples: int, limit: float) -> Iterator[dict[str, Any]]:
+    """The verdict on every pair, as they come."""
+    left = collections.deque(pairs)
+    workers = [Worker(samples) for _ in range(min(jobs, len(pairs)))]
+    try:
+        for worker in workers:
+            worker.give(left.popleft())
+        while busy := [w for w in workers if w.pair is not None]:
+            ready = multiprocessing.connection.wait([w.pipe for w in busy], timeout=1.0)
+            for worker in busy:
+                took = time.monotonic() - worker.since
+                assert worker.pair is not None
+                if worker.pipe in ready:
+                    verdict = worker.take()
+                    dead = verdict is None
+                    if verdict is None:
+                        verdict = crashed(worker.pair, f"the process died ({worker.process.exitcode})")
+                elif took > limit:
+                    verdict, dead = crashed(worker.pair, f"took more than {limit:.0f} s"), True
+                else:
+                    continue
+                yield verdict | {"seconds": round(took, 2)}
+                if dead:
+                    worker.end()
+                    workers[workers.index(worker)] = worker = Worker(samples)
+                worker.pair = None
+                if left:
+                    worker.give(left.popleft())
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder that limits.json is written to; default: print alone")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=6, help="of an operator, at most (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=120, help="seconds that a pair may take (default: %(default)s)")
+    parser.add_argument("--only", default="", help="a regular expression of operators' names; not with --out")
+    parser.add_argument("--dtypes", nargs="*", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    args = parser.parse_args()
+    if args.out and (args.only or args.dtypes != list(DTYPES)):
+        parser.error("--out writes the verdicts on all operators: leave --only and --dtypes out")
+    kind = runtime.device_type()
+    pairs = [
+        (name, dtype)
+        for name, op in operators().items()
+        for dtype in args.dtypes
+        if op.supports_dtype(DTYPES[dtype], kind) and re.search(args.only, name)
+    ]
+    if not pairs:
+        parser.error(f"no operator's name matches --only {args.only!r}")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    found = []
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("operators", total=len(pairs))
+        for verdict in judged(pairs, args.jobs, args.samples, args.limit):
+            found.append(verdict)
+            progress.advance(bar)
+            if args.only or verdict["verdict"] in ("wrong", "crash"):
+                print(verdict["verdict"], verdict["op"], verdict["dtype"], f"{verdict['seconds']:.1f} s", flush=True)
+                for reason in verdict["reasons"]:
+                    print(f"    {reason['where']} {reason['kind']}: {reason['message'][:200]}", flush=True)
+            elif not console.is_terminal and len(found) % 100 == 0:
+                print(f"{len(found)} of {len(pairs)}", file=sys.stderr, flush=True)
+    counts = {kind: sum(v["verdict"] == kind for v in found) for kind in ORDER}
+    print(", ".join(f"{n} {kind}" for kind, n in counts.items()))
+    if args.out:
+        found.sort(key=lambda v: (v["op"], v["dtype"]))
+        write_json(args.out / "limits.json", {**provenance(args.commit), "counts": counts, "pairs": found})
+    return 1 if counts["wrong"] or counts["crash"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
