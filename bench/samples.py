@@ -72,9 +72,20 @@ class Recorder(TorchDispatchMode):
         floats = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
         if not floats or all(t.numel() <= 1 for t in floats) or given.get("reduction") == 0:
             return
-        accumulates = name in ("index_put", "put") and given.get("accumulate", False)
-        if name in SUMS or accumulates or not (allowlist.always_allowed(func) or name in ("index_put", "put")):
+        if name in SUMS:
+            sums = not (name == "scatter_add" and _one_per_element(**given))
+        elif name in ("index_put", "_index_put_impl", "put"):
+            indices = tree_leaves(given.get("indices", given.get("index")))
+            sums = given.get("accumulate", False) and any(i is not None and i.dtype != torch.bool for i in indices)
+        else:
+            sums = not allowlist.always_allowed(func)
+        if sums:
             self.sums.add(f"aten::{name}")
+
+
+def _one_per_element(dim: int, index: Tensor, **others: Any) -> bool:
+    """Does a scatter along `dim` reach no element twice?"""
+    return index.ndim == 0 or index.shape[dim] <= 1
 
 
 def copied(given: Any, change: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
