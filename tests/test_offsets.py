@@ -1,0 +1,112 @@
+"""Offsets inside a tensor past 2**31: no product of an index and a stride in 32 bits reaches an address."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import triton
+import triton.language as tl
+from offset_lint import findings, function_of
+
+import bi_ops
+
+ROOT = Path(bi_ops.__file__).parent
+
+#: Modules whose kernels are yet to be mended.
+DIRTY = ("bi_ops.attention", "bi_ops.gluon.tile_scheduler", "bi_ops.matmul", "bi_ops.norm", "bi_ops.embedding")
+DIRTY += ("bi_ops.activation",)
+
+#: 32-bit products that cannot wrap: "module.function: source", and why.
+BOUNDED: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Every jitted function of the package."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        count = len(re.findall(r"^@(?:triton|gluon)\.jit\b", path.read_text(encoding="utf-8"), re.MULTILINE))
+        if count:
+            name = ".".join(("bi_ops", *path.relative_to(ROOT).with_suffix("").parts))
+            own = [v for v in vars(importlib.import_module(name)).values() if function_of(v)]
+            own = [v for v in own if function_of(v).__module__ == name]
+            assert len(own) == count, f"{name}: a jitted function that is no global of its module"
+            found |= {function_of(v): v for v in own}
+    assert len(found) > 100
+    return list(found.values())
+
+
+def test_every_offset_is_wide_enough(kernels):
+    found = {(f"{function}: {source}", line) for function, line, source in findings(kernels)}
+    unknown = [f"line {line} of {name}" for name, line in sorted(found) if name not in BOUNDED]
+    unknown = [u for u in unknown if not u.split(" of ")[1].startswith(DIRTY)]
+    assert not unknown, "32-bit offsets, see offset_lint.py:\n" + "\n".join(unknown)
+    stale = set(BOUNDED) - {name for name, _ in found}
+    assert not stale, f"no longer there: {stale}"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what the lint finds, and what it lets pass
+
+
+@triton.jit
+def _row(o_r, stride):
+    return o_r * stride
+
+
+@triton.jit
+def _of_runtime_values(p_x, p_ids, p_y, n, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(p_x + o * stride)  # an index times a stride
+    b_x += tl.load(p_x + o * WIDTH)  # a row times a constant width
+    b_x += tl.load(p_x + (o * stride + 1).to(tl.int64))  # a cast that comes too late
+    ids = tl.load(p_ids + o)
+    b_x += tl.load(p_x + ids * WIDTH)  # an id times a width
+    b_x += tl.load(p_x + _row(o, stride))  # in a helper
+    for start in range(0, n, BLOCK):
+        b_x += tl.load(p_x + start * stride)
+    p_row = p_y
+    p_row += tl.program_id(0) * n
+    tl.store(p_row + tl.arange(0, BLOCK), b_x * b_x)
+
+
+@triton.jit
+def _without_a_pointer(x, n, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32), mask=tl.arange(0, BLOCK) < n)
+
+
+@triton.jit
+def _right(p_x, p_ids, p_y, n, stride, OFFSET: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0)
+    o = i * BLOCK + tl.arange(0, BLOCK)
+    o_wide = i.to(OFFSET) * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(p_x + o.to(tl.int64) * stride) * tl.load(p_x + o_wide * stride)
+    b_x += tl.load(p_x + tl.load(p_ids + o).to(tl.int64)[:, None] * WIDTH)
+    b_x += tl.load(p_x + _row(o_wide, stride) + o // BLOCK * BLOCK)
+    if tl.load(p_ids + i) * stride > n:  # no address
+        tl.store(p_y + o, b_x * b_x)
+
+
+def test_it_finds_products_in_32_bits():
+    found = sorted((source for _, _, source in findings([_of_runtime_values, _row])))
+    assert found == [
+        "ids * WIDTH",
+        "o * WIDTH",
+        "o * stride",
+        "o * stride",
+        "o_r * stride",
+        "start * stride",
+        "tl.program_id(0) * n",
+    ]
+
+
+def test_it_finds_addresses_without_a_pointer():
+    ((_, _, source),) = findings([_without_a_pointer])
+    assert source == "no pointer p_... in the address x + tl.arange(0, BLOCK)"
+
+
+def test_it_lets_wide_products_pass():
+    assert findings([_right, _row]) == set()
