@@ -4,13 +4,15 @@ A product in 32 bits wraps once it passes 2**31, and the kernel then reads or wr
 every integer of a kernel, and of the helpers it calls, from where it comes from to the addresses of loads and stores.
 
 How it judges:
-- 64 bits wide is what `.to(tl.int64)` or `tl.cast(.., tl.int64)` made so, what `.to(OFFSET)` made as wide as the
-  constexpr parameter OFFSET that the host chose, and every sum, product, quotient, minimum or selection of such values.
-  A cast mends what comes after it: `(i * stride).to(tl.int64)` is still a product in 32 bits.
+- 64 bits wide is what `.to(tl.int64)` or `tl.cast(.., tl.int64)` made so, and every sum, product, quotient, minimum or
+  selection of such values. `if LARGE:` counts as taken, and so `widen(x, LARGE)` as wide: LARGE is the constexpr
+  parameter by which the host says that 32 bits do not suffice. A cast mends what comes after it:
+  `(i * stride).to(tl.int64)` is still a product in 32 bits.
+  The counter of a loop is never wide: in the interpreter it is a number of Python, which joins what it is added to.
 - A product is fine if an operand is wide, or if both are known when the kernel is compiled.
 - The number of a tile times a compile-time constant is an index, fine as such: `tl.program_id(0) * BLOCK`. Numbers are
-  program ids, counters of loops, what `tl.arange` and `tl.cdiv` return, their sums, quotients and remainders, and names
-  that start with `i_`. An index times anything again is an offset.
+  program ids, counters of loops, what `tl.arange` and `tl.cdiv` return, their sums and quotients, remainders by a
+  constant, and names that start with `i_`. An index times anything again is an offset.
 - `x * 0`, and `x // n * n`, are no larger than x.
 - Every other product of 32-bit integers, what a load returned included, is an offset: found, if it reaches an address.
 
@@ -91,6 +93,10 @@ def _is_constexpr(annotation: ast.expr | None) -> bool:
     return annotation is not None and ast.unparse(annotation).split(".")[-1] == "constexpr"
 
 
+def _if_large(s: ast.stmt) -> bool:
+    return isinstance(s, ast.If) and ast.unparse(s.test) == "LARGE"
+
+
 def _shrinks(e: ast.AST) -> bool:
     """Is it `x * 0` or `x // n * n`?"""
     if not isinstance(e, ast.BinOp) or not isinstance(e.op, ast.Mult):
@@ -160,6 +166,8 @@ class _Body:
     def block(self, statements: Iterable[ast.stmt]) -> None:
         for s in statements:
             self.statement(s)
+            if _if_large(s) and isinstance(s.body[-1], ast.Return):  # type: ignore[attr-defined]
+                return
 
     def statement(self, s: ast.stmt) -> None:
         if isinstance(s, ast.Return):
@@ -179,6 +187,8 @@ class _Body:
             self.value(s.test)
             before = dict(self.env)
             self.block(s.body)
+            if _if_large(s):
+                return
             after, self.env = self.env, before
             self.block(s.orelse)
             self.merge(after)
@@ -257,6 +267,10 @@ class _Body:
             self.lint.found |= value.products
             return replace(value, products=frozenset())
         value = combine((left, right))
+        if isinstance(op, ast.FloorDiv):
+            value = replace(value, number=left.number)
+        elif isinstance(op, ast.Mod):
+            value = replace(value, number=left.number or right.number or right.kind == "const")
         if value.kind != "int" or not isinstance(op, ast.Mult | ast.LShift | ast.Pow):
             return value
         index = "const" in kinds and (left.number or right.number)
@@ -311,7 +325,7 @@ class _Body:
             static = name == "static_range" or all(a.kind == "const" for a in args)
             counter = len(args) < 3
             value = CONST if static else combine(args)
-            return replace(value, number=True) if counter and value.kind == "int" else value
+            return replace(value, number=counter, wide=False) if value.kind == "int" else value
         if name in _NUMBERS:
             value = combine([NUMBER, *args])
             return replace(value, number=True)
@@ -326,10 +340,10 @@ class _Body:
 
     def cast(self, value: Value, dtype: ast.expr) -> Value:
         text = ast.unparse(dtype)
+        if text.endswith("int64"):
+            return Value("int", wide=True, number=value.number, products=value.products)
         if value.kind == "const":
             return value
-        if text.endswith("int64") or text == "OFFSET":
-            return Value("int", wide=True, number=value.number, products=value.products)
         if "pointer_type" in text:
             return POINTER
         if "int" in text:

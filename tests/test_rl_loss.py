@@ -35,6 +35,12 @@ def test_advantages_are_normalised_within_a_group():
     assert out.dtype == torch.float32
 
 
+@pytest.mark.parametrize("reward", [0.1, -0.7, 1 / 3, 1e300, 5e-324])
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_equal_rewards_teach_nothing(reward, size):
+    assert group_advantages([reward] * size, size).tolist() == [0.0] * size
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_is_named(bad):
     with pytest.raises(FloatingPointError, match="prompt 1, sample 0"):

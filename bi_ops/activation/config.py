@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from bi_ops.core import runtime
 from bi_ops.core.integers import next_power_of_2
+from bi_ops.core.limits import columns_for_grid
 
 
 class TileConfig(NamedTuple):
@@ -21,5 +22,5 @@ class TileConfig(NamedTuple):
 def tile_config(n_rows: int, n_cols: int) -> TileConfig:
     """Short rows share a program on a GPU; in the interpreter, where programs are dear, one does nearly all."""
     elements = 1 << 18 if runtime.INTERPRET else 1024
-    cols = min(next_power_of_2(n_cols), elements)
-    return TileConfig(rows=min(next_power_of_2(n_rows), elements // cols), cols=cols)
+    cols = max(min(next_power_of_2(n_cols), elements), columns_for_grid(n_cols))
+    return TileConfig(rows=min(next_power_of_2(n_rows), max(elements // cols, 1)), cols=cols)

@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from bi_ops.core.runtime import INTERPRET
-from bi_ops.core.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast, widen
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
@@ -37,9 +37,10 @@ def silu_and_mul_kernel(
     stride_x,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    LARGE: tl.constexpr,  # D is too long for columns in 32 bits
 ):
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    o_c = widen(tl.program_id(1), LARGE) * COLS + tl.arange(0, COLS)[None, :]
     m = (o_r < R) & (o_c < D)
     dtype: tl.constexpr = p_y.dtype.element_ty
 
@@ -60,10 +61,11 @@ def silu_and_mul_backward_kernel(
     stride_x,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    LARGE: tl.constexpr,  # D is too long for columns in 32 bits
 ):
     """With s = sigmoid(gate): dgate = g * up * (s + gate * s * (1 - s)), dup = g * gate * s; rounded once."""
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    o_c = widen(tl.program_id(1), LARGE) * COLS + tl.arange(0, COLS)[None, :]
     m = (o_r < R) & (o_c < D)
     dtype: tl.constexpr = p_dx.dtype.element_ty
 
@@ -72,6 +74,6 @@ def silu_and_mul_backward_kernel(
     b_up = tl.load(p_x + o_r * stride_x + D + o_c, mask=m, other=0.0).to(tl.float32)
     b_s = _div(1.0, _one_plus_exp_neg(b_gate))
     b_dgate = b_g * b_up * (b_s + b_gate * b_s * (1.0 - b_s))
-    p_out = p_dx + o_r * (2 * D) + o_c
+    p_out = p_dx + o_r * (2 * widen(D, LARGE)) + o_c
     tl.store(p_out, cast(b_dgate, dtype), mask=m)
     tl.store(p_out + D, cast(b_g * (b_gate * b_s), dtype), mask=m)

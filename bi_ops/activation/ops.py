@@ -8,6 +8,7 @@ from bi_ops.activation.config import TileConfig, tile_config
 from bi_ops.activation.kernels import silu_and_mul_backward_kernel, silu_and_mul_kernel
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
+from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
 from bi_ops.core.triton_helpers import PINNED
 
@@ -34,11 +35,12 @@ def launch(
     n_rows, n_cols = x2.shape[0], x2.shape[1] // 2
     c = config or tile_config(n_rows, n_cols)
     grid = (cdiv(n_rows, c.rows), cdiv(n_cols, c.cols))
-    sizes = (n_rows, n_cols, x2.stride(0), c.rows, c.cols)
+    sizes, options = (n_rows, n_cols, x2.stride(0), c.rows, c.cols), {"num_warps": c.num_warps, **PINNED}
+    large = 2 * n_cols >= SMALL
     if g is None:
-        silu_and_mul_kernel[grid](x2, out, *sizes, num_warps=c.num_warps, **PINNED)
+        silu_and_mul_kernel[grid](x2, out, *sizes, LARGE=large, **options)
     else:
-        silu_and_mul_backward_kernel[grid](g.contiguous(), x2, out, *sizes, num_warps=c.num_warps, **PINNED)
+        silu_and_mul_backward_kernel[grid](g.contiguous(), x2, out, *sizes, LARGE=large, **options)
     return out
 
 

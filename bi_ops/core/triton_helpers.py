@@ -48,6 +48,14 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def widen(x, LARGE: tl.constexpr):
+    """x, an index or a size, in 64 bits if LARGE: the host found that 32 bits do not hold all of its multiples."""
+    if LARGE:
+        return tl.cast(x, tl.int64)
+    return x
+
+
+@triton.jit
 def fma(a, b, c):
     """a * b + c of fp32 tensors, rounded once. The interpreter's own, before Triton 3.9, rounds the product too."""
     if _INTERPRET:

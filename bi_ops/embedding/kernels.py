@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops.core.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast, widen
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -19,9 +19,10 @@ def embedding_kernel(
     stride_w,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    LARGE: tl.constexpr,  # D is too long for columns in 32 bits
 ):
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    o_c = widen(tl.program_id(1), LARGE) * COLS + tl.arange(0, COLS)[None, :]
     m = (o_r < N)[:, None] & (o_c < D)
     ids = tl.load(p_ids + o_r, mask=o_r < N, other=0).to(tl.int64)
     # An id outside the table gives a row of NaN: seen at once, and nothing out of bounds is read.
@@ -45,14 +46,15 @@ def embedding_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     UNROLL: tl.constexpr,
+    LARGE: tl.constexpr,
 ):
     """dw[id] = the gradient rows of the id's tokens, added front to back in fp32; ROWS ids side by side."""
     o_s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    o_c = widen(tl.program_id(1), LARGE) * COLS + tl.arange(0, COLS)[None, :]
     m_c = o_c < D
     start = tl.load(p_start + o_s, mask=o_s < S, other=N)
     end = tl.load(p_start + o_s + 1, mask=o_s < S, other=N)
-    ids = tl.load(p_ids + start, mask=start < N, other=V)
+    ids = tl.load(p_ids + start, mask=start < N, other=V).to(tl.int64)
     length = tl.where(ids < V, end - start, 0)
     p_run = p_token + start
     p_col = p_g + o_c
@@ -66,7 +68,7 @@ def embedding_backward_kernel(
     for first in range(0, tl.max(length, axis=0), UNROLL):
         for step in tl.static_range(UNROLL):
             m_t = first + step < length
-            token = tl.load(p_run + (first + step), mask=m_t, other=0)
+            token = tl.load(p_run + (first + step), mask=m_t, other=0).to(tl.int64)
             # A run that has ended adds 0.0, which changes no bit: a sum that began at 0.0 is never -0.0.
             acc += tl.load(p_col + token[:, None] * D, mask=m_t[:, None] & m_c, other=0.0).to(tl.float32)
     tl.store(p_out, cast(acc, p_dw.dtype.element_ty), mask=m_out)

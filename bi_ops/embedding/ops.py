@@ -6,6 +6,7 @@ import torch
 
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
+from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.embedding.config import TileConfig, gradient_config, lookup_config
@@ -44,6 +45,7 @@ def launch_lookup(
         weight.stride(0),
         ROWS=c.rows,
         COLS=c.cols,
+        LARGE=n_cols >= SMALL,
         num_warps=c.num_warps,
         **PINNED,
     )
@@ -91,6 +93,7 @@ def launch_gradient(
         ACCUMULATE=accumulate,
         ROWS=c.rows,
         COLS=c.cols,
+        LARGE=n_cols >= SMALL,
         UNROLL=c.unroll,
         num_warps=c.num_warps,
         **PINNED,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from bi_ops.core import runtime
 from bi_ops.core.integers import next_power_of_2
+from bi_ops.core.limits import columns_for_grid
 
 
 class RowConfig(NamedTuple):
@@ -15,6 +17,8 @@ class RowConfig(NamedTuple):
     cols: int = 1024
 
 
-def row_config(n_rows: int) -> RowConfig:
+@functools.lru_cache(maxsize=1024)
+def row_config(n_rows: int, n_cols: int) -> RowConfig:
     """One row a program on a GPU; all of them in the interpreter, where programs are dear."""
-    return RowConfig(min(next_power_of_2(n_rows), 256) if runtime.INTERPRET else 1)
+    rows = min(next_power_of_2(n_rows), 256) if runtime.INTERPRET else 1
+    return RowConfig(rows, max(1024, columns_for_grid(n_cols)))

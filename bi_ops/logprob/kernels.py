@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops.core.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast, widen
 
 
 @triton.jit
-def softmax_stats(p_row, m_r, N, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def softmax_stats(p_row, m_r, N, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr):
     """(max(x), sum(exp(x - max))), both [ROWS] fp32; p_row: [ROWS, 1] pointers to rows of N columns."""
     row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    for start in range(0, N, BLOCK):
+    for start in range(0, widen(N, LARGE), BLOCK):
         o_c = start + tl.arange(0, BLOCK)
         m = m_r[:, None] & (o_c < N)[None, :]
         b_x = tl.load(p_row + o_c[None, :], mask=m, other=float("-inf")).to(tl.float32)
@@ -20,7 +20,7 @@ def softmax_stats(p_row, m_r, N, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     row_max = tl.where(m_r, row_max, 0.0)  # rows past the end: no inf - inf
 
     sum_exp = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, N, BLOCK):
+    for start in range(0, widen(N, LARGE), BLOCK):
         o_c = start + tl.arange(0, BLOCK)
         m = m_r[:, None] & (o_c < N)[None, :]
         b_x = tl.load(p_row + o_c[None, :], mask=m, other=0.0).to(tl.float32)
@@ -38,15 +38,16 @@ def softmax_kernel(
     LOG: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGE: tl.constexpr,  # N is too long for columns in 32 bits
 ):
     """y = x - max - log(sum) (LOG) or exp(x - max) / sum."""
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < R
     p_row = p_x + o_r[:, None] * stride_x
-    row_max, sum_exp = softmax_stats(p_row, m_r, N, BLOCK, ROWS)
+    row_max, sum_exp = softmax_stats(p_row, m_r, N, BLOCK, ROWS, LARGE)
     sum_exp = tl.where(m_r, sum_exp, 1.0)
     lse = tl.log(sum_exp)
-    for start in range(0, N, BLOCK):
+    for start in range(0, widen(N, LARGE), BLOCK):
         o_c = start + tl.arange(0, BLOCK)
         m = m_r[:, None] & (o_c < N)[None, :]
         b_x = tl.load(p_row + o_c[None, :], mask=m, other=0.0).to(tl.float32)
@@ -69,19 +70,20 @@ def softmax_dx_kernel(
     LOG: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGE: tl.constexpr,  # N is too long for columns in 32 bits
 ):
     """dx = g - exp(y) * sum(g) (LOG) or y * (g - sum(g * y))."""
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_r = (o_r < R)[:, None]
     total = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, N, BLOCK):
+    for start in range(0, widen(N, LARGE), BLOCK):
         o_c = start + tl.arange(0, BLOCK)
         m = m_r & (o_c < N)[None, :]
         b_g = tl.load(p_g + o_r[:, None] * stride_g + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         if not LOG:
             b_g = b_g * tl.load(p_y + o_r[:, None] * stride_y + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         total += tl.sum(b_g, axis=1)
-    for start in range(0, N, BLOCK):
+    for start in range(0, widen(N, LARGE), BLOCK):
         o_c = start + tl.arange(0, BLOCK)
         m = m_r & (o_c < N)[None, :]
         b_g = tl.load(p_g + o_r[:, None] * stride_g + o_c[None, :], mask=m, other=0.0).to(tl.float32)
@@ -105,12 +107,13 @@ def token_logprobs_kernel(
     stride_x,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGE: tl.constexpr,  # N is too long for columns in 32 bits
 ):
     """out = x[id] - max - lse; NaN for an id outside [0, N)."""
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < R
     p_row = p_x + o_r[:, None] * stride_x
-    row_max, sum_exp = softmax_stats(p_row, m_r, N, BLOCK, ROWS)
+    row_max, sum_exp = softmax_stats(p_row, m_r, N, BLOCK, ROWS, LARGE)
     lse = tl.log(tl.where(m_r, sum_exp, 1.0))
     b_id = tl.load(p_ids + o_r, mask=m_r, other=0)
     known = m_r & (b_id >= 0) & (b_id < N)
@@ -133,10 +136,11 @@ def token_logprobs_dx_kernel(
     stride_x,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGE: tl.constexpr,  # N is too long for columns in 32 bits
 ):
     """dx = g * ((column == id) - softmax(x)); one program per (rows, block of columns)."""
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_c = widen(tl.program_id(1), LARGE) * BLOCK + tl.arange(0, BLOCK)
     m_r = o_r < R
     m = m_r[:, None] & (o_c < N)[None, :]
     b_g = tl.load(p_g + o_r, mask=m_r, other=0.0)[:, None]

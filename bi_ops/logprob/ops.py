@@ -7,6 +7,7 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import checks, runtime
 from bi_ops.core.integers import cdiv
+from bi_ops.core.limits import SMALL, check_programs
 from bi_ops.core.operators import custom_op
 from bi_ops.core.rows import aligned_rows
 from bi_ops.core.triton_helpers import PINNED
@@ -27,13 +28,21 @@ def _order(x: torch.Tensor) -> orders.RowOrder:
     return orders.order(orders.Problem(x.shape[-1], x.dtype), arches.of(x.device))
 
 
+def _is_large(op: str, rows: torch.Tensor) -> bool:
+    """Do rows or columns need 64 bits? Raises ValueError if a grid cannot hold a program for each row."""
+    large = max(rows.shape) >= SMALL
+    if large:
+        check_programs(op, rows.shape[0])
+    return large
+
+
 def launch_softmax(x: torch.Tensor, log: bool, dtype: torch.dtype, config: RowConfig | None = None) -> torch.Tensor:
     """Softmax, or if `log` its logarithm, over the last dimension, in `dtype`."""
     y = x.new_empty(x.shape, dtype=dtype)
     if x.numel() == 0:
         return y
     rows, order = aligned_rows(x), _order(x)
-    c = config or row_config(rows.shape[0])
+    c = config or row_config(*rows.shape)
     softmax_kernel[(cdiv(rows.shape[0], c.rows),)](
         rows,
         y,
@@ -42,6 +51,7 @@ def launch_softmax(x: torch.Tensor, log: bool, dtype: torch.dtype, config: RowCo
         LOG=log,
         ROWS=c.rows,
         BLOCK=order.block,
+        LARGE=_is_large("softmax", rows),
         num_warps=order.num_warps,
         **PINNED,
     )
@@ -56,7 +66,7 @@ def launch_softmax_backward(
     if y.numel() == 0:
         return dx
     g_rows, y_rows, order = aligned_rows(g), aligned_rows(y), _order(y)
-    c = config or row_config(y_rows.shape[0])
+    c = config or row_config(*y_rows.shape)
     softmax_dx_kernel[(cdiv(y_rows.shape[0], c.rows),)](
         g_rows,
         y_rows,
@@ -67,6 +77,7 @@ def launch_softmax_backward(
         LOG=log,
         ROWS=c.rows,
         BLOCK=order.block,
+        LARGE=_is_large("softmax", y_rows),
         num_warps=order.num_warps,
         **PINNED,
     )
@@ -80,7 +91,7 @@ def launch_token_logprobs(
     out, row_max, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
     if logits.shape[0] > 0:
         rows, order = aligned_rows(logits), _order(logits)
-        c = config or row_config(rows.shape[0])
+        c = config or row_config(*rows.shape)
         token_logprobs_kernel[(cdiv(rows.shape[0], c.rows),)](
             rows,
             ids,
@@ -91,6 +102,7 @@ def launch_token_logprobs(
             rows.stride(0),
             ROWS=c.rows,
             BLOCK=order.block,
+            LARGE=_is_large("token_logprobs", rows),
             num_warps=order.num_warps,
             **PINNED,
         )
@@ -109,7 +121,7 @@ def launch_token_logprobs_backward(
     dx = logits.new_empty(logits.shape)
     if logits.numel() > 0:
         rows, order = aligned_rows(logits), _order(logits)
-        c = config or row_config(rows.shape[0])
+        c = config or row_config(*rows.shape)
         token_logprobs_dx_kernel[(cdiv(rows.shape[0], c.rows), cdiv(rows.shape[1], c.cols))](
             g.contiguous(),
             rows,
@@ -121,6 +133,7 @@ def launch_token_logprobs_backward(
             rows.stride(0),
             ROWS=c.rows,
             BLOCK=c.cols,
+            LARGE=_is_large("token_logprobs", rows),
             num_warps=order.num_warps,
             **PINNED,
         )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops.core.triton_helpers import cast, dot
+from bi_ops.core.triton_helpers import cast, dot, widen
 
 
 @triton.jit
 def _tile_of(pid, n_tiles_m, n_tiles_n, GROUP_M: tl.constexpr):
     """(tile row, tile column) of a program. Neighbours share rows of A and columns of B in L2: GROUP_M tile rows are
     walked column by column."""
-    group = pid // (GROUP_M * n_tiles_n)
-    first_m = group * GROUP_M
+    i_group = pid // (GROUP_M * n_tiles_n)
+    first_m = i_group * GROUP_M
     rows_in_group = min(n_tiles_m - first_m, GROUP_M)
     i_m = first_m + (pid % (GROUP_M * n_tiles_n)) % rows_in_group
     return i_m, (pid % (GROUP_M * n_tiles_n)) // rows_in_group
@@ -45,39 +45,31 @@ def matmul_kernel(
     HAS_BIAS: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # C is fp32 and where the accumulator starts
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K: no mask
-    LARGE: tl.constexpr,  # some operand has 2**31 elements or more: offsets need 64 bits
+    LARGE: tl.constexpr,  # of some operand offsets need 64 bits
 ):
     pid = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64)
 
-    i_m, i_n = _tile_of(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_m, i_n = _tile_of(pid, tl.cdiv(widen(M, LARGE), BLOCK_M), tl.cdiv(widen(N, LARGE), BLOCK_N), GROUP_M)
+    o_m = widen(i_m, LARGE) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = widen(i_n, LARGE) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m = o_m < M
     m_n = o_n < N
     # Rows past the end read row 0 and are not stored: the loads then need a mask over K alone.
     a_m = tl.where(m_m, o_m, 0)
     b_n = tl.where(m_n, o_n, 0)
-    if LARGE:
-        a_m = a_m.to(tl.int64)
-        b_n = b_n.to(tl.int64)
 
     p_a += i_b * stride_ab
     p_b += i_b * stride_bb
     m_out = m_m[:, None] & m_n[None, :]
-    if LARGE:
-        o_m = o_m.to(tl.int64)
-        o_n = o_n.to(tl.int64)
     p_out = p_c + i_b * stride_cb + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
     if ACCUMULATE:
         acc = tl.load(p_out, mask=m_out, other=0.0)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
+    for k in range(0, widen(K, LARGE), BLOCK_K):
+        o_k = k + widen(tl.arange(0, BLOCK_K), LARGE)
         m_k = o_k < K
-        if LARGE:
-            o_k = o_k.to(tl.int64)
         p_at = p_a + a_m[:, None] * stride_am + o_k[None, :] * stride_ak
         p_bt = p_b + o_k[:, None] * stride_bk + b_n[None, :] * stride_bn
         if EVEN_K:

@@ -7,6 +7,7 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
+from bi_ops.core.limits import GRID_YZ, SMALL, is_large
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.matmul.config import GemmConfig, WgradConfig, gemm_config, wgrad_config
@@ -37,12 +38,15 @@ def launch_triton(
     n = b.shape[2]
     if batch == 0 or m == 0 or n == 0:
         return
+    if batch > GRID_YZ:
+        for i in range(0, batch, GRID_YZ):
+            part = slice(i, i + GRID_YZ)
+            launch_triton(a[part], b[part], bias, out[part], accumulate, over_tokens, order, config)
+        return
     arch = arches.of(a.device)
     order = order or order_of(Problem(a.dtype, over_tokens), arch)
     config = config or gemm_config(m, n, a.dtype, arch)
     block_k = order.block_k(config.block_k)
-    # Strided views reach past their element count, so the test is on the furthest offset.
-    large = any(sum((d - 1) * st for d, st in zip(t.shape, t.stride(), strict=True)) >= 2**31 for t in (a, b, out))
     grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n), batch)
     matmul_kernel[grid](
         a,
@@ -62,7 +66,7 @@ def launch_triton(
         HAS_BIAS=bias is not None,
         ACCUMULATE=accumulate,
         EVEN_K=k % block_k == 0,
-        LARGE=large,
+        LARGE=is_large(a, b, out),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **PINNED,
@@ -80,6 +84,8 @@ def is_matrix(t: torch.Tensor) -> bool:
 def hopper_serves(g: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> bool:
     """Can `hopper.launch` compute out += g.T @ x?"""
     if g.dtype not in TENSOR_CORE_DTYPES or not arches.of(g.device).gluon:
+        return False
+    if max(*g.shape, out.shape[1]) >= SMALL:  # TMA has coordinates in 32 bits
         return False
     stored = g.stride(1) == 1 and x.stride(1) == 1 and is_matrix(g) and is_matrix(x)
     return stored and out.data_ptr() % 16 == 0 and out.shape[1] % 4 == 0 and min(*g.shape, out.shape[1]) > 0

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv, next_power_of_2
+from bi_ops.core.limits import columns_for_grid
 from bi_ops.core.rows import ALIGNMENT
 from bi_ops.norm.order import RowOrder
 
@@ -78,8 +79,8 @@ def token_config(n_chunks: int, n_cols: int) -> TokenConfig:
     if runtime.INTERPRET:
         cols = min(next_power_of_2(n_cols), 1 << 18)
         return TokenConfig(min(next_power_of_2(n_chunks), (1 << 18) // cols), cols, cols, 4, 1)
-    cols = min(max(next_power_of_2(n_cols), ALIGNMENT), 128)
-    return TokenConfig(512 // cols, cols, 32, 64, 3)
+    cols = max(min(max(next_power_of_2(n_cols), ALIGNMENT), 128), columns_for_grid(n_cols))
+    return TokenConfig(max(512 // cols, 4), cols, 32, 64, 3)
 
 
 def padded_chunks(n_rows: int, chunk: int, tokens: TokenConfig) -> int:

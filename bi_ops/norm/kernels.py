@@ -10,17 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops.core.triton_helpers import cast, sum_front_to_back
+from bi_ops.core.triton_helpers import cast, sum_front_to_back, widen
 
 #: Chunks of one column that lie side by side in the partial sums of dweight: 16 bytes, one load of a thread.
 GROUP = tl.constexpr(4)
 
 
 @triton.jit
-def _tile(start, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def _tile(start, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr):
     """Rows and columns of this program's tile, the columns counted from `start`."""
-    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    o_c = start + tl.arange(0, BLOCK)[None, :]
+    o_r = widen(tl.program_id(0), LARGE) * ROWS + tl.arange(0, ROWS)
+    o_c = widen(start, LARGE) + tl.arange(0, BLOCK)[None, :]
     if CHUNKS > 1:
         o_c += (tl.arange(0, CHUNKS) * BLOCK)[:, None]
     return o_r, o_c
@@ -115,8 +115,9 @@ def rms_norm_kernel(
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    LARGE: tl.constexpr,  # there are too many rows or columns for 32 bits
 ):
-    o_r, o_c = _tile(0, ROWS, CHUNKS, BLOCK)
+    o_r, o_c = _tile(0, ROWS, CHUNKS, BLOCK, LARGE)
     if CHUNKS > 0:
         b_x = _load_x(
             p_x, p_residual, p_sum, o_r, o_c, R, N, H, stride_xt, stride_xh, stride_rt, stride_rh, HAS_RESIDUAL
@@ -124,8 +125,8 @@ def rms_norm_kernel(
         sum_sq = row_sum(squares(b_x, o_r, o_c, R, N), CHUNKS)
     else:
         sum_sq = tl.zeros([ROWS], dtype=tl.float32)
-        for start in range(0, N, BLOCK):
-            o_r, o_c = _tile(start, ROWS, 1, BLOCK)
+        for start in range(0, widen(N, LARGE), BLOCK):
+            o_r, o_c = _tile(start, ROWS, 1, BLOCK, LARGE)
             b_x = _load_x(
                 p_x, p_residual, p_sum, o_r, o_c, R, N, H, stride_xt, stride_xh, stride_rt, stride_rh, HAS_RESIDUAL
             )
@@ -138,8 +139,8 @@ def rms_norm_kernel(
     if CHUNKS > 0:
         _store_y(p_y, p_w, b_x, rstd, 0, o_r, o_c, R, N, CHUNKS, BLOCK, HAS_WEIGHT)
     else:
-        for start in range(0, N, BLOCK):
-            o_r, o_c = _tile(start, ROWS, 1, BLOCK)
+        for start in range(0, widen(N, LARGE), BLOCK):
+            o_r, o_c = _tile(start, ROWS, 1, BLOCK, LARGE)
             if HAS_RESIDUAL:
                 b_x = _load_x(p_sum, None, None, o_r, o_c, R, N, 1, N, 0, 0, 0, False)
             else:
@@ -205,10 +206,11 @@ def rms_norm_dx_kernel(
     BLOCK: tl.constexpr,
     HAS_SUM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    LARGE: tl.constexpr,  # there are too many rows or columns for 32 bits
 ):
     """dx = rstd * (g*w - xhat * mean(g*w*xhat)) with xhat = x * rstd."""
     dtype: tl.constexpr = p_dx.dtype.element_ty
-    o_r, o_c = _tile(0, ROWS, CHUNKS, BLOCK)
+    o_r, o_c = _tile(0, ROWS, CHUNKS, BLOCK, LARGE)
     rstd = tl.load(p_rstd + o_r, mask=o_r < R, other=0.0)[:, None]
 
     if CHUNKS > 0:
@@ -222,15 +224,15 @@ def rms_norm_dx_kernel(
         _store_dx(p_dx, b_dx, o_r, o_c, R, N)
     else:
         dot = tl.zeros([ROWS], dtype=tl.float32)
-        for start in range(0, N, BLOCK):
-            o_r, o_c = _tile(start, ROWS, 1, BLOCK)
+        for start in range(0, widen(N, LARGE), BLOCK):
+            o_r, o_c = _tile(start, ROWS, 1, BLOCK, LARGE)
             b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)
             b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
             b_w = _weight(p_w, start, N, 0.0, dtype, 1, BLOCK, HAS_WEIGHT)
             dot += row_sum((b_g * b_w) * (b_x * rstd), 1)
         minus_mean = (dot / N)[:, None] * -1.0  # as in `dx_of_held`
-        for start in range(0, N, BLOCK):
-            o_r, o_c = _tile(start, ROWS, 1, BLOCK)
+        for start in range(0, widen(N, LARGE), BLOCK):
+            o_r, o_c = _tile(start, ROWS, 1, BLOCK, LARGE)
             b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)
             b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
             b_w = _weight(p_w, start, N, 0.0, dtype, 1, BLOCK, HAS_WEIGHT)
@@ -242,9 +244,9 @@ def rms_norm_dx_kernel(
 
 
 @triton.jit
-def store_partial(p_partial, b, o_i, o_c, C, N):
+def store_partial(p_partial, b, o_i, o_c, C, N, LARGE: tl.constexpr):
     """The sums of chunks o_i, GROUP of them next to each other."""
-    o_partial = (o_i // GROUP).to(tl.int64)[:, None] * (N * GROUP) + o_c * GROUP + (o_i % GROUP)[:, None]
+    o_partial = (o_i // GROUP).to(tl.int64)[:, None] * (widen(N, LARGE) * GROUP) + o_c * GROUP + (o_i % GROUP)[:, None]
     tl.store(p_partial + o_partial, b, mask=(o_i < C)[:, None] & (o_c < N))
 
 
@@ -265,10 +267,11 @@ def rms_norm_dweight_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    LARGE: tl.constexpr,
 ):
     """partial of chunk i = g * xhat of rows i * CHUNK and on, added front to back; ROWS chunks side by side."""
-    o_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    o_i = widen(tl.program_id(0), LARGE) * ROWS + tl.arange(0, ROWS)
+    o_c = widen(tl.program_id(1), LARGE) * COLS + tl.arange(0, COLS)[None, :]
     acc = tl.zeros([ROWS, COLS], dtype=tl.float32)
     for step in tl.static_range(CHUNK):
         o_r = o_i * CHUNK + step
@@ -278,7 +281,7 @@ def rms_norm_dweight_kernel(
         b_x = tl.load(p_x + row_start(o_r, H, stride_xt, stride_xh) + o_c, mask=m, other=0.0).to(tl.float32)
         rstd = tl.load(p_rstd + o_r, mask=o_r < R, other=0.0)
         acc += b_g * (b_x * rstd[:, None])
-    store_partial(p_partial, acc, o_i, o_c, C, N)
+    store_partial(p_partial, acc, o_i, o_c, C, N, LARGE)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -305,10 +308,11 @@ def rms_norm_backward_kernel(
     CHUNKS: tl.constexpr,  # of columns; not 0
     BLOCK: tl.constexpr,
     HAS_SUM: tl.constexpr,
+    LARGE: tl.constexpr,
 ):
     """Both of the above with one read of g and x, where there are chunks enough to fill a GPU."""
     dtype: tl.constexpr = p_dx.dtype.element_ty
-    o_i, o_c = _tile(0, ROWS, CHUNKS, BLOCK)
+    o_i, o_c = _tile(0, ROWS, CHUNKS, BLOCK, LARGE)
     b_w = _weight(p_w, 0, N, 0.0, dtype, CHUNKS, BLOCK, True)
     acc = tl.zeros([ROWS * CHUNKS, BLOCK], dtype=tl.float32)
     for step in tl.range(0, CHUNK):
@@ -321,7 +325,7 @@ def rms_norm_backward_kernel(
             b_gsum = _load_g(p_gsum, o_r, o_c, R, N, H, stride_st, stride_sh)
         _store_dx(p_dx, dx_of_held(b_g, b_gsum, b_w, b_x, rstd, N, CHUNKS, HAS_SUM, True), o_r, o_c, R, N)
         acc += b_g * (b_x * rstd)
-    store_partial(p_partial, acc, o_i, o_c, C, N)
+    store_partial(p_partial, acc, o_i, o_c, C, N, LARGE)
 
 
 @triton.jit
@@ -334,13 +338,14 @@ def add_chunks(
     COLS: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
+    LARGE: tl.constexpr,
 ):
     """out = the chunks' partial sums, added one after another.
 
     One chain of adds per column, 4 cycles each. So that it waits for nothing else, a thread takes GROUP chunks with one
     load, and STAGES brings the loads of the next rounds to shared memory meanwhile.
     """
-    o_c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    o_c = widen(tl.program_id(0), LARGE) * COLS + tl.arange(0, COLS)
     m_c = o_c < N
     if ACCUMULATE:
         acc = tl.load(p_out + o_c, mask=m_c, other=0.0)
@@ -368,5 +373,6 @@ def add_chunks_kernel(
     COLS: tl.constexpr,
     UNROLL: tl.constexpr,  # a multiple of GROUP
     STAGES: tl.constexpr,
+    LARGE: tl.constexpr,
 ):
-    add_chunks(p_partial, p_out, C, N, ACCUMULATE, COLS, UNROLL, STAGES)
+    add_chunks(p_partial, p_out, C, N, ACCUMULATE, COLS, UNROLL, STAGES, LARGE)

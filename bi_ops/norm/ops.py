@@ -9,12 +9,14 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import checks, runtime
 from bi_ops.core.integers import cdiv
+from bi_ops.core.limits import SMALL, check_programs
 from bi_ops.core.operators import custom_op
 from bi_ops.core.rows import aligned_rows, head_rows
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.norm import order as orders
 from bi_ops.norm.config import BackwardConfig, RowConfig, backward_config, padded_chunks, row_config
 from bi_ops.norm.kernels import (
+    GROUP,
     add_chunks_kernel,
     rms_norm_backward_kernel,
     rms_norm_dweight_kernel,
@@ -22,8 +24,18 @@ from bi_ops.norm.kernels import (
     rms_norm_kernel,
 )
 
+_GROUP: int = GROUP.value
+
 # --------------------------------------------------------------------------------------------------------------
 # launch: everything below works on rows (token, head) whose last dimension is contiguous
+
+
+def _is_large(n_rows: int, n_cols: int) -> bool:
+    """Do rows, or columns of `GROUP` chunks, need 64 bits? Raises ValueError if a grid cannot hold the rows."""
+    large = max(n_rows, n_cols * _GROUP) >= SMALL
+    if large:
+        check_programs("rms_norm", n_rows)
+    return large
 
 
 def launch_forward(
@@ -60,6 +72,7 @@ def launch_forward(
             BLOCK=order.rows.tile(n_cols, c.chunks > 0),
             HAS_RESIDUAL=residual is not None,
             HAS_WEIGHT=weight is not None,
+            LARGE=_is_large(n_rows, n_cols),
             num_warps=order.rows.num_warps,
             **PINNED,
         )
@@ -91,6 +104,7 @@ def launch_backward(
     c, add, one_pass = config or backward_config(
         n_rows, n_cols, x.itemsize, order.rows, order.tokens.chunk, runtime.multiprocessors(x.device)
     )
+    large = _is_large(n_rows, n_cols)
     n_chunks = padded_chunks(n_rows, order.tokens.chunk, add)
     if weight_grad is not None:
         partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
@@ -103,6 +117,7 @@ def launch_backward(
             CHUNKS=c.chunks,
             BLOCK=order.rows.tile(n_cols, c.chunks > 0),
             HAS_SUM=g_sum is not None,
+            LARGE=large,
             num_warps=order.rows.num_warps,
             **PINNED,
         )
@@ -116,6 +131,7 @@ def launch_backward(
                 BLOCK=order.rows.tile(n_cols, c.chunks > 0),
                 HAS_SUM=g_sum is not None,
                 HAS_WEIGHT=weight is not None,
+                LARGE=large,
                 num_warps=order.rows.num_warps,
                 **PINNED,
             )
@@ -125,6 +141,7 @@ def launch_backward(
                 CHUNK=order.tokens.chunk,
                 ROWS=add.rows,
                 COLS=add.cols,
+                LARGE=large,
                 num_warps=add.num_warps,
                 **PINNED,
             )
@@ -135,6 +152,7 @@ def launch_backward(
             COLS=add.add_cols,
             UNROLL=add.unroll,
             STAGES=add.stages,
+            LARGE=large,
             num_warps=add.add_warps,
             **PINNED,
         )

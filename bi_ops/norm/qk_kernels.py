@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops.core.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast, widen
 from bi_ops.norm.kernels import add_chunks, dx_of_held, load_weight, row_start, row_sum, squares, store_partial
 
 
@@ -65,10 +65,11 @@ def _forward(
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGE: tl.constexpr,
 ):
     """Queries or keys: y = the rotation of x * rstd * w, rounded before and after it."""
     dtype: tl.constexpr = p_y.dtype.element_ty
-    o_r, o_1 = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    o_r, o_1 = widen(tl.program_id(0), LARGE) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     o_c, o_p = o_1[None, :], _partner(o_1, HALF)
     m = (o_r < R)[:, None] & (o_c < N)
     p_row = p_x + row_start(o_r, H, stride_xt, 2 * HALF)
@@ -105,17 +106,19 @@ def qk_norm_rope_kernel(
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGE: tl.constexpr,
 ):
     angles = (p_pos, p_cos_sin, P)
+    T = widen(T, LARGE)
     if tl.program_id(1) == 0:
-        _forward(p_qkv, p_wq, angles, p_q, p_rstd, T * HQ, N, eps, stride_t, HQ, HALF, ROWS, BLOCK)
-    elif tl.program_id(0) * ROWS < T * HK:
+        _forward(p_qkv, p_wq, angles, p_q, p_rstd, T * HQ, N, eps, stride_t, HQ, HALF, ROWS, BLOCK, LARGE)
+    elif widen(tl.program_id(0), LARGE) * ROWS < T * HK:
         p_keys = p_qkv + HQ * 2 * HALF
         if tl.program_id(1) == 1:
             p_rstd += T * HQ
-            _forward(p_keys, p_wk, angles, p_k, p_rstd, T * HK, N, eps, stride_t, HK, HALF, ROWS, BLOCK)
+            _forward(p_keys, p_wk, angles, p_k, p_rstd, T * HK, N, eps, stride_t, HK, HALF, ROWS, BLOCK, LARGE)
         else:
-            o_r, o_c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+            o_r, o_c = widen(tl.program_id(0), LARGE) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
             m = (o_r < T * HK)[:, None] & (o_c < N)
             b_v = tl.load(p_keys + HK * 2 * HALF + row_start(o_r, HK, stride_t, 2 * HALF) + o_c, mask=m)
             tl.store(p_v + row_start(o_r, 1, N, 0) + o_c, b_v, mask=m)
@@ -141,10 +144,11 @@ def _backward(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGE: tl.constexpr,
 ):
     """Queries or keys: the gradient turned back and rounded, then dx and the chunks' sums of dweight."""
     dtype: tl.constexpr = p_dx.dtype.element_ty
-    o_i, o_1 = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    o_i, o_1 = widen(tl.program_id(0), LARGE) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     o_c, o_p = o_1[None, :], _partner(o_1, HALF)
     b_w = load_weight(p_w, o_1, N, 0.0, dtype)[None, :]
     acc = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
@@ -162,7 +166,7 @@ def _backward(
         b_dx = dx_of_held(b_g, b_g, b_w, b_x, rstd, N, 1, False, True)
         tl.store(p_dx + row_start(o_r, H, stride_dxt, 2 * HALF) + o_c, cast(b_dx, dtype), mask=m)
         acc += b_g * (b_x * rstd)
-    store_partial(p_partial, acc, o_i, o_c, C, N)
+    store_partial(p_partial, acc, o_i, o_c, C, N, LARGE)
 
 
 @triton.jit(do_not_specialize=["T", "CQ", "CK"])
@@ -194,9 +198,11 @@ def qk_norm_rope_backward_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGE: tl.constexpr,
 ):
     """A program has ROWS chunks of rows; a chunk's rows are added front to back, as in `rms_norm_dweight_kernel`."""
     angles = (p_pos, p_cos_sin, P)
+    T = widen(T, LARGE)
     if tl.program_id(1) == 0:
         _backward(
             p_gq,
@@ -217,8 +223,9 @@ def qk_norm_rope_backward_kernel(
             CHUNK,
             ROWS,
             BLOCK,
+            LARGE,
         )
-    elif tl.program_id(0) * ROWS < CK:
+    elif widen(tl.program_id(0), LARGE) * ROWS < CK:
         p_keys, p_dkeys = p_qkv + HQ * 2 * HALF, p_dqkv + HQ * 2 * HALF
         if tl.program_id(1) == 1:
             p_rstd += T * HQ
@@ -242,11 +249,12 @@ def qk_norm_rope_backward_kernel(
                 CHUNK,
                 ROWS,
                 BLOCK,
+                LARGE,
             )
         else:
             o_c = tl.arange(0, BLOCK)[None, :]
             for step in tl.range(0, CHUNK):
-                o_r = (tl.program_id(0) * CHUNK + step) * ROWS + tl.arange(0, ROWS)
+                o_r = (widen(tl.program_id(0), LARGE) * CHUNK + step) * ROWS + tl.arange(0, ROWS)
                 m = (o_r < T * HK)[:, None] & (o_c < N)
                 b_g = tl.load(p_gv + row_start(o_r, 1, stride_gv, 0) + o_c, mask=m)
                 tl.store(p_dkeys + HK * 2 * HALF + row_start(o_r, HK, stride_dt, 2 * HALF) + o_c, b_g, mask=m)
@@ -267,6 +275,6 @@ def qk_add_chunks_kernel(
 ):
     """dweight of the queries and of the keys side by side, for a chain of adds is long and fills no GPU."""
     if tl.program_id(1) == 0:
-        add_chunks(p_partial, p_dwq, CQ, N, ACCUMULATE, COLS, UNROLL, STAGES)
+        add_chunks(p_partial, p_dwq, CQ, N, ACCUMULATE, COLS, UNROLL, STAGES, False)
     else:
-        add_chunks(p_partial + CQ.to(tl.int64) * N, p_dwk, CK, N, ACCUMULATE, COLS, UNROLL, STAGES)
+        add_chunks(p_partial + CQ.to(tl.int64) * N, p_dwk, CK, N, ACCUMULATE, COLS, UNROLL, STAGES, False)

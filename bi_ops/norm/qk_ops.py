@@ -9,6 +9,7 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
+from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
 from bi_ops.core.rows import ALIGNMENT, aligned_rows
 from bi_ops.core.triton_helpers import PINNED
@@ -75,6 +76,7 @@ def launch_forward(
             HALF=dim // 2,
             ROWS=c.rows,
             BLOCK=order.rows.tile(dim, c.chunks > 0),
+            LARGE=n_tokens * max(hq, hk) >= SMALL,
             num_warps=order.rows.num_warps,
             **PINNED,
         )
@@ -135,6 +137,7 @@ def launch_backward(
         CHUNK=order.tokens.chunk,
         ROWS=c.rows,
         BLOCK=order.rows.tile(dim, c.chunks > 0),
+        LARGE=n_tokens * max(hq, hk) >= SMALL,
         num_warps=order.rows.num_warps,
         **PINNED,
     )

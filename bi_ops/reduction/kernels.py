@@ -28,7 +28,7 @@ def sum_kernel(
     pid = tl.program_id(0).to(tl.int64)
     i_c = pid % C
     if ALONG_K:
-        n_tiles = tl.cdiv(K, ROWS)
+        n_tiles = (K - 1) // ROWS + 1  # not cdiv: K + ROWS may pass 2**31
         o_m = (pid // C) // n_tiles
         o_k = ((pid // C) % n_tiles) * ROWS + tl.arange(0, ROWS)
         m_row = o_k < K
@@ -43,7 +43,7 @@ def sum_kernel(
     first = i_c * SPAN
     last = tl.minimum(first + SPAN, N)
     for start in range(first, last, LANES):
-        o_n = start + tl.arange(0, LANES)
+        o_n = (start + tl.arange(0, LANES)).to(tl.int64)
         m = m_row[:, None] & (o_n < last)[None, :]
         acc += tl.load(p_row[:, None] + o_n[None, :] * stride_n, mask=m, other=0.0).to(tl.float32)
 

@@ -47,6 +47,8 @@ def group_advantages(rewards: Sequence[float], group_size: int, eps: float = 1e-
     for start in range(0, len(rewards), group_size):
         group = rewards[start : start + group_size]
         mean = math.fsum(group) / group_size
+        if min(group) == max(group):
+            mean = group[0]  # the quotient may be another number than each of them
         std = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / group_size)
         out += [(r - mean) / (std + eps) for r in group]
     return torch.tensor(out, dtype=torch.float32)

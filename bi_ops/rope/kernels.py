@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops.core.triton_helpers import cast
+from bi_ops.core.triton_helpers import cast, widen
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -23,8 +23,9 @@ def rope_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,  # the power of two that holds HALF
     INVERSE: tl.constexpr,
+    LARGE: tl.constexpr,  # there are too many rows for 32 bits
 ):
-    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # int32: a 64-bit division is slow
+    o_r = widen(tl.program_id(0), LARGE) * ROWS + tl.arange(0, ROWS)  # a 64-bit division is slow
     o_t, o_h = (o_r // H).to(tl.int64), (o_r % H).to(tl.int64)
     o_c = tl.arange(0, COLS)[None, :]
     m = (o_r < R)[:, None] & (o_c < HALF)

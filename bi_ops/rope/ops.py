@@ -8,6 +8,7 @@ import torch
 
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv, next_power_of_2
+from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.rope.config import RowConfig, row_config
@@ -49,6 +50,7 @@ def launch(
         ROWS=c.rows,
         COLS=cols,
         INVERSE=inverse,
+        LARGE=n_rows >= SMALL,
         num_warps=c.num_warps,
         **PINNED,
     )
