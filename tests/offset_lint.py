@@ -94,7 +94,7 @@ def _is_constexpr(annotation: ast.expr | None) -> bool:
 
 
 def _if_large(s: ast.stmt) -> bool:
-    return isinstance(s, ast.If) and ast.unparse(s.test) == "LARGE"
+    return isinstance(s, ast.If) and ast.unparse(s.test) in ("LARGE", "args.LARGE")
 
 
 def _shrinks(e: ast.AST) -> bool:
@@ -314,7 +314,7 @@ class _Body:
                 assert fn in self.lint.functions, ast.unparse(part)
                 self.lint.call(fn, self.bind(fn, self.items(part.elts[1].elts), {}))
             return OTHER
-        if name in _ACCESS and not (method and on.kind == "other"):  # not of shared memory
+        if name in _ACCESS and not method:  # shared memory has methods
             self.lint.address(args[0], self.where(e.args[0]))
             return INDEX if name == "load" else OTHER
         if name == "to" and method:
@@ -329,14 +329,14 @@ class _Body:
         if name in _NUMBERS:
             value = combine([NUMBER, *args])
             return replace(value, number=True)
+        is_const = args and all(a.kind == "const" for a in [*args, *named.values()])
+        args = [a for a in args if a.parts is None]  # not shapes
         if method and on.kind in ("int", "pointer"):
             return combine([on, *args]) if on.kind == "int" else on
         if name in _SELECT:
             chosen = args[1:] if name == "where" else args
             return combine(chosen) if any(a.kind in ("int", "pointer") for a in chosen) else join(chosen)
-        if args and all(a.kind == "const" for a in [*args, *named.values()]) and not method:
-            return CONST
-        return OTHER
+        return CONST if is_const and not method else OTHER
 
     def cast(self, value: Value, dtype: ast.expr) -> Value:
         text = ast.unparse(dtype)

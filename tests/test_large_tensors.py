@@ -96,7 +96,7 @@ def operands(op: Operator, device: torch.device) -> list[torch.Tensor]:
 def run(op: Operator, tensors: list[torch.Tensor], g: torch.Tensor | None = None, accumulate=False, place=lambda g: g):
     """(output, gradients of the operands and, if `accumulate`, the main_grad; g: of the output, else random)."""
     tensors = [t.detach().requires_grad_() for t in tensors]
-    main_grad = torch.ones(op.main_grad, device=tensors[0].device) if accumulate else None
+    main_grad = torch.ones(op.main_grad or (), device=tensors[0].device) if accumulate else None
     out = op.fn(*tensors, main_grad=main_grad) if accumulate else op.fn(*tensors)
     g = torch.randn(out.shape, device=out.device, generator=generator(out.device)).to(out.dtype) if g is None else g
     grads = torch.autograd.grad(out, tensors, place(g), allow_unused=accumulate)
