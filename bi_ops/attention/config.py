@@ -195,6 +195,14 @@ def dq(max_rows: int, n_pairs: int, head_dim: int, dtype: torch.dtype, order: Tw
     return KernelConfig(128, 1, 8 if head_dim > 64 else 4, 3)
 
 
+def masked_dq(
+    max_rows: int, n_pairs: int, head_dim: int, dtype: torch.dtype, order: TwoPass, arch: Arch
+) -> KernelConfig:
+    """`dq` under a mask, whose offsets take registers that a tile of 128 rows has not. Not tuned."""
+    config = dq(max_rows, n_pairs, head_dim, dtype, order, arch)
+    return config if arch.interpreted or dtype == torch.float32 else KernelConfig(64, 1, 8, 2)
+
+
 def dkv(max_keys: int, n_pairs: int, head_dim: int, dtype: torch.dtype, order: TwoPass, arch: Arch) -> KernelConfig:
     """Tile of keys for dK and dV. max_keys: of the longest sequence."""
     if arch.interpreted:

@@ -369,7 +369,7 @@ def masked_backward(
     delta, shift = launch_delta(g, out, lse, None, (dq, dk, dv), seqlens, heads, order.row_sums)
     given, rest = (g, q, k, v, shift, delta), (seqlens, params, order.backward, arch)
     n_pairs, dtype = (seqlens.cu_q.shape[0] - 1) * k.shape[1], q.dtype
-    of_dq = config.dq or configs.dq(seqlens.max_q * heads, n_pairs, q.shape[2], dtype, order.backward, arch)
+    of_dq = config.dq or configs.masked_dq(seqlens.max_q * heads, n_pairs, q.shape[2], dtype, order.backward, arch)
     of_dkv = config.dkv or configs.dkv(seqlens.max_k, n_pairs, q.shape[2], dtype, order.backward, arch)
     launch_dq(*given, dq, *rest, of_dq, mask, neg_max, dmask)
     launch_dkv(*given, dk, dv, *rest, of_dkv, mask, neg_max)

@@ -135,7 +135,8 @@ def _store_q(args):
     l_q: gl.constexpr = row_layout(D, 4)
     o_r = gl.arange(0, ROWS, gl.SliceLayout(1, l_q))
     o_h = args.kv_head * HEADS + o_r % HEADS
-    if args.LARGE:
+    LARGE: gl.constexpr = args.LARGE
+    if LARGE:
         o_h = o_h.to(gl.int64)
     o_q = (args.q_start + o_r // HEADS).to(gl.int64) * args.stride_qt + o_h * args.stride_qh
     o_d = gl.arange(0, D, gl.SliceLayout(0, l_q))
