@@ -306,7 +306,7 @@ def test_a_backend_of_another_order_is_refused_where_an_order_is_asked_for(toy, 
 VLLM_REFUSES = [
     (Problem(96, BF16), r"head_dim 96: FlashAttention 3 is known to .* head_dim 128 and 256 only"),
     (Problem(128, BF16, ("softcap",)), "softcap: it serves plain attention only"),
-    (Problem(128, BF16, FEATURES), "window_size and softcap and sinks: it serves plain"),
+    (Problem(128, BF16, FEATURES), "window_size and softcap and sinks and attn_mask: it serves plain"),
     (Problem(128, FP32), r"torch\.float32: it serves bf16 and fp16 only"),
 ]
 
