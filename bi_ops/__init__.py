@@ -1,6 +1,6 @@
 """bi_ops: differentiable, batch-invariant operators for PyTorch.
 
-Operators live in their families: `bi_ops.matmul.linear`, `bi_ops.norm.rms_norm` and so on; drop-in layers in
+Operators are grouped in modules: `bi_ops.matmul.linear`, `bi_ops.norm.rms_norm` and so on; drop-in layers in
 `bi_ops.nn`. `enable_batch_invariant_backward_mode` puts ordinary PyTorch code under the same contract. Importing bi_ops
 touches no GPU. On a machine without one, kernels run in Triton's interpreter.
 """

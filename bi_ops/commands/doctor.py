@@ -13,7 +13,7 @@ from typing import Any
 from bi_ops.core.files import to_json
 
 #: Operators that have a choice of backends have a table; the others have their Triton kernel alone.
-FAMILIES = ("matmul", "norm", "attention", "activation", "rope", "embedding", "logprob", "reduction")
+OPERATORS = ("matmul", "norm", "attention", "activation", "rope", "embedding", "logprob", "reduction")
 
 DESCRIPTION = """\
 Say what this machine has: GPU, versions, whether kernels are compiled or interpreted, which backend computes each
@@ -54,7 +54,7 @@ def operators() -> list[dict[str, Any]]:
     order: in one line, of bf16 and head_dim 128; None for an operator that states none.
     """
     orders = _orders()
-    return [{"op": op, **_backend(op), "order": orders.get(op)} for op in FAMILIES]
+    return [{"op": op, **_backend(op), "order": orders.get(op)} for op in OPERATORS]
 
 
 def _orders() -> dict[str, str]:

@@ -293,7 +293,7 @@ def _store_smem(args, b_dq, step, WARP_GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _close(args, b_dq, step, WARP_GROUP: gl.constexpr):
+def _epilogue(args, b_dq, step, WARP_GROUP: gl.constexpr):
     """Add the last part of a tile of dQ to the sum of those before, which the reduce warp has loaded; round, store."""
     tile = args.tile
     HKV: gl.constexpr = args.HKV
@@ -384,7 +384,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
             b_s = _issue_s(args, rows.q, step, zeros, WARP_GROUP)
             b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
             if MASKED and step - DQ_STAGES >= n_open:
-                _close(args, b_dq, step - DQ_STAGES, WARP_GROUP)
+                _epilogue(args, b_dq, step - DQ_STAGES, WARP_GROUP)
             else:
                 _store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
             o_q = m * BLOCK_M + o_m
@@ -394,7 +394,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     for step in range(gl.maximum(n_steps - DQ_STAGES, 0), n_steps):
         b_dq = warpgroup_mma_wait(0, deps=(_issue_dq(args, step, zeros_q, WARP_GROUP),))
         if step >= n_open:
-            _close(args, b_dq, step, WARP_GROUP)
+            _epilogue(args, b_dq, step, WARP_GROUP)
         else:
             _store_smem(args, b_dq, step, WARP_GROUP)
     _store_dk_dv(args, acc_k, acc_v, WARP_GROUP)

@@ -32,9 +32,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return _mm(a[None], b[:, None])[0, 0]
 
 
-def _plus(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta * bias + alpha * product, the product already rounded, as in `bi_ops.matmul.addmm`."""
-    out = product if alpha == 1 else product * alpha
+def _plus(bias: Tensor, ab: Tensor, beta: float, alpha: float) -> Tensor:
+    """beta * bias + alpha * ab, the GEMM `ab` already rounded, as in `bi_ops.matmul.addmm`."""
+    out = ab if alpha == 1 else ab * alpha
     if beta == 0:
         return out
     return out + (bias if beta == 1 else bias * beta).to(out.dtype)
