@@ -12,12 +12,15 @@ their place to other data.
 from __future__ import annotations
 
 import collections
+import importlib.util
 import operator
 import random
+import sys
 import threading
 import time
 import traceback
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -571,3 +574,18 @@ def launch(kernel, programs, *args, resident=2, seed=0, **kwargs):
         raise Failure(machine.failed)
     rings = [[b for tiles in of_one for b in tiles.barriers.values()] for of_one in machine.shared.values()]
     return sum(bool(ring) and not any(b.used for b in ring) for ring in rings)
+
+
+def edited(module: types.ModuleType, line: str, instead: str, folder: Path) -> types.ModuleType:
+    """A copy of a module in which its one occurrence of `line` is replaced: for negative controls."""
+    assert module.__file__ is not None
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert source.count(line) == 1
+    (folder / "edited.py").write_text(source.replace(line, instead), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited", folder / "edited.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules["edited"] = made
+    spec.loader.exec_module(made)
+    return made

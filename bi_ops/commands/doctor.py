@@ -15,6 +15,8 @@ from bi_ops.core.files import to_json
 #: Operators that have a choice of backends have a table; the others have their Triton kernel alone.
 OPERATORS = ("matmul", "norm", "attention", "activation", "rope", "embedding", "logprob", "reduction")
 
+HELP = "what runs here, and what is missing"
+
 DESCRIPTION = """\
 Say what this machine has: GPU, versions, whether kernels are compiled or interpreted, which backend computes each
 operator, in which order and why, how many GEMMs of cuBLASLt are verified, and what is missing with the command that
@@ -29,15 +31,7 @@ exit codes:
   0  every operator has a backend here     1  some have none     2  bad usage"""
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="what runs here, and what is missing",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object (strict: NaN and infinity as null)")
 
 

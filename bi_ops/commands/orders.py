@@ -11,6 +11,8 @@ from typing import Any
 from bi_ops.core.files import to_json
 from bi_ops.core.orders import OrderRecord
 
+HELP = "the reduction orders of an engine, and their digest"
+
 DESCRIPTION = """\
 Print the reduction orders in which an engine with MODEL samples on this machine, and their digest, without starting
 it. Equal digests mean equal bits, so a server and what trains on its samples can be compared beforehand: `vllm serve`
@@ -28,17 +30,9 @@ exit codes:
   2  bad usage or bad input     3  they cannot be computed in here"""
 
 
-def add_parser(commands: Any) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     from bi_ops.rollout import factory
 
-    parser = commands.add_parser(
-        "orders",
-        help="the reduction orders of an engine, and their digest",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face checkpoint folder")
     parser.add_argument("--engine", choices=factory.names(), default="embedded", help="what samples")
     parser.add_argument("--attention", choices=("vllm", "triton"), help="who computes attention")

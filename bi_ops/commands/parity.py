@@ -9,13 +9,15 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bi_ops.core.files import to_json
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
     from bi_ops.rollout.base import Completion, RolloutEngine
+
+HELP = "generate, re-score in other batches, compare the bits"
 
 DESCRIPTION = """\
 Sample from MODEL with a rollout engine, then compute the log-probability of every sampled token again with the
@@ -37,17 +39,9 @@ exit codes:
   2  bad usage or bad input     3  the run failed"""
 
 
-def add_parser(commands: Any) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     from bi_ops.rollout import factory
 
-    parser = commands.add_parser(
-        "parity",
-        help="generate, re-score in other batches, compare the bits",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face checkpoint folder")
     parser.add_argument("--engine", choices=factory.names(), default="embedded", help="what samples")
     parser.add_argument(

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from bi_ops.rl import StepMetrics, TrainConfig
 
+HELP = "GRPO with a bitwise check in every step"
+
 DESCRIPTION = """\
 Train a language model with GRPO on a task generated on the spot. Every step compares every log-probability that the
 rollout engine reported with the one training computes, bit for bit; a difference stops the run and names the token.
@@ -55,20 +57,12 @@ _PLAIN: tuple[tuple[str, type, str], ...] = (
 )
 
 
-def add_parser(commands: Any) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     from bi_ops.rl.presets import PRESETS
     from bi_ops.rl.tasks import TASKS
     from bi_ops.rollout import factory
 
-    parser = commands.add_parser(
-        "train",
-        help="GRPO with a bitwise check in every step",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    given = {"default": argparse.SUPPRESS}  # so that only what was typed overrides a preset or a file
+    given: dict[str, Any] = {"default": argparse.SUPPRESS}  # so that only what was typed overrides a preset or a file
     parser.add_argument("--output", required=True, metavar="DIR", help="the run's folder; must be new, or --resume")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT's latest checkpoint")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from")
