@@ -70,7 +70,7 @@ def of_a_tensor(t: torch.Tensor) -> Iterator[tuple[str, Any]]:
         yield "huge", t + 2**30
 
 
-SCALARS = (
+SCALARS: tuple[Any, ...] = (
     *("text", None, [], {}, math.nan, math.inf, -1, 0, 1, 2**40, 2**70, 1.5, True, 1j, torch.float64, torch.bfloat16),
     *(torch.ones(2), (1,), (1, 2, 3), ("a", "b"), (-2, 0), object),
 )

@@ -239,7 +239,7 @@ def test_an_interrupted_save_leaves_the_old_the_new_or_no_checkpoint(tmp_path, c
         assert None not in outcomes, "one rename is all that is needed"
 
 
-def stepped(value: float):
+def stepped(value: float) -> tuple[torch.nn.Linear, torch.optim.AdamW]:
     net = torch.nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         net.weight.fill_(value)
@@ -249,14 +249,19 @@ def stepped(value: float):
     return net, optimizer
 
 
+def save_step(folder, value: float) -> pathlib.Path:
+    net, optimizer = stepped(value)
+    return checkpoint.save(folder, 1, net, optimizer, {})
+
+
 def test_saving_a_step_again_leaves_one_of_the_two_whatever_happens(tmp_path, crash_at, monkeypatch):
     outcomes = []
     for n in range(30):
         folder = tmp_path / str(n)
-        checkpoint.save(folder, 1, *stepped(1.0), {})
+        save_step(folder, 1.0)
         crash_at(n)
         try:
-            checkpoint.save(folder, 1, *stepped(2.0), {})
+            save_step(folder, 2.0)
             finished = True
         except Crash:
             finished = False
@@ -267,7 +272,7 @@ def test_saving_a_step_again_leaves_one_of_the_two_whatever_happens(tmp_path, cr
         checkpoint.load(latest, net, optimizer)
         outcomes.append(net.weight[0, 0].item())
         assert bool((net.weight == outcomes[-1]).all())
-        checkpoint.save(folder, 1, *stepped(3.0), {})
+        save_step(folder, 3.0)
         assert {p.name for p in folder.iterdir()} == {"step_000001", "latest"}
         if finished:
             break
@@ -298,7 +303,7 @@ def test_a_dtype_that_would_be_rounded_is_refused(tmp_path):
     ("name", "text"), [("state.json", "{"), ("state.json", "[1]"), ("optimizer.safetensors", None)]
 )
 def test_a_damaged_part_is_named_and_changes_nothing(tmp_path, name, text):
-    path = checkpoint.save(tmp_path, 1, *stepped(1.0), {})
+    path = save_step(tmp_path, 1.0)
     (path / name).unlink() if text is None else (path / name).write_text(text)
     net, optimizer = stepped(5.0)
     with pytest.raises(ValueError, match=rf"step_000001/{name} cannot be read .*earlier checkpoint into .*/latest"):

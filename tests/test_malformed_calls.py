@@ -66,8 +66,9 @@ def heads(qkv, num_heads, **rest):
     return parts[:, :num_heads], parts[:, :kv], parts[:, :kv]
 
 
-def attended(q, return_lse=False, **rest):
-    return (q, q.new_empty(q.shape[1::-1], dtype=F32)) if return_lse else q
+def attended(q, v=None, return_lse=False, **rest):
+    out = q if v is None else q.new_empty(*q.shape[:-1], v.shape[-1])
+    return (out, q.new_empty(q.shape[1::-1], dtype=F32)) if return_lse else out
 
 
 def looked_up(ids, weight, dtype=None, **rest):
@@ -252,6 +253,15 @@ OPERATORS = {
             **{"q": rand(2, 2, 16), "k_cache": rand(3, 4, 1, 16), "v_cache": rand(3, 4, 1, 16)},
             **{"block_table": ints(0, 1, 2, 0).view(2, 2), "cu_seqlens_q": ints(0, 1, 2), "seqlens_k": ints(5, 3)},
             **{"max_seqlen_q": 1, **OPTIONS, "sinks": rand(2), "backend": None},
+        },
+        reference=attended,
+    ),
+    "attention.masked_attention": named(
+        *("masked_attention", "attention"),
+        call=attention.masked_attention,
+        args=lambda: {
+            **{"q": rand(2, 3, 2, 16), "k": rand(2, 4, 1, 16), "v": rand(2, 4, 1, 16), "attn_mask": rand(2, 2, 3, 4)},
+            **{"causal": False, "softmax_scale": 0.25},
         },
         reference=attended,
     ),

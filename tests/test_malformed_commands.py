@@ -68,6 +68,13 @@ def malformed(folder):
     yield ["train", "--output", str(folder / "run"), "--resume"]
 
 
+def exit_code(argv) -> int | str | None:
+    try:
+        return cli.main(argv)
+    except SystemExit as e:  # argparse's
+        return e.code
+
+
 def test_each_is_one_line_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "file").write_text("no folder, and no JSON")
     (tmp_path / "list.json").write_text("[1]")
@@ -75,9 +82,7 @@ def test_each_is_one_line_and_exit_code_2(tmp_path, capsys):
     for argv in malformed(tmp_path):
         tried += 1
         try:
-            code = cli.main(argv)
-        except SystemExit as e:  # argparse's
-            code = e.code
+            code = exit_code(argv)
         except BaseException as e:
             wrong.append(f"{argv}: {type(e).__name__}: {e}")
             continue
@@ -94,12 +99,5 @@ def test_each_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 @pytest.mark.parametrize("value", ["-1", "nan", "1.5"])
 def test_an_option_that_is_refused_is_named(capsys, tmp_path, value):
-    assert cli_code(["train", "--output", str(tmp_path / "run"), f"--steps={value}"]) == 2
+    assert exit_code(["train", "--output", str(tmp_path / "run"), f"--steps={value}"]) == 2
     assert "steps" in capsys.readouterr().err
-
-
-def cli_code(argv) -> int:
-    try:
-        return cli.main(argv)
-    except SystemExit as e:
-        return int(e.code)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import cast
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny import tiny_model
 
 from bi_ops import cli, matmul
 from bi_ops.matmul import verification
+from bi_ops.models.base import CausalLM
 from bi_ops.rollout.base import Completion
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 from bi_ops.verify.compositions import rescore
@@ -24,8 +26,8 @@ NAN, INF = math.nan, math.inf
 
 def report(rollout, training=None):
     """Of one sequence for each list of values."""
-    sides = [[torch.tensor(v) for v in values] for values in (rollout, training or rollout)]
-    return compare(*sides, [[0] * len(v) for v in rollout])
+    ours, theirs = ([torch.tensor(v) for v in values] for values in (rollout, training or rollout))
+    return compare(ours, theirs, [[0] * len(v) for v in rollout])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_rescoring_nothing_is_refused():
     with pytest.raises(ValueError, match="no compositions"):
         rescore(tiny_model(), done, ())
     with pytest.raises(ValueError, match="no parameters"):
-        rescore(torch.nn.Module(), done)
+        rescore(cast(CausalLM, torch.nn.Module()), done)
     with pytest.raises(ValueError, match="sequence 0 has 1 prompt and 0 completion"):
         rescore(tiny_model(), [Completion((1,), (), torch.empty(0), "length")])
 
@@ -135,7 +137,7 @@ def test_one_output_with_something_to_show_is_enough():
 
 
 def test_every_shuffle_moves_a_row():
-    seen = []
+    seen: list[torch.Tensor] = []
     x = torch.randn(2, 3)
 
     def keep(t):

@@ -122,6 +122,7 @@ def masked_attention(
         TypeError: unsupported or differing dtypes. ValueError: wrong shapes or devices.
     """
     op = "masked_attention"
+    checks.boolean(op, "causal", causal)
     for name, t in (("q", q), ("k", k), ("v", v), ("attn_mask", attn_mask)):
         checks.tensor(op, name, t, ndim=4)
     n, len_q, hq, _ = q.shape
