@@ -52,7 +52,8 @@ def widen(x, LARGE: tl.constexpr):
     """x, an index or a size, in 64 bits if LARGE: the host found that 32 bits do not hold all of its multiples."""
     if LARGE:
         return tl.cast(x, tl.int64)
-    return x
+    else:  # the compiler reads what follows an `if`, and one function returns one type
+        return x
 
 
 @triton.jit
