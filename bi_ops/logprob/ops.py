@@ -220,9 +220,7 @@ def _check(op: str, name: str, x: torch.Tensor, dtype: torch.dtype | None = None
     """The dtype of the result: `dtype`, else that of x."""
     checks.tensor(op, name, x)
     checks.dtype(op, name, x)
-    checks.shape(
-        op, x.ndim >= 1 and x.shape[-1] > 0, lambda: f"{name} needs a last dimension to normalise, {list(x.shape)}"
-    )
+    checks.shape(op, x.ndim >= 1, lambda: f"{name} needs a last dimension to normalise, {list(x.shape)}")
     return x.dtype if dtype is None else checks.result_dtype(op, dtype)
 
 
@@ -263,7 +261,8 @@ def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     _check(op, "logits", logits)
     checks.tensor(op, "ids", ids, ndim=1)
     checks.same_device(op, logits=logits, ids=ids)
-    checks.shape(op, logits.ndim == 2, lambda: f"logits must be [T, V], got {list(logits.shape)}")
+    ok = logits.ndim == 2 and logits.shape[1] > 0
+    checks.shape(op, ok, lambda: f"logits must be [T, V] with V > 0, got {list(logits.shape)}")
     checks.shape(
         op, ids.shape == logits.shape[:1], lambda: f"ids {list(ids.shape)} do not fit logits {list(logits.shape)}"
     )

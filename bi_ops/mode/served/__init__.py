@@ -1,6 +1,20 @@
 """Aten operators that run through bi_ops, by what they compute."""
 
-from bi_ops.mode.served import indexing, losses, matmul, norm, reductions, softmax  # noqa: F401  (they register)
-from bi_ops.mode.served.registry import SERVED, overload
+from bi_ops.mode.served import (  # noqa: F401  (they register)
+    convolution,
+    distances,
+    indexing,
+    losses,
+    matmul,
+    norm,
+    pooling,
+    reductions,
+    scans,
+    softmax,
+    statistics,
+    windows,
+)
+from bi_ops.mode.served.decompositions import decomposition
+from bi_ops.mode.served.registry import COMPOSED, SERVED, WIDE, functional_form, overload, write
 
-__all__ = ["SERVED", "overload"]
+__all__ = ["COMPOSED", "SERVED", "WIDE", "decomposition", "functional_form", "overload", "write"]

@@ -7,32 +7,44 @@ from typing import Any
 import torch
 
 from bi_ops import reduction
-from bi_ops.mode.errors import unsupported
 from bi_ops.mode.served.registry import SERVED, OpOverload, Tensor, overload, serves
 
 
-@serves("nll_loss_forward")
-def _nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, how: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    if weight is not None:
-        raise unsupported("aten::nll_loss_forward", [x, target, weight], "is not served with class weights")
+def _class_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """The weight of each target in fp32, zero where it is ignored."""
     keep = target != ignore_index
-    picked = x.gather(-1, torch.where(keep, target, 0).unsqueeze(-1)).squeeze(-1)
+    if weight is None:
+        return keep.float()
+    return torch.where(keep, weight.float()[torch.where(keep, target, 0)], 0.0)
+
+
+@serves("nll_loss_forward", "nll_loss2d_forward")
+def _nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, how: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """x [C], [N, C] or [N, C, H, W]: the loss, and the sum of the weights, in fp32."""
+    axis = min(x.ndim - 1, 1)
+    keep = target != ignore_index
+    picked = x.gather(axis, torch.where(keep, target, 0).unsqueeze(axis)).squeeze(axis)
     losses = torch.where(keep, -picked, 0.0)
-    count = keep.sum().float()
+    weights = _class_weights(x, target, weight, ignore_index)
+    if weight is not None:
+        losses = (losses * weights).to(x.dtype) if how == 0 else losses * weights
+    count = keep.sum().float() if weight is None else reduction.sum(weights)
     if how == 0:
         return losses, count
     total = reduction.sum(losses, dtype=torch.float32)
     return (total / count if how == 1 else total).to(x.dtype), count
 
 
-@serves("nll_loss_backward")
+@serves("nll_loss_backward", "nll_loss2d_backward")
 def _nll_loss_backward(
     g: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, how: int, ignore_index: int, count: Tensor
 ) -> Tensor:
-    keep = target != ignore_index
+    axis = min(x.ndim - 1, 1)
     g = g.float() / count if how == 1 else g.float()
-    values = torch.where(keep, -g, 0.0).to(x.dtype).unsqueeze(-1)
-    return x.new_zeros(x.shape).scatter(-1, torch.where(keep, target, 0).unsqueeze(-1), values)
+    values = (-g * _class_weights(x, target, weight, ignore_index)).to(x.dtype).unsqueeze(axis)
+    values = torch.where((target != ignore_index).unsqueeze(axis), values, 0.0)
+    where = torch.where(target != ignore_index, target, 0).unsqueeze(axis)
+    return x.new_zeros(x.shape).scatter(axis, where, values)
 
 
 def _serve_loss(op: OpOverload) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bi_ops import matmul
 from bi_ops.core import checks
-from bi_ops.mode.served.registry import Tensor, serves, serves_writing
+from bi_ops.mode.served.registry import Tensor, composes, serves
 
 
 @serves("mm")
@@ -57,5 +57,7 @@ def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: floa
     return _plus(bias, _bmm(a, b), beta, alpha)
 
 
-serves_writing("addmm_", "baddbmm_", "addmv_")
-serves_writing("mm.out", "bmm.out", "mv.out", "dot.out", "addmm.out", "baddbmm.out", "addmv.out")
+@composes("addbmm")
+def _addbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """The GEMMs of the batch added up are one GEMM along batch and K."""
+    return bias.addmm(a.transpose(0, 1).flatten(1), b.flatten(0, 1), beta=beta, alpha=alpha)

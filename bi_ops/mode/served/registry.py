@@ -1,7 +1,8 @@
-"""The table of the aten operators that bi_ops serves."""
+"""The tables of the aten operators that bi_ops serves."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,20 @@ Tensor = torch.Tensor
 OpOverload = torch._ops.OpOverload
 aten = torch.ops.aten
 
-#: Operator to the function that serves it, which has the operator's arguments.
+#: Operator to the function that serves it, which has the operator's arguments. It calls kernels of bi_ops, and of torch
+#: what adds nothing: the mode does not see it.
 SERVED: dict[OpOverload, Callable[..., Any]] = {}
+
+#: Those of them that take fp64 and complex numbers too.
+WIDE: set[OpOverload] = set()
+
+#: Operator to a function that is put together from other operators of torch. Each of them is seen by the mode.
+COMPOSED: dict[OpOverload, Callable[..., Any]] = {}
+
+
+def names(text: str) -> frozenset[str]:
+    """The words of a table."""
+    return frozenset(text.split())
 
 
 def overload(name: str) -> OpOverload | None:
@@ -21,32 +34,60 @@ def overload(name: str) -> OpOverload | None:
     return getattr(getattr(aten, base, None), which or "default", None)
 
 
-def serves(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function for the operators of these names."""
-
+def _register(table: dict[OpOverload, Callable[..., Any]], which: tuple[str, ...]) -> Callable[..., Any]:
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        for name in names:
+        for name in which:
             op = overload(name)
             if op is not None:
-                SERVED[op] = fn
+                table[op] = fn
         return fn
 
     return register
 
 
-def serves_writing(*names: str) -> None:
-    """Register the in-place (``"addmm_"``) or out (``"mm.out"``) forms of operators that are served already."""
-    for name in names:
-        served, op = SERVED[overload(name.removesuffix(".out").removesuffix("_"))], overload(name)  # type: ignore[index]
-        if op is not None:
-            SERVED[op] = _writing(served)
+def serves(*which: str, wide: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function for the operators of these names in `SERVED`; wide: and in `WIDE`."""
+    if wide:
+        WIDE.update(op for op in map(overload, which) if op is not None)
+    return _register(SERVED, which)
 
 
-def _writing(served: Callable[..., Any]) -> Callable[..., Any]:
-    def write(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
-        result = served(*args, **kwargs)
-        if out is None:
-            return args[0].copy_(result)
-        return out.resize_(result.shape).copy_(result)
+def composes(*which: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function for the operators of these names in `COMPOSED`."""
+    return _register(COMPOSED, which)
 
-    return write
+
+def _inputs(op: OpOverload) -> list[tuple[str, str]]:
+    """Name and type of the arguments that `op` reads."""
+    return [(a.name, str(a.type)) for a in op._schema.arguments if not a.is_out]
+
+
+@functools.cache
+def functional_form(op: OpOverload) -> OpOverload | None:
+    """The operator whose result `op` writes: aten::mm of aten::mm.out, aten::cumsum of aten::cumsum_."""
+    if not op._schema.is_mutable or op.namespace != "aten":
+        return None
+    name = op._schema.name.removeprefix("aten::")
+    into_self = not any(a.is_out for a in op._schema.arguments)
+    packet = getattr(aten, name.removesuffix("_") if into_self else name, None)
+    forms = [] if packet is None else [getattr(packet, o) for o in packet.overloads()]
+    return next((f for f in forms if not f._schema.is_mutable and _inputs(f) == _inputs(op)), None)
+
+
+def write(op: OpOverload, results: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Store the `results` of `functional_form(op)` where `op` stores them, and return what `op` returns.
+
+    Raises:
+        RuntimeError: `out` has a dtype that torch does not cast the result to.
+    """
+    outs = [kwargs[a.name] for a in op._schema.arguments if a.is_out] or [args[0]]
+    results = [results] if isinstance(results, Tensor) else list(results)
+    for out, result in zip(outs, results, strict=True):
+        if not torch.can_cast(result.dtype, out.dtype):
+            raise RuntimeError(
+                f"{op._schema.name}: result type {result.dtype} can't be cast to the desired output type {out.dtype}"
+            )
+        if out.shape != result.shape and out is not args[0]:
+            out.resize_(result.shape)
+        out.copy_(result)
+    return outs[0] if len(outs) == 1 else tuple(outs)
