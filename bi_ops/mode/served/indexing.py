@@ -82,6 +82,8 @@ def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: flo
 
 @serves("scatter_add")
 def _scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    if index.numel() == 0:
+        return x.clone()
     if x.ndim == 0 or index.ndim == 0:
         return _scatter_add(x.reshape(-1), 0, index.reshape(-1), src.reshape(-1)).view(x.shape)
     if index.shape[dim] <= 1:  # one addition per element at most: there is no order
