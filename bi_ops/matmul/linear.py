@@ -10,6 +10,8 @@ A call is one autograd node. Which one, is decided by what has to be differentia
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from bi_ops.core import checks
@@ -133,7 +135,8 @@ def linear(
         n = weight.shape[0]
         checks.shape("linear", bias.shape[0] == n, lambda: f"bias {list(bias.shape)} for {n} columns")
     name = check_backend("linear", x, backend)
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # a view would be one more node, in both passes
+    # A view of a matrix would be one more node, in both passes.
+    rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if main_grad is not None:
         checks.main_grad("linear", "main_grad", main_grad, weight.shape, x.device)
     if bias is None and main_grad is None:

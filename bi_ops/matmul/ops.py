@@ -299,7 +299,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, *, backend: str | None = None) -> t
         "matmul", a2.shape[-1] == b2.shape[-2], lambda: f"inner dimensions differ: {list(a.shape)} @ {list(b.shape)}"
     )
     if b2.ndim == 2:
-        out = _mm(a2.reshape(-1, a2.shape[-1]), b2, None, check_backend("matmul", a, backend))
+        out = _mm(a2.reshape(math.prod(a2.shape[:-1]), a2.shape[-1]), b2, None, check_backend("matmul", a, backend))
         out = out.reshape(*a2.shape[:-1], b2.shape[1])
     else:
         check_batched("matmul", backend)
