@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from bi_ops.core import runtime
 from bi_ops.mode import allowlist, collectives
 from bi_ops.mode.errors import unsupported
-from bi_ops.mode.served import COMPOSED, SERVED, WIDE, decomposition, functional_form, write
+from bi_ops.mode.served import COMPOSED, SERVED, WIDE, check_arguments, decomposition, functional_form, refuse, write
 from bi_ops.mode.torch_bmm import BMM
 
 Tensor = torch.Tensor
@@ -47,6 +49,7 @@ def call(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Ab
         ):
             raise unsupported(op._schema.name, tensors, "is not served in fp64 or complex numbers")
         with torch._C.DisableTorchFunction():
+            check_arguments(op, args, kwargs)
             return SERVED[op](*args, **kwargs)
     parts = COMPOSED.get(op) or decomposition(op)
     if parts is not None:
@@ -75,6 +78,15 @@ class DispatchMode(TorchDispatchMode):
         super().__init__()
         self.suspended = 0
 
+    @contextlib.contextmanager
+    def suspend(self) -> Iterator[None]:
+        """Torch's own operators inside the block."""
+        self.suspended += 1
+        try:
+            yield
+        finally:
+            self.suspended -= 1
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.suspended:
@@ -83,4 +95,7 @@ class DispatchMode(TorchDispatchMode):
             return NotImplemented  # a tensor subclass unwraps itself first; its parts come back here
         if torch.bmm is not BMM.own:
             BMM.restore()
-        return call(func, args, kwargs, self)
+        try:
+            return call(func, args, kwargs, self)
+        except (TypeError, ValueError, IndexError) as error:
+            refuse(func, args, kwargs, error)

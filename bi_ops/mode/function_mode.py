@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from bi_ops.mode import attention, functions
 from bi_ops.mode.dispatch import DispatchMode
+from bi_ops.mode.served import refuse
 from bi_ops.mode.torch_bmm import BMM
 
 _BACKWARDS = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
@@ -52,7 +53,11 @@ class FunctionMode(TorchFunctionMode):
         if func in attention.COMPOSED:
             with self:
                 return attention.body(func)(*args, **kwargs)
-        result = functions.replaced(func, args, kwargs)
+        try:
+            result = functions.replaced(func, args, kwargs)
+        except (TypeError, ValueError, IndexError) as error:
+            with self.dispatch.suspend():
+                refuse(func, args, kwargs, error)
         return func(*args, **kwargs) if result is NotImplemented else result
 
     def _backward(self, func, args, kwargs):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from bi_ops import matmul, norm
-from bi_ops.core import runtime
+from bi_ops.core import dtypes, runtime
 from bi_ops.core.checks import FLOAT_DTYPES
 from bi_ops.core.operators import is_plain
 from bi_ops.mode.attention import scaled_dot_product_attention
@@ -34,11 +34,12 @@ def rms_norm(
     x, n_dims = input, len(normalized_shape)
     if n_dims == 0 or tuple(x.shape[-n_dims:]) != tuple(normalized_shape):
         raise ValueError(f"rms_norm: normalized_shape {list(normalized_shape)} does not fit x {list(x.shape)}")
-    eps = rms_norm_eps(eps)
+    if weight is not None and tuple(weight.shape) != tuple(normalized_shape):
+        raise ValueError(f"rms_norm: weight {list(weight.shape)} for normalized_shape {list(normalized_shape)}")
+    x, weight = dtypes.widened("aten::rms_norm", x, weight)
     if weight is not None:
-        x = x.to(torch.promote_types(x.dtype, weight.dtype))
-        weight = weight.reshape(-1)
-    return norm.rms_norm(x.flatten(-n_dims), weight, eps).reshape(x.shape)
+        weight = dtypes.norm_weight(x, weight).reshape(-1)
+    return norm.rms_norm(x.flatten(-n_dims), weight, rms_norm_eps(eps)).reshape(x.shape)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -91,17 +92,17 @@ def _operands(*tensors: Tensor) -> tuple[Tensor, ...] | None:
     plain = all(is_plain(t) and t.device.type == kind and t.is_floating_point() for t in tensors)
     if not plain or torch._C._are_functorch_transforms_active():
         return None
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-    dtypes = {t.dtype for t in tensors}
-    return tensors if len(dtypes) == 1 and dtypes.issubset(FLOAT_DTYPES) else None
+    tensors = dtypes.lowered(*tensors)
+    found = {t.dtype for t in tensors}
+    return tensors if len(found) == 1 and found.issubset(FLOAT_DTYPES) else None
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` through `bi_ops.matmul.linear`."""
     given = _operands(input, weight, *([] if bias is None else [bias]))
-    if given is None or input.ndim == 0 or weight.ndim != 2 or (bias is not None and bias.ndim != 1):
+    if given is None or input.ndim == 0 or weight.ndim != 2:
+        return NotImplemented
+    if bias is not None and bias.shape != weight.shape[:1]:
         return NotImplemented
     return matmul.linear(*given)
 

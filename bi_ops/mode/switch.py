@@ -86,11 +86,5 @@ def batch_invariant_backward_mode(enabled: bool = True) -> Iterator[None]:
             disable_batch_invariant_backward_mode()
         return
     mode = _active()
-    if mode is None:
+    with contextlib.nullcontext() if mode is None else mode.suspend():
         yield
-        return
-    mode.suspended += 1
-    try:
-        yield
-    finally:
-        mode.suspended -= 1

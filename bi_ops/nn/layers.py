@@ -8,7 +8,7 @@ from typing import overload
 import torch
 
 from bi_ops import activation, attention, embedding, matmul, norm
-from bi_ops.core import checks
+from bi_ops.core import checks, dtypes
 
 #: torch's epsilon of a norm whose eps is None.
 _EPS = torch.finfo(torch.float32).eps
@@ -24,8 +24,15 @@ class Linear(torch.nn.Linear):
     main_grad: torch.Tensor | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input [..., in_features], bf16, fp16 or fp32 -> [..., out_features]. Raises as `bi_ops.matmul.linear`."""
-        return matmul.linear(input, self.weight, self.bias, self.main_grad)
+        """input [..., in_features], bf16, fp16 or fp32 -> [..., out_features]. Raises as `bi_ops.matmul.linear`.
+
+        Under torch.autocast the result has autocast's dtype, as torch's.
+        """
+        weight = self.weight
+        if dtypes.autocast_is_on(input):
+            (input,) = dtypes.lowered(input)
+            weight = weight if weight.dtype == torch.float32 else weight.to(input.dtype)
+        return matmul.linear(input, weight, self.bias, self.main_grad)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -46,7 +53,8 @@ class RMSNorm(torch.nn.RMSNorm):
         """x [..., *normalized_shape], bf16, fp16 or fp32 -> the same shape.
 
         With `residual`, of the shape and dtype of x: (the norm of x + residual, x + residual), the sum rounded before
-        it is normalised. Raises as `bi_ops.norm.rms_norm` and `add_rms_norm`.
+        it is normalised. Raises as `bi_ops.norm.rms_norm` and `add_rms_norm`. A weight of any dtype is taken, and
+        without `residual` torch.autocast computes in fp32 on a GPU, as for torch's.
         """
         checks.tensor("RMSNorm", "x", x)
         shape, size = x.shape, self.normalized_shape
@@ -54,13 +62,16 @@ class RMSNorm(torch.nn.RMSNorm):
             raise ValueError(f"RMSNorm: x {list(shape)} does not end in normalized_shape {list(size)}")
         # torch computes 16-bit norms in fp32 and takes the machine epsilon of that when eps is None.
         eps = _EPS if self.eps is None else self.eps
+        if residual is None and dtypes.autocast_is_on(x):
+            (x,) = dtypes.widened("aten::rms_norm", x)
+        weight = None if self.weight is None else dtypes.norm_weight(x, self.weight)
         if len(size) == 1:
             if residual is None:
-                return norm.rms_norm(x, self.weight, eps, self.main_grad)
-            return norm.add_rms_norm(x, residual, self.weight, eps, self.main_grad)
+                return norm.rms_norm(x, weight, eps, self.main_grad)
+            return norm.add_rms_norm(x, residual, weight, eps, self.main_grad)
         # The operators sum along one dimension.
         flat = (*shape[: -len(size)], math.prod(size))
-        weight = None if self.weight is None else self.weight.reshape(-1)
+        weight = None if weight is None else weight.reshape(-1)
         if residual is None:
             return norm.rms_norm(x.reshape(flat), weight, eps, self.main_grad).reshape(shape)
         both = norm.add_rms_norm(x.reshape(flat), residual.reshape(flat), weight, eps, self.main_grad)
@@ -169,6 +180,8 @@ class Attention(torch.nn.Module):
     ) -> torch.Tensor:
         """q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim], cu_seqlens int32 [B+1] -> as q.
 
+        Under torch.autocast q, k and v are cast as torch casts those of its attention.
+
         Raises:
             ValueError: heads that are not this layer's; otherwise as `bi_ops.attention.flash_attention`.
         """
@@ -178,7 +191,7 @@ class Attention(torch.nn.Module):
             if t.ndim != 3 or t.shape[1:] != (heads, self.head_dim):
                 raise ValueError(f"Attention: {name} must be [T, {heads}, {self.head_dim}], got {list(t.shape)}")
         return attention.flash_attention(
-            *(q, k, v, cu_seqlens),
+            *(*dtypes.lowered(q, k, v), cu_seqlens),
             max_seqlen=max_seqlen,
             causal=self.causal,
             softmax_scale=self.softmax_scale,

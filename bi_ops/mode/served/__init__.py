@@ -15,6 +15,17 @@ from bi_ops.mode.served import (  # noqa: F401  (they register)
     windows,
 )
 from bi_ops.mode.served.decompositions import decomposition
-from bi_ops.mode.served.registry import COMPOSED, SERVED, WIDE, functional_form, overload, write
+from bi_ops.mode.served.preconditions import check_arguments
+from bi_ops.mode.served.registry import COMPOSED, SERVED, WIDE, functional_form, overload, refuse, write
 
-__all__ = ["COMPOSED", "SERVED", "WIDE", "decomposition", "functional_form", "overload", "write"]
+__all__ = [
+    "COMPOSED",
+    "SERVED",
+    "WIDE",
+    "check_arguments",
+    "decomposition",
+    "functional_form",
+    "overload",
+    "refuse",
+    "write",
+]

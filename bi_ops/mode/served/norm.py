@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bi_ops.core import dtypes
 from bi_ops.mode.functions import rms_norm_eps
 from bi_ops.mode.served.registry import Tensor, serves
 
@@ -16,7 +17,7 @@ def _rms_norm(
 ) -> tuple[Tensor, Tensor]:
     n_dims = len(normalized_shape)
     if weight is not None:
-        x, weight = x.to(torch.promote_types(x.dtype, weight.dtype)), weight.reshape(-1)
+        weight = dtypes.norm_weight(x, weight).reshape(-1)
     y, rstd = bi_ops.rms_norm(x.flatten(-n_dims), weight, rms_norm_eps(eps))
     return y.view(x.shape), rstd.view(*x.shape[:-n_dims], *[1] * n_dims)
 
@@ -27,9 +28,8 @@ def _rms_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     n_dims = len(normalized_shape)
     need_x, need_weight = output_mask
-    weight_row = None if weight is None else weight.reshape(-1)
-    # g has the dtype that x was promoted to.
-    rows = g.flatten(-n_dims), None, x.to(g.dtype).flatten(-n_dims)
+    weight_row = None if weight is None else dtypes.norm_weight(x, weight).reshape(-1)
+    rows = g.to(x.dtype).flatten(-n_dims), None, x.flatten(-n_dims)
     dx, dw = bi_ops.rms_norm_backward(*rows, weight_row, rstd.reshape(-1), need_x, need_weight)
-    dw = None if weight is None or not need_weight else dw.view(weight.shape)
-    return dx.view(x.shape).to(x.dtype) if need_x else None, dw
+    dw = None if weight is None or not need_weight else dw.view(weight.shape).to(weight.dtype)
+    return dx.view(x.shape) if need_x else None, dw

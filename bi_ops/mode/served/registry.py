@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch.utils._pytree import tree_map
 
 Tensor = torch.Tensor
 OpOverload = torch._ops.OpOverload
@@ -57,6 +58,24 @@ def composes(*which: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return _register(COMPOSED, which)
 
 
+def ask_torch(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call torch's own `op` on copies, for its error if it has one."""
+
+    def copy(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    op(*tree_map(copy, args), **tree_map(copy, kwargs))
+
+
+def refuse(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> NoReturn:
+    """Raise the error that torch's own `op` has for these arguments; `error` where it takes them."""
+    try:
+        ask_torch(op, args, kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as torchs:
+        raise torchs from error
+    raise error
+
+
 def _inputs(op: OpOverload) -> list[tuple[str, str]]:
     """Name and type of the arguments that `op` reads."""
     return [(a.name, str(a.type)) for a in op._schema.arguments if not a.is_out]
@@ -78,16 +97,17 @@ def write(op: OpOverload, results: Any, args: tuple[Any, ...], kwargs: dict[str,
     """Store the `results` of `functional_form(op)` where `op` stores them, and return what `op` returns.
 
     Raises:
-        RuntimeError: `out` has a dtype that torch does not cast the result to.
+        RuntimeError: `out` has a dtype that torch does not write the result to. ValueError: the tensor that is written
+            in place has another shape.
     """
     outs = [kwargs[a.name] for a in op._schema.arguments if a.is_out] or [args[0]]
     results = [results] if isinstance(results, Tensor) else list(results)
     for out, result in zip(outs, results, strict=True):
-        if not torch.can_cast(result.dtype, out.dtype):
-            raise RuntimeError(
-                f"{op._schema.name}: result type {result.dtype} can't be cast to the desired output type {out.dtype}"
-            )
-        if out.shape != result.shape and out is not args[0]:
+        if out.dtype != result.dtype:
+            ask_torch(op, args, kwargs)
+        if out.shape != result.shape:
+            if args and out is args[0]:
+                raise ValueError(f"{op._schema.name}: {list(result.shape)} does not fit into {list(out.shape)}")
             out.resize_(result.shape)
         out.copy_(result)
     return outs[0] if len(outs) == 1 else tuple(outs)
