@@ -232,6 +232,12 @@ def test_doctor_says_that_an_earlier_versions_record_is_not_read(capsys, tmp_pat
 
 
 @pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")
+def test_doctor_says_what_the_mode_does_not_cover_without_a_gpu():
+    [item] = [item for item in cli.doctor.missing(None) if item["what"] == "GPU"]
+    assert "the mode and convert cover reductions alone" in item["means"]
+    assert "GPU" not in [item["what"] for item in cli.doctor.missing("an H100")]
+
+
 def test_doctor_says_how_to_get_cublaslt(monkeypatch):
     assert "cuBLASLt" not in [item["what"] for item in cli.doctor.missing(None)]
     monkeypatch.setattr(arch, "current", lambda: arch.SM_90)

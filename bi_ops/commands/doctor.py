@@ -106,7 +106,11 @@ def missing(gpu: str | None) -> list[dict[str, str]]:
             if torch.version.cuda
             else "on a machine with an NVIDIA GPU: pip install torch, from the default index"
         )
-        out.append({"what": "GPU", "means": "kernels run in Triton's interpreter: logic, not speed", "how": how})
+        means = (
+            "kernels run in Triton's interpreter: logic, not speed; and the mode and convert cover reductions alone, "
+            "since torch's pointwise functions on a CPU round by how a tensor is aligned"
+        )
+        out.append({"what": "GPU", "means": means, "how": how})
     here = arch.current()
     if gpu is not None and not here.canonical_gemm:
         means = f"bits were shown to agree on sm_90, not on {here.name}"
