@@ -85,6 +85,20 @@ def first_difference(ours: list[Any], torchs: list[Any], references: list[Any] |
     return next((d for o, t, r in zip(ours, torchs, references, strict=True) if (d := difference(o, t, r))), "")
 
 
+def same_elements(x: Any, ours: list[Any], torchs: list[Any]) -> bool:
+    """Whether (values, indices) along an axis of x hold torch's values, at indices of elements that have them."""
+    if len(ours) != 2 or not isinstance(x, Tensor) or x.ndim == 0 or difference(ours[0], torchs[0], None):
+        return False
+    values, index = ours
+    for dim in range(x.ndim):
+        v, i = (values, index) if index.ndim == x.ndim else (values.unsqueeze(dim), index.unsqueeze(dim))
+        if v.shape[:dim] + v.shape[dim + 1 :] == x.shape[:dim] + x.shape[dim + 1 :]:
+            inside = bool(((i >= 0) & (i < x.shape[dim])).all())
+            if inside and torch.allclose(x.detach().gather(dim, i), v, rtol=0, atol=0, equal_nan=True):
+                return True
+    return False
+
+
 def equal_bits(a: Tensor, b: Tensor) -> bool:
     if a.is_complex() and b.is_complex():
         a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
@@ -307,6 +321,8 @@ class Judge:
             except Exception:
                 exact = None
         d = "" if uninitialised else first_difference(mine.outputs, torchs.outputs, exact and exact.outputs)
+        if "integers" in d and same_elements(given[0], mine.outputs, torchs.outputs):
+            d = ""
         self._say("forward", "wrong" if d else "right", f"value: {d}")
         has_gradient = torchs.grads is not None
         if has_gradient and mine.no_gradient is not None:

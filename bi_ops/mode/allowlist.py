@@ -26,7 +26,7 @@ constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle reflection_pad1d r
 replication_pad1d replication_pad2d replication_pad3d max_unpool2d max_unpool3d max_pool2d_with_indices
 max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d fill zero
 complex polar im2col
-sort topk kthvalue median nanmedian mode max min amax amin aminmax _aminmax argmax argmin cummax cummin _cummax_helper
+sort topk mode max min amax amin aminmax _aminmax argmax argmin cummax cummin _cummax_helper
 _cummin_helper any all equal allclose is_same_size is_set_to isin searchsorted bucketize nonzero nonzero_static
 count_nonzero histc unique_dim _unique _unique2 unique_consecutive unique_dim_consecutive _is_all_true _is_any_true
 _local_scalar_dense _assert_async _functional_assert_async _assert_scalar _assert_tensor_metadata is_pinned

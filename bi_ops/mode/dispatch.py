@@ -14,7 +14,17 @@ from torch.utils._pytree import tree_leaves
 from bi_ops.core import runtime
 from bi_ops.mode import allowlist, collectives
 from bi_ops.mode.errors import unsupported
-from bi_ops.mode.served import COMPOSED, SERVED, WIDE, check_arguments, decomposition, functional_form, refuse, write
+from bi_ops.mode.served import (
+    COMPOSED,
+    INTEGERS,
+    SERVED,
+    WIDE,
+    check_arguments,
+    decomposition,
+    functional_form,
+    refuse,
+    write,
+)
 from bi_ops.mode.torch_bmm import BMM
 
 Tensor = torch.Tensor
@@ -41,7 +51,9 @@ def call(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Ab
     wanted = kwargs.get("dtype")
     inexact = any(t.is_floating_point() or t.is_complex() for t in here)
     to_float = bool(here) and isinstance(wanted, torch.dtype) and (wanted.is_floating_point or wanted.is_complex)
-    if not inexact and not to_float:  # integers add up to the same in any order
+    if (
+        not inexact and not to_float and (functional_form(op) or op) not in INTEGERS
+    ):  # integers add up to the same in any order
         return op(*args, **kwargs)
     if op in SERVED:
         if op not in WIDE and (

@@ -10,16 +10,18 @@ from bi_ops.mode.served import (  # noqa: F401  (they register)
     pooling,
     reductions,
     scans,
+    selection,
     softmax,
     statistics,
     windows,
 )
 from bi_ops.mode.served.decompositions import decomposition
 from bi_ops.mode.served.preconditions import check_arguments
-from bi_ops.mode.served.registry import COMPOSED, SERVED, WIDE, functional_form, overload, refuse, write
+from bi_ops.mode.served.registry import COMPOSED, INTEGERS, SERVED, WIDE, functional_form, overload, refuse, write
 
 __all__ = [
     "COMPOSED",
+    "INTEGERS",
     "SERVED",
     "WIDE",
     "check_arguments",

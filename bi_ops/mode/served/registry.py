@@ -20,6 +20,9 @@ SERVED: dict[OpOverload, Callable[..., Any]] = {}
 #: Those of them that take fp64 and complex numbers too.
 WIDE: set[OpOverload] = set()
 
+#: Those that take integers too, of which other operators have torch's own results.
+INTEGERS: set[OpOverload] = set()
+
 #: Operator to a function that is put together from other operators of torch. Each of them is seen by the mode.
 COMPOSED: dict[OpOverload, Callable[..., Any]] = {}
 
@@ -46,10 +49,13 @@ def _register(table: dict[OpOverload, Callable[..., Any]], which: tuple[str, ...
     return register
 
 
-def serves(*which: str, wide: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function for the operators of these names in `SERVED`; wide: and in `WIDE`."""
-    if wide:
-        WIDE.update(op for op in map(overload, which) if op is not None)
+def serves(
+    *which: str, wide: bool = False, integers: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function for the operators of these names in `SERVED`; wide: and in `WIDE`; integers: `INTEGERS`."""
+    for also, table in ((wide, WIDE), (integers, INTEGERS)):
+        if also:
+            table.update(op for op in map(overload, which) if op is not None)
     return _register(SERVED, which)
 
 
