@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+from bi_ops.core.transforms import check_no_tangent, is_transformed, transformable
 
 Fn = Callable[..., Any]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def on_device_of_first(fn: Fn) -> Fn:
@@ -35,16 +39,19 @@ def dispatcher_is_watched() -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
 def is_plain(t: Any) -> bool:
     """Is `t` a tensor whose values are what its memory holds: no subclass, no meta tensor, no negative view?
 
+    Nor a wrapper of torch.func, which may outlive its transform in what a backward saved.
+
     The others are resolved by the dispatcher, so that a kernel that is launched without it would read something else.
     `is_plain` in csrc/cublaslt.cpp is the same rule.
     """
-    return type(t) in _PLAIN and not (t.is_meta or t.is_neg())
+    return type(t) in _PLAIN and not (t.is_meta or t.is_neg() or _is_wrapped(t))
 
 
 class Operator:
@@ -66,6 +73,7 @@ class Operator:
         self._mutated = [list(hints).index(m) for m in mutates]
         self._defaults = fn.__defaults__ or ()
         self._function: type[torch.autograd.Function] | None = None
+        self._transformed = transformable(name, self, None, None)
 
     def register_fake(self, fn: Fn) -> Fn:
         """Shapes, strides and dtypes of the results, for tracing."""
@@ -82,12 +90,13 @@ class Operator:
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self._name, (torch.autograd.Function,), members)
+        self._transformed = transformable(self._name, self, setup_context, backward)
 
     def __call__(self, *args: Any) -> Any:
         if 0 < (missing := len(self._kinds) - len(args)) <= len(self._defaults):
             args += self._defaults[-missing:]  # `setup_context` and `backward` count them all
         if dispatcher_is_watched():
-            return self._op(*args)
+            return self._watched(*args)
         requires_grad = False
         for a, kinds in zip(args, self._kinds, strict=False):  # a wrong number is the function's to refuse
             if type(a) not in kinds:
@@ -102,6 +111,17 @@ class Operator:
         for i in self._mutated:
             torch.autograd.graph.increment_version(args[i])
         return self._run(*args)
+
+    def _watched(self, *args: Any) -> Any:
+        """Through the dispatcher, or as one whole under a transform of torch.func."""
+        if torch.compiler.is_compiling() or not is_transformed():
+            return self._op(*args)
+        if not torch._C._are_functorch_transforms_active():
+            check_no_tangent(self._name, args)
+            return self._op(*args)
+        if self._mutated:
+            raise NotImplementedError(f"{self._name}: writes into its argument, which torch.func cannot transform")
+        return self._transformed.apply(*args)
 
 
 def custom_op(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Fn], Operator]:

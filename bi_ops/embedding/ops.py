@@ -8,6 +8,7 @@ from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
+from bi_ops.core.transforms import Node
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.embedding.config import TileConfig, gradient_config, lookup_config
 from bi_ops.embedding.kernels import embedding_backward_kernel, embedding_kernel
@@ -152,8 +153,10 @@ def _backward(ctx, g):
 _embedding.register_autograd(_backward, setup_context=_setup)
 
 
-class _EmbeddingIntoBuffer(torch.autograd.Function):
+class _EmbeddingIntoBuffer(Node):
     """The lookup whose weight gradient goes into a buffer and not to autograd."""
+
+    operator = "embedding with main_grad"
 
     @staticmethod
     def forward(ctx, ids, weight, dtype, padding_idx, main_grad):

@@ -16,10 +16,11 @@ import torch
 
 from bi_ops.core import checks
 from bi_ops.core.operators import custom_op, dispatcher_is_watched, is_plain
+from bi_ops.core.transforms import Node, is_transformed
 from bi_ops.matmul import cublaslt
 from bi_ops.matmul.backends import gemm, gradient_backend, select
 from bi_ops.matmul.launch import launch_wgrad
-from bi_ops.matmul.ops import _mm, _mm_grad, bias_grad, check_backend, check_operands
+from bi_ops.matmul.ops import _mm, _mm_grad, add_bias, bias_grad, check_backend, check_operands
 
 
 @custom_op("bi_ops::accumulate_weight_grad", mutates_args={"main_grad"})
@@ -63,8 +64,10 @@ def through_binding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
     return cublaslt.extension().linear(x, weight) if select(x.dtype, x.device).name == "cublaslt" else None
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Node):
     """x[T, K] @ weight[N, K].T + bias, whose weight gradient goes into `main_grad` if there is one."""
+
+    operator = "linear with main_grad"
 
     @staticmethod
     def forward(ctx, x, weight, bias, main_grad, backend):
@@ -141,6 +144,8 @@ def linear(
         checks.main_grad("linear", "main_grad", main_grad, weight.shape, x.device)
     if bias is None and main_grad is None:
         out = _mm(rows, weight.t(), None, name)
+    elif main_grad is None and is_transformed():  # the same bits from two operators, which torch.func can see into
+        out = add_bias(_mm(rows, weight.t(), None, name), bias)
     else:
         out = _Linear.apply(rows, weight, bias, main_grad, name)
     return out if x.ndim == 2 else out.reshape(*x.shape[:-1], weight.shape[0])

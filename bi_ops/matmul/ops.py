@@ -103,17 +103,26 @@ def bias_grad(g: torch.Tensor) -> torch.Tensor:
     return _mm(g.new_ones(1, g.shape[0]), g, None, "triton")[0]
 
 
-class _AddBias(torch.autograd.Function):
-    """out + bias, with the bias gradient summed in row order (torch's own sum depends on the row count)."""
+@custom_op("bi_ops::add_bias")
+def add_bias(out: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """out [T, N] + bias [N], whose gradient is summed in row order (torch's own sum depends on the row count)."""
+    return out + bias.to(out.dtype)
 
-    @staticmethod
-    def forward(ctx, out, bias):
-        ctx.bias_dtype = bias.dtype
-        return out + bias.to(out.dtype)
 
-    @staticmethod
-    def backward(ctx, g):
-        return g, bias_grad(g).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+@add_bias.register_fake
+def _(out, bias):
+    return torch.empty_like(out)
+
+
+def _add_bias_setup(ctx, inputs, output):
+    ctx.bias_dtype = inputs[1].dtype
+
+
+def _add_bias_backward(ctx, g):
+    return g, bias_grad(g).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+
+
+add_bias.register_autograd(_add_bias_backward, setup_context=_add_bias_setup)
 
 
 @custom_op("bi_ops::bmm")
@@ -233,7 +242,7 @@ def mm(
         checks.same_device("mm", a=a, bias=bias)
         checks.shape("mm", bias.shape[0] == b.shape[1], lambda: f"bias {list(bias.shape)} for {b.shape[1]} columns")
     out = _mm(a, b, None, check_backend("mm", a, backend))
-    return out if bias is None else _AddBias.apply(out, bias)
+    return out if bias is None else add_bias(out, bias)
 
 
 def addmm(
@@ -269,7 +278,7 @@ def addmm(
     if beta == 0:
         return out
     bias = bias if beta == 1 else bias * beta
-    return _AddBias.apply(out, bias) if bias.ndim == 1 else out + bias.to(out.dtype)
+    return add_bias(out, bias) if bias.ndim == 1 else out + bias.to(out.dtype)
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:

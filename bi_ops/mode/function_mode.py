@@ -13,6 +13,7 @@ from bi_ops.mode.dispatch import DispatchMode
 from bi_ops.mode.served import refuse
 from bi_ops.mode.torch_bmm import BMM
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _BACKWARDS = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
@@ -66,6 +67,8 @@ class FunctionMode(TorchFunctionMode):
         torch takes a mode off while it handles a call, and looks for modes by tensors: gradient edges pass unseen.
         """
         outputs = [args[0]] if isinstance(args[0], torch.Tensor) else list(args[0])
+        if torch.is_inference_mode_enabled() or any(map(_is_wrapped, outputs)):
+            return func(*args, **kwargs)  # without edges of their own
         inputs = args[1:] if func is torch.autograd.grad else ()
         inputs = [inputs[0]] if inputs and isinstance(inputs[0], torch.Tensor) else list(*inputs[:1])
         if not all(isinstance(t, torch.Tensor) and t.requires_grad for t in (*outputs, *inputs)):

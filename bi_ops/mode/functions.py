@@ -17,6 +17,7 @@ from bi_ops.core import dtypes, runtime
 from bi_ops.core.checks import FLOAT_DTYPES
 from bi_ops.core.operators import is_plain
 from bi_ops.mode.attention import scaled_dot_product_attention
+from bi_ops.core.transforms import is_transformed
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -90,7 +91,7 @@ def _operands(*tensors: Tensor) -> tuple[Tensor, ...] | None:
     """The tensors as `bi_ops.matmul` takes them, cast as autocast would; None where they are the dispatcher's."""
     kind = runtime.device_type()
     plain = all(is_plain(t) and t.device.type == kind and t.is_floating_point() for t in tensors)
-    if not plain or torch._C._are_functorch_transforms_active():
+    if not plain or is_transformed():
         return None
     tensors = dtypes.lowered(*tensors)
     found = {t.dtype for t in tensors}

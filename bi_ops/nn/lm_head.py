@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from bi_ops import logprob, matmul
+from bi_ops.core.transforms import Node
 
 #: Bytes of logits that `linear_token_logprobs` holds at once unless it is told how many rows.
 CHUNK_BYTES = 1 << 31
@@ -17,8 +18,10 @@ def _chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_rows, n_rows))
 
 
-class _LinearTokenLogprobs(torch.autograd.Function):
+class _LinearTokenLogprobs(Node):
     """Both passes walk the chunks front to back, so the weight gradient has the bits of one pass over all rows."""
+
+    operator = "linear_token_logprobs"
 
     @staticmethod
     def forward(ctx, hidden, weight, ids, main_grad, chunk_rows):

@@ -12,6 +12,7 @@ from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import SMALL, check_programs
 from bi_ops.core.operators import custom_op
 from bi_ops.core.rows import aligned_rows, head_rows
+from bi_ops.core.transforms import Node
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.norm import order as orders
 from bi_ops.norm.config import BackwardConfig, RowConfig, backward_config, padded_chunks, row_config
@@ -253,8 +254,10 @@ _rms_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
 _add_rms_norm.register_autograd(_add_norm_backward, setup_context=_add_norm_setup)
 
 
-class _NormIntoBuffer(torch.autograd.Function):
+class _NormIntoBuffer(Node):
     """rms_norm whose weight gradient goes into a buffer and not to autograd."""
+
+    operator = "rms_norm with main_grad"
 
     @staticmethod
     def forward(ctx, x, weight, eps, main_grad):
@@ -270,8 +273,10 @@ class _NormIntoBuffer(torch.autograd.Function):
         return dx if need_x else None, None, None, None
 
 
-class _AddNormIntoBuffer(torch.autograd.Function):
+class _AddNormIntoBuffer(Node):
     """add_rms_norm whose weight gradient goes into a buffer and not to autograd."""
+
+    operator = "add_rms_norm with main_grad"
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps, main_grad):

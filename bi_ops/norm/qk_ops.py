@@ -12,6 +12,7 @@ from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
 from bi_ops.core.rows import ALIGNMENT, aligned_rows
+from bi_ops.core.transforms import Node
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.norm import order as orders
 from bi_ops.norm.config import RowConfig, TokenConfig, padded_chunks, row_config, token_config
@@ -226,8 +227,10 @@ def _backward(ctx, gq, gk, gv, _):
 _qk_norm_rope.register_autograd(_backward, setup_context=_setup)
 
 
-class _IntoBuffers(torch.autograd.Function):
+class _IntoBuffers(Node):
     """qk_norm_rope whose weight gradients go into buffers and not to autograd."""
+
+    operator = "qk_norm_rope with main_grad"
 
     @staticmethod
     def forward(ctx, q_main_grad, k_main_grad, *inputs):

@@ -19,4 +19,5 @@ def gradient(fn: Callable[..., Tensor], inputs: Sequence[Tensor], g: Tensor) -> 
     on = [torch._C._SetExcludeDispatchKeyGuard(k, False) for k in (_keys.AutogradFunctionality, _keys.ADInplaceOrView)]
     with on[0], on[1], torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in inputs]
-        return torch.autograd.grad(fn(*leaves), leaves, g, materialize_grads=True)
+        grads = torch.autograd.grad(fn(*leaves), leaves, g, materialize_grads=True)
+    return tuple(t.contiguous() for t in grads)

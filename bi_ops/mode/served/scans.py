@@ -54,7 +54,7 @@ def _scan(combine: Combine, x: Tensor, dim: int, dtype: torch.dtype | None) -> T
         raise IndexError(f"Dimension out of range (expected to be in range of {x.ndim} axes, but got {dim})")
     out = scanned(combine, moved(wide(x, dtype), dim))
     out = out.movedim(-1, dim) if x.ndim else out[0]
-    return out.to(x.dtype if dtype is None else dtype, memory_format=torch.contiguous_format)
+    return out.to(x.dtype if dtype is None else dtype).contiguous()
 
 
 @composes("cumsum")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from bi_ops.mode.served.registry import Tensor, composes
 from bi_ops.mode.served.scans import wide
 
@@ -52,4 +50,4 @@ def _col2im(
             down = slice(i * dilation[0], i * dilation[0] + stride[0] * (rows - 1) + 1, stride[0])
             right = slice(j * dilation[1], j * dilation[1] + stride[1] * (cols - 1) + 1, stride[1])
             out[..., down, right] += taps[..., i, j, :, :]
-    return out[..., ph : ph + h, pw : pw + w].to(x.dtype, memory_format=torch.contiguous_format)
+    return out[..., ph : ph + h, pw : pw + w].to(x.dtype).contiguous()
