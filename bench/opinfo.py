@@ -7,7 +7,7 @@ What is compared, for each of an operator's sample inputs (torch's own, a few sp
   and contiguity must be torch's.
 - **Reruns.** A second run under the mode has the same bits, forward and gradient.
 - **Rows.** A leading axis is a batch axis of some tensors of a sample if fp64 torch says so: with these tensors
-  repeated seven times along axis 0, each output's row, and the gradient's, is the output of that row alone, to 1e-9.
+  repeated along axis 0, each output's row, and the gradient's, is the output of that row alone, to 1e-9.
   Then under the mode the row in the batch and the row alone must have the same bits. Outputs that hold indices are
   compared once more with values full of ties.
 - **Sums.** A dispatch mode below bi_ops' records what reaches torch's own kernels. None of it may add up floating-point
@@ -36,7 +36,7 @@ from bi_ops.mode import batch_invariant_backward_mode
 from bi_ops.verify.properties import bits_equal
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-REPEATS = 7  # of a batch axis
+REPEATS = 3 if runtime.INTERPRET else 7  # of a batch axis
 MOST_ELEMENTS = 1 << 18  # of a repeated tensor
 
 # --------------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def by_rows(fn: Callable[..., Result], big: Any, row: Callable[[int], Any], rows
         return "no", "no"
     grads = batch_grads(whole, big, rows)
     forward, backward = "", "" if grads else "no"
-    for i in sorted({0, 1 % rows, rows // 2, rows - 1}):
+    for i in {0, rows - 1} if runtime.INTERPRET else {0, 1 % rows, rows // 2, rows - 1}:
         alone = fn(row(i), row_of(i, rows))
         pairs = list(zip(whole.outputs, alone.outputs, strict=False))
         if len(alone.outputs) != len(whole.outputs) or not all(equal(a[i : i + 1], b) for a, b in pairs):

@@ -16,8 +16,8 @@ from bi_ops import matmul, norm
 from bi_ops.core import dtypes, runtime
 from bi_ops.core.checks import FLOAT_DTYPES
 from bi_ops.core.operators import is_plain
-from bi_ops.mode.attention import scaled_dot_product_attention
 from bi_ops.core.transforms import is_transformed
+from bi_ops.mode.attention import scaled_dot_product_attention
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
