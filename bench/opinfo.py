@@ -121,15 +121,15 @@ def same_bits(a: list[Any], b: list[Any]) -> bool:
 def batches(given: Any) -> Iterator[tuple[int, Any, Callable[[int], Any]]]:
     """(rows, the sample with a longer axis 0, row -> the sample of this row alone), for every choice of tensors."""
     leaves = tree_leaves(given)
-    tensors = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.ndim > 0 and t.layout == torch.strided]
-    if not tensors or leaves[tensors[0]].shape[0] == 0 or leaves[tensors[0]].numel() * REPEATS > MOST_ELEMENTS:
-        return
-    n = leaves[tensors[0]].shape[0]
-    equal = [i for i in tensors if leaves[i].shape[0] == n][:4]
-    for size in range(len(equal), 0, -1):
-        for chosen in itertools.combinations(equal, size):
-            if chosen[0] != tensors[0]:
-                continue
+    sizes: dict[int, list[int]] = {}
+    for i, t in enumerate(leaves):
+        if isinstance(t, Tensor) and t.ndim > 0 and t.layout == torch.strided:
+            sizes.setdefault(t.shape[0], []).append(i)
+    for n, equal in sizes.items():
+        if n == 0 or max(leaves[i].numel() for i in equal) * REPEATS > MOST_ELEMENTS:
+            continue
+        equal = equal[:4]
+        for chosen in itertools.chain(*(itertools.combinations(equal, k) for k in range(len(equal), 0, -1))):
 
             def take(change: Callable[[Tensor], Tensor], chosen=chosen) -> Any:
                 count = itertools.count()
@@ -141,7 +141,7 @@ def batches(given: Any) -> Iterator[tuple[int, Any, Callable[[int], Any]]]:
             def longer(t: Tensor) -> Tensor:
                 return t.detach().repeat(REPEATS, *[1] * (t.ndim - 1)).requires_grad_(t.requires_grad)
 
-            def row(i: int, take=take) -> Any:
+            def row(i: int, take=take, n=n) -> Any:
                 return take(lambda t: t.detach()[i % n : i % n + 1].clone().requires_grad_(t.requires_grad))
 
             yield REPEATS * n, take(longer), row

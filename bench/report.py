@@ -1,6 +1,6 @@
-"""Writes the tables of README.md and docs/results.md from the committed results, and draws the plots.
+"""Writes the tables of README.md and of pages in docs/ from the committed results, and draws the plots.
 
-    python bench/report.py            # rewrite the marked blocks of both pages, and docs/plots
+    python bench/report.py            # rewrite the marked blocks of all pages, and docs/plots
     python bench/report.py --check    # exit status 1 if any of them is stale; needs no matplotlib
 
 A block stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`, and is what `tables.BLOCKS[NAME]`
@@ -18,7 +18,7 @@ from plots import FIGURES, fingerprint, write_plot
 from tables import BLOCKS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "limits", "operators")))
 RESULTS, PLOTS = ROOT / "bench" / "results", ROOT / "docs" / "plots"
 
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)

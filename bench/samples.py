@@ -37,6 +37,8 @@ _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _sca
 _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math _fft_r2c _fft_c2r _fft_c2c
 """
 SUMS = frozenset(_SUMS.split())
+#: Operators that the mode serves by torch's own kernel and a choice among its results.
+_SELECTIONS = ("median", "nanmedian", "kthvalue")
 
 
 def operators() -> dict[str, Any]:
@@ -78,7 +80,7 @@ class Recorder(TorchDispatchMode):
             indices = tree_leaves(given.get("indices", given.get("index")))
             sums = given.get("accumulate", False) and any(i is not None and i.dtype != torch.bool for i in indices)
         else:
-            sums = not allowlist.always_allowed(func)
+            sums = name not in _SELECTIONS and not allowlist.always_allowed(func)
         if sums:
             self.sums.add(f"aten::{name}")
 

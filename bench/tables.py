@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import limit_tables
+
 # --------------------------------------------------------------------------------------------------------------
 # what blocks are made of
 
@@ -405,6 +407,16 @@ def step(results: Path) -> str:
     return table(head, out) + "\n" + what + csv_provenance(rows, "h100/step.csv")
 
 
+def limits(results: Path) -> str:
+    """Every operator of torch under the mode, counted."""
+    return limit_tables.limits(load, provenance, table, results)
+
+
+def operators(results: Path) -> str:
+    """Every operator of torch under the mode, by name."""
+    return limit_tables.operators(load, table, results)
+
+
 #: Every block that a page may have. A further benchmark adds a function above and its name here.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
@@ -417,4 +429,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "flash_attention_4": flash_attention_4,
     "bits": bits,
     "step": step,
+    "limits": limits,
+    "operators": operators,
 }

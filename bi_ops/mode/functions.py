@@ -6,6 +6,7 @@ autograd. The replacements bring the library's own gradients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,7 +132,30 @@ def torch_matmul(input: Tensor, other: Tensor, **options: Any) -> Tensor:
     return NotImplemented if given is None or input.ndim == 0 or other.ndim == 0 else matmul.matmul(*given)
 
 
-#: What replaces a function of torch where its first argument is a floating-point tensor on the kernels' device. The
+def multi_dot(tensors: Sequence[Tensor], **options: Any) -> Tensor:
+    """`torch.linalg.multi_dot` from left to right: torch chooses the order by all sizes, that of the batch included."""
+    if options or len(tensors) < 3:  # two have one order; fewer are torch's error
+        return NotImplemented
+    bad = next((t for t in tensors[1:-1] if t.ndim != 2), None)
+    if bad is not None or not all(t.ndim in (1, 2) for t in tensors):
+        raise ValueError("multi_dot: needs matrices, of which the first and the last may be vectors")
+    return functools.reduce(torch.matmul, tensors)
+
+
+def chain_matmul(*matrices: Tensor, **options: Any) -> Tensor:
+    """`torch.chain_matmul`, as `multi_dot`."""
+    return multi_dot(matrices, **options)
+
+
+def einsum(*args: Any) -> Tensor:
+    """`torch.einsum` from left to right: with opt_einsum installed torch chooses the order by all sizes."""
+    if len(args) <= 3 and not isinstance(args[-1], (list, tuple)):
+        return NotImplemented
+    with torch.backends.opt_einsum.flags(enabled=False):
+        return torch.einsum(*args)
+
+
+#: What replaces a function of torch where its first tensor is a floating-point one on the kernels' device. The
 #: replacement has the function's arguments, and returns NotImplemented for what is left to the dispatcher.
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
@@ -153,6 +177,9 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.matmul: torch_matmul,
     torch.Tensor.matmul: torch_matmul,
     torch.linalg.matmul: torch_matmul,
+    torch.linalg.multi_dot: multi_dot,
+    torch.chain_matmul: chain_matmul,
+    torch.einsum: einsum,
 }
 
 
@@ -161,7 +188,9 @@ def replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     replacement = FUNCTIONS.get(func)
     if replacement is None:
         return NotImplemented
-    first = args[0] if args else kwargs.get("input", kwargs.get("query"))
+    first = args[0] if args else kwargs.get("input", kwargs.get("query", kwargs.get("tensors")))
+    first = args[1] if isinstance(first, str) and len(args) > 1 else first  # of einsum
+    first = first[0] if isinstance(first, (list, tuple)) and first else first
     if not (isinstance(first, Tensor) and first.device.type == runtime.device_type() and first.is_floating_point()):
         return NotImplemented
     return replacement(*args, **kwargs)

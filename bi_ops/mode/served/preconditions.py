@@ -86,7 +86,7 @@ def _scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor, *_: Any, **__:
 def _index_put(
     x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False, unsafe: bool = False
 ) -> bool:
-    if not accumulate:
+    if not accumulate or all(i is None or i.dtype == torch.bool for i in indices):
         return True  # torch's own operator serves it
     masks = (torch.bool, torch.uint8)
     axes = sum(i.ndim if i is not None and i.dtype in masks else 1 for i in indices)
