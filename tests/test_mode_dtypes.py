@@ -136,5 +136,16 @@ def test_a_linear_under_autocast_keeps_its_main_grad(device):
 
 
 def test_where_autocast_computes_in_fp32_is_asked_of_torch():
-    kinds = [dtypes._computed_in_fp32("aten::rms_norm", kind) for kind in ("cuda", "cpu")]
-    assert kinds == [True, False]
+    assert {"aten::rms_norm": {"cuda"}} == dtypes.IN_FP32
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_compile_under_autocast(autocast, device):
+    layer = torch.nn.Sequential(bi_ops.nn.Linear(16, 8, device=device), bi_ops.nn.RMSNorm(8, device=device))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 16, device=device)
+    with torch.autocast(device.type, BF16, enabled=autocast):
+        ours, eager = compiled(x), layer(x)
+    assert ours.dtype == eager.dtype
+    assert torch.equal(ours, eager)
+    torch._dynamo.reset()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
+#: Operators of torch for which it matters, and the kinds of device where autocast computes them in fp32.
+IN_FP32 = {
+    op: frozenset(
+        kind
+        for kind in ("cpu", "cuda")
+        if torch._C._dispatch_has_kernel_for_dispatch_key(op, f"Autocast{kind.upper()}")
+    )
+    for op in ("aten::rms_norm",)
+}
+
 
 def autocast_is_on(x: torch.Tensor) -> bool:
     """Whether torch.autocast is on for the device of x."""
-    return torch.is_autocast_enabled(x.device.type)
-
-
-@functools.cache
-def _computed_in_fp32(op: str, kind: str) -> bool:
-    """Whether autocast has a rule for torch's operator `op` on this kind of device, as for most norms on GPUs."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op, f"Autocast{kind.upper()}")
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
 def lowered(*operands: Any) -> tuple[Any, ...]:
@@ -28,8 +31,8 @@ def lowered(*operands: Any) -> tuple[Any, ...]:
 
 
 def widened(op: str, *operands: Any) -> tuple[Any, ...]:
-    """The operands of torch's operator `op` ("aten::rms_norm"), cast to fp32 where autocast computes it in fp32."""
-    if not (autocast_is_on(operands[0]) and _computed_in_fp32(op, operands[0].device.type)):
+    """The operands of torch's operator `op`, of `IN_FP32`, cast to fp32 where autocast computes it in fp32."""
+    if not (autocast_is_on(operands[0]) and operands[0].device.type in IN_FP32[op]):
         return operands
     return tuple(_cast(t, torch.float32) for t in operands)
 
