@@ -3,8 +3,8 @@
 What is compared, for each of an operator's sample inputs (torch's own, a few spread over the list):
 
 - **Values and gradients.** Torch runs the operator in the sample's dtype and in fp64. The error under the mode may be
-  twice torch's own error, plus two roundings of the result and those of a short sum in fp32; integers, shapes, dtypes
-  and contiguity must be torch's.
+  twice torch's own error, plus two roundings of the result and those of a short sum in fp32; integers, shapes and
+  dtypes must be torch's, and a result contiguous where torch's is.
 - **Reruns.** A second run under the mode has the same bits, forward and gradient.
 - **Rows.** A leading axis is a batch axis of some tensors of a sample if fp64 torch says so: with these tensors
   repeated along axis 0, each output's row, and the gradient's, is the output of that row alone, to 1e-9.
@@ -43,8 +43,11 @@ MOST_ELEMENTS = 1 << 18  # of a repeated tensor
 # comparing
 
 
-def difference(ours: Any, torchs: Any, reference: Any) -> str:
-    """How `ours` differs from `torchs`, judged by the fp64 `reference` (None: by torchs alone); "" if it does not."""
+def difference(ours: Any, torchs: Any, reference: Any, strides: bool = True) -> str:
+    """How `ours` differs from `torchs`, judged by the fp64 `reference` (None: by torchs alone); "" if it does not.
+
+    strides: whether it has to be contiguous where torchs is.
+    """
     if not isinstance(torchs, Tensor):
         same = ours == torchs or (isinstance(ours, float) and math.isclose(ours, torchs, rel_tol=1e-5, abs_tol=1e-5))
         return "" if same or ours != ours else f"{ours} for {torchs}"
@@ -56,7 +59,7 @@ def difference(ours: Any, torchs: Any, reference: Any) -> str:
         return f"shape {list(ours.shape)} for {list(torchs.shape)}"
     if torchs.layout != torch.strided or torchs.is_quantized:
         return "" if ours.layout == torchs.layout else f"layout {ours.layout} for {torchs.layout}"
-    if torchs.is_contiguous() and not ours.is_contiguous():
+    if strides and torchs.is_contiguous() and not ours.is_contiguous():
         return f"strides {list(ours.stride())} for {list(torchs.stride())}"
     if equal_bits(ours, torchs):
         return ""
@@ -78,11 +81,12 @@ def difference(ours: Any, torchs: Any, reference: Any) -> str:
     return "" if error <= allowed else f"error {error:.2e}, torch's is {float(own.max()):.2e}"
 
 
-def first_difference(ours: list[Any], torchs: list[Any], references: list[Any] | None) -> str:
+def first_difference(ours: list[Any], torchs: list[Any], references: list[Any] | None, strides: bool = True) -> str:
     if len(ours) != len(torchs):
         return f"{len(ours)} results for {len(torchs)}"
     references = references if references is not None and len(references) == len(torchs) else [None] * len(torchs)
-    return next((d for o, t, r in zip(ours, torchs, references, strict=True) if (d := difference(o, t, r))), "")
+    found = (difference(o, t, r, strides) for o, t, r in zip(ours, torchs, references, strict=True))
+    return next((d for d in found if d), "")
 
 
 def same_elements(x: Any, ours: list[Any], torchs: list[Any]) -> bool:
@@ -331,7 +335,7 @@ class Judge:
         elif has_gradient and mine.grads is None:
             self._say("backward", "wrong", "gradient: the result requires none")
         elif has_gradient:
-            d = first_difference(mine.grads, torchs.grads, exact and exact.grads)
+            d = first_difference(mine.grads, torchs.grads, exact and exact.grads, strides=False)
             self._say("backward", "wrong" if d else "right", f"gradient: {d}")
         for name in sorted(recorder.sums):
             self._say("forward", "wrong", f"sum: {name} reached torch's own kernel")

@@ -101,6 +101,9 @@ WRONG_SHAPES = {
     "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(
         ones(1, 2, 3, 8), ones(1, 2, 4, 6), ones(1, 2, 4, 6)
     ),
+    "avg_pool1d, padding": lambda: F.avg_pool1d(ones(1, 1, 8), 2, 1, 4),
+    "avg_pool2d, negative padding": lambda: F.avg_pool2d(ones(1, 1, 8, 8), 2, 1, (0, -1)),
+    "avg_pool3d, divisor": lambda: F.avg_pool3d(ones(1, 1, 4, 4, 4), 2, divisor_override=0),
     "embedding_dense_backward": lambda: aten.embedding_dense_backward(ones(3, 4), ids(0, 1), 5, -1, False),
 }
 

@@ -55,13 +55,13 @@ def call(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Ab
         not inexact and not to_float and (functional_form(op) or op) not in INTEGERS
     ):  # integers add up to the same in any order
         return op(*args, **kwargs)
+    check_arguments(op, args, kwargs)
     if op in SERVED:
         if op not in WIDE and (
             any(t.dtype == torch.float64 or t.is_complex() for t in here) or wanted == torch.float64
         ):
             raise unsupported(op._schema.name, tensors, "is not served in fp64 or complex numbers")
         with torch._C.DisableTorchFunction():
-            check_arguments(op, args, kwargs)
             return SERVED[op](*args, **kwargs)
     parts = COMPOSED.get(op) or decomposition(op)
     if parts is not None:

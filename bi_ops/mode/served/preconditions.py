@@ -20,8 +20,11 @@ TAKES: dict[OpOverload, Callable[..., bool]] = {}
 def check_arguments(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise what torch would for these arguments, or a ValueError that `refuse` makes torch's error of."""
     takes = TAKES.get(op)
-    if takes is not None and not takes(*args, **kwargs):
-        raise ValueError(f"{op._schema.name} does not take these arguments")
+    if takes is None:
+        return
+    with torch._C.DisableTorchFunction():
+        if not takes(*args, **kwargs):
+            raise ValueError(f"{op._schema.name} does not take these arguments")
 
 
 def judges(*names: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
@@ -112,3 +115,18 @@ def _nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, how: int, ignore
     if not target.is_cpu:
         return True  # gather asserts it on the device
     return bool(((target == ignore_index) | ((target >= 0) & (target < x.shape[axis]))).all())
+
+
+@judges("avg_pool2d", "avg_pool3d")
+def _avg_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+) -> bool:
+    n = max(len(kernel), len(padding))
+    sizes, pads = (tuple(t) * (n if len(t) == 1 else 1) for t in (kernel, padding))
+    return divisor != 0 and all(0 <= pad <= size // 2 for size, pad in zip(sizes, pads, strict=True))
