@@ -472,3 +472,23 @@ def test_what_the_gluon_kernels_serve(arch):
         config.gluon_dq(4096, 256, half, TwoPass(32, 32), arch),
     ]
     assert never == [None] * len(never)
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_short_sequences_take_little_memory(head_dim):
+    """Beside its gradients the backward keeps fp32 dQ of long sequences, and two numbers a row of whole tiles."""
+    lengths = [200] * 100 + [5] * 30_000 + [30, 5]
+    q, k, v, g, cu = inputs(lengths, 4, 4, head_dim=head_dim)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    out = flash_attention(q, k, v, cu, max_seqlen=200)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = torch.autograd.grad(out, (q, k, v), g)
+    peak, kept = torch.cuda.max_memory_allocated() - before, sum(t.numel() * t.element_size() for t in grads)
+    assert peak < 3 * kept, peak / kept
+    rows = slice(*cu[-3:-1].tolist())  # the last but one, of 30 tokens
+    one = torch.tensor([0, 30], dtype=torch.int32, device="cuda")
+    alone = gradients(*(t.detach()[rows] for t in (q, k, v, g)), one)
+    assert equal(alone, [t[rows] for t in (out.detach(), *grads)])
