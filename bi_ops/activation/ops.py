@@ -35,12 +35,12 @@ def launch(
     n_rows, n_cols = x2.shape[0], x2.shape[1] // 2
     c = config or tile_config(n_rows, n_cols)
     grid = (cdiv(n_rows, c.rows), cdiv(n_cols, c.cols))
-    sizes, options = (n_rows, n_cols, x2.stride(0), c.rows, c.cols), {"num_warps": c.num_warps, **PINNED}
-    large = 2 * n_cols >= SMALL
+    sizes = (n_rows, n_cols, x2.stride(0), c.rows, c.cols)
+    options = {"LARGE": 2 * n_cols >= SMALL, "num_warps": c.num_warps}
     if g is None:
-        silu_and_mul_kernel[grid](x2, out, *sizes, LARGE=large, **options)
+        silu_and_mul_kernel[grid](x2, out, *sizes, **options, **PINNED)
     else:
-        silu_and_mul_backward_kernel[grid](g.contiguous(), x2, out, *sizes, LARGE=large, **options)
+        silu_and_mul_backward_kernel[grid](g.contiguous(), x2, out, *sizes, **options, **PINNED)
     return out
 
 
