@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import runpy
 import warnings
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from bi_ops import attention
+from bi_ops import attention, matmul, reduction
 from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.core.backends import Backend, Backends, Support
 from bi_ops.core.orders import Order, OrderRecord
 from bi_ops.logprob import order as logprob_order
+from bi_ops.models.orders import EXAMPLE, record
 from bi_ops.norm import order as norm_order
 
 
@@ -195,11 +197,44 @@ def test_orders_say_how_the_installed_triton_adds_within_a_thread(release, sums,
         assert order.as_dict()["thread_sums"] == sums
 
 
-def test_an_architecture_is_added_by_one_registration(on_a_gpu):
+TOY = """
+from bi_ops.core import arch
+
+arch.register(arch.Arch("sm_00", orders="sm_00", interpreted=True, gemm_step=32, reduction_lanes=64, reduction_steps=4))
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """An architecture in a file of its own, which registers it."""
+    (tmp_path / "sm_00.py").write_text(TOY)
+    runpy.run_path(str(tmp_path / "sm_00.py"))
+    yield arches.known()["sm_00"]
+    del arches._TABLE["sm_00"]
+
+
+def test_an_architecture_is_one_file_and_one_registration(toy, on_a_gpu):
     on_a_gpu("sm_00")
-    toy = arches.register(arches.Arch(name="sm_00", orders="sm_00", one_pass_backward=True))
-    try:
-        assert replace(arches.of(torch.device("cuda", 0)), thread_sums=toy.thread_sums) == toy
-        assert arches.known()["sm_00"] is toy
-    finally:
-        del arches._TABLE["sm_00"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = arches.of(torch.device("cuda", 0))
+    assert replace(found, thread_sums=toy.thread_sums) == toy
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="the toy's kernels are interpreted")
+def test_operators_compute_in_the_orders_of_a_new_architecture(toy, monkeypatch):
+    a, b, x = torch.randn(9, 300), torch.randn(300, 7), torch.randn(3, 5000)
+
+    def results():
+        return matmul.mm(a, b), reduction.sum(x, 1)
+
+    usual, before = results(), record(EXAMPLE)
+    monkeypatch.setattr(arches, "of", lambda device: toy)
+    assert matmul.order_of(torch.float32).k_step == 32
+    assert reduction.order_of(5000).lanes == 64
+    for ours, theirs in zip(results(), usual, strict=True):
+        assert not torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    differences = record(EXAMPLE).differences(before)
+    assert differences[0] == "architecture sm_00 and interpreter"
+    assert any(d.startswith("matmul") for d in differences)
