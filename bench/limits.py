@@ -55,7 +55,8 @@ def work(pipe: Any, samples: int) -> None:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while (pair := pipe.recv()) is not None:
             try:
-                pipe.send(judge(*pair, samples).asdict())
+                name, dtype = pair
+                pipe.send(judge(name, dtype, samples).asdict())
             except DeviceIsGone as error:
                 pipe.send(crashed(pair, str(error)))
                 break

@@ -81,7 +81,12 @@ def difference(ours: Any, torchs: Any, reference: Any, strides: bool = True) -> 
     return "" if error <= allowed else f"error {error:.2e}, torch's is {float(own.max()):.2e}"
 
 
-def first_difference(ours: list[Any], torchs: list[Any], references: list[Any] | None, strides: bool = True) -> str:
+def compose(outer: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: outer(inner(*args))
+
+
+def first_difference(ours: Any, torchs: Any, references: Any, strides: bool = True) -> str:
+    """How lists of results differ. references: in fp64, or None."""
     if len(ours) != len(torchs):
         return f"{len(ours)} results for {len(torchs)}"
     references = references if references is not None and len(references) == len(torchs) else [None] * len(torchs)
@@ -359,7 +364,7 @@ class Judge:
             try:
                 seen = by_rows(ours, big, row, rows, close=False)
                 if not seen[0] and any(not t.is_floating_point() for t in ours(big).outputs):
-                    tied = by_rows(ours, with_ties(big), lambda i, row=row: with_ties(row(i)), rows, close=False)
+                    tied = by_rows(ours, with_ties(big), compose(with_ties, row), rows, close=False)
                     if tied[0]:
                         self._say("forward", "wrong", "row: at ties, alone it has another index than in a batch")
             except Exception as error:

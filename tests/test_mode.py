@@ -252,7 +252,9 @@ RAISES = {
     "_linalg_svd": lambda x: torch.linalg.svdvals(x),
     "scatter_reduce": lambda x: x.scatter_reduce(1, torch.zeros(6, 8, dtype=torch.long, device=x.device), x, "prod"),
     "scatter": lambda x: x.scatter(1, torch.zeros(6, 8, dtype=torch.long, device=x.device), x, reduce="multiply"),
-    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(*[x.view(1, 1, 6, 8)] * 3, dropout_p=0.5),
+    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(
+        x.view(1, 1, 6, 8), x.view(1, 1, 6, 8), x.view(1, 1, 6, 8), dropout_p=0.5
+    ),
     "embedding_dense_backward": lambda x: (
         F.embedding(torch.zeros(3, dtype=torch.long, device=x.device), x, scale_grad_by_freq=True).sum().backward()
     ),

@@ -122,7 +122,8 @@ def test_attention_under_autocast_has_autocasts_dtype(device):
     q, starts = torch.randn(5, 2, 16, device=device), torch.tensor([0, 5], dtype=torch.int32, device=device)
     with torch.autocast(device.type, BF16):
         out = layer(q, q, q, starts)
-        expected = F.scaled_dot_product_attention(*[q.transpose(0, 1)[None]] * 3, is_causal=True)
+        x = q.transpose(0, 1)[None]
+        expected = F.scaled_dot_product_attention(x, x, x, is_causal=True)
     assert out.dtype == expected.dtype == BF16
     torch.testing.assert_close(out, expected[0].transpose(0, 1), rtol=0.02, atol=0.02)
 
@@ -132,6 +133,7 @@ def test_a_linear_under_autocast_keeps_its_main_grad(device):
     bi_ops.nn.allocate_main_grads(layer)
     with torch.autocast(device.type, BF16):
         layer(torch.ones(16, 8, device=device)).float().sum().backward()
+    assert layer.main_grad is not None
     assert torch.equal(layer.main_grad, torch.full((5, 8), 16.0, device=device))
 
 

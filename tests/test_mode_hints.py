@@ -75,7 +75,9 @@ REFUSED = {
         1, torch.arange(8, device=x.device).expand(6, 8), x.detach(), "prod", include_self=False
     ),
     "fp64": lambda x: (x.double() @ x.double().t()).float(),
-    "attention with dropout": lambda x: F.scaled_dot_product_attention(*[x.view(1, 1, 6, 8)] * 3, dropout_p=1e-9),
+    "attention with dropout": lambda x: F.scaled_dot_product_attention(
+        x.view(1, 1, 6, 8), x.view(1, 1, 6, 8), x.view(1, 1, 6, 8), dropout_p=1e-9
+    ),
 }
 
 

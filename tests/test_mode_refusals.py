@@ -235,7 +235,8 @@ def changes(value: Any) -> Iterator[Any]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", VALID)
 def test_one_changed_argument_is_torchs_result_or_torchs_error(name):
-    fn, *args = VALID[name]
+    fn: Any = VALID[name][0]
+    args = VALID[name][1:]
     refused = 0
     for place, value in enumerate(args):
         for changed in changes(value):

@@ -51,7 +51,7 @@ def transformable(op: str, call: Fn, setup_context: Fn | None, backward: Fn | No
     def vmapped(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         """Slice by slice: each has the bits that it has alone."""
         slices: list[Any] = [
-            function.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            node.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         if not slices:
@@ -73,8 +73,8 @@ def transformable(op: str, call: Fn, setup_context: Fn | None, backward: Fn | No
         "jvp": staticmethod(no_jvp),
         "vmap": staticmethod(vmapped),
     }
-    function: type[torch.autograd.Function] = type(op, (torch.autograd.Function,), members)
-    return function
+    node: type[torch.autograd.Function] = type(op, (torch.autograd.Function,), members)
+    return node
 
 
 class Node(torch.autograd.Function):
