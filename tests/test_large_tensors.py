@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -55,11 +56,12 @@ def two_grads(main_grad: torch.Tensor | None) -> dict[str, torch.Tensor]:
 
 
 OPERATORS = {
-    "mm": Operator(matmul.mm, ((ROWS, 32), (32, 24))),
-    "mm, weights transposed": Operator(lambda x, w: matmul.mm(x, w.t()), ((ROWS, 32), (24, 32))),
+    "mm": Operator(lambda a, b: matmul.mm(a, b, backend="triton"), ((ROWS, 32), (32, 24))),
+    "mm, weights transposed": Operator(lambda x, w: matmul.mm(x, w.t(), backend="triton"), ((ROWS, 32), (24, 32))),
+    "mm, by the default": Operator(matmul.mm, ((ROWS, 32), (32, 24))),
     "bmm": Operator(matmul.bmm, ((3, 4, 16), (3, 16, 5)), rows=2),
     "linear": Operator(
-        lambda x, w, main_grad=None: matmul.linear(x, w, main_grad=main_grad),
+        lambda x, w, main_grad=None: matmul.linear(x, w, main_grad=main_grad, backend="triton"),
         ((ROWS, 32), (24, 32)),
         main_grad=(24, 32),
     ),
@@ -146,7 +148,8 @@ def test_both_widths_have_the_same_bits(name, accumulate, device, monkeypatch, l
         monkeypatch.setattr(module, "SMALL", 0)
     wide = run(op, tensors, accumulate=accumulate)
     assert all(large for _, large in launches)
-    assert launches or name.startswith(("sum", "mean"))  # they count in 64 bits always
+    # Sums count in 64 bits always, and so does cuBLASLt.
+    assert launches or name.startswith(("sum", "mean")) or (not runtime.INTERPRET and "default" in name)
     assert_same(narrow, wide)
 
 
@@ -262,7 +265,7 @@ def test_columns_fit_a_grid(n_cols, monkeypatch):
 
 
 def test_more_rows_than_a_grid_has_programs_are_refused():
-    with pytest.raises(ValueError, match=r"softmax: 2147483648 rows.*in parts"):
+    with pytest.raises(ValueError, match=r"softmax: 2147483648 programs.*in parts"):
         limits.check_programs("softmax", 2**31)
     limits.check_programs("softmax", 2**31 - 1)
 
@@ -271,12 +274,12 @@ def test_more_rows_than_a_grid_has_programs_are_refused():
 @pytest.mark.parametrize("mode", [False, True])
 def test_batches_of_65536(mode, device):
     a, b = torch.randn(65536, 3, 16, device=device), torch.randn(65536, 16, 2, device=device)
+    g = torch.randn(65536, 3, 2, device=device)
     if mode:
         with batch_invariant_backward_mode():
-            out = run(Operator(torch.bmm, ()), [a, b])
+            out = run(Operator(torch.bmm, ()), [a, b], g)
     else:
-        out = run(Operator(matmul.bmm, ()), [a, b])
-    g = torch.randn(out[0].shape, device=device, generator=generator(device))
+        out = run(Operator(matmul.bmm, ()), [a, b], g)
     for part in (slice(0, 100), slice(65500, 65536)):
         small = run(Operator(matmul.bmm, ()), [a[part], b[part]], g[part])
         assert_same([t[part] for t in out[:3]], small[:3])
@@ -306,7 +309,7 @@ def test_columns_past_the_grid(device):
     assert (dx[:, -5:] <= 0).all()
 
     looked_up = run(Operator(lambda w: embedding.embedding(ids(w, 2), w), ()), [x], torch.ones_like(x))
-    assert_same(looked_up[:2], (x, torch.ones_like(x)))
+    assert_same(looked_up[:2], (x.flip(0), torch.ones_like(x)))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -321,12 +324,13 @@ LONG = {
     for name, shapes in {
         "mm": ((TAIL, 4096), (4096, 512)),
         "mm, weights transposed": ((TAIL, 512), (4096, 512)),
+        "mm, by the default": ((TAIL, 4096), (4096, 512)),
         "linear": ((TAIL, 4096), (24, 4096)),
         "bmm": ((TAIL, 32, 64), (TAIL, 64, 32)),
         "rms_norm": ((TAIL, 4096), (4096,)),
         "rms_norm of heads": ((TAIL, 32, 128), (128,)),
         "add_rms_norm": ((TAIL, 4096), (TAIL, 4096), (4096,)),
-        "qk_norm_rope": ((TAIL, 64 * DIM), (DIM,), (DIM,)),
+        "qk_norm_rope": ((TAIL, (HEADS + 60) * DIM), (DIM,), (DIM,)),
         "apply_rope": ((TAIL, 512, DIM),),
         "silu_and_mul": ((TAIL, 8192),),
         "softmax": ((TAIL, 8192),),
@@ -375,14 +379,13 @@ def test_columns_of_a_gemm_past_2_31(device, emptied):
     n = 2**20 + 64
     a, b = torch.randn(16, 2048, device=device).bfloat16(), torch.zeros(n, 2048, device=device, dtype=torch.bfloat16)
     b[-64:] = torch.randn(64, 2048, device=device)
-    for backend in (None, "triton"):
-        big = matmul.mm(a, b.t(), backend=backend)
-        assert torch.equal(big[:, -64:], matmul.mm(a, b[-64:].t(), backend=backend))
+    mm = functools.partial(matmul.mm, backend="triton")
+    assert torch.equal(mm(a, b.t())[:, -64:], mm(a, b[-64:].t()))
     a = a[:, :16].repeat(4096, 1).contiguous()  # and an output: 2**16 x 2**15 + 64
     b = torch.randn(16, 2**15 + 64, device=device).bfloat16()
-    big = matmul.mm(a, b)
+    big = mm(a, b)
     assert big.numel() > 2**31
-    assert torch.equal(big[-16:, -64:], matmul.mm(a[-16:], b[:, -64:].contiguous()))
+    assert torch.equal(big[-16:, -64:], mm(a[-16:], b[:, -64:].contiguous()))
 
 
 @pytest.mark.gpu

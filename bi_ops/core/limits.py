@@ -34,4 +34,4 @@ def columns_for_grid(n_cols: int) -> int:
 def check_programs(op: str, programs: int) -> None:
     """Raise ValueError if the first axis of a grid does not hold so many programs."""
     if programs >= 2**31:
-        raise ValueError(f"{op}: {programs} rows, each a program of its own; a grid holds 2**31 - 1. Call it in parts")
+        raise ValueError(f"{op}: {programs} programs, and a grid holds 2**31 - 1; call it in parts of fewer rows")

@@ -11,6 +11,7 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
+from bi_ops.core.limits import check_programs
 from bi_ops.core.operators import custom_op
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.reduction import order as orders
@@ -24,6 +25,7 @@ def _launch(x: torch.Tensor, out: torch.Tensor, order: orders.SumOrder, config: 
     n_spans = out.shape[1]
     c = config or sum_config(m, k, order.lanes)
     tiles = m * cdiv(k, c.rows) if c.along_k else cdiv(m * k, c.rows)
+    check_programs("sum", tiles * n_spans)
     sum_kernel[(tiles * n_spans,)](
         x,
         out,
