@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -240,12 +241,15 @@ def test_strides_past_2_31(name, device, storage):
 # axes longer than a grid
 
 
-def test_a_batch_longer_than_a_grid_is_launched_in_parts(device, monkeypatch, launches):
+@pytest.mark.parametrize("mode", [False, True])
+def test_a_batch_longer_than_a_grid_is_launched_in_parts(mode, device, monkeypatch, launches):
     a, b = torch.randn(7, 3, 16, device=device), torch.randn(7, 16, 2, device=device)
-    expected = run(Operator(matmul.bmm, ()), [a, b])
+    g = torch.randn(7, 3, 2, device=device)
+    expected = run(Operator(matmul.bmm, ()), [a, b], g)
     launches.clear()
     monkeypatch.setattr(matmul_launch, "GRID_YZ", 3)
-    assert_same(expected, run(Operator(matmul.bmm, ()), [a, b]))
+    with batch_invariant_backward_mode() if mode else contextlib.nullcontext():
+        assert_same(expected, run(Operator(torch.bmm if mode else matmul.bmm, ()), [a, b], g))
     assert [grid[1] for grid, _ in launches] == [3, 3, 1] * 3
 
 
