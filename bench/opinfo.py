@@ -258,7 +258,8 @@ def kind_of(error: Exception) -> tuple[str, str]:
     text = str(error)
     if isinstance(error, NotImplementedError) and text.startswith("batch-invariant mode: "):
         return "refused", text
-    if isinstance(error, (TypeError, ValueError, IndexError)) and not text.startswith("'"):
+    named = re.match(r"[\w:.-]+: ", text)  # "softmax: x needs ...": a check of bi_ops', not an accident
+    if isinstance(error, (TypeError, ValueError, IndexError)) and named:
         return "refused", f"{type(error).__name__}: {text}"
     return "crash", f"{type(error).__name__}: {text}"
 
