@@ -29,7 +29,7 @@ _softmax_backward_data _log_softmax_backward_data _safe_softmax _masked_softmax 
 embedding_renorm renorm _embedding_bag _embedding_bag_forward_only scatter_add index_add scatter_reduce index_reduce
 _segment_reduce segment_reduce _segment_reduce_backward avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
 _adaptive_avg_pool3d max_pool2d_with_indices_backward max_pool3d_with_indices_backward adaptive_max_pool2d_backward
-adaptive_max_pool3d_backward grid_sampler_2d grid_sampler_3d _cdist_forward _pdist_forward histc col2im
+adaptive_max_pool3d_backward grid_sampler_2d grid_sampler_3d _cdist_forward _pdist_forward col2im
 unfold_backward reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward
 replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward _ctc_loss nll_loss_forward
 nll_loss2d_forward multi_margin_loss multilabel_margin_loss_forward _weight_norm_interface _foreach_norm
@@ -74,7 +74,9 @@ class Recorder(TorchDispatchMode):
         floats = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
         if not floats or all(t.numel() <= 1 for t in floats) or given.get("reduction") == 0:
             return
-        if name in SUMS:
+        if given.get("reduce") in ("amax", "amin"):
+            sums = False  # the largest of some numbers, in any order
+        elif name in SUMS:
             sums = not (name == "scatter_add" and _one_per_element(**given))
         elif name in ("index_put", "_index_put_impl", "put"):
             indices = tree_leaves(given.get("indices", given.get("index")))

@@ -101,6 +101,7 @@ WRONG_SHAPES = {
     "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(
         ones(1, 2, 3, 8), ones(1, 2, 4, 6), ones(1, 2, 4, 6)
     ),
+    "renorm": lambda: torch.renorm(ones(()), 2, 0, 1.0),
     "avg_pool1d, padding": lambda: F.avg_pool1d(ones(1, 1, 8), 2, 1, 4),
     "avg_pool2d, negative padding": lambda: F.avg_pool2d(ones(1, 1, 8, 8), 2, 1, (0, -1)),
     "avg_pool3d, divisor": lambda: F.avg_pool3d(ones(1, 1, 4, 4, 4), 2, divisor_override=0),
@@ -120,6 +121,7 @@ WRONG_DTYPES = {
     "scatter_add": lambda: zeros(3, 2).scatter_add(0, ids([1, 0], [1, 0]), bf16(2, 2)),
     "scatter_add, int32": lambda: zeros(3, 2).scatter_add(0, ids([1, 0], [1, 0]).float(), ones(2, 2)),
     "index_put": lambda: zeros(4).index_put((ids(1, 1),), bf16(2), True),
+    "mean": lambda: ones(4).mean(dtype=torch.int64),
     "index_reduce": lambda: zeros(3, 2).index_reduce(0, ids(1, 0), bf16(2, 2), "mean"),
     "scatter_reduce": lambda: zeros(3, 2).scatter_reduce(0, ids([1, 0], [1, 0]), bf16(2, 2), "sum"),
     "nll_loss": lambda: F.nll_loss(ones(2, 3), ones(2)),
@@ -259,6 +261,16 @@ def test_one_changed_argument_is_torchs_result_or_torchs_error(name):
                 expected = call()
                 torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
     assert refused > 2
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (0, 2), (3, 0)])
+def test_no_index_adds_nothing(shape, device):
+    x, none = torch.ones(shape, device=device).requires_grad_(), torch.zeros(0, dtype=torch.long, device=device)
+    with mode.batch_invariant_backward_mode():
+        assert torch.equal(x.index_add(0, none, x.new_zeros(0, shape[1])), x)
+        assert torch.equal(x.index_put((none,), x.new_zeros(0, shape[1]), True), x)
+        x.index_select(0, none).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.zeros_like(x))  # noqa: PT018
 
 
 def test_every_served_operator_that_looks_up_by_index_is_here():

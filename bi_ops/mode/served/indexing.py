@@ -75,8 +75,9 @@ def _put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> 
 def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
     source = source if alpha == 1 else source * alpha
     moved = x.movedim(dim, 0) if x.ndim else x[None]
-    values = (source.movedim(dim, 0) if source.ndim else source[None]).reshape(index.numel(), -1)
-    out = _accumulate(moved.reshape(moved.shape[0], -1), index.reshape(-1), values).view(moved.shape)
+    width = math.prod(moved.shape[1:])
+    values = (source.movedim(dim, 0) if source.ndim else source[None]).reshape(index.numel(), width)
+    out = _accumulate(moved.reshape(moved.shape[0], width), index.reshape(-1), values).view(moved.shape)
     return out.movedim(0, dim).contiguous() if x.ndim else out[0]
 
 

@@ -130,3 +130,13 @@ def _avg_pool(
     n = max(len(kernel), len(padding))
     sizes, pads = (tuple(t) * (n if len(t) == 1 else 1) for t in (kernel, padding))
     return divisor != 0 and all(0 <= pad <= size // 2 for size, pad in zip(sizes, pads, strict=True))
+
+
+@judges("mean", "mean.dim")
+def _mean(*args: Any, dtype: torch.dtype | None = None, **_: Any) -> bool:
+    return dtype is None or dtype.is_floating_point or dtype.is_complex
+
+
+@judges("renorm")
+def _renorm(x: Tensor, *_: Any) -> bool:
+    return x.ndim >= 2
