@@ -14,7 +14,8 @@ An operator in a dtype is one pair. Its verdict:
     none       torch itself computes no sample here
 
 How each is decided: `bench/opinfo.py`. Operators run in processes of their own kind, so that one that crashes takes no
-other with it. Exit status 1 if a pair is wrong or crashed.
+other with it. What was interrupted writes what it has, and how many are left. Exit status 1 if a pair is wrong, crashed or
+left.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -35,7 +37,7 @@ from typing import Any
 from record import provenance
 
 import bi_ops  # isort: skip  # noqa: F401  (before triton)
-from opinfo import DTYPES, DeviceIsGone, Verdict, judge
+from opinfo import DTYPES, DeviceIsGone, Verdict, is_fatal, judge
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from samples import operators
@@ -62,6 +64,8 @@ def work(pipe: Any, samples: int) -> None:
                 break
             except Exception as error:
                 pipe.send(crashed(pair, f"{type(error).__name__}: {error}"))
+                if is_fatal(error):
+                    break
     pipe.close()
     os._exit(0)  # a CUDA context that is gone may not be torn down
 
@@ -136,6 +140,13 @@ def judged(pairs: list[Pair], jobs: int, samples: int, limit: float) -> Iterator
             worker.end()
 
 
+def until_interrupted(verdicts: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The verdicts up to Ctrl-C or a SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with contextlib.suppress(KeyboardInterrupt):
+        yield from verdicts
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder that limits.json is written to; default: print alone")
@@ -164,7 +175,7 @@ def main() -> int:
     found = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("operators", total=len(pairs))
-        for verdict in judged(pairs, args.jobs, args.samples, args.limit):
+        for verdict in until_interrupted(judged(pairs, args.jobs, args.samples, args.limit)):
             found.append(verdict)
             progress.advance(bar)
             if args.only or verdict["verdict"] in ("wrong", "crash"):
@@ -174,11 +185,14 @@ def main() -> int:
             elif not console.is_terminal and len(found) % 100 == 0:
                 print(f"{len(found)} of {len(pairs)}", file=sys.stderr, flush=True)
     counts = {kind: sum(v["verdict"] == kind for v in found) for kind in ORDER}
-    print(", ".join(f"{n} {kind}" for kind, n in counts.items()))
+    left = len(pairs) - len(found)
+    print(", ".join(f"{n} {kind}" for kind, n in (counts | {"left": left}).items()))
     if args.out:
         found.sort(key=lambda v: (v["op"], v["dtype"]))
-        write_json(args.out / "limits.json", {**provenance(args.commit), "counts": counts, "pairs": found})
-    return 1 if counts["wrong"] or counts["crash"] else 0
+        write_json(
+            args.out / "limits.json", {**provenance(args.commit), "counts": counts, "left": left, "pairs": found}
+        )
+    return 1 if counts["wrong"] or counts["crash"] or left else 0
 
 
 if __name__ == "__main__":

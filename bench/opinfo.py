@@ -356,7 +356,8 @@ class Judge:
     def _rows(self, given: Any, plain: Any, ours: Any) -> None:
         for rows, big, row in batches(given):
             try:
-                meant = by_rows(lambda s, c: plain(wide(s), c), big, row, rows, close=True)
+                # On the CPU, where what is no batch axis raises; on a GPU an index out of range ends the process.
+                meant = by_rows(lambda s, c: plain(copied(wide(s), Tensor.cpu), c), big, row, rows, close=True)
             except Exception:
                 continue  # these tensors have no common batch axis
             if meant[0]:
@@ -410,9 +411,14 @@ class DeviceIsGone(Exception):
     """The CUDA context is unusable: the process has to end."""
 
 
+def is_fatal(error: Exception) -> bool:
+    """Does `error` leave no usable device?"""
+    return any(s in str(error) for s in ("device-side assert", "illegal memory access", "CUDA error", "launch failure"))
+
+
 def fatal(error: Exception) -> None:
     """Raise DeviceIsGone if `error` leaves no usable device."""
-    if any(s in str(error) for s in ("device-side assert", "illegal memory access", "CUDA error", "launch failure")):
+    if is_fatal(error):
         raise DeviceIsGone(f"{type(error).__name__}: {error}"[:400]) from error
 
 

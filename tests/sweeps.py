@@ -20,5 +20,6 @@ def sweep(names: str | tuple[str, ...], values: Iterable[Any], default: Collecti
         return pytest.param(*given, marks=pytest.mark.slow if left_out else (), id=name)
 
     values = list(values)
-    assert all(value in values for value in default), "a default that is no value"
+    # A GPU may have other values, larger ones.
+    assert not runtime.INTERPRET or all(value in values for value in default), "a default that is no value"
     return pytest.mark.parametrize(names, [param(value) for value in values])
