@@ -3,10 +3,10 @@
     python bench/gpu_tests.py --out bench/results/h100 [--jobs 14] [--resume] [FILE ...]
 
 Compiling kernels is most of the time, so tests run in many processes (pytest-xdist), which give each other work. Tests
-that start vLLM engines come last, one after the other; where there are several GPUs, they have the last one to
-themselves from the beginning. tests.json is written while they run: what was interrupted goes
-on with --resume. With FILEs too it is the tests in these that go on; outcomes of other files stay as they are. Exit
-status 0 only if every test has run and none failed.
+that start vLLM engines or take tens of GiB come last, one by one; where there are several GPUs, they have the last one
+to themselves from the beginning. tests.json is written while they run: what was interrupted goes on with --resume. With
+FILEs too it is the tests in these that go on; outcomes of other files stay as they are. Exit status 0 only if every
+test has run and none failed.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from record import provenance
 from bi_ops.core.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+ALONE = ("engine", "memory")  # markers of tests that need a GPU to themselves
 EVERY_S = 10  # between two writes of tests.json
 
 
 class Collector:
-    """A pytest plugin that keeps the names of the tests, those apart that start engines."""
+    """A pytest plugin that keeps the names of the tests, those apart that run alone."""
 
     def __init__(self) -> None:
         self.names: dict[bool, list[str]] = {False: [], True: []}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            self.names[item.get_closest_marker("engine") is not None].append(item.nodeid)
+            self.names[any(item.get_closest_marker(m) for m in ALONE)].append(item.nodeid)
 
 
 class Recorder:
@@ -90,12 +91,12 @@ class Recorder:
         self._tests |= {f"{t['file']}::{t['test']}": t for t in tests}
 
 
-def engines_beside(args: argparse.Namespace, out: Path) -> subprocess.Popen[bytes] | None:
-    """The tests that start engines, in a process that sees the last GPU alone; None if there is but one."""
+def alone_beside(args: argparse.Namespace, out: Path) -> subprocess.Popen[bytes] | None:
+    """The tests that run one by one, in a process that sees the last GPU alone; None if there is but one."""
     last = torch.cuda.device_count() - 1
     if last < 1:
         return None
-    command = [sys.executable, __file__, "--out", str(out), "--engines", "only", "--commit", args.commit or ""]
+    command = [sys.executable, __file__, "--out", str(out), "--alone", "only", "--commit", args.commit or ""]
     return subprocess.Popen([*command, *args.files], env={**os.environ, "CUDA_VISIBLE_DEVICES": str(last)})
 
 
@@ -105,9 +106,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=14, help="processes at a time (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="only tests that failed or have not run")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
-    parser.add_argument(
-        "--engines", choices=("only", "none"), help="only the tests that start engines, or none of them"
-    )
+    parser.add_argument("--alone", choices=("only", "none"), help="only the tests that run one by one, or none of them")
     parser.add_argument("files", nargs="*", help="test files, from the root; all of them by default")
     args = parser.parse_args()
     header, path, known = provenance(args.commit), args.out.resolve() / "tests.json", []
@@ -124,16 +123,16 @@ def main() -> int:
     if exit_code := pytest.main([*common, "--collect-only", "-qq", *(args.files or ["tests"])], [collector]):
         return int(exit_code)
     together, alone = collector.names[False], collector.names[True]
-    together, alone = together * (args.engines != "only"), alone * (args.engines != "none")
+    together, alone = together * (args.alone != "only"), alone * (args.alone != "none")
     recorder = Recorder(path, header, together + alone, known)
-    beside = engines_beside(args, path.parent / "engines") if together and recorder.left(alone) else None
+    beside = alone_beside(args, path.parent / "alone") if together and recorder.left(alone) else None
     for names, options in ((together, ["-n", str(args.jobs), "--dist", "worksteal"]), ([] if beside else alone, [])):
         left = recorder.left(names)
         if left and pytest.main([*common, *options, *left], [recorder]) == pytest.ExitCode.INTERRUPTED:
             break
     if beside:
         beside.wait()
-        recorder.add(json.loads((path.parent / "engines" / path.name).read_text())["tests"])
+        recorder.add(json.loads((path.parent / "alone" / path.name).read_text())["tests"])
     counts = recorder.write()
     print(", ".join(f"{n} {outcome.replace('_', ' ')}" for outcome, n in counts.items()))
     return 1 if counts["failed"] or counts["not_run"] else 0

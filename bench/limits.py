@@ -14,8 +14,8 @@ An operator in a dtype is one pair. Its verdict:
     none       torch itself computes no sample here
 
 How each is decided: `bench/opinfo.py`. Operators run in processes of their own kind, so that one that crashes takes no
-other with it. What was interrupted writes what it has, and how many are left. Exit status 1 if a pair is wrong, crashed or
-left.
+other with it. What was interrupted writes what it has, and how many are left. Exit status 1 if a pair is wrong, crashed
+or left.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from own_attention import cu
 from bi_ops import attention
 from bi_ops.core import runtime
 
+pytestmark = pytest.mark.memory
+
 LENGTHS = [3, 70]
 TOKENS, HEADS, KV_HEADS, DIM = sum(LENGTHS), 6, 3, 16
 SHAPES = {"q": (TOKENS, HEADS, DIM), "k": (TOKENS, KV_HEADS, DIM), "v": (TOKENS, KV_HEADS, DIM)}

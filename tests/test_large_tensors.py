@@ -23,6 +23,8 @@ from bi_ops.norm import ops as norm_ops
 from bi_ops.norm import qk_ops
 from bi_ops.rope import ops as rope_ops
 
+pytestmark = pytest.mark.memory
+
 #: Modules that compare sizes with the limit of 32 bits.
 USERS = (activation_ops, embedding_ops, limits, logprob_ops, matmul_launch, norm_ops, qk_ops, rope_ops)
 
