@@ -120,7 +120,7 @@ def test_the_operator_is_registered_and_compiles(device):
         (lambda x, p, c: apply_rope(x.long(), p, c), TypeError, "int64"),
         (lambda x, p, c: apply_rope(x, p.float(), c), TypeError, "positions"),
         (lambda x, p, c: apply_rope(x, p[:1], c), ValueError, "1 positions for 2 tokens"),
-        (lambda x, p, c: apply_rope(x, p, c[:, :4]), ValueError, "does not fit"),
+        (lambda x, p, c: apply_rope(x, p, c[:, :3]), ValueError, "does not fit"),
         (lambda x, p, c: apply_rope(x, p, c.half()), TypeError, "dtypes differ"),
         (lambda x, p, c: apply_rope(x[..., :3], p, c), ValueError, "even"),
         (lambda x, p, c: apply_rope(x[0], p, c), ValueError, "3 dimensions"),
@@ -176,3 +176,16 @@ def test_the_cache_equals_vllms(device):
             angles = torch.einsum("i,j -> ij", torch.arange(40960, dtype=torch.float), inv_freq)
             theirs = torch.cat((angles.cos(), angles.sin()), dim=-1)
         assert bits_equal(cos_sin_cache(dim, 40960, theta, torch.float32, device), theirs)
+
+
+def test_a_narrower_cache_rotates_the_first_columns_alone(device):
+    x = torch.randn(5, 2, 24, device=device).requires_grad_()
+    positions, cos_sin = torch.arange(5, device=device), cos_sin_cache(8, 16, device=device)
+    y = apply_rope(x, positions, cos_sin)
+    assert torch.equal(y[..., :8], apply_rope(x[..., :8], positions, cos_sin))
+    assert torch.equal(y[..., 8:], x[..., 8:])
+    g = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, g)
+    assert torch.equal(dx[..., 8:], g[..., 8:])
+    back = apply_rope(dx[..., :8], positions, cos_sin)  # the gradient is the rotation back
+    torch.testing.assert_close(back, g[..., :8])

@@ -73,7 +73,7 @@ def transformable(op: str, call: Fn, setup_context: Fn | None, backward: Fn | No
         "jvp": staticmethod(no_jvp),
         "vmap": staticmethod(vmapped),
     }
-    node: type[torch.autograd.Function] = type(op, (torch.autograd.Function,), members)
+    node: Any = type(op, (torch.autograd.Function,), members)
     return node
 
 

@@ -144,7 +144,9 @@ def linear(
         checks.main_grad("linear", "main_grad", main_grad, weight.shape, x.device)
     if bias is None and main_grad is None:
         out = _mm(rows, weight.t(), None, name)
-    elif main_grad is None and is_transformed():  # the same bits from two operators, which torch.func can see into
+    elif main_grad is None and (
+        torch._C._are_functorch_transforms_active() or is_transformed()
+    ):  # the same bits from two operators, which torch.func can see into
         out = add_bias(_mm(rows, weight.t(), None, name), bias)
     else:
         out = _Linear.apply(rows, weight, bias, main_grad, name)

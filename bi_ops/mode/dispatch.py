@@ -22,7 +22,9 @@ from bi_ops.mode.served import (
     check_arguments,
     decomposition,
     functional_form,
+    on_meta,
     refuse,
+    strided_as,
     write,
 )
 from bi_ops.mode.torch_bmm import BMM
@@ -51,9 +53,8 @@ def call(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Ab
     wanted = kwargs.get("dtype")
     inexact = any(t.is_floating_point() or t.is_complex() for t in here)
     to_float = bool(here) and isinstance(wanted, torch.dtype) and (wanted.is_floating_point or wanted.is_complex)
-    if (
-        not inexact and not to_float and (functional_form(op) or op) not in INTEGERS
-    ):  # integers add up to the same in any order
+    exact = not inexact and not to_float  # integers add up to the same in any order
+    if exact and (functional_form(op) or op) not in INTEGERS:
         return op(*args, **kwargs)
     check_arguments(op, args, kwargs)
     if op in SERVED:
@@ -65,8 +66,9 @@ def call(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Ab
             return SERVED[op](*args, **kwargs)
     parts = COMPOSED.get(op) or decomposition(op)
     if parts is not None:
+        expected = on_meta(op, args, kwargs)
         with torch._C.DisableTorchFunction(), torch.no_grad(), mode:
-            return parts(*args, **kwargs)
+            return strided_as(parts(*args, **kwargs), expected)
     form = functional_form(op)
     if form is not None:
         outs = [a.name for a in op._schema.arguments if a.is_out]

@@ -19,6 +19,7 @@ from bi_ops.core.checks import FLOAT_DTYPES
 from bi_ops.core.operators import is_plain
 from bi_ops.core.transforms import is_transformed
 from bi_ops.mode.attention import scaled_dot_product_attention
+from bi_ops.mode.served import scans
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -155,6 +156,25 @@ def einsum(*args: Any) -> Tensor:
         return torch.einsum(*args)
 
 
+# --------------------------------------------------------------------------------------------------------------
+# products: torch's gradient takes one formula or another by whether any element of any row is zero. That of a product
+# by halving is a product too.
+
+
+def prod(
+    input: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    """`torch.prod`."""
+    if options or not isinstance(dim, int | None):
+        return NotImplemented
+    return scans.prod(input, dtype=dtype) if dim is None else scans.prod_dim(input, dim, keepdim, dtype=dtype)
+
+
+def cumprod(input: Tensor, dim: int, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """`torch.cumprod`."""
+    return NotImplemented if options or not isinstance(dim, int) else scans.cumprod(input, dim, dtype=dtype)
+
+
 #: What replaces a function of torch where its first tensor is a floating-point one on the kernels' device. The
 #: replacement has the function's arguments, and returns NotImplemented for what is left to the dispatcher.
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -180,6 +200,10 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.linalg.multi_dot: multi_dot,
     torch.chain_matmul: chain_matmul,
     torch.einsum: einsum,
+    torch.prod: prod,
+    torch.Tensor.prod: prod,
+    torch.cumprod: cumprod,
+    torch.Tensor.cumprod: cumprod,
 }
 
 

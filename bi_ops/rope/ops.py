@@ -134,7 +134,8 @@ def apply_rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) 
     Args:
         x: [T, H, D], bf16, fp16 or fp32; tokens and heads may be strided (a view of a fused projection).
         positions: [T], int64 or int32, in 0..P-1. On a GPU a position outside turns its token into NaN.
-        cos_sin: [P, D] from `cos_sin_cache`, in the dtype of x or fp32. It gets no gradient.
+        cos_sin: [P, R] from `cos_sin_cache`, in the dtype of x or fp32. It gets no gradient. Where R < D the first R
+            columns of a head are rotated, and the rest is copied (partial rotary embedding).
 
     Returns:
         [T, H, D] in the dtype of x, contiguous.
@@ -156,11 +157,12 @@ def apply_rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) 
     )
     checks.shape(
         "apply_rope",
-        cos_sin.shape[1] == dim,
-        lambda: (
-            f"cos_sin {list(cos_sin.shape)} does not fit x {list(x.shape)}: all {dim} columns of a head are rotated"
-        ),
+        0 < cos_sin.shape[1] <= dim and cos_sin.shape[1] % 2 == 0,
+        lambda: f"cos_sin {list(cos_sin.shape)} does not fit x {list(x.shape)}: it needs 2 to {dim} columns, even",
     )
     fits = positions.shape[0] == n_tokens
     checks.shape("apply_rope", fits, lambda: f"{positions.shape[0]} positions for {n_tokens} tokens, x {list(x.shape)}")
+    rotary = cos_sin.shape[1]
+    if rotary < dim:
+        return torch.cat((_rope(x[..., :rotary], positions, cos_sin, False), x[..., rotary:]), -1)
     return _rope(x, positions, cos_sin, False)

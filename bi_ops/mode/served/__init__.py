@@ -15,6 +15,7 @@ from bi_ops.mode.served import (  # noqa: F401  (they register)
     statistics,
     windows,
 )
+from bi_ops.mode.served.as_torch import on_meta, strided_as
 from bi_ops.mode.served.decompositions import decomposition
 from bi_ops.mode.served.preconditions import check_arguments
 from bi_ops.mode.served.registry import COMPOSED, INTEGERS, SERVED, WIDE, functional_form, overload, refuse, write
@@ -27,7 +28,9 @@ __all__ = [
     "check_arguments",
     "decomposition",
     "functional_form",
+    "on_meta",
     "overload",
     "refuse",
+    "strided_as",
     "write",
 ]

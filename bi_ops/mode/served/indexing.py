@@ -146,5 +146,7 @@ def _scatter_value_with(x: Tensor, dim: int, index: Tensor, value: float, *, red
 
 @composes("bincount")
 def _bincount(x: Tensor, weights: Tensor, minlength: int = 0) -> Tensor:
+    if weights.dtype != torch.float32:  # torch adds those in fp64
+        raise unsupported("aten::bincount", [x, weights], "is served with fp32 weights")
     n = max(minlength, int(x.max()) + 1 if x.numel() else 0)
     return weights.new_zeros(n).index_add(0, x, weights)

@@ -45,8 +45,8 @@ def wide(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def moved(x: Tensor, dim: int) -> Tensor:
-    """x with axis `dim` last; a scalar has one of size 1."""
-    return x.movedim(dim, -1) if x.ndim else x[None]
+    """x with axis `dim` last; a scalar has one of size 1. Its gradient is contiguous, as it comes flattened."""
+    return x.reshape(-1).view(x.shape).movedim(dim, -1) if x.ndim else x[None]
 
 
 def _scan(combine: Combine, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:

@@ -16,6 +16,8 @@ bi_ops = torch.ops.bi_ops
 def _last(fn: Callable[..., Tensor], dim: int, *tensors: Tensor, dtype: torch.dtype) -> Tensor:
     """fn over `dim` as the last one; strides are torch's: contiguous, or channels last where the first tensor is."""
     x = tensors[0]
+    if x.numel() == 0:
+        return x.new_empty(x.shape, dtype=dtype)
     if x.ndim == 0:
         return fn(*(t[None] for t in tensors), dtype)[0]
     if dim in (-1, x.ndim - 1):
