@@ -469,5 +469,6 @@ ONE_DOOR_ATEN = names(
     mv dot vdot addmv baddbmm logsumexp index_put index_add scatter_add nll_loss_forward nll_loss_backward mse_loss
     nll_loss2d_forward nll_loss2d_backward _unsafe_index_put _index_put_impl_ put scatter_reduce index_reduce
     smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits
+    median nanmedian kthvalue
     """
 )
