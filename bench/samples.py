@@ -71,7 +71,8 @@ class Recorder(TorchDispatchMode):
     def _note(self, func, args, kwargs) -> None:
         name = func._schema.name.removeprefix("aten::").removesuffix("_")
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        floats = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not t.is_meta]
+        floats = [t for t in tensors if t.is_floating_point()]
         if not floats or all(t.numel() <= 1 for t in floats) or given.get("reduction") == 0:
             return
         if given.get("reduce") in ("amax", "amin"):
