@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -193,6 +193,16 @@ def dq(max_rows: int, n_pairs: int, head_dim: int, dtype: torch.dtype, order: Tw
     if head_dim > 128:
         return KernelConfig(128, 1, 8, 1)
     return KernelConfig(128, 1, 8 if head_dim > 64 else 4, 3)
+
+
+def masked_forward(
+    max_rows: int, n_pairs: int, head_dim: int, dtype: torch.dtype, order: KeySteps, arch: Arch
+) -> KernelConfig:
+    """`forward` under a mask, tiles of which are in shared memory too. Not tuned."""
+    config = forward(max_rows, n_pairs, head_dim, dtype, order, arch)
+    if arch.interpreted or dtype == torch.float32:
+        return config
+    return replace(config, num_stages=min(config.num_stages, 1 if head_dim > 128 else 2))
 
 
 def masked_dq(

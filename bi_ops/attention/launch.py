@@ -255,7 +255,7 @@ def masked_forward(
     (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
     if config is None:
         n_pairs = (seqlens.cu_q.shape[0] - 1) * hkv
-        config = configs.forward(seqlens.max_q * (hq // hkv), n_pairs, head_dim, q.dtype, order, arch)
+        config = configs.masked_forward(seqlens.max_q * (hq // hkv), n_pairs, head_dim, q.dtype, order, arch)
     lse = q.new_empty((hq, n_tokens), dtype=torch.float32)
     neg_max = q.new_empty((hkv, n_tokens, hq // hkv), dtype=torch.float32)
     given = (seqlens.cu_q, seqlens.cu_k, None, seqlens.max_q, params, None, order, config)
