@@ -68,7 +68,7 @@ def ratios(rows: Iterable[Mapping[str, str]], baseline: str) -> list[float]:
 
 
 #: Libraries whose versions are named, of those that a record has.
-LIBRARIES = ("vllm", "torch", "triton", "flash-attn-4")
+LIBRARIES = ("vllm", "torch", "triton", "flash-attn-4", "transformers")
 
 
 def provenance(records: Sequence[Mapping[str, Any]], file: str) -> str:
@@ -417,6 +417,33 @@ def operators(results: Path) -> str:
     return limit_tables.operators(load, table, results)
 
 
+def families(results: Path) -> str:
+    """Per family of transformers and its attention, what each check found; refusals and faults below the table."""
+    record = load(results, "cpu/families.json")
+    if record is None:
+        return ""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in record["rows"]:
+        cells = found.setdefault((row["family"], row["attention"]), {})
+        for check, result in row["results"].items():
+            cells.setdefault(check, []).append(result)
+    checks = ("forward", "backward", "left padding", "generate", "converted")
+    notes: dict[str, int] = {}
+
+    def cell(verdicts: Sequence[str]) -> str:
+        words = []
+        for verdict in dict.fromkeys(verdicts):
+            word, _, why = verdict.partition(": ")
+            why = re.sub(r" on \w+\[[\d, ]*\] on \w+(, \w+\[[\d, ]*\] on \w+)*", "", why)  # shapes are the script's
+            words.append(f"{word} [{notes.setdefault(why, len(notes) + 1)}]" if why else word)
+        return ", ".join(dict.fromkeys(words)) or "-"
+
+    rows = [(name, attention, *(cell(cells.get(c, ())) for c in checks)) for (name, attention), cells in found.items()]
+    made = table(("family", "attention", *checks), rows)
+    listed = "".join(f"{i}. {why}\n" for why, i in notes.items())
+    return f"{made}\n{listed}\n{provenance([record], 'cpu/families.json')}"
+
+
 #: Every block that a page may have. A further benchmark adds a function above and its name here.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
@@ -431,4 +458,5 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "step": step,
     "limits": limits,
     "operators": operators,
+    "families": families,
 }
