@@ -367,9 +367,9 @@ def test_batches_past_2_31(name, device, emptied):
     tensors = operands(op, device)
     small = run(op, tensors)
     g = torch.randn(small[0].shape, device=device, generator=generator(device)).to(small[0].dtype)
-    widest = max(t[0].numel() for t in (*tensors[: op.rows], small[0]))
-    rows = TAIL * cdiv(2**31 + TAIL * widest, TAIL * widest)
     batch_axis = 1 if name == "add_rms_norm" else 0  # of its stacked results
+    widest = max(t[0].numel() for t in (*tensors[: op.rows], small[0].movedim(batch_axis, 0)))
+    rows = TAIL * cdiv(2**31 + TAIL * widest, TAIL * widest)
     big = [at_the_end(t, rows) for t in tensors[: op.rows]] + tensors[op.rows :]
     g = at_the_end(g.movedim(batch_axis, 0), rows).movedim(0, batch_axis)
     results = run(op, big, g)

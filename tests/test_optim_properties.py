@@ -516,7 +516,7 @@ def test_gradients_that_the_norm_cannot_read_are_refused(device):
     with pytest.raises(ValueError, match="norm_of_row_sums: the sums of parameter 0 must have 1 dimensions"):
         optim.norm_of_row_sums([good])
     with pytest.raises(ValueError, match="clip_scale: max_norm is -1"):
-        optim.clip_scale(torch.tensor(1.0), -1)
+        optim.clip_scale(torch.tensor(1.0, device=device), -1)
 
 
 def test_parameters_that_adamw_cannot_update_are_refused_before_anything_is_written(device):

@@ -67,7 +67,7 @@ def _addbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
 @judges("index_add", "index_reduce")
 def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *_: Any, **__: Any) -> bool:
     rank = max(x.ndim, 1)
-    if source.dtype != x.dtype or source.ndim != x.ndim or not -rank <= dim < rank:
+    if source.dtype != x.dtype or source.ndim != x.ndim or index.ndim > 1 or not -rank <= dim < rank:
         return False
     dim %= rank
     size = x.shape[dim] if x.ndim else 1

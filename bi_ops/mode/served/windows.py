@@ -22,7 +22,8 @@ def _unfold_backward(g: Tensor, input_sizes: list[int], dim: int, size: int, ste
     if not input_sizes:
         return g.sum(0)
     out = wide(g.new_zeros(input_sizes))
-    n, dim = g.shape[dim], dim % len(input_sizes)
+    dim %= len(input_sizes)  # g has an axis more, at the end
+    n = g.shape[dim]
     for k in reversed(range(size)):  # the earlier window of an element first
         ends = slice(k, k + step * (n - 1) + 1, step) if n else slice(0, 0)
         out[(slice(None),) * dim + (ends,)] += g[..., k]
