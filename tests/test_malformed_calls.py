@@ -177,7 +177,13 @@ OPERATORS = {
         "apply_rope",
         call=rope.apply_rope,
         args=lambda: {"x": rand(5, 2, 16), "positions": ints(0, 1, 2, 0, 1), "cos_sin": cos_sin()},
-        reference=lambda x, positions, cos_sin: x * cos_sin[positions.long()][:, None].to(x.dtype),
+        reference=lambda x, positions, cos_sin: torch.cat(
+            (
+                x[..., : cos_sin.shape[1]] * cos_sin[positions.long()][:, None].to(x.dtype),
+                x[..., cos_sin.shape[1] :],
+            ),
+            -1,
+        ),
     ),
     "rope.cos_sin_cache": named(
         "cos_sin_cache",
