@@ -63,6 +63,7 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "index": lambda x: x[:, at(x, 1, 1, 3)] + x[:, :, at(x, 0, 0, 0), :][:, :3, :, :].expand(-1, 3, 3, -1).sum(2, True),
     "index_apart": lambda x: x[:, at(x, 0, 1, 1), :, at(x, 2, 2, 8)].transpose(0, 1),
     "index_pairs": lambda x: x[:, at(x, 0, 1, 1)[:, None], at(x, 2, 2)],
+    "index_on_the_cpu": lambda x: x[:, torch.tensor([2, 0, 2])],
     "index_mask": lambda x: x[:, (at(x, *range(32)) % 3 == 0).view(4, 8)],
     "unfold": lambda x: x.unfold(-1, 4, 2).sum(-1) + x[..., :-2].unfold(3, 2, 2).mean(-1),
     "im2col": lambda x: F.unfold(x, (3, 2), dilation=(1, 2), padding=1, stride=2),

@@ -24,8 +24,9 @@ def _accumulate(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     return x + embedding.embedding_backward(values.to(x.dtype), rows, x.shape[0], -1, x.dtype)
 
 
-def _integers(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """The indices with each mask as the positions where it holds, one index per axis of it."""
+def _integers(x: Tensor, indices: list[Tensor | None]) -> list[Tensor | None]:
+    """The indices, beside x, with each mask as the positions where it holds, one index per axis of it."""
+    indices = [None if i is None else i.to(x.device) for i in indices]  # torch takes indices on the CPU everywhere
     found: list[Tensor | None] = []
     for index in indices:
         is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
@@ -37,7 +38,7 @@ def _integers(indices: list[Tensor | None]) -> list[Tensor | None]:
 def _index_put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
     if not accumulate or all(i is None or i.dtype == torch.bool for i in indices):  # a mask names no element twice
         return aten.index_put.default(x, indices, values, accumulate)
-    indices = _integers(indices)
+    indices = _integers(x, indices)
     axes = [axis for axis, i in enumerate(indices) if i is not None]
     rest = [axis for axis in range(x.ndim) if axis not in axes]
     used = torch.broadcast_tensors(*(i.long() for i in indices if i is not None))
