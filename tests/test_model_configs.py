@@ -69,8 +69,10 @@ def test_fields_that_change_numbers_are_those_that_transformers_reads(form):
     values = config(READ[form])
     try:
         theirs = transformers.Qwen3Config(**json.loads(json.dumps(values)))
-    except Exception as error:  # of its own checks, which name the field
-        pytest.skip(f"transformers {transformers.__version__} does not read it: {error}")
+    except Exception as error:
+        if form != "layers listed in older words":
+            raise
+        pytest.skip(f"transformers {transformers.__version__} does not read it: {error}")  # releases differ in it
     ours = Qwen3Config.from_dict(values)
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
     for name in (*same, "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings"):
