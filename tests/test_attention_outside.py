@@ -181,6 +181,9 @@ def test_the_one_pass_backward_prepares_what_its_kernel_leaves(device, monkeypat
 def test_through_the_public_call(backend, device):
     for head_dim in (64, 96, 128, 256):
         q, k, v, g = tensors(head_dim, torch.bfloat16, device)
+        problem = attention.Problem(head_dim, torch.bfloat16)
+        if attention.backends.select(problem, arches.of(device), backend).name == "vllm":
+            v[:BEFORE] = v[INSIDE.stop :] = 0.0  # FlashAttention 3 multiplies what follows a sequence by zero
         q, k, v = (t.requires_grad_() for t in (q, k, v))
         starts = cu(LENGTHS, device) + BEFORE
         options = {"max_seqlen": ALL, "return_lse": True, "backend": backend}

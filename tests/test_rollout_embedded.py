@@ -180,7 +180,7 @@ def test_training_takes_the_backend_that_has_the_rollouts_order(stepped):
     engine.attention_backend = None
     model.adopt(engine.orders())
     assert model.attention_backend is None
-    model.attention_backend = "triton"
+    model.attention_backend = engine.attention_backend = "triton"
     model.adopt(engine.orders())
     assert model.attention_backend == "triton"  # kept: it has that order
     engine.attention_backend = stepped[1]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from bi_ops.verify import order_variant, rerun_variant, row_variant
-from bi_ops.verify.properties import bits_equal
+from bi_ops.verify.properties import bits_equal, gradient_errors
 
 
 def test_bits_are_compared_and_not_values():
@@ -43,3 +44,15 @@ def test_a_result_that_changes_by_run_is_caught():
 def test_a_comparison_of_nothing_is_refused(call):
     with pytest.raises(ValueError, match="nothing to compare"):
         call(torch.ones(4, 2))
+
+
+def test_numbers_are_drawn_on_the_cpu_whatever_device_is_the_default():
+    """As under `torch.device("cuda")`: seeds mean the same numbers everywhere."""
+    row = torch.randn(40, 8)
+    want = [t.clone() for t in tiny_model(3).state_dict().values()]
+    model = tiny_model(4)
+    errors = gradient_errors(lambda x: x * x, lambda x: x * x, {"x": row})
+    with torch.device("meta"):
+        model.init_weights(3)
+        assert gradient_errors(lambda x: x * x, lambda x: x * x, {"x": row}) == errors
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), want, strict=True))

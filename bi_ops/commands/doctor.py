@@ -115,8 +115,9 @@ def missing(gpu: str | None) -> list[dict[str, str]]:
     if gpu is not None and not here.canonical_gemm:
         means = f"bits were shown to agree on sm_90, not on {here.name}"
         out.append({"what": "Hopper", "means": means, "how": "check with bi-ops parity, or use an H100 or H200"})
-    if gpu is not None and here.canonical_gemm and not (binding := matmul.backends.get("cublaslt").available()):
-        means = f"GEMMs run in Triton: the same bits, more slowly ({binding.reason})"
+    binding = next((row for row in matmul.backends.table() if row["name"] == "cublaslt"), None)
+    if gpu is not None and here.canonical_gemm and binding is not None and not binding["ok"]:
+        means = f"GEMMs run in Triton: the same bits, more slowly ({binding['reason']})"
         out.append({"what": "cuBLASLt", "means": means, "how": cublaslt.REQUIREMENTS})
     vllm = availability()
     if not vllm.ok:

@@ -107,7 +107,7 @@ class CausalLM(torch.nn.Module):
             elif name.endswith("bias"):
                 p.zero_()
             else:
-                p.copy_(torch.randn(p.shape, generator=generator) * self.config.initializer_range)
+                p.copy_(torch.randn(p.shape, generator=generator, device="cpu") * self.config.initializer_range)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, vocab] in the compute dtype."""

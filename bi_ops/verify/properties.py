@@ -107,7 +107,7 @@ def order_variant(op: RowOp, rows: Tensors, trials: int = 3, seed: int = 0) -> l
     generator = torch.Generator().manual_seed(seed)
     broken = []
     for trial in range(trials):
-        perm = torch.randperm(rows[0].shape[0], generator=generator)
+        perm = torch.randperm(rows[0].shape[0], generator=generator, device="cpu")
         if torch.equal(perm, torch.arange(len(perm))):  # every row where it was
             perm = perm.roll(1)
         perm = perm.to(rows[0].device)
@@ -171,8 +171,9 @@ def gradient_errors(op: RowOp, reference: RowOp, inputs: dict[str, torch.Tensor]
         args = {n: cast(t.detach()) if t.is_floating_point() else t for n, t in inputs.items()}
         leaves = {n: t.clone().requires_grad_() for n, t in args.items() if t.is_floating_point()}
         outs = _tuple(fn(*(leaves.get(n, t) for n, t in args.items())))
-        generator = torch.Generator().manual_seed(1)
-        cotangents = [torch.randn(o.shape, generator=generator).to(inputs_dtype).to(o) for o in outs]
+        generator = torch.Generator().manual_seed(1)  # of the CPU, whatever device is the default
+        drawn = [torch.randn(o.shape, generator=generator, device="cpu") for o in outs]
+        cotangents = [t.to(inputs_dtype).to(o) for t, o in zip(drawn, outs, strict=True)]
         grads = torch.autograd.grad(outs, list(leaves.values()), cotangents)
         named = {f"out{i}": o for i, o in enumerate(outs)}
         return named | {f"grad_{n}": g for n, g in zip(leaves, grads, strict=True)}
