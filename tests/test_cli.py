@@ -406,7 +406,7 @@ def test_orders_prints_a_record_and_compares_it(capsys, checkpoint_folder, tmp_p
         assert call(capsys, "orders", checkpoint_folder, "--compare", tmp_path / name)[0] == 0
     code, _, err = call(capsys, "orders", checkpoint_folder, "--compare", tmp_path / "other")
     assert (code, "bi-ops orders: differs: norm: " in err, "'block': 512" in err) == (1, True, True)
-    (tmp_path / "edited").write_text(json.dumps(record.as_dict() | {"arch": "sm_90"}))
+    (tmp_path / "edited").write_text(json.dumps(record.as_dict() | {"arch": "sm_100"}))
     (tmp_path / "text").write_text("{")
     for name, message in (("edited", "it was edited"), ("text", "is not JSON"), ("nothing", "nothing")):
         code, _, err = call(capsys, "orders", checkpoint_folder, "--compare", tmp_path / name)

@@ -289,7 +289,8 @@ def test_batches_of_65536(mode, device):
     for part in (slice(0, 100), slice(65500, 65536)):
         small = run(Operator(matmul.bmm, ()), [a[part], b[part]], g[part])
         assert_same([t[part] for t in out[:3]], small[:3])
-    torch.testing.assert_close(out[0], (a.double() @ b.double()).float())
+    # no aten::bmm: vLLM 0.26 replaces it in its processes
+    torch.testing.assert_close(out[0], (a.double()[..., None] * b.double()[:, None]).sum(2).float())
 
 
 @pytest.mark.gpu
