@@ -19,12 +19,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("ATEN_CPU_CAPABILITY", "default")  # before torch; see docs/limits.md, "Without a GPU"
 
 from record import provenance
 

@@ -4,6 +4,8 @@
     python bench/limits.py --out bench/results/cpu --jobs 2       # in Triton's interpreter: about half an hour
     python bench/limits.py --only '^(sum|mean)$'                  # prints the verdicts and writes nothing
 
+With --out and --only, the verdicts on other operators in the file stay, each with its commit.
+
 An operator in a dtype is one pair. Its verdict:
 
     right      value and gradient are torch's, on every run the same bits, and a row alone is the row in a batch
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -33,6 +36,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("ATEN_CPU_CAPABILITY", "default")  # before torch; see docs/limits.md, "Without a GPU"
 
 from record import provenance
 
@@ -47,6 +52,7 @@ from bi_ops.core.files import write_json
 
 ORDER = ("right", "partly", "refused", "wrong", "crash", "none")
 Pair = tuple[str, str]
+LAST = {"last": True}  # what a process sends before it ends, lest it be given another pair
 
 
 def work(pipe: Any, samples: int) -> None:
@@ -60,10 +66,10 @@ def work(pipe: Any, samples: int) -> None:
                 name, dtype = pair
                 pipe.send(judge(name, dtype, samples).asdict())
             except DeviceIsGone as error:
-                pipe.send(crashed(pair, str(error)))
+                pipe.send(crashed(pair, str(error)) | LAST)
                 break
             except Exception as error:
-                pipe.send(crashed(pair, f"{type(error).__name__}: {error}"))
+                pipe.send(crashed(pair, f"{type(error).__name__}: {error}") | (LAST if is_fatal(error) else {}))
                 if is_fatal(error):
                     break
     pipe.close()
@@ -121,7 +127,7 @@ def judged(pairs: list[Pair], jobs: int, samples: int, limit: float) -> Iterator
                 assert worker.pair is not None
                 if worker.pipe in ready:
                     verdict = worker.take()
-                    dead = verdict is None
+                    dead = verdict is None or bool(verdict.pop("last", False))
                     if verdict is None:
                         verdict = crashed(worker.pair, f"the process died ({worker.process.exitcode})")
                 elif took > limit:
@@ -140,6 +146,14 @@ def judged(pairs: list[Pair], jobs: int, samples: int, limit: float) -> Iterator
             worker.end()
 
 
+def kept(file: Path) -> list[dict[str, Any]]:
+    """The verdicts in `file`, each with the commit that it is of."""
+    if not file.exists():
+        return []
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return [{"commit": record["commit"]} | pair for pair in record["pairs"]]
+
+
 def until_interrupted(verdicts: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The verdicts up to Ctrl-C or a SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -153,19 +167,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=6, help="of an operator, at most (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a pair may take (default: %(default)s)")
-    parser.add_argument("--only", default="", help="a regular expression of operators' names; not with --out")
+    parser.add_argument("--only", default="", help="a regular expression of operators' names; others in the file stay")
     parser.add_argument("--dtypes", nargs="*", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     args = parser.parse_args()
-    if args.out and (args.only or args.dtypes != list(DTYPES)):
-        parser.error("--out writes the verdicts on all operators: leave --only and --dtypes out")
     kind = runtime.device_type()
-    pairs = [
-        (name, dtype)
-        for name, op in operators().items()
-        for dtype in args.dtypes
-        if op.supports_dtype(DTYPES[dtype], kind) and re.search(args.only, name)
+    every = [
+        (name, dtype) for name, op in operators().items() for dtype in DTYPES if op.supports_dtype(DTYPES[dtype], kind)
     ]
+    pairs = [(name, dtype) for name, dtype in every if dtype in args.dtypes and re.search(args.only, name)]
     if not pairs:
         parser.error(f"no operator's name matches --only {args.only!r}")
     if args.out:
@@ -184,14 +194,18 @@ def main() -> int:
                     print(f"    {reason['where']} {reason['kind']}: {reason['message'][:200]}", flush=True)
             elif not console.is_terminal and len(found) % 100 == 0:
                 print(f"{len(found)} of {len(pairs)}", file=sys.stderr, flush=True)
+    origin = provenance(args.commit)
+    if args.out:
+        file = args.out / "limits.json"
+        judged_now = {(v["op"], v["dtype"]) for v in found}
+        found = [v | {"commit": origin["commit"]} for v in found]
+        found += [v for v in kept(file) if (pair := (v["op"], v["dtype"])) in every and pair not in judged_now]
     counts = {kind: sum(v["verdict"] == kind for v in found) for kind in ORDER}
-    left = len(pairs) - len(found)
+    left = (len(every) if args.out else len(pairs)) - len(found)
     print(", ".join(f"{n} {kind}" for kind, n in (counts | {"left": left}).items()))
     if args.out:
         found.sort(key=lambda v: (v["op"], v["dtype"]))
-        write_json(
-            args.out / "limits.json", {**provenance(args.commit), "counts": counts, "left": left, "pairs": found}
-        )
+        write_json(file, {**origin, "counts": counts, "left": left, "pairs": found})
     return 1 if counts["wrong"] or counts["crash"] or left else 0
 
 

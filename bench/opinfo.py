@@ -4,10 +4,13 @@ What is compared, for each of an operator's sample inputs (torch's own, a few sp
 
 - **Values and gradients.** Torch runs the operator in the sample's dtype and in fp64. The error under the mode may be
   twice torch's own error, plus two roundings of the result and those of a short sum in fp32; integers, shapes and
-  dtypes must be torch's, and a result contiguous where torch's is.
+  dtypes must be torch's, and a result contiguous where torch's is. Where torch has several implementations of one call
+  (attention), its own error is that of the least accurate. Where the operator draws random numbers, fp64 draws others:
+  torch's own error is then what one rounding of each input changes, under the same seed.
 - **Reruns.** A second run under the mode has the same bits, forward and gradient.
 - **Rows.** A leading axis is a batch axis of some tensors of a sample if fp64 torch says so: with these tensors
-  repeated along axis 0, each output's row, and the gradient's, is the output of that row alone, to 1e-9.
+  repeated along axis 0, each output's row, and the gradient's, is the output of that row alone, to 1e-9, signs of zeros
+  included (the gradient of a row that another row hides is 0 times that row's).
   Then under the mode the row in the batch and the row alone must have the same bits. Outputs that hold indices are
   compared once more with values full of ties.
 - **Sums.** A dispatch mode below bi_ops' records what reaches torch's own kernels. None of it may add up floating-point
@@ -21,11 +24,23 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from samples import Recorder, Result, Tensor, copied, cotangent, operators, run, wide, with_ties
+from samples import (
+    IMPLEMENTATIONS,
+    Recorder,
+    Result,
+    Tensor,
+    copied,
+    cotangent,
+    nudged,
+    operators,
+    run,
+    wide,
+    with_ties,
+)
 
 import bi_ops  # isort: skip  # noqa: F401  (before triton)
 import torch
@@ -43,10 +58,10 @@ MOST_ELEMENTS = 1 << 18  # of a repeated tensor
 # comparing
 
 
-def difference(ours: Any, torchs: Any, reference: Any, strides: bool = True) -> str:
+def difference(ours: Any, torchs: Any, reference: Any, strides: bool = True, others: Sequence[Any] = ()) -> str:
     """How `ours` differs from `torchs`, judged by the fp64 `reference` (None: by torchs alone); "" if it does not.
 
-    strides: whether it has to be contiguous where torchs is.
+    strides: whether it has to be contiguous where torchs is. others: what torch computes in other ways.
     """
     if not isinstance(torchs, Tensor):
         same = ours == torchs or (isinstance(ours, float) and math.isclose(ours, torchs, rel_tol=1e-5, abs_tol=1e-5))
@@ -75,22 +90,32 @@ def difference(ours: Any, torchs: Any, reference: Any, strides: bool = True) -> 
     errors, own = ((t - exact).abs()[finite] for t in (wide_ours, wide_torchs))
     if errors.numel() == 0:
         return ""
+    furthest = float(own.max())
+    for other in others:
+        if isinstance(other, Tensor) and other.shape == exact.shape:
+            furthest = max(furthest, float((other.to(exact.dtype) - exact).abs()[finite].nan_to_num().max()))
     rounding = 2 * torch.finfo(torchs.dtype).eps + 16 * torch.finfo(torch.float32).eps  # of the result, of a short sum
     error = float(errors.max())
-    allowed = 2 * float(own.max()) + rounding * max(1.0, float(exact[finite].abs().max()))
-    return "" if error <= allowed else f"error {error:.2e}, torch's is {float(own.max()):.2e}"
+    allowed = 2 * furthest + rounding * max(1.0, float(exact[finite].abs().max()))
+    return "" if error <= allowed else f"error {error:.2e}, torch's is {furthest:.2e}"
 
 
 def compose(outer: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: outer(inner(*args))
 
 
-def first_difference(ours: Any, torchs: Any, references: Any, strides: bool = True) -> str:
-    """How lists of results differ. references: in fp64, or None."""
+def first_difference(
+    ours: Any, torchs: Any, references: Any, strides: bool = True, others: Sequence[list[Any] | None] = ()
+) -> str:
+    """How lists of results differ. references: in fp64, or None. others: lists of what torch computes in other ways."""
     if len(ours) != len(torchs):
         return f"{len(ours)} results for {len(torchs)}"
     references = references if references is not None and len(references) == len(torchs) else [None] * len(torchs)
-    found = (difference(o, t, r, strides) for o, t, r in zip(ours, torchs, references, strict=True))
+    alike = [other for other in others if other is not None and len(other) == len(torchs)]
+    found = (
+        difference(o, t, r, strides, [other[i] for other in alike])
+        for i, (o, t, r) in enumerate(zip(ours, torchs, references, strict=True))
+    )
     return next((d for d in found if d), "")
 
 
@@ -182,7 +207,8 @@ def by_rows(fn: Callable[..., Result], big: Any, row: Callable[[int], Any], rows
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         if close and a.is_floating_point():
-            return torch.allclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+            signs = torch.equal((a == 0) & a.signbit(), (b == 0) & b.signbit())
+            return signs and torch.allclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
         return equal_bits(a, b)
 
     whole = fn(big, cotangent)
@@ -330,7 +356,13 @@ class Judge:
                 exact = plain(wide(given))
             except Exception:
                 exact = None
-        d = "" if uninitialised else first_difference(mine.outputs, torchs.outputs, exact and exact.outputs)
+        others = list(self._others(given, process, plain, recorder.random))
+        values = [o.outputs for o in others]
+        d = (
+            ""
+            if uninitialised
+            else first_difference(mine.outputs, torchs.outputs, exact and exact.outputs, True, values)
+        )
         if "integers" in d and same_elements(given[0], mine.outputs, torchs.outputs):
             d = ""
         self._say("forward", "wrong" if d else "right", f"value: {d}")
@@ -341,7 +373,7 @@ class Judge:
         elif has_gradient and mine.grads is None:
             self._say("backward", "wrong", "gradient: the result requires none")
         elif has_gradient:
-            d = first_difference(mine.grads, torchs.grads, exact and exact.grads, strides=False)
+            d = first_difference(mine.grads, torchs.grads, exact and exact.grads, False, [o.grads for o in others])
             self._say("backward", "wrong" if d else "right", f"gradient: {d}")
         for name in sorted(recorder.sums):
             self._say("forward", "wrong", f"sum: {name} reached torch's own kernel")
@@ -351,9 +383,19 @@ class Judge:
         if mine.grads is not None and not same_bits(mine.grads, again.grads or []):
             self._say("backward", "wrong", "rerun: other bits of the gradient")
         if not recorder.random and not uninitialised:
-            self._rows(given, plain, ours)
+            self._rows(given, plain, ours, mine.no_gradient is None)
 
-    def _rows(self, given: Any, plain: Any, ours: Any) -> None:
+    def _others(self, given: Any, process: Any, plain: Any, random: bool) -> Iterator[Result]:
+        """What torch computes of the sample in other ways."""
+        if random:
+            yield plain(nudged(given))
+        for implementation in IMPLEMENTATIONS.get(self.op.name, ()):
+            try:
+                yield run(implementation, given, process)
+            except Exception as error:
+                fatal(error)  # otherwise this one does not take the sample
+
+    def _rows(self, given: Any, plain: Any, ours: Any, has_gradient: bool) -> None:
         for rows, big, row in batches(given):
             try:
                 # On the CPU, where what is no batch axis raises; on a GPU an index out of range ends the process.
@@ -378,7 +420,7 @@ class Judge:
             kind = "partly" if runtime.INTERPRET else "wrong"
             if seen[0]:
                 self._say("forward", kind, "row: alone it has other bits than in a batch")
-            if seen[1] and not meant[1]:
+            if has_gradient and seen[1] and not meant[1]:
                 self._say("backward", kind, "row: alone its gradient has other bits than in a batch")
             return
 

@@ -117,6 +117,41 @@ def with_ties(given: Any) -> Any:
     return copied(given, lambda t: t.round() if t.is_floating_point() else t)
 
 
+def nudged(given: Any) -> Any:
+    """The sample with every floating-point number moved by about one rounding, up and down in turn."""
+
+    def nudge(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        turns = 1 - 2 * (torch.arange(t.numel(), device=t.device) % 2).view(t.shape)
+        return (t.double() * (1 + torch.finfo(t.dtype).eps * turns)).to(t.dtype)
+
+    return copied(given, nudge)
+
+
+def _fused(backend: Any) -> Callable[..., Tensor]:
+    """torch's attention by one backend, of tensors expanded to the four axes that it takes."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        given = [t.unsqueeze(0) for t in (q, k, v)] if q.ndim == k.ndim == v.ndim == 3 else [q, k, v]
+        lead = torch.broadcast_shapes(*(t.shape[:-2] for t in given))
+        q4, k4, v4 = (t.expand(*lead, *t.shape[-2:]) for t in given)
+        with torch.nn.attention.sdpa_kernel(backend):
+            out = torch.nn.functional.scaled_dot_product_attention(q4, k4, v4, **options)
+        return out.squeeze(0) if given[0] is not q else out
+
+    return attention
+
+
+#: Operator to torch's other implementations of it.
+IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "nn.functional.scaled_dot_product_attention": tuple(
+        _fused(b)
+        for b in (torch.nn.attention.SDPBackend.FLASH_ATTENTION, torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION)
+    )
+}
+
+
 def cotangent(t: Tensor) -> Tensor:
     """Fixed numbers in t's shape, that differ from row to row."""
     return torch.cos(torch.arange(t.numel(), device="cpu", dtype=torch.float64)).view(t.shape).to(t)

@@ -79,6 +79,9 @@ class Make:
         return self.randn(self.shape.rows, self.shape.k)
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
 @dataclass(frozen=True)
 class Operator:
     """An operator, and the doors to it.
@@ -86,7 +89,7 @@ class Operator:
     inputs: the tensors, by name; floating-point ones get a gradient. doors: "bi_ops..." functions of these, "torch..."
     the same under the mode, `layer ...` functions that call a layer of bi_ops.nn. The first is what the others are
     compared with. main_grad: takes the inputs and a buffer for each name in `buffers`. serves: aten operators that the
-    doors come through, without overloads.
+    doors come through, without overloads. dtypes: in which the doors are one.
     """
 
     inputs: Callable[[Make], Mapping[str, Tensor]]
@@ -96,6 +99,7 @@ class Operator:
     serves: frozenset[str] = frozenset()
     shapes: tuple[str, ...] = tuple(SHAPES)
     compiled: bool = True
+    dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
 def names(text: str) -> frozenset[str]:
@@ -231,7 +235,8 @@ def per_head(m: Make, n_heads: int) -> Tensor:
     return m.randn(m.shape.rows, n_heads, 16)
 
 
-def attended(causal: bool, n_kv_heads: int) -> Operator:
+def attended(causal: bool, n_kv_heads: int, full: bool = False) -> Operator:
+    """full: in fp32, where scaled_dot_product_attention is `masked_attention`."""
     batch, length, heads, dim = 2, 19, 4, 16
 
     def inputs(m: Make) -> dict[str, Tensor]:
@@ -255,17 +260,21 @@ def attended(causal: bool, n_kv_heads: int) -> Operator:
         module = nn.Attention(heads, dim, n_kv_heads, causal)
         return unpacked(module(packed(q), packed(k), packed(v), starts(q), length))
 
-    return Operator(
-        inputs,
-        {
-            "bi_ops.attention.flash_attention": ours,
-            "bi_ops.nn.Attention": layered,
-            "torch.nn.functional.scaled_dot_product_attention": lambda q, k, v: F.scaled_dot_product_attention(
-                q, k, v, is_causal=causal, enable_gqa=True
-            ),
-        },
-        shapes=("rows", "strided"),
-    )
+    def unmasked(q, k, v):
+        mask = torch.ones((), dtype=torch.bool, device=q.device).expand(batch, heads, length, length)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return attention.masked_attention(q, k, v, mask, causal=causal).transpose(1, 2)
+
+    doors = {
+        "torch.nn.functional.scaled_dot_product_attention": lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, enable_gqa=True
+        )
+    }
+    if full:
+        doors = {"bi_ops.attention.masked_attention": unmasked} | doors
+        return Operator(inputs, doors, shapes=("rows", "strided"), dtypes=(torch.float32,))
+    doors = {"bi_ops.attention.flash_attention": ours, "bi_ops.nn.Attention": layered} | doors
+    return Operator(inputs, doors, shapes=("rows", "strided"), dtypes=(torch.bfloat16, torch.float16))
 
 
 def masked() -> Operator:
@@ -443,6 +452,7 @@ OPERATORS: dict[str, Operator] = {
     "mean over rows, in fp32": reduced("mean", (0,), torch.float32),
     "attention": attended(causal=True, n_kv_heads=2),
     "attention, not causal": attended(causal=False, n_kv_heads=4),
+    "attention in fp32": attended(causal=True, n_kv_heads=2, full=True),
     "attention, masked": masked(),
 }
 

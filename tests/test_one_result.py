@@ -89,8 +89,7 @@ def wrong_doors(name: str, shape: str, dtype: torch.dtype, device: torch.device)
     return {door: bad for door, f in found.items() if (bad := differing(f, expected))}
 
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-EVERY = [(name, dtype, shape) for name, op in OPERATORS.items() for dtype in DTYPES for shape in op.shapes]
+EVERY = [(name, dtype, shape) for name, op in OPERATORS.items() for dtype in op.dtypes for shape in op.shapes]
 
 
 @sweep(("name", "dtype", "shape"), EVERY, [e for e in EVERY if e[1] is torch.bfloat16 or e[2] == "strided"])

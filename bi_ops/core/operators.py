@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from bi_ops.core.transforms import check_no_tangent, is_transformed, transformable
+from bi_ops.core.transforms import check_no_tangent, is_transformed, no_second, transformable
 
 Fn = Callable[..., Any]
 
@@ -71,6 +71,8 @@ class Operator:
         self._kinds = [typing.get_args(h) or (h,) for h in hints.values()]
         self._kinds = [(*k, torch.nn.Parameter) if torch.Tensor in k else k for k in self._kinds]
         self._mutated = [list(hints).index(m) for m in mutates]
+        if not self._mutated:
+            self._op.register_autograd(no_second(name))  # until there is one: torch's error names no way out
         self._defaults = fn.__defaults__ or ()
         self._function: type[torch.autograd.Function] | None = None
         self._transformed = transformable(name, self, None, None)

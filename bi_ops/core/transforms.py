@@ -31,6 +31,19 @@ def no_forward_mode(op: str) -> NotImplementedError:
     )
 
 
+def no_second(op: str) -> Fn:
+    """The backward of an operator without a derivative."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"{op}: has no derivative: what it is the gradient of is differentiable once. Way out: compute what is "
+            "differentiated twice by torch's own operators, inside "
+            "`with bi_ops.mode.batch_invariant_backward_mode(enabled=False)` where the mode is on"
+        )
+
+    return backward
+
+
 def check_no_tangent(op: str, args: tuple[Any, ...]) -> None:
     """Raise NotImplementedError if one of `args` carries a forward-mode tangent, which a kernel would drop."""
     if forward_ad._current_level < 0 or torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
@@ -60,16 +73,13 @@ def transformable(op: str, call: Fn, setup_context: Fn | None, backward: Fn | No
             return torch.stack(slices), 0
         return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
 
-    def no_second(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"{op}: has no derivative: what it is the gradient of is differentiable once")
-
     def no_jvp(ctx: Any, *tangents: Any) -> Any:
         raise no_forward_mode(op)
 
     members = {
         "forward": staticmethod(lambda *args: call(*args)),
         "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
-        "backward": staticmethod(backward or no_second),
+        "backward": staticmethod(backward or no_second(op)),
         "jvp": staticmethod(no_jvp),
         "vmap": staticmethod(vmapped),
     }

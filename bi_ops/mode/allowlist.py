@@ -51,8 +51,8 @@ _POINTWISE = names(
     """
 glu glu_backward glu_jvp glu_backward_jvp addr _prelu_kernel _prelu_kernel_backward floor_divide hardswish
 hardswish_backward rrelu_with_noise rrelu_with_noise_backward _standard_gamma_grad elu_backward gelu_backward
-hardsigmoid_backward hardtanh_backward leaky_relu_backward log_sigmoid_forward log_sigmoid_backward softplus_backward
-softshrink_backward hardshrink_backward rsub native_dropout_backward mse_loss_backward smooth_l1_loss_backward
+hardsigmoid_backward hardtanh_backward leaky_relu leaky_relu_backward log_sigmoid_forward log_sigmoid_backward
+softplus_backward softshrink_backward hardshrink_backward rsub native_dropout_backward mse_loss_backward smooth_l1_loss_backward
 huber_loss_backward binary_cross_entropy_backward soft_margin_loss_backward
 _fused_adam _fused_adamw _fused_sgd _fused_adagrad
 _amp_foreach_non_finite_check_and_unscale _amp_foreach_non_finite_check_and_unscale_ _amp_update_scale
@@ -96,8 +96,8 @@ def _forms(name: str) -> list[OpOverload]:
 
 
 def _is_foreach_pointwise(base: str) -> bool:
-    """Whether a fused loop over a list of tensors is pointwise, or a norm of gradient clipping (whole tensors)."""
-    if base in ("norm", "max", "copy", "zero"):
+    """Whether a fused loop over a list of tensors is pointwise."""
+    if base in ("max", "copy", "zero"):
         return True
     packet = getattr(aten, base, None)
     return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())

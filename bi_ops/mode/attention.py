@@ -32,9 +32,14 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`F.scaled_dot_product_attention`: query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev].
 
-    Without a mask it is `attention.flash_attention` of the batch, packed; with one `attention.masked_attention`. A
-    query whose keys are all masked gives zeros and passes no gradient, as from torch 2.5 on. `is_causal` lets query i
-    see keys up to i, also where L and S differ, and with a mask both hold.
+    Without a mask it is `attention.flash_attention` of the batch, packed; with one, and in fp32 always,
+    `attention.masked_attention`, which saves a row's maximum and sum apart: with scores of a hundred the rounding of
+    their one logarithm is 60 times fp32's in every gradient. A query whose keys are all masked gives zeros and passes
+    no gradient, as from torch 2.5 on. `is_causal` lets query i see keys up to i, also where L and S differ, and with a
+    mask both hold.
+
+    The result has torch's strides: [..., L, Hq, Ev] in memory, as its fused kernels leave it; contiguous where it has
+    none, for tensors that are not all [B, H, ...] and for a mask with a gradient.
     """
     given = [query, key, value]
     if dropout_p > 0:
@@ -45,6 +50,7 @@ def scaled_dot_product_attention(
         attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
     _check(query, key, value, attn_mask)
     rank = max(t.ndim for t in given)
+    is_fused = all(t.ndim == 4 for t in given) and (attn_mask is None or not attn_mask.requires_grad)
     query, key, value = (t if t.ndim > 2 else t.unsqueeze(0) for t in (query, key, value))
     n_heads, n_kv_heads = query.shape[-3], key.shape[-3]
     if enable_gqa and (n_heads % n_kv_heads or value.shape[-3] != n_kv_heads):
@@ -54,9 +60,11 @@ def scaled_dot_product_attention(
         )
     own = -3 if enable_gqa else -2  # axes from here on are not broadcast
     if not query.shape[:own] == key.shape[:own] == value.shape[:own]:
+        is_fused = False
         lead = torch.broadcast_shapes(*(t.shape[:own] for t in (query, key, value)))
         query, key, value = (t.expand(*lead, *t.shape[own:]) for t in (query, key, value))
     out = _dense(query, key, value, attn_mask, is_causal, scale)
+    out = out if is_fused else out.contiguous()
     return out if rank > 2 else out.squeeze(0)
 
 
@@ -95,6 +103,8 @@ def _dense(
     if scale <= 0:
         query, scale = query * (0 if scale == 0 else -1), -scale or 1.0
     query, key, value = (t.reshape(n, *t.shape[-3:]).transpose(1, 2) for t in (query, key, value))
+    if attn_mask is None and query.dtype == torch.float32:
+        attn_mask = torch.ones((), dtype=torch.bool, device=query.device)  # one byte, whatever the size
     if attn_mask is not None:
         mask = attn_mask.expand(*lead, n_heads, len_q, len_k).reshape(n, n_heads, len_q, len_k)
         out = attention.masked_attention(query, key, value, mask, causal=is_causal, softmax_scale=scale)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from bi_ops import reduction
-from bi_ops.mode.served.registry import SERVED, OpOverload, Tensor, overload, serves
+from bi_ops.mode.served.decompositions import decomposition
+from bi_ops.mode.served.gradient import gradient
+from bi_ops.mode.served.registry import SERVED, OpOverload, Tensor, composes, overload, serves
 
 
 def _class_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -63,3 +65,32 @@ def _serve_loss(op: OpOverload) -> None:
 _LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss")
 for _name in (*_LOSSES, "binary_cross_entropy_with_logits"):
     _serve_loss(overload(_name))  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# margin losses: torch takes the forward apart (`decompositions`), and the gradient is that of these parts
+
+
+def _margin_gradient(forward: str, g: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    op = overload(forward)
+    assert op is not None
+    parts = decomposition(op)
+    assert parts is not None
+
+    def loss(x: Tensor) -> Tensor:
+        out = parts(x, *rest)
+        return out if isinstance(out, Tensor) else out[0]
+
+    return gradient(loss, (x,), g)[0]
+
+
+@composes("multi_margin_loss_backward")
+def _multi_margin_loss_backward(
+    g: Tensor, x: Tensor, target: Tensor, p: float, margin: float, weight: Tensor | None = None, how: int = 1
+) -> Tensor:
+    return _margin_gradient("multi_margin_loss", g, x, target, p, margin, weight, how)
+
+
+@composes("multilabel_margin_loss_backward")
+def _multilabel_margin_loss_backward(g: Tensor, x: Tensor, target: Tensor, how: int, is_target: Tensor) -> Tensor:
+    return _margin_gradient("multilabel_margin_loss_forward", g, x, target, how)

@@ -2,6 +2,7 @@
 
 Indices out of range: on the CPU torch's error, on a GPU torch's assertion on the device, which nothing waits for. Both
 come from torch itself, which looks the indices up in a tensor of the operator's shape that is one number in memory.
+Shapes and dtypes come first: where torch refuses those, it looks at no index, and an assertion would end the process.
 """
 
 from __future__ import annotations
@@ -71,18 +72,23 @@ def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *_: Any, **__
         return False
     dim %= rank
     size = x.shape[dim] if x.ndim else 1
-    aten.index_select.default(_number(x, (size,)), 0, index)
     same = source.shape[:dim] == x.shape[:dim] and source.shape[dim + 1 :] == x.shape[dim + 1 :]
-    return same and index.numel() == (source.shape[dim] if x.ndim else 1)
+    if not same or index.numel() != (source.shape[dim] if x.ndim else 1):
+        return False
+    aten.index_select.default(_number(x, (size,)), 0, index)
+    return True
 
 
 @judges("scatter_add", "scatter_reduce.two")
 def _scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor, *_: Any, **__: Any) -> bool:
     if index.ndim == 0 or index.shape[dim] <= 1:
         return True  # torch's own operator serves it
+    if src.dtype != x.dtype or not src.ndim == index.ndim == max(x.ndim, 1):
+        return False
+    if any(i > s for i, s in zip(index.shape, src.shape, strict=True)):
+        return False
     aten.gather.default(_number(x, x.shape), dim, index)
-    holds_all = src.ndim == index.ndim and all(i <= s for i, s in zip(index.shape, src.shape, strict=True))
-    return holds_all and src.dtype == x.dtype
+    return True
 
 
 @judges("index_put", "_index_put_impl_")
@@ -101,8 +107,10 @@ def _index_put(
 def _put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> bool:
     if not accumulate:
         return True
+    if source.dtype != x.dtype or source.numel() != index.numel():
+        return False
     aten.take.default(_number(x, (x.numel(),)), index)
-    return source.dtype == x.dtype and source.numel() == index.numel()
+    return True
 
 
 @judges("nll_loss_forward", "nll_loss2d_forward")

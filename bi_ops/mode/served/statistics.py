@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,3 +111,9 @@ def _norm_over(x: Tensor, p: float | None, dim: list[int], keepdim: bool = False
 @composes("norm.ScalarOpt_dim_dtype")
 def _norm_over_in(x: Tensor, p: float | None, dim: list[int], keepdim: bool, *, dtype: torch.dtype) -> Tensor:
     return vector_norm(x, 2 if p is None else p, dim, keepdim, dtype=dtype)
+
+
+@composes("_foreach_norm.Scalar")
+def _norm_of_each(tensors: Sequence[Tensor], ord: float = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The norms that `torch.nn.utils.clip_grad_norm_` adds up."""
+    return [vector_norm(t, ord, dtype=dtype) for t in tensors]
