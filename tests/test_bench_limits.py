@@ -127,3 +127,65 @@ def test_a_process_that_dies_or_hangs_is_a_crash_and_the_run_goes_on(opinfo, mon
     assert "died (-11)" in found["dies"]["reasons"][0]["message"]
     assert found["hangs"]["reasons"][0]["message"] == "took more than 1 s"
     assert Scripted.started == 4
+
+
+def test_a_process_that_ends_after_a_fatal_error_is_given_no_other_pair(opinfo, monkeypatch):
+    import limits
+
+    class Scripted:
+        """A worker that says that its device is gone at "fatal", and judges nothing after that."""
+
+        def __init__(self, samples):
+            self.pipe, self.other = multiprocessing.Pipe()
+            self.process = types.SimpleNamespace(exitcode=0)
+            self.pair, self.since, self.over = None, time.monotonic(), False
+
+        def give(self, pair):
+            self.pair, self.since = pair, time.monotonic()
+            if self.over:
+                return self.other.close()
+            self.over = pair[0] == "fatal"
+            sent = limits.crashed(pair, "gone") | limits.LAST if self.over else opinfo.Verdict(*pair, "right").asdict()
+            return self.other.send(sent)
+
+        def take(self):
+            try:
+                return self.pipe.recv()
+            except EOFError:
+                return None
+
+        def end(self):
+            self.pipe.close()
+
+    monkeypatch.setattr(limits, "Worker", Scripted)
+    pairs = [(name, "float32") for name in ("add", "fatal", "sub", "mul")]
+    found = {v["op"]: v["verdict"] for v in limits.judged(pairs, jobs=1, samples=1, limit=5)}
+    assert found == {"add": "right", "fatal": "crash", "sub": "right", "mul": "right"}
+
+
+def test_verdicts_on_others_stay_with_their_commit(tmp_path, monkeypatch, opinfo):
+    import limits
+
+    assert limits.kept(tmp_path / "limits.json") == []
+    (tmp_path / "limits.json").write_text('{"commit": "a", "pairs": [{"op": "x"}, {"op": "y", "commit": "b"}]}')
+    assert [p["commit"] for p in limits.kept(tmp_path / "limits.json")] == ["a", "b"]
+
+
+def test_a_refused_gradient_is_not_called_wrong(opinfo, monkeypatch):
+    from bi_ops.mode.served import COMPOSED, overload
+
+    monkeypatch.delitem(COMPOSED, overload("multi_margin_loss_backward"))
+    verdict = opinfo.judge("nn.functional.multi_margin_loss", "float32", 8)
+    assert (verdict.forward, verdict.backward, verdict.verdict) == ("right", "refused", "partly")
+
+
+def test_a_row_that_another_one_hides_is_no_batch(opinfo):
+    """index_add with alpha=0: the gradient of the source is 0 times that of the row it goes to."""
+    assert opinfo.judge("index_add", "float32", 8).backward == "right"
+
+
+def test_random_results_may_differ_by_a_rounding_of_the_inputs_alone(opinfo):
+    ours, torchs, nudged = (torch.tensor([1.0, x]) for x in (2.01, 2.0, 2.01))
+    assert opinfo.difference(ours, torchs, None).startswith("error")
+    assert opinfo.difference(ours, torchs, None, others=[nudged]) == ""
+    assert opinfo.difference(ours * 1.1, torchs, None, others=[nudged]).startswith("error")

@@ -189,3 +189,41 @@ def test_multihead_attention_has_gradients_of_its_weights(device):
         got = gradients()
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_in_fp32_stand_large_scores(device):
+    """Scores of a hundred: the logarithm of a row's sum is rounded to 4e-6, its maximum and its sum are not."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = ((18 * torch.rand(B, H, n, 8, generator=generator) - 9).to(device) for n in (L, S, S))
+
+    exact = run(sdpa, [t.double() for t in (q, k, v)])
+
+    def error(f):
+        """Of dv, which the weights alone decide."""
+        leaf = v.clone().requires_grad_()
+        (dv,) = torch.autograd.grad(f(q, k, leaf), leaf, torch.cos(exact[0] * 9).float())
+        return float((dv - exact[3]).abs().max())
+
+    def packed(q, k, v):
+        rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+        starts = [torch.arange(B + 1, dtype=torch.int32, device=device) * n for n in (L, S)]
+        out = attention.flash_attention(
+            *rows, starts[0], cu_seqlens_k=starts[1], max_seqlen=L, max_seqlen_k=S, causal=False
+        )
+        return out.view(B, L, H, 8).transpose(1, 2)
+
+    with mode.batch_invariant_backward_mode():
+        assert error(sdpa) < 1e-6
+    assert error(packed) > 2e-6, "negative control: one logarithm is too coarse"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_is_contiguous_where_torch_has_no_fused_kernel(dtype, device):
+    """Three axes, axes to broadcast, and a mask with a gradient: there torch's math serves, and `view` works on it."""
+    q, k, v = (heads(H, n, 16, device).to(dtype) for n in (L, S, S))
+    bias = torch.zeros(L, S, device=device, dtype=dtype, requires_grad=True)
+    with mode.batch_invariant_backward_mode():
+        for out in (sdpa(q[0], k[0], v[0]), sdpa(q[0], k, v), sdpa(q, k, v, attn_mask=bias)):
+            assert out.is_contiguous()
+        assert sdpa(q, k, v).transpose(1, 2).is_contiguous()  # what models reshape, without a copy
+        assert sdpa(q, k, v, attn_mask=bias.detach()).transpose(1, 2).is_contiguous()

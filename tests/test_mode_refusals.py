@@ -187,6 +187,43 @@ def test_an_index_out_of_range_is_asserted_on_the_device(name):
     assert done.stdout.strip() == "refused", done.stdout + done.stderr[-2000:]
 
 
+#: What torch refuses by its shapes or dtypes, with an index out of range besides, at which it does not look.
+BOTH = {
+    "scatter_add, source with an axis more": lambda: zeros(3, 5).scatter_add(0, ids([34, 1], [1, 2]), ones(2, 5, 2)),
+    "scatter_add, small source": lambda: zeros(3, 5).scatter_add(0, ids([34, 1], [1, 2]), ones(1, 2)),
+    "scatter_add, dtype": lambda: zeros(3, 5).scatter_add(0, ids([34, 1], [1, 2]), bf16(2, 2)),
+    "scatter_reduce": lambda: zeros(3, 5).scatter_reduce(0, ids([34, 1], [1, 2]), ones(2, 2, 2), "sum"),
+    "index_add": lambda: zeros(3, 2).index_add(0, ids(9, 0), ones(1, 4)),
+    "put": lambda: zeros(3, 2).put(ids(9, 0), ones(3), accumulate=True),
+}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_shapes_are_looked_at_before_indices(name, device):
+    """On a GPU an index out of range would be an assertion, after which the device is of no more use."""
+    with torch.device(device):
+        torchs = raised(BOTH[name])
+        with mode.batch_invariant_backward_mode():
+            ours = raised(BOTH[name])
+    assert type(ours) is type(torchs)
+    assert str(ours) == str(torchs)
+    assert "out of bounds" not in str(ours)
+    assert "out of range" not in str(ours)
+    assert zeros(2, device=device).add(1).sum() == 2  # the device is well
+
+
+def test_an_assertion_of_torchs_formula_for_shapes_is_not_its_error(device, monkeypatch):
+    """torch 2.11's formula of logcumsumexp asserts where the operator raises IndexError."""
+    from bi_ops.mode.served import as_torch
+
+    def asserting(*args: Any) -> Any:
+        raise AssertionError("dim 3 out of bounds (-2, 1)")
+
+    assert as_torch.on_meta(asserting, (zeros(2),), {}) is None  # type: ignore[arg-type]
+    with mode.batch_invariant_backward_mode(), pytest.raises(IndexError, match="Dimension out of range"):
+        torch.logcumsumexp(ones(5, 2, device=device), 3)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # the sweep: valid calls, with one argument changed
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ import torch.nn.functional as F
 
 import bi_ops  # noqa: F401  (before triton)
 from bi_ops import mode
+from bi_ops.core import runtime
 from bi_ops.verify import row_variant
 from bi_ops.verify.properties import bits_equal
 
@@ -173,3 +178,75 @@ def test_rows_are_torchs_and_have_no_batch(name, dtype, device):
 @pytest.mark.parametrize(("name", "dtype"), pairs(WHOLE))
 def test_whole_tensors_are_torchs(name, dtype, device):
     check_accuracy(WHOLE[name], sample(device, dtype))
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_the_clipped_norm_of_gradients_is_an_ordered_sum(foreach, device, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "bench")
+    from samples import Recorder
+
+    def clipped() -> list[Tensor]:
+        given = [torch.linspace(-2, n, 35 * n, device=device).view(5, -1).requires_grad_() for n in (1, 2, 3)]
+        for p in given:
+            p.grad = p.detach().sin()
+        norm = torch.nn.utils.clip_grad_norm_(given, 1.0, foreach=foreach)
+        return [norm, *(p.grad for p in given if p.grad is not None)]
+
+    plain = Recorder()
+    with plain:
+        want = clipped()
+    assert plain.sums, "negative control: torch's own sums are seen"
+    recorder = Recorder()
+    with recorder, mode.batch_invariant_backward_mode():
+        got, again = clipped(), clipped()
+    assert recorder.sums == set()
+    for a, b, c in zip(got, want, again, strict=True):
+        torch.testing.assert_close(a, b)
+        assert bits_equal(a, c)
+    with mode.batch_invariant_backward_mode():
+        assert bits_equal(
+            got[0], torch.stack([torch.linspace(-2, n, 35 * n, device=device).sin().norm() for n in (1, 2, 3)]).norm()
+        )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_margin_losses_have_gradients(reduction, device):
+    x = torch.linspace(-2, 2, 20, device=device).sin().view(4, 5)
+    labels = torch.tensor([[3, 0, -1, 1, 1], [4, -1, 0, 0, 0], [-1, 0, 0, 0, 0], [0, 1, 2, 3, 4]], device=device)
+    calls = {
+        "multi_margin_loss": lambda x: F.multi_margin_loss(x, labels[:, 0].clamp(min=0), p=2, reduction=reduction),
+        "multilabel_margin_loss": lambda x: F.multilabel_margin_loss(x, labels, reduction=reduction),
+    }
+    for name, call in calls.items():
+
+        def run(call=call):
+            leaf = x.clone().requires_grad_()
+            out = call(leaf)
+            return [out.detach(), *torch.autograd.grad(out, leaf, torch.full_like(out, 0.3))]
+
+        want = run()
+        with mode.batch_invariant_backward_mode():
+            got = run()
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="on a GPU one program computes every element")
+@pytest.mark.parametrize("capability", [None, "default"])
+def test_torchs_pointwise_functions_without_vector_registers_have_no_batch(capability):
+    """The sigmoid of a router's scores, what makes DeepSeek-V3's rows differ in vector registers (docs/limits.md)."""
+    code = """
+import bi_ops, torch
+torch.manual_seed(0)
+scores = torch.randn(20, 18, 4)
+with bi_ops.batch_invariant_backward_mode():
+    equal = all(torch.equal(x.sigmoid()[9:], x[9:].clone().sigmoid()) for x in scores)
+print(torch.backends.cpu.get_cpu_capability(), equal)
+"""
+    environ = {n: v for n, v in os.environ.items() if n != "ATEN_CPU_CAPABILITY"}
+    environ |= {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    used, equal = done.stdout.split()
+    if capability is None and used == "DEFAULT":
+        pytest.skip("this CPU has no vector registers that torch uses")
+    assert (equal == "True") == (capability == "default")

@@ -20,7 +20,7 @@ _NAMES = names(
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d
     upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
     grid_sampler_2d _unsafe_masked_index_put_accumulate linalg_cross multi_margin_loss
-    multilabel_margin_loss_forward _safe_softmax _weight_norm_interface affine_grid_generator
+    _safe_softmax _weight_norm_interface affine_grid_generator
     """
 )
 

@@ -9,7 +9,7 @@ import torch
 from bi_ops import reduction
 from bi_ops.mode.served.decompositions import decomposition
 from bi_ops.mode.served.gradient import gradient
-from bi_ops.mode.served.registry import SERVED, OpOverload, Tensor, composes, overload, serves
+from bi_ops.mode.served.registry import SERVED, OpOverload, Tensor, aten, composes, overload, serves
 
 
 def _class_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -68,29 +68,40 @@ for _name in (*_LOSSES, "binary_cross_entropy_with_logits"):
 
 
 # --------------------------------------------------------------------------------------------------------------
-# margin losses: torch takes the forward apart (`decompositions`), and the gradient is that of these parts
-
-
-def _margin_gradient(forward: str, g: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    op = overload(forward)
-    assert op is not None
-    parts = decomposition(op)
-    assert parts is not None
-
-    def loss(x: Tensor) -> Tensor:
-        out = parts(x, *rest)
-        return out if isinstance(out, Tensor) else out[0]
-
-    return gradient(loss, (x,), g)[0]
+# margin losses
 
 
 @composes("multi_margin_loss_backward")
 def _multi_margin_loss_backward(
     g: Tensor, x: Tensor, target: Tensor, p: float, margin: float, weight: Tensor | None = None, how: int = 1
 ) -> Tensor:
-    return _margin_gradient("multi_margin_loss", g, x, target, p, margin, weight, how)
+    forward = decomposition(aten.multi_margin_loss.default)
+    assert forward is not None
+    return gradient(lambda x: forward(x, target, p, margin, weight, how), (x,), g)[0]
+
+
+def _multilabel_margin_loss(x: Tensor, target: Tensor, how: int) -> tuple[Tensor, Tensor]:
+    """The loss, and which classes are targets [N, C]. torch's own decomposition counts labels after the first -1."""
+    rows, labels = torch.atleast_2d(x), torch.atleast_2d(target)
+    n = rows.shape[1]
+    classes = torch.arange(n, device=x.device)
+    end = torch.where(labels == -1, classes, n).amin(-1, keepdim=True)
+    keep = classes < end
+    labels = torch.where(keep, labels, 0)
+    is_target = (keep[..., None] & (labels[..., None] == classes)).any(1)
+    margins = (1 - rows.gather(-1, labels)[..., None] + rows[:, None]).clamp_min(0) / n
+    losses = torch.where(keep[..., None] & ~is_target[:, None], margins, 0).sum((1, 2))
+    if how == 0:
+        return losses.reshape(x.shape[:-1]), is_target
+    return losses.mean() if how == 1 else losses.sum(), is_target
+
+
+@composes("multilabel_margin_loss_forward")
+def _multilabel_margin_loss_forward(x: Tensor, target: Tensor, how: int) -> tuple[Tensor, Tensor]:
+    loss, is_target = _multilabel_margin_loss(x, target, how)
+    return loss, is_target.to(x.dtype).reshape(target.shape)
 
 
 @composes("multilabel_margin_loss_backward")
 def _multilabel_margin_loss_backward(g: Tensor, x: Tensor, target: Tensor, how: int, is_target: Tensor) -> Tensor:
-    return _margin_gradient("multilabel_margin_loss_forward", g, x, target, how)
+    return gradient(lambda x: _multilabel_margin_loss(x, target, how)[0], (x,), g)[0]
