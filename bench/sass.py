@@ -134,19 +134,21 @@ def decode_launches() -> Iterator[Launch]:
     def launch(head_dim, ctas_per_sm, page, causal=True, dtype=BF16):
         q, cache = _packed(4, 32, head_dim, dtype), torch.zeros((8, page, 8, head_dim), dtype=dtype)
         pairs = 33 if ctas_per_sm == 1 else 160  # on 132 SMs
-        order = _order(head_dim, dtype).forward
+        order, out = _order(head_dim, dtype).forward, torch.empty_like(q)
         chosen = config.gluon_decode(4, pairs, head_dim, dtype, order, SM_90, 132)
         assert chosen is not None
         assert chosen.ctas_per_sm == ctas_per_sm
         table, lengths = torch.zeros((4, 2), dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
         cu = _starts(1, 2, 3, 4)
         name = _text(head_dim=head_dim, causal=causal, page=page, ctas_per_sm=ctas_per_sm, dtype=dtype)
-        return name, lambda: decode.launch(q, cache, cache, table, cu, lengths, causal, 0.1, order, chosen)
+        return name, lambda: decode.launch(q, cache, cache, table, cu, lengths, out, False, causal, 0.1, order, chosen)
 
     for options in itertools.product((64, 128), (1, 2), (16, 256)):
         yield launch(*options)
     yield launch(256, 1, 16)
     yield launch(256, 1, 256)
+    for head_dim, ctas_per_sm in itertools.product((80, 96), (1, 2)):
+        yield launch(head_dim, ctas_per_sm, 16)
     yield launch(128, 1, 16, causal=False)
     yield launch(128, 1, 16, dtype=FP16)
 

@@ -171,7 +171,8 @@ def test_how_many_ctas_of_an_sm_decode():
     for max_rows, n_pairs, ctas in (
         (1, 8, 1),
         (64, 132, 1),
-        (65, 8, None),
+        (65, 8, 2),  # prefill: a CTA's exponentials run beside the other's GEMMs
+        (4096, 8, None),
         (4, 133, 2),
         (4, 198, 2),
         (4, 199, 1),
@@ -194,5 +195,5 @@ def test_which_kernel_decodes(arch):
         return launch.decode_config(q, cache, cache, pages, cu, 1, given, None, KeySteps(128), arch)
 
     assert isinstance(chosen(), DecodeConfig if arch.gluon else KernelConfig)
-    for other in (chosen(page=7), chosen(table=False), chosen(softcap=3.0), chosen(left=3), chosen(n_heads=256)):
+    for other in (chosen(page=7), chosen(table=False), chosen(softcap=3.0), chosen(left=3)):
         assert isinstance(other, KernelConfig)

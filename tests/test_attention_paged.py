@@ -12,6 +12,10 @@ import torch
 from sweeps import sweep
 
 from bi_ops import attention
+from bi_ops.attention import launch
+from bi_ops.attention.kernels.forward import attention_kernel
+from bi_ops.attention.params import AttentionParams
+from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.verify.properties import bits_equal
 
@@ -129,6 +133,73 @@ def test_mixed_decode_and_prefill_in_one_call(device):
     out = paged_attention(rows, k_cache, v_cache, table, cu(new, device), ints(LENGTHS, device), max_seqlen_q=max(new))
     for i, (o, p) in enumerate(zip(out.split(new), prefill, strict=True)):
         assert bits_equal(o, p[len(p) - len(o) :]), i
+
+
+def launches(monkeypatch):
+    """The (grid, arguments that are no tensor) of every launch of attention's kernel, as a CUDA graph keeps them."""
+    kept = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def run(*args, **constants):
+                kept.append((grid, [a for a in args if not isinstance(a, torch.Tensor)], constants))
+                return attention_kernel[grid](*args, **constants)
+
+            return run
+
+    monkeypatch.setattr(launch, "attention_kernel", Kernel())
+    return kept
+
+
+@pytest.mark.parametrize("head_dim", [24, 64] if runtime.INTERPRET else [64, 80, 96, 128, 256])
+def test_one_launch_serves_every_split_of_its_tokens(head_dim, device, monkeypatch):
+    """As a CUDA graph replays it: the same grid and arguments, and the bits of each sequence alone."""
+    kept = launches(monkeypatch)
+    n, lengths = 140, [180, 40, 150, 1]
+    splits = [[1, 1, 137, 1], [140, 0, 0, 0], [35, 35, 69, 1], [0, 0, 140, 0], [0, 40, 99, 1], [100, 39, 0, 1]]
+    _, k, v = make(head_dim, torch.bfloat16, device, lengths)
+    cache, rows = paged(k, v, lengths, 16), torch.randn(n, 4, head_dim, device=device).bfloat16()
+    for new in splits:
+        # A CUDA graph's batch is padded with sequences without queries.
+        got = paged_attention(rows, *cache, cu(new, device), ints(lengths, device))
+        for i, part in enumerate(rows.split(new)):
+            if new[i]:
+                own = (cache[2][i : i + 1], cu([new[i]], device), ints(lengths[i : i + 1], device))
+                alone = paged_attention(part, *cache[:2], *own, max_seqlen_q=new[i])
+                assert bits_equal(got.split(new)[i], alone), (new, i)
+    if runtime.INTERPRET:  # on a GPU plain attention takes the Gluon kernel
+        assert len({repr(k) for k in kept if k[0] == kept[0][0]}) == 1
+        assert sum(k[0] == kept[0][0] for k in kept) >= len(splits)
+
+
+def test_a_launch_for_short_queries_does_not_serve_long_ones(device):
+    """Negative control: a stated maximum sizes the launch, which a graph then keeps for batches that exceed it."""
+    n, head_dim = 140, 64
+    _, k, v = make(head_dim, torch.bfloat16, device, [n])
+    rows = torch.randn(n, 4, head_dim, device=device).bfloat16()
+    given = (rows, *paged(k, v, [n], 16), cu([n], device), ints([n], device))
+    order, params = attention.order_of(head_dim, rows.dtype, backend="triton").forward, AttentionParams(True, 0.1)
+    run = functools.partial(
+        launch.paged_forward, *given, params=params, sinks=None, order=order, arch=arches.of(device)
+    )
+    want = run(max_q=n)
+    assert torch.equal(run(max_q=None), want)
+    got = run(max_q=1, out=torch.full_like(rows, 7.0))
+    assert not torch.equal(got, want)
+    assert torch.equal(got[:1], want[:1])
+
+
+def test_the_result_goes_where_it_is_told(device):
+    q, k, v = make(32, torch.bfloat16, device)
+    cache, lengths = paged(k, v, LENGTHS, 16), ints(LENGTHS, device)
+    want = paged_attention(q, *cache, cu(LENGTHS, device), lengths)
+    out = torch.full((len(q) + 2, *q.shape[1:]), 7.0, device=device).bfloat16()
+    assert paged_attention(q, *cache, cu(LENGTHS, device), lengths, out=out[:-2]).data_ptr() == out.data_ptr()
+    assert bits_equal(out[:-2], want)
+    assert (out[-2:] == 7.0).all()
+    for bad, error in ((out, ValueError), (out[:-2].float(), TypeError), (out[:-2, :, ::2], ValueError)):
+        with pytest.raises(error, match=r"paged_attention: .*out"):
+            paged_attention(q, *cache, cu(LENGTHS, device), lengths, out=bad)
 
 
 def test_split_keys_are_caught(device):

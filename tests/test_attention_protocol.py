@@ -89,18 +89,21 @@ def run_forward(
 
 def run_decode(n_queries, lengths, kernels=decode, hkv=2, heads=2, page=16, slots=3, causal=True, **options):
     before, after = options.pop("outside", (0, 0))
-    d, block_n, t = 64, 64, before + sum(n_queries) + after
+    d, block_d, block_n, t = options.pop("head_dim", 64), 64, 64, before + sum(n_queries) + after
     box, columns = math.gcd(page, block_n), max(-(-n // page) for n in lengths) + 1
     pages, table = itertools.count(), []
     for n in lengths:
         own = [next(pages) for _ in range(-(-n // page))]
         table += own + [-(10**6)] * (columns - len(own))
-    cache = Descriptor([next(pages) * page, hkv * d], [box, d], 2)
+    cache = Descriptor([next(pages) * page, hkv * d], [box, block_d], 2)
+    n_seqs, tiles = len(lengths), len(lengths)
+    if not options.pop("decoding", False) or max(n_queries) * heads > 64:
+        tiles += t * heads // 64
     q, out = outputs(0, t * hkv * heads * d)
     unused = model.launch(
-        *(kernels.attention_decode_kernel, len(lengths) * hkv, cache, cache, q, out),
-        *(*pointers(inside(n_queries, before), lengths, table), 1.0, t, hkv * heads * d, d, columns),
-        *(page, 0, d, page, 0, d, hkv, heads, d, block_n, page, slots, 1, causal, options.pop("large", False)),
+        *(kernels.attention_decode_kernel, tiles * hkv, cache, cache, q, out),
+        *(*pointers(inside(n_queries, before), lengths, table), 1.0, t, n_seqs, hkv * heads * d, d, columns),
+        *(page, 0, d, page, 0, d, hkv, heads, d, block_d, block_n, page, slots, 1, causal, options.pop("large", False)),
         **options,
     )
     assert once(out)
@@ -219,13 +222,16 @@ def test_any_lengths(kernel, seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_any_lengths_decode(seed):
     r = random.Random(seed)
-    for heads in (1, 2, 5, 7, 64):
-        n_queries = [r.randint(i == 0, 64 // heads) for i in range(3)]
-        run_decode(
-            *(n_queries, [r.choice(EDGES) for _ in n_queries]),
-            **{"hkv": r.choice([1, 2]), "heads": heads, "page": r.choice([8, 16, 48, 64, 256])},
-            **{"slots": r.choice([2, 3, 4, 5, 16]), "causal": r.random() < 0.7, "seed": seed},
-        )
+    for heads in (1, 2, 5, 7, 64, 71):
+        for longest in (max(64 // heads, 1), max(200 // heads, 2)):  # decoding, and prefill in the same grid
+            n_queries = [r.randint(i == 0, longest) for i in range(r.choice([1, 3, 6]))]
+            n_queries[0] = max(n_queries[0], 1)
+            run_decode(
+                *(n_queries, [r.choice(EDGES) for _ in n_queries]),
+                **{"hkv": r.choice([1, 2]), "heads": heads, "page": r.choice([8, 16, 48, 64, 256])},
+                **{"slots": r.choice([2, 3, 4, 5, 16]), "causal": r.random() < 0.7, "seed": seed},
+                **{"head_dim": r.choice([40, 64]), "decoding": r.random() < 0.5},
+            )
 
 
 @pytest.mark.parametrize("outside", [(0, 1), (3, 0), (70, 200)])

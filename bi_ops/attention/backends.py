@@ -60,22 +60,26 @@ class AttentionBackend(Backend):
 
     def paged_forward(
         self,
+        out: torch.Tensor,
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         table: torch.Tensor,
         cu_q: torch.Tensor,
         seqlens_k: torch.Tensor,
-        max_q: int,
+        max_q: int | None,
         params: AttentionParams,
         sinks: torch.Tensor | None,
         order: AttentionOrder,
         arch: Arch,
-    ) -> torch.Tensor:
-        """[T, Hq, D], contiguous: caches [blocks, block_size, Hkv, D], table int32 [B, max_blocks]."""
+    ) -> None:
+        """Write out [T, Hq, D], contiguous: caches [blocks, block_size, Hkv, D], table int32 [B, max_blocks].
+
+        max_q: at least the longest query, or None: the launch must then serve any split of the T tokens.
+        """
         assert isinstance(order.forward, KeySteps), f"{order.forward} is not of the own kernels"
         paged = (q, k_cache, v_cache, table, cu_q, seqlens_k, max_q)
-        return launch.paged_forward(*paged, params, sinks, order.forward, arch)
+        launch.paged_forward(*paged, params, sinks, order.forward, arch, out=out)
 
     def backward(
         self,
@@ -151,7 +155,7 @@ class VllmBackend(AttentionBackend):
             launch.clear_outside(seqlens.cu_q, out, lse)
         return out, lse
 
-    def paged_forward(self, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, sinks, order, arch):
+    def paged_forward(self, out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, sinks, order, arch):
         page = k_cache.shape[1]
         if page % vllm.PAGE_MULTIPLE != 0:
             raise RuntimeError(
@@ -159,11 +163,12 @@ class VllmBackend(AttentionBackend):
                 f"{page}. Use such a cache, or backend 'triton'"
             )
         if q.shape[0] == 0 or table.numel() == 0:
-            return _no_keys(q)[0]
-        max_k = table.shape[1] * page  # an upper bound is enough, as under vLLM's CUDA graphs
-        out, _ = vllm.forward(q, k_cache, v_cache, cu_q, seqlens_k, table, max_q, max_k, params)
+            out.zero_()
+            return
+        max_q = q.shape[0] if max_q is None else max_q
+        max_k = table.shape[1] * page  # upper bounds are enough, as under vLLM's CUDA graphs
+        vllm.forward(q, k_cache, v_cache, cu_q, seqlens_k, table, max_q, max_k, params, out)
         launch.clear_outside(cu_q, out)
-        return out
 
 
 class FlashAttnBackend(AttentionBackend):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -10,7 +11,7 @@ from bi_ops.attention.order import HALF_DTYPES, KeySteps, OnePass, TwoPass
 from bi_ops.core.arch import Arch
 from bi_ops.core.orders import Order
 
-#: Head sizes of the Gluon forward and of Gluon decoding.
+#: Head sizes of the Gluon kernels but for decoding, which has every multiple of 8 from 16 on.
 GLUON_HEAD_DIMS = (64, 128, 256)
 
 
@@ -58,6 +59,9 @@ class DecodeConfig:
 
     stages: int
     ctas_per_sm: int = 1
+
+    #: Of a tile: (query, head of a KV head).
+    rows: ClassVar[int] = 64
 
     @staticmethod
     def computes(order: Order) -> bool:
@@ -137,9 +141,9 @@ def check_order(config: GluonConfig, order: Order) -> None:
         )
 
 
-def block_d(head_dim: int) -> int:
-    """head_dim padded to a power of two."""
-    return _pow2(head_dim, 16, 256)
+def block_d(head_dim: int, least: int = 16) -> int:
+    """head_dim padded to a power of two, at least `least`."""
+    return _pow2(head_dim, least, 256)
 
 
 def _pow2(n: int, low: int, high: int) -> int:
@@ -238,7 +242,7 @@ def dsinks(n_heads: int, arch: Arch) -> SinkConfig:
 
 
 def gluon_serves(head_dim: int, dtype: torch.dtype, arch: Arch) -> bool:
-    """Do the Gluon forward and Gluon decoding compute plain attention of this kind?"""
+    """Do the Gluon forward and backward compute plain attention of this kind?"""
     return arch.gluon and head_dim in GLUON_HEAD_DIMS and dtype in HALF_DTYPES
 
 
@@ -260,18 +264,19 @@ def gluon_forward(max_q: int, head_dim: int, dtype: torch.dtype, order: KeySteps
 def gluon_decode(
     max_rows: int, n_pairs: int, head_dim: int, dtype: torch.dtype, order: KeySteps, arch: Arch, num_sms: int
 ) -> DecodeConfig | None:
-    """Arguments as `forward`.
+    """Arguments as `forward`; a tile has 64 rows, so of longer queries it takes several.
 
     Measured on an H100 (bench/results/h100/decode_exploration.csv), 8k keys, 4 key heads, head_dim 128: 16 sequences
     read 2.74 TB/s, of which the Triton kernel reads 1.03, and 128 read 3.00 and 2.49. With a few more CTAs than SMs the
     second wave is nearly empty: 40 sequences read 2.79 with two CTAs to an SM, 2.61 with one. At head_dim 256 16 read
     2.83 and 1.46; at 64 128 read 2.94 by CTAs of one warp, many to an SM, and 2.82 so.
     """
-    if max_rows > 64 or not gluon_serves(head_dim, dtype, arch) or not DecodeConfig.computes(order):
+    if not arch.gluon or dtype not in HALF_DTYPES or not DecodeConfig.computes(order) or max_rows > 2048:
         return None
-    if head_dim <= 64 and n_pairs > 2 * num_sms:
+    if head_dim <= 64 and n_pairs > 2 * num_sms and max_rows <= 64:
         return None
-    if head_dim <= 128 and num_sms < n_pairs <= 3 * num_sms // 2:
+    # Two CTAs to an SM also where prefill is among it: one multiplies while the other takes exponentials.
+    if head_dim <= 128 and (max_rows > 64 or num_sms < n_pairs <= 3 * num_sms // 2):
         return DecodeConfig(12 if head_dim <= 64 else 3, 2)
     return DecodeConfig(16 if head_dim <= 64 else 4)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -61,19 +62,23 @@ def _mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
     return (0,) * 4 if mask is None else mask.stride()
 
 
-def _dense(config: KernelConfig, longest: int) -> bool:
+def _dense(config: KernelConfig, longest: int | None) -> bool:
     """Is the grid one of pairs and tiles: where a CTA takes several pairs, or a pair is one tile, as in decoding.
 
     Otherwise it is a list of the tiles that exist, so that one long sequence costs the short ones nothing.
     """
-    return config.pairs > 1 or longest <= config.block
+    return config.pairs > 1 or (longest is not None and longest <= config.block)
 
 
-def _grid(config: KernelConfig, n_pairs: int, hkv: int, n_rows: int, longest: int) -> tuple[int, ...]:
-    """CTAs for tiles of `config.block` rows. n_rows: of a KV head in all sequences; longest: of the longest one."""
+def _grid(config: KernelConfig, n_pairs: int, hkv: int, n_rows: int, longest: int | None) -> tuple[int, ...]:
+    """CTAs for tiles of `config.block` rows. n_rows: of a KV head in all sequences; longest: of the longest one.
+
+    longest is None: not known; a list of tiles needs no more than the number of rows.
+    """
     if _dense(config, longest):
+        assert longest is not None, "several pairs in a CTA need the longest sequence"
         return cdiv(n_pairs, config.pairs), cdiv(longest, config.block)
-    return ((n_rows // config.block + n_pairs // hkv) * hkv,)  # the kernels' `find_tile` knows which is whose
+    return ((n_rows // config.block + n_pairs // hkv) * hkv,)  # the kernels' `get_tile` knows which is whose
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -105,15 +110,18 @@ def decode_config(
     v_cache: torch.Tensor,
     table: torch.Tensor,
     cu_q: torch.Tensor,
-    max_q: int,
+    max_q: int | None,
     params: AttentionParams,
     sinks: torch.Tensor | None,
     order: KeySteps,
     arch: Arch,
 ) -> DecodeConfig | KernelConfig:
-    """How the paged forward runs; reads no memory of the GPU. The Gluon kernel takes pages that TMA can copy."""
-    (hq, head_dim), (page, hkv) = q.shape[1:], k_cache.shape[1:3]
-    n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, max_q * (hq // hkv)
+    """How the paged forward runs; reads no memory of the GPU. The Gluon kernel takes pages that TMA can copy.
+
+    Where the longest query is not known (max_q is None), a config for as many tokens in sequences of equal length.
+    """
+    (n_tokens, hq, head_dim), (page, hkv), n_seqs = q.shape, k_cache.shape[1:3], cu_q.shape[0] - 1
+    n_pairs, max_rows = n_seqs * hkv, (cdiv(n_tokens, max(n_seqs, 1)) if max_q is None else max_q) * (hq // hkv)
     if table.numel() > 0 and _plain(q, k_cache, params, sinks):
         num_sms = runtime.multiprocessors(q.device)
         gluon = configs.gluon_decode(max_rows, n_pairs, head_dim, q.dtype, order, arch, num_sms)
@@ -123,7 +131,8 @@ def decode_config(
 
             if tma.is_cache_compatible(k_cache, box) and tma.is_cache_compatible(v_cache, box):
                 return gluon
-    return configs.forward(max_rows, n_pairs, head_dim, q.dtype, order, arch)
+    config = configs.forward(max_rows, n_pairs, head_dim, q.dtype, order, arch)
+    return replace(config, pairs=1) if max_q is None else config
 
 
 def forward(
@@ -158,21 +167,32 @@ def paged_forward(
     table: torch.Tensor,
     cu_q: torch.Tensor,
     seqlens_k: torch.Tensor,
-    max_q: int,
+    max_q: int | None,
     params: AttentionParams,
     sinks: torch.Tensor | None,
     order: KeySteps,
     arch: Arch,
     config: DecodeConfig | KernelConfig | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[T, Hq, D], contiguous: `forward` over pages [blocks, block_size, Hkv, D], the same bits."""
+    """[T, Hq, D], contiguous: `forward` over pages [blocks, block_size, Hkv, D], the same bits.
+
+    max_q: at least the longest query, or None: then the launch is that of any split of the tokens into sequences, as a
+    CUDA graph needs it. out: where it is written to.
+    """
+    out = q.new_empty(q.shape) if out is None else out
     if config is None:
         config = decode_config(q, k_cache, v_cache, table, cu_q, max_q, params, sinks, order, arch)
     if isinstance(config, DecodeConfig):
         from bi_ops.attention.hopper.decode import launch
 
-        return launch(q, k_cache, v_cache, table, cu_q, seqlens_k, params.causal, params.scale, order, config)
-    return _triton_forward(q, k_cache, v_cache, None, cu_q, seqlens_k, table, max_q, params, sinks, order, config)
+        decoding = max_q is not None and max_q * (q.shape[1] // k_cache.shape[2]) <= config.rows
+        rest = (params.causal, params.scale, order, config)
+        launch(q, k_cache, v_cache, table, cu_q, seqlens_k, out, decoding, *rest)
+        return out
+    return _triton_forward(
+        *(q, k_cache, v_cache, None, cu_q, seqlens_k, table, max_q, params, sinks, order, config), out=out
+    )
 
 
 def _triton_forward(
@@ -183,24 +203,25 @@ def _triton_forward(
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
     table: torch.Tensor | None,
-    max_q: int,
+    max_q: int | None,
     params: AttentionParams,
     sinks: torch.Tensor | None,
     order: KeySteps,
     config: KernelConfig,
     mask: torch.Tensor | None = None,
     neg_max: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """k and v [Tk, Hkv, D] with cu_k [B + 1], or pages with lengths cu_k [B] and their table.
 
-    mask, neg_max: as `masked_forward`.
+    max_q: None, for pages: not known. mask, neg_max: as `masked_forward`. out: where it is written to.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     n_tokens, hq = q.shape[:2]
     hkv = k.shape[-2]
-    out = q.new_empty(q.shape)
-    n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, max_q * (hq // hkv)
-    if n_pairs == 0 or max_rows == 0:
+    out = q.new_empty(q.shape) if out is None else out
+    n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, None if max_q is None else max_q * (hq // hkv)
+    if n_pairs == 0 or n_tokens == 0 or max_rows == 0:
         return out
     attention_kernel[_grid(config, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
         q,

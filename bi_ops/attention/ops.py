@@ -158,6 +158,29 @@ def _flash_backward(ctx, g, g_lse):
 _flash.register_autograd(_flash_backward, setup_context=_flash_setup)
 
 
+def _run_paged(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table: torch.Tensor,
+    cu_q: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    max_q: int | None,
+    params: AttentionParams,
+    backend: str,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Write out [T, Hq, D], contiguous."""
+    if max_q is not None or q.device.type == "cpu":
+        longest("paged_attention", "cu_seqlens_q", cu_q, q.shape[0], max_q)
+    if q.device.type == "cpu":
+        check_pages(k_cache, table, seqlens_k)
+    chosen, arch = backends.get(backend), arches.of(q.device)
+    order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks), True), arch)
+    chosen.paged_forward(out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, sinks, order, arch)
+
+
 @custom_op("bi_ops::paged_attention")
 def _paged(
     q: torch.Tensor,
@@ -166,7 +189,7 @@ def _paged(
     table: torch.Tensor,
     cu_q: torch.Tensor,
     seqlens_k: torch.Tensor,
-    max_q: int,
+    max_q: int | None,
     causal: bool,
     scale: float,
     backend: str,
@@ -175,18 +198,41 @@ def _paged(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    params = AttentionParams(causal, scale, left, right, softcap)
-    max_q = longest("paged_attention", "cu_seqlens_q", cu_q, q.shape[0], max_q)
-    if q.device.type == "cpu":
-        check_pages(k_cache, table, seqlens_k)
-    chosen, arch = backends.get(backend), arches.of(q.device)
-    order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks), True), arch)
-    return chosen.paged_forward(q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, sinks, order, arch)
+    out, params = q.new_empty(q.shape), AttentionParams(causal, scale, left, right, softcap)
+    _run_paged(out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, backend, sinks)
+    return out
 
 
 @_paged.register_fake
 def _(q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, causal, scale, backend, *features):
     return q.new_empty(q.shape)
+
+
+@custom_op("bi_ops::paged_attention_out", mutates_args=("out",))
+def _paged_out(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table: torch.Tensor,
+    cu_q: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    max_q: int | None,
+    causal: bool,
+    scale: float,
+    backend: str,
+    left: int = -1,
+    right: int = -1,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    params = AttentionParams(causal, scale, left, right, softcap)
+    _run_paged(out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, backend, sinks)
+
+
+@_paged_out.register_fake
+def _(out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, causal, scale, backend, *features):
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -324,13 +370,14 @@ def paged_attention(
     cu_seqlens_q: torch.Tensor,
     seqlens_k: torch.Tensor,
     *,
-    max_seqlen_q: int,
+    max_seqlen_q: int | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     backend: str | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`flash_attention` with keys and values in pages: decoding and chunked prefill. Forward only, the same bits.
 
@@ -339,11 +386,14 @@ def paged_attention(
             (backend 'vllm': a multiple of 16), with the new tokens' keys and values already written.
         block_table: int32 [B, max_blocks], the blocks of each sequence in order.
         cu_seqlens_q: int32 [B + 1]. seqlens_k: int32 [B], all keys of each sequence, the new ones included.
-        max_seqlen_q: at least the longest of the new parts. causal, softmax_scale, window_size, softcap, sinks and
-            backend: as `flash_attention`. Blocks before the first new token's window may hold anything.
+        max_seqlen_q: at least the longest of the new parts. None: any split of the T tokens into B new parts may come,
+            so a CUDA graph captured without it serves decoding, prefill and mixed batches of T tokens; no bit differs.
+        causal, softmax_scale, window_size, softcap, sinks and backend: as `flash_attention`. Blocks before the first
+            new token's window may hold anything.
+        out: [T, Hq, D], contiguous, of q's dtype: where the result is written.
 
     Returns:
-        [T, Hq, D], contiguous, in the dtype of q.
+        [T, Hq, D], contiguous, in the dtype of q: out if it is given. Rows of no sequence are zeros.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `flash_attention`, and RuntimeError if q needs a gradient. What the
@@ -351,7 +401,8 @@ def paged_attention(
     """
     op = "paged_attention"
     checks.backend_name(op, backend)
-    checks.integer(op, "max_seqlen_q", max_seqlen_q)
+    if max_seqlen_q is not None:
+        checks.integer(op, "max_seqlen_q", max_seqlen_q)
     scale = check_qkv(op, softmax_scale, q=q, k_cache=k_cache, v_cache=v_cache)
     params = check_features(op, q, causal, scale, window_size, softcap, sinks)
     inputs = (q, k_cache, v_cache, *(() if sinks is None else (sinks,)))
@@ -377,7 +428,16 @@ def paged_attention(
     check_cache_head_dim(op, q.shape[2], v_cache.shape[3])
     name = select(operator.index(q.shape[2]), q.dtype, params.features(sinks), q.device, backend, paged=True)
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    return _paged(
+    given = (
         *(q, k_cache, v_cache, table, cu_seqlens_q.contiguous(), seqlens_k.contiguous(), max_seqlen_q, causal, scale),
         *(name, params.left, params.right, params.softcap, sinks if sinks is None else sinks.contiguous()),
     )
+    if out is None:
+        return _paged(*given)
+    checks.tensor(op, "out", out, ndim=3)
+    checks.same_dtype(op, q=q, out=out)
+    checks.same_device(op, q=q, out=out)
+    ok = out.shape == q.shape and out.is_contiguous() and not out.requires_grad
+    checks.shape(op, ok, lambda: f"out must be {list(q.shape)}, contiguous, without a gradient, got {list(out.shape)}")
+    _paged_out(out, *given)
+    return out

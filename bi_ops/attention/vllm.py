@@ -23,6 +23,7 @@ def forward(
     max_q: int,
     max_k: int,
     params: AttentionParams,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) as vLLM's FlashAttention backend computes them under VLLM_BATCH_INVARIANT.
 
@@ -30,7 +31,7 @@ def forward(
 
     Args:
         q: [T, Hq, D], T > 0. k, v: [Tk, Hkv, D] with cu_k int32 [B + 1], or pages [blocks, block_size, Hkv, D] with
-            lengths cu_k int32 [B] and their table int32 [B, max_blocks].
+            lengths cu_k int32 [B] and their table int32 [B, max_blocks]. out: [T, Hq, D], where it is written to.
     """
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
@@ -50,5 +51,6 @@ def forward(
         scheduler_metadata=None,
         num_splits=1,
         fa_version=3,
+        out=out,
         **keys,
     )

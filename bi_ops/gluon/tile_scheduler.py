@@ -83,6 +83,32 @@ def find_sequence(p_order, i_tile, n_seqs):
     return gl.load(p_order + n_seqs + low), gl.load(p_order + low)
 
 
+@gluon.jit
+def first_or_later_tile(p_cu, i, n_tiles, n_seqs, PER_TOKEN: gl.constexpr, BLOCK: gl.constexpr):
+    """(sequence, its tile) number `i` of `n_tiles`: the first tile of each sequence, then the later ones, last first.
+
+    A tile has BLOCK rows, a token PER_TOKEN. As `n_tiles` are enough n_seqs + n_tokens * PER_TOKEN // BLOCK, however
+    the tokens are split; some then do not exist, and start past their sequence. First tiles need no search: all that
+    decoding has. The later ones of sequence b start at (cu[b] - cu[0]) * PER_TOKEN // BLOCK.
+    """
+    i_b = i
+    i_tile = i * 0
+    if i >= n_seqs:
+        later = n_tiles - 1 - i
+        start = gl.load(p_cu)
+        low = n_seqs * 0
+        high = n_seqs
+        while high - low > 1:
+            middle = (low + high) // 2
+            if (gl.load(p_cu + middle) - start) * PER_TOKEN // BLOCK <= later:
+                low = middle
+            else:
+                high = middle
+        i_b = low
+        i_tile = later - (gl.load(p_cu + low) - start) * PER_TOKEN // BLOCK + 1
+    return i_b, i_tile
+
+
 @aggregate
 class Sequences:
     """Packed sequences of queries and keys, in which order their tiles are taken, and how many there are."""

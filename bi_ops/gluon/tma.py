@@ -95,12 +95,14 @@ def is_cache_compatible(cache: torch.Tensor, block: int) -> bool:
     return n > 0 and size % block == 0 and block >= 8 and even and dense and aligned and few
 
 
-def cache_descriptor(cache: torch.Tensor, block: int) -> tuple[TensorDescriptor, int, int, int]:
-    """A cache that `is_cache_compatible`, in tiles of `block` tokens and one head.
+def cache_descriptor(cache: torch.Tensor, block: int, width: int) -> tuple[TensorDescriptor, int, int, int]:
+    """A cache that `is_cache_compatible`, in tiles of `block` tokens and `width` columns from a head's first on.
 
+    A head of fewer columns is followed by what lies beside it in the token's row, or by zeros past the row's end.
     (descriptor, rows from page to page, rows from head to head, columns from head to head)
     """
     n, size, h, d = cache.shape
     row, page_rows, head_rows, columns = _cache_layout(cache)
     shape = [(n - 1) * page_rows + (h - 1) * head_rows + size, (h - 1) * columns + d]
-    return TensorDescriptor(cache, shape, [row, 1], [block, d], smem_layout(128, 16, 2)), page_rows, head_rows, columns
+    descriptor = TensorDescriptor(cache, shape, [row, 1], [block, width], smem_layout(128, 16, 2))
+    return descriptor, page_rows, head_rows, columns

@@ -71,6 +71,31 @@ def get_tile(
 
 
 @triton.jit
+def first_or_later_tile(p_cu, n_pairs, HKV: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """(pair, tile) of this program: the first tile of each pair, then the later ones, last first.
+
+    As `gluon.tile_scheduler.first_or_later_tile`: first tiles, all that decoding has, need no search.
+    """
+    pair = tl.program_id(0)
+    i_tile = pair * 0
+    if pair >= n_pairs:
+        later = (tl.num_programs(0) - 1 - pair) // HKV
+        n_seqs = n_pairs // HKV
+        start = tl.load(p_cu)
+        low = n_seqs * 0
+        high = n_seqs
+        while high - low > 1:
+            middle = (low + high) // 2
+            if (tl.load(p_cu + middle) - start) * PER_TOKEN // BLOCK <= later:
+                low = middle
+            else:
+                high = middle
+        i_tile = later - (tl.load(p_cu + low) - start) * PER_TOKEN // BLOCK + 1
+        pair = low * HKV + pair % HKV
+    return pair, i_tile
+
+
+@triton.jit
 def seqlen_info(p_cu, pair, n_pairs, HKV: tl.constexpr):
     """(start, length) of the sequence that `pair` belongs to; past the last pair the length is 0."""
     i_b = tl.minimum(pair, n_pairs - 1) // HKV

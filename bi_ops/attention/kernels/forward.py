@@ -14,6 +14,7 @@ from bi_ops.attention.kernels.common import (
     dot_nn,
     dot_nt,
     exponent_scale,
+    first_or_later_tile,
     get_tile,
     key_ranges,
     load_rows,
@@ -84,7 +85,10 @@ def attention_kernel(
     HAS_LSE: tl.constexpr,
 ):
     # Causal tiles at the end have most to do: they start first.
-    first_pair, i_m = get_tile(p_cu_q, n_pairs, HKV, HEADS, BLOCK_M, GROUPS, DENSE, True)
+    if PAGE == 0 or DENSE:
+        first_pair, i_m = get_tile(p_cu_q, n_pairs, HKV, HEADS, BLOCK_M, GROUPS, DENSE, True)
+    else:
+        first_pair, i_m = first_or_later_tile(p_cu_q, n_pairs, HKV, HEADS, BLOCK_M)
 
     pair_m = pair_index(first_pair, BLOCK_M, GROUPS)
     q_start, q_len = seqlen_info(p_cu_q, pair_m, n_pairs, HKV)
