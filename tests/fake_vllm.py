@@ -65,16 +65,22 @@ def create_engine_config(self, usage_context=None, headless=False):
     return self.compilation_config.mode, self.compilation_config.cudagraph_mode
 
 
+class Slot:
+    """One of vLLM's attention backends."""
+
+    def __init__(self, slots, name):
+        self.name = name
+        self.is_overridden = lambda: name in slots
+        self.get_path = lambda: slots.get(name)
+        self.clear_override = lambda: slots.pop(name, None)
+        self.put = lambda path: slots.update({name: path})
+
+
 class Slots(dict):
     """vLLM's enumeration of backends: the paths that are registered."""
 
     def __getitem__(self, name):
-        return types.SimpleNamespace(
-            is_overridden=lambda: name in self,
-            get_path=lambda: self.get(name),
-            clear_override=lambda: self.pop(name, None),
-            put=lambda path: self.update({name: path}),
-        )
+        return Slot(self, name)
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ def test_order_of_is_what_runs_here(device):
         ValueError, match=r"no features \['alibi'\]; features are window_size, softcap, sinks, attn_mask"
     ):
         attention.order_of(24, BF16, ("alibi",))
-    with pytest.raises(ValueError, match="no backend 'tritn'; backends are vllm, triton"):
+    with pytest.raises(ValueError, match="no backend 'tritn'; backends are triton, vllm"):
         attention.order_of(24, BF16, backend="tritn")
 
 
@@ -287,7 +287,7 @@ def test_a_compiled_call_follows_its_arguments(toy, device):
 def test_a_backend_that_cannot_serve_says_why(toy, device):
     with pytest.raises(RuntimeError, match=r"^attention: backend 'toy' cannot serve head_dim 24: a toy has 16\."):
         flash_attention(*qkv(6, 24, FP32, device), cu([6], device), backend="toy")
-    with pytest.raises(ValueError, match=r"no backend 'magma'; backends are vllm, triton, .*toy"):
+    with pytest.raises(ValueError, match=r"no backend 'magma'; backends are triton, vllm, .*toy"):
         flash_attention(*qkv(6, 16, FP32, device), cu([6], device), backend="magma")
 
 

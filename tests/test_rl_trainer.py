@@ -337,7 +337,7 @@ def test_a_config_survives_json(tmp_path):
         ({"task": "chess"}, "one of repeat"),
         ({"engine": "sglang"}, "engine is 'sglang'; it must be embedded or vllm"),
         ({"clip": 1.5}, "clip is 1.5"),
-        ({"attention": "flash"}, "attention is 'flash'; it must be vllm, triton or null"),
+        ({"attention": "flash"}, "attention is 'flash'; it must be triton, vllm or null"),
         ({"kl": float("nan")}, "kl is nan"),
         ({"max_grad_norm": float("inf")}, "max_grad_norm is inf"),
         ({"betas": [0.9]}, r"betas is \(0.9,\)"),

@@ -80,17 +80,16 @@ def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(layer, batch, la
     news = [new for _, new in BATCHES[batch]]
     query = torch.cat((q[rows], torch.zeros_like(q[:2])))  # vLLM pads a batch
     output = torch.full_like(query, -1.0)
-    release = vllm.RELEASES["0.33.0"]
     found = metadata(
-        release,
+        vllm.RELEASES["0.33.0"],
         num_actual_tokens=len(rows),
-        max_query_len=max(news),
+        max_query_len=1,  # of a capture, say
         query_start_loc=torch.tensor([sum(news[:i]) for i in range(len(news) + 1)], dtype=torch.int32, device=device),
         seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
         block_table=table.to(device),
     )
     with torch.no_grad():
-        attend = functools.partial(backend.paged_output, query, cache, found, HEAD_DIM, HEAD_DIM**-0.5, release=release)
+        attend = functools.partial(backend.paged_output, query, cache, found, HEAD_DIM, HEAD_DIM**-0.5)
         assert attend(output, **features(layer, device)) is output
         if layer != "plain":  # negative control
             assert not torch.equal(attend(output.clone())[: len(rows)], trained[rows])
@@ -111,9 +110,10 @@ def test_a_row_has_its_training_bits_whatever_is_in_vllms_batch(layer, batch, la
     ],
 )
 def test_what_the_kernel_does_not_compute_is_refused(version, change, what):
-    none, release = torch.empty(0), vllm.RELEASES[version]
+    release = vllm.RELEASES[version]
+    backend.check_metadata(metadata(release), release)
     with pytest.raises(NotImplementedError, match=what):
-        backend.paged_output(none, none, metadata(release, **change), 64, 0.125, none, release=release)
+        backend.check_metadata(metadata(release, **change), release)
 
 
 #: What vLLM asks a backend since 0.28, by what makes it ask.
@@ -167,7 +167,7 @@ def test_the_installed_vllm_finds_the_backend_and_what_it_cannot_do():
     for change in changes:
         assert found.validate_configuration(**(asked | change)) != [], change
     builder = found.get_builder_cls()
-    assert builder.get_cudagraph_support(None, None) == interface.AttentionCGSupport.UNIFORM_BATCH
+    assert builder.get_cudagraph_support(None, None) == interface.AttentionCGSupport.ALWAYS
     assert builder.use_cascade_attention(None) is False
 
 
@@ -277,5 +277,26 @@ def test_vllms_own_choice_of_flash_attention_is_refused_at_model_load():
     flash = registry.AttentionBackendEnum.FLASH_ATTN
     stock = selector._cached_get_attn_backend
     assert stock(flash, layer).get_name() == "FLASH_ATTN"
-    with pytest.raises(ValueError, match=r"head_dim 64.*attention='triton'"):
-        backend.refuse_head_sizes(stock)(flash, layer)
+    with pytest.raises(ValueError, match=r"head_dim 64.*leave --attention-backend out"):
+        backend.choose_backend(stock)(flash, layer)
+
+
+def test_layers_whose_backend_nobody_named_take_bi_ops_own_where_it_serves(monkeypatch):
+    """The installed vLLM's own description of a layer, and its own questions."""
+    selector, platforms = real("v1.attention.selector"), real("platforms")
+    capability = real("platforms.interface").DeviceCapability(9, 0)
+    real("v1.attention.backends.flash_attn")
+    here = type(platforms.current_platform)
+    monkeypatch.setattr(here, "get_device_capability", classmethod(lambda cls, device_id=0: capability))
+    layer = selector.AttentionSelectorConfig(96, torch.bfloat16, "auto", None, use_batch_invariant=True)
+
+    def asked(**change):
+        def stock(chosen, layer):
+            return types.SimpleNamespace(get_name=lambda: getattr(chosen, "name", chosen))
+
+        return backend.choose_backend(stock)(change.pop("named", None), layer._replace(**change)).get_name()
+
+    assert asked() == asked(head_size=64, has_sliding_window=True, has_sink=True) == backend.NAME
+    assert asked(named="FLEX_ATTENTION") == "FLEX_ATTENTION"
+    for change in ({"kv_cache_dtype": "fp8"}, {"use_mla": True}, {"attn_type": "encoder_only"}, {"head_size": 512}):
+        assert asked(**change) is None

@@ -33,10 +33,10 @@ def vllm(monkeypatch, request):
     ("attention", "head_dim", "plugin", "message"),
     [
         ("vllm", 64, True, r"head_dim 64, .*attention='triton'"),
-        ("vllm", 96, True, r"head_dim 96, .*--attention triton"),
+        ("vllm", 96, True, r"head_dim 96, .*leave --attention-backend out"),
         ("triton", 20, True, "head_dim 20 is not built; it must be a multiple of 8"),
         ("triton", 128, False, "a part of the plugin"),
-        ("flash", 128, True, "attention is 'flash'; it must be vllm or triton"),
+        ("flash", 128, True, "attention is 'flash'; it must be triton or vllm"),
     ],
 )
 def test_attention_that_cannot_keep_the_contract_is_refused(attention, head_dim, plugin, message):
@@ -163,12 +163,12 @@ def same(a, b) -> bool:
 @pytest.mark.gpu
 @pytest.mark.vllm
 @pytest.mark.engine
-@pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_engine_on_a_gpu(checkpoints, cuda_graphs):
+@pytest.mark.parametrize(("attention", "cuda_graphs"), [(None, False), (None, True), ("vllm", False), ("vllm", True)])
+def test_engine_on_a_gpu(checkpoints, attention, cuda_graphs):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
     from bi_ops.verify.compositions import rescore
 
-    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512}
+    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512, "attention": attention}
     engine = vllm_engine.VllmEngine(checkpoints[0], **options)
     try:
         first = engine.generate(PROMPTS, PARAMS)
@@ -221,21 +221,42 @@ def prefilled_otherwise(engine) -> int:
 @pytest.mark.gpu
 @pytest.mark.vllm
 @pytest.mark.engine
-@pytest.mark.parametrize(("head_dim", "cuda_graphs"), [(64, False), (64, True), (96, True), (128, True)])
-def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, cuda_graphs):
+@pytest.mark.parametrize(
+    ("head_dim", "attention", "cuda_graphs"),
+    [(64, None, False), (64, None, True), (96, None, True), (128, None, True), (128, "triton", True)],
+)
+def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, attention, cuda_graphs, monkeypatch):
+    """The default; prefill and decode share batches, and graphs hold them too."""
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
     from bi_ops.verify.compositions import rescore
 
     folder = tiny_checkpoint(tmp_path, 0, head_dim)
-    # Fewer places than prompts: prefill and decode share batches.
+    # Fewer places than prompts: prefill and decode share batches, of up to 432 tokens.
     options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512, "max_num_seqs": 3}
     if head_dim != 128:
         with pytest.raises(ValueError, match=f"head_dim {head_dim}, .*attention='triton'"):
-            vllm_engine.VllmEngine(folder, **options)
-    engine = vllm_engine.VllmEngine(folder, attention="triton", **options)
+            vllm_engine.VllmEngine(folder, attention="vllm", **options)
+    import vllm.config
+
+    sizes = functools.partial(vllm.config.CompilationConfig, cudagraph_capture_sizes=[1, 2, 3, 4, 64, 256, 320, 448])
+    monkeypatch.setattr(vllm.config, "CompilationConfig", sizes)  # vLLM's own end at twice `max_num_seqs`
+    engine = vllm_engine.VllmEngine(folder, attention=attention, **options)
+    without_graph = []  # (longest query, sequences) of batches
+    stock = backend.paged_output
+
+    def counted(query, kv_cache, metadata, *args, **kwargs):
+        without_graph.append((metadata.max_query_len, len(metadata.seq_lens)))
+        return stock(query, kv_cache, metadata, *args, **kwargs)
+
     try:
         assert engine.describe()["backends"]["attention"] == "bi_ops triton"
+        monkeypatch.setattr(backend, "paged_output", counted)
         completions = engine.generate(PROMPTS, PARAMS)
+        if cuda_graphs:
+            assert without_graph == []
+        else:  # and that is no empty claim: prefill, decode and both
+            assert {longest == 1 for longest, _ in without_graph} == {True, False}
+            assert any(longest > 1 and n > 1 for longest, n in without_graph)
         assert same(completions, [engine.generate([p], s)[0] for p, s in zip(PROMPTS, PARAMS, strict=True)])
         assert prefilled_otherwise(engine) == 0
     finally:

@@ -157,7 +157,7 @@ Layer = namedtuple("Layer", ("head_size", "attn_type"))  # as far as the plugin 
 def test_a_head_size_that_flash_attention_cannot_keep_is_refused_with_the_way_out(vllm, head_dim):
     vllm_plugin.register()
     choose = vllm[SELECTOR]._cached_get_attn_backend
-    with pytest.raises(ValueError, match=rf"^attention: .* head_dim {head_dim}, .*attention='triton'.* CUSTOM$"):
+    with pytest.raises(ValueError, match=rf"^attention: .* head_dim {head_dim}, .*attention='triton'.* CUSTOM"):
         choose(backend="FLASH_ATTN", attn_selector_config=Layer(head_dim, "decoder"), num_heads=None)
     assert choose("CUSTOM", Layer(head_dim, "decoder")).get_name() == "CUSTOM"
     assert choose("FLASH_ATTN", Layer(head_dim, "encoder_only")).get_name() == "FLASH_ATTN"
@@ -167,6 +167,23 @@ def test_a_head_size_that_flash_attention_cannot_keep_is_refused_with_the_way_ou
     vllm_plugin.unregister()
     choose = vllm[SELECTOR]._cached_get_attn_backend
     assert choose("FLASH_ATTN", Layer(head_dim, "decoder")).get_name() == "FLASH_ATTN"
+
+
+def test_layers_whose_backend_nobody_named_take_bi_ops_own(vllm, caplog, monkeypatch):
+    reasons: list[str] = []
+    monkeypatch.setattr(backend, "unserved", lambda layer: reasons)
+    vllm_plugin.register()
+    choose = vllm[SELECTOR]._cached_get_attn_backend
+    for head_dim in (64, 128):
+        assert choose(None, Layer(head_dim, "decoder")).get_name().name == "CUSTOM"
+        assert choose(None, Layer(head_dim, "encoder_only")).get_name() is None
+    assert choose("FLASH_ATTN", Layer(128, "decoder")).get_name() == "FLASH_ATTN"
+    reasons.append("kv_cache_dtype not supported")
+    with caplog.at_level("WARNING"):
+        assert choose(None, Layer(128, "decoder")).get_name() is None
+    assert "CUSTOM does not serve this layer: kv_cache_dtype not supported" in caplog.text
+    vllm_plugin.unregister()
+    assert vllm[SELECTOR]._cached_get_attn_backend(None, Layer(128, "decoder")).get_name() is None
 
 
 def test_an_engine_takes_full_graphs_without_inductor_unless_it_is_told_otherwise(vllm, caplog):
@@ -192,12 +209,13 @@ def test_the_digest_of_a_models_orders_is_logged_once(vllm, caplog):
     with caplog.at_level("INFO"):
         for _ in range(config.num_hidden_layers):
             vllm[SELECTOR]._cached_get_attn_backend("CUSTOM", Layer(config.head_dim, "decoder"))
-        vllm[SELECTOR]._cached_get_attn_backend("TREE_ATTN", Layer(config.head_dim, "decoder"))
+        vllm[SELECTOR]._cached_get_attn_backend("FLEX_ATTENTION", Layer(config.head_dim, "decoder"))
     digest = VllmEngine.orders_of(config, "triton").digest
     said = [r.getMessage() for r in caplog.records if r.name == "vllm.bi_ops"]
     assert len(said) == 2
     assert f"reduction orders {digest} on " in said[0]
-    assert "no record of reduction orders for this model: attention is vLLM's TREE_ATTN" in said[1]
+    assert "no record of reduction orders for this model: attention is vLLM's FLEX_ATTENTION" in said[1]
+    assert [r.levelname for r in caplog.records if r.name == "vllm.bi_ops"] == ["INFO", "WARNING"]
 
 
 def test_a_head_size_that_nothing_serves_offers_no_option():

@@ -244,10 +244,10 @@ def _no_keys(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_zeros(q.shape), q.new_full((q.shape[1], q.shape[0]), float("inf"), dtype=torch.float32)
 
 
-#: In order of preference. vLLM's FlashAttention 3 is what vLLM's rollouts use, so training takes it where it is
-#: installed; the own kernels run everywhere. flash-attn's serve where they are named, and nowhere else.
+#: In order of preference. The own kernels serve everything everywhere, vLLM's rollouts under the plugin too. The others
+#: serve where they are named, or where a rollout's record has their order.
 backends: Backends[AttentionBackend] = Backends(
-    "attention", (VllmBackend(), TritonBackend(), FlashAttnBackend(), FlashAttnDeterministicBackend())
+    "attention", (TritonBackend(), VllmBackend(), FlashAttnBackend(), FlashAttnDeterministicBackend())
 )
 
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face checkpoint folder")
     parser.add_argument("--engine", choices=factory.names(), default="embedded", help="what samples")
-    parser.add_argument("--attention", choices=("vllm", "triton"), help="who computes attention")
+    parser.add_argument("--attention", choices=("triton", "vllm"), help="who computes attention")
     parser.add_argument("--compare", metavar="FILE", help="a record, or a run's orders.json, that must be equal")
     parser.add_argument("--json", action="store_true", help="print the record as one JSON object")
 

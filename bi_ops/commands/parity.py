@@ -30,7 +30,7 @@ examples:
   bi-ops parity ./Qwen3-0.6B --engine vllm --prompts 64 --new-tokens 256
   bi-ops parity ./Qwen3-0.6B --engine vllm --no-cuda-graphs      the same eagerly
   bi-ops parity ./Qwen3-0.6B --engine vllm --no-plugin           what stock vLLM does: the negative control
-  bi-ops parity ./Model --engine vllm --attention triton         a head size that FlashAttention 3 cannot keep
+  bi-ops parity ./Model --engine vllm --attention vllm           with vLLM's FlashAttention 3
   bi-ops parity runs/demo/final --json > parity.json
 
 exit codes:
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=factory.names(), default="embedded", help="what samples")
     parser.add_argument(
         "--attention",
-        choices=("vllm", "triton"),
-        help="who computes attention in both: FlashAttention 3, or bi_ops' kernel (any head size)",
+        choices=("triton", "vllm"),
+        help="who computes attention in both: bi_ops' kernels (any head size; the default), or FlashAttention 3",
     )
     parser.add_argument("--prompts", type=int, default=8, help="how many prompts (8)")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens to sample for each (8)")

@@ -71,8 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=factory.names(), help="what samples", **given)
     parser.add_argument(
         "--attention",
-        choices=("vllm", "triton"),
-        help="who computes attention in rollout and training: FlashAttention 3, or bi_ops' kernel (any head size)",
+        choices=("triton", "vllm"),
+        help="who computes attention in rollout and training: bi_ops' kernels (any head size; the default), or "
+        "FlashAttention 3",
         **given,
     )
     parser.add_argument("--task", choices=sorted(TASKS), help="what is learned", **given)

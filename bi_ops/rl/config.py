@@ -57,8 +57,8 @@ class TrainConfig:
 
     model: a Hugging Face checkpoint folder, or None for random weights of `architecture` (config.json fields).
     engine: what samples, by its name in `bi_ops.rollout.factory`.
-    attention: who computes it, in rollout and training alike: vllm (FlashAttention 3) or triton (bi_ops' own kernel,
-    any head size); None: vllm where engine is vllm, else what this machine has.
+    attention: who computes it, in rollout and training alike: triton (bi_ops' own kernels, any head size) or vllm
+    (FlashAttention 3); None: triton.
     task, symbols, max_new_tokens: what is learned, from how many symbols, and the longest answer.
     prompts_per_step x group_size sequences are sampled per step; updates_per_rollout: optimizer steps on each.
     clip: of the importance ratio. kl: coefficient of the KL to the initial model. mean: what counts equally.
@@ -109,7 +109,7 @@ class TrainConfig:
                 raise ValueError(f"train: {name} is {getattr(self, name)!r}; it must be {rule}")
 
         need(self.engine in factory.names(), "engine", " or ".join(factory.names()))
-        need(self.attention in (None, "vllm", "triton"), "attention", "vllm, triton or null")
+        need(self.attention in (None, "triton", "vllm"), "attention", "triton, vllm or null")
         need(self.task in TASKS, "task", "one of " + ", ".join(TASKS))
         need(self.mean in ("token", "sequence"), "mean", "token or sequence")
         need(self.on_difference in ("stop", "warn"), "on_difference", "stop or warn")

@@ -45,14 +45,14 @@ def _make_vllm(
 ) -> RolloutEngine:
     from bi_ops.rollout.vllm_engine import VllmEngine
 
-    return VllmEngine(path, attention=attention or "vllm", **options)
+    return VllmEngine(path, attention=attention, **options)
 
 
 def _vllm_orders(path: str | Path, attention: str | None) -> OrderRecord:
     from bi_ops.models import load_config
     from bi_ops.rollout.vllm_engine import VllmEngine
 
-    return VllmEngine.orders_of(load_config(path), attention or "vllm")
+    return VllmEngine.orders_of(load_config(path), attention)
 
 
 _TABLE: dict[str, Entry] = {

@@ -22,8 +22,9 @@ from bi_ops.rollout.base import Completion, SamplingParams, check_request
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
 
-#: Who may compute attention in vLLM: vLLM's FlashAttention 3, or bi_ops' own kernel as a backend of vLLM's.
-ATTENTION = ("vllm", "triton")
+#: Who may compute attention in vLLM: bi_ops' own kernels as a backend of vLLM's, the default, or vLLM's
+#: FlashAttention 3.
+ATTENTION = ("triton", "vllm")
 
 #: vLLM reads its mode from the environment. In-process, because that is where weights can be handed over.
 _ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -101,10 +102,10 @@ class VllmEngine:
     Args:
         path: a checkpoint folder of a model that `bi_ops.models` knows.
         plugin: replace what is batch-variant in stock vLLM. False is the negative control and breaks the contract.
-        attention: "vllm", its FlashAttention 3, at head_dim 128 and 256; or "triton", bi_ops' own kernel, at every
-            head_dim. They differ in bits: training adopts the orders of the one that sampled (`orders`).
-        cuda_graphs: capture full CUDA graphs; False runs eagerly. Same bits. With attention="triton" graphs hold
-            decoding, and prefill runs eagerly.
+        attention: "triton", bi_ops' own kernels, at every head_dim; or "vllm", its FlashAttention 3, at head_dim 128
+            and 256. They differ in bits: training adopts the orders of the one that sampled (`orders`). None: the
+            plugin's default, "triton"; without the plugin "vllm".
+        cuda_graphs: capture full CUDA graphs of decoding, prefill and both in one batch; False runs eagerly. Same bits.
         dtype: of weights and activations.
         max_model_len: longest prompt + completion; None takes the model's.
         gpu_memory_utilization: the share of the GPU's memory that vLLM may fill.
@@ -124,7 +125,7 @@ class VllmEngine:
         path: str | Path,
         *,
         plugin: bool = True,
-        attention: str = "vllm",
+        attention: str | None = None,
         cuda_graphs: bool = True,
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
@@ -142,6 +143,7 @@ class VllmEngine:
                 "than one GPU does, so training could not reproduce the log-probabilities; use 1"
             )
         config = load_config(path)
+        attention = attention or (ATTENTION[0] if plugin else "vllm")
         check_attention(attention, config.head_dim, plugin)
         _prepare_environment()
         from vllm import LLM
@@ -155,9 +157,8 @@ class VllmEngine:
         else:
             vllm_plugin.unregister()
         backend: dict[str, object] = {"backend": "FLASH_ATTN", "flash_attn_version": 3}
-        graphs = "FULL"
         if attention == "triton":
-            backend, graphs = {"backend": vllm_plugin.backend.NAME}, "FULL_DECODE_ONLY"
+            backend = {"backend": vllm_plugin.backend.NAME}
         bmm = torch.bmm
         try:
             self._llm: Any = LLM(
@@ -174,7 +175,7 @@ class VllmEngine:
                 logprobs_mode="raw_logprobs",
                 enforce_eager=not cuda_graphs,
                 # Mode 0 keeps Inductor from rewriting norms and activations; graphs then hold the eager kernels.
-                compilation_config=CompilationConfig(mode=0, cudagraph_mode=graphs) if cuda_graphs else None,
+                compilation_config=CompilationConfig(mode=0, cudagraph_mode="FULL") if cuda_graphs else None,
                 attention_config=backend,
             )
         finally:
@@ -193,12 +194,13 @@ class VllmEngine:
             raise
 
     @staticmethod
-    def orders_of(config: CausalLMConfig, attention: str = "vllm", dtype: str = "bfloat16") -> OrderRecord:
+    def orders_of(config: CausalLMConfig, attention: str | None = None, dtype: str = "bfloat16") -> OrderRecord:
         """The orders of an engine, or a separate `vllm serve`, with the plugin, on this machine.
 
         Raises:
             ValueError: an attention or a dtype that is none. RuntimeError: vLLM's attention cannot run here.
         """
+        attention = attention or ATTENTION[0]
         check_attention(attention, config.head_dim, plugin=True)
         known = {"auto": config.dtype, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         if dtype not in known:
@@ -215,7 +217,7 @@ class VllmEngine:
                 "Hopper (sm_90) only"
             )
         mode = self._llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
-        if mode.has_full_cudagraphs() != self.cuda_graphs:
+        if (mode.name == "FULL") != self.cuda_graphs:  # not FULL_DECODE_ONLY either, which vLLM may fall back to
             raise RuntimeError(f"VllmEngine: vLLM chose cudagraph_mode {mode.name} with cuda_graphs={self.cuda_graphs}")
 
     def _open(self) -> Any:

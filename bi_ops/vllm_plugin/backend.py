@@ -1,13 +1,14 @@
-"""vLLM's attention through bi_ops' own kernel: any head size, the bits that backend 'triton' trains with.
+"""vLLM's attention through bi_ops' own kernels: any head size, the bits that backend 'triton' trains with.
 
 FlashAttention 3 changes its tile between prefill and decode at some head sizes. A backend of vLLM's named CUSTOM, which
 writes the KV cache as FLASH_ATTN does and reads it with `paged_attention`, does not. Sliding windows, soft-capping and
-sinks are that function's.
+sinks are that function's. Layers whose backend nobody named get it; full CUDA graphs hold decoding, prefill and both.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ import torch
 from bi_ops import attention
 from bi_ops.core import vllm
 from bi_ops.vllm_plugin.orders import log_orders
+
+#: Below vLLM's own logger, so that the lines are in the server's log.
+logger = logging.getLogger("vllm.bi_ops")
 
 #: Head sizes at which FlashAttention 3 was seen to give prefill and decode the same bits. At 64 and 96 it picks
 #: another tile for decode: 44 of 54 probed rows differed.
@@ -33,8 +37,8 @@ def served(head_dim: int) -> bool:
 def fa3_refusal(head_dim: int) -> str:
     """Why FlashAttention 3 is refused at `head_dim`, and what to do."""
     option = (
-        "let bi_ops' own kernel compute it: VllmEngine(..., attention='triton'), or --attention triton, or for vLLM by "
-        f"itself --attention-backend {NAME}"
+        "leave --attention-backend out, or give VllmEngine attention='triton': then bi_ops' own kernel computes it "
+        f"(vLLM calls it {NAME})"
     )
     return (
         f"attention: FlashAttention 3 is not known to give decode and prefill the same bits at head_dim {head_dim}, "
@@ -43,17 +47,20 @@ def fa3_refusal(head_dim: int) -> str:
     )
 
 
-def refuse_head_sizes(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's choice of a backend for a layer, which raises where FLASH_ATTN would be batch-variant.
+def choose_backend(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's choice of a backend for a layer: bi_ops' own where nobody named one and it serves the layer.
 
-    Only layers that decode: an encoder's never do. Only version 3, whose tiles are known.
+    Raises where FLASH_ATTN would be batch-variant: in layers that decode, which an encoder's never do, and in version
+    3, whose tiles are known.
     """
 
     @functools.wraps(stock)
     def choose(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
+        decodes = attn_selector_config.attn_type in ("decoder", "encoder_decoder")
+        if backend is None and decodes:
+            backend = own_backend(attn_selector_config)
         chosen = stock(backend, attn_selector_config, *args, **kwargs)
         head_dim = attn_selector_config.head_size
-        decodes = attn_selector_config.attn_type in ("decoder", "encoder_decoder")
         if decodes and chosen.get_name() == "FLASH_ATTN" and head_dim not in FLASH_ATTN_HEAD_DIMS:
             from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
@@ -66,32 +73,29 @@ def refuse_head_sizes(stock: Callable[..., Any]) -> Callable[..., Any]:
     return choose
 
 
-def paged_output(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    metadata: Any,
-    head_dim: int,
-    scale: float,
-    output: torch.Tensor,
-    *,
-    release: vllm.Release,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of one layer over vLLM's cache, whatever is in the batch: prefill, chunks of it, decode.
+def own_backend(attn_selector_config: Any) -> Any:
+    """vLLM's name of bi_ops' backend if it serves the layer, else None, with a warning that says why not."""
+    reasons = unserved(attn_selector_config)
+    if reasons:
+        logger.warning("bi_ops: vLLM chooses attention: %s does not serve this layer: %s", NAME, ", ".join(reasons))
+        return None
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    Waits for no GPU. In a CUDA graph `metadata.max_query_len` is that of the capture, so a graph may only hold batches
-    whose queries are no longer: those of one query length, which is decoding.
+    return AttentionBackendEnum[NAME]
 
-    Args:
-        query: [T, Hq, D]. kv_cache: [blocks, Hkv, block_size, 2 * D], keys then values in the last dimension, any
-            strides. metadata: vLLM's FlashAttentionMetadata. output: [T, Hq, D], whose first `num_actual_tokens` rows
-            are written. release: the vLLM whose metadata it is. window_size, softcap, sinks: as `paged_attention`, the
-            layer's own. The metadata's window is that of the layer's group in the cache, which need not be the same.
 
-    Raises:
-        NotImplementedError: the batch asks for what `paged_attention` does not compute.
+def unserved(attn_selector_config: Any) -> list[str]:
+    """Why bi_ops' backend does not serve a layer, as vLLM asks it; empty where it does."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    return _backend().validate_configuration(device_capability=capability, **attn_selector_config._asdict())
+
+
+def check_metadata(metadata: Any, release: vllm.Release) -> None:
+    """Raise NotImplementedError where a batch asks for what `paged_attention` does not compute.
+
+    Once for each batch, where vLLM builds its metadata: the replay of a CUDA graph asks no layer.
     """
     asked = {name: getattr(metadata, field) for name, field in release.refused_metadata.items()}
     refused = [name for name, value in asked.items() if value is not None and value is not False]
@@ -100,27 +104,52 @@ def paged_output(
     if refused:
         names = ", ".join(sorted(refused))
         raise NotImplementedError(f"attention: backend {NAME} does not compute {names}; use a model without")
+
+
+def paged_output(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    metadata: Any,
+    head_dim: int,
+    scale: float,
+    output: torch.Tensor,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one layer over vLLM's cache, whatever is in the batch: prefill, chunks of it, decode.
+
+    Waits for no GPU, and its launch depends on the numbers of tokens and sequences alone, not on
+    `metadata.max_query_len`: a CUDA graph serves every batch that vLLM pads to these.
+
+    Args:
+        query: [T, Hq, D]. kv_cache: [blocks, Hkv, block_size, 2 * D], keys then values in the last dimension, any
+            strides. metadata: vLLM's FlashAttentionMetadata, of `check_metadata`. output: [T, Hq, D], whose first
+            `num_actual_tokens` rows are written. window_size, softcap, sinks: as `paged_attention`, the layer's own.
+            The metadata's window is that of the layer's group in the cache, which need not be the same.
+    """
     k_cache, v_cache = kv_cache.transpose(1, 2).split(head_dim, dim=-1)
     n = metadata.num_actual_tokens
-    output[:n] = attention.paged_attention(
+    attention.paged_attention(
         query[:n],
         k_cache,
         v_cache,
         metadata.block_table,
         metadata.query_start_loc,
         metadata.seq_lens,
-        max_seqlen_q=metadata.max_query_len,
         softmax_scale=scale,
         window_size=window_size,
         softcap=softcap,
         sinks=sinks,
         backend="triton",
+        out=output[:n],
     )
     return output
 
 
 @functools.cache
-def _backend() -> type:
+def _backend() -> Any:
     """The class behind `PATH`."""
     release = vllm.require("attention")
     from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
@@ -163,15 +192,18 @@ def _backend() -> type:
                 return output.fill_(0)
             return paged_output(
                 *(query, kv_cache, attn_metadata, self.head_size, self.scale, output),
-                release=release,
                 window_size=self.sliding_window,
                 softcap=self.logits_soft_cap,
                 sinks=self.sinks,
             )
 
     class PagedAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
-        # A graph's grid is that of the longest query at its capture, so it must hold one query length.
-        _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+        _cudagraph_support = AttentionCGSupport.ALWAYS
+
+        def build(self, *args: Any, **kwargs: Any) -> Any:
+            metadata = super().build(*args, **kwargs)
+            check_metadata(metadata, release)
+            return metadata
 
         def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
             return False
@@ -242,7 +274,7 @@ def __getattr__(name: str) -> Any:
 
 
 def install() -> None:
-    """Tell vLLM of the backend; nothing uses it unless it is asked for.
+    """Tell vLLM of the backend; who uses it is `choose_backend`'s matter, and the user's.
 
     Raises:
         RuntimeError: another plugin has taken the name.

@@ -28,17 +28,22 @@ def log_orders(attention: str) -> None:
 
     from bi_ops.models import orders, registry
 
+    level = logging.INFO
     config = get_current_vllm_config_or_none()
     if config is None or (model := config.model_config) is None:
         return  # a backend that is asked for on its own
     try:
         if attention not in BACKENDS:
-            raise ValueError(f"attention is vLLM's {attention}, whose order is not known")
+            raise ValueError(
+                f"attention is vLLM's {attention}, whose order is not known, so training cannot have its bits; leave "
+                "--attention-backend out"
+            )
         shapes = orders.shapes_of(registry.config_from(model.hf_config.to_dict()), model.dtype)
         record = orders.record(shapes, BACKENDS[attention])
         text = f"bi_ops: reduction orders {record.digest} on {record.arch}, attention {BACKENDS[attention]}"
     except (RuntimeError, ValueError) as e:
         text = f"bi_ops: no record of reduction orders for this model: {e}"
+        level = logging.INFO if attention in BACKENDS else logging.WARNING
     if text not in _logged:
         _logged.add(text)
-        logger.info(text)
+        logger.log(level, text)

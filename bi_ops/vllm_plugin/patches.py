@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bi_ops.core.vllm import Release
-from bi_ops.vllm_plugin.backend import refuse_head_sizes
+from bi_ops.vllm_plugin.backend import choose_backend
 from bi_ops.vllm_plugin.compilation import without_inductor
 
 
@@ -111,8 +111,9 @@ def patches_of(release: Release) -> tuple[Patch, ...]:
             "vllm.v1.attention.selector",
             "_cached_get_attn_backend",
             release.choose_backend,
-            refuse_head_sizes,
-            "FlashAttention 3 picks another tile for decode than for prefill at some head sizes, which is refused here",
+            choose_backend,
+            "FlashAttention 3 picks another tile for decode than for prefill at some head sizes, which is refused; "
+            "layers whose backend nobody named take bi_ops' own, which has one order for both",
         ),
         Patch(
             "vllm.engine.arg_utils",
