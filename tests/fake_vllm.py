@@ -22,6 +22,9 @@ REGISTRY = "vllm.v1.attention.backends.registry"
 VERSION = "vllm.v1.attention.backends.fa_utils"
 ARGUMENTS = "vllm.engine.arg_utils"
 CONFIG = "vllm.config"
+WORKER = "vllm.v1.worker.gpu_worker"
+LINEAR = "vllm.model_executor.layers.linear"
+EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 
 
 def stock_rms_norm(input, weight, eps=1e-6, residual=None):
@@ -76,6 +79,63 @@ class Slot:
         self.put = lambda path: slots.update({name: path})
 
 
+class UnquantizedLinearMethod:
+    """vLLM's method of a linear layer; a layer has one of its own."""
+
+    def apply(self, layer, x, bias=None):
+        """Another result than that of any GEMM, so that who computes is seen."""
+        return torch.full((*x.shape[:-1], layer.weight.shape[0]), 7.0, dtype=x.dtype)
+
+
+class UnquantizedEmbeddingMethod(UnquantizedLinearMethod):
+    """That of an embedding, for the logits."""
+
+    def apply(self, layer, x, bias=None):
+        """As above."""
+        return UnquantizedLinearMethod.apply(self, layer, x, bias)
+
+
+class Parameter(torch.nn.Parameter):
+    """vLLM's parameters are of a subclass."""
+
+
+class Linear(torch.nn.Module):
+    """vLLM's linear layer: its method computes."""
+
+    def __init__(self, k, n, bias=False, method=UnquantizedLinearMethod, dtype=torch.bfloat16):
+        super().__init__()
+        self.weight = Parameter(torch.randn(n, k).to(dtype), requires_grad=False)
+        self.bias = Parameter(torch.randn(n).to(dtype), requires_grad=False) if bias else None
+        self.quant_method = method()
+
+    def forward(self, x):
+        """x [..., K] -> [..., N]"""
+        return self.quant_method.apply(self, x, self.bias)
+
+
+class Head(Linear):
+    """vLLM's LM head."""
+
+    def __init__(self, k, n):
+        super().__init__(k, n, method=UnquantizedEmbeddingMethod)
+        self.num_embeddings = n
+
+
+class Worker:
+    """vLLM's worker, which loads `model`."""
+
+    def __init__(self, model, additional_config=None):
+        scheduler = types.SimpleNamespace(max_num_batched_tokens=4, max_num_seqs=2)
+        self.vllm_config = types.SimpleNamespace(additional_config=additional_config or {}, scheduler_config=scheduler)
+        self.model_runner = types.SimpleNamespace(get_model=lambda: model)
+        self.loaded = False
+
+
+def load_model(self, *, load_dummy_weights=False):
+    """Load the model."""
+    self.loaded = True
+
+
 class Slots(dict):
     """vLLM's enumeration of backends: the paths that are registered."""
 
@@ -97,9 +157,22 @@ def installed(monkeypatch, version="0.26.0"):
         "vllm.model_executor",
         "vllm.model_executor.layers",
         "vllm.v1",
+        "vllm.v1.worker",
     ]
     packages += ("vllm.model_executor.determinism", "vllm.v1.attention", "vllm.v1.attention.backends")
-    for name in (*packages, origin, LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS, CONFIG):
+    for name in (
+        *packages,
+        origin,
+        LAYERNORM,
+        SELECTOR,
+        REGISTRY,
+        VERSION,
+        ARGUMENTS,
+        CONFIG,
+        WORKER,
+        LINEAR,
+        EMBEDDING,
+    ):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__path__ = []
@@ -115,6 +188,9 @@ def installed(monkeypatch, version="0.26.0"):
     modules[origin].rms_norm_batch_invariant = modules[LAYERNORM].rms_norm_batch_invariant = stock_rms_norm
     modules[SELECTOR]._cached_get_attn_backend = CHOICES[version]
     modules[ARGUMENTS].EngineArgs = type("EngineArgs", (EngineArgs,), {"create_engine_config": create_engine_config})
+    modules[WORKER].Worker = type("Worker", (Worker,), {"load_model": load_model})
+    modules[LINEAR].UnquantizedLinearMethod = UnquantizedLinearMethod
+    modules[EMBEDDING].UnquantizedEmbeddingMethod = UnquantizedEmbeddingMethod
     modules["vllm.config"].CompilationMode = types.SimpleNamespace(NONE="NONE")
     modules["vllm.config"].CUDAGraphMode = types.SimpleNamespace(FULL="FULL")
     modules[VERSION].get_flash_attn_version = lambda head_size: 3
@@ -131,12 +207,16 @@ def installed(monkeypatch, version="0.26.0"):
 
 
 def write_sources(root, release):
-    """Writes the patch points of a release as Python sources under `root`; layernorm.py imports the norm by name."""
-    for patch in vllm_plugin.patches_of(release):
-        path = root.joinpath(*patch.module.split(".")).with_suffix(".py")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        owner, _, name = patch.attribute.rpartition(".")
-        function = f"def {name}({', '.join(patch.parameters)}): ..."
-        if patch.module == LAYERNORM:
+    """Writes the points of a release as Python sources under `root`; layernorm.py imports the norm by name."""
+    bodies: dict[str, list[str]] = {}
+    for point in (*vllm_plugin.patches_of(release), *vllm_plugin.kernels_of(release)):
+        owner, _, name = point.attribute.rpartition(".")
+        function = f"def {name}({', '.join(point.parameters)}): ..."
+        if point.module == LAYERNORM and not owner:
             function = f"from {release.batch_invariant} import {name}"
-        path.write_text(f"class {owner}:\n    {function}\n" if owner else f"{function}\n")
+        body = bodies.setdefault(point.module, [])
+        body.append(f"class {owner}:\n    {function}\n" if owner else f"{function}\n")
+    for module, body in bodies.items():
+        path = root.joinpath(*module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(body))

@@ -340,6 +340,32 @@ def test_linear_adds_its_weight_gradient_to_the_buffer(device):
         mm_ops.linear(x, weight, main_grad=buffer.t())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_bias_in_the_accumulator_is_an_order_of_its_own(dtype, device):
+    """One rounding instead of two; gradients are those of the other order."""
+    inputs = {
+        "x": randn(33, 40, dtype=dtype, device=device),
+        "weight": randn(24, 40, dtype=dtype, device=device),
+        "bias": randn(24, dtype=dtype, device=device),
+    }
+    linear = functools.partial(mm_ops.linear, bias_order="in_accumulator")
+    errors = gradient_errors(linear, reference.linear, inputs)
+    assert all(e.ok for e in errors), errors
+    x, weight, bias = (t.requires_grad_() for t in inputs.values())
+    out, g = linear(x, weight, bias), randn(33, 24, dtype=dtype, device=device)
+    assert torch.equal(linear(x[5:6], weight, bias), out[5:6])
+    strided = torch.stack((bias.detach(), bias.detach()), 1)[:, 0]
+    assert torch.equal(linear(x, weight, strided), out)
+    two = mm_ops.linear(x, weight, bias)
+    assert torch.equal(out, two) is (dtype == torch.float32)
+    inputs_ = (x, weight, bias)
+    assert all(map(torch.equal, torch.autograd.grad(out, inputs_, g), torch.autograd.grad(two, inputs_, g)))
+    buffer = torch.zeros(24, 40, device=device)
+    assert torch.equal(linear(x, weight, bias, main_grad=buffer), out)
+    with pytest.raises(ValueError, match="bias_order is 'first'; it may be"):
+        mm_ops.linear(x, weight, bias, bias_order="first")
+
+
 def test_linear_into_a_buffer_compiles(device):
     x, g = randn(16, 24, device=device).requires_grad_(), randn(16, 32, device=device)
     weight = torch.randn(32, 24, device=device, requires_grad=True)

@@ -19,8 +19,10 @@ from fake_vllm import (
     REGISTRY,
     SELECTOR,
     VERSION,
+    WORKER,
     create_engine_config,
     installed,
+    load_model,
     stock_rms_norm,
     write_sources,
 )
@@ -55,20 +57,21 @@ def in_force(vllm) -> list[bool]:
     offered = dict(vllm[REGISTRY].AttentionBackendEnum) == {"CUSTOM": backend.PATH}
     chosen = vllm[SELECTOR]._cached_get_attn_backend not in CHOICES.values()
     compiled = vllm[ARGUMENTS].EngineArgs.create_engine_config is not create_engine_config
-    return [*patched, chosen, compiled, offered]
+    loaded = vllm[WORKER].Worker.load_model is not load_model
+    return [*patched, chosen, compiled, loaded, offered]
 
 
 def test_register_is_idempotent_and_unregister_gives_back(vllm):
     vllm_plugin.register()
     assert vllm_plugin.is_registered()
-    assert in_force(vllm) == [True] * 5
+    assert in_force(vllm) == [True] * 6
     first = vllm[LAYERNORM].rms_norm_batch_invariant
     vllm_plugin.register()
     assert vllm[LAYERNORM].rms_norm_batch_invariant is first
     vllm_plugin.unregister()
     vllm_plugin.unregister()
     assert not vllm_plugin.is_registered()
-    assert in_force(vllm) == [False] * 5
+    assert in_force(vllm) == [False] * 6
 
 
 def test_the_residual_path_is_a_rounded_add_then_the_stock_norm(vllm):
@@ -92,7 +95,7 @@ def test_nothing_happens_outside_batch_invariant_mode(vllm, caplog, monkeypatch)
     with caplog.at_level("INFO"):
         vllm_plugin.register()
     assert not vllm_plugin.is_registered()
-    assert in_force(vllm) == [False] * 5
+    assert in_force(vllm) == [False] * 6
     assert "VLLM_BATCH_INVARIANT is not set" in caplog.text
 
 
@@ -102,7 +105,7 @@ def test_another_vllm_version_is_refused(vllm, monkeypatch, unknown):
     message = f"vllm_plugin: vLLM {unknown} is not supported; supported: 0.26.0, 0.27.0, "
     with pytest.raises(RuntimeError, match=rf"^{re.escape(message)}.*, 0\.33\.0$"):
         vllm_plugin.register()
-    assert in_force(vllm) == [False] * 5
+    assert in_force(vllm) == [False] * 6
 
 
 def test_an_unknown_version_whose_sources_are_there_is_told_what_differs(vllm, monkeypatch, tmp_path):
@@ -120,7 +123,7 @@ def test_an_unknown_version_whose_sources_are_there_is_told_what_differs(vllm, m
     (tmp_path / "vllm/engine/arg_utils.py").unlink()
     with pytest.raises(RuntimeError, match=r"EngineArgs\.create_engine_config is missing"):
         vllm_plugin.register()
-    assert in_force(vllm) == [False] * 5
+    assert in_force(vllm) == [False] * 6
 
 
 def test_a_release_that_no_gpu_has_seen_is_named_in_a_warning(vllm, version, caplog):
@@ -147,7 +150,7 @@ def test_another_plugin_that_has_the_backends_name_is_named_and_nothing_is_patch
     vllm[REGISTRY].AttentionBackendEnum.update(CUSTOM="their.module.Backend")
     with pytest.raises(RuntimeError, match=r"CUSTOM is already their\.module\.Backend"):
         vllm_plugin.register()
-    assert in_force(vllm) == [False] * 5
+    assert in_force(vllm) == [False] * 6
 
 
 Layer = namedtuple("Layer", ("head_size", "attn_type"))  # as far as the plugin reads vLLM's

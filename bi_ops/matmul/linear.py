@@ -11,6 +11,7 @@ A call is one autograd node. Which one, is decided by what has to be differentia
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 
@@ -70,11 +71,13 @@ class _Linear(Node):
     operator = "linear with main_grad"
 
     @staticmethod
-    def forward(ctx, x, weight, bias, main_grad, backend):
+    def forward(ctx, x, weight, bias, main_grad, backend, in_accumulator):
         rounded = weight.to(x.dtype)
         # With a buffer the rounded weight stays in memory until the backward, so that a master is rounded once.
         ctx.save_for_backward(x, weight if main_grad is None else rounded, bias)
         ctx.main_grad, ctx.backend = main_grad, backend
+        if in_accumulator:
+            return _mm(x, rounded.t(), bias.contiguous(), backend)
         out = None if backend else through_binding(x, rounded)
         out = _mm(x, rounded.t(), None, backend) if out is None else out
         return out if bias is None else out + bias.to(out.dtype)
@@ -86,9 +89,9 @@ class _Linear(Node):
         dbias = bias_grad(g).to(bias.dtype) if need_bias else None
         if ctx.main_grad is not None:
             dx = _linear_grad(ctx.main_grad, g.contiguous(), x, weight, need_x, need_weight, ctx.backend)
-            return dx if need_x else None, None, dbias, None, None
+            return dx if need_x else None, None, dbias, None, None, None
         dx, dweight = _mm_grad(g, x, weight.t(), need_x, need_weight, ctx.backend)
-        return dx if need_x else None, dweight.t() if need_weight else None, dbias, None, None
+        return dx if need_x else None, dweight.t() if need_weight else None, dbias, None, None, None
 
 
 def linear(
@@ -98,6 +101,7 @@ def linear(
     main_grad: torch.Tensor | None = None,
     *,
     backend: str | None = None,
+    bias_order: Literal["after_rounding", "in_accumulator"] = "after_rounding",
 ) -> torch.Tensor:
     """``x @ weight.T + bias`` as `torch.nn.functional.linear`.
 
@@ -109,6 +113,8 @@ def linear(
         main_grad: fp32 [N, K], contiguous, or None. If given, the weight's gradient is added to it in place and
             `weight.grad` stays as it is; see `accumulate_weight_grad`.
         backend: as `bi_ops.matmul.mm`.
+        bias_order: "in_accumulator" adds the bias to the fp32 accumulator instead, and rounds once: other bits, which
+            vLLM's batch-invariant linear has had since 0.32.
 
     Returns:
         [..., N] in the dtype of x.
@@ -137,19 +143,22 @@ def linear(
         checks.same_device("linear", x=x, bias=bias)
         n = weight.shape[0]
         checks.shape("linear", bias.shape[0] == n, lambda: f"bias {list(bias.shape)} for {n} columns")
+    orders = ("after_rounding", "in_accumulator")
+    checks.shape("linear", bias_order in orders, lambda: f"bias_order is {bias_order!r}; it may be {orders}")
+    in_accumulator = bias is not None and bias_order == "in_accumulator"
     name = check_backend("linear", x, backend)
     # A view of a matrix would be one more node, in both passes.
     rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if main_grad is not None:
         checks.main_grad("linear", "main_grad", main_grad, weight.shape, x.device)
-    if bias is None and main_grad is None:
-        out = _mm(rows, weight.t(), None, name)
+    if main_grad is None and (bias is None or in_accumulator):
+        out = _mm(rows, weight.t(), None if bias is None else bias.contiguous(), name)
     elif main_grad is None and (
         torch._C._are_functorch_transforms_active() or is_transformed()
     ):  # the same bits from two operators, which torch.func can see into
         out = add_bias(_mm(rows, weight.t(), None, name), bias)
     else:
-        out = _Linear.apply(rows, weight, bias, main_grad, name)
+        out = _Linear.apply(rows, weight, bias, main_grad, name, in_accumulator)
     return out if x.ndim == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
 
 

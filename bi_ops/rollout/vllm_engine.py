@@ -105,6 +105,8 @@ class VllmEngine:
         attention: "triton", bi_ops' own kernels, at every head_dim; or "vllm", its FlashAttention 3, at head_dim 128
             and 256. They differ in bits: training adopts the orders of the one that sampled (`orders`). None: the
             plugin's default, "triton"; without the plugin "vllm".
+        kernels: who computes everything else: "bi_ops", its own operators, or "vllm", vLLM's batch-invariant kernels.
+            Same bits. Without the plugin vLLM computes all.
         cuda_graphs: capture full CUDA graphs of decoding, prefill and both in one batch; False runs eagerly. Same bits.
         dtype: of weights and activations.
         max_model_len: longest prompt + completion; None takes the model's.
@@ -115,7 +117,8 @@ class VllmEngine:
 
     Raises:
         RuntimeError: no GPU, no supported vLLM, another mode already set, or vLLM chose another attention kernel.
-        ValueError: a head size or a tensor-parallel size that cannot keep the contract, or an unknown attention.
+        ValueError: a head size or a tensor-parallel size that cannot keep the contract, or an unknown attention or
+            kernels.
     """
 
     name = "vllm"
@@ -126,6 +129,7 @@ class VllmEngine:
         *,
         plugin: bool = True,
         attention: str | None = None,
+        kernels: str = "bi_ops",
         cuda_graphs: bool = True,
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
@@ -145,6 +149,7 @@ class VllmEngine:
         config = load_config(path)
         attention = attention or (ATTENTION[0] if plugin else "vllm")
         check_attention(attention, config.head_dim, plugin)
+        vllm_plugin.check_kernels("VllmEngine", kernels)
         _prepare_environment()
         from vllm import LLM
         from vllm.config import CompilationConfig
@@ -177,12 +182,14 @@ class VllmEngine:
                 # Mode 0 keeps Inductor from rewriting norms and activations; graphs then hold the eager kernels.
                 compilation_config=CompilationConfig(mode=0, cudagraph_mode="FULL") if cuda_graphs else None,
                 attention_config=backend,
+                additional_config={"bi_ops": {"kernels": kernels}},
             )
         finally:
             # Some releases put a function without a gradient in torch.bmm's place, for the whole process. The
             # override of aten::bmm, under which autograd still works, stays and runs the same kernel.
             torch.bmm = bmm
         self.plugin, self.cuda_graphs, self.dtype, self._kernel = plugin, cuda_graphs, dtype, attention
+        self.kernels = kernels if plugin else "vllm"
         #: See `RolloutEngine`; without the plugin there are no bits that training could have.
         self.orders: OrderRecord | None = self.orders_of(config, attention, dtype) if plugin else None
         self.max_model_len: int = self._llm.model_config.max_model_len
@@ -274,7 +281,7 @@ class VllmEngine:
             "orders": None if self.orders is None else self.orders.digest,
             "backends": {
                 "attention": "FLASH_ATTN 3" if self._kernel == "vllm" else "bi_ops triton",
-                "linear": "vllm matmul_persistent",
+                "linear": "vllm matmul_persistent" if self.kernels == "vllm" else "bi_ops",
             },
             "versions": {
                 "vllm": vllm.__version__,

@@ -13,10 +13,21 @@ from typing import Any
 
 from bi_ops.core import vllm
 from bi_ops.vllm_plugin import backend, sources
+from bi_ops.vllm_plugin.layers import kernels_of
 from bi_ops.vllm_plugin.orders import forget_logged
 from bi_ops.vllm_plugin.patches import Patch, patches_of
+from bi_ops.vllm_plugin.worker import KERNELS, check_kernels
 
-__all__ = ["backend", "is_registered", "patches_of", "register", "unregister"]
+__all__ = [
+    "KERNELS",
+    "backend",
+    "check_kernels",
+    "is_registered",
+    "kernels_of",
+    "patches_of",
+    "register",
+    "unregister",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +65,8 @@ def register() -> None:
     # function by name, and unregister could not give it the stock one back.
     modules = [importlib.import_module(p.module) for p in patches]
     stock = [p.stock(m) for p, m in zip(patches, modules, strict=True)]
+    for kernel in kernels_of(release):  # which are replaced in a loaded model
+        kernel.stock(importlib.import_module(kernel.module))
     backend.install()
     for patch, module, function in zip(patches, modules, stock, strict=True):
         patch.replace(module, patch.build(function))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,53 +13,20 @@ import torch
 from bi_ops.core.vllm import Release
 from bi_ops.vllm_plugin.backend import choose_backend
 from bi_ops.vllm_plugin.compilation import without_inductor
+from bi_ops.vllm_plugin.points import Point
+from bi_ops.vllm_plugin.worker import with_own_kernels
 
 
 @dataclass(frozen=True)
-class Patch:
-    """`module.attribute`, a function of `parameters`, becomes `build(the stock function)`.
+class Patch(Point):
+    """A `Point` that becomes `build(the stock function)` for the whole process."""
 
-    attribute: a function's name, or Class.method.
-    """
-
-    module: str
-    attribute: str
-    parameters: tuple[str, ...]
     build: Callable[[Callable[..., Any]], Callable[..., Any]]
     why: str
-
-    def holder(self, module: ModuleType) -> tuple[Any, str]:
-        """(what holds the function: the module or a class of it, or None; the function's name there)"""
-        owner, _, name = self.attribute.rpartition(".")
-        return getattr(module, owner, None) if owner else module, name
 
     def replace(self, module: ModuleType, function: Callable[..., Any]) -> None:
         """Put `function` in the stock one's place."""
         setattr(*self.holder(module), function)
-
-    def stock(self, module: ModuleType) -> Callable[..., Any]:
-        """The function to replace.
-
-        Raises:
-            RuntimeError: it is missing or has other parameters, so this vLLM is not the one that was checked.
-        """
-        holder, name = self.holder(module)
-        target = getattr(holder, name, None)
-        difference = self.difference(tuple(inspect.signature(target).parameters) if callable(target) else None)
-        if target is None or difference is not None:
-            raise RuntimeError(
-                f"vllm_plugin: {difference} in vLLM {importlib.metadata.version('vllm')}; install a release whose "
-                "patch points were checked (see bi_ops doctor)"
-            )
-        return target
-
-    def difference(self, found: tuple[str, ...] | None) -> str | None:
-        """What is wrong with a function of parameters `found` here (None: there is none); None: nothing."""
-        if found is None:
-            return f"{self.module}.{self.attribute} is missing"
-        if found != self.parameters:
-            return f"{self.module}.{self.attribute} has parameters {found}, expected {self.parameters}"
-        return None
 
 
 def add_then_norm(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,5 +86,12 @@ def patches_of(release: Release) -> tuple[Patch, ...]:
             ("self", "usage_context", "headless"),
             without_inductor,
             "vLLM compiles models with Inductor by default, which fuses norms in an order that training does not have",
+        ),
+        Patch(
+            "vllm.v1.worker.gpu_worker",
+            "Worker.load_model",
+            ("self", "load_dummy_weights"),
+            with_own_kernels,
+            "the layers of a loaded model compute with bi_ops' kernels, which have the same bits and are faster",
         ),
     )

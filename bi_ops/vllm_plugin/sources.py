@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 from bi_ops.core.vllm import RELEASES, Release
+from bi_ops.vllm_plugin.layers import kernels_of
 from bi_ops.vllm_plugin.patches import patches_of
 
 
@@ -44,8 +45,8 @@ def parameters(root: Path, module: str, attribute: str) -> tuple[str, ...] | Non
 def differences(release: Release, root: Path) -> list[str]:
     """Every patch point of `release` that the sources under `root` do not have as it had it."""
     out = []
-    for patch in patches_of(release):
-        difference = patch.difference(parameters(root, patch.module, patch.attribute))
+    for point in (*patches_of(release), *kernels_of(release)):
+        difference = point.difference(parameters(root, point.module, point.attribute))
         if difference is not None:
             out.append(difference)
     return out

@@ -1,0 +1,89 @@
+"""What happens in vLLM's worker when its model is loaded: who computes the layers, verified and compiled beforehand."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from bi_ops import matmul
+from bi_ops.core import vllm
+from bi_ops.vllm_plugin import layers
+
+#: Below vLLM's own logger, so that the lines are in the server's log.
+logger = logging.getLogger("vllm.bi_ops")
+
+#: Who may compute what is not attention in vLLM: bi_ops' operators, or vLLM's own batch-invariant kernels.
+KERNELS = ("bi_ops", "vllm")
+
+
+def kernels_asked(additional_config: Any) -> str:
+    """The kernels that vLLM's `additional_config` asks for, {"bi_ops": {"kernels": ...}}: "bi_ops" unless it says so.
+
+    Raises:
+        ValueError: it asks for something else.
+    """
+    ours = additional_config.get("bi_ops", {}) if isinstance(additional_config, dict) else {}
+    unknown = sorted(set(ours) - {"kernels"}) if isinstance(ours, dict) else [repr(ours)]
+    if unknown:
+        raise ValueError(f"vllm_plugin: additional_config['bi_ops'] has {', '.join(unknown)}; it may hold 'kernels'")
+    return check_kernels("vllm_plugin", ours.get("kernels", KERNELS[0]))
+
+
+def check_kernels(op: str, kernels: str) -> str:
+    """`kernels`, if there are such. Raises ValueError."""
+    if kernels not in KERNELS:
+        raise ValueError(f"{op}: kernels is {kernels!r}; it must be {' or '.join(KERNELS)}")
+    return kernels
+
+
+def row_counts(most: int) -> list[int]:
+    """Numbers of rows up to `most` that between them meet every config which is chosen by the number of rows."""
+    edges = {most, 3, *(1 << i for i in range(most.bit_length()))}
+    return sorted(m for m in edges | {e + 1 for e in edges} if m <= most)
+
+
+def with_own_kernels(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`Worker.load_model`, after which the layers compute with bi_ops, unless `additional_config` asks for vLLM's."""
+
+    @functools.wraps(stock)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernels = kernels_asked(self.vllm_config.additional_config)  # before minutes of loading
+        out = stock(self, *args, **kwargs)
+        if kernels == "bi_ops":
+            release, model = vllm.require("vllm_plugin"), self.model_runner.get_model()
+            count = layers.attach(model, release)
+            logger.info("bi_ops: computes %s", ", ".join(f"{n} x {op}" for op, n in count.items() if n))
+            scheduler = self.vllm_config.scheduler_config
+            warm_up(model, release, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+        return out
+
+    return load_model
+
+
+@torch.inference_mode()
+def warm_up(model: torch.nn.Module, release: vllm.Release, max_tokens: int, max_seqs: int) -> None:
+    """Verify and compile the GEMMs of `model` now: neither may happen in a request or while a graph is captured."""
+    shapes = {}
+    for layer, apply in layers.attached(model, release):
+        if apply.operator != "linear":
+            continue
+        # An embedding that is not the head has its method too; an LM head computes at most a row per sequence.
+        most = max_seqs if hasattr(layer, "num_embeddings") else max_tokens
+        bias = getattr(layer, "bias", None)
+        shapes[layer.weight.shape, layer.weight.dtype, bias is None, most] = (layer, apply, bias, most)
+    for layer, apply, bias, _ in shapes.values():
+        _run(layer, apply, bias, (1,))
+    found = matmul.warmup()  # the shapes that have just run unverified
+    if found.verified or found.refused:
+        logger.info("bi_ops: verified %d GEMMs of cuBLASLt, refused %d", found.verified, len(found.refused))
+    for layer, apply, bias, most in shapes.values():
+        _run(layer, apply, bias, row_counts(most))
+
+
+def _run(layer: Any, apply: layers.Function, bias: torch.Tensor | None, row_counts: Iterable[int]) -> None:
+    for rows in row_counts:
+        apply(layer, layer.weight.new_zeros(rows, layer.weight.shape[1]), bias)

@@ -1,0 +1,147 @@
+"""bi_ops' kernels in the layers of a model that a stand-in for vLLM has loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake_vllm import LINEAR, WORKER, Head, Linear, UnquantizedLinearMethod, installed
+
+from bi_ops import matmul, vllm_plugin
+from bi_ops.core import vllm as releases
+from bi_ops.matmul.warmup import Warmup
+from bi_ops.vllm_plugin import layers, worker
+
+OWN = {"bi_ops": {"kernels": "vllm"}}
+
+
+@pytest.fixture(params=["0.26.0", "0.33.0"])
+def version(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def vllm(monkeypatch, version):
+    with installed(monkeypatch, version) as modules:
+        vllm_plugin.register()
+        yield modules
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.biased, self.head = Linear(32, 48), Linear(32, 48, bias=True), Head(32, 64)
+
+
+def loaded(vllm, model, additional_config=None):
+    vllm[WORKER].Worker(model, additional_config).load_model()
+    return model
+
+
+def is_stock(y: torch.Tensor) -> bool:
+    return bool((y == 7).all())
+
+
+def test_linear_layers_and_the_head_compute_with_bi_ops(vllm, version):
+    model, x = loaded(vllm, Model()), torch.randn(3, 32).bfloat16()
+    in_accumulator = releases.RELEASES[version].bias_in_accumulator
+    assert in_accumulator is (version == "0.33.0")
+    for layer in (model.plain, model.head):
+        assert torch.equal(layer(x), matmul.linear(x, layer.weight))
+        assert layer(x[None]).shape == (1, 3, layer.weight.shape[0])
+    rounded = matmul.linear(x, model.biased.weight) + model.biased.bias
+    once = matmul.linear(x, model.biased.weight, model.biased.bias, bias_order="in_accumulator")
+    assert not torch.equal(rounded, once)  # the orders are two
+    assert torch.equal(model.biased(x), once if in_accumulator else rounded)
+    model.biased.bias = torch.nn.Parameter(model.biased.bias[:1].clone(), requires_grad=False)  # vLLM expands it
+    assert model.biased(x).shape == (3, 48)
+    with pytest.raises(TypeError, match=r"x is torch.float32 and the weight torch.bfloat16"):
+        model.plain(x.float())
+
+
+def test_vllms_own_kernels_stay_where_they_are_asked_for(vllm):
+    x = torch.randn(3, 32).bfloat16()
+    model = loaded(vllm, Model(), OWN)
+    assert all(is_stock(layer(x)) for layer in model.children())
+    other = loaded(vllm, Model())  # another engine of the process
+    assert not any(is_stock(layer(x)) for layer in other.children())
+    assert all(is_stock(layer(x)) for layer in model.children())
+    vllm_plugin.unregister()
+    assert all(is_stock(layer(x)) for layer in loaded(vllm, Model()).children())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"kernels": "cuda"}, "kernels is 'cuda'; it must be bi_ops or vllm"), ({"kernel": "vllm"}, "has kernel; it may")],
+)
+def test_what_additional_config_may_hold(vllm, config, message):
+    unloaded = vllm[WORKER].Worker(Model(), {"bi_ops": config})
+    with pytest.raises(ValueError, match=message):
+        unloaded.load_model()
+    assert not unloaded.loaded
+
+
+def test_who_computes_can_be_read_off_a_model(vllm, version):
+    release = releases.RELEASES[version]
+    found = list(layers.attached(loaded(vllm, Model()), release))
+    assert [(type(layer), f.operator) for layer, f in found] == [(Linear, "linear")] * 2 + [(Head, "linear")]
+    assert list(layers.attached(loaded(vllm, Model(), OWN), release)) == []
+
+
+class Fp8LinearMethod(UnquantizedLinearMethod):
+    def apply(self, layer, x, bias=None):
+        return x
+
+
+class AutoGPTQLinearMethod(Fp8LinearMethod):
+    pass
+
+
+def test_quantized_layers_are_left_to_vllm_or_refused_by_name(vllm, caplog):
+    model, x = Model(), torch.randn(3, 32).bfloat16()
+    model.plain.quant_method = Fp8LinearMethod()
+    with caplog.at_level("WARNING"):
+        loaded(vllm, model)
+    assert "quantized with Fp8LinearMethod are left to vLLM" in caplog.text
+    assert model.plain(x) is x
+    model = Model()
+    model.biased.quant_method = AutoGPTQLinearMethod()
+    with pytest.raises(ValueError, match=r"biased is quantized with AutoGPTQLinearMethod, .*kernels"):
+        loaded(vllm, model)
+    assert is_stock(model.plain(x))
+    assert is_stock(loaded(vllm, Model(), OWN).plain(x))
+
+
+def test_every_gemm_runs_when_the_model_is_loaded_and_never_for_the_first_time_later(vllm, monkeypatch):
+    """Verification and compilation happen at the first call of a shape."""
+    ran, verified, stock = [], [], matmul.linear
+
+    def linear(x, weight, *args, **kwargs):
+        ran.append((*x.shape, len(weight)))
+        return stock(x, weight, *args, **kwargs)
+
+    def warmup():
+        verified.append(len(ran))
+        return Warmup(0, ())
+
+    monkeypatch.setattr(matmul, "linear", linear)
+    monkeypatch.setattr(matmul, "warmup", warmup)
+    loaded(vllm, Model())
+    assert verified == [3]  # each shape once, before the sweep over rows
+    assert {r for r, k, n in ran if n == 48} == {1, 2, 3, 4}
+    assert {r for r, k, n in ran if n == 64} == {1, 2}  # the head: a row per sequence
+
+
+def test_row_counts_meet_both_sides_of_each_power_of_two():
+    assert worker.row_counts(1) == [1]
+    assert worker.row_counts(20) == [1, 2, 3, 4, 5, 8, 9, 16, 17, 20]
+
+
+def test_a_method_that_looks_different_is_refused_before_anything_is_patched(monkeypatch, version):
+    with installed(monkeypatch, version) as modules:
+        different = type("UnquantizedLinearMethod", (), {"apply": lambda self, layer, x: x})
+        monkeypatch.setattr(modules[LINEAR], "UnquantizedLinearMethod", different)
+        with pytest.raises(
+            RuntimeError, match=r"UnquantizedLinearMethod\.apply has parameters \('self', 'layer', 'x'\)"
+        ):
+            vllm_plugin.register()
+        assert not vllm_plugin.is_registered()
