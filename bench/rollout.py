@@ -11,6 +11,7 @@ existing file stay.
     stock graphs    no batch-invariant mode, full CUDA graphs of the eager kernels
     invariant       VLLM_BATCH_INVARIANT=1 without the plugin
     plugin          VLLM_BATCH_INVARIANT=1 with the plugin: log-probabilities that training reproduces
+    plugin vllm kernels     the same bits, but vLLM's own kernels compute what is not attention
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from record import provenance, write_csv
 
 LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
 TIED = ("0.6B", "1.7B", "4B")
-MODES = ("stock", "stock graphs", "invariant", "plugin")
+MODES = ("stock", "stock graphs", "invariant", "plugin", "plugin vllm kernels")
 BATCHES = (1, 8, 64, 256)
 PROMPT, FEW, MANY = 32, 16, 144  # tokens of a prompt; tokens sampled, and sampled again
 FIRST_TOKEN = (512, 8192)  # prompts whose first token is timed
@@ -65,7 +66,8 @@ def checkpoint(folder: Path, model: str) -> Path:
 
 def measure(mode: str, model: str, batches: list[int], rounds: int) -> list[dict[str, Any]]:
     """A row per batch size, of one mode in this process."""
-    if mode in ("invariant", "plugin"):
+    plugin = mode.startswith("plugin")
+    if mode == "invariant" or plugin:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import bi_ops  # noqa: F401  # isort: skip  (before triton)
@@ -74,9 +76,10 @@ def measure(mode: str, model: str, batches: list[int], rounds: int) -> list[dict
 
     from bi_ops import vllm_plugin
 
-    if mode == "plugin":
+    if plugin:
         vllm_plugin.register()
-    graphs = CompilationConfig(mode=0, cudagraph_mode="FULL") if mode in ("stock graphs", "plugin") else None
+    graphs = CompilationConfig(mode=0, cudagraph_mode="FULL") if mode == "stock graphs" or plugin else None
+    kernels = {"additional_config": {"bi_ops": {"kernels": "bi_ops" if mode == "plugin" else "vllm"}}} if plugin else {}
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         llm = LLM(
@@ -90,6 +93,7 @@ def measure(mode: str, model: str, batches: list[int], rounds: int) -> list[dict
             enable_prefix_caching=False,
             generation_config="vllm",
             **({} if graphs is None else {"compilation_config": graphs}),
+            **kernels,
         )
 
     def sample(prompts: list[list[int]], new_tokens: int) -> float:

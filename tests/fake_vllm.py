@@ -10,10 +10,12 @@ import importlib.machinery
 import importlib.metadata
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from bi_ops import vllm_plugin
+from bi_ops import rope, vllm_plugin
 from bi_ops.core import vllm
 
 LAYERNORM = "vllm.model_executor.layers.layernorm"
@@ -25,6 +27,11 @@ CONFIG = "vllm.config"
 WORKER = "vllm.v1.worker.gpu_worker"
 LINEAR = "vllm.model_executor.layers.linear"
 EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
+ACTIVATION = "vllm.model_executor.layers.activation"
+ROTARY = "vllm.model_executor.layers.rotary_embedding.base"
+QWEN3 = "vllm.model_executor.models.qwen3"
+SAMPLER = "vllm.v1.sample.sampler"
+LAYERS = (LINEAR, EMBEDDING, ACTIVATION, ROTARY, QWEN3)
 
 
 def stock_rms_norm(input, weight, eps=1e-6, residual=None):
@@ -121,12 +128,138 @@ class Head(Linear):
         self.num_embeddings = n
 
 
+class CustomOp(torch.nn.Module):
+    """vLLM's operators choose a method when they are built. native: custom_ops leaves the operator to PyTorch."""
+
+    forward_native: Callable[..., Any]
+    forward_cuda: Callable[..., Any]
+
+    def __init__(self, native=False):
+        super().__init__()
+        self._forward_method = self.forward_native if native else self.forward_cuda
+
+    def forward(self, *args):
+        """As chosen."""
+        return self._forward_method(*args)
+
+
+class RMSNorm(CustomOp):
+    """vLLM's norm."""
+
+    def __init__(self, size, eps=1e-6, native=False, variance_size=None, dtype=torch.bfloat16):
+        super().__init__(native)
+        self.weight = torch.nn.Parameter(torch.randn(size).to(dtype))
+        self.variance_epsilon, self.variance_size_override = eps, variance_size
+        self.pass_weight = self.pass_weight_add = True
+
+    def forward_native(self, x, residual=None):
+        """Seen as nobody else's."""
+        return x + 7
+
+    def forward_cuda(self, x, residual=None):
+        """As the module of batch-invariant kernels has it."""
+        return sys.modules[LAYERNORM].rms_norm_batch_invariant(x, self.weight.data, self.variance_epsilon, residual)
+
+
+class SiluAndMul(CustomOp):
+    """vLLM's activation."""
+
+    @staticmethod
+    def forward_native(x):
+        """PyTorch's."""
+        gate, up = x.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    def forward_cuda(self, x):
+        """Seen as nobody else's."""
+        return x[..., : x.shape[-1] // 2] * 0 + 7
+
+
+class RotaryEmbedding(CustomOp):
+    """vLLM's rotation."""
+
+    def __init__(self, size, rotary_dim=None):
+        super().__init__()
+        self.is_neox_style, self.rotary_dim, self.use_flashinfer = True, rotary_dim or size, False
+        self.cos_sin_cache = rope.cos_sin_cache(self.rotary_dim, 64, dtype=torch.float32)
+
+    def forward_native(self, positions, query, key):
+        """None."""
+        raise AssertionError
+
+    def forward_cuda(self, positions, query, key):
+        """query, key: [T, heads * size], rotated."""
+        cache = self._match_cos_sin_cache_dtype(query)
+        return [rope.apply_rope(t.unflatten(1, (-1, 32)), positions.flatten(), cache).flatten(1) for t in (query, key)]
+
+    def _match_cos_sin_cache_dtype(self, query):
+        self.cos_sin_cache = self.cos_sin_cache.to(query.dtype)
+        return self.cos_sin_cache
+
+
+class Pair(torch.nn.Module):
+    """A linear layer of vLLM's returns its bias too."""
+
+    def __init__(self, k, n):
+        super().__init__()
+        self.linear = Linear(k, n)
+
+    def forward(self, x):
+        """(x [T, K] -> [T, N], None)"""
+        return self.linear(x), None
+
+
+class Qwen3Attention(torch.nn.Module):
+    """vLLM's, whose attention itself is a sum of what it is given, which no order changes."""
+
+    def __init__(self, hidden=64, heads=4, kv_heads=2, rotary=None, eps=1e-6):
+        super().__init__()
+        self.head_dim, self.num_heads, self.rotary_emb = 32, heads, rotary or RotaryEmbedding(32)
+        self.q_size, self.kv_size = heads * 32, kv_heads * 32
+        self.qkv_proj, self.o_proj = Pair(hidden, self.q_size + 2 * self.kv_size), Pair(self.q_size, hidden)
+        self.q_norm, self.k_norm = RMSNorm(32), RMSNorm(32, eps)
+
+    def attn(self, q, k, v):
+        """[T, q_size]"""
+        both = (k + v).unflatten(1, (-1, 1, 32)).expand(-1, -1, q.shape[1] // k.shape[1], -1)
+        return q + both.flatten(1)
+
+    def forward(self, positions, hidden_states):
+        """As vLLM spells it."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q = self.q_norm(q.unflatten(1, (-1, self.head_dim))).flatten(1)
+        k = self.k_norm(k.unflatten(1, (-1, self.head_dim))).flatten(1)
+        q, k = self.rotary_emb(positions, q, k)
+        return self.o_proj(self.attn(q, k, v))[0]
+
+
+class Sampler:
+    """vLLM's v1 sampler."""
+
+    @staticmethod
+    def compute_logprobs(logits):
+        """As the v1 runner has it."""
+        return logits.float().log_softmax(-1)
+
+    def forward(self, logits):
+        """Calls it as a method."""
+        return self.compute_logprobs(logits)
+
+
 class Worker:
     """vLLM's worker, which loads `model`."""
 
     def __init__(self, model, additional_config=None):
         scheduler = types.SimpleNamespace(max_num_batched_tokens=4, max_num_seqs=2)
-        self.vllm_config = types.SimpleNamespace(additional_config=additional_config or {}, scheduler_config=scheduler)
+        model_config = types.SimpleNamespace(get_vocab_size=lambda: 64, dtype=torch.bfloat16)
+        self.vllm_config = types.SimpleNamespace(
+            additional_config=additional_config or {},
+            scheduler_config=scheduler,
+            model_config=model_config,
+            use_v2_model_runner=False,
+        )
+        self.device = torch.device("cpu")
         self.model_runner = types.SimpleNamespace(get_model=lambda: model)
         self.loaded = False
 
@@ -158,21 +291,13 @@ def installed(monkeypatch, version="0.26.0"):
         "vllm.model_executor.layers",
         "vllm.v1",
         "vllm.v1.worker",
+        "vllm.v1.sample",
+        "vllm.model_executor.models",
+        "vllm.model_executor.layers.rotary_embedding",
     ]
     packages += ("vllm.model_executor.determinism", "vllm.v1.attention", "vllm.v1.attention.backends")
-    for name in (
-        *packages,
-        origin,
-        LAYERNORM,
-        SELECTOR,
-        REGISTRY,
-        VERSION,
-        ARGUMENTS,
-        CONFIG,
-        WORKER,
-        LINEAR,
-        EMBEDDING,
-    ):
+    named = (LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS, CONFIG, WORKER, *LAYERS, SAMPLER)
+    for name in (*packages, origin, *named):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__path__ = []
@@ -191,6 +316,9 @@ def installed(monkeypatch, version="0.26.0"):
     modules[WORKER].Worker = type("Worker", (Worker,), {"load_model": load_model})
     modules[LINEAR].UnquantizedLinearMethod = UnquantizedLinearMethod
     modules[EMBEDDING].UnquantizedEmbeddingMethod = UnquantizedEmbeddingMethod
+    modules[LAYERNORM].RMSNorm, modules[ACTIVATION].SiluAndMul = RMSNorm, SiluAndMul
+    modules[ROTARY].RotaryEmbedding, modules[QWEN3].Qwen3Attention = RotaryEmbedding, Qwen3Attention
+    modules[SAMPLER].Sampler = type("Sampler", (Sampler,), {"compute_logprobs": Sampler.__dict__["compute_logprobs"]})
     modules["vllm.config"].CompilationMode = types.SimpleNamespace(NONE="NONE")
     modules["vllm.config"].CUDAGraphMode = types.SimpleNamespace(FULL="FULL")
     modules[VERSION].get_flash_attn_version = lambda head_size: 3

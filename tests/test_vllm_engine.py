@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_vllm import installed
 
-from bi_ops import attention
+from bi_ops import attention, vllm_plugin
 from bi_ops.core import runtime
 from bi_ops.core.vllm import RELEASES
 from bi_ops.rollout import vllm_engine
@@ -42,6 +42,11 @@ def vllm(monkeypatch, request):
 def test_attention_that_cannot_keep_the_contract_is_refused(attention, head_dim, plugin, message):
     with pytest.raises(ValueError, match=f"VllmEngine: .*{message}"):
         vllm_engine.check_attention(attention, head_dim, plugin)
+
+
+def test_kernels_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="VllmEngine: kernels is 'triton'; it must be bi_ops or vllm"):
+        vllm_plugin.check_kernels("VllmEngine", "triton")
 
 
 def test_attention_that_can_is_not():
@@ -131,11 +136,11 @@ PROMPTS = [[5, 6, 7], [9] * 300, list(range(1, 130)), [3]]
 PARAMS = [SamplingParams(24, temperature=t, seed=s) for s, t in enumerate((1.0, 0.0, 0.7, 1.0))]
 
 
-def tiny_checkpoint(folder, seed, head_dim):
+def tiny_checkpoint(folder, seed, head_dim, vocab_size=1000):
     from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=1000,  # not a multiple of 64, to which vLLM pads
+        vocab_size=vocab_size,  # 1000 is no multiple of 64, to which vLLM pads
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
@@ -163,14 +168,22 @@ def same(a, b) -> bool:
 @pytest.mark.gpu
 @pytest.mark.vllm
 @pytest.mark.engine
-@pytest.mark.parametrize(("attention", "cuda_graphs"), [(None, False), (None, True), ("vllm", False), ("vllm", True)])
-def test_engine_on_a_gpu(checkpoints, attention, cuda_graphs):
+@pytest.mark.parametrize(
+    ("attention", "kernels", "cuda_graphs"),
+    [(None, "bi_ops", False), (None, "bi_ops", True), ("vllm", "bi_ops", True), ("vllm", "vllm", False), (None, "vllm", True)],
+)
+def test_engine_on_a_gpu(checkpoints, attention, kernels, cuda_graphs):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
     from bi_ops.verify.compositions import rescore
 
-    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512, "attention": attention}
+    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512}
+    options |= {"attention": attention, "kernels": kernels}
     engine = vllm_engine.VllmEngine(checkpoints[0], **options)
     try:
+        found = engine.describe()["backends"]
+        assert {found[op] == "bi_ops" for op in ("linear", "norm", "qk_norm_rope", "activation")} == {
+            kernels == "bi_ops"
+        }
         first = engine.generate(PROMPTS, PARAMS)
         assert [c.prompt for c in first] == [tuple(p) for p in PROMPTS]
         assert all(len(c.tokens) == 24 and c.finish_reason == "length" for c in first)
@@ -204,6 +217,46 @@ def test_engine_on_a_gpu(checkpoints, attention, cuda_graphs):
         assert same(updated, fresh.generate(PROMPTS, PARAMS))
     finally:
         fresh.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.engine
+def test_both_kernels_of_an_engine_have_the_same_bits(checkpoints):
+    found = []
+    for kernels in ("bi_ops", "vllm"):
+        engine = vllm_engine.VllmEngine(checkpoints[0], kernels=kernels, gpu_memory_utilization=0.2, max_model_len=512)
+        try:
+            found.append(engine.generate(PROMPTS, PARAMS))
+        finally:
+            engine.close()
+    assert same(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.engine
+def test_the_v1_model_runner_on_a_gpu(tmp_path, monkeypatch):
+    """Its sampler would sum a row of logits in another order; at a vocabulary of this size that is seen."""
+    from vllm import envs
+
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.verify.compositions import rescore
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    envs.disable_envs_cache()  # an engine keeps what it has read, for the process
+    folder = tiny_checkpoint(tmp_path, 0, 128, vocab_size=151936)
+    engine = vllm_engine.VllmEngine(folder, gpu_memory_utilization=0.2, max_model_len=512)
+    try:
+        assert engine.describe()["model_runner"] == "v1"
+        completions = engine.generate(PROMPTS * 8, [SamplingParams(64, seed=s) for s in range(8 * len(PROMPTS))])
+        model = Qwen3ForCausalLM.from_pretrained(folder)
+        assert engine.orders is not None
+        model.adopt(engine.orders)
+        assert all(r.identical for r in rescore(model, completions, orders=engine.orders).values())
+    finally:
+        engine.close()
+        envs.disable_envs_cache()
 
 
 def prefilled_otherwise(engine) -> int:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
-from fake_vllm import LINEAR, WORKER, Head, Linear, UnquantizedLinearMethod, installed
+from fake_vllm import (
+    LINEAR,
+    WORKER,
+    Head,
+    Linear,
+    Qwen3Attention,
+    RMSNorm,
+    RotaryEmbedding,
+    SiluAndMul,
+    UnquantizedLinearMethod,
+    installed,
+    stock_rms_norm,
+)
 
-from bi_ops import matmul, vllm_plugin
+from bi_ops import activation, matmul, norm, vllm_plugin
 from bi_ops.core import vllm as releases
 from bi_ops.matmul.warmup import Warmup
 from bi_ops.vllm_plugin import layers, worker
@@ -87,6 +101,79 @@ def test_who_computes_can_be_read_off_a_model(vllm, version):
     assert list(layers.attached(loaded(vllm, Model(), OWN), release)) == []
 
 
+@pytest.mark.parametrize("size", [64, 40])
+def test_norms_are_one_kernel_with_and_without_a_residual(vllm, size):
+    x, residual = torch.randn(3, size).bfloat16(), torch.randn(3, size).bfloat16()
+    layer = loaded(vllm, RMSNorm(size, 1e-5))
+    before = x.clone(), residual.clone()
+    assert torch.equal(layer(x), norm.rms_norm(x, layer.weight.data, 1e-5))
+    for a, b in zip(layer(x, residual), norm.add_rms_norm(x, residual, layer.weight.data, 1e-5), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+    layer.pass_weight = False
+    assert torch.equal(layer(x), norm.rms_norm(x, None, 1e-5))
+
+
+def test_norms_that_bi_ops_does_not_compute_stay_vllms(vllm, version):
+    x, residual = torch.randn(2, 3, 64).bfloat16()
+    wide = loaded(vllm, RMSNorm(64, dtype=torch.float32))  # a weight that bi_ops would round
+    y, total = wide(x, residual)
+    assert torch.equal(y, stock_rms_norm(x + residual, wide.weight.data))
+    assert torch.equal(total, x + residual)
+    release = releases.RELEASES[version]
+    assert list(layers.attached(loaded(vllm, RMSNorm(64, variance_size=32)), release)) == []
+    gemma = type("GemmaRMSNorm", (RMSNorm,), {"forward_cuda": lambda self, x, residual=None: x})
+    assert list(layers.attached(loaded(vllm, gemma(64)), release)) == []
+    derived = type("Derived", (RMSNorm,), {})  # the same method
+    assert len(list(layers.attached(loaded(vllm, derived(64)), release))) == 1
+
+
+def test_activations(vllm):
+    x = torch.randn(3, 64).bfloat16()
+    layer = loaded(vllm, SiluAndMul())
+    assert torch.equal(layer(x), activation.silu_and_mul(x))
+    assert is_stock(loaded(vllm, SiluAndMul(), OWN)(x))
+
+
+@pytest.mark.parametrize("build", [lambda: RMSNorm(64, native=True), lambda: SiluAndMul(native=True)])
+def test_operators_that_custom_ops_disables_are_refused(vllm, build):
+    with pytest.raises(ValueError, match=r"custom_ops leave (RMSNorm|SiluAndMul) to plain PyTorch"):
+        loaded(vllm, build())
+    loaded(vllm, build(), OWN)
+
+
+def test_qwen3_normalises_and_rotates_in_one_kernel(vllm, monkeypatch):
+    layer, x, positions = loaded(vllm, Qwen3Attention()), torch.randn(5, 64).bfloat16(), torch.tensor([3, 0, 1, 2, 63])
+    apart = Qwen3Attention.forward(layer, positions, x)  # vLLM's forward over the same norms, one by one
+    calls, fused = [], norm.qk_norm_rope
+
+    def counted(*args):
+        calls.append(args)
+        return fused(*args)
+
+    monkeypatch.setattr(norm, "qk_norm_rope", counted)
+    out = layer(positions, x)
+    assert len(calls) == 1
+    assert torch.equal(out, apart)
+    assert not torch.equal(out, layer(positions.flip(0), x))
+    assert torch.equal(layer(positions[2:3], x[2:3]), out[2:3])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Qwen3Attention(rotary=RotaryEmbedding(32, 16)),
+        lambda: Qwen3Attention(eps=1e-5),
+        lambda: Qwen3Attention(rotary=type("MRope", (RotaryEmbedding,), {"forward_cuda": lambda *a: a[2:]})(32)),
+    ],
+    ids=["part of a head", "two epsilons", "another rotation"],
+)
+def test_an_attention_that_looks_different_keeps_its_norms_and_rotation_apart(vllm, version, build):
+    found = layers.operators_of(loaded(vllm, build()), releases.RELEASES[version])
+    assert found == {"norm": 2, "linear": 2}
+
+
 class Fp8LinearMethod(UnquantizedLinearMethod):
     def apply(self, layer, x, bias=None):
         return x
@@ -145,3 +232,19 @@ def test_a_method_that_looks_different_is_refused_before_anything_is_patched(mon
         ):
             vllm_plugin.register()
         assert not vllm_plugin.is_registered()
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_layers_have_the_bits_of_vllms_batch_invariant_kernel(device, dtype):
+    release, stock = releases.require("test"), releases.batch_invariant_module().linear_batch_invariant
+    orders: tuple[Literal["in_accumulator"], Literal["after_rounding"]] = ("in_accumulator", "after_rounding")
+    weight = torch.randn(1536, 1024, dtype=dtype, device=device)
+    bias = torch.randn(1536, dtype=dtype, device=device)
+    order, other = orders if release.bias_in_accumulator else (orders[1], orders[0])
+    for rows in (1, 2, 17, 64, 300):
+        x = torch.randn(rows, 1024, dtype=dtype, device=device)
+        assert torch.equal(matmul.linear(x, weight), stock(x, weight))
+        assert torch.equal(matmul.linear(x, weight, bias, bias_order=order), stock(x, weight, bias))
+    assert not torch.equal(matmul.linear(x, weight, bias, bias_order=other), stock(x, weight, bias))  # control

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.machinery
 import importlib.metadata
+import inspect
 import re
 import sys
 from collections import namedtuple
@@ -17,9 +18,11 @@ from fake_vllm import (
     CONFIG,
     LAYERNORM,
     REGISTRY,
+    SAMPLER,
     SELECTOR,
     VERSION,
     WORKER,
+    Sampler,
     create_engine_config,
     installed,
     load_model,
@@ -30,6 +33,7 @@ from tiny import tiny_config
 
 from bi_ops import vllm_plugin
 from bi_ops.core import vllm as releases
+from bi_ops.logprob import token_logprobs
 from bi_ops.rollout.vllm_engine import VllmEngine
 from bi_ops.vllm_plugin import backend
 
@@ -58,20 +62,23 @@ def in_force(vllm) -> list[bool]:
     chosen = vllm[SELECTOR]._cached_get_attn_backend not in CHOICES.values()
     compiled = vllm[ARGUMENTS].EngineArgs.create_engine_config is not create_engine_config
     loaded = vllm[WORKER].Worker.load_model is not load_model
-    return [*patched, chosen, compiled, loaded, offered]
+    sampler = vllm[SAMPLER].Sampler
+    assert isinstance(inspect.getattr_static(sampler, "compute_logprobs"), staticmethod)
+    scored = sampler.compute_logprobs is not Sampler.compute_logprobs
+    return [*patched, chosen, compiled, scored, loaded, offered]
 
 
 def test_register_is_idempotent_and_unregister_gives_back(vllm):
     vllm_plugin.register()
     assert vllm_plugin.is_registered()
-    assert in_force(vllm) == [True] * 6
+    assert in_force(vllm) == [True] * 7
     first = vllm[LAYERNORM].rms_norm_batch_invariant
     vllm_plugin.register()
     assert vllm[LAYERNORM].rms_norm_batch_invariant is first
     vllm_plugin.unregister()
     vllm_plugin.unregister()
     assert not vllm_plugin.is_registered()
-    assert in_force(vllm) == [False] * 6
+    assert in_force(vllm) == [False] * 7
 
 
 def test_the_residual_path_is_a_rounded_add_then_the_stock_norm(vllm):
@@ -89,13 +96,23 @@ def test_the_residual_path_is_a_rounded_add_then_the_stock_norm(vllm):
         patched(x, weight, residual=residual[:1])
 
 
+def test_the_v1_sampler_reads_logits_in_the_models_dtype(vllm):
+    vllm_plugin.register()
+    logits, ids = torch.randn(3, 48).bfloat16(), torch.tensor([5, 47, 0])
+    out = vllm[SAMPLER].Sampler().forward(logits)
+    assert out.dtype == torch.float32
+    assert torch.equal(out.gather(1, ids[:, None])[:, 0], token_logprobs(logits, ids))
+    vllm_plugin.unregister()
+    assert torch.equal(vllm[SAMPLER].Sampler().forward(logits), logits.float().log_softmax(-1))
+
+
 def test_nothing_happens_outside_batch_invariant_mode(vllm, caplog, monkeypatch):
     vllm["vllm.envs"].VLLM_BATCH_INVARIANT = False
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.99.0")  # and any version may be installed
     with caplog.at_level("INFO"):
         vllm_plugin.register()
     assert not vllm_plugin.is_registered()
-    assert in_force(vllm) == [False] * 6
+    assert in_force(vllm) == [False] * 7
     assert "VLLM_BATCH_INVARIANT is not set" in caplog.text
 
 
@@ -105,7 +122,7 @@ def test_another_vllm_version_is_refused(vllm, monkeypatch, unknown):
     message = f"vllm_plugin: vLLM {unknown} is not supported; supported: 0.26.0, 0.27.0, "
     with pytest.raises(RuntimeError, match=rf"^{re.escape(message)}.*, 0\.33\.0$"):
         vllm_plugin.register()
-    assert in_force(vllm) == [False] * 6
+    assert in_force(vllm) == [False] * 7
 
 
 def test_an_unknown_version_whose_sources_are_there_is_told_what_differs(vllm, monkeypatch, tmp_path):
@@ -123,7 +140,7 @@ def test_an_unknown_version_whose_sources_are_there_is_told_what_differs(vllm, m
     (tmp_path / "vllm/engine/arg_utils.py").unlink()
     with pytest.raises(RuntimeError, match=r"EngineArgs\.create_engine_config is missing"):
         vllm_plugin.register()
-    assert in_force(vllm) == [False] * 6
+    assert in_force(vllm) == [False] * 7
 
 
 def test_a_release_that_no_gpu_has_seen_is_named_in_a_warning(vllm, version, caplog):
@@ -150,7 +167,7 @@ def test_another_plugin_that_has_the_backends_name_is_named_and_nothing_is_patch
     vllm[REGISTRY].AttentionBackendEnum.update(CUSTOM="their.module.Backend")
     with pytest.raises(RuntimeError, match=r"CUSTOM is already their\.module\.Backend"):
         vllm_plugin.register()
-    assert in_force(vllm) == [False] * 6
+    assert in_force(vllm) == [False] * 7
 
 
 Layer = namedtuple("Layer", ("head_size", "attn_type"))  # as far as the plugin reads vLLM's

@@ -244,8 +244,8 @@ def softmax(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The log-probability of each row's chosen token, what vLLM reports for a sampled token, in the same bits.
 
-    vLLM's v2 model runner takes log-probabilities from bf16 logits, its v1 runner from logits cast to fp32: give the
-    logits in the dtype that the runner uses.
+    vLLM's v2 model runner takes log-probabilities from bf16 logits, and so does its v1 runner with the plugin. Without
+    it the v1 runner casts logits to fp32 first, whose bits are those of fp32 logits here.
 
     Args:
         logits: [T, V], bf16, fp16 or fp32. ids: int64 [T], each in [0, V) (checked here on the CPU only; on a GPU an

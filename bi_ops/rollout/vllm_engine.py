@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,9 +224,17 @@ class VllmEngine:
                 f"VllmEngine: vLLM chose attention {sorted(found)} instead of {wanted}; the contract was shown on "
                 "Hopper (sm_90) only"
             )
+        if (self.kernels == "bi_ops") != bool(self._operators()):
+            raise RuntimeError(f"VllmEngine: kernels={self.kernels!r}, but bi_ops computes {dict(self._operators())}")
         mode = self._llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
         if (mode.name == "FULL") != self.cuda_graphs:  # not FULL_DECODE_ONLY either, which vLLM may fall back to
             raise RuntimeError(f"VllmEngine: vLLM chose cudagraph_mode {mode.name} with cuda_graphs={self.cuda_graphs}")
+
+    def _operators(self) -> Counter[str]:
+        """How many of vLLM's layers compute with each operator of bi_ops'."""
+        release = vllm.require("VllmEngine")
+        found: list[Counter[str]] = self._open().apply_model(lambda model: vllm_plugin.operators_of(model, release))
+        return found[0]
 
     def _open(self) -> Any:
         if self._llm is None:
@@ -270,7 +279,7 @@ class VllmEngine:
         import triton
         import vllm
 
-        config = self._open().llm_engine.vllm_config
+        config, ours = self._open().llm_engine.vllm_config, self._operators()
         return {
             "engine": self.name,
             "dtype": self.dtype,
@@ -281,7 +290,8 @@ class VllmEngine:
             "orders": None if self.orders is None else self.orders.digest,
             "backends": {
                 "attention": "FLASH_ATTN 3" if self._kernel == "vllm" else "bi_ops triton",
-                "linear": "vllm matmul_persistent" if self.kernels == "vllm" else "bi_ops",
+                "linear": "bi_ops" if ours["linear"] else "vllm matmul_persistent",
+                **{op: "bi_ops" if ours[op] else "vllm" for op in ("norm", "qk_norm_rope", "activation")},
             },
             "versions": {
                 "vllm": vllm.__version__,

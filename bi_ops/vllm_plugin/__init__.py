@@ -13,7 +13,7 @@ from typing import Any
 
 from bi_ops.core import vllm
 from bi_ops.vllm_plugin import backend, sources
-from bi_ops.vllm_plugin.layers import kernels_of
+from bi_ops.vllm_plugin.layers import kernels_of, operators_of, stock_methods
 from bi_ops.vllm_plugin.orders import forget_logged
 from bi_ops.vllm_plugin.patches import Patch, patches_of
 from bi_ops.vllm_plugin.worker import KERNELS, check_kernels
@@ -24,6 +24,7 @@ __all__ = [
     "check_kernels",
     "is_registered",
     "kernels_of",
+    "operators_of",
     "patches_of",
     "register",
     "unregister",
@@ -65,8 +66,7 @@ def register() -> None:
     # function by name, and unregister could not give it the stock one back.
     modules = [importlib.import_module(p.module) for p in patches]
     stock = [p.stock(m) for p, m in zip(patches, modules, strict=True)]
-    for kernel in kernels_of(release):  # which are replaced in a loaded model
-        kernel.stock(importlib.import_module(kernel.module))
+    stock_methods(release)  # which are replaced in a loaded model: checked before anything is patched
     backend.install()
     for patch, module, function in zip(patches, modules, stock, strict=True):
         patch.replace(module, patch.build(function))

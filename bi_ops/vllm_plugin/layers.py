@@ -6,8 +6,8 @@ bi_ops has the bits that vLLM's own batch-invariant kernel has, and those of tra
 
 from __future__ import annotations
 
-import importlib
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from bi_ops import matmul
+from bi_ops import activation, matmul, norm
+from bi_ops.core.rows import ALIGNMENT
 from bi_ops.core.vllm import Release
 from bi_ops.vllm_plugin.points import Point
 
@@ -33,7 +34,8 @@ class LayerKernel(Point):
     """A `Point`, a method of a class, which `build(layer, release)` replaces in a layer of a loaded model.
 
     operator: who computes then. holder_of: the object of the layer whose method it is; None: the layer has none. slot:
-    the attribute of that object through which vLLM calls the method.
+    the attribute of that object through which vLLM calls the method. build: the function that computes instead; None
+    where bi_ops does not compute what this layer does, which then stays as it is.
     """
 
     operator: str
@@ -41,15 +43,25 @@ class LayerKernel(Point):
     slot: str
     build: Callable[[Any, Release], Function]
 
-    def attach(self, layer: torch.nn.Module, stock: Function, release: Release) -> bool:
-        """Replace the method in this layer if it is the stock one there; False: it is not, and nothing is done."""
+    def attach(self, layer: torch.nn.Module, stock: Function, release: Release) -> None:
+        """Replace the method in this layer, if that is the stock one and bi_ops computes what the layer does.
+
+        Raises:
+            ValueError: vLLM was told to compute the layer by something else, whose bits nobody knows.
+        """
         holder = self.holder_of(layer)
-        if getattr(getattr(holder, self.slot, None), "__func__", None) is not stock:
-            return False
+        if getattr(type(holder), self.attribute.rpartition(".")[2], None) is not stock:
+            return  # a class of another name, or one that derives from it and computes something else
+        now = getattr(holder, self.slot)
+        if not hasattr(now, "operator") and getattr(now, "__func__", None) is not stock:
+            raise ValueError(
+                f"vllm_plugin: vLLM's custom_ops leave {type(layer).__name__} to plain PyTorch, which has other bits "
+                "than training; leave custom_ops out"
+            )
         function = self.build(layer, release)
-        function.operator = self.operator
-        setattr(holder, self.slot, function)
-        return True
+        if function is not None:
+            function.operator = self.operator
+            setattr(holder, self.slot, function)
 
 
 def linear_of(layer: Any, release: Release) -> Function:
@@ -70,34 +82,114 @@ def linear_of(layer: Any, release: Release) -> Function:
     return apply
 
 
+def norm_of(layer: Any, release: Release) -> Function:
+    """`forward_cuda` of an RMSNorm: with a residual one kernel, which rounds the sum and normalises what it rounded."""
+    eps, stock = layer.variance_epsilon, type(layer).forward_cuda
+    if layer.variance_size_override is not None:
+        return None
+
+    def forward(
+        x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        weighted = layer.pass_weight if residual is None else layer.pass_weight_add
+        weight = layer.weight.data if weighted else None
+        if weight is not None and weight.dtype != x.dtype:  # bi_ops would round the weight, vLLM does not
+            return stock(layer, x, residual)
+        return norm.rms_norm(x, weight, eps) if residual is None else norm.add_rms_norm(x, residual, weight, eps)
+
+    return forward
+
+
+def silu_of(layer: Any, release: Release) -> Function:
+    """`forward_cuda` of a SiluAndMul."""
+    return lambda x: activation.silu_and_mul(x)
+
+
+def qk_norm_rope_of(layer: Any, release: Release) -> Function:
+    """`forward` of Qwen3's attention, whose norms of queries and keys and their rotation are one kernel.
+
+    None where the norms or the rotation are others than Qwen3's: they then stay apart.
+    """
+    stock, rotary, q_norm, k_norm = type(layer).forward, layer.rotary_emb, layer.q_norm, layer.k_norm
+    size, eps = layer.head_dim, q_norm.variance_epsilon
+    plain = (
+        _computes_as(rotary, "vllm.model_executor.layers.rotary_embedding.base", "RotaryEmbedding")
+        and (rotary.is_neox_style, rotary.rotary_dim, rotary.use_flashinfer) == (True, size, False)
+        and all(_computes_as(n, "vllm.model_executor.layers.layernorm", "RMSNorm") for n in (q_norm, k_norm))
+        and all(n.pass_weight and n.variance_size_override is None for n in (q_norm, k_norm))
+        and q_norm.weight.shape == k_norm.weight.shape == (size,)
+        and (q_norm.weight.dtype, eps) == (k_norm.weight.dtype, k_norm.variance_epsilon)
+        and size % ALIGNMENT == 0
+    )
+    if not plain:
+        return None
+
+    def forward(positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        if positions.ndim != 1 or q_norm.weight.dtype != hidden_states.dtype:
+            return stock(layer, positions, hidden_states)
+        qkv, _ = layer.qkv_proj(hidden_states)
+        angles = rotary._match_cos_sin_cache_dtype(qkv)
+        weights = q_norm.weight.data, k_norm.weight.data
+        q, k, v = norm.qk_norm_rope(qkv, *weights, positions, angles, layer.num_heads, eps)
+        out, _ = layer.o_proj(layer.attn(q.flatten(1), k.flatten(1), v.flatten(1)))
+        return out
+
+    return forward
+
+
+def _computes_as(layer: Any, module: str, owner: str) -> bool:
+    """Is the layer's `forward_cuda` that of this class of vLLM's?"""
+    base = getattr(sys.modules.get(module), owner, None)
+    return base is not None and getattr(type(layer), "forward_cuda", None) is base.forward_cuda
+
+
 def _quant_method(layer: torch.nn.Module) -> Any:
     return getattr(layer, "quant_method", None)
 
 
+def _itself(layer: torch.nn.Module) -> Any:
+    return layer
+
+
 def kernels_of(release: Release) -> tuple[LayerKernel, ...]:
     """Every method of a layer that bi_ops computes instead."""
-    apply = ("self", "layer", "x", "bias")
-    layers = "vllm.model_executor.layers"
-    linear = (apply, "linear", _quant_method, "apply", linear_of)
+    layers, models = "vllm.model_executor.layers", "vllm.model_executor.models"
+    linear = (("self", "layer", "x", "bias"), "linear", _quant_method, "apply", linear_of)
+    dispatched = (_itself, "_forward_method")  # where a CustomOp of vLLM keeps its choice
+    rotated = (("self", "positions", "hidden_states"), "qk_norm_rope", _itself, "forward", qk_norm_rope_of)
     return (
         LayerKernel(f"{layers}.linear", "UnquantizedLinearMethod.apply", *linear),
         LayerKernel(f"{layers}.vocab_parallel_embedding", "UnquantizedEmbeddingMethod.apply", *linear),
+        LayerKernel(
+            f"{layers}.layernorm", "RMSNorm.forward_cuda", ("self", "x", "residual"), "norm", *dispatched, norm_of
+        ),
+        LayerKernel(
+            f"{layers}.activation", "SiluAndMul.forward_cuda", ("self", "x"), "activation", *dispatched, silu_of
+        ),
+        LayerKernel(f"{models}.qwen3", "Qwen3Attention.forward", *rotated),
+        LayerKernel(f"{models}.qwen3_moe", "Qwen3MoeAttention.forward", *rotated),
     )
 
 
-def attach(model: torch.nn.Module, release: Release) -> Counter[str]:
-    """Give the layers of `model` bi_ops' kernels; how many layers each operator has got.
+def stock_methods(release: Release) -> list[tuple[LayerKernel, Function]]:
+    """The kernels of the modules that vLLM has imported, and the method that each replaces. Raises as `Point.stock`.
+
+    A model whose module has not been imported has no layer.
+    """
+    return [(k, k.stock(sys.modules[k.module])) for k in kernels_of(release) if k.module in sys.modules]
+
+
+def attach(model: torch.nn.Module, release: Release) -> None:
+    """Give the layers of `model` bi_ops' kernels.
 
     Raises:
         ValueError: a layer is quantized in a way that is not known to be batch-invariant; nothing is changed then.
     """
     refuse_quantized(model)
-    kernels = [(k, k.stock(importlib.import_module(k.module))) for k in kernels_of(release)]
-    count: Counter[str] = Counter()
+    kernels = stock_methods(release)
     for layer in model.modules():
         for kernel, stock in kernels:
-            count[kernel.operator] += kernel.attach(layer, stock, release)
-    return count
+            kernel.attach(layer, stock, release)
 
 
 def attached(model: torch.nn.Module, release: Release) -> Iterator[tuple[torch.nn.Module, Function]]:
@@ -108,6 +200,11 @@ def attached(model: torch.nn.Module, release: Release) -> Iterator[tuple[torch.n
             function = getattr(holder_of(layer), slot, None)
             if hasattr(function, "operator"):
                 yield layer, function
+
+
+def operators_of(model: torch.nn.Module, release: Release) -> Counter[str]:
+    """How many layers of `model` compute with each operator of bi_ops'."""
+    return Counter(function.operator for _, function in attached(model, release))
 
 
 def refuse_quantized(model: torch.nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bi_ops import logprob
 from bi_ops.core.vllm import Release
 from bi_ops.vllm_plugin.backend import choose_backend
 from bi_ops.vllm_plugin.compilation import without_inductor
@@ -26,7 +28,9 @@ class Patch(Point):
 
     def replace(self, module: ModuleType, function: Callable[..., Any]) -> None:
         """Put `function` in the stock one's place."""
-        setattr(*self.holder(module), function)
+        holder, name = self.holder(module)
+        static = isinstance(inspect.getattr_static(holder, name), staticmethod)
+        setattr(holder, name, staticmethod(function) if static else function)
 
 
 def add_then_norm(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,6 +55,16 @@ def add_then_norm(stock: Callable[..., Any]) -> Callable[..., Any]:
         return stock(total, weight, eps), total
 
     return rms_norm_batch_invariant
+
+
+def logprobs_of_logits(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`Sampler.compute_logprobs`, which reads the logits in the dtype that the model computed them in."""
+
+    @functools.wraps(stock)
+    def compute_logprobs(logits: torch.Tensor) -> torch.Tensor:
+        return logprob.log_softmax(logits, torch.float32)
+
+    return compute_logprobs
 
 
 def patches_of(release: Release) -> tuple[Patch, ...]:
@@ -86,6 +100,14 @@ def patches_of(release: Release) -> tuple[Patch, ...]:
             ("self", "usage_context", "headless"),
             without_inductor,
             "vLLM compiles models with Inductor by default, which fuses norms in an order that training does not have",
+        ),
+        Patch(
+            "vllm.v1.sample.sampler",
+            "Sampler.compute_logprobs",
+            ("logits",),
+            logprobs_of_logits,
+            "the v1 model runner casts logits to fp32 first, and a row read in fp32 is summed in another order than "
+            "training's",
         ),
         Patch(
             "vllm.v1.worker.gpu_worker",

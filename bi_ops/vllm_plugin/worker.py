@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bi_ops import matmul
+from bi_ops import logprob, matmul
 from bi_ops.core import vllm
 from bi_ops.vllm_plugin import layers
 
@@ -55,10 +55,15 @@ def with_own_kernels(stock: Callable[..., Any]) -> Callable[..., Any]:
         out = stock(self, *args, **kwargs)
         if kernels == "bi_ops":
             release, model = vllm.require("vllm_plugin"), self.model_runner.get_model()
-            count = layers.attach(model, release)
-            logger.info("bi_ops: computes %s", ", ".join(f"{n} x {op}" for op, n in count.items() if n))
+            layers.attach(model, release)
+            found = layers.operators_of(model, release)
+            logger.info("bi_ops: computes %s", ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer")
             scheduler = self.vllm_config.scheduler_config
             warm_up(model, release, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+        if not self.vllm_config.use_v2_model_runner:  # whose sampler asks for the first time in a request
+            config = self.vllm_config.model_config
+            logits = torch.zeros(1, config.get_vocab_size(), dtype=config.dtype, device=self.device)
+            logprob.log_softmax(logits, torch.float32)
         return out
 
     return load_model
@@ -66,14 +71,17 @@ def with_own_kernels(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.inference_mode()
 def warm_up(model: torch.nn.Module, release: vllm.Release, max_tokens: int, max_seqs: int) -> None:
-    """Verify and compile the GEMMs of `model` now: neither may happen in a request or while a graph is captured."""
+    """Verify and compile the GEMMs of `model` now: neither may happen in a request or while a graph is captured.
+
+    The other kernels have one config for every number of rows, so vLLM's profile run compiles them.
+    """
     shapes = {}
     for layer, apply in layers.attached(model, release):
         if apply.operator != "linear":
             continue
         # An embedding that is not the head has its method too; an LM head computes at most a row per sequence.
         most = max_seqs if hasattr(layer, "num_embeddings") else max_tokens
-        bias = getattr(layer, "bias", None)
+        bias = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
         shapes[layer.weight.shape, layer.weight.dtype, bias is None, most] = (layer, apply, bias, most)
     for layer, apply, bias, _ in shapes.values():
         _run(layer, apply, bias, (1,))
