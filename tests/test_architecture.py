@@ -46,6 +46,7 @@ FROM_ORDER: dict[str, frozenset[str]] = {
     "softmax_kernel": frozenset({"BLOCK", "num_warps"}),
     "softmax_dx_kernel": frozenset({"BLOCK", "num_warps"}),
     "token_logprobs_kernel": frozenset({"BLOCK", "num_warps"}),
+    "sampled_logprobs_kernel": frozenset({"FRACTION_BITS"}),
     "attention_kernel": frozenset({"BLOCK_N"}),
     "attention_forward_kernel": frozenset({"BLOCK_N"}),
     "attention_decode_kernel": frozenset({"BLOCK_N"}),
@@ -62,7 +63,7 @@ FROM_ORDER: dict[str, frozenset[str]] = {
 #: Kernels that sum nothing, or one element after another whatever their constants.
 NO_CONSTANT_SHAPES_A_SUM = frozenset(
     {
-        *("rope_kernel", "embedding_kernel", "token_logprobs_dx_kernel"),
+        *("rope_kernel", "embedding_kernel", "token_logprobs_dx_kernel", "sampled_logprobs_dx_kernel"),
         *("silu_and_mul_kernel", "silu_and_mul_backward_kernel"),
         *("pairwise_sum_kernel", "scale_kernel", "adamw_kernel"),
         *("wgrad_kernel",),  # the tensor cores' step of 16 tokens, whatever the tile
@@ -170,7 +171,7 @@ def launches(source: str) -> list[tuple[str, dict[str | None, ast.expr]]]:
 
 
 #: The functions that give a problem its order.
-ORDER_FUNCTIONS = frozenset({"order", "order_of", "_order"})
+ORDER_FUNCTIONS = frozenset({"order", "order_of", "_order", "sampled_order"})
 
 
 def is_made_by_order(value: ast.expr) -> bool:

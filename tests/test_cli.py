@@ -55,7 +55,7 @@ def test_help_teaches_with_examples(capsys, command):
         (("train",), "--output"),
         (("train", "--output", "x", "--task", "chess"), "invalid choice"),
         (("train", "--output", "x", "--steps", "many"), "invalid int"),
-        (("train", "--output", "x", "--temperature", "0.7"), "temperature is 0.7"),
+        (("train", "--output", "x", "--temperature", "0"), "temperature is 0.0"),
         (("train", "--output", "x", "--group-size", "1"), "group_size is 1"),
         (("train", "--output", "x", "--config", "nothing.json"), "nothing.json"),
         (("parity", "nowhere"), "not a checkpoint folder"),

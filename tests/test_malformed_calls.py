@@ -230,6 +230,18 @@ OPERATORS = {
         args=lambda: {"logits": rand(3, 7), "ids": ints(0, 6, 3, dtype=torch.int64)},
         reference=lambda logits, ids: logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0],
     ),
+    **{
+        f"logprob.{name}": named(
+            name,
+            call=getattr(logprob, name),
+            args=lambda ids=ids: {
+                "logits": rand(3, 7),
+                **({"ids": ints(0, 6, 3, dtype=torch.int64)} if ids else {}),
+                **{"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
+            },
+        )
+        for name, ids in (("sampled_logprobs", True), ("sampled_stats", False), ("processed_logits", False))
+    },
     "reduction.sum": named(
         "sum",
         call=reduction.sum,
@@ -348,6 +360,11 @@ SETTINGS = {n: v for n, v in rl.TrainConfig().to_dict().items() if n != "archite
 OTHERS = {
     "norm.order_of": order_of("norm", hidden_size=16, dtype=F32),
     "logprob.order_of": order_of("logprob", vocab_size=16, dtype=F32),
+    "logprob.sampled_order_of": named(
+        *("logprob.sampled_order_of", "order_of", "logprob"),
+        call=logprob.sampled_order_of,
+        args=lambda: {"vocab_size": 16, "dtype": F32},
+    ),
     "rope.order_of": order_of("rope", head_dim=16, dtype=F32),
     "embedding.order_of": order_of("embedding", hidden_size=16, dtype=F32),
     "activation.order_of": order_of("activation", dtype=F32),

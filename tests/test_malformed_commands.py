@@ -10,10 +10,10 @@ from bi_ops import cli
 NUMBERS = {
     "train": (
         *("steps", "prompts-per-step", "group-size", "updates-per-rollout", "max-new-tokens", "symbols", "lr", "clip"),
-        *("kl", "max-grad-norm", "temperature", "seed", "save-every", "max-tokens-per-microbatch"),
-        "gpu-memory-utilization",
+        *("kl", "max-grad-norm", "temperature", "top-k", "top-p", "min-p", "seed", "save-every"),
+        *("max-tokens-per-microbatch", "gpu-memory-utilization"),
     ),
-    "parity": ("prompts", "new-tokens", "max-prompt-tokens", "seed"),
+    "parity": ("prompts", "new-tokens", "max-prompt-tokens", "temperature", "top-k", "top-p", "min-p", "seed"),
 }
 CHOICES = {
     "train": ("preset", "engine", "attention", "task", "mean", "on-difference"),

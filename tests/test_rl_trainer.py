@@ -331,7 +331,11 @@ def test_a_config_survives_json(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.7}, "temperature is 0.7; it must be 1"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"top_k": -1}, "top_k is -1; it must be 0"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
+        ({"min_p": 2.0}, "min_p is 2.0; it must be between"),
+        ({"top_p": 0.9, "kl": 0.1}, "kl is 0.1; it must be 0 with top_k"),
         ({"group_size": 1}, "group_size is 1; it must be at least 2"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"task": "chess"}, "one of repeat"),

@@ -15,14 +15,15 @@ from bi_ops.core.files import to_json
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
-    from bi_ops.rollout.base import Completion, RolloutEngine
+    from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams
 
 HELP = "generate, re-score in other batches, compare the bits"
 
 DESCRIPTION = """\
 Sample from MODEL with a rollout engine, then compute the log-probability of every sampled token again with the
 training model, in other batches: each sequence alone, all together, shuffled, and packed with distractors. Every
-log-probability is compared bit for bit with the one the engine reported."""
+log-probability is compared bit for bit with the one the engine reported. With a temperature, top-k, top-p or min-p
+both are those of the distribution that was sampled."""
 
 EPILOG = """\
 examples:
@@ -52,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=8, help="how many prompts (8)")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens to sample for each (8)")
     parser.add_argument("--max-prompt-tokens", type=int, default=None, help="prompts have 1 to this many tokens")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (1)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from that many most likely tokens (0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely with this much (1: all)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="sample what has this part of the most likely's (0)")
     parser.add_argument("--seed", type=int, default=0, help="fixes the prompts and the samples")
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode")
     parser.add_argument("--no-plugin", dest="plugin", action="store_false", help="vllm: without bi_ops' plugin")
@@ -92,23 +97,33 @@ def _progress(shown: bool, prompts: int, compositions: int) -> Iterator[Callable
         yield tell
 
 
+def sampling(args: argparse.Namespace) -> SamplingParams:
+    """How every prompt is sampled, but for its seed. Raises ValueError for what no token can be sampled with."""
+    from bi_ops.rollout.base import SamplingParams
+
+    return SamplingParams(args.new_tokens, args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+
+
 def _sample(
     args: argparse.Namespace, path: Path
 ) -> tuple[CausalLM, list[Completion], RolloutEngine, dict[str, object]]:
     """The training model, the completions, the engine, closed so that it leaves room for scoring, and it in words."""
+    from bi_ops.logprob import Distribution
     from bi_ops.models import load_config, load_model
     from bi_ops.rl.seeds import SAMPLE, derive_seed
     from bi_ops.rollout import factory
-    from bi_ops.rollout.base import SamplingParams
 
     vocab_size = load_config(path).vocab_size
     model = load_model(path) if factory.lookup(args.engine).needs_model else None
     options = {"plugin": args.plugin, "cuda_graphs": args.cuda_graphs} if args.engine == "vllm" else {}
+    if sampling(args).distribution != Distribution():
+        options["logprobs_mode"] = "processed_logprobs"
     engine = factory.make_engine(args.engine, path, model, attention=args.attention, **options)
     try:
         longest = args.max_prompt_tokens or max(1, min(engine.max_model_len - args.new_tokens, 512) // 2)
         prompts = random_prompts(args.prompts, longest, vocab_size, args.seed)
-        params = [SamplingParams(args.new_tokens, seed=derive_seed(args.seed, SAMPLE, i)) for i in range(args.prompts)]
+        seeds = [derive_seed(args.seed, SAMPLE, i) for i in range(args.prompts)]
+        params = [dataclasses.replace(sampling(args), seed=seed) for seed in seeds]
         completions = engine.generate(prompts, params)
         described = dict(engine.describe())
     finally:
@@ -129,6 +144,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if args.engine != "vllm" and not (args.cuda_graphs and args.plugin):
         raise ValueError("--no-cuda-graphs and --no-plugin change what vLLM does; add --engine vllm")
+    sampling(args)
     path = Path(args.model)
     read_config(path)  # before anything is started
 

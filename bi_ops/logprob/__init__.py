@@ -1,6 +1,18 @@
-"""Log-softmax, softmax and the log-probability of chosen tokens."""
+"""Log-softmax, softmax, and the log-probability of chosen tokens, of the logits' distribution or the sampled one."""
 
+from bi_ops.logprob.distribution import Distribution
 from bi_ops.logprob.ops import log_softmax, softmax, token_logprobs
-from bi_ops.logprob.order import order_of
+from bi_ops.logprob.order import order_of, sampled_order_of
+from bi_ops.logprob.sampled_ops import processed_logits, sampled_logprobs, sampled_stats
 
-__all__ = ["log_softmax", "order_of", "softmax", "token_logprobs"]
+__all__ = [
+    "Distribution",
+    "log_softmax",
+    "order_of",
+    "processed_logits",
+    "sampled_logprobs",
+    "sampled_order_of",
+    "sampled_stats",
+    "softmax",
+    "token_logprobs",
+]

@@ -22,3 +22,16 @@ def row_config(n_rows: int, n_cols: int) -> RowConfig:
     """One row a program on a GPU; all of them in the interpreter, where programs are dear."""
     rows = min(next_power_of_2(n_rows), 256) if runtime.INTERPRET else 1
     return RowConfig(rows, max(1024, columns_for_grid(n_cols)))
+
+
+class SampledConfig(NamedTuple):
+    """One program has `rows` rows and reads `block` columns of them at a time."""
+
+    rows: int
+    block: int
+    num_warps: int = 16
+
+
+def sampled_config(n_rows: int) -> SampledConfig:
+    """A row a program, 8 logits a thread; not measured. In the interpreter all rows, where programs are dear."""
+    return SampledConfig(min(next_power_of_2(n_rows), 64), 1024) if runtime.INTERPRET else SampledConfig(1, 4096)

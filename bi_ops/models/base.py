@@ -13,7 +13,7 @@ from bi_ops.core import checks, runtime
 from bi_ops.core.orders import OrderRecord
 from bi_ops.models import checkpoint, orders
 from bi_ops.models.config import CausalLMConfig
-from bi_ops.models.packing import PackedBatch
+from bi_ops.models.packing import DEFAULTS, PackedBatch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -114,7 +114,7 @@ class CausalLM(torch.nn.Module):
         return self.lm_head(hidden)
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
-        """Log-probabilities fp32 [S] of `batch.targets`; differentiable.
+        """Log-probabilities fp32 [S] of `batch.targets`, under `batch.sampling`; differentiable.
 
         Raises:
             ValueError: a sequence longer than the model's positions.
@@ -133,15 +133,24 @@ class CausalLM(torch.nn.Module):
                 backend=self.attention_backend,
             )
 
+        def score(hidden: torch.Tensor, ids: torch.Tensor, options: dict[str, torch.Tensor]) -> torch.Tensor:
+            if batch.sampling is None:
+                return logprob.token_logprobs(self.logits(hidden), ids)
+            return logprob.sampled_logprobs(self.logits(hidden), ids, **options)  # type: ignore[arg-type]
+
         hidden = self(batch.input_ids, batch.positions, attention_fn)[batch.logit_indices]
+        options = dict(batch.sampling or {})
         if torch.is_grad_enabled():
             if batch.scatter_size == len(batch.targets):
-                return logprob.token_logprobs(self.logits(hidden), batch.targets)
+                return score(hidden, batch.targets, options)
             # The head's gradient sums over the scored tokens alone, so these are padded for themselves.
-            scores = logprob.token_logprobs(self.logits(batch.scatter(hidden)), batch.scatter(batch.targets))
-            return scores[batch.scatter_indices]
-        parts = zip(hidden.split(LOGIT_ROWS), batch.targets.split(LOGIT_ROWS), strict=True)
-        return torch.cat([logprob.token_logprobs(self.logits(h), ids) for h, ids in parts])
+            padded = {name: batch.scatter(values, DEFAULTS[name]) for name, values in options.items()}
+            return score(batch.scatter(hidden), batch.scatter(batch.targets), padded)[batch.scatter_indices]
+        parts = []
+        for at in range(0, len(batch.targets), LOGIT_ROWS):
+            rows = slice(at, at + LOGIT_ROWS)
+            parts.append(score(hidden[rows], batch.targets[rows], {n: v[rows] for n, v in options.items()}))
+        return torch.cat(parts)
 
     def warmup(self) -> None:
         """`bi_ops.warmup` of this model in its own dtype. fp32 is Triton's anyway, and has nothing to verify."""

@@ -109,6 +109,7 @@ def operator_orders(shapes: Shapes, backend: str | None, device: torch.device) -
         "rope": rope.order_of(head_dim, dtype),
         "activation": activation.order_of(dtype),
         "logprob": logprob.order_of(vocabulary, dtype),
+        "sampled_logprob": logprob.sampled_order_of(vocabulary, dtype),
     }
 
 

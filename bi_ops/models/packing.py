@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from bi_ops.logprob import Distribution
+
+#: A distribution's numbers that change nothing: those of rows that nothing scores.
+DEFAULTS = Distribution().as_dict()
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,8 @@ class PackedBatch:
     other token attends to. max_seqlen: the longest of them.
     logit_indices: int64 [S], the rows of [T] whose next token is scored; targets: int64 [S], those next tokens;
     lengths: how many of the S scores belong to each sequence.
+    sampling: what `logprob.sampled_logprobs` takes beside logits and targets, [S] each; None: scores are of the logits'
+    own distribution.
     scatter_indices: int64 [S], where each score stands among `scatter_size` once every sequence's are padded as its
     tokens are.
     """
@@ -30,14 +37,15 @@ class PackedBatch:
     lengths: tuple[int, ...]
     scatter_indices: torch.Tensor
     scatter_size: int
+    sampling: Mapping[str, torch.Tensor] | None = None
 
     def split(self, scores: torch.Tensor) -> list[torch.Tensor]:
         """Scores [S] as one tensor per sequence."""
         return list(scores.split(list(self.lengths)))
 
-    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [S, ...] at their padded places, zeros between; [scatter_size, ...]."""
-        return rows.new_zeros((self.scatter_size, *rows.shape[1:])).index_copy(0, self.scatter_indices, rows)
+    def scatter(self, rows: torch.Tensor, fill: float = 0) -> torch.Tensor:
+        """Rows [S, ...] at their padded places, `fill` between; [scatter_size, ...]."""
+        return rows.new_full((self.scatter_size, *rows.shape[1:]), fill).index_copy(0, self.scatter_indices, rows)
 
 
 def pack(
@@ -45,12 +53,14 @@ def pack(
     completions: Sequence[Sequence[int]],
     device: torch.device | str,
     align: int = 1,
+    distributions: Sequence[Distribution] | None = None,
 ) -> PackedBatch:
     """Pack prompt + completion of every sequence; the completion's tokens are scored.
 
     Args:
         align: pad every sequence to a multiple of so many tokens (zeros, which nothing attends to and nothing scores).
             With `bi_ops.matmul.TOKEN_STEP` every cut between sequences is one where sums over tokens can be carried on.
+        distributions: what each completion was sampled from, and is scored under; None: the logits' own distribution.
 
     Raises:
         ValueError: unequal counts, nothing to pack, an empty prompt or an empty completion, align below 1.
@@ -59,6 +69,8 @@ def pack(
         raise ValueError(f"pack: align must be at least 1, got {align}")
     if len(prompts) != len(completions):
         raise ValueError(f"pack: {len(prompts)} prompts but {len(completions)} completions")
+    if distributions is not None and len(distributions) != len(prompts):
+        raise ValueError(f"pack: {len(prompts)} prompts but {len(distributions)} distributions")
     if not prompts:
         raise ValueError("pack: no sequences")
     ids: list[int] = []
@@ -87,6 +99,14 @@ def pack(
     def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    sampling: dict[str, torch.Tensor] | None = None
+    if distributions is not None:
+        counts = torch.tensor([len(c) for c in completions], device=device)
+        sampling = {}
+        for name in DEFAULTS:
+            dtype = torch.int64 if name == "top_k" else torch.float32
+            values = torch.tensor([getattr(d, name) for d in distributions], dtype=dtype, device=device)
+            sampling[name] = values.repeat_interleave(counts, output_size=len(targets))
     return PackedBatch(
         input_ids=tensor(ids),
         positions=tensor(positions),
@@ -97,4 +117,5 @@ def pack(
         lengths=tuple(len(c) for c in completions),
         scatter_indices=tensor(scatter_indices),
         scatter_size=scatter_size,
+        sampling=sampling,
     )

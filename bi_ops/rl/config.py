@@ -12,6 +12,7 @@ from typing import Any, Literal
 from bi_ops.models.tiny import TINY
 from bi_ops.rl.tasks import TASKS
 from bi_ops.rollout import factory
+from bi_ops.rollout.base import LogprobsMode
 
 #: Fields that may change when a run is resumed: none of them changes what a step learns.
 FREE_ON_RESUME = ("steps", "save_every", "on_difference", "gpu_memory_utilization", "max_tokens_per_microbatch")
@@ -61,6 +62,8 @@ class TrainConfig:
     (FlashAttention 3); None: triton.
     task, symbols, max_new_tokens: what is learned, from how many symbols, and the longest answer.
     prompts_per_step x group_size sequences are sampled per step; updates_per_rollout: optimizer steps on each.
+    temperature, top_k (0: all), top_p, min_p: of sampling. Log-probabilities, the ratio and the KL are those of the
+    distribution that they make, the one that was sampled; with the defaults those of the logits as they are.
     clip: of the importance ratio. kl: coefficient of the KL to the initial model. mean: what counts equally.
     max_tokens_per_microbatch: cut the training pass into packs of at most that many tokens, padding not counted
     (None: one pack). The cut changes no bit of a log-probability or of the update; only the loss that is reported is
@@ -92,6 +95,9 @@ class TrainConfig:
     kl: float = 0.0
     mean: Literal["token", "sequence"] = "token"
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     save_every: int = 10
     max_tokens_per_microbatch: int | None = None
@@ -113,12 +119,10 @@ class TrainConfig:
         need(self.task in TASKS, "task", "one of " + ", ".join(TASKS))
         need(self.mean in ("token", "sequence"), "mean", "token or sequence")
         need(self.on_difference in ("stop", "warn"), "on_difference", "stop or warn")
-        need(
-            self.temperature == 1.0,
-            "temperature",
-            "1: log-probabilities are those of the untempered logits, so another temperature would make the "
-            "importance ratio wrong",
-        )
+        need(0 < self.temperature < float("inf"), "temperature", "above 0: greedy samples have no ratio to learn from")
+        need(self.top_k >= 0, "top_k", "0 (all tokens) or more")
+        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        need(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         for name in ("max_new_tokens", "steps", "prompts_per_step", "updates_per_rollout"):
             need(getattr(self, name) >= 1, name, "at least 1")
         need(self.symbols >= 2, "symbols", "at least 2")
@@ -129,15 +133,25 @@ class TrainConfig:
         need(0 < self.max_grad_norm < float("inf"), "max_grad_norm", "a positive number; a large one scales nothing")
         need(0 < self.clip < 1, "clip", "between 0 and 1")
         need(0 <= self.kl < float("inf"), "kl", "0 or more")
+        filters = (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
+        need(not (self.kl and filters), "kl", "0 with top_k, top_p or min_p: a token that one model drops is infinite")
         need(0 <= self.seed < 2**63, "seed", "in [0, 2**63)")
         need(self.save_every >= 0, "save_every", "0 (never) or more")
         packs = self.max_tokens_per_microbatch
         need(packs is None or packs >= 1, "max_tokens_per_microbatch", "None or >= 1")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
 
+    @property
+    def logprobs_mode(self) -> LogprobsMode:
+        """Whose log-probabilities the rollout reports: the sampled distribution's wherever that is not the logits'."""
+        plain = (self.temperature, self.top_k, self.top_p, self.min_p) == (1.0, 0, 1.0, 0.0)
+        return "raw_logprobs" if plain else "processed_logprobs"
+
     def engine_options(self) -> dict[str, Any]:
         """What `factory.make_engine` takes besides the name and the checkpoint."""
         options: dict[str, Any] = {"attention": self.attention}
+        if self.logprobs_mode != "raw_logprobs":
+            options |= {"logprobs_mode": self.logprobs_mode}
         if self.engine == "vllm":
             options |= {"cuda_graphs": self.cuda_graphs, "gpu_memory_utilization": self.gpu_memory_utilization}
         return options

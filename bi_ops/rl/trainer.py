@@ -17,7 +17,7 @@ from bi_ops.rl.loss import group_advantages, grpo_loss, ordered_sum, token_weigh
 from bi_ops.rl.metrics import StepMetrics
 from bi_ops.rl.seeds import PROBLEM, SAMPLE, derive_seed
 from bi_ops.rl.tasks import Problem, Task
-from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams
+from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams, distributions_of
 from bi_ops.verify.parity import ParityReport, compare, joined
 
 if TYPE_CHECKING:
@@ -192,6 +192,9 @@ class Trainer:
                 max_new_tokens=problem.answer_tokens,
                 temperature=self.config.temperature,
                 seed=derive_seed(self.config.seed, SAMPLE, step, i // size, i % size),
+                top_k=self.config.top_k,
+                top_p=self.config.top_p,
+                min_p=self.config.min_p,
             )
             for i, problem in enumerate(problems)
         ]
@@ -222,7 +225,8 @@ class Trainer:
         totals = [len(c.prompt) + len(c.tokens) for c in completions]
         for part in microbatches(totals, config.max_tokens_per_microbatch):
             prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
-            batch = pack(prompts, tokens, device, align=TOKEN_STEP)
+            distributions = distributions_of(completions[part])
+            batch = pack(prompts, tokens, device, align=TOKEN_STEP, distributions=distributions)
             scores = self.model.token_logprobs(batch)
             check(part, batch.split(scores.detach().cpu()))
             reference = None

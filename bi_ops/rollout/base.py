@@ -5,45 +5,84 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 
 from bi_ops.core.orders import OrderRecord
+from bi_ops.logprob import Distribution
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
+
+
+#: Whose log-probabilities an engine reports: those of the logits as they are, or those of the distribution that was
+#: sampled. vLLM's names.
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
+
+
+def check_logprobs_mode(op: str, mode: str) -> None:
+    """Raise ValueError unless `mode` is a `LogprobsMode`."""
+    if mode not in get_args(LogprobsMode):
+        raise ValueError(f"{op}: logprobs_mode is {mode!r}; it must be {' or '.join(get_args(LogprobsMode))}")
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled.
 
-    max_new_tokens: at least 1. temperature: 0 is greedy; log-probabilities are always those of the untempered
-    logits. seed: fixes the request's randomness, whatever shares the batch. stop_token_ids: end the completion and
-    are part of it.
+    max_new_tokens: at least 1. temperature: 0 is greedy, whatever the filters. seed: fixes the request's randomness,
+    whatever shares the batch. stop_token_ids: end the completion and are part of it. top_k (0: all), top_p, min_p:
+    which tokens may be sampled, as `bi_ops.logprob.sampled_logprobs` says.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"SamplingParams: max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"SamplingParams: temperature must be finite and not negative, got {self.temperature}")
+        Distribution(self.temperature or 1.0, self.top_k, self.top_p, self.min_p)
+
+    @property
+    def distribution(self) -> Distribution:
+        """What a token is sampled from. A greedy one comes from no distribution: the logits' own is given for it."""
+        if self.temperature == 0:
+            return Distribution()
+        return Distribution(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled continuation. tokens: sampled ids; logprobs: fp32 [len(tokens)] on the CPU, natural log."""
+    """One sampled continuation. tokens: sampled ids; logprobs: fp32 [len(tokens)] on the CPU, natural log.
+
+    distribution: the one that logprobs are of, that which was sampled; None: of the logits as they are ("raw").
+    """
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     logprobs: torch.Tensor
     finish_reason: Literal["stop", "length"]
+    distribution: Distribution | None = None
+
+
+def distributions_of(completions: Sequence[Completion]) -> list[Distribution] | None:
+    """Whose log-probabilities these are, as `pack` takes it; None: the logits' own.
+
+    Raises:
+        ValueError: some are raw and others are not.
+    """
+    found = [c.distribution for c in completions if c.distribution is not None]
+    if found and len(found) != len(completions):
+        raise ValueError("completions: some have raw log-probabilities and others those of the sampled distribution")
+    return found or None
 
 
 class RolloutEngine(Protocol):

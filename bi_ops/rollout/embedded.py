@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -14,10 +14,11 @@ from bi_ops import logprob
 from bi_ops.attention import paged_attention
 from bi_ops.core import runtime
 from bi_ops.core.orders import OrderRecord
+from bi_ops.logprob import Distribution
 from bi_ops.models import orders
 from bi_ops.models.base import CausalLM
 from bi_ops.models.config import CausalLMConfig
-from bi_ops.rollout.base import Completion, SamplingParams, check_request
+from bi_ops.rollout.base import Completion, LogprobsMode, SamplingParams, check_logprobs_mode, check_request
 from bi_ops.rollout.sampling import sample
 
 
@@ -96,9 +97,11 @@ class EmbeddedEngine:
             that do not fit together run one after the other. Neither changes any bit.
         attention: the backend that computes attention, "vllm" or "triton"; None: the one that `bi_ops.attention`
             chooses.
+        logprobs_mode: "raw_logprobs", of the logits as they are, or "processed_logprobs", of the distribution that was
+            sampled. It changes no token.
 
     Raises:
-        ValueError: a max_model_len that the model does not have, a block_size below 1, or an unknown backend.
+        ValueError: a max_model_len that the model does not have, a block_size below 1, an unknown backend or mode.
         RuntimeError: the backend cannot run here, or does not serve the model.
     """
 
@@ -111,7 +114,9 @@ class EmbeddedEngine:
         block_size: int = 16,
         max_batch_tokens: int = 65536,
         attention: str | None = None,
+        logprobs_mode: LogprobsMode = "raw_logprobs",
     ) -> None:
+        check_logprobs_mode("EmbeddedEngine", logprobs_mode)
         config = model.config
         positions = config.max_position_embeddings
         self.max_model_len = positions if max_model_len is None else max_model_len
@@ -126,7 +131,7 @@ class EmbeddedEngine:
         self.model.attention_backend = attention
         #: See `RolloutEngine`.
         self.orders: OrderRecord | None = self.model.orders()
-        self._closed = False
+        self.logprobs_mode, self._closed = logprobs_mode, False
         self.num_blocks = -(-max_batch_tokens // block_size)
         #: (keys, values) of each layer, allocated for the largest batch seen.
         self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -203,22 +208,34 @@ class EmbeddedEngine:
         ids = torch.tensor([t for part in pending for t in part], device=self.device)
         hidden = self.model(ids, torch.tensor(positions, device=self.device), attention_fn)
         logits = self.model.logits(hidden[attention_fn.cu_seqlens_q[1:].long() - 1])
+        distributions = [s.params.distribution for s in batch]
+        options = self._options(distributions)
+        plain = all(d == Distribution() for d in distributions)
         sampled = sample(
-            logits,
-            torch.tensor([s.params.temperature for s in batch], dtype=torch.float64, device=self.device),
+            logits if plain else logprob.processed_logits(logits, **options),
+            torch.tensor([s.params.temperature == 0 for s in batch], device=self.device),
             torch.tensor([s.params.seed for s in batch], device=self.device),
             attention_fn.seqlens_k.long(),
         )
-        logprobs = logprob.token_logprobs(logits, sampled).cpu()
+        if self.logprobs_mode == "raw_logprobs":
+            logprobs = logprob.token_logprobs(logits, sampled).cpu()
+        else:
+            logprobs = logprob.sampled_logprobs(logits, sampled, **options).cpu()
         for i, (s, token) in enumerate(zip(batch, sampled.tolist(), strict=True)):
             s.computed += len(pending[i])
             s.tokens.append(token)
             s.logprobs.append(logprobs[i])
 
-    @staticmethod
-    def _completion(s: _Sequence) -> Completion:
-        reason = "stop" if s.finish_reason == "stop" else "length"
-        return Completion(tuple(s.prompt), tuple(s.tokens), torch.stack(s.logprobs), reason)  # type: ignore[arg-type]
+    def _options(self, distributions: list[Distribution]) -> dict[str, Any]:
+        """A row per sequence of what `sampled_logprobs` takes."""
+        columns = {name: [getattr(d, name) for d in distributions] for name in ("temperature", "top_p", "min_p")}
+        options = {n: torch.tensor(c, dtype=torch.float32, device=self.device) for n, c in columns.items()}
+        return options | {"top_k": torch.tensor([d.top_k for d in distributions], device=self.device)}
+
+    def _completion(self, s: _Sequence) -> Completion:
+        reason: Literal["stop", "length"] = "stop" if s.finish_reason == "stop" else "length"
+        distribution = None if self.logprobs_mode == "raw_logprobs" else s.params.distribution
+        return Completion(tuple(s.prompt), tuple(s.tokens), torch.stack(s.logprobs), reason, distribution)
 
     def describe(self) -> dict[str, Any]:
         """See `RolloutEngine.describe`."""
@@ -228,6 +245,7 @@ class EmbeddedEngine:
             "dtype": str(self.model.compute_dtype).removeprefix("torch."),
             "device": "Triton interpreter" if runtime.INTERPRET else torch.cuda.get_device_name(self.device),
             "cuda_graphs": False,
+            "logprobs": self.logprobs_mode,
             "plugin": False,
             "backends": orders.chosen_backends(
                 self.model.attention_backend, orders.shapes_of(self.model.config, self.model.compute_dtype), self.device

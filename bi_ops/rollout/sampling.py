@@ -30,17 +30,13 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor, columns: int) -> torch
     return (bits.double() + 0.5) * 2.0**-53
 
 
-def sample(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+def sample(logits: torch.Tensor, greedy: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """One token id per row, int64 [R], by the Gumbel-max trick.
 
     Args:
-        logits: [R, V]. temperatures: fp64 [R]; 0 takes the largest logit. seeds, positions: int64 [R], they fix the
-            row's randomness whatever stands beside it.
+        logits: [R, V], of the distribution that is sampled; -inf is never drawn. greedy: bool [R], take the largest.
+            seeds, positions: int64 [R], they fix the row's randomness whatever stands beside it.
     """
     scores = logits.double()
-    greedy = (temperatures == 0)[:, None]
     gumbel = -torch.log(-torch.log(uniform(seeds, positions, logits.shape[1])))
-    heated = scores / temperatures.where(temperatures > 0, 1.0)[:, None] + gumbel
-    return torch.where(greedy, scores, heated).argmax(-1)
+    return torch.where(greedy[:, None], scores, scores + gumbel).argmax(-1)

@@ -16,9 +16,10 @@ import torch
 from bi_ops import vllm_plugin
 from bi_ops.core import runtime, vllm
 from bi_ops.core.orders import OrderRecord
+from bi_ops.logprob import Distribution
 from bi_ops.models import load_config, orders
 from bi_ops.models.config import CausalLMConfig
-from bi_ops.rollout.base import Completion, SamplingParams, check_request
+from bi_ops.rollout.base import Completion, LogprobsMode, SamplingParams, check_logprobs_mode, check_request
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
@@ -115,11 +116,13 @@ class VllmEngine:
         max_num_seqs: the most sequences decoded at once.
         seed: vLLM's own, with which it also reseeds this process's global generators; requests bring theirs.
         tensor_parallel_size: only 1; other sizes change the order of row-parallel sums.
+        logprobs_mode: "raw_logprobs", of the logits as they are, or "processed_logprobs", of the distribution that was
+            sampled: with the plugin training has these bits too.
 
     Raises:
         RuntimeError: no GPU, no supported vLLM, another mode already set, or vLLM chose another attention kernel.
-        ValueError: a head size or a tensor-parallel size that cannot keep the contract, or an unknown attention or
-            kernels.
+        ValueError: a head size or a tensor-parallel size that cannot keep the contract, or an unknown attention,
+            kernels or logprobs_mode.
     """
 
     name = "vllm"
@@ -138,7 +141,9 @@ class VllmEngine:
         max_num_seqs: int = 256,
         seed: int = 0,
         tensor_parallel_size: int = 1,
+        logprobs_mode: LogprobsMode = "raw_logprobs",
     ) -> None:
+        check_logprobs_mode("VllmEngine", logprobs_mode)
         if runtime.INTERPRET:
             raise RuntimeError("VllmEngine: needs a CUDA GPU; bi_ops.rollout.embedded.EmbeddedEngine runs without one")
         vllm.require("VllmEngine")
@@ -178,7 +183,7 @@ class VllmEngine:
                 max_num_seqs=max_num_seqs,
                 enable_prefix_caching=False,
                 generation_config="vllm",  # the checkpoint's own would add sampling defaults and stop tokens
-                logprobs_mode="raw_logprobs",
+                logprobs_mode=logprobs_mode,
                 enforce_eager=not cuda_graphs,
                 # Mode 0 keeps Inductor from rewriting norms and activations; graphs then hold the eager kernels.
                 compilation_config=CompilationConfig(mode=0, cudagraph_mode="FULL") if cuda_graphs else None,
@@ -191,6 +196,7 @@ class VllmEngine:
             torch.bmm = bmm
         self.plugin, self.cuda_graphs, self.dtype, self._kernel = plugin, cuda_graphs, dtype, attention
         self.kernels = kernels if plugin else "vllm"
+        self.logprobs_mode = logprobs_mode
         #: See `RolloutEngine`; without the plugin there are no bits that training could have.
         self.orders: OrderRecord | None = self.orders_of(config, attention, dtype) if plugin else None
         self.max_model_len: int = self._llm.model_config.max_model_len
@@ -256,8 +262,10 @@ class VllmEngine:
         if not requests:
             return []
         outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], requests, use_tqdm=False)
+        processed = self.logprobs_mode == "processed_logprobs"
         return [
-            _completion(i, prompt, o.outputs[0]) for i, (prompt, o) in enumerate(zip(prompts, outputs, strict=True))
+            _completion(i, prompt, o.outputs[0], p.distribution if processed else None)
+            for i, (prompt, o, p) in enumerate(zip(prompts, outputs, each, strict=True))
         ]
 
     def update_weights(self, model: CausalLM) -> None:
@@ -285,6 +293,7 @@ class VllmEngine:
             "dtype": self.dtype,
             "device": torch.cuda.get_device_name(),
             "cuda_graphs": self.cuda_graphs,
+            "logprobs": self.logprobs_mode,
             "plugin": self.plugin,
             "model_runner": "v2" if config.use_v2_model_runner else "v1",
             "orders": None if self.orders is None else self.orders.digest,
@@ -324,7 +333,7 @@ def _attention_kernels(model: torch.nn.Module) -> set[str]:
 
 
 def _vllm_params(index: int, params: SamplingParams) -> Any:
-    """`params` as vLLM's, with the log-probability of the sampled token and nothing that alters the distribution."""
+    """`params` as vLLM's, with the log-probability of the sampled token alone."""
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
@@ -341,9 +350,9 @@ def _vllm_params(index: int, params: SamplingParams) -> Any:
         seed=params.seed,
         stop_token_ids=list(params.stop_token_ids),
         ignore_eos=True,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
         logprobs=0,  # the sampled token's alone
         flat_logprobs=True,
         detokenize=False,
@@ -351,7 +360,7 @@ def _vllm_params(index: int, params: SamplingParams) -> Any:
     )
 
 
-def _completion(index: int, prompt: Sequence[int], output: Any) -> Completion:
+def _completion(index: int, prompt: Sequence[int], output: Any, distribution: Distribution | None = None) -> Completion:
     """vLLM's answer. Its log-probabilities are Python floats that hold fp32 values, so they convert back exactly."""
     tokens = tuple(output.token_ids)
     if output.logprobs is None or tuple(output.logprobs.token_ids) != tokens:
@@ -359,4 +368,4 @@ def _completion(index: int, prompt: Sequence[int], output: Any) -> Completion:
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"generate: request {index} ended with {output.finish_reason!r}")
     logprobs = torch.tensor(output.logprobs.logprobs, dtype=torch.float32)
-    return Completion(tuple(prompt), tokens, logprobs, output.finish_reason)
+    return Completion(tuple(prompt), tokens, logprobs, output.finish_reason, distribution)

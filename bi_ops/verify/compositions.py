@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from bi_ops.core.orders import OrderRecord
+from bi_ops.logprob import Distribution
 from bi_ops.models.packing import pack
+from bi_ops.rollout.base import Completion, distributions_of
 from bi_ops.verify.parity import ParityReport, compare
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
-    from bi_ops.rollout.base import Completion
 
 #: Every composition `rescore` knows.
 COMPOSITIONS = ("alone", "together", "shuffled", "distractors")
@@ -31,6 +32,7 @@ class _Sequence:
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     index: int | None
+    distribution: Distribution
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.tokens)
@@ -45,7 +47,7 @@ def _compose(name: str, sequences: list[_Sequence], vocab_size: int, rng: random
         mixed = []
         for s in rng.sample(sequences, len(sequences)):
             ids = tuple(rng.randrange(vocab_size) for _ in range(rng.randint(2, longest)))
-            mixed += [_Sequence(ids[:-1], ids[-1:], None), s]
+            mixed += [_Sequence(ids[:-1], ids[-1:], None, Distribution()), s]
         return mixed
     return sequences
 
@@ -77,7 +79,7 @@ def rescore(
 
     Args:
         model: what trains; scored through `token_logprobs`, on the device of its parameters.
-        completions: with the rollout's log-probabilities.
+        completions: with the rollout's log-probabilities, raw or those of the sampled distribution.
         compositions: "alone" (each sequence by itself), "together" (in order, as few packs as fit), "shuffled" (another
             order), "distractors" (shuffled, a sequence of random tokens before each).
         orders: those that the completions were sampled in (`RolloutEngine.orders`); None: not asked for.
@@ -87,7 +89,8 @@ def rescore(
         One report per composition, sequences numbered as in `completions`.
 
     Raises:
-        ValueError: an unknown composition, a pack size below 1, nothing to score, or a model without parameters.
+        ValueError: an unknown composition, a pack size below 1, nothing to score, raw log-probabilities among others,
+            or a model without parameters.
         RuntimeError: `model` computes in other orders; what differs is listed.
     """
     unknown = [c for c in compositions if c not in COMPOSITIONS]
@@ -106,14 +109,19 @@ def rescore(
     if weight is None:
         raise ValueError("rescore: the model has no parameters, so its scores are no model's")
     device = weight.device
-    sequences = [_Sequence(tuple(c.prompt), tuple(c.tokens), i) for i, c in enumerate(completions)]
+    sampled = distributions_of(completions)
+    sequences = [
+        _Sequence(tuple(c.prompt), tuple(c.tokens), i, c.distribution or Distribution())
+        for i, c in enumerate(completions)
+    ]
     reports = {}
     for name in compositions:
         rng = random.Random(f"{seed}/{name}")  # a composition does not depend on which others are asked for
         scores: dict[int, torch.Tensor] = {}
         limit = 1 if name == "alone" else max_tokens_per_pack
         for members in _packs(_compose(name, sequences, model.config.vocab_size, rng), limit):
-            batch = pack([s.prompt for s in members], [s.tokens for s in members], device)
+            distributions = None if sampled is None else [s.distribution for s in members]
+            batch = pack([s.prompt for s in members], [s.tokens for s in members], device, distributions=distributions)
             for s, values in zip(members, batch.split(model.token_logprobs(batch)), strict=True):
                 if s.index is not None:
                     scores[s.index] = values.cpu()
