@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import fake_vllm_sampling
 import torch
 
 from bi_ops import rope, vllm_plugin
@@ -65,9 +66,10 @@ CHOICES = {
 class EngineArgs:
     """vLLM's arguments of an engine, as far as the plugin reads them."""
 
-    def __init__(self, mode=None, cudagraph_mode=None, enforce_eager=False):
+    def __init__(self, mode=None, cudagraph_mode=None, enforce_eager=False, **others):
         self.compilation_config = types.SimpleNamespace(mode=mode, cudagraph_mode=cudagraph_mode)
         self.enforce_eager = enforce_eager
+        self.speculative_config, self.enable_lora = others.get("speculative_config"), others.get("enable_lora", False)
 
 
 def create_engine_config(self, usage_context=None, headless=False):
@@ -306,6 +308,7 @@ def installed(monkeypatch, version="0.26.0"):
         if "." in name:
             parent, child = name.rsplit(".", 1)
             setattr(modules[parent], child, module)
+    fake_vllm_sampling.install(monkeypatch, modules, version)
     modules["vllm.envs"].VLLM_BATCH_INVARIANT = True
     modules["vllm.envs"].VLLM_ENABLE_V1_MULTIPROCESSING = False
     model = types.SimpleNamespace(hf_config=types.SimpleNamespace(to_dict=lambda: {}), dtype=torch.bfloat16)
@@ -343,8 +346,11 @@ def write_sources(root, release):
         if point.module == LAYERNORM and not owner:
             function = f"from {release.batch_invariant} import {name}"
         body = bodies.setdefault(point.module, [])
-        body.append(f"class {owner}:\n    {function}\n" if owner else f"{function}\n")
+        if owner and f"class {owner}:" in body:
+            body.insert(body.index(f"class {owner}:") + 1, f"    {function}")
+        else:
+            body += [f"class {owner}:", f"    {function}"] if owner else [function]
     for module, body in bodies.items():
         path = root.joinpath(*module.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(body))
+        path.write_text("\n".join(body) + "\n")

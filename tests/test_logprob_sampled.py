@@ -145,7 +145,7 @@ def test_a_config_changes_no_bit(device):
     first, stats = sampled_ops.launch_sampled_logprobs(x, ids, *options)
     dx = sampled_ops.launch_sampled_logprobs_backward(g, x, ids, options[0], stats)
     for config in (SampledConfig(1, 2048, 4), SampledConfig(2, 512, 8), SampledConfig(1, 8192, 16)):
-        other, more = sampled_ops.launch_sampled_logprobs(x, ids, *options, config=config)
+        other, more = sampled_ops.launch_sampled_logprobs(x, ids, *options, config=config)  # type: ignore[misc]
         assert torch.equal(first, other)
         assert all(torch.equal(a, b) for a, b in zip(stats, more, strict=True))
     other = sampled_ops.launch_sampled_logprobs_backward(g, x, ids, options[0], stats, RowConfig(2, 512))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,15 @@ from bi_ops.verify.compositions import rescore
 from bi_ops.verify.parity import compare
 
 PROMPTS = [[1, 2, 3], [4], list(range(5, 30)), [7] * 17, [9, 8], [3, 3]]
-OPTIONS = ({"temperature": 0.7, "top_p": 0.9, "top_k": 5}, {}, {"temperature": 1.7}, {"min_p": 0.2}, {"top_p": 0.5})
-GREEDY = {"temperature": 0.0, "top_k": 2}
-PARAMS = [SamplingParams(4, seed=i, **o) for i, o in enumerate((*OPTIONS, GREEDY))]  # type: ignore[arg-type]
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.7, "top_p": 0.9, "top_k": 5},
+    {},
+    {"temperature": 1.7},
+    {"min_p": 0.2},
+    {"top_p": 0.5},
+)
+GREEDY: dict[str, Any] = {"temperature": 0.0, "top_k": 2}
+PARAMS = [SamplingParams(4, seed=i, **o) for i, o in enumerate((*OPTIONS, GREEDY))]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +119,13 @@ def test_what_no_token_can_be_sampled_with_is_refused(options, message):
 
 
 def trained(**changes):
-    settings = {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 3, "temperature": 0.7, "top_p": 0.9}
+    settings: dict[str, Any] = {
+        "prompts_per_step": 2,
+        "group_size": 2,
+        "max_new_tokens": 3,
+        "temperature": 0.7,
+        "top_p": 0.9,
+    }
     config = TrainConfig(**(settings | {"top_k": 20, "architecture": tiny_config().to_dict()} | changes))
     model = tiny_model()
     engine = EmbeddedEngine(model, logprobs_mode=config.logprobs_mode)

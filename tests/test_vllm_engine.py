@@ -170,7 +170,13 @@ def same(a, b) -> bool:
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("attention", "kernels", "cuda_graphs"),
-    [(None, "bi_ops", False), (None, "bi_ops", True), ("vllm", "bi_ops", True), ("vllm", "vllm", False), (None, "vllm", True)],
+    [
+        (None, "bi_ops", False),
+        (None, "bi_ops", True),
+        ("vllm", "bi_ops", True),
+        ("vllm", "vllm", False),
+        (None, "vllm", True),
+    ],
 )
 def test_engine_on_a_gpu(checkpoints, attention, kernels, cuda_graphs):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM

@@ -212,7 +212,7 @@ def test_an_engine_takes_full_graphs_without_inductor_unless_it_is_told_otherwis
     with caplog.at_level("WARNING"):
         assert arguments().create_engine_config() == ("NONE", "FULL")
     assert "without Inductor" in caplog.text
-    assert arguments(cudagraph_mode="PIECEWISE").create_engine_config() == ("NONE", "PIECEWISE")
+    assert arguments(cudagraph_mode="FULL_DECODE_ONLY").create_engine_config() == ("NONE", "FULL_DECODE_ONLY")
     assert arguments(mode="NONE").create_engine_config() == ("NONE", None)
     assert arguments(enforce_eager=True).create_engine_config() == (None, None)
     for mode in ("VLLM_COMPILE", 3):
@@ -220,6 +220,26 @@ def test_an_engine_takes_full_graphs_without_inductor_unless_it_is_told_otherwis
             arguments(mode=mode).create_engine_config()
     vllm_plugin.unregister()
     assert arguments(mode=3).create_engine_config() == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reasons"),
+    [
+        ({"cudagraph_mode": "PIECEWISE"}, ["cudagraph_mode PIECEWISE was asked for, .* use enforce_eager"]),
+        ({"cudagraph_mode": "FULL_AND_PIECEWISE", "mode": "NONE"}, ["cudagraph_mode FULL_AND_PIECEWISE"]),
+        ({"speculative_config": {"method": "ngram"}}, ["speculative decoding .* leave speculative_config out"]),
+        ({"enable_lora": True}, ["LoRA .* merge the adapter into the weights"]),
+        ({"enable_lora": True, "mode": 2, "enforce_eager": True}, ["compilation mode 2", "LoRA"]),
+    ],
+)
+def test_what_training_has_other_bits_of_is_refused_before_an_engine_starts(vllm, asked, reasons):
+    arguments = vllm[ARGUMENTS].EngineArgs
+    arguments(**asked).create_engine_config()  # stock
+    vllm_plugin.register()
+    with pytest.raises(ValueError, match=r"^vllm_plugin: .*; or unset VLLM_BATCH_INVARIANT$") as error:
+        arguments(**asked).create_engine_config()
+    for reason in reasons:
+        assert re.search(reason, str(error.value))
 
 
 def test_the_digest_of_a_models_orders_is_logged_once(vllm, caplog):

@@ -69,7 +69,7 @@ FIELDS = {
     ("vllm.engine.arg_utils", "EngineArgs"): {
         *("model", "skip_tokenizer_init", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization"),
         *("max_model_len", "max_num_seqs", "enable_prefix_caching", "generation_config", "logprobs_mode"),
-        *("enforce_eager", "compilation_config", "attention_config"),
+        *("enforce_eager", "compilation_config", "attention_config", "speculative_config", "enable_lora"),
     },
     ("vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadata"): {
         *("causal", "num_actual_tokens", "block_table", "query_start_loc", "seq_lens", "max_query_len"),

@@ -1,4 +1,4 @@
-"""Which of vLLM's compilation modes keeps the contract: none, with full CUDA graphs of the eager kernels."""
+"""What of vLLM's arguments keeps the contract, decided before an engine starts: the rest is refused by name."""
 
 from __future__ import annotations
 
@@ -10,27 +10,55 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
+def _name(value: Any) -> Any:
+    return getattr(value, "name", value)
+
+
+def check(arguments: Any) -> None:
+    """Raise ValueError if an engine of these `EngineArgs` would sample with other bits than training has."""
+    asked = arguments.compilation_config
+    reasons = []
+    mode, graphs = _name(asked.mode), _name(asked.cudagraph_mode)
+    if mode not in (None, 0, "NONE"):
+        reasons.append(
+            f"compilation mode {mode} was asked for, but Inductor fuses norms and activations in an order that "
+            "training does not have; leave the mode out"
+        )
+    if "PIECEWISE" in str(graphs):
+        reasons.append(
+            f"cudagraph_mode {graphs} was asked for, but piecewise graphs need Inductor's compilation, whose order "
+            "training does not have; leave it out (full graphs, of prefill too), or use enforce_eager"
+        )
+    if arguments.speculative_config:
+        reasons.append(
+            "speculative decoding was asked for, but it draws through another sampler, whose tokens and "
+            "log-probabilities were not shown to be those of one request alone; leave speculative_config out"
+        )
+    if arguments.enable_lora:
+        reasons.append(
+            "LoRA was asked for, but its products are added in an order that training does not have; merge the adapter "
+            "into the weights and leave enable_lora out"
+        )
+    if reasons:
+        raise ValueError(f"vllm_plugin: {'. Also: '.join(reasons)}; or unset VLLM_BATCH_INVARIANT")
+
+
 def without_inductor(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`EngineArgs.create_engine_config`, whose default is full CUDA graphs of the eager kernels.
 
     vLLM's own default compiles the model with Inductor, which fuses norms and activations in an order of its own: alone
-    equals batched then, but training has other bits. A mode that was asked for by name is refused; an eager engine
-    stays eager.
+    equals batched then, but training has other bits. What was asked for by name is refused; an eager engine stays
+    eager.
 
     Raises:
-        ValueError: a compilation mode other than none was asked for.
+        ValueError: as `check`.
     """
 
     @functools.wraps(stock)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self)
         asked = self.compilation_config
-        mode = getattr(asked.mode, "name", asked.mode)
-        if mode not in (None, 0, "NONE"):
-            raise ValueError(
-                f"vllm_plugin: compilation mode {mode} was asked for, but Inductor fuses norms and activations in an "
-                "order that training does not have; leave the mode out, or unset VLLM_BATCH_INVARIANT"
-            )
-        if mode is None and not self.enforce_eager:
+        if asked.mode is None and not self.enforce_eager:
             from vllm.config import CompilationMode, CUDAGraphMode
 
             asked.mode = CompilationMode.NONE

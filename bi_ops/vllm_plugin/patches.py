@@ -13,6 +13,7 @@ import torch
 
 from bi_ops import logprob
 from bi_ops.core.vllm import Release
+from bi_ops.vllm_plugin import sampling
 from bi_ops.vllm_plugin.backend import choose_backend
 from bi_ops.vllm_plugin.compilation import without_inductor
 from bi_ops.vllm_plugin.points import Point
@@ -31,6 +32,15 @@ class Patch(Point):
         holder, name = self.holder(module)
         static = isinstance(inspect.getattr_static(holder, name), staticmethod)
         setattr(holder, name, staticmethod(function) if static else function)
+
+
+@dataclass(frozen=True)
+class LeadingPatch(Patch):
+    """A patch that reads the first parameters alone, and hands on what follows them."""
+
+    def difference(self, found: tuple[str, ...] | None) -> str | None:
+        """As `Patch.difference`, of the first parameters."""
+        return super().difference(None if found is None else found[: len(self.parameters)])
 
 
 def add_then_norm(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,4 +126,5 @@ def patches_of(release: Release) -> tuple[Patch, ...]:
             with_own_kernels,
             "the layers of a loaded model compute with bi_ops' kernels, which have the same bits and are faster",
         ),
+        *(LeadingPatch(*replaced) for replaced in sampling.REPLACED),
     )
