@@ -1,0 +1,289 @@
+"""Is vLLM exact under every condition that people run it in? Writes conditions.json, a row per release and condition.
+
+    python bench/conditions.py --out bench/results/h100 [--rows eager "prefix caching"] [--jobs 6] [--again]
+
+Each condition is a process of its own: vLLM as installed, with the plugin, samples 10,496 tokens, then bi_ops' model
+scores them in other batches, and the log-probabilities are compared bit for bit. The control is vLLM's own
+batch-invariant mode without the plugin, in the same condition. A condition that the plugin refuses has to be refused
+by name, before an engine starts. Nothing is timed, so several conditions share the GPU. What is in the file already is
+not run again. Exit status 0 only if every condition has 0 different or is refused as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from record import provenance
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bi_ops.core.files import write_json
+
+#: Tokens that a condition has to have compared.
+LEAST = 10_000
+#: Seconds after which a condition has failed.
+PATIENCE = 540
+WORKER = Path(__file__).with_name("conditions_worker.py")
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL"}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How vLLM runs. arguments: of `vllm.LLM`. env: environment variables. kind: what the process does.
+
+    refused: the plugin has to refuse it. control: run it without the plugin too. sampling: of every request. counter:
+    one of vLLM's metrics, which has to have counted something.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    kind: str = "engine"
+    refused: bool = False
+    control: bool = True
+    sampling: dict[str, float] = field(default_factory=dict)
+    counter: str | None = None
+
+
+def _graphs(**arguments: Any) -> dict[str, Any]:
+    return {"compilation_config": GRAPHS, **arguments}
+
+
+def _runner(number: int) -> dict[str, str]:
+    return {"VLLM_USE_V2_MODEL_RUNNER": str(number - 1)}
+
+
+TEMPERED = {"temperature": 0.7, "top_p": 0.9, "top_k": 50}
+PROCESSED = {"logprobs_mode": "processed_logprobs"}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+
+#: Every condition, the longest first.
+CONDITIONS: dict[str, Condition] = {
+    "vllm serve, 64 clients, killed and restarted": Condition(kind="killed", control=False),
+    "vllm serve, 64 clients": Condition(kind="serve"),
+    "max_num_seqs 1": Condition(_graphs(max_num_seqs=1)),
+    "several engines in one process": Condition(
+        _graphs(), {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, kind="several", control=False
+    ),
+    "vLLM's defaults": Condition({"max_num_seqs": None}),
+    "eager": Condition({"enforce_eager": True}),
+    "full CUDA graphs": Condition(_graphs()),
+    "v1 model runner": Condition(_graphs(), _runner(1)),
+    "v2 model runner": Condition(_graphs(), _runner(2)),
+    "prefix caching": Condition(_graphs(enable_prefix_caching=True), counter="vllm:prefix_cache_hits"),
+    "no prefix caching": Condition(_graphs(enable_prefix_caching=False)),
+    **{
+        f"chunked prefill, {n} tokens": Condition(_graphs(enable_chunked_prefill=True, max_num_batched_tokens=n))
+        for n in (256, 2048, 8192)
+    },
+    "preemption": Condition(
+        _graphs(num_gpu_blocks_override=220, enable_prefix_caching=False), counter="vllm:num_preemptions"
+    ),
+    "asynchronous scheduling": Condition(_graphs(async_scheduling=True)),
+    "synchronous scheduling": Condition(_graphs(async_scheduling=False)),
+    **{f"max_num_seqs {n}": Condition(_graphs(max_num_seqs=n)) for n in (7, 64, 256)},
+    **{
+        f"temperature 0.7, top-p 0.9, top-k 50, v{n} model runner": Condition(
+            _graphs(**PROCESSED), _runner(n), sampling=TEMPERED
+        )
+        for n in (1, 2)
+    },
+    "mixed temperatures and filters": Condition(_graphs(**PROCESSED), kind="mixed"),
+    "piecewise CUDA graphs": Condition(
+        {"compilation_config": {"mode": 0, "cudagraph_mode": "PIECEWISE"}}, refused=True
+    ),
+    "Inductor": Condition({"compilation_config": {"mode": 3}}, refused=True),
+    "speculative decoding": Condition(_graphs(speculative_config=NGRAM), refused=True),
+    "LoRA": Condition(_graphs(enable_lora=True), refused=True),
+}
+
+#: A model of real shape, Qwen3-1.7B's with two layers, whose stock batch-invariant mode is known to differ.
+MODEL = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+
+
+def write_checkpoint(folder: Path, sizes: dict[str, Any]) -> None:
+    """Random weights, and a tokenizer of a word per id, so that `vllm serve` starts without a flag."""
+    import torch
+
+    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes), torch.bfloat16)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("norm.weight"):  # all ones would hide a norm that forgets its weight
+                p.add_((torch.randn(p.shape, generator=generator) * 0.1).to(p.device, p.dtype))
+        model.model.norm.weight.mul_(4)  # logits whose softmax is not flat
+    model.save_pretrained(folder)
+    words = {f"t{i}": i for i in range(sizes["vocab_size"])}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "t0"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def write_entry_point(folder: Path) -> Path:
+    """A folder that brings vLLM the plugin, as an installed bi_ops does and a checkout alone does not."""
+    info = folder / "plugin" / "bi_ops_checkout-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bi_ops_checkout\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbi_ops = bi_ops.vllm_plugin:register\n")
+    return info.parent
+
+
+def environment(condition: Condition, plugin: bool, entry: Path) -> dict[str, str]:
+    """That of a condition's process."""
+    import importlib.metadata
+
+    found = importlib.metadata.entry_points(group="vllm.general_plugins")
+    path = [] if any(e.name == "bi_ops" for e in found) else [str(entry)]
+    path += [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    mode = {"VLLM_BATCH_INVARIANT": "1", "PYTHONPATH": os.pathsep.join(path)}
+    return {**os.environ, **quiet, **mode, **condition.env, **({} if plugin else {"VLLM_PLUGINS": "none"})}
+
+
+def run(name: str, plugin: bool, checkpoint: Path, work: Path) -> dict[str, Any]:
+    """What a condition's process found: tokens, different, ...; refused: why; or failed: why."""
+    stem = f"{'plugin' if plugin else 'stock'}-{name.replace(' ', '_').replace(',', '')}"
+    result, log = work / f"{stem}.json", work / f"{stem}.log"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, str(WORKER), "--condition", name, "--checkpoint", str(checkpoint)]
+    command += ["--result", str(result), "--log", str(log), *(["--plugin"] if plugin else [])]
+    with log.open("w") as file:
+        try:
+            subprocess.run(
+                command,
+                env=environment(CONDITIONS[name], plugin, work / "plugin"),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=PATIENCE,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done after {PATIENCE} s"}
+    if result.exists():
+        return dict(json.loads(result.read_text()))
+    lines = log.read_text(errors="replace").splitlines()
+    why = [line for line in lines if "Error" in line] or lines[-1:] or ["no output"]
+    return {"failed": why[-1][-400:]}
+
+
+def verdict(condition: Condition, found: dict[str, Any]) -> str:
+    """What is wrong with a row with the plugin; empty if nothing is."""
+    if "failed" in found:
+        return str(found["failed"])
+    if condition.refused:
+        return "" if found.get("refused", "").startswith("vllm_plugin: ") else "it was not refused by name"
+    if "refused" in found:
+        return f"it was refused: {found['refused']}"
+    if found["tokens"] < LEAST:
+        return f"only {found['tokens']} tokens"
+    if condition.counter and not found["counted"]:
+        return f"{condition.counter} counted nothing, so the condition was not met"
+    if found["inconclusive"]:
+        return str(found["inconclusive"])
+    if found.get("asked_again_different"):
+        return f"{found['asked_again_different']} answers differ after the restart"
+    return f"{found['different']} of {found['tokens']} different" if found["different"] else ""
+
+
+def missing(rows: Iterable[dict[str, Any]], release: str, wanted: Iterable[str], again: bool) -> list[str]:
+    """The conditions that have no row of this release, or a failed one; with `again` all that are wanted."""
+    done = {r["condition"] for r in rows if r["release"] == release and "failed" not in r["plugin"]}
+    return [name for name in wanted if again or name not in done]
+
+
+def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """`rows` with `row` in the place of an older one."""
+    key = (row["release"], row["condition"])
+    places = {(r["release"], r["condition"]): r for r in rows}
+    order = list(CONDITIONS)
+    return sorted({**places, key: row}.values(), key=lambda r: (r["release"], order.index(r["condition"])))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder that conditions.json is written to")
+    parser.add_argument("--rows", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS), metavar="CONDITION")
+    parser.add_argument("--jobs", type=int, default=6, help="conditions at a time on the GPU (6)")
+    parser.add_argument("--work", type=Path, help="folder of the checkpoint and the logs; kept")
+    parser.add_argument("--no-control", dest="control", action="store_false", help="leave stock vLLM out")
+    parser.add_argument("--again", action="store_true", help="run what is in the file already too")
+    parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    args = parser.parse_args()
+    record = provenance(args.commit)
+    release = dict(record["versions"]).get("vllm")  # type: ignore[call-overload]
+    if release is None:
+        parser.error("no vLLM is installed here")
+    work = args.work or Path(tempfile.gettempdir()) / "bi_ops_conditions"
+    work.mkdir(parents=True, exist_ok=True)
+    write_entry_point(work)
+    checkpoint = work / "checkpoint"
+    if not (checkpoint / "tokenizer_config.json").exists():
+        write_checkpoint(checkpoint, MODEL)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "conditions.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    names = missing(rows, release, [n for n in CONDITIONS if n in args.rows], args.again)
+    wrong: dict[str, str] = {}
+    lock = threading.Lock()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn("vLLM " + release), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+
+    def work_on(name: str) -> None:
+        condition = CONDITIONS[name]
+        found = run(name, True, checkpoint, work)
+        stock = None
+        if args.control and condition.control and not condition.refused:
+            stock = run(name, False, checkpoint, work)
+        reason = verdict(condition, found)
+        with lock:
+            if reason:
+                wrong[name] = reason
+            rows[:] = merged(rows, {"release": release, "condition": name, "plugin": found, "stock": stock, **record})
+            write_json(path, rows)
+            control = "" if stock is None else f"; stock: {stock.get('different', stock.get('failed'))}"
+            console.print(f"{name}: {reason or found.get('refused', '0 different')}{control}"[:300], markup=False)
+
+    with (
+        Progress(*columns, console=console) as progress,
+        concurrent.futures.ThreadPoolExecutor(max(1, args.jobs)) as pool,
+    ):
+        bar = progress.add_task("conditions", total=len(names))
+        for future in concurrent.futures.as_completed([pool.submit(work_on, name) for name in names]):
+            future.result()
+            progress.advance(bar)
+    for name, reason in wrong.items():
+        print(f"{release}, {name}: {reason}")
+    print(f"{release}: {len(names) - len(wrong)} of {len(names)} conditions as they should be; logs in {work}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
