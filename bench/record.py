@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import datetime
-import importlib.metadata
-import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import bi_ops  # noqa: F401  (before triton)
 from bi_ops.core.files import write_atomically
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+from bi_ops.core.provenance import device_name, now, versions
 
 
 def find_commit(given: str | None = None) -> str:
@@ -30,22 +24,9 @@ def find_commit(given: str | None = None) -> str:
     return "unknown"
 
 
-def versions() -> dict[str, str | None]:
-    import torch
-
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in ("torch", "triton", "vllm", "flash-attn-4", "transformers"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
 def provenance(commit: str | None = None) -> dict[str, object]:
     """device, versions, commit and date: what a figure needs to be reproduced."""
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton interpreter"
-    return {"device": device, "versions": versions(), "commit": find_commit(commit), "date": now()}
+    return {"device": device_name(), "versions": versions(), "commit": find_commit(commit), "date": now()}
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import bi_ops
-from bi_ops.commands import doctor, orders, parity, train
+from bi_ops.commands import doctor, orders, parity, train, verify
 
 DESCRIPTION = """\
 Batch-invariant kernels for PyTorch: rollout and training log-probabilities equal, bit for bit."""
@@ -17,6 +17,7 @@ start with:
   bi-ops doctor                          what runs on this machine
   bi-ops train --preset demo --output runs/demo
   bi-ops parity runs/demo/final          count the differing bits
+  bi-ops verify                          every operator against the contract
   bi-ops orders runs/demo/final          the reduction orders, and their digest
 
 `bi-ops COMMAND --help` explains a command, with examples and its exit codes."""
@@ -32,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bi-ops {bi_ops.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (train, parity, orders, doctor):
+    for module in (train, parity, verify, orders, doctor):
         command = commands.add_parser(
             module.__name__.rpartition(".")[2],
             help=module.HELP,

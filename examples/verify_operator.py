@@ -1,10 +1,12 @@
 """Check your own operator: is a row's result the same bits in every batch, and on every run?
 
     python examples/verify_operator.py
+    cd examples && bi-ops verify --op verify_operator:SUM --op verify_operator:SUM_BY_OCCUPANCY
 
 The operator is a Triton kernel that sums rows, tile by tile. `sum_rows` always takes tiles of one size.
 `sum_rows_by_occupancy` chooses the size from the number of rows, as a kernel may to fill a GPU: it is the negative
-control, and the check has to find it.
+control, and the check has to find it. The second command runs every property of the contract over the two descriptions
+at the end of this file.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import bi_ops  # noqa: F401  (before triton: it decides whether kernels are comp
 import torch
 import triton
 import triton.language as tl
-from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
+from bi_ops.verify import Subject, gradient_errors, order_variant, rerun_variant, row_variant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, kernels run in Triton's interpreter
 
@@ -55,6 +57,19 @@ def sum_rows(x: torch.Tensor) -> torch.Tensor:
 def sum_rows_by_occupancy(x: torch.Tensor) -> torch.Tensor:
     """Another tile for few rows means another reduction order."""
     return launch(x, block=128 if x.shape[0] >= 16 else 512)
+
+
+#: What `bi-ops verify --op` needs to know: how inputs are made, and which of them lie along the batch, on which axis.
+SUM = Subject("sum_rows", sum_rows, lambda m: {"x": m.x()}, batch={"x": 0}, dtypes=(torch.float32,))
+SUM_BY_OCCUPANCY = Subject(
+    "sum_rows_by_occupancy",
+    sum_rows_by_occupancy,
+    lambda m: {"x": m.x()},
+    batch={"x": 0},
+    dtypes=(torch.float32,),
+    sizes={"cpu": ((1000, 1),), "cuda": ((1000, 1),)},  # (k, n) of m.shape
+    compiled=False,
+)
 
 
 def main() -> None:

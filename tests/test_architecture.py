@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "mode": FAMILIES | {"core"},
     "vllm_plugin": FAMILIES | {"core", "models"},
     "models": FAMILIES | {"core", "nn"},
-    "verify": frozenset({"core", "models"}),
+    "verify": FAMILIES | {"", "core", "models", "nn"},
     "rollout": FAMILIES | {"core", "nn", "models", "vllm_plugin"},
     "rl": frozenset({"core", "models", "optim", "rollout", "verify"}),
     "commands": FAMILIES | {"", "core", "models", "rollout", "rl", "verify"},

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bi_ops import cli
 from bi_ops.models.qwen3 import Qwen3Config
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -100,3 +101,14 @@ def test_an_example_runs_in_a_process_of_its_own():
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "python examples/parity.py" in done.stdout
+
+
+def test_the_descriptions_of_the_example_are_verified(monkeypatch, capsys):
+    monkeypatch.chdir(EXAMPLES)
+    options = ["--jobs", "1", "--property", "batch size", "--property", "rerun"]
+    assert cli.main(["verify", "--op", "verify_operator:SUM", *options]) == 0
+    assert cli.main(["verify", "--op", "verify_operator:SUM_BY_OCCUPANCY", *options]) == 1
+    out, err = capsys.readouterr()
+    assert "bitwise identical" in out
+    assert "sum_rows_by_occupancy, batch size, float32" in err
+    assert "rerun" not in err

@@ -25,6 +25,7 @@ FLAGS = {
     "parity": ("json", "no-plugin"),
     "orders": ("json",),
     "doctor": ("json",),
+    "verify": ("json", "list"),
 }
 
 #: Values that no number of a command may have: argparse's to refuse, or the settings'.
@@ -49,14 +50,21 @@ def malformed(folder):
             yield [*start(command, folder), f"--{name}"]
     for command, names in FLAGS.items():
         for name in names:
-            yield [*([command] if command == "doctor" else start(command, folder)), f"--{name}=1"]
-    for command in ("train", "parity", "orders", "doctor"):
+            yield [*([command] if command in ("doctor", "verify") else start(command, folder)), f"--{name}=1"]
+    for command in ("train", "parity", "orders", "doctor", "verify"):
         yield [command, "--unknown"]
         yield [command, "one", "two", "three"]
     for command in ("train", "parity", "orders"):
         yield [command]
     yield ["nothing"]
     yield []
+    for option in ("--op", "--property", "--subject", "--jobs", "--level", "--html", "--output"):
+        yield ["verify", option]
+    for value in ("nothing", "", ":", "a:b", "os:path", "torch:nothing"):
+        yield ["verify", f"--op={value}"]
+    yield from (["verify", f"--jobs={value}"] for value in (*NO_NUMBER, "0"))
+    yield from (["verify", f"--subject={value}"] for value in ("nobody", ""))
+    yield ["verify", "--property=speed"]
     for command in ("parity", "orders"):
         for path in (folder, folder / "file", folder / "nowhere"):
             yield [command, str(path)]

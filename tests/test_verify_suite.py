@@ -1,0 +1,286 @@
+"""`bi-ops verify`: what it covers, that it finds what is broken, and what it prints and returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bi_ops
+from bi_ops import cli
+from bi_ops.core import runtime
+from bi_ops.core.provenance import versions
+from bi_ops.verify import packs, report, suite, sweep
+from bi_ops.verify.contract import PROPERTIES, SWEPT, Setting, not_here
+from bi_ops.verify.controls import controls
+from bi_ops.verify.operators import NOT_SUBJECTS, SUBJECTS
+from bi_ops.verify.subject import Subject, make_batch, results, select_items
+from bi_ops.verify.values import KINDS, Make, Shape
+
+
+def rows_by_count(x):
+    """Another order of a row's sum for another number of rows."""
+    return torch.stack([p.contiguous().sum(1) for p in x.tensor_split(1 + len(x) % 7, 1)]).sum(0)
+
+
+def described(call, **more) -> Subject:
+    sizes = {"cpu": ((300, 8),), "cuda": ((300, 8),)}
+    options: dict[str, Any] = {"batch": {"x": 0}, "dtypes": (torch.float32,), "sizes": sizes, "compiled": False} | more
+    return Subject(call.__name__, call, lambda m: {"x": m.x()}, **options)
+
+
+BROKEN = described(rows_by_count)
+DOUBLE = described(torch.square)
+NO_SUBJECT = rows_by_count
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what it covers
+
+
+def test_every_public_function_is_a_subject_or_listed_with_a_reason():
+    families = sorted(p.parent.name for p in Path(bi_ops.__file__).parent.glob("*/ops.py"))
+    public = set()
+    for family in families:
+        package = importlib.import_module(f"bi_ops.{family}")
+        public |= {f"{family}.{n}" for n in package.__all__ if callable(getattr(package, n)) and not n[0].isupper()}
+    named = {s.name.partition(",")[0] for s in SUBJECTS}
+    missing = {name for name in public if name.partition(".")[2] not in named}
+    assert missing == set(NOT_SUBJECTS)
+
+
+def test_every_property_has_a_negative_control():
+    assert {c.property for c in controls()} == set(PROPERTIES)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+def test_a_subject_is_what_its_description_says(subject, device):
+    lengths = (3, 1, 2) if subject.sequences else (1,) * 6
+    batch = make_batch(subject, lengths, (32, 8), subject.dtypes[0], device)
+    part = select_items(subject, batch, range(2))
+    for name, axis in subject.batch.items():
+        assert part.inputs[name].shape[axis] == sum(lengths[:2])
+    assert all(part.inputs[n] is t for n, t in batch.inputs.items() if n not in subject.batch)
+    assert set(subject.buffers) <= set(batch.inputs) - set(subject.batch)
+
+
+def test_values_are_what_their_names_say(device):
+    made = {k: Make(Shape((64,), 32, 8), torch.float32, device, values=k).x() for k in KINDS}
+    tiny = torch.finfo(torch.float32).tiny
+    assert (made["denormal"].abs() < tiny).float().mean() > 0.9
+    assert made["huge"].abs().max() > 1e37
+    assert made["huge"].isfinite().all()
+    assert made["cancelling"].sum(1).abs().max() < 1e-4
+    assert ((made["negative zero"] == 0) & made["negative zero"].signbit()).any()
+    assert made["mixed"].abs().max() / made["mixed"].abs().min() > 1e12
+    assert not torch.equal(made["assorted"], made["normal"])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what it finds
+
+
+def test_every_negative_control_is_found():
+    unit = suite.Unit("controls", "", "quick", tuple(p for p in PROPERTIES if not not_here(p)))
+    found = suite.run_unit(unit).controls
+    assert {c.property for c in found} == set(unit.properties)
+    assert [c for c in found if not c.caught] == []
+
+
+@pytest.mark.parametrize("name", ["silu_and_mul", "sum, first axis"])
+def test_an_operator_of_bi_ops_holds_and_its_controls_are_found(name):
+    found = suite.verify([f"bi_ops:{name}"], jobs=1)
+    assert found.failed == []
+    assert found.missed == []
+    assert {c.property for c in found.checks} >= {*SWEPT, "kernel config", "compile", "layout"}
+    assert all(c.comparisons for c in found.checks)
+
+
+def test_attention_decodes_and_pages_with_the_bits_of_prefill():
+    names = ("prefill = decode", "paged = dense", "batch size")
+    found = suite.verify(["bi_ops:flash_attention"], properties=names, jobs=1)
+    assert found.failed == []
+    assert {c.property for c in found.checks} == set(names)
+
+
+def test_micro_batches_are_cut_and_compared():
+    found = suite.verify(["bi_ops:embedding"], properties=("micro-batches",), jobs=1)
+    assert found.failed == []
+    assert [c.comparisons for c in found.checks] == [2]
+
+
+def test_a_broken_operator_is_found_with_its_place():
+    found = suite.verify_subject(BROKEN, torch.float32, suite.levels()["quick"], ("rerun", "batch size", "position"))
+    bad = found.failed
+    assert {c.property for c in bad} == {"batch size"}
+    assert "out 0" in bad[0].message
+    assert "at row" in bad[0].message
+
+
+def test_a_drawn_batch_that_fails_is_shrunk(device):
+    level = dataclasses.replace(suite.levels()["quick"], examples=20, items=40)
+    ((name, count, message, _),) = sweep.run(BROKEN, torch.float32, (300, 8), ["batch size"], level, device)
+    assert name == "batch size"
+    assert count > 0, message
+    assert message.startswith("2 rows")  # the least that has another batch
+    ((_, count, message, _),) = sweep.run(DOUBLE, torch.float32, (300, 8), ["batch size"], level, device)
+    assert (count > 0, message) == (True, "")
+
+
+def test_an_operator_that_raises_is_a_failure():
+    def refuses(x):
+        if len(x) < 10:
+            raise RuntimeError("no small batches")
+        return x
+
+    level = suite.levels()["quick"]
+    level = dataclasses.replace(level, setting=Setting(sizes=(2,)))
+    found = suite.verify_subject(described(refuses), torch.float32, level, ("rerun", "batch size"))
+    assert {c.property: c.message for c in found.failed}["batch size"] == "raised RuntimeError: no small batches"
+
+
+def test_results_of_one_value_show_nothing():
+    level = suite.levels()["quick"]
+    found = suite.verify_subject(described(torch.zeros_like), torch.float32, level, ("rerun",))
+    assert "show nothing" in found.failed[0].message
+
+
+def test_inputs_that_are_not_as_described_are_named(device):
+    wrong = Subject("wrong", torch.square, lambda m: {"x": m.randn(3, 4)}, batch={"x": 0})
+    with pytest.raises(ValueError, match=r"wrong: input x \[3, 4\] must have 5 rows on axis 0"):
+        make_batch(wrong, (1,) * 5, (4, 4), torch.float32, device)
+
+
+def test_a_rows_cotangent_goes_with_it(device):
+    """Or gradients of a moved row would differ in every operator."""
+    batch = make_batch(DOUBLE, (1,) * 8, (300, 8), torch.float32, device)
+    whole, part = results(DOUBLE, batch), results(DOUBLE, select_items(DOUBLE, batch, [5, 2]))
+    assert torch.equal(part["gradient of x"].tensor, whole["gradient of x"].tensor[[5, 2]])
+    assert not torch.equal(part["gradient of x"].tensor, whole["gradient of x"].tensor[:2])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def call(capsys, *argv):
+    code: Any
+    try:
+        code = cli.main(["verify", "--jobs", "1", *argv])
+    except SystemExit as e:
+        code = e.code
+    return (code, *capsys.readouterr())
+
+
+def test_a_report_is_data_and_a_page_that_needs_nothing_else(capsys, tmp_path):
+    page, file = tmp_path / "report.html", tmp_path / "verify.json"
+    code, out, _ = call(
+        *(capsys, "--op", "sum", "--property", "batch size", "--json", "--html", str(page), "--output", str(file))
+    )
+    data = json.loads(out)
+    assert code == 0
+    assert json.loads(file.read_text()) == data
+    assert data["failed"] == 0 < data["checks"]
+    assert data["controls"] == data["controls_caught"] > 0
+    assert data["versions"]["torch"]
+    text = page.read_text()
+    assert "<svg" in text
+    assert "batch size" in text
+    assert not any(word in text for word in ("<script", "src=", "href="))
+
+
+def test_a_failed_check_is_1_and_says_where(capsys):
+    code, out, err = call(capsys, "--op", "test_verify_suite:BROKEN", "--property", "batch size")
+    assert code == 1
+    assert "DIFFERENT" in out
+    assert "rows_by_count, batch size, float32" in err
+    assert "first at row" in err
+
+
+def test_a_control_that_is_not_found_is_4_whatever_else(capsys, monkeypatch):
+    """Negative control of the controls: properties that compare a result with itself."""
+    monkeypatch.setitem(PROPERTIES, "batch size", PROPERTIES["rerun"])
+    code, out, err = call(capsys, "--op", "test_verify_suite:BROKEN", "--property", "batch size")
+    assert code == 4
+    assert "THE SUITE IS BROKEN" in out
+    assert "control not found" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--op", "nothing"), "no subject 'nothing'"),
+        (("--op", "no_such_module:OP"), "cannot import no_such_module"),
+        (("--op", "test_verify_suite:NO_SUBJECT"), "no description"),
+        (("--property", "speed"), "unknown properties"),
+        (("--jobs", "0"), "--jobs is 0"),
+        (("--level", "endless"), "invalid choice"),
+        (("--op", "sum", "--property", "backend"), "nothing was checked"),
+    ],
+)
+def test_bad_usage_is_2(capsys, argv, message):
+    code, _, err = call(capsys, *argv)
+    assert code == 2
+    assert message in err
+
+
+def test_the_list_runs_nothing(capsys):
+    code, out, _ = call(capsys, "--list")
+    assert code == 0
+    assert "bi_ops:flash_attention, window" in out
+    assert "prefill = decode" in out
+
+
+def test_names_are_escaped_in_a_page():
+    check = suite.Check("<b>", "rerun", "float32", (1, 1), "normal", 1, "a < b", 0.0)
+    text = report.to_html(suite.Report("quick", [check]))
+    assert "<b>" not in text.replace("<b>DIFFERENT", "")
+    assert "a &lt; b" in text
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU runs them all")
+def test_what_needs_a_gpu_is_said():
+    found = suite.verify(["bi_ops:sum"], properties=("stream", "rerun"), jobs=1)
+    assert found.not_run == {"stream": "needs a CUDA GPU"}
+
+
+def test_torchs_sums_over_rows_depend_on_the_batch_and_its_softmax_does_not():
+    found = suite.verify(["torch:softmax", "torch:linear"], properties=("batch size",), jobs=1)
+    assert found.missed == []
+    assert "softmax" not in {c.subject for c in found.failed}
+
+
+@pytest.mark.parametrize("pack", ["vllm", "flash-attn", "liger"])
+def test_a_library_that_is_not_here_is_named(capsys, pack):
+    if runtime.INTERPRET:
+        code, _, err = call(capsys, "--subject", pack)
+        assert code == 2
+        assert "GPU" in err
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+def test_stock_vllms_defects_are_found_by_themselves():
+    """0.26: fused_add_rms_norm at 256 tokens; FlashAttention 3 where head_dim is 64 or 96, decoding."""
+    names = ("fused_add_rms_norm", "FlashAttention 3", "rms_norm_batch_invariant")
+    found = suite.verify([f"vllm:{n}" for n in names], "full", ("batch size", "prefill = decode"), jobs=3)
+    assert found.missed == []
+    failed = {(c.subject, c.property, c.size[0]) for c in found.failed}
+    release = packs.find("vllm:FlashAttention 3") and versions()["vllm"]
+    if str(release).startswith("0.26"):
+        assert ("fused_add_rms_norm", "batch size", 4096) in failed
+    assert {size for s, p, size in failed if (s, p) == ("FlashAttention 3", "prefill = decode")} == {64, 96}
+    assert not any(s == "rms_norm_batch_invariant" for s, _, _ in failed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(packs.subjects("bi_ops")))
+def test_an_operator_holds_on_a_gpu(name):
+    found = suite.verify([f"bi_ops:{name}"], jobs=1)
+    assert found.failed == []
+    assert found.missed == []
