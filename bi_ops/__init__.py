@@ -9,6 +9,7 @@ from bi_ops.core import runtime as _runtime  # noqa: F401  # isort: skip  (first
 from bi_ops import activation, attention, embedding, logprob, matmul, nn, norm, reduction, rope
 from bi_ops.matmul import warmup
 from bi_ops.mode import (
+    audit,
     batch_invariant_backward_mode,
     disable_batch_invariant_backward_mode,
     enable_batch_invariant_backward_mode,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "activation",
     "attention",
+    "audit",
     "batch_invariant_backward_mode",
     "disable_batch_invariant_backward_mode",
     "embedding",

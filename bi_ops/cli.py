@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import bi_ops
-from bi_ops.commands import doctor, orders, parity, train, verify
+from bi_ops.commands import audit, doctor, orders, parity, train, verify
 
 DESCRIPTION = """\
 Batch-invariant kernels for PyTorch: rollout and training log-probabilities equal, bit for bit."""
@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bi-ops {bi_ops.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (train, parity, verify, orders, doctor):
+    for module in (train, parity, verify, audit, orders, doctor):
         command = commands.add_parser(
             module.__name__.rpartition(".")[2],
             help=module.HELP,

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "verify": FAMILIES | {"", "core", "models", "nn"},
     "rollout": FAMILIES | {"core", "nn", "models", "vllm_plugin"},
     "rl": frozenset({"core", "models", "optim", "rollout", "verify"}),
-    "commands": FAMILIES | {"", "core", "models", "rollout", "rl", "verify"},
+    "commands": FAMILIES | {"", "core", "models", "nn", "rollout", "rl", "verify"},
     "cli": frozenset({"", "commands"}),
     "": FAMILIES | {"core", "nn", "mode"},  # bi_ops/__init__.py
 }

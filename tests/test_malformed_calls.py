@@ -458,6 +458,10 @@ TARGETS = OPERATORS | LAYERS | OTHERS
 NOT_CALLED = {
     "attention.AttentionOrder": "a record",
     "attention.Problem": "a record",
+    "mode.Audit": "a record",
+    "mode.OutsideTheContract": "an exception",
+    "mode.Stray": "a record",
+    "mode.audit": "a context manager; test_mode_audit.py",
     "mode.batch_invariant_backward_mode": "a switch; test_mode.py",
     "mode.disable_batch_invariant_backward_mode": "a switch; test_mode.py",
     "mode.enable_batch_invariant_backward_mode": "a switch; test_mode.py",
@@ -473,6 +477,9 @@ NOT_CALLED = {
     "rl.read_metrics": "a file; test_rl_trainer.py",
     "rl.run": "its settings are TrainConfig's; test_rl_trainer.py",
     "verify.GradientErrors": "a record",
+    "verify.Make": "of descriptions of operators; test_verify_suite.py",
+    "verify.Shape": "a record",
+    "verify.Subject": "a record; test_verify_suite.py",
     "mode.ordered_all_reduce_hook": "torch's DistributedDataParallel calls it, with a bucket",
 }
 

@@ -26,6 +26,7 @@ FLAGS = {
     "orders": ("json",),
     "doctor": ("json",),
     "verify": ("json", "list"),
+    "audit": ("json",),
 }
 
 #: Values that no number of a command may have: argparse's to refuse, or the settings'.
@@ -51,10 +52,10 @@ def malformed(folder):
     for command, names in FLAGS.items():
         for name in names:
             yield [*([command] if command in ("doctor", "verify") else start(command, folder)), f"--{name}=1"]
-    for command in ("train", "parity", "orders", "doctor", "verify"):
+    for command in ("train", "parity", "orders", "doctor", "verify", "audit"):
         yield [command, "--unknown"]
         yield [command, "one", "two", "three"]
-    for command in ("train", "parity", "orders"):
+    for command in ("train", "parity", "orders", "audit"):
         yield [command]
     yield ["nothing"]
     yield []
@@ -65,7 +66,7 @@ def malformed(folder):
     yield from (["verify", f"--jobs={value}"] for value in (*NO_NUMBER, "0"))
     yield from (["verify", f"--subject={value}"] for value in ("nobody", ""))
     yield ["verify", "--property=speed"]
-    for command in ("parity", "orders"):
+    for command in ("parity", "orders", "audit"):
         for path in (folder, folder / "file", folder / "nowhere"):
             yield [command, str(path)]
     for file in ("nowhere.json", "file", "list.json"):

@@ -18,6 +18,7 @@ enabled raises. What was called first under the mode may stay eager after it.
 """
 
 from bi_ops.mode.allowlist import allow_operator
+from bi_ops.mode.audit import Audit, OutsideTheContract, Stray, audit
 from bi_ops.mode.collectives import ordered_all_reduce_hook
 from bi_ops.mode.switch import (
     batch_invariant_backward_mode,
@@ -27,7 +28,11 @@ from bi_ops.mode.switch import (
 )
 
 __all__ = [
+    "Audit",
+    "OutsideTheContract",
+    "Stray",
     "allow_operator",
+    "audit",
     "batch_invariant_backward_mode",
     "disable_batch_invariant_backward_mode",
     "enable_batch_invariant_backward_mode",

@@ -56,7 +56,13 @@ def _unsupported_reason(module: torch.nn.Module) -> str:
     return f"computes with parameters of its own ({', '.join(own)}), in no layer that is known" if own else ""
 
 
-def _listing(obstacles: list[tuple[str, str, str]]) -> Iterator[str]:
+def unconvertible(module: torch.nn.Module) -> list[tuple[str, str, str]]:
+    """(path, class, reason) of every module that `convert` would refuse."""
+    found = ((path, type(m).__name__, _unsupported_reason(m)) for path, m in module.named_modules())
+    return [(path, kind, why) for path, kind, why in found if why]
+
+
+def listing(obstacles: list[tuple[str, str, str]]) -> Iterator[str]:
     """One line per (path, class, reason); paths that differ in numbers alone share one."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for path, kind, why in obstacles:
@@ -108,7 +114,7 @@ def convert(module: Module, allow: Iterable[str | type[torch.nn.Module]] = ()) -
         kinds = ", ".join(repr(kind) for kind in sorted(wanted | {kind for _, kind, _ in obstacles}))
         raise ValueError(
             "convert: these layers cannot be converted, and nothing was:\n"
-            + "\n".join(_listing(obstacles))
+            + "\n".join(listing(obstacles))
             + f"\nReplace them, or leave them to the mode: convert(model, allow=[{kinds}]), and run the model under "
             "bi_ops.batch_invariant_backward_mode(), which serves what they call or refuses it by name"
         )
