@@ -321,7 +321,8 @@ def installed(monkeypatch, version="0.26.0"):
     modules[EMBEDDING].UnquantizedEmbeddingMethod = UnquantizedEmbeddingMethod
     modules[LAYERNORM].RMSNorm, modules[ACTIVATION].SiluAndMul = RMSNorm, SiluAndMul
     modules[ROTARY].RotaryEmbedding, modules[QWEN3].Qwen3Attention = RotaryEmbedding, Qwen3Attention
-    modules[SAMPLER].Sampler = type("Sampler", (Sampler,), {"compute_logprobs": Sampler.__dict__["compute_logprobs"]})
+    own = {"compute_logprobs": Sampler.__dict__["compute_logprobs"]}
+    modules[SAMPLER].Sampler = type("Sampler", (Sampler, modules[SAMPLER].Sampler), own)
     modules["vllm.config"].CompilationMode = types.SimpleNamespace(NONE="NONE")
     modules["vllm.config"].CUDAGraphMode = types.SimpleNamespace(FULL="FULL")
     modules[VERSION].get_flash_attn_version = lambda head_size: 3

@@ -11,11 +11,11 @@ from tiny import tiny_config, tiny_model
 
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.logprob import Distribution
-from bi_ops.models.packing import pack
+from bi_ops.models.packing import common_distributions, pack
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.tasks import Alphabet, Repeat
 from bi_ops.rl.trainer import Trainer
-from bi_ops.rollout.base import SamplingParams, distributions_of
+from bi_ops.rollout.base import SamplingParams
 from bi_ops.rollout.embedded import EmbeddedEngine
 from bi_ops.rollout.sampling import sample
 from bi_ops.verify.compositions import rescore
@@ -60,7 +60,7 @@ def test_the_mode_changes_log_probabilities_and_no_token(completions, raw):
 @pytest.mark.parametrize("align", [1, TOKEN_STEP])
 def test_rollout_and_training_are_the_same_bits(model, completions, align):
     prompts, tokens = [c.prompt for c in completions], [c.tokens for c in completions]
-    batch = pack(prompts, tokens, model.device, align, distributions_of(completions))
+    batch = pack(prompts, tokens, model.device, align, common_distributions([c.distribution for c in completions]))
     scores = model.token_logprobs(batch)  # with gradients: the path that trains
     assert compare([c.logprobs for c in completions], batch.split(scores), tokens).identical
     scores.sum().backward()

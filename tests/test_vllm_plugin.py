@@ -99,11 +99,11 @@ def test_the_residual_path_is_a_rounded_add_then_the_stock_norm(vllm):
 def test_the_v1_sampler_reads_logits_in_the_models_dtype(vllm):
     vllm_plugin.register()
     logits, ids = torch.randn(3, 48).bfloat16(), torch.tensor([5, 47, 0])
-    out = vllm[SAMPLER].Sampler().forward(logits)
+    out = vllm[SAMPLER].Sampler("raw_logprobs").forward(logits)
     assert out.dtype == torch.float32
     assert torch.equal(out.gather(1, ids[:, None])[:, 0], token_logprobs(logits, ids))
     vllm_plugin.unregister()
-    assert torch.equal(vllm[SAMPLER].Sampler().forward(logits), logits.float().log_softmax(-1))
+    assert torch.equal(vllm[SAMPLER].Sampler("raw_logprobs").forward(logits), logits.float().log_softmax(-1))
 
 
 def test_nothing_happens_outside_batch_invariant_mode(vllm, caplog, monkeypatch):

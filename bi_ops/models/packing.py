@@ -14,6 +14,18 @@ from bi_ops.logprob import Distribution
 DEFAULTS = Distribution().as_dict()
 
 
+def common_distributions(each: Sequence[Distribution | None]) -> list[Distribution] | None:
+    """Whose log-probabilities those of the sequences are, as `pack` takes it; None: the logits' own.
+
+    Raises:
+        ValueError: some are raw and others are not.
+    """
+    found = [distribution for distribution in each if distribution is not None]
+    if found and len(found) != len(each):
+        raise ValueError("pack: some have raw log-probabilities and others those of the sampled distribution")
+    return found or None
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Sequences back to back, and which of their tokens are scored.

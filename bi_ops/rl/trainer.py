@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bi_ops.core.rows import TOKEN_STEP
-from bi_ops.models.packing import pack
+from bi_ops.models.packing import common_distributions, pack
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.loss import group_advantages, grpo_loss, ordered_sum, token_weights
 from bi_ops.rl.metrics import StepMetrics
 from bi_ops.rl.seeds import PROBLEM, SAMPLE, derive_seed
 from bi_ops.rl.tasks import Problem, Task
-from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams, distributions_of
+from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams
 from bi_ops.verify.parity import ParityReport, compare, joined
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Trainer:
         totals = [len(c.prompt) + len(c.tokens) for c in completions]
         for part in microbatches(totals, config.max_tokens_per_microbatch):
             prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
-            distributions = distributions_of(completions[part])
+            distributions = common_distributions([c.distribution for c in completions[part]])
             batch = pack(prompts, tokens, device, align=TOKEN_STEP, distributions=distributions)
             scores = self.model.token_logprobs(batch)
             check(part, batch.split(scores.detach().cpu()))

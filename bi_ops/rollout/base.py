@@ -73,18 +73,6 @@ class Completion:
     distribution: Distribution | None = None
 
 
-def distributions_of(completions: Sequence[Completion]) -> list[Distribution] | None:
-    """Whose log-probabilities these are, as `pack` takes it; None: the logits' own.
-
-    Raises:
-        ValueError: some are raw and others are not.
-    """
-    found = [c.distribution for c in completions if c.distribution is not None]
-    if found and len(found) != len(completions):
-        raise ValueError("completions: some have raw log-probabilities and others those of the sampled distribution")
-    return found or None
-
-
 class RolloutEngine(Protocol):
     """What samples. Its log-probabilities are the same bits as those training computes from the same weights.
 

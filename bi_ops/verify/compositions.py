@@ -11,12 +11,12 @@ import torch
 
 from bi_ops.core.orders import OrderRecord
 from bi_ops.logprob import Distribution
-from bi_ops.models.packing import pack
-from bi_ops.rollout.base import Completion, distributions_of
+from bi_ops.models.packing import common_distributions, pack
 from bi_ops.verify.parity import ParityReport, compare
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
+    from bi_ops.rollout.base import Completion
 
 #: Every composition `rescore` knows.
 COMPOSITIONS = ("alone", "together", "shuffled", "distractors")
@@ -109,7 +109,7 @@ def rescore(
     if weight is None:
         raise ValueError("rescore: the model has no parameters, so its scores are no model's")
     device = weight.device
-    sampled = distributions_of(completions)
+    sampled = common_distributions([c.distribution for c in completions])
     sequences = [
         _Sequence(tuple(c.prompt), tuple(c.tokens), i, c.distribution or Distribution())
         for i, c in enumerate(completions)
