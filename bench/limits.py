@@ -155,8 +155,9 @@ def kept(file: Path) -> list[dict[str, Any]]:
 
 
 def until_interrupted(verdicts: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The verdicts up to Ctrl-C or a SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    """The verdicts up to Ctrl-C or a SIGTERM, also in the background, where a shell has SIGINT ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         yield from verdicts
 

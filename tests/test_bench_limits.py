@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 import types
 from pathlib import Path
@@ -189,3 +190,21 @@ def test_random_results_may_differ_by_a_rounding_of_the_inputs_alone(opinfo):
     assert opinfo.difference(ours, torchs, None).startswith("error")
     assert opinfo.difference(ours, torchs, None, others=[nudged]) == ""
     assert opinfo.difference(ours * 1.1, torchs, None, others=[nudged]).startswith("error")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_keeps_its_verdicts_where_a_shell_ignores_sigint(number, opinfo):
+    import limits
+
+    def verdicts():
+        yield {"op": "add"}
+        signal.raise_signal(number)
+        time.sleep(1)
+        yield {"op": "sub"}
+
+    before = [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        assert list(limits.until_interrupted(verdicts())) == [{"op": "add"}]
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
