@@ -104,8 +104,12 @@ def forward_launches() -> Iterator[Launch]:
     from bi_ops.attention import config
     from bi_ops.attention.hopper import forward
 
-    def launch(head_dim, causal, lengths, dtype=BF16, hkv=8, other="", **changes):
+    def launch(head_dim, causal, lengths, dtype=BF16, hkv=8, other="", page=0, **changes):
         q, k, cu = _packed(256, 32, head_dim, dtype), _packed(256, hkv, head_dim, dtype), _starts(128, 256)
+        table, used = None, cu
+        if page:  # vLLM's
+            k = torch.zeros((4096 // page, page, hkv, 2 * head_dim), dtype=dtype)[..., :head_dim]
+            table, used, other = torch.zeros((2, 128 // page), dtype=torch.int32), cu[1:], f"page={page}"
         order = _order(head_dim, dtype).forward
         served = config.gluon_forward(4096, head_dim, dtype, order, SM_90)
         assert served is not None
@@ -114,13 +118,15 @@ def forward_launches() -> Iterator[Launch]:
         name = _text(head_dim=head_dim, causal=causal, lengths=lengths, dtype=dtype, kv_heads=hkv)
         longest = LENGTHS[lengths]
         return f"{name} {other}".strip(), lambda: forward.launch(
-            q, k, k, q.clone(), lse, cu, cu, longest, causal, 0.1, order, chosen
+            q, k, k, q.clone(), lse, cu, used, table, longest, causal, 0.1, order, chosen
         )
 
     for head_dim, causal, lengths in itertools.product((64, 128, 256), (True, False), LENGTHS):
         yield launch(head_dim, causal, lengths)
     for head_dim in (64, 128, 256):
         yield launch(head_dim, True, "packed", FP16)
+    for head_dim, page in itertools.product((64, 128, 256), (16, 128)):
+        yield launch(head_dim, True, "packed", page=page)
     yield launch(128, True, "packed", hkv=32)
     yield launch(128, True, "packed", other="no ping-pong", ping_pong=False)
     yield launch(128, True, "packed", other="not persistent", persistent=False)

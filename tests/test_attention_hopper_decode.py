@@ -12,7 +12,7 @@ from test_attention_hopper import D, gpu
 
 from bi_ops import attention
 from bi_ops.attention import config, launch
-from bi_ops.attention.config import DecodeConfig, KernelConfig
+from bi_ops.attention.config import DecodeConfig, ForwardConfig, KernelConfig
 from bi_ops.attention.order import KeySteps
 from bi_ops.attention.params import AttentionParams
 from bi_ops.core import arch as arches
@@ -50,15 +50,90 @@ def decoding(n_queries, hq, hkv, page, dtype=torch.bfloat16, head_dim=D, layout=
     return q, k, v, table.cuda(), cu, torch.tensor(cached, dtype=torch.int32, device="cuda")
 
 
+def order_of(head_dim, dtype=torch.bfloat16):
+    return attention.order_of(head_dim, dtype, backend="triton").forward
+
+
 def both_decoders(q, k, v, table, cu, lengths, max_q, causal=True, c=None):
     """What the Gluon kernel gives, and what the Triton kernel gives."""
     head_dim, arch = q.shape[2], arches.of(q.device)
-    order = attention.order_of(head_dim, q.dtype, backend="triton").forward
+    order = order_of(head_dim, q.dtype)
     c = c or config.gluon_decode(1, 1, head_dim, q.dtype, order, arch, 1)
-    rows, pairs = max_q * (q.shape[1] // k.shape[2]), (len(cu) - 1) * k.shape[2]
+    rows, pairs = (max_q or 64) * (q.shape[1] // k.shape[2]), (len(cu) - 1) * k.shape[2]
     triton = config.forward(rows, pairs, head_dim, q.dtype, order, arch)
     given = (q, k, v, table, cu, lengths, max_q, AttentionParams(causal, head_dim**-0.5), None, order, arch)
     return launch.paged_forward(*given, c), launch.paged_forward(*given, triton)
+
+
+#: New queries of the sequences of CACHED: decoding and prefill in one batch.
+MIXED = [1, 1, 17, 100, 1, 129, 300, 1]
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 72, 80, 96, 112, 128, 200, 256])
+def test_every_head_size_and_prefill_among_decoding_equal_triton_bit_for_bit(head_dim):
+    for page, (hq, hkv), causal in ((16, (8, 2), True), (48, (7, 1), True), (256, (3, 3), False)):
+        given = decoding(MIXED, hq, hkv, page, head_dim=head_dim)
+        got, want = both_decoders(*given, max(MIXED), causal)
+        assert torch.equal(got, want), (page, hq, causal)
+        c = config.gluon_decode(1, 1, head_dim, torch.bfloat16, order_of(head_dim), arches.SM_90, 1)
+        assert torch.equal(both_decoders(*given, None, causal, c)[0], want), (page, hq, causal)
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page", [16, 48, 256])
+def test_prefill_over_pages_equals_triton_bit_for_bit(head_dim, page):
+    c = config.gluon_forward(4096, head_dim, torch.bfloat16, order_of(head_dim), arches.SM_90)
+    assert isinstance(c, ForwardConfig)
+    for (hq, hkv), layout, causal in (
+        ((8, 2), LAYOUTS[2], True),
+        ((3, 3), LAYOUTS[0], True),
+        ((4, 1), LAYOUTS[1], False),
+    ):
+        given = decoding(MIXED, hq, hkv, page, head_dim=head_dim, layout=layout)
+        got, want = both_decoders(*given, max(MIXED), causal, c)
+        assert torch.equal(got, want), (hq, layout, causal)
+        assert torch.equal(both_decoders(*given, None, causal, c)[0], want), (hq, layout, causal)
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("tokens", [64, 600])
+def test_one_graph_holds_every_split_of_its_tokens(head_dim, tokens):
+    """Captured while each of 8 sequences has as many queries as the next; replayed with others."""
+    n, room = len(CACHED), 2048
+    q, k, v, table, cu, lengths = decoding([tokens // n] * n, 8, 2, 16, head_dim=head_dim, cached=[room] * n)
+
+    def run(max_q):
+        given = (q, k, v, table, cu, lengths)
+        return attention.paged_attention(*given, max_seqlen_q=max_q, backend="triton")
+
+    run(None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(None)
+    ones = [1] * (n - 1)
+    for split in (
+        [*ones, tokens - n + 1],
+        [tokens, *[0] * (n - 1)],
+        [0, 0, tokens // 2, 1, 1, tokens - tokens // 2 - 2, 0, 0],
+    ):
+        cu.copy_(torch.tensor([0, *itertools.accumulate(split)], dtype=torch.int32))
+        lengths.copy_(torch.tensor([min(3 * m + 700, room) if m else 0 for m in split], dtype=torch.int32))
+        graph.replay()
+        assert torch.equal(out, run(max(split))), split
+        for i, part in enumerate(out.split(split)):
+            if split[i]:  # and of each sequence alone
+                own = (
+                    table[i : i + 1],
+                    torch.tensor([0, split[i]], dtype=torch.int32, device="cuda"),
+                    lengths[i : i + 1],
+                )
+                alone = attention.paged_attention(
+                    q.split(split)[i], k, v, *own, max_seqlen_q=split[i], backend="triton"
+                )
+                assert torch.equal(part, alone), (split, i)
 
 
 @gpu
@@ -182,6 +257,10 @@ def test_how_many_ctas_of_an_sm_decode():
             assert (c and c.ctas_per_sm) == ctas
     assert chosen(4, 265, 64) is None
     assert chosen(4, 265, 128) is not None
+    for head_dim, long in ((64, ForwardConfig), (128, ForwardConfig), (96, DecodeConfig)):
+        given = (head_dim, torch.bfloat16, KeySteps(64 if head_dim == 64 else 128), arches.SM_90, 132)
+        assert isinstance(config.gluon_paged(2048, 1, 8, *given), long)
+        assert isinstance(config.gluon_paged(3, 4, 8, *given), DecodeConfig)
 
 
 @pytest.mark.parametrize("arch", [arches.PORTABLE, arches.SM_90], ids=lambda a: a.name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from typing import Any
 
 import gluon_model as model
 import numpy as np
@@ -69,40 +70,52 @@ def run_forward(
     ahead=False,
     **options,
 ):
-    causal, stay = options.pop("causal", True), options.pop("stay", True)
+    causal, stay, page = options.pop("causal", True), options.pop("stay", True), options.pop("page", 0)
     before, after = options.pop("outside", (0, 0))  # rows of q that belong to no sequence
     d, block_n, block_m, t = 64, 64, 64 * teams, before + sum(lens_q) + after
     n_tiles, equal = grid(lens_q, options.pop("longest", 0) or max(lens_q), block_m, t)
     programs = min(n_tiles * h, 3) if stay else n_tiles * h
     d_q, d_k = Descriptor([t, h * d], [64, d], 2), Descriptor([sum(lens_k), h // heads * d], [block_n, d], 2)
+    cu_k, table = starts(lens_k), None
+    layout: tuple[Any, ...] = (None,) * 4
+    if page:
+        cu_k, (d_k, table, columns) = lens_k, paged_cache(lens_k, page, h // heads, d, block_n)
+        layout = (columns, page, 0, d)
     out, lse = outputs(t * h * d, t * h)
-    cu_q = inside(lens_q, before)
-    numbers = pointers(cu_q, starts(lens_k), lists(lens_q, block_m), [0], [-1] * (programs * queries))
+    numbers = pointers(inside(lens_q, before), cu_k)
+    numbers += [table, *pointers(lists(lens_q, block_m), [0], [-1] * (programs * queries))]
     unused = model.launch(
         *(kernels.attention_forward_kernel, programs, d_q, d_k, d_k, out, lse, *numbers, 1.0),
-        *(t, len(lens_q), n_tiles, h, heads, d, block_n, teams, stages, queries, causal, turns, ahead, stay, equal),
+        *(t, len(lens_q), n_tiles, *layout, h, heads, d, block_n, teams, stages, queries),
+        *(causal, turns, ahead, stay, equal, page),
         **options,
     )
     assert once(out, lse)
     return unused
 
 
-def run_decode(n_queries, lengths, kernels=decode, hkv=2, heads=2, page=16, slots=3, causal=True, **options):
-    before, after = options.pop("outside", (0, 0))
-    d, block_d, block_n, t = options.pop("head_dim", 64), 64, 64, before + sum(n_queries) + after
-    box, columns = math.gcd(page, block_n), max(-(-n // page) for n in lengths) + 1
+def paged_cache(lengths, page, hkv, d, block_n, block_d=64):
+    """(descriptor, block table, its columns): of keys in pages; what is no page of a sequence is out of bounds."""
+    columns = max(-(-n // page) for n in lengths) + 1
     pages, table = itertools.count(), []
     for n in lengths:
         own = [next(pages) for _ in range(-(-n // page))]
         table += own + [-(10**6)] * (columns - len(own))
-    cache = Descriptor([next(pages) * page, hkv * d], [box, block_d], 2)
+    box = math.gcd(page, block_n)
+    return Descriptor([next(pages) * page, hkv * d], [box, block_d], 2), *pointers(table), columns
+
+
+def run_decode(n_queries, lengths, kernels=decode, hkv=2, heads=2, page=16, slots=3, causal=True, **options):
+    before, after = options.pop("outside", (0, 0))
+    d, block_d, block_n, t = options.pop("head_dim", 64), 64, 64, before + sum(n_queries) + after
+    cache, table, columns = paged_cache(lengths, page, hkv, d, block_n, block_d)
     n_seqs, tiles = len(lengths), len(lengths)
     if not options.pop("decoding", False) or max(n_queries) * heads > 64:
         tiles += t * heads // 64
     q, out = outputs(0, t * hkv * heads * d)
     unused = model.launch(
         *(kernels.attention_decode_kernel, tiles * hkv, cache, cache, q, out),
-        *(*pointers(inside(n_queries, before), lengths, table), 1.0, t, n_seqs, hkv * heads * d, d, columns),
+        *(*pointers(inside(n_queries, before), lengths), table, 1.0, t, n_seqs, hkv * heads * d, d, columns),
         *(page, 0, d, page, 0, d, hkv, heads, d, block_d, block_n, page, slots, 1, causal, options.pop("large", False)),
         **options,
     )
@@ -187,6 +200,7 @@ RUNS = {
         h=r.choice([1, 6]),
         heads=1,
         queries=r.choice([1, 2]),
+        page=r.choice([0, 0, 16, 48, 256]),
         stay=r.random() < 0.6,
         **r.choice(WAYS),
         **options,

@@ -281,6 +281,28 @@ def gluon_decode(
     return DecodeConfig(16 if head_dim <= 64 else 4)
 
 
+def gluon_paged(
+    longest: int,
+    heads: int,
+    n_pairs: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    order: KeySteps,
+    arch: Arch,
+    num_sms: int,
+) -> DecodeConfig | ForwardConfig | None:
+    """How a batch over pages runs whose longest query, or where that is unknown the mean, has `longest` tokens.
+
+    Long prefill takes tiles of one head and more warp groups, as over packed keys. Tiles of 64 rows have all heads of a
+    group, so they are full with few queries. heads: query heads of a KV head.
+    """
+    if longest >= 256:
+        forward = gluon_forward(longest, head_dim, dtype, order, arch)
+        if forward is not None:
+            return forward
+    return gluon_decode(longest * heads, n_pairs, head_dim, dtype, order, arch, num_sms)
+
+
 def gluon_dq(max_q: int, head_dim: int, dtype: torch.dtype, order: TwoPass, arch: Arch) -> DqConfig | None:
     """max_q: of the longest sequence.
 

@@ -115,16 +115,17 @@ def decode_config(
     sinks: torch.Tensor | None,
     order: KeySteps,
     arch: Arch,
-) -> DecodeConfig | KernelConfig:
-    """How the paged forward runs; reads no memory of the GPU. The Gluon kernel takes pages that TMA can copy.
+) -> DecodeConfig | ForwardConfig | KernelConfig:
+    """How the paged forward runs; reads no memory of the GPU. The Gluon kernels take pages that TMA can copy.
 
     Where the longest query is not known (max_q is None), a config for as many tokens in sequences of equal length.
     """
     (n_tokens, hq, head_dim), (page, hkv), n_seqs = q.shape, k_cache.shape[1:3], cu_q.shape[0] - 1
-    n_pairs, max_rows = n_seqs * hkv, (cdiv(n_tokens, max(n_seqs, 1)) if max_q is None else max_q) * (hq // hkv)
+    longest = cdiv(n_tokens, max(n_seqs, 1)) if max_q is None else max_q
+    n_pairs, max_rows = n_seqs * hkv, longest * (hq // hkv)
     if table.numel() > 0 and _plain(q, k_cache, params, sinks):
         num_sms = runtime.multiprocessors(q.device)
-        gluon = configs.gluon_decode(max_rows, n_pairs, head_dim, q.dtype, order, arch, num_sms)
+        gluon = configs.gluon_paged(longest, hq // hkv, n_pairs, head_dim, q.dtype, order, arch, num_sms)
         box = math.gcd(page, order.block_n)
         if gluon is not None:
             from bi_ops.gluon import tma  # needs a Triton that has Gluon
@@ -155,7 +156,7 @@ def forward(
         from bi_ops.attention.hopper.forward import launch
 
         out = q.new_empty(q.shape)
-        launch(q, k, v, out, lse, cu_q, cu_k, max_q, params.causal, params.scale, order, config)
+        launch(q, k, v, out, lse, cu_q, cu_k, None, max_q, params.causal, params.scale, order, config)
         return out, lse
     return _triton_forward(q, k, v, lse, cu_q, cu_k, None, max_q, params, sinks, order, config), lse
 
@@ -172,7 +173,7 @@ def paged_forward(
     sinks: torch.Tensor | None,
     order: KeySteps,
     arch: Arch,
-    config: DecodeConfig | KernelConfig | None = None,
+    config: DecodeConfig | ForwardConfig | KernelConfig | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, Hq, D], contiguous: `forward` over pages [blocks, block_size, Hkv, D], the same bits.
@@ -189,6 +190,13 @@ def paged_forward(
         decoding = max_q is not None and max_q * (q.shape[1] // k_cache.shape[2]) <= config.rows
         rest = (params.causal, params.scale, order, config)
         launch(q, k_cache, v_cache, table, cu_q, seqlens_k, out, decoding, *rest)
+        return out
+    if isinstance(config, ForwardConfig):
+        from bi_ops.attention.hopper import forward as hopper
+
+        lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)  # which nobody reads
+        paged = (q, k_cache, v_cache, out, lse, cu_q, seqlens_k, table, max_q)
+        hopper.launch(*paged, params.causal, params.scale, order, config)
         return out
     return _triton_forward(
         *(q, k_cache, v_cache, None, cu_q, seqlens_k, table, max_q, params, sinks, order, config), out=out

@@ -114,7 +114,7 @@ class Sequences:
     """Packed sequences of queries and keys, in which order their tiles are taken, and how many there are."""
 
     cu_q: gl.tensor  # int32 [B + 1]
-    cu_k: gl.tensor  # int32 [B + 1]
+    cu_k: gl.tensor  # int32 [B + 1], or lengths int32 [B] if paged
     order: gl.tensor  # int32 [2, B] of `lpt_order`; not read if the lengths are equal
     counter: gl.tensor  # int32 [1], 0 at the start: tiles taken after each CTA's first
     tile_ids: gl.tensor  # int32 [CTAs, stages of Q]: which tile the Q in each stage belongs to
@@ -126,6 +126,7 @@ class Sequences:
 class QueryTile:
     """A tile of queries of one head: where its sequence starts and how long that is, in queries and keys."""
 
+    sequence: gl.tensor
     head: gl.tensor
     q_start: gl.tensor
     k_start: gl.tensor
@@ -135,10 +136,12 @@ class QueryTile:
 
 
 @gluon.jit
-def get_tile(sequences, i_tile, H: gl.constexpr, BLOCK_M: gl.constexpr, EQUAL: gl.constexpr):
+def get_tile(
+    sequences, i_tile, H: gl.constexpr, BLOCK_M: gl.constexpr, EQUAL: gl.constexpr, PAGED: gl.constexpr = False
+):
     """The query tile `i_tile`: heads side by side, so that KV heads are shared in L2; tiles with most keys first.
 
-    EQUAL: all sequences have as many queries.
+    EQUAL: all sequences have as many queries. PAGED: a sequence's keys start at 0 of its own pages.
     """
     if EQUAL:
         of_one = sequences.n_tiles // sequences.n_seqs
@@ -150,9 +153,12 @@ def get_tile(sequences, i_tile, H: gl.constexpr, BLOCK_M: gl.constexpr, EQUAL: g
     q_start = gl.load(sequences.cu_q + i_b)
     q_len = gl.load(sequences.cu_q + i_b + 1) - q_start
     k_start = gl.load(sequences.cu_k + i_b)
-    k_len = gl.load(sequences.cu_k + i_b + 1) - k_start
+    if PAGED:
+        k_len = k_start
+    else:
+        k_len = gl.load(sequences.cu_k + i_b + 1) - k_start
     i_m = (q_len + BLOCK_M - 1) // BLOCK_M - 1 - from_last
-    return QueryTile(i_tile % H, q_start, k_start, gl.where(i_m >= 0, i_m * BLOCK_M, q_len), q_len, k_len)
+    return QueryTile(i_b, i_tile % H, q_start, k_start, gl.where(i_m >= 0, i_m * BLOCK_M, q_len), q_len, k_len)
 
 
 @gluon.jit

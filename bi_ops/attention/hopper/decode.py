@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from bi_ops.attention.config import DecodeConfig, block_d, check_order
 from bi_ops.attention.hopper.common import ROWS, clear_outside, clear_rows, row_layout, wgmma_layout
+from bi_ops.attention.hopper.pages import CacheLayout, last_box, load_pages, lookup_pages
 from bi_ops.attention.hopper.softmax import online_softmax, reciprocal
 from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.attention.order import KeySteps
@@ -69,24 +70,6 @@ class PartitionArgs:
     LARGE: gl.constexpr
 
 
-@aggregate
-class CacheLayout:
-    """Where a KV head lies in a cache, in rows and columns of its TMA descriptor."""
-
-    page_rows: Scalar  # from page to page
-    head_row: Scalar
-    head_column: Scalar
-
-
-@gluon.jit
-def _lookup(p_table, n, last, PAGE: gl.constexpr, BOX: gl.constexpr, BOXES: gl.constexpr):
-    """The pages of the TMA boxes of the step at key `n`; boxes after the one at key `last` have its page again."""
-    found = ()
-    for i in gl.static_range(BOXES):
-        found += (gl.load(p_table + gl.minimum(n + i * BOX, last) // PAGE),)  # type: ignore[assignment]
-    return found
-
-
 @gluon.jit
 def _producer(desc, args, cache, IS_V: gl.constexpr):
     STAGES: gl.constexpr = args.kv_smem.shape[0]
@@ -95,14 +78,14 @@ def _producer(desc, args, cache, IS_V: gl.constexpr):
     BOXES: gl.constexpr = BLOCK_N // BOX
     PAGE: gl.constexpr = args.PAGE
     n_keys = args.n_keys
-    last = gl.maximum(n_keys - 1, 0) // BOX * BOX
+    last = last_box(n_keys, BOX)
     n_steps = (args.end + BLOCK_N - 1) // BLOCK_N
     if n_steps > 0:
-        pages = _lookup(args.block_table, 0, last, PAGE, BOX, BOXES)
+        pages = lookup_pages(args.block_table, 0, last, PAGE, BOX, BOXES)
         for i in range(0, n_steps):
             n = i * BLOCK_N
             # Looked up early: the pages are known when the next stage is empty.
-            next_pages = _lookup(args.block_table, n + BLOCK_N, last, PAGE, BOX, BOXES)
+            next_pages = lookup_pages(args.block_table, n + BLOCK_N, last, PAGE, BOX, BOXES)
             # Stages are filled in the order in which they are read: K of a step before V of the step before it.
             if IS_V:
                 position = 2 * i + 2
@@ -114,10 +97,7 @@ def _producer(desc, args, cache, IS_V: gl.constexpr):
             cut = IS_V and n_keys - n < BLOCK_N
             full = args.full.index(gl.where(cut, STAGES, stage))
             mbarrier.expect(full, BOXES * desc.block_type.nbytes)
-            for j in gl.static_range(BOXES):
-                key = gl.minimum(n + j * BOX, last)
-                coord = [pages[j] * cache.page_rows + cache.head_row + key % PAGE, cache.head_column]
-                tma.async_load(desc, coord, full, args.kv_smem.index(stage).slice(j * BOX, BOX))
+            load_pages(desc, pages, n, last, cache, full, args.kv_smem.index(stage), PAGE)
             if IS_V and cut:
                 mbarrier.wait(full, 0)
                 clear_rows(args.kv_smem.index(stage), n_keys - n, 1)

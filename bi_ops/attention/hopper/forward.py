@@ -1,5 +1,7 @@
 """Attention's forward on Hopper, warp-specialised, written in Gluon: `attention_kernel`'s order, and its bits.
 
+Keys and values are packed, or in pages, as prefill finds them. The grid depends on no length of a sequence.
+
 A CTA takes a tile of queries of one head. If it is persistent it takes another when that is done, until none is left.
 
     producer  1 warp                           has TMA copy the tile's Q, then K and V step by step, into their stages
@@ -7,6 +9,8 @@ A CTA takes a tile of queries of one head. If it is persistent it takes another 
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from triton.experimental import gluon
@@ -16,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from bi_ops.attention.config import ForwardConfig, check_order
 from bi_ops.attention.hopper.common import ROWS, clear_outside, clear_rows, row_layout, wgmma_layout
 from bi_ops.attention.hopper.mainloop import mainloop, mainloop_overlap
+from bi_ops.attention.hopper.pages import CacheLayout, last_box, load_pages, lookup_pages
 from bi_ops.attention.hopper.softmax import reciprocal
 from bi_ops.attention.kernels.common import LN2, LOG2E
 from bi_ops.attention.order import KeySteps
@@ -49,6 +54,11 @@ class PartitionArgs:
     v_tail: gl.shared_memory_descriptor  # the last, partial V has come, and is to be cleared past the end
     scheduler: gl.shared_memory_descriptor  # ping-pong: warp group i may issue its GEMMs
     sequences: Sequences
+    table: Scalar  # None if packed, as are the next
+    stride_table: Scalar
+    page_rows: Scalar  # of K and V, which lie alike: as `CacheLayout`, for a head number of 1
+    head_rows: Scalar
+    head_columns: Scalar
     scale: Scalar
     n_tokens: Scalar
     H: gl.constexpr
@@ -59,6 +69,29 @@ class PartitionArgs:
     OVERLAP: gl.constexpr
     PERSISTENT: gl.constexpr
     EQUAL: gl.constexpr
+    PAGE: gl.constexpr  # 0: packed
+
+
+@gluon.jit
+def _load_tile(args, desc, tile, column, n, full, smem):
+    """Have TMA copy the keys or values from key `n` of the tile's sequence on; `full` completes when they are there.
+
+    column: of the KV head in packed keys.
+    """
+    PAGE: gl.constexpr = args.PAGE
+    if PAGE == 0:
+        mbarrier.expect(full, desc.block_type.nbytes)
+        tma.async_load(desc, [tile.k_start + n, column], full, smem)
+    else:
+        BOX: gl.constexpr = desc.block_type.shape[0]
+        BOXES: gl.constexpr = smem.shape[0] // BOX
+        mbarrier.expect(full, BOXES * desc.block_type.nbytes)
+        kv_head = tile.head // args.HEADS
+        cache = CacheLayout(args.page_rows, kv_head * args.head_rows, kv_head * args.head_columns)
+        last = last_box(tile.k_len, BOX)
+        p_table = args.table + tile.sequence.to(gl.int64) * args.stride_table
+        pages = lookup_pages(p_table, n, last, PAGE, BOX, BOXES)
+        load_pages(desc, pages, n, last, cache, full, smem, PAGE)
 
 
 @gluon.jit
@@ -77,26 +110,21 @@ def _load_keys(args, step, tails, tile, n_steps):
             stage = step % STAGES
             empty = args.v_empty if args.OVERLAP else args.k_empty
             wait_empty(empty, step)
-            full = args.k_full.index(stage)
-            mbarrier.expect(full, args.k_desc.block_type.nbytes)
-            tma.async_load(args.k_desc, [tile.k_start + i * BLOCK_N, column], full, args.k_smem.index(stage))
+            _load_tile(args, args.k_desc, tile, column, i * BLOCK_N, args.k_full.index(stage), args.k_smem.index(stage))
         if i > 0:
             stage = (step - 1) % STAGES
             n = (i - 1) * BLOCK_N
             if not args.OVERLAP:  # then K has waited for the stage, for both
                 wait_empty(args.v_empty, step - 1)
             if tile.k_len - n < BLOCK_N:
-                mbarrier.expect(args.v_tail, args.v_desc.block_type.nbytes)
-                tma.async_load(args.v_desc, [tile.k_start + n, column], args.v_tail, args.v_smem.index(stage))
+                _load_tile(args, args.v_desc, tile, column, n, args.v_tail, args.v_smem.index(stage))
                 mbarrier.wait(args.v_tail, tails & 1)
                 tails += 1
                 clear_rows(args.v_smem.index(stage), tile.k_len - n, 1)
                 fence_async_shared()
                 mbarrier.arrive(args.v_full.index(stage))
             else:
-                full = args.v_full.index(stage)
-                mbarrier.expect(full, args.v_desc.block_type.nbytes)
-                tma.async_load(args.v_desc, [tile.k_start + n, column], full, args.v_smem.index(stage))
+                _load_tile(args, args.v_desc, tile, column, n, args.v_full.index(stage), args.v_smem.index(stage))
         step += 1
     return step - 1, tails
 
@@ -116,7 +144,7 @@ def _producer(args):
     tails = n_tiles * 0
     i_tile = gl.program_id(0)
     while i_tile < n_tiles * args.H:
-        tile = get_tile(sequences, i_tile, args.H, BLOCK_M, args.EQUAL)
+        tile = get_tile(sequences, i_tile, args.H, BLOCK_M, args.EQUAL, args.PAGE != 0)
         n_steps, _ = key_steps(tile.m, tile.q_len, tile.k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
         if tile.m < tile.q_len:
             stage = tiles % Q_STAGES
@@ -186,7 +214,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     mbarrier.wait(args.q_full.index(WARP_GROUP), 0)
     i_tile = gl.load(p_tile_id)
     while i_tile < n_tiles * args.H:
-        tile = get_tile(sequences, i_tile, args.H, BLOCK_M, args.EQUAL)
+        tile = get_tile(sequences, i_tile, args.H, BLOCK_M, args.EQUAL, args.PAGE != 0)
         m, q_len, k_len = tile.m, tile.q_len, tile.k_len
         n_steps, n_full = key_steps(m, q_len, k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
         n_loaded = n_steps
@@ -222,15 +250,19 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         i_tile = gl.load(p_tile_id + stage)
 
 
-@gluon.jit(do_not_specialize=["n_tokens", "n_seqs", "n_tiles"], do_not_specialize_on_alignment=["p_counter"])
+@gluon.jit(
+    do_not_specialize=["n_tokens", "n_seqs", "n_tiles", "stride_table", "page_rows", "head_rows", "head_columns"],
+    do_not_specialize_on_alignment=["p_counter"],
+)
 def attention_forward_kernel(
     d_q,  # [T, H * D], tiles [ROWS, D]
-    d_k,  # [Tk, H / HEADS * D], tiles [BLOCK_N, D]
+    d_k,  # [Tk, H / HEADS * D], tiles [BLOCK_N, D]; if paged of `tma.cache_descriptor`, tiles [BOX, D]
     d_v,  # as d_k
     p_out,  # [T, H, D], contiguous
     p_lse,  # fp32 [H, T], natural logarithm
     p_cu_q,  # int32 [B + 1]
-    p_cu_k,  # int32 [B + 1]
+    p_cu_k,  # int32 [B + 1], or lengths int32 [B] if paged
+    p_table,  # int32 [B, max_blocks] if paged
     p_order,  # int32 [2, B] of `lpt_order`; not read if EQUAL
     p_counter,  # int32 [1]: 0; tiles taken after each CTA's first
     p_tile_ids,  # int32 [CTAs, Q_STAGES], uninitialised: which tile the Q in each stage belongs to
@@ -238,6 +270,10 @@ def attention_forward_kernel(
     n_tokens,
     n_seqs,
     n_tiles,  # of WARP_GROUPS * ROWS queries: as many as there are if EQUAL, else at least
+    stride_table,
+    page_rows,  # of d_k and d_v if paged: rows from page to page
+    head_rows,  # rows from head to head
+    head_columns,  # and columns
     H: gl.constexpr,
     HEADS: gl.constexpr,  # query heads of a KV head
     D: gl.constexpr,
@@ -250,6 +286,7 @@ def attention_forward_kernel(
     OVERLAP: gl.constexpr,  # a step's S is issued before the exponentials of the step before; then no ping-pong
     PERSISTENT: gl.constexpr,  # a CTA takes tiles until none is left, else one
     EQUAL: gl.constexpr,  # all sequences have as many queries
+    PAGE: gl.constexpr,  # tokens of a page; 0: packed
 ):
     DTYPE: gl.constexpr = d_q.dtype
     SLOTS: gl.constexpr = 4 if WARP_GROUPS == 3 else WARP_GROUPS
@@ -289,8 +326,8 @@ def attention_forward_kernel(
     sequences = Sequences(p_cu_q, p_cu_k, p_order, p_counter, p_tile_ids, n_seqs, n_tiles)
     args = PartitionArgs(
         *(d_q, d_k, d_v, p_out, p_lse, q_smem, k_smem, v_smem, q_full, k_full, v_full, q_empty, k_empty, v_empty),
-        *(v_tail, scheduler, sequences, scale, n_tokens),
-        *(H, HEADS, WARP_GROUPS, CAUSAL, PINGPONG, OVERLAP, PERSISTENT, EQUAL),
+        *(v_tail, scheduler, sequences, p_table, stride_table, page_rows, head_rows, head_columns, scale, n_tokens),
+        *(H, HEADS, WARP_GROUPS, CAUSAL, PINGPONG, OVERLAP, PERSISTENT, EQUAL, PAGE),
     )
     if WARP_GROUPS == 2:
         gl.warp_specialize(
@@ -314,7 +351,8 @@ def launch(
     lse: torch.Tensor,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    max_q: int,
+    table: torch.Tensor | None,
+    max_q: int | None,
     causal: bool,
     scale: float,
     order: KeySteps,
@@ -324,26 +362,36 @@ def launch(
 
     Args:
         q: [T, Hq, D], bf16 or fp16, D 64, 128 or 256, T > 0. k, v: [Tk, Hkv, D], Tk > 0. out: [T, Hq, D], contiguous.
-        lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at least the most queries of one.
+        lse: fp32 [Hq, T]. cu_q, cu_k: int32 [B + 1], B > 0. max_q: at least the most queries of one; None: any split of
+            the tokens is served. With a table, int32 [B, max_blocks], k and v are pages [blocks, block_size, Hkv, D] of
+            one layout, as `tma.is_cache_compatible` asks, and cu_k lengths int32 [B].
 
     Raises:
         ValueError: an order of other steps than 64 or 128 keys.
     """
     check_order(config, order)
-    (n_tokens, hq, head_dim), hkv = q.shape, k.shape[1]
+    (n_tokens, hq, head_dim), hkv = q.shape, k.shape[-2]
     n_seqs = cu_q.shape[0] - 1
-    equal = max_q * n_seqs == n_tokens
+    equal = max_q is not None and max_q * n_seqs == n_tokens
     block_m = config.warp_groups * ROWS.value
-    n_tiles = cdiv(max_q, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
+    n_tiles = cdiv(n_tokens // n_seqs, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
     tile_order, counter = (cu_q, cu_q.new_zeros(1)) if equal else lpt_order(cu_q, block_m)
     programs = n_tiles * hq
     if config.persistent:
         programs = min(programs, runtime.multiprocessors(q.device))
     tile_ids = cu_q.new_empty((programs, config.q_stages))
+    if table is None:
+        page = 0
+        layout: list[int | None] = [None] * 4
+        d_k, d_v = (tma.head_descriptor(t, order.block_n) for t in (k, v))
+    else:
+        page = k.shape[1]
+        (d_k, *rows), (d_v, *_) = (tma.cache_descriptor(t, math.gcd(page, order.block_n), head_dim) for t in (k, v))
+        layout = [table.stride(0), *rows]
     attention_forward_kernel[(programs,)](
-        tma.head_descriptor(q, ROWS.value),
-        *(tma.head_descriptor(t, order.block_n) for t in (k, v)),
-        *(out, lse, cu_q, cu_k, tile_order, counter, tile_ids, scale, n_tokens, n_seqs, n_tiles),
+        *(tma.head_descriptor(q, ROWS.value), d_k, d_v, out, lse, cu_q, cu_k, table),
+        *(tile_order, counter, tile_ids, scale, n_tokens, n_seqs, n_tiles),
+        *layout,
         H=hq,
         HEADS=hq // hkv,
         D=head_dim,
@@ -356,6 +404,7 @@ def launch(
         OVERLAP=config.overlap,
         PERSISTENT=config.persistent,
         EQUAL=equal,
+        PAGE=page,
         num_warps=4,
         **PINNED,
     )
