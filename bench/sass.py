@@ -227,6 +227,22 @@ def wgrad_launches() -> Iterator[Launch]:
         yield launch(*options)
 
 
+def decode_matmul_launches() -> Iterator[Launch]:
+    from bi_ops.matmul import config, decode
+
+    def launch(m, n, dtype=BF16, bias=False):
+        x, weight, out = (torch.zeros(s, dtype=dtype) for s in ((m, 4096), (n, 4096), (m, n)))
+        c = config.decode_config(m, n, 4096)
+        name = _text(**asdict(c), dtype=dtype, bias=bias)
+        return name, lambda: decode.launch(x, weight, out[0] if bias else None, out)
+
+    for m, sizes in ((1, (1024, 4096, 12288)), (64, (4096, 12288))):
+        for n in sizes:
+            yield launch(m, n)
+    yield launch(1, 4096, FP16)
+    yield launch(1, 4096, BF16, True)
+
+
 LAUNCHES = {
     "forward": forward_launches,
     "decode": decode_launches,
@@ -234,6 +250,7 @@ LAUNCHES = {
     "dq": dq_launches,
     "dkv": dkv_launches,
     "wgrad": wgrad_launches,
+    "decode_matmul": decode_matmul_launches,
 }
 
 

@@ -33,10 +33,11 @@ class Failure(Exception):
 
 
 class State(threading.local):
-    """Of a thread: its program, its name and warps, products it has in flight, and tiles that its copies read."""
+    """Of a thread: its program, its name and warps, whether it has waited for the kernels before, products it has in
+    flight, and tiles that its copies read."""
 
     program: int | None = 0
-    programs, name, warps, allocated = 1, "", 4, 0
+    programs, name, warps, allocated, waited = 1, "", 4, 0, False
 
     def __init__(self):
         self.groups, self.leaving = [], []
@@ -177,17 +178,18 @@ class Pointer:
 
     dtype = types.SimpleNamespace(element_ty="bfloat16")
 
-    def __init__(self, memory, at=0):
-        self.memory, self.at = memory, at
+    def __init__(self, memory, at=0, shared=False):
+        """shared: with the kernels before, so that it may be touched after the wait for them alone."""
+        self.memory, self.at, self.shared = memory, at, shared
 
     def __add__(self, other):
         if isinstance(other, Tensor) or isinstance(self.at, Tensor):
             at = self.at if isinstance(self.at, Tensor) else Tensor((), np.int64(self.at))
-            return Pointer(self.memory, at + other)
-        return Pointer(self.memory, int(self.at) + int(other))
+            return Pointer(self.memory, at + other, self.shared)
+        return Pointer(self.memory, int(self.at) + int(other), self.shared)
 
     def __getitem__(self, at):
-        return Pointer(self.memory, self.at[at])
+        return Pointer(self.memory, self.at[at], self.shared)
 
 
 class Layout:
@@ -216,9 +218,9 @@ class Barrier:
 class Shared:
     """Tiles or barriers in shared memory. What is known is known of a whole tile, a `slot`."""
 
-    def __init__(self, dtype, shape, layout, root=None, slot=0):
+    def __init__(self, dtype, shape, layout, root=None, slot=0, whole=True):
         self.dtype, self.shape, self.layout, self.slot = dtype, tuple(int(n) for n in shape), layout, slot
-        self.root = root or self
+        self.root, self.whole = root or self, whole
         if root is None:
             self.barriers = {}
             self.coming: collections.Counter[Any] = collections.Counter()
@@ -230,11 +232,14 @@ class Shared:
     type = property(lambda self: self)
     barrier = property(lambda self: self.root.barriers[self.slot])
 
-    def view(self, shape, slot=None):
-        return Shared(self.dtype, shape, self.layout, self.root, self.slot if slot is None else int(slot))
+    def view(self, shape, slot=None, whole=None):
+        slot, whole = self.slot if slot is None else int(slot), self.whole if whole is None else whole
+        return Shared(self.dtype, shape, self.layout, self.root, slot, whole)
 
     def index(self, i):
-        return self.view(self.shape[1:], i) if 0 <= i < self.shape[0] else fail(f"{here.name}: {i} of {self.shape}")
+        if not 0 <= i < self.shape[0]:
+            fail(f"{here.name}: {i} of {self.shape}")
+        return self.view(self.shape[1:], i if self.whole else None)  # else a part of the slot
 
     def slice(self, start, size, dim=0):
         if not 0 <= start <= start + size <= self.shape[dim]:
@@ -266,7 +271,8 @@ class Descriptor:
 
     dtype = layout = None
 
-    def __init__(self, shape, block, itemsize):
+    def __init__(self, shape, block, itemsize, shared=False):
+        self.shared = shared  # as `Pointer`
         self.shape, self.log, self.history = shape, collections.defaultdict(list), collections.defaultdict(list)
         self.block_type = types.SimpleNamespace(shape=block, nbytes=int(np.prod(block)) * itemsize)
 
@@ -302,6 +308,8 @@ class tma:
         with lock:
             if any(c < 0 for c in corner):
                 fail(f"{here.name}: corner {corner}")
+            if descriptor.shared and not here.waited:
+                fail(f"{here.name}: reads what the kernels before may write, without waiting for them")
             if tile.root.readers[tile.slot]:
                 fail(f"{here.name}: copies over slot {tile.slot}, read by {tile.root.readers[tile.slot]}")
             tile.root.coming[tile.slot] += 1
@@ -323,6 +331,9 @@ class tma:
 
     def store_wait(n):
         _finish(here.leaving, n)
+
+    def reinterpret(tile, shape):
+        return tile.view(shape, whole=False)
 
 
 def _finish(groups, n):
@@ -458,6 +469,8 @@ class gl:
         at = at[0][at[1]]
         if at.size and not 0 <= at.min() <= at.max() < len(pointer.memory):
             fail(f"{here.name}: writes {at.min()} to {at.max()} of {len(pointer.memory)}")
+        if pointer.shared and not here.waited:
+            fail(f"{here.name}: writes what the kernels before may read, without waiting for them")
         with lock:
             np.add.at(pointer.memory, at, 1)
 
@@ -505,6 +518,10 @@ def _nothing():
     pass
 
 
+def _wait_for_predecessors():
+    here.waited = True
+
+
 def _layout(*args):
     return Layout()
 
@@ -513,6 +530,7 @@ def _layout(*args):
 OURS = {
     **{"gl": gl, "mbarrier": mbarrier, "tma": tma, "acquire": acquire, "release": release, "fetch_add": fetch_add},
     **{"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait},
+    **{"launch_dependents": _nothing, "wait_for_predecessors": _wait_for_predecessors},
     **{"fence_async_shared": _nothing, "barrier": _nothing, "wgmma_layout": _layout, "row_layout": _layout},
     "clear_rows": lambda tile, n_valid, warps: tile.use(),
     "range": lambda *args: map(Index, range(*args)),
@@ -562,7 +580,7 @@ def launch(kernel, programs, *args, resident=2, seed=0, **kwargs):
                     here.program, here.programs = next(ids, None), programs
                 if here.program is None:
                     break
-                here.allocated = 0
+                here.allocated, here.waited = 0, False
                 f(*given, **kwargs)
         finally:
             with lock:

@@ -7,7 +7,7 @@ import functools
 import torch
 from triton._C.libtriton import ir
 from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -26,6 +26,12 @@ def _async_atomic_add(descriptor, coord, src, _semantic=None):
 
 #: Global memory += a tile of shared memory. Triton 3.6 has the instruction, but no function for it.
 async_atomic_add = getattr(tma, "async_atomic_add", None) or _async_atomic_add
+
+
+@builtin
+def reinterpret(tile, shape, _semantic=None):
+    """The same bytes of shared memory, from the tile's first on, as a tile of another shape."""
+    return _semantic.memdesc_reinterpret(tile, tile.dtype, [int(_unwrap_if_constexpr(n)) for n in shape], tile.layout)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
 
 from bi_ops.core import arch as arches
 from bi_ops.core import runtime, vllm
@@ -14,6 +15,9 @@ from bi_ops.matmul import cublaslt, verification
 from bi_ops.matmul.launch import TENSOR_CORE_DTYPES, is_matrix, launch_triton
 from bi_ops.matmul.order import GemmOrder, Problem
 from bi_ops.matmul.order import order as order_of
+
+#: Releases of Triton that let a tile of shared memory be read past its end, as `decode` does: up to 3.7.
+DECODE_RELEASES = ("3.6", "3.7")
 
 
 class GemmBackend(Backend):
@@ -88,6 +92,42 @@ class Triton(GemmBackend):
         return True
 
 
+class Decode(GemmBackend):
+    """bi_ops' own kernel for up to 64 rows on Hopper; more rows, and what TMA cannot read, are the other backends'.
+
+    Not chosen by itself: a launch takes the host longer than cuBLASLt's, which a CUDA graph hides. vLLM's plugin names
+    it.
+    """
+
+    name = "decode"
+    note = "own kernel for up to 64 rows in CUDA graphs; bf16 and fp16 on Hopper"
+    automatic = False
+    forward_only = True
+
+    def available(self) -> Support:
+        if runtime.INTERPRET:
+            return Support(False, "no GPU: Gluon's kernels need one")
+        if not triton.__version__.startswith(DECODE_RELEASES):
+            return Support(
+                False, f"Triton {triton.__version__}: its kernel compiles under {' and '.join(DECODE_RELEASES)}"
+            )
+        here = arches.current()
+        return Support(here.gluon, "" if here.gluon else f"{here.name}: its kernel needs Hopper's wgmma and TMA")
+
+    def supports(self, problem: Problem, arch: Arch) -> Support:  # type: ignore[override]
+        if not arch.gluon:
+            return Support(False, f"{arch.name}: its kernel needs Hopper's wgmma and TMA")
+        return Support(problem.dtype in TENSOR_CORE_DTYPES, f"{problem.dtype}: it multiplies bf16 and fp16")
+
+    def gemm(self, a, b, bias, out, batch_axis):
+        from bi_ops.matmul import decode
+
+        if batch_axis == "m" and decode.serves(a, b.t(), bias, out):
+            decode.launch(a, b.t(), bias, out)
+            return True
+        return bool(_CUBLASLT.available()) and _CUBLASLT.gemm(a, b, bias, out, batch_axis)
+
+
 class Vllm(GemmBackend):
     """vLLM's batch-invariant kernel, for comparison."""
 
@@ -120,10 +160,10 @@ def _cublaslt_available() -> Support:
     return cublaslt.availability()
 
 
-_TRITON = Triton()
+_CUBLASLT, _TRITON = CublasLt(), Triton()
 
 #: In order of preference, which is that of speed.
-backends: Backends[GemmBackend] = Backends("matmul", (CublasLt(), _TRITON, Vllm()))
+backends: Backends[GemmBackend] = Backends("matmul", (_CUBLASLT, _TRITON, Decode(), Vllm()))
 
 
 @backends.cached

@@ -47,6 +47,28 @@ def gemm_config(m: int, n: int, dtype: torch.dtype, arch: Arch) -> GemmConfig:
 
 
 @dataclass(frozen=True)
+class DecodeConfig:
+    """Tiles of `decode.decode_matmul_kernel`: `stages` steps of `block_k` elements of K in flight."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+
+
+@functools.lru_cache(maxsize=4096)  # asked in every launch
+def decode_config(m: int, n: int, k: int) -> DecodeConfig:
+    """The fastest known tile of an [m, n] result, m up to 64 (bench/decode_gemm.py)."""
+    block_m = _pow2(m, 8, 64)
+    if block_m > 16:
+        return DecodeConfig(block_m, 32 if n <= 4096 else 64, 128, 6)
+    # TMA copies few wide boxes faster than many narrow ones, so no tile is narrower than its GEMM's size asks for.
+    if n <= 1024:
+        return DecodeConfig(block_m, 16, 256, 8 if block_m == 8 else 6)
+    return DecodeConfig(block_m, 32, 256, 4 if n <= 8192 else 3)
+
+
+@dataclass(frozen=True)
 class WgradConfig:
     """Tiles of `hopper.wgrad_kernel`: 128 rows by `block_n` columns; `stages` steps of `block_t` tokens in flight."""
 

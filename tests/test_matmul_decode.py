@@ -1,0 +1,245 @@
+"""GEMMs of few rows on Hopper: the kernel's control flow on the CPU, its tiles, what it serves; on a GPU, its bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gluon_model as model
+import numpy as np
+import pytest
+import torch
+from gluon_model import Descriptor, Pointer
+
+from bi_ops import matmul
+from bi_ops.core.arch import PORTABLE, SM_90
+from bi_ops.core.limits import SMALL
+from bi_ops.matmul import config, decode
+from bi_ops.matmul.backends import backends, gemm
+from bi_ops.matmul.config import DecodeConfig
+from bi_ops.matmul.launch import launch_triton
+from bi_ops.matmul.order import Problem
+
+#: N, K of Qwen3's linear layers, 0.6B, 1.7B, 4B and 8B: qkv, o, gate_up and down; and of an LM head.
+QWEN3 = (
+    *((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)),
+    *((4096, 2048), (2048, 2048), (12288, 2048), (2048, 6144)),
+    *((6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728)),
+    *((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)),
+    (151936, 1024),
+)
+#: N that no tile divides, K that ends within a step, or is shorter than the pipeline.
+ODD = ((1, 8), (3, 24), (17, 136), (100, 1000), (1001, 520), (40, 4104))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# control flow
+
+
+def run(m, n, k, c, prefetch, kernels: Any = decode, **options):
+    """Run a launch's CTAs in the model. What lies in memory is stored once; the tiles are loaded once per CTA."""
+    x = Descriptor([m, k], [c.block_m, c.block_k], 2, shared=True)
+    w = Descriptor([n, k], [c.block_n, c.block_k], 2, shared=not prefetch)
+    out = Pointer(np.zeros(m * n, np.int64), shared=True)
+    n_m, n_n, steps = -(-m // c.block_m), -(-n // c.block_n), -(-k // c.block_k)
+    unused = model.launch(
+        *(kernels.decode_matmul_kernel, n_m * n_n, x, w, Pointer([]), out, m, n, k, n, int(prefetch), c.stages, False),
+        **options,
+    )
+    assert unused == 0
+    assert (out.memory == 1).all()
+    for desc, tiles, block, shared_by in ((x, n_m, c.block_m, n_n), (w, n_n, c.block_n, n_m)):
+        corners = {(i * block, j * c.block_k) for i in range(tiles) for j in range(steps)}
+        assert {at: len(loads) for at, loads in desc.history.items()} == dict.fromkeys(corners, shared_by)
+
+
+SIZES = (
+    (1, 20, 512, DecodeConfig(8, 8, 128, 4)),
+    (5, 33, 1000, DecodeConfig(8, 16, 256, 2)),
+    (40, 64, 640, DecodeConfig(16, 32, 64, 3)),
+    (64, 48, 192, DecodeConfig(64, 16, 64, 2)),
+)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_tile_is_computed_once_without_a_race(sizes, prefetch):
+    m, n, k, c = sizes
+    for seed in range(3):
+        run(m, n, k, c, prefetch, seed=seed, resident=1 + seed)
+
+
+BROKEN = {
+    "a stage refilled too early": ("warpgroup_mma_wait(STEP, ", "warpgroup_mma_wait(3 * STEP, "),
+    "a stage read too early": ("mbarrier.wait(full.index(stage), phase)", "pass"),
+    "a step too many": ("& (i - 1 + STAGES < n_steps)", "& (i - 1 + STAGES <= n_steps)"),
+    "rows past the tile stored": ("((o_r < BLOCK_M) & (m + o_r < M))", "(m + o_r < M)"),
+    "no wait before x": ("\n    wait_for_predecessors()", "\n    pass"),
+    "no wait before the weight": ("\n        wait_for_predecessors()", "\n        pass"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_what_is_broken_is_caught(broken, tmp_path):
+    """Negative control."""
+    other = model.edited(decode, *BROKEN[broken], tmp_path)
+    with pytest.raises((model.Failure, AssertionError)):
+        [run(*s, prefetch, kernels=other, seed=i) for i in range(5) for s in SIZES for prefetch in (False, True)]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# tiles
+
+
+def shared_memory(c):
+    """Bytes of shared memory of a CTA."""
+    past = -(-(64 // c.block_m - 1) // (c.block_k // 64))
+    return 2 * c.block_k * ((c.stages + past) * c.block_m + c.stages * c.block_n)
+
+
+@pytest.mark.parametrize("m", [1, 2, 8, 9, 16, 17, 33, 64])
+@pytest.mark.parametrize(("n", "k"), QWEN3 + ODD)
+def test_a_config_fits_the_multiprocessor(m, n, k):
+    c = config.decode_config(m, n, k)
+    assert shared_memory(c) + 1024 <= 227 << 10
+    assert c.block_m in (8, 16, 32, 64)
+    assert c.block_n in (8, 16, 32, 64, 128, 256)
+    assert c.block_k % 64 == 0
+    assert c.stages >= 2
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what is served
+
+
+def operands(m, n, k, dtype=torch.bfloat16, device="cpu"):
+    return (torch.randn(s, device=device).to(dtype) for s in ((m, k), (n, k), (m, n)))
+
+
+def test_few_rows_of_dense_operands_are_served():
+    x, w, out = operands(64, 24, 40)
+    assert decode.serves(x, w, None, out)
+    assert decode.serves(x[:1], w, out[0], out[:1])
+    refused = {
+        "no rows": (x[:0], w, out[:0]),
+        "many rows": tuple(operands(65, 24, 40)),
+        "fp32": tuple(operands(64, 24, 40, torch.float32)),
+        "rows of 2 bytes more": tuple(operands(64, 24, 41)),
+        "two dtypes": (x, w.half(), out),
+        "a start in the middle": (x.flatten()[1 : 1 + 63 * 40].view(63, 40), w, out[:63]),
+        "columns": (x.t().contiguous().t(), w, out),
+        "a weight of columns": (x, w.t().contiguous().t(), out),
+        "an output of columns": (x, w, out.t().contiguous().t()),
+    }
+    assert [name for name, (a, b, c) in refused.items() if decode.serves(a, b, None, c)] == []
+
+
+def test_sizes_past_tma_are_refused():
+    x, w = torch.empty(1, 8, device="meta"), torch.empty(SMALL, 8, device="meta")
+    assert not decode.serves(x, w, None, torch.empty(1, SMALL, device="meta"))
+
+
+def test_the_backend_has_the_canonical_order_and_serves_hopper_alone():
+    decode_backend, triton = backends.get("decode"), backends.get("triton")
+    problem = Problem(torch.bfloat16)
+    assert decode_backend.order(problem, SM_90) == triton.order(problem, SM_90)
+    assert decode_backend.supports(problem, SM_90)
+    assert not decode_backend.supports(problem, PORTABLE)
+    assert not decode_backend.supports(Problem(torch.float32), SM_90)
+    assert not decode_backend.automatic
+
+
+def test_without_hopper_its_name_is_an_error(device):
+    if backends.get("decode").available():
+        pytest.skip("it runs here")
+    x, w, _ = operands(2, 8, 16, device=device)
+    with pytest.raises(RuntimeError, match=r"decode.*cannot run here"):
+        matmul.linear(x, w, backend="decode")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# bits
+
+
+def by_triton(x, w, bias=None):
+    out = torch.full((x.shape[0], w.shape[0]), torch.nan, device=x.device, dtype=x.dtype)
+    launch_triton(x[None], w.t()[None], bias, out[None])
+    return out
+
+
+def by_decode(x, w, bias=None, **options):
+    out = torch.full((x.shape[0], w.shape[0]), torch.nan, device=x.device, dtype=x.dtype)
+    assert decode.serves(x, w, bias, out)
+    decode.launch(x, w, bias, out, **options)
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), QWEN3 + ODD)
+def test_bits_are_those_of_the_triton_kernel(n, k, dtype, device):
+    x, w, _ = operands(64, n, k, dtype, device)
+    for m in (*range(1, 18), 23, 31, 32, 33, 48, 63, 64) if n < 10000 else (1, 7, 16, 33, 64):
+        assert torch.equal(by_decode(x[:m], w), by_triton(x[:m], w)), m
+
+
+@pytest.mark.gpu
+def test_every_config_has_these_bits(device):
+    x, w, _ = operands(64, 1001, 2056, device=device)
+    bias = torch.randn(1001, device=device).bfloat16()
+    ref = by_triton(x, w, bias)
+    for block_m in (8, 16, 32, 64):
+        for block_n, block_k, stages in ((8, 256, 4), (16, 128, 2), (32, 64, 8), (64, 128, 4), (128, 64, 5)):
+            c = DecodeConfig(block_m, block_n, block_k, stages)
+            assert torch.equal(by_decode(x, w, bias, config=c), ref), c
+
+
+@pytest.mark.gpu
+def test_another_order_has_other_bits(device):
+    """Negative control: K in two halves."""
+    x, w, _ = operands(8, 1024, 2048, device=device)
+    halves = by_decode(x[:, :1024].contiguous(), w[:, :1024].contiguous()).float()
+    halves += by_decode(x[:, 1024:].contiguous(), w[:, 1024:].contiguous()).float()
+    assert not torch.equal(halves.bfloat16(), by_triton(x, w))
+
+
+@pytest.mark.gpu
+def test_the_backend_serves_any_rows(device):
+    for m in (1, 64, 65, 300):
+        x, w, _ = operands(m, 512, 256, device=device)
+        assert torch.equal(gemm(x, w.t(), backend="decode"), by_triton(x, w))
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(matmul.linear(x, w, backend="decode").sum(), x)
+    (expected,) = torch.autograd.grad(matmul.linear(x, w, backend="triton").sum(), x)
+    assert torch.equal(dx, expected)
+
+
+def chain(x, weights, outs, call):
+    for w, out in zip(weights, outs, strict=True):
+        call(x, w, out)
+        x = out
+    return x
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 64])
+def test_a_captured_chain_with_prefetched_weights_sees_what_came_before(m, device):
+    """Each GEMM reads what the one before wrote, x and the weights are updated between replays, and a plain kernel
+    follows the last GEMM."""
+    d, depth = 1024, 24
+    weights = [torch.randn(d, d, device=device).bfloat16() / 32 for _ in range(depth)]
+    x = torch.randn(m, d, device=device).bfloat16()
+    outs = [torch.empty_like(x) for _ in range(depth)]
+    after = torch.empty_like(x)
+    decode.launch(x, weights[0], None, outs[0], prefetch=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(x, weights, outs, lambda a, w, o: decode.launch(a, w, None, o, prefetch=True))
+        torch.mul(outs[-1], 2, out=after)
+    expected = [torch.empty_like(x) for _ in range(depth)]
+    for i in range(20):
+        x.normal_()
+        weights[i % depth].normal_(std=1 / 32)
+        graph.replay()
+        last = chain(x, weights, expected, lambda a, w, o: launch_triton(a[None], w.t()[None], None, o[None]))
+        assert torch.equal(outs[-1], last), i
+        assert torch.equal(after, 2 * last), i
