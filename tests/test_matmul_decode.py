@@ -12,6 +12,7 @@ from gluon_model import Descriptor, Pointer
 
 from bi_ops import matmul
 from bi_ops.core.arch import PORTABLE, SM_90
+from bi_ops.core.backends import Support
 from bi_ops.core.limits import SMALL
 from bi_ops.matmul import config, decode
 from bi_ops.matmul.backends import backends, gemm
@@ -154,6 +155,40 @@ def test_without_hopper_its_name_is_an_error(device):
     x, w, _ = operands(2, 8, 16, device=device)
     with pytest.raises(RuntimeError, match=r"decode.*cannot run here"):
         matmul.linear(x, w, backend="decode")
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (2, 3, 40), (40,), (0, 40)])
+def test_an_engines_linear_layer_is_the_gemm(shape, device):
+    x, (_, w, _) = torch.randn(shape, device=device).bfloat16(), operands(1, 24, 40, device=device)
+    bias = torch.randn(24, device=device).bfloat16()
+    out = matmul.inference_linear(x, w)
+    assert torch.equal(out, matmul.linear(x, w))
+    assert out.shape == (*shape[:-1], 24)
+    in_accumulator = gemm(x.reshape(-1, 40), w.t(), bias).view(out.shape)
+    assert torch.equal(matmul.inference_linear(x, w, bias, constant_weight=True), in_accumulator)
+    if x.numel():
+        assert not torch.equal(in_accumulator, matmul.linear(x, w, bias))  # which rounds before it adds
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_weight_is_loaded_ahead_in_a_captured_graph_that_does_not_write_it(constant, capturing, monkeypatch):
+    launched = []
+    monkeypatch.setattr(type(backends.get("decode")), "available", lambda self: Support(True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(decode, "launch", lambda x, w, bias, out, prefetch: launched.append(prefetch))
+    matmul.inference_linear(*list(operands(4, 24, 40))[:2], constant_weight=constant)
+    assert launched == [constant and capturing]
+
+
+def test_an_engines_linear_layer_names_what_is_wrong(device):
+    x, w, _ = operands(2, 24, 40, device=device)
+    with pytest.raises(ValueError, match=r"inference_linear: .*\[2, 40\] and \[40, 24\]"):
+        matmul.inference_linear(x, w.t())
+    with pytest.raises(TypeError, match="inference_linear"):
+        matmul.inference_linear(x, w.half())
+    with pytest.raises(ValueError, match="24 columns"):
+        matmul.inference_linear(x, w, x[0])
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.matmul.backends import backends
+from bi_ops.matmul.inference import inference_linear
 from bi_ops.matmul.linear import accumulate_weight_grad, linear
 from bi_ops.matmul.ops import addmm, backend_of, bmm, matmul, mm, order_of
 from bi_ops.matmul.warmup import warmup
@@ -13,6 +14,7 @@ __all__ = [
     "backend_of",
     "backends",
     "bmm",
+    "inference_linear",
     "linear",
     "matmul",
     "mm",

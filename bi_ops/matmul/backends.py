@@ -105,14 +105,7 @@ class Decode(GemmBackend):
     forward_only = True
 
     def available(self) -> Support:
-        if runtime.INTERPRET:
-            return Support(False, "no GPU: Gluon's kernels need one")
-        if not triton.__version__.startswith(DECODE_RELEASES):
-            return Support(
-                False, f"Triton {triton.__version__}: its kernel compiles under {' and '.join(DECODE_RELEASES)}"
-            )
-        here = arches.current()
-        return Support(here.gluon, "" if here.gluon else f"{here.name}: its kernel needs Hopper's wgmma and TMA")
+        return _decode_available()
 
     def supports(self, problem: Problem, arch: Arch) -> Support:  # type: ignore[override]
         if not arch.gluon:
@@ -158,6 +151,16 @@ def _cublaslt_available() -> Support:
     if not here.canonical_gemm:
         return Support(False, f"its GEMMs were not shown to have the canonical order on {here.name}")
     return cublaslt.availability()
+
+
+@functools.cache
+def _decode_available() -> Support:
+    if runtime.INTERPRET:
+        return Support(False, "no GPU: Gluon's kernels need one")
+    if not triton.__version__.startswith(DECODE_RELEASES):
+        return Support(False, f"Triton {triton.__version__}: its kernel compiles under {' and '.join(DECODE_RELEASES)}")
+    here = arches.current()
+    return Support(here.gluon, "" if here.gluon else f"{here.name}: its kernel needs Hopper's wgmma and TMA")
 
 
 _CUBLASLT, _TRITON = CublasLt(), Triton()
