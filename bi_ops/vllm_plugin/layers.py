@@ -20,7 +20,8 @@ from bi_ops.core.rows import ALIGNMENT
 from bi_ops.core.vllm import Release
 from bi_ops.vllm_plugin.points import Point
 
-logger = logging.getLogger(__name__)
+#: Below vLLM's own logger, so that the lines are in the server's log.
+logger = logging.getLogger("vllm.bi_ops")
 
 #: A function whose attribute `operator` says which of bi_ops' operators it is.
 Function = Any
@@ -209,8 +210,8 @@ def operators_of(model: torch.nn.Module, release: Release) -> Counter[str]:
 
 def refuse_quantized(model: torch.nn.Module) -> None:
     """Raise ValueError for quantized linear layers, but those whose batch-invariant branch is vLLM's: log these."""
-    for name, layer in model.named_modules():
-        method = type(_quant_method(layer)).__name__
+    first = {type(_quant_method(layer)).__name__: name for name, layer in reversed(list(model.named_modules()))}
+    for method, name in first.items():
         if not method.endswith("LinearMethod") or method == "UnquantizedLinearMethod":
             continue
         if method not in QUANTIZED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,9 +11,6 @@ import torch
 from bi_ops import logprob, matmul
 from bi_ops.core import vllm
 from bi_ops.vllm_plugin import layers
-
-#: Below vLLM's own logger, so that the lines are in the server's log.
-logger = logging.getLogger("vllm.bi_ops")
 
 #: Who may compute what is not attention in vLLM: bi_ops' operators, or vLLM's own batch-invariant kernels.
 KERNELS = ("bi_ops", "vllm")
@@ -57,7 +53,7 @@ def with_own_kernels(stock: Callable[..., Any]) -> Callable[..., Any]:
             release, model = vllm.require("vllm_plugin"), self.model_runner.get_model()
             layers.attach(model, release)
             found = layers.operators_of(model, release)
-            logger.info("bi_ops: computes %s", ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer")
+            layers.logger.info("bi_ops: computes %s", ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer")
             scheduler = self.vllm_config.scheduler_config
             warm_up(model, release, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
         if not self.vllm_config.use_v2_model_runner:  # whose sampler asks for the first time in a request
@@ -87,7 +83,7 @@ def warm_up(model: torch.nn.Module, release: vllm.Release, max_tokens: int, max_
         _run(layer, apply, bias, (1,))
     found = matmul.warmup()  # the shapes that have just run unverified
     if found.verified or found.refused:
-        logger.info("bi_ops: verified %d GEMMs of cuBLASLt, refused %d", found.verified, len(found.refused))
+        layers.logger.info("bi_ops: verified %d GEMMs of cuBLASLt, refused %d", found.verified, len(found.refused))
     for layer, apply, bias, most in shapes.values():
         _run(layer, apply, bias, row_counts(most))
 
