@@ -55,6 +55,19 @@ CALLED = [
         ),
     ),
     ("vllm.v1.worker.gpu.sample.logprob", "compute_token_logprobs", ("logits", "token_ids")),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_model", ("self",)),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.get_model", ("self",)),
+    ("vllm.config.model", "ModelConfig.get_vocab_size", ("self",)),
+    (
+        "vllm.model_executor.layers.rotary_embedding.base",
+        "RotaryEmbedding.forward_cuda",
+        ("self", "positions", "query", "key"),
+    ),
+    (
+        "vllm.model_executor.layers.rotary_embedding.base",
+        "RotaryEmbeddingBase._match_cos_sin_cache_dtype",
+        ("self", "query"),
+    ),
 ]
 
 #: Class of vLLM to the fields that bi_ops reads or sets.
@@ -70,7 +83,10 @@ FIELDS = {
         *("model", "skip_tokenizer_init", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization"),
         *("max_model_len", "max_num_seqs", "enable_prefix_caching", "generation_config", "logprobs_mode"),
         *("enforce_eager", "compilation_config", "attention_config", "speculative_config", "enable_lora"),
+        "additional_config",
     },
+    ("vllm.config.vllm", "VllmConfig"): {"additional_config", "scheduler_config", "model_config"},
+    ("vllm.config.scheduler", "SchedulerConfig"): {"max_num_batched_tokens", "max_num_seqs"},
     ("vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadata"): {
         *("causal", "num_actual_tokens", "block_table", "query_start_loc", "seq_lens", "max_query_len"),
     },
@@ -139,6 +155,40 @@ def test_what_bi_ops_calls_and_overrides(release, module, attribute, expected):
 @pytest.mark.parametrize(("module", "owner"), FIELDS, ids=[owner for _, owner in FIELDS])
 def test_what_bi_ops_reads_and_sets(release, module, owner):
     assert names_in(module, owner) >= FIELDS[module, owner]
+
+
+#: Class of vLLM to the attributes of its instances that a replaced method reads.
+ATTRIBUTES = {
+    ("vllm.model_executor.layers.layernorm", "RMSNorm"): {
+        *("weight", "variance_epsilon", "variance_size_override", "pass_weight", "pass_weight_add"),
+    },
+    ("vllm.model_executor.custom_op", "CustomOp"): {"_forward_method"},
+    ("vllm.model_executor.layers.linear", "LinearBase"): {"quant_method", "skip_bias_add"},
+    ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"): {
+        *("quant_method", "num_embeddings"),
+    },
+    ("vllm.model_executor.layers.rotary_embedding.base", "RotaryEmbeddingBase"): {
+        *("is_neox_style", "rotary_dim", "use_flashinfer"),
+    },
+    **{
+        (f"vllm.model_executor.models.{module}", owner): {
+            *("head_dim", "num_heads", "qkv_proj", "o_proj", "attn", "rotary_emb", "q_norm", "k_norm"),
+        }
+        for module, owner in (("qwen3", "Qwen3Attention"), ("qwen3_moe", "Qwen3MoeAttention"))
+    },
+}
+
+
+@pytest.mark.parametrize(("module", "owner"), ATTRIBUTES, ids=[owner for _, owner in ATTRIBUTES])
+def test_what_replaced_methods_read(release, module, owner):
+    body = sources.statements(root(), module)
+    [found] = [n for n in body if isinstance(n, ast.ClassDef) and n.name == owner]
+    assigned = {
+        n.attr
+        for n in ast.walk(found)
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and ast.unparse(n.value) == "self"
+    }
+    assert assigned >= ATTRIBUTES[module, owner]
 
 
 # --------------------------------------------------------------------------------------------------------------
