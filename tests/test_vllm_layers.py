@@ -239,10 +239,12 @@ def test_a_method_that_looks_different_is_refused_before_anything_is_patched(mon
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_layers_have_the_bits_of_vllms_batch_invariant_kernel(device, dtype):
     release, stock = releases.require("test"), releases.batch_invariant_module().linear_batch_invariant
-    orders: tuple[Literal["in_accumulator"], Literal["after_rounding"]] = ("in_accumulator", "after_rounding")
     weight = torch.randn(1536, 1024, dtype=dtype, device=device)
     bias = torch.randn(1536, dtype=dtype, device=device)
-    order, other = orders if release.bias_in_accumulator else (orders[1], orders[0])
+    order = release.bias_order
+    other: Literal["in_accumulator", "after_rounding"] = (
+        "after_rounding" if order == "in_accumulator" else "in_accumulator"
+    )
     for rows in (1, 2, 17, 64, 300):
         x = torch.randn(rows, 1024, dtype=dtype, device=device)
         assert torch.equal(matmul.linear(x, weight), stock(x, weight))

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Literal
 
 from bi_ops.core.backends import Support
 
@@ -34,6 +35,11 @@ class Release:
     replaces_bmm: bool
     questions: frozenset[str] = frozenset()
     shown: bool = True
+
+    @property
+    def bias_order(self) -> Literal["in_accumulator", "after_rounding"]:
+        """The order of a linear layer's bias, as `matmul.linear` names it."""
+        return "in_accumulator" if self.bias_in_accumulator else "after_rounding"
 
 
 _CHOOSE = ("backend", "attn_selector_config", "num_heads")

@@ -285,7 +285,7 @@ class VllmEngine:
     def describe(self) -> dict[str, Any]:
         """What a report needs to be reproduced."""
         import triton
-        import vllm
+        import vllm as package
 
         config, ours = self._open().llm_engine.vllm_config, self._operators()
         return {
@@ -297,13 +297,14 @@ class VllmEngine:
             "plugin": self.plugin,
             "model_runner": "v2" if config.use_v2_model_runner else "v1",
             "orders": None if self.orders is None else self.orders.digest,
+            "bias_order": vllm.require("VllmEngine").bias_order,
             "backends": {
                 "attention": "FLASH_ATTN 3" if self._kernel == "vllm" else "bi_ops triton",
                 "linear": "bi_ops" if ours["linear"] else "vllm matmul_persistent",
                 **{op: "bi_ops" if ours[op] else "vllm" for op in ("norm", "qk_norm_rope", "activation")},
             },
             "versions": {
-                "vllm": vllm.__version__,
+                "vllm": package.__version__,
                 "torch": torch.__version__,
                 "triton": triton.__version__,
                 "cuda": torch.version.cuda,

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -67,9 +67,7 @@ class LayerKernel(Point):
 
 def linear_of(layer: Any, release: Release) -> Function:
     """`apply` of an unquantized linear layer or LM head: one GEMM of bi_ops', the bias in the release's order."""
-    bias_order: Literal["in_accumulator", "after_rounding"] = (
-        "in_accumulator" if release.bias_in_accumulator else "after_rounding"
-    )
+    bias_order = release.bias_order
 
     def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weight = layer.weight.data  # vLLM's parameters are of a subclass, which would take torch's slow way each time

@@ -53,7 +53,8 @@ def with_own_kernels(stock: Callable[..., Any]) -> Callable[..., Any]:
             release, model = vllm.require("vllm_plugin"), self.model_runner.get_model()
             layers.attach(model, release)
             found = layers.operators_of(model, release)
-            layers.logger.info("bi_ops: computes %s", ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer")
+            counted = ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer"
+            layers.logger.info("bi_ops: computes %s; a bias is added %s", counted, release.bias_order)
             scheduler = self.vllm_config.scheduler_config
             warm_up(model, release, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
         if not self.vllm_config.use_v2_model_runner:  # whose sampler asks for the first time in a request
