@@ -72,21 +72,19 @@ def all_at_once(stock: Function) -> Function:
     def apply_temperature(
         self: Any, logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, idx_mapping_np: Any
     ) -> None:
-        at = idx_mapping_np
-        temperatures = self.temperature.np[at]
-        plain = ((temperatures == 0.0) | (temperatures == 1.0)).all() and (self.min_p.np[at] == 0.0).all()
-        if plain and (self.top_k.np[at] >= logits.shape[-1]).all() and (self.top_p.np[at] >= 1.0).all():
+        at, rows = idx_mapping_np, expanded_idx_mapping.long()
+        tempered = ((self.temperature.np[at] != 0.0) & (self.temperature.np[at] != 1.0)).any()
+        filtered = (self.min_p.np[at] != 0.0).any() or (self.top_p.np[at] < 1.0).any()
+        filtered |= (self.top_k.np[at] < logits.shape[-1]).any()
+        if not (tempered or filtered):
             return
-        rows = expanded_idx_mapping.long()
         temperature = self.temperature.gpu[rows]
-        z = logprob.processed_logits(
-            logits,
-            temperature=torch.where(temperature == 0.0, 1.0, temperature),
-            top_k=self.top_k.gpu[rows],
-            top_p=self.top_p.gpu[rows],
-            min_p=self.min_p.gpu[rows],
-        )
-        logits.copy_(z)
+        temperature = torch.where(temperature == 0.0, 1.0, temperature)
+        if not filtered:
+            logits.copy_(logits.float() / temperature[:, None])
+            return
+        options = {"top_k": self.top_k.gpu[rows], "top_p": self.top_p.gpu[rows], "min_p": self.min_p.gpu[rows]}
+        logits.copy_(logprob.processed_logits(logits, temperature=temperature, **options))
 
     return apply_temperature
 
