@@ -16,6 +16,7 @@ from bi_ops.core.files import to_json
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
     from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams
+    from bi_ops.verify.bisect import FirstDifference
 
 HELP = "generate, re-score in other batches, compare the bits"
 
@@ -33,6 +34,7 @@ examples:
   bi-ops parity ./Qwen3-0.6B --engine vllm --no-plugin           what stock vLLM does: the negative control
   bi-ops parity ./Model --engine vllm --attention vllm           with vLLM's FlashAttention 3
   bi-ops parity runs/demo/final --json > parity.json
+  bi-ops parity ./before --against ./after --bisect              the first operator in which two checkpoints differ
 
 exit codes:
   0  every log-probability is bitwise identical
@@ -58,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely with this much (1: all)")
     parser.add_argument("--min-p", type=float, default=0.0, help="sample what has this part of the most likely's (0)")
     parser.add_argument("--seed", type=int, default=0, help="fixes the prompts and the samples")
+    parser.add_argument("--against", metavar="MODEL", help="score with this checkpoint instead")
+    parser.add_argument(
+        "--bisect", action="store_true", help="where a sequence differs, name the first operator that does"
+    )
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode")
     parser.add_argument("--no-plugin", dest="plugin", action="store_false", help="vllm: without bi_ops' plugin")
     parser.add_argument(
@@ -128,7 +134,27 @@ def _sample(
         described = dict(engine.describe())
     finally:
         engine.close()
-    return load_model(path) if model is None else model, completions, engine, described
+    return load_model(args.against or path) if model is None or args.against else model, completions, engine, described
+
+
+def first_operator(
+    args: argparse.Namespace, path: Path, model: CausalLM, completions: list[Completion], at: int
+) -> FirstDifference | None:
+    """The first operator in which the two sides differ on sequence `at`, which is sampled again by itself."""
+    from bi_ops.models import load_model
+    from bi_ops.rl.seeds import SAMPLE, derive_seed
+    from bi_ops.rollout import factory
+    from bi_ops.rollout.base import SamplingParams
+    from bi_ops.verify.bisect import bisect
+
+    options = {"plugin": args.plugin, "cuda_graphs": False} if args.engine == "vllm" else {}
+    own = load_model(path) if factory.lookup(args.engine).needs_model else None
+    engine = factory.make_engine(args.engine, path, own, attention=args.attention, **options)
+    try:
+        params = SamplingParams(args.new_tokens, seed=derive_seed(args.seed, SAMPLE, at))
+        return bisect(engine, model, list(completions[at].prompt), params)
+    finally:
+        engine.close()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -147,6 +173,8 @@ def run(args: argparse.Namespace) -> int:
     sampling(args)
     path = Path(args.model)
     read_config(path)  # before anything is started
+    if args.against:
+        read_config(Path(args.against))
 
     # vLLM logs to stdout, where a JSON document must stand alone.
     with (
@@ -164,6 +192,11 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             progress=lambda name, done, _: tell(name, done),
         )
+        operator = None
+        different = next((r.first_difference for r in reports.values() if r.first_difference is not None), None)
+        if args.bisect and different is not None:
+            tell("bisecting", 0)
+            operator = first_operator(args, path, model, completions, different.sequence)
     shown = all(r.identical and not r.inconclusive for r in reports.values())
 
     if args.json:
@@ -179,6 +212,11 @@ def run(args: argparse.Namespace) -> int:
                 "max_delta": r.max_delta,
                 "mean_delta": r.mean_delta,
                 "first_difference": None if r.first_difference is None else dataclasses.asdict(r.first_difference),
+                **(
+                    {"first_operator": None if operator is None else dataclasses.asdict(operator)}
+                    if args.bisect
+                    else {}
+                ),
             }
             for name, r in reports.items()
         ]
@@ -195,6 +233,9 @@ def run(args: argparse.Namespace) -> int:
     for name, r in reports.items():
         if r.first_difference is not None:
             print(f"bi-ops parity: {name}: first difference: {r.first_difference}", file=sys.stderr)
+    if args.bisect and different is not None:
+        alone = f"sequence {different.sequence} by itself is equal in every operator: the difference is the batch's"
+        print(f"bi-ops parity: {alone if operator is None else operator}", file=sys.stderr)
     worst = min(reports.values(), key=lambda r: (r.identical, not r.inconclusive))
     print(worst.verdict)
     return 0 if shown else 1

@@ -268,6 +268,11 @@ class VllmEngine:
             for i, (prompt, o, p) in enumerate(zip(prompts, outputs, each, strict=True))
         ]
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """vLLM's own model, in this process."""
+        return self._open().apply_model(lambda model: model)[0]
+
     def update_weights(self, model: CausalLM) -> None:
         """Copy the model's weights, rounded to the engine's dtype, into vLLM's own and forget every cached prefix.
 
