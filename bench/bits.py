@@ -9,6 +9,7 @@ have differs.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -22,31 +23,11 @@ import torch
 
 from bi_ops.core.files import write_json
 from bi_ops.core.runtime import default_device
+from bi_ops.verify import integers
+from bi_ops.verify.integers import fingerprint
 
-MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
-
-
-def mixed(n: int, seed: int) -> torch.Tensor:
-    """int64 [n], well mixed, on the device."""
-    x = (torch.arange(n, device=default_device()) + seed * 1_000_003) * MULTIPLIER
-    x = (x ^ ((x >> 29) & 0x7FFFFFFFF)) * MULTIPLIER
-    return x ^ ((x >> 32) & 0xFFFFFFFF)
-
-
-def values(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
-    """bf16 in (-scale, scale)."""
-    bits = mixed(torch.Size(shape).numel(), seed) & 0xFFFF
-    return ((bits.double() - 32767.5) / 32768 * scale).bfloat16().view(shape)
-
-
-def fingerprint(t: torch.Tensor) -> str:
-    """64 bits that depend on every bit of `t` and on where it is."""
-    t = t.detach().contiguous()
-    words = t.view({2: torch.int16, 4: torch.int32}[t.element_size()]).flatten().long()
-    total = 0
-    for i, part in enumerate(words.split(1 << 24)):
-        total ^= int(((part + 1) * mixed(part.numel(), i + 1)).sum())
-    return f"{total & (1 << 64) - 1:016x}"
+mixed = functools.partial(integers.mixed, device=default_device())
+values = functools.partial(integers.values, device=default_device())
 
 
 def product_bits(models: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

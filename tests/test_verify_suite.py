@@ -15,9 +15,10 @@ import bi_ops
 from bi_ops import cli
 from bi_ops.core import runtime
 from bi_ops.core.provenance import versions
-from bi_ops.verify import packs, report, suite, sweep
+from bi_ops.verify import golden, packs, report, suite, sweep
 from bi_ops.verify.contract import PROPERTIES, SWEPT, Setting, not_here
 from bi_ops.verify.controls import controls
+from bi_ops.verify.integers import fingerprint
 from bi_ops.verify.operators import NOT_SUBJECTS, SUBJECTS
 from bi_ops.verify.subject import Subject, make_batch, results, select_items
 from bi_ops.verify.values import KINDS, Make, Shape
@@ -284,3 +285,50 @@ def test_an_operator_holds_on_a_gpu(name):
     found = suite.verify([f"bi_ops:{name}"], jobs=1)
     assert found.failed == []
     assert found.missed == []
+
+
+# --------------------------------------------------------------------------------------------------------------
+# digests
+
+
+def test_a_record_is_compared_and_a_changed_bit_is_named(capsys, tmp_path, monkeypatch):
+    file = tmp_path / "here.json"
+    options = ("--op", "silu_and_mul", "--property", "rerun")
+    assert call(capsys, *options, "--record", str(file))[0] == 0
+    record = json.loads(file.read_text())
+    assert len(record["digests"]) == 2 * len(DTYPES)  # an output, and a gradient
+    code, out, _ = call(capsys, *options, "--compare", str(file))
+    assert code == 0
+    assert "digests: 0 differences" in out
+    name = next(iter(record["digests"]))
+    changed = record | {"digests": record["digests"] | {name: "0" * 16}, "versions": {"torch": "1.0", "triton": "3"}}
+    file.write_text(json.dumps(changed))
+    code, _, err = call(capsys, *options, "--compare", str(file))
+    assert code == 1
+    assert f"bits of {name}" in err
+    assert "and 1.0" in err  # torch
+
+
+DTYPES = packs.find("bi_ops:silu_and_mul").dtypes
+
+
+def test_a_table_that_bi_ops_carries_is_found_by_architecture_and_releases(tmp_path):
+    here = versions()
+    name = f"{runtime.architecture()}-{str(here['torch']).split('+')[0]}-{here['triton']}.json"
+    assert golden.committed(tmp_path) is None
+    (tmp_path / name).write_text("{}")
+    assert golden.committed(tmp_path) == tmp_path / name
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", "{}"])
+def test_what_is_no_record_is_bad_input(capsys, tmp_path, text):
+    (tmp_path / "file").write_text(text)
+    code, _, err = call(capsys, "--op", "sum", "--compare", str(tmp_path / "file"))
+    assert code == 2
+    assert "verify:" in err
+
+
+def test_a_fingerprint_sees_each_bit_and_its_place(device):
+    t = torch.arange(8.0, device=device)
+    assert fingerprint(t) == fingerprint(t.clone())
+    assert len({fingerprint(x) for x in (t, t.flip(0), -t, t * 1.0000001)}) == 4

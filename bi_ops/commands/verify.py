@@ -26,6 +26,8 @@ examples:
   bi-ops verify --level full --html report.html            about ten minutes on a GPU
   bi-ops verify --op rms_norm --property "batch size"
   bi-ops verify --op my_module:MY_OP                       your own: see examples/verify_operator.py
+  bi-ops verify --record here.json                         digests of every operator's bits
+  bi-ops verify --compare there.json                       against another machine's
   bi-ops verify --subject torch                            what torch's own operators do
   bi-ops verify --subject vllm --subject flash-attn        what the installed releases do
 
@@ -48,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print the operators and properties, and run nothing")
     parser.add_argument("--html", metavar="FILE", help="write a report that a browser opens")
     parser.add_argument("--output", metavar="FILE", help="write what --json prints")
+    parser.add_argument("--record", metavar="FILE", help="write digests of all bits, to be sent or compared")
+    parser.add_argument("--compare", metavar="FILE", help="a record whose digests must be equal to this machine's")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -76,6 +80,23 @@ def _save(path: str, text: str) -> None:
     write_atomically(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def _digests(args: argparse.Namespace, specs: list[str]) -> tuple[list[str], str]:
+    """(what differs from the record that was named, else from the one that bi_ops carries; that record's file).
+
+    Digests are of the operators that run, so a record of all may be compared with a few.
+    """
+    from bi_ops.verify import golden
+
+    path = Path(args.compare) if args.compare else golden.committed()
+    other = None if path is None else golden.read(path)
+    if other is None and not args.record:
+        return [], ""
+    mine = golden.record(specs)
+    if args.record:
+        _save(args.record, to_json(mine, indent=2) + "\n")
+    return ([], "") if other is None else (golden.differences(mine, other), str(path))
+
+
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -85,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
     specs = _specs(args)
+    own = all(spec.startswith("bi_ops:") for spec in specs)
     if args.list:
         print("\n".join(["operators:", *(f"  {s}" for s in specs), "properties:", *(f"  {p}" for p in PROPERTIES)]))
         return 0
@@ -92,10 +114,11 @@ def run(args: argparse.Namespace) -> int:
         contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext(),
         _progress(not args.json) as tell,
     ):
+        golden_differs, golden_file = _digests(args, specs) if own or args.record or args.compare else ([], "")
         found = suite.verify(specs, args.level, args.property or tuple(PROPERTIES), args.jobs, tell)
     if not found.checks:
         raise ValueError("verify: none of these properties applies to these operators, so nothing was checked")
-    data = report.as_dict(found)
+    data = report.as_dict(found) | {"compared_with": golden_file or None, "digests_differ": golden_differs}
     if args.output:
         _save(args.output, to_json(data, indent=2) + "\n")
     if args.html:
@@ -111,5 +134,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"bi-ops verify: control not found: {control}", file=sys.stderr)
         for name, why in found.not_run.items():
             print(f"not run: {name}: {why}")
+        if golden_file:
+            print(f"digests: {len(golden_differs)} differences from {golden_file}")
+        for line in golden_differs:
+            print(f"bi-ops verify: digests differ: {line}", file=sys.stderr)
         print(report.verdict(found))
-    return 4 if found.missed else 1 if found.failed else 0
+    return 4 if found.missed else 1 if found.failed or golden_differs else 0

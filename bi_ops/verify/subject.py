@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bi_ops.verify.integers import wide
 from bi_ops.verify.values import Make, Shape
 
 Tensor = torch.Tensor
@@ -93,7 +94,7 @@ def make_batch(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    values: str = "normal",
+    kind: str = "normal",
     seed: int = 7,
 ) -> Batch:
     """A batch of as many items as `lengths` has numbers.
@@ -102,7 +103,7 @@ def make_batch(
         ValueError: inputs that are not as the subject describes them.
     """
     rows = sum(lengths)
-    make = Make(Shape((rows,), *size), dtype, device, values=values, seed=seed, lengths=lengths)
+    make = Make(Shape((rows,), *size), dtype, device, values=kind, seed=seed, lengths=lengths)
     inputs = dict(subject.inputs(make))
     if unknown := set(subject.batch) - set(inputs):
         raise ValueError(f"{subject.name}: batch names {sorted(unknown)}, but the inputs are {list(inputs)}")
@@ -164,12 +165,12 @@ def as_tuple(out: Any) -> tuple[Tensor, ...]:
 
 
 def cotangent(out: Tensor, axis: int | None, batch: Batch, index: int) -> Tensor:
-    """Random, in the shape and dtype of `out`; a row's depends on its place alone."""
-    shape, generator = list(out.shape), torch.Generator().manual_seed(1000 + index)
+    """Mixed numbers in (-1, 1), in the shape and dtype of `out`; a row's depend on its place alone."""
+    shape = list(out.shape)
     if axis is None:
-        return torch.randn(shape, generator=generator).to(out)
+        return wide(*shape, seed=1000 + index).to(out)
     shape[axis] = 2 * batch.total
-    return torch.randn(shape, generator=generator).index_select(axis, batch.places % (2 * batch.total)).to(out)
+    return wide(*shape, seed=1000 + index).index_select(axis, batch.places % (2 * batch.total)).to(out)
 
 
 def arguments(subject: Subject, batch: Batch, inputs: Iterable[Tensor]) -> tuple[Any, ...]:

@@ -181,7 +181,7 @@ def _at_size(
             report.checks.append(check)
             applying.append(name)
     if "batch size" in applying or "rerun" in applying:
-        hard = make_batch(s, lengths, size, dtype, device, values="assorted")
+        hard = make_batch(s, lengths, size, dtype, device, kind="assorted")
         hard_base = results(s, hard)
         for name in ("batch size", "rerun")[: 2 if level.everything else 1]:
             if name in applying:

@@ -59,7 +59,7 @@ def _drawn(
     def holds(rows: Any, values: str, seed: int, m: int) -> None:
         nonlocal counted
         items = tuple(rows) if s.sequences else (1,) * rows
-        batch = make_batch(s, items, size, dtype, device, values=values, seed=seed)
+        batch = make_batch(s, items, size, dtype, device, kind=values, seed=seed)
         base = results(s, batch)
         hypothesis.assume(shows_something(base))
         for comparison in PROPERTIES[name](s, batch, base, Setting(runs=1, sizes=(m,), seed=seed)):
