@@ -6,6 +6,7 @@ bi_ops has the bits that vLLM's own batch-invariant kernel has, and those of tra
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections import Counter
@@ -66,17 +67,21 @@ class LayerKernel(Point):
 
 
 def linear_of(layer: Any, release: Release) -> Function:
-    """`apply` of an unquantized linear layer or LM head: one GEMM of bi_ops', the bias in the release's order."""
-    bias_order = release.bias_order
+    """`apply` of an unquantized linear layer or LM head: one GEMM of bi_ops', the bias in the release's order.
+
+    vLLM captures no graph that writes weights, so a captured GEMM reads its weight ahead.
+    """
+    run = functools.partial(matmul.inference_linear, constant_weight=True)
+    in_accumulator = release.bias_order == "in_accumulator"
 
     def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weight = layer.weight.data  # vLLM's parameters are of a subclass, which would take torch's slow way each time
         if x.dtype != weight.dtype:
             raise TypeError(f"linear: x is {x.dtype} and the weight {weight.dtype}; they must be equal")
         if bias is None:
-            return matmul.linear(x, weight)
+            return run(x, weight)
         row = bias.data if bias.shape == weight.shape[:1] else bias.data.expand(weight.shape[0])
-        return matmul.linear(x, weight, row, bias_order=bias_order)
+        return run(x, weight, row) if in_accumulator else run(x, weight).add_(row)
 
     return apply
 
