@@ -360,6 +360,11 @@ SETTINGS = {n: v for n, v in rl.TrainConfig().to_dict().items() if n != "archite
 OTHERS = {
     "norm.order_of": order_of("norm", hidden_size=16, dtype=F32),
     "logprob.order_of": order_of("logprob", vocab_size=16, dtype=F32),
+    "logprob.Distribution": named(
+        *("logprob.Distribution", "Distribution"),
+        call=logprob.Distribution,
+        args=lambda: {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
+    ),
     "logprob.sampled_order_of": named(
         *("logprob.sampled_order_of", "order_of", "logprob"),
         call=logprob.sampled_order_of,

@@ -14,12 +14,8 @@ from bi_ops import logprob, vllm_plugin
 #: temperature, top-k, top-p, min-p of each request, as vLLM has them after its own checks.
 V = 600
 OPTIONS = [
-    (0.7, 50, 0.9, 0.0),
-    (1.0, V, 1.0, 0.0),
-    (0.0, V, 1.0, 0.0),
-    (1.5, V, 0.5, 0.1),
-    (1.0, 3, 1.0, 0.0),
-    (2.0, V, 1.0, 0.0),
+    *((0.7, 50, 0.9, 0.0), (1.0, V, 1.0, 0.0), (0.0, V, 1.0, 0.0), (1.5, V, 0.5, 0.1)),
+    *((1.0, 3, 1.0, 0.0), (2.0, V, 1.0, 0.0)),
 ]
 MODES = ("raw_logprobs", "processed_logprobs")
 
