@@ -200,7 +200,7 @@ def test_quantized_layers_are_left_to_vllm_or_refused_by_name(vllm, caplog):
 
 def test_every_gemm_runs_when_the_model_is_loaded_and_never_for_the_first_time_later(vllm, monkeypatch):
     """Verification and compilation happen at the first call of a shape."""
-    ran, verified, stock = [], [], matmul.linear
+    ran, verified, stock = [], [], matmul.inference_linear
 
     def linear(x, weight, *args, **kwargs):
         ran.append((*x.shape, len(weight)))
@@ -210,10 +210,11 @@ def test_every_gemm_runs_when_the_model_is_loaded_and_never_for_the_first_time_l
         verified.append(len(ran))
         return Warmup(0, ())
 
-    monkeypatch.setattr(matmul, "linear", linear)
+    monkeypatch.setattr(matmul, "inference_linear", linear)
     monkeypatch.setattr(matmul, "warmup", warmup)
     loaded(vllm, Model())
     assert verified == [3]  # each shape once, before the sweep over rows
+    assert sorted(r for r, *_ in ran[:3]) == [2, 4, 4]  # of the most rows: few are never cuBLASLt's
     assert {r for r, k, n in ran if n == 48} == {1, 2, 3, 4}
     assert {r for r, k, n in ran if n == 64} == {1, 2}  # the head: a row per sequence
 

@@ -80,8 +80,8 @@ def warm_up(model: torch.nn.Module, release: vllm.Release, max_tokens: int, max_
         most = max_seqs if hasattr(layer, "num_embeddings") else max_tokens
         bias = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
         shapes[layer.weight.shape, layer.weight.dtype, bias is None, most] = (layer, apply, bias, most)
-    for layer, apply, bias, _ in shapes.values():
-        _run(layer, apply, bias, (1,))
+    for layer, apply, bias, most in shapes.values():
+        _run(layer, apply, bias, (most,))  # few rows are the decode backend's, which needs no verification
     found = matmul.warmup()  # the shapes that have just run unverified
     if found.verified or found.refused:
         layers.logger.info("bi_ops: verified %d GEMMs of cuBLASLt, refused %d", found.verified, len(found.refused))
