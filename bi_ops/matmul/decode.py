@@ -42,7 +42,7 @@ def _box(smem, stage, j, N_ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _load(desc, row, step, full, smem, stage, wanted):
+def _copy_tile(desc, row, step, full, smem, stage, wanted):
     tma.async_load(desc, [row, step * smem.shape[2]], full.index(stage), smem.index(stage), pred=wanted)
 
 
@@ -83,10 +83,10 @@ def decode_matmul_kernel(
         wait_for_predecessors()
     for s in gl.static_range(STAGES):
         mbarrier.expect(full.index(s), N_BYTES, pred=s < n_steps)
-        _load(d_w, n, s, full, w_smem, s, s < n_steps)
+        _copy_tile(d_w, n, s, full, w_smem, s, s < n_steps)
     wait_for_predecessors()
     for s in gl.static_range(STAGES):
-        _load(d_x, m, s, full, x_smem, s, s < n_steps)
+        _copy_tile(d_x, m, s, full, x_smem, s, s < n_steps)
 
     acc = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
     stage = 0
@@ -100,8 +100,8 @@ def decode_matmul_kernel(
         emptied = previous_stage(stage, STAGES)
         more = (i > 0) & (i - 1 + STAGES < n_steps)
         mbarrier.expect(full.index(emptied), N_BYTES, pred=more)
-        _load(d_w, n, i - 1 + STAGES, full, w_smem, emptied, more)
-        _load(d_x, m, i - 1 + STAGES, full, x_smem, emptied, more)
+        _copy_tile(d_w, n, i - 1 + STAGES, full, w_smem, emptied, more)
+        _copy_tile(d_x, m, i - 1 + STAGES, full, x_smem, emptied, more)
         stage, phase = next_stage(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=(acc,))
 
