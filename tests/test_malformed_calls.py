@@ -137,6 +137,12 @@ OPERATORS = {
         },
         reference=lambda x, weight, bias=None, **rest: product(x, weight.t(), bias),
     ),
+    "matmul.inference_linear": named(
+        "inference_linear",
+        call=matmul.inference_linear,
+        args=lambda: {"x": rand(3, 4), "weight": rand(5, 4), "bias": rand(5), "constant_weight": True},
+        reference=lambda x, weight, bias=None, **rest: product(x, weight.t(), bias),
+    ),
     "matmul.accumulate_weight_grad": named(
         "accumulate_weight_grad",
         call=matmul.accumulate_weight_grad,

@@ -58,14 +58,25 @@ class DecodeConfig:
 
 @functools.lru_cache(maxsize=4096)  # asked in every launch
 def decode_config(m: int, n: int, k: int) -> DecodeConfig:
-    """The fastest known tile of an [m, n] result, m up to 64 (bench/decode_gemm.py)."""
+    """The fastest of the tiles that were timed for an [m, n] result on an H200, m up to 64 (bench/LOG.md).
+
+    TMA copies few large boxes faster than many small ones. About half of an SM's shared memory lets the next kernel's
+    CTAs start beside those of this one.
+    """
     block_m = _pow2(m, 8, 64)
-    if block_m > 16:
-        return DecodeConfig(block_m, 32 if n <= 4096 else 64, 128, 6)
-    # TMA copies few wide boxes faster than many narrow ones, so no tile is narrower than its GEMM's size asks for.
-    if n <= 1024:
-        return DecodeConfig(block_m, 16, 256, 8 if block_m == 8 else 6)
-    return DecodeConfig(block_m, 32, 256, 4 if n <= 8192 else 3)
+    if block_m >= 32:
+        if n >= 1 << 15:
+            return DecodeConfig(block_m, 128, 128, 4)
+        return DecodeConfig(block_m, 32 if n <= 4096 and k > 1024 else 64, 128, 6)
+    if n >= 1 << 15:
+        return DecodeConfig(block_m, 64, 128, 4 if block_m == 8 else 6)
+    if n > 8192:
+        return DecodeConfig(block_m, 32, 128, 5) if block_m == 8 else DecodeConfig(block_m, 128, 128, 4)
+    if n >= 4096 and k <= 2560:
+        return DecodeConfig(block_m, 64, 128, 6)
+    if n <= 1024 or (block_m == 16 and k > 4096):
+        return DecodeConfig(block_m, 16, 256, 8)
+    return DecodeConfig(block_m, 32, 256, 5 if block_m == 8 else 4)
 
 
 @dataclass(frozen=True)
