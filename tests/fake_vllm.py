@@ -25,7 +25,7 @@ REGISTRY = "vllm.v1.attention.backends.registry"
 VERSION = "vllm.v1.attention.backends.fa_utils"
 ARGUMENTS = "vllm.engine.arg_utils"
 CONFIG = "vllm.config"
-WORKER = "vllm.v1.worker.gpu_worker"
+WORKER = "vllm.v1.worker.worker_base"
 LINEAR = "vllm.model_executor.layers.linear"
 EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 ACTIVATION = "vllm.model_executor.layers.activation"
@@ -265,10 +265,23 @@ class Worker:
         self.model_runner = types.SimpleNamespace(get_model=lambda: model)
         self.loaded = False
 
+    def load_model(self, *, load_dummy_weights=False):
+        """Load the model."""
+        self.loaded = True
 
-def load_model(self, *, load_dummy_weights=False):
-    """Load the model."""
-    self.loaded = True
+
+class WorkerWrapperBase:
+    """What vLLM's executors call: it makes the worker, and hands on what it does not define."""
+
+    def __init__(self, worker):
+        self.worker, self.vllm_config = worker, worker.vllm_config
+
+    def __getattr__(self, name):
+        return getattr(self.worker, name)
+
+
+def init_device(self):
+    """Done."""
 
 
 class Slots(dict):
@@ -316,7 +329,7 @@ def installed(monkeypatch, version="0.26.0"):
     modules[origin].rms_norm_batch_invariant = modules[LAYERNORM].rms_norm_batch_invariant = stock_rms_norm
     modules[SELECTOR]._cached_get_attn_backend = CHOICES[version]
     modules[ARGUMENTS].EngineArgs = type("EngineArgs", (EngineArgs,), {"create_engine_config": create_engine_config})
-    modules[WORKER].Worker = type("Worker", (Worker,), {"load_model": load_model})
+    modules[WORKER].WorkerWrapperBase = type("WorkerWrapperBase", (WorkerWrapperBase,), {"init_device": init_device})
     modules[LINEAR].UnquantizedLinearMethod = UnquantizedLinearMethod
     modules[EMBEDDING].UnquantizedEmbeddingMethod = UnquantizedEmbeddingMethod
     modules[LAYERNORM].RMSNorm, modules[ACTIVATION].SiluAndMul = RMSNorm, SiluAndMul

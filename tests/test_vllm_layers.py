@@ -16,6 +16,7 @@ from fake_vllm import (
     RotaryEmbedding,
     SiluAndMul,
     UnquantizedLinearMethod,
+    Worker,
     installed,
     stock_rms_norm,
 )
@@ -47,7 +48,10 @@ class Model(torch.nn.Module):
 
 
 def loaded(vllm, model, additional_config=None):
-    vllm[WORKER].Worker(model, additional_config).load_model()
+    wrapper = vllm[WORKER].WorkerWrapperBase(Worker(model, additional_config))
+    wrapper.init_device()
+    wrapper.load_model(load_dummy_weights=False)
+    assert wrapper.loaded
     return model
 
 
@@ -88,10 +92,9 @@ def test_vllms_own_kernels_stay_where_they_are_asked_for(vllm):
     [({"kernels": "cuda"}, "kernels is 'cuda'; it must be bi_ops or vllm"), ({"kernel": "vllm"}, "has kernel; it may")],
 )
 def test_what_additional_config_may_hold(vllm, config, message):
-    unloaded = vllm[WORKER].Worker(Model(), {"bi_ops": config})
-    with pytest.raises(ValueError, match=message):
-        unloaded.load_model()
-    assert not unloaded.loaded
+    wrapper = vllm[WORKER].WorkerWrapperBase(Worker(Model(), {"bi_ops": config}))
+    with pytest.raises(ValueError, match=message):  # before the model is loaded
+        wrapper.init_device()
 
 
 def test_who_computes_can_be_read_off_a_model(vllm, version):

@@ -24,8 +24,8 @@ from fake_vllm import (
     WORKER,
     Sampler,
     create_engine_config,
+    init_device,
     installed,
-    load_model,
     stock_rms_norm,
     write_sources,
 )
@@ -61,7 +61,7 @@ def in_force(vllm) -> list[bool]:
     offered = dict(vllm[REGISTRY].AttentionBackendEnum) == {"CUSTOM": backend.PATH}
     chosen = vllm[SELECTOR]._cached_get_attn_backend not in CHOICES.values()
     compiled = vllm[ARGUMENTS].EngineArgs.create_engine_config is not create_engine_config
-    loaded = vllm[WORKER].Worker.load_model is not load_model
+    loaded = vllm[WORKER].WorkerWrapperBase.init_device is not init_device
     sampler = vllm[SAMPLER].Sampler
     assert isinstance(inspect.getattr_static(sampler, "compute_logprobs"), staticmethod)
     scored = sampler.compute_logprobs is not Sampler.compute_logprobs

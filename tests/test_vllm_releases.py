@@ -55,6 +55,7 @@ CALLED = [
         ),
     ),
     ("vllm.v1.worker.gpu.sample.logprob", "compute_token_logprobs", ("logits", "token_ids")),
+    ("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self", "load_dummy_weights")),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_model", ("self",)),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.get_model", ("self",)),
     ("vllm.config.model", "ModelConfig.get_vocab_size", ("self",)),

@@ -120,9 +120,9 @@ def patches_of(release: Release) -> tuple[Patch, ...]:
             "training's",
         ),
         Patch(
-            "vllm.v1.worker.gpu_worker",
-            "Worker.load_model",
-            ("self", "load_dummy_weights"),
+            "vllm.v1.worker.worker_base",
+            "WorkerWrapperBase.init_device",
+            ("self",),
             with_own_kernels,
             "the layers of a loaded model compute with bi_ops' kernels, which have the same bits and are faster",
         ),

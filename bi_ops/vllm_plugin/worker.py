@@ -43,27 +43,37 @@ def row_counts(most: int) -> list[int]:
 
 
 def with_own_kernels(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`Worker.load_model`, after which the layers compute with bi_ops, unless `additional_config` asks for vLLM's."""
+    """`WorkerWrapperBase.init_device`, after which the worker loads a model whose layers compute with bi_ops.
+
+    Not the worker's own `load_model`: to import its module takes seconds in the processes that have no worker.
+
+    Raises:
+        ValueError: `additional_config` asks for something else than may be.
+    """
 
     @functools.wraps(stock)
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kernels = kernels_asked(self.vllm_config.additional_config)  # before minutes of loading
-        out = stock(self, *args, **kwargs)
-        if kernels == "bi_ops":
-            release, model = vllm.require("vllm_plugin"), self.model_runner.get_model()
-            layers.attach(model, release)
-            found = layers.operators_of(model, release)
-            counted = ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer"
-            layers.logger.info("bi_ops: computes %s; a bias is added %s", counted, release.bias_order)
-            scheduler = self.vllm_config.scheduler_config
-            warm_up(model, release, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
-        if not self.vllm_config.use_v2_model_runner:  # whose sampler asks for the first time in a request
-            config = self.vllm_config.model_config
-            logits = torch.zeros(1, config.get_vocab_size(), dtype=config.dtype, device=self.device)
-            logprob.log_softmax(logits, torch.float32)
+    def init_device(self: Any) -> Any:
+        out = stock(self)
+        kernels = kernels_asked(self.vllm_config.additional_config)
+        self.worker.load_model = functools.partial(_load_model, self.worker, self.worker.load_model, kernels)
         return out
 
-    return load_model
+    return init_device
+
+
+def _load_model(worker: Any, stock: Callable[..., Any], kernels: str, **kwargs: Any) -> None:
+    """Load the model, give its layers the kernels that were asked for, and run them."""
+    stock(**kwargs)
+    config, release, model = worker.vllm_config, vllm.require("vllm_plugin"), worker.model_runner.get_model()
+    if kernels == "bi_ops":
+        layers.attach(model, release)
+        found = layers.operators_of(model, release)
+        counted = ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer"
+        layers.logger.info("bi_ops: computes %s; a bias is added %s", counted, release.bias_order)
+        warm_up(model, release, config.scheduler_config.max_num_batched_tokens, config.scheduler_config.max_num_seqs)
+    if not config.use_v2_model_runner:  # whose sampler asks for the first time in a request
+        size, dtype = config.model_config.get_vocab_size(), config.model_config.dtype
+        logprob.log_softmax(torch.zeros(1, size, dtype=dtype, device=worker.device), torch.float32)
 
 
 @torch.inference_mode()
