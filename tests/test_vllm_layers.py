@@ -70,8 +70,11 @@ def test_linear_layers_and_the_head_compute_with_bi_ops(vllm, version):
     once = matmul.linear(x, model.biased.weight, model.biased.bias, bias_order="in_accumulator")
     assert not torch.equal(rounded, once)  # the orders are two
     assert torch.equal(model.biased(x), once if in_accumulator else rounded)
-    model.biased.bias = torch.nn.Parameter(model.biased.bias[:1].clone(), requires_grad=False)  # vLLM expands it
-    assert model.biased(x).shape == (3, 48)
+    one = model.biased.bias[:1].clone()
+    model.biased.bias = torch.nn.Parameter(one.repeat(48), requires_grad=False)
+    full = model.biased(x)
+    model.biased.bias = torch.nn.Parameter(one, requires_grad=False)  # vLLM expands it
+    assert torch.equal(model.biased(x), full)
     with pytest.raises(TypeError, match=r"x is torch.float32 and the weight torch.bfloat16"):
         model.plain(x.float())
 

@@ -38,8 +38,9 @@ def inference_linear(
         checks.tensor(op, "bias", bias, ndim=1)
         checks.dtype(op, "bias", bias)
         checks.same_device(op, x=x, bias=bias)
-        n = weight.shape[0]
-        checks.shape(op, bias.shape[0] == n, lambda: f"bias {list(bias.shape)} for {n} columns")
+        have, n = bias.shape, weight.shape[0]
+        checks.shape(op, have[0] == n, lambda: f"bias {list(have)} for {n} columns")
+        bias = bias.contiguous()
     rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     shape = (*x.shape[:-1], weight.shape[0])
     if backends.get("decode").available():
