@@ -1,0 +1,53 @@
+"""bench/faults.py: kills a training process, resumes it, and notices other bytes. A table stands in for the model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: In a process of its own, which forks: one that runs tests has threads.
+SCRIPT = """
+import json, random, sys, time
+from pathlib import Path
+import faults
+from bi_ops.rl import TrainConfig
+from rl_fakes import TABLE, fresh_settings
+
+root = Path(sys.argv[1])
+config = TrainConfig(steps=4, symbols=4, prompts_per_step=3, group_size=4, lr=0.1, save_every=1, **TABLE)
+with fresh_settings():
+    start = time.monotonic()
+    assert faults.live(config, root / "whole", None) == 0
+    length = time.monotonic() - start
+    expected, rng = faults.weights(root / "whole"), random.Random(0)
+    found, control = faults.Faults(), faults.Faults()
+    while sum(found.kills.values()) < 4:
+        faults.one_run(config, root / f"run{found.runs}", expected, length, rng, found)
+    faults.one_run(config, root / "control", "other bytes", length, rng, control)
+    failing = faults.Faults()
+    (root / "failing").mkdir()
+    (root / "failing" / "notes.txt").write_text("somebody's")
+    faults.one_run(config, root / "failing", expected, 60.0, rng, failing)
+print(json.dumps([found.as_dict(), control.as_dict(), failing.as_dict()]))
+"""
+
+
+def test_a_killed_run_ends_in_the_same_bytes_and_other_bytes_are_counted(tmp_path):
+    paths = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{SCRIPT}", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, control, failing = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] >= 4
+    assert sum(k["cycles"] for k in found["kinds"]) == found["kills"]
+    assert (found["changed"], found["failed"]) == (0, [])
+    assert control["changed"] == control["runs"] == 1
+    assert "already holds files" in failing["failed"][0]
