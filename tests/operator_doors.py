@@ -1,4 +1,4 @@
-"""The table of operators and their doors, for test_one_result.py.
+"""The table of operators and their doors, for test_one_result.py. Inputs are those of `bi_ops.verify.operators`.
 
 Doors: the function of bi_ops, the layer of bi_ops.nn, torch's function and torch's layer under the mode, torch.compile
 of bi_ops' function, and main_grad.
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from bi_ops import (
-    activation,
     attention,
     embedding,
     logprob,
@@ -23,28 +22,14 @@ from bi_ops import (
     nn,
     norm,
     reduction,
-    rope,
 )
 from bi_ops.mode.served import SERVED
+from bi_ops.verify import operators
+from bi_ops.verify.values import Make, Shape
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
-EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Rows [*lead, k], of a matrix with n columns. strided: inputs are views, of other memory layouts."""
-
-    lead: tuple[int, ...]
-    k: int
-    n: int
-    strided: bool = False
-
-    @property
-    def rows(self) -> int:
-        return torch.Size(self.lead).numel()
-
+EPS = operators.EPS
 
 SHAPES = {
     "row": Shape((1,), 16, 8),
@@ -52,31 +37,6 @@ SHAPES = {
     "batch": Shape((2, 17), 160, 24),
     "strided": Shape((3, 19), 64, 40, strided=True),
 }
-
-
-class Make:
-    """Inputs of one shape and dtype."""
-
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
-        self.generator = torch.Generator().manual_seed(7)
-
-    def randn(self, *size: int) -> Tensor:
-        """If strided, every second column of a larger tensor whose first two axes are swapped in memory."""
-        wide = (*size[:-1], 2 * size[-1]) if self.shape.strided else size
-        t = torch.randn(wide, generator=self.generator).to(self.device, self.dtype)
-        if not self.shape.strided:
-            return t
-        return t.transpose(0, 1).contiguous().transpose(0, 1)[..., ::2] if t.ndim > 2 else t[..., ::2]
-
-    def ints(self, high: int, *size: int) -> Tensor:
-        return torch.randint(high, size, generator=self.generator).to(self.device)
-
-    def x(self) -> Tensor:
-        return self.randn(*self.shape.lead, self.shape.k)
-
-    def matrix(self) -> Tensor:
-        return self.randn(self.shape.rows, self.shape.k)
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -150,12 +110,11 @@ def embed(kind, padding_idx):
     return call
 
 
-def gemm_inputs(m: Make) -> dict[str, Tensor]:
-    return {"a": m.matrix(), "b": m.randn(m.shape.k, m.shape.n)}
-
-
-def linear_inputs(m: Make) -> dict[str, Tensor]:
-    return {"x": m.x(), "weight": m.randn(m.shape.n, m.shape.k), "bias": m.randn(m.shape.n)}
+def described(name: str, door: str, others: Mapping[str, Callable[..., Any]] | None = None, **more: Any) -> Operator:
+    """A subject of `bi-ops verify` behind `door`, with its main_grad, and its other doors."""
+    subject = {s.name: s for s in operators.SUBJECTS}[name]
+    doors = {door: subject.call, **(others or {})}
+    return Operator(subject.inputs, doors, subject.accumulate, subject.buffers, **more)
 
 
 def without(name: str, inputs: Callable[[Make], Mapping[str, Tensor]]) -> Callable[[Make], Mapping[str, Tensor]]:
@@ -164,7 +123,7 @@ def without(name: str, inputs: Callable[[Make], Mapping[str, Tensor]]) -> Callab
 
 def addmm(**scales: Any) -> Operator:
     return Operator(
-        lambda m: {"bias": m.randn(m.shape.n), **gemm_inputs(m)},
+        lambda m: {"bias": m.randn(m.shape.n), **operators.gemm(m)},
         {
             "bi_ops.matmul.addmm": lambda bias, a, b: matmul.addmm(bias, a, b, **scales),
             "torch.addmm": lambda bias, a, b: torch.addmm(bias, a, b, **scales),
@@ -218,7 +177,7 @@ def reduced(name: str, dim: Any, dtype: torch.dtype | None = None) -> Operator:
 def looked_up(padding_idx: int | None) -> Operator:
     pad = -1 if padding_idx is None else padding_idx
     return Operator(
-        lambda m: {"ids": m.ints(11, *m.shape.lead), "weight": m.randn(11, m.shape.n)},
+        operators.looked_up,
         {
             "bi_ops.embedding.embedding": lambda ids, weight: embedding.embedding(ids, weight, padding_idx=pad),
             "bi_ops.nn.Embedding": embed(nn.Embedding, padding_idx),
@@ -229,10 +188,6 @@ def looked_up(padding_idx: int | None) -> Operator:
         ("weight",),
         serves=names("embedding_dense_backward"),
     )
-
-
-def per_head(m: Make, n_heads: int) -> Tensor:
-    return m.randn(m.shape.rows, n_heads, 16)
 
 
 def attended(causal: bool, n_kv_heads: int, full: bool = False) -> Operator:
@@ -305,14 +260,9 @@ def masked() -> Operator:
     )
 
 
-def rotated(call: Callable[..., Any], tokens: Tensor, *rest: Any, **more: Any) -> Any:
-    positions = torch.arange(len(tokens), device=tokens.device) % 7
-    return call(tokens, *rest, positions=positions, cos_sin=rope.cos_sin_cache(16, 8, device=tokens.device), **more)
-
-
 OPERATORS: dict[str, Operator] = {
     "mm": Operator(
-        gemm_inputs,
+        operators.gemm,
         {
             "bi_ops.matmul.mm": matmul.mm,
             "bi_ops.matmul.matmul": matmul.matmul,
@@ -328,23 +278,21 @@ OPERATORS: dict[str, Operator] = {
     "addmm, scaled": addmm(beta=0.5, alpha=-2.0),
     "addmm, no bias": addmm(beta=0, alpha=3.0),
     "addmm, a matrix as bias": Operator(
-        lambda m: {"bias": m.randn(m.shape.rows, m.shape.n), **gemm_inputs(m)},
+        lambda m: {"bias": m.randn(m.shape.rows, m.shape.n), **operators.gemm(m)},
         {"bi_ops.matmul.addmm": matmul.addmm, "torch.addmm": torch.addmm},
     ),
-    "linear": Operator(
-        linear_inputs,
+    "linear": described(
+        "linear",
+        "bi_ops.matmul.linear",
         {
-            "bi_ops.matmul.linear": matmul.linear,
             "bi_ops.nn.Linear": layer(linear_layer(nn.Linear), "weight", "bias"),
             "torch.nn.functional.linear": F.linear,
             "torch layer": layer(linear_layer(torch.nn.Linear), "weight", "bias"),
         },
-        matmul.linear,
-        ("weight",),
         serves=names("mm addmm"),
     ),
     "linear, no bias": Operator(
-        without("bias", linear_inputs),
+        without("bias", operators.linear),
         {
             "bi_ops.matmul.linear": matmul.linear,
             "bi_ops.matmul.matmul": lambda x, weight: matmul.matmul(x, weight.t()),
@@ -356,14 +304,10 @@ OPERATORS: dict[str, Operator] = {
         lambda x, weight, main: matmul.linear(x, weight, main_grad=main),
         ("weight",),
     ),
-    "bmm": Operator(
-        lambda m: {"a": m.randn(3, m.shape.rows, m.shape.k), "b": m.randn(3, m.shape.k, m.shape.n)},
-        {
-            "bi_ops.matmul.bmm": matmul.bmm,
-            "bi_ops.matmul.matmul": matmul.matmul,
-            "torch.bmm": torch.bmm,
-            "torch.matmul": torch.matmul,
-        },
+    "bmm": described(
+        "bmm",
+        "bi_ops.matmul.bmm",
+        {"bi_ops.matmul.matmul": matmul.matmul, "torch.bmm": torch.bmm, "torch.matmul": torch.matmul},
         serves=names("bmm"),
     ),
     "a matrix and a vector": Operator(
@@ -374,18 +318,16 @@ OPERATORS: dict[str, Operator] = {
             "torch.Tensor.matmul": lambda a, b: a @ b,
         },
     ),
-    "rms_norm": Operator(
-        lambda m: {"x": m.x(), "weight": m.randn(m.shape.k)},
+    "rms_norm": described(
+        "rms_norm",
+        "bi_ops.norm.rms_norm",
         {
-            "bi_ops.norm.rms_norm": lambda x, weight: norm.rms_norm(x, weight, EPS),
             "bi_ops.nn.RMSNorm": layer(norm_layer(nn.RMSNorm), "weight"),
             "torch.nn.functional.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
             "torch.rms_norm": lambda x, weight: torch.rms_norm(x, weight.shape, weight, EPS),
             "the operator served below autograd": FusedRMSNorm.apply,
             "torch layer": layer(norm_layer(torch.nn.RMSNorm), "weight"),
         },
-        lambda x, weight, main: norm.rms_norm(x, weight, EPS, main),
-        ("weight",),
         serves=names("_fused_rms_norm _fused_rms_norm_backward"),
     ),
     "rms_norm, no weight": Operator(
@@ -396,41 +338,21 @@ OPERATORS: dict[str, Operator] = {
             "the operator served below autograd": lambda x: FusedRMSNorm.apply(x, None),
         },
     ),
-    "add_rms_norm": Operator(
-        lambda m: {"x": m.x(), "residual": m.x(), "weight": m.randn(m.shape.k)},
-        {"bi_ops.norm.add_rms_norm": lambda x, residual, weight: norm.add_rms_norm(x, residual, weight, EPS)},
-        lambda x, residual, weight, main: norm.add_rms_norm(x, residual, weight, EPS, main),
-        ("weight",),
+    "add_rms_norm": described("add_rms_norm", "bi_ops.norm.add_rms_norm"),
+    "qk_norm_rope": described("qk_norm_rope", "bi_ops.norm.qk_norm_rope"),
+    "silu_and_mul": described(
+        "silu_and_mul", "bi_ops.activation.silu_and_mul", {"bi_ops.nn.SiluAndMul": lambda x: nn.SiluAndMul()(x)}
     ),
-    "qk_norm_rope": Operator(
-        lambda m: {"qkv": m.randn(m.shape.rows, 5 * 16), "q_weight": m.randn(16), "k_weight": m.randn(16)},
-        {"bi_ops.norm.qk_norm_rope": lambda *given: rotated(norm.qk_norm_rope, *given, num_heads=3)},
-        lambda qkv, q_weight, k_weight, q_main, k_main: rotated(
-            *(norm.qk_norm_rope, qkv, q_weight, k_weight), num_heads=3, q_main_grad=q_main, k_main_grad=k_main
-        ),
-        ("q_weight", "k_weight"),
-    ),
-    "silu_and_mul": Operator(
-        lambda m: {"x": m.x()},
-        {
-            "bi_ops.activation.silu_and_mul": activation.silu_and_mul,
-            "bi_ops.nn.SiluAndMul": lambda x: nn.SiluAndMul()(x),
-        },
-    ),
-    "apply_rope": Operator(
-        lambda m: {"x": per_head(m, 3)}, {"bi_ops.rope.apply_rope": lambda x: rotated(rope.apply_rope, x)}
-    ),
+    "apply_rope": described("apply_rope", "bi_ops.rope.apply_rope"),
     "embedding": looked_up(None),
     "embedding, padded": looked_up(2),
-    "embedding_backward": Operator(
-        lambda m: {"grad": m.x(), "ids": m.ints(5, *m.shape.lead)},
+    "embedding_backward": described(
+        "embedding_backward",
+        "bi_ops.embedding.embedding_backward",
         {
-            "bi_ops.embedding.embedding_backward": lambda grad, ids: embedding.embedding_backward(
-                grad.detach(), ids, 5, dtype=grad.dtype
-            ),
             "torch.ops.aten.embedding_dense_backward": lambda grad, ids: aten.embedding_dense_backward(
                 grad.detach(), ids, 5, -1, False
-            ),
+            )
         },
         compiled=False,
     ),
@@ -440,10 +362,7 @@ OPERATORS: dict[str, Operator] = {
     "log_softmax": softmax("log_softmax"),
     "log_softmax, along the first axis": softmax("log_softmax", dim=0),
     "log_softmax, in fp32": softmax("log_softmax", dtype=torch.float32),
-    "token_logprobs": Operator(
-        lambda m: {"logits": m.matrix(), "ids": m.ints(m.shape.k, m.shape.rows)},
-        {"bi_ops.logprob.token_logprobs": logprob.token_logprobs},
-    ),
+    "token_logprobs": described("token_logprobs", "bi_ops.logprob.token_logprobs"),
     "sum": reduced("sum", -1),
     "sum of everything": reduced("sum", None),
     "sum over rows, in fp32": reduced("sum", 0, torch.float32),
