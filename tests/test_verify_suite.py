@@ -107,6 +107,8 @@ def test_attention_decodes_and_pages_with_the_bits_of_prefill():
     found = suite.verify(["bi_ops:flash_attention"], properties=names, jobs=1)
     assert found.failed == []
     assert {c.property for c in found.checks} == set(names)
+    few = suite.verify(["bi_ops:flash_attention"], properties=("batch size",), jobs=1)  # three sequences
+    assert few.failed == few.missed == []
 
 
 def test_micro_batches_are_cut_and_compared():

@@ -271,6 +271,21 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("softmax", logprob.softmax, x_only, _ROWS_OF_X, **_of("logprob")),
     Subject("log_softmax", logprob.log_softmax, x_only, _ROWS_OF_X, **_of("logprob")),
     Subject("token_logprobs", logprob.token_logprobs, scored, {"logits": 0, "ids": 0}, **_of("logprob")),
+    *(
+        Subject(
+            name,
+            functools.partial(call, temperature=0.7, top_k=20, top_p=0.9, min_p=0.01),
+            scored if name == "sampled_logprobs" else lambda m: {"logits": m.matrix()},
+            {"logits": 0, "ids": 0} if name == "sampled_logprobs" else {"logits": 0},
+            compiled=False,
+        )
+        for name, call in (
+            ("sampled_logprobs", logprob.sampled_logprobs),
+            ("sampled_stats", logprob.sampled_stats),
+            ("processed_logits", logprob.processed_logits),
+        )
+    ),
+    Subject("inference_linear", matmul.inference_linear, linear, _ROWS_OF_X, differentiable=False, compiled=False),
     Subject(
         "linear_token_logprobs",
         linear_token_logprobs,
@@ -312,6 +327,7 @@ NOT_SUBJECTS = {
     "rope.cos_sin_cache": "a table of constants",
     "matmul.backend_of": "a name",
     "matmul.warmup": "compiles and compares",
+    "logprob.sampled_order_of": "a value",
     **{f"{n}.order_of": "a value" for n in ("activation", "attention", "embedding", "logprob", "matmul", "norm")},
     **{f"{n}.order_of": "a value" for n in ("reduction", "rope")},
     **{
