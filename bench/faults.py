@@ -39,9 +39,11 @@ SMALL: dict[str, Any] = {"prompts_per_step": 2, "group_size": 2, "max_new_tokens
 
 @dataclass
 class Faults:
-    """kills: how many of each kind. runs: that came to their end. changed: of these, with other weights. failed: what
-    a resumed run raised. anew: runs killed before they had written their settings, which started again."""
+    """seconds: of the shortest whole run, over which moments are drawn. kills: how many of each kind. runs: that came
+    to their end. changed: of these, with other weights. failed: what a resumed run raised. anew: runs killed before
+    they had written their settings, which started again."""
 
+    seconds: float
     kills: Counter[str] = field(default_factory=Counter)
     runs: int = 0
     changed: int = 0
@@ -92,10 +94,11 @@ def weights(folder: Path) -> str:
     return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["weights_sha256"]
 
 
-def one_run(config: TrainConfig, folder: Path, expected: str, length: float, rng: random.Random, found: Faults) -> None:
+def one_run(config: TrainConfig, folder: Path, expected: str, rng: random.Random, found: Faults) -> None:
     """Kill, resume, and compare."""
     for life in range(KILLS_OF_A_RUN + 1):
-        status = live(config, folder, rng.uniform(0, length) if life < KILLS_OF_A_RUN else None)
+        start = time.monotonic()
+        status = live(config, folder, rng.uniform(0, found.seconds) if life < KILLS_OF_A_RUN else None)
         if status is None:
             found.kills[interrupted(folder) if folder.exists() else "the start"] += 1
             if not (folder / CONFIG).exists():
@@ -103,6 +106,8 @@ def one_run(config: TrainConfig, folder: Path, expected: str, length: float, rng
                 found.anew += 1
             continue
         found.runs += 1
+        if life == 0 and status == 0:
+            found.seconds = min(found.seconds, time.monotonic() - start)
         if status != 0:
             found.failed.append((folder.parent / f"{folder.name}.error").read_text()[-500:])
         elif weights(folder) != expected:
@@ -123,7 +128,7 @@ def main() -> int:
     args = parser.parse_args()
     preset, small = PRESETS[args.preset], SMALL if args.preset == "demo" else {"save_every": 1}
     config = dataclasses.replace(preset, steps=args.steps, engine=args.engine or preset.engine, **small)
-    rng, found, begun = random.Random(args.seed), Faults(), time.monotonic()
+    rng, begun = random.Random(args.seed), time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as root:
         for name in ("first", "undisturbed"):  # the first one compiles, or fills caches
@@ -131,14 +136,14 @@ def main() -> int:
             if live(config, Path(root) / name, None) != 0:
                 raise SystemExit((Path(root) / f"{name}.error").read_text())
             length = time.monotonic() - start
-        expected = weights(Path(root) / "undisturbed")
+        expected, found = weights(Path(root) / "undisturbed"), Faults(length)
         if weights(Path(root) / "first") != expected:
             raise SystemExit("two undisturbed runs end in other bytes: there is nothing to compare with")
         where = provenance(args.commit) if args.preset == "demo" else {"commit": args.commit}  # no CUDA before a fork
         where |= {"engine": config.engine, "steps": args.steps, "seconds_of_a_run": round(length, 2)}
         while sum(found.kills.values()) < args.kills and time.monotonic() - begun < 60 * args.minutes:
             folder = Path(root) / f"run{found.runs}"
-            one_run(config, folder, expected, length, rng, found)
+            one_run(config, folder, expected, rng, found)
             shutil.rmtree(folder, ignore_errors=True)
             write_json(args.out / "faults.json", {**where, **found.as_dict()})
             print(found.as_dict(), flush=True)

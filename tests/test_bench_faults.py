@@ -24,14 +24,14 @@ with fresh_settings():
     assert faults.live(config, root / "whole", None) == 0
     length = time.monotonic() - start
     expected, rng = faults.weights(root / "whole"), random.Random(0)
-    found, control = faults.Faults(), faults.Faults()
+    found, control = faults.Faults(length), faults.Faults(length)
     while sum(found.kills.values()) < 4:
-        faults.one_run(config, root / f"run{found.runs}", expected, length, rng, found)
-    faults.one_run(config, root / "control", "other bytes", length, rng, control)
-    failing = faults.Faults()
+        faults.one_run(config, root / f"run{found.runs}", expected, rng, found)
+    faults.one_run(config, root / "control", "other bytes", rng, control)
+    failing = faults.Faults(60.0)
     (root / "failing").mkdir()
     (root / "failing" / "notes.txt").write_text("somebody's")
-    faults.one_run(config, root / "failing", expected, 60.0, rng, failing)
+    faults.one_run(config, root / "failing", expected, rng, failing)
 print(json.dumps([found.as_dict(), control.as_dict(), failing.as_dict()]))
 """
 
