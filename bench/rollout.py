@@ -172,7 +172,8 @@ def main() -> int:
                 print(f"{model} {mode}: {(why or ['killed'])[-1][:300]}", file=sys.stderr)
                 failed = True
                 continue
-            found = [{"release": release} | row for row in json.loads(done.stdout.splitlines()[-1])]
+            [answer] = [line for line in done.stdout.splitlines() if line.startswith('[{"')]  # among what vLLM prints
+            found = [{"release": release} | row for row in json.loads(answer)]
             rows += [row | record for row in found]
             write_csv(path, [*kept(path, rows), *rows])
             rates = ", ".join(f"{r['batch']}: {r['decode_tok_s']:,.0f}" for r in found)
