@@ -378,6 +378,7 @@ OPERATORS: dict[str, Operator] = {
 #: Public functions with no other door, and why.
 ONE_DOOR_FUNCTIONS = {
     "matmul.accumulate_weight_grad": "what linear's main_grad calls",
+    "matmul.inference_linear": "what the plugin calls, without a gradient; its bits are compared in test_matmul_decode",
     "attention.paged_attention": "decoding: no gradient; compared with flash_attention in test_attention_paged.py",
     "attention.check_cu_seqlens": "a check",
     "rope.cos_sin_cache": "a table of constants",
