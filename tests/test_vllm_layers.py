@@ -22,6 +22,7 @@ from fake_vllm import (
 )
 
 from bi_ops import activation, matmul, norm, vllm_plugin
+from bi_ops.core import runtime
 from bi_ops.core import vllm as releases
 from bi_ops.matmul.warmup import Warmup
 from bi_ops.vllm_plugin import layers, worker
@@ -36,6 +37,8 @@ def version(request) -> str:
 
 @pytest.fixture
 def vllm(monkeypatch, version):
+    if not runtime.INTERPRET:
+        pytest.skip("the stand-in for vLLM computes on the CPU")
     with installed(monkeypatch, version) as modules:
         vllm_plugin.register()
         yield modules

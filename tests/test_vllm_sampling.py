@@ -10,6 +10,7 @@ from fake_vllm import installed
 from fake_vllm_sampling import V1, V2
 
 from bi_ops import logprob, vllm_plugin
+from bi_ops.core import runtime
 
 #: temperature, top-k, top-p, min-p of each request, as vLLM has them after its own checks.
 V = 600
@@ -22,6 +23,8 @@ MODES = ("raw_logprobs", "processed_logprobs")
 
 @pytest.fixture(params=["0.26.0", "0.33.0"])
 def vllm(monkeypatch, request):
+    if not runtime.INTERPRET:
+        pytest.skip("the stand-in for vLLM computes on the CPU")
     with installed(monkeypatch, request.param) as modules:
         yield modules
 

@@ -279,15 +279,16 @@ def stream(s: Subject, batch: Batch, base: Results, at: Setting) -> Iterator[Com
 
 def cuda_graph(s: Subject, batch: Batch, base: Results, at: Setting) -> Iterator[Comparison]:
     """Captured, then replayed twice, outputs poisoned in between."""
+    drawn: dict[int, torch.Tensor] = {}
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        results(s, batch)
+        results(s, batch, cotangents=drawn)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = results(s, batch)
+        found = results(s, batch, cotangents=drawn)
     for i in range(2):
         for r in found.values():
             r.tensor.fill_(float("nan") if r.tensor.is_floating_point() else 0)

@@ -177,8 +177,20 @@ def arguments(subject: Subject, batch: Batch, inputs: Iterable[Tensor]) -> tuple
     return (*inputs, batch.lengths) if subject.sequences else tuple(inputs)
 
 
-def results(subject: Subject, batch: Batch, call: Callable[..., Any] | None = None, **options: Any) -> Results:
-    """Outputs, and gradients of what has one, of `call` (None: the subject's own) on `batch`."""
+def results(
+    subject: Subject,
+    batch: Batch,
+    call: Callable[..., Any] | None = None,
+    *,
+    cotangents: dict[int, Tensor] | None = None,
+    **options: Any,
+) -> Results:
+    """Outputs, and gradients of what has one, of `call` (None: the subject's own) on `batch`.
+
+    cotangents: those of an earlier call, by output; what is missing is drawn and kept there. Drawing copies from the
+    CPU, which no CUDA graph captures.
+    """
+    cotangents = {} if cotangents is None else cotangents
     call = subject.call if call is None else call
     differentiable = subject.differentiable
     leaves = {n: t.detach().requires_grad_(differentiable and t.is_floating_point()) for n, t in batch.inputs.items()}
@@ -186,11 +198,14 @@ def results(subject: Subject, batch: Batch, call: Callable[..., Any] | None = No
     found = {f"out {i}": Result(o.detach(), subject.out_axis(i), batch.places) for i, o in enumerate(outs)}
     graded = [(i, o) for i, o in enumerate(outs) if o.requires_grad]
     wanted = [n for n, t in leaves.items() if t.requires_grad] if graded else []
+    for i, o in graded:
+        if i not in cotangents:
+            cotangents[i] = cotangent(o, subject.out_axis(i), batch, i)
     if wanted:
         grads = torch.autograd.grad(
             [o for _, o in graded],
             [leaves[n] for n in wanted],
-            [cotangent(o, subject.out_axis(i), batch, i) for i, o in graded],
+            [cotangents[i] for i, _ in graded],
             allow_unused=True,
         )
         for n, g in zip(wanted, grads, strict=True):
