@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 Table = Callable[[Sequence[str], Any], str]
 
 #: Where results may be, and how the tables call the place; details are of the first that has any.
-PLACES = {"h100": "H100", "cpu": "Triton's interpreter, CPU"}
+PLACES = {"h100": "H100", "h200": "H200", "cpu": "Triton's interpreter, CPU"}
 VERDICTS = ("right", "partly", "refused", "wrong", "crash")
 NAMED = 8  # operators of a row that are named, at most
 
@@ -67,13 +67,20 @@ def causes(pairs: Sequence[dict[str, Any]], table: Table) -> str:
     return table(("verdict", "why", "operators"), rows) + rest
 
 
+def by_commit(record: dict[str, Any]) -> str:
+    """How many verdicts are of which commit, where operators were judged again after others."""
+    number = Counter(p.get("commit", record["commit"]) for p in record["pairs"])
+    each = " and ".join(f"{n:,} of {commit}" for commit, n in number.most_common())
+    return f"Of these verdicts {each}.\n" if len(number) > 1 else ""
+
+
 def limits(load: Callable[[Path, str], Any], provenance: Callable[..., str], table: Table, results: Path) -> str:
     """Counts by place, and what stands in the way at the first one."""
     found = records(load, results)
     if not found:
         return "Not measured yet.\n"
     place, record = next(iter(found.items()))
-    lines = "".join(provenance([r], f"{p}/limits.json") for p, r in found.items())
+    lines = "".join(provenance([r], f"{p}/limits.json") + by_commit(r) for p, r in found.items())
     total = f"{len(record['pairs']):,} pairs of an operator and a dtype on {PLACES[place]}"
     return f"{counts(found, table)}\n{lines}\n{total}; why some are not right:\n\n{causes(record['pairs'], table)}"
 

@@ -18,7 +18,7 @@ from plots import FIGURES, fingerprint, write_plot
 from tables import BLOCKS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "limits", "operators")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "limits", "operators", "vllm")))
 RESULTS, PLOTS = ROOT / "bench" / "results", ROOT / "docs" / "plots"
 
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)

@@ -149,16 +149,46 @@ def train(results: Path) -> str:
 
 
 def tests(results: Path) -> str:
-    """The outcome of the test suite on a GPU."""
-    record = load(results, "h100/tests.json")
-    if record is None:
+    """The outcome of the test suite, a row per GPU."""
+    found = {gpu: load(results, f"{gpu}/tests.json") for gpu in ("h200", "h100")}
+    rows, lines = [], []
+    for gpu, record in found.items():
+        if record is None:
+            continue
+        not_run = record.get("not_run", 0)
+        rows.append((gpu.upper(), record["commit"], record["passed"], record["failed"], record["skipped"], not_run))
+        failed = [f"`{t['file']}::{t['test']}`" for t in record["tests"] if t["outcome"] == "failed"]
+        what = f"Failed: {', '.join(failed)}. " if failed else ""
+        lines.append(f"- {what}{provenance([record], f'{gpu}/tests.json')}")
+    if not rows:
         return "No run of the test suite on a GPU is committed yet.\n"
-    rows = [(record["passed"], record["failed"], record["skipped"])]
-    failed = [f"`{t['file']}::{t['test']}`" for t in record["tests"] if t["outcome"] == "failed"]
-    what = f"Failed: {', '.join(failed)}. " if failed else ""
-    if not_run := record.get("not_run"):
-        what += f"Not run: {not_run}. "
-    return table(("passed", "failed", "skipped"), rows) + "\n" + what + provenance([record], "h100/tests.json")
+    return table(("GPU", "commit", "passed", "failed", "skipped", "not run"), rows) + "\n" + "".join(lines)
+
+
+def conditions(results: Path) -> str:
+    """Rollout against training under every condition of vLLM that was run, beside the stock control."""
+    rows, lines = [], []
+    for gpu in ("h100", "h200"):
+        found = load(results, f"{gpu}/conditions.json")
+        for r in found or ():
+            rows.append((r["release"], r["condition"], *(outcome(r[side]) for side in ("plugin", "stock"))))
+        if found:
+            lines.append(provenance(found, f"{gpu}/conditions.json"))
+    if not rows:
+        return "Not measured yet.\n"
+    head = ("vLLM", "condition", "other bits with the plugin", "other bits of stock vLLM")
+    return table(head, sorted(rows)) + "\n" + "".join(lines)
+
+
+def outcome(side: dict[str, Any] | None) -> str:
+    """What a condition ended in: how many log-probabilities differ, or that it was refused or did not run."""
+    if side is None:
+        return "-"
+    if "failed" in side:
+        return f"did not run: {side['failed'][:80]}"
+    if "refused" in side:
+        return "refused by name"
+    return f"{side['different']:,} of {side['tokens']:,}"
 
 
 def bits(results: Path) -> str:
@@ -458,5 +488,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "step": step,
     "limits": limits,
     "operators": operators,
+    "conditions": conditions,
     "families": families,
 }

@@ -77,7 +77,7 @@ _0_32 = replace(
     bias_in_accumulator=True,
     replaces_bmm=False,
 )
-_0_33 = replace(_0_32, version="0.33.0", questions=_0_32.questions | {"supports_kv_cache_update_bypass"})
+_0_33 = replace(_0_32, version="0.33.0", questions=_0_32.questions | {"supports_kv_cache_update_bypass"}, shown=True)
 
 #: Every release that is accepted, oldest first. Another one is added here, after its patch points were read.
 RELEASES = {
