@@ -36,6 +36,26 @@ def test_gradients_match_fp64(dtype, shape, device):
     assert all(e.ok for e in errors), errors
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_entropy_matches_fp64(dtype, device):
+    x = {"logits": randn(20, 2100, dtype=dtype, device=device)}
+    ids = torch.randint(2100, (20,), device=device)
+    errors = gradient_errors(lambda logits: logprob.token_logprobs(logits, ids, True)[1], reference.entropy, x)
+    assert all(e.ok for e in errors), errors
+
+
+def test_a_token_without_probability_adds_nothing_to_the_entropy(device):
+    logits = randn(3, 40, device=device)
+    masked = torch.cat((logits, torch.full((3, 5), float("-inf"), device=device).bfloat16()), 1).requires_grad_()
+    ids = torch.zeros(3, dtype=torch.int64, device=device)
+    entropy = logprob.token_logprobs(masked, ids, True)[1]
+    assert torch.equal(entropy, logprob.token_logprobs(logits, ids, True)[1])
+    (g,) = torch.autograd.grad(entropy.sum(), masked)
+    assert g[:, :40].isfinite().all()
+    assert not g[:, 40:].any()
+    assert g[:, :40].any()
+
+
 def test_token_logprobs_is_log_softmax_at_the_ids(device):
     logits = randn(9, V, device=device)
     ids = torch.randint(V, (9,), device=device)

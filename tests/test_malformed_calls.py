@@ -71,6 +71,11 @@ def attended(q, v=None, return_lse=False, **rest):
     return (out, q.new_empty(q.shape[1::-1], dtype=F32)) if return_lse else out
 
 
+def chosen(logits, ids, return_entropy=False):
+    out = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    return (out, out) if return_entropy else out
+
+
 def looked_up(ids, weight, dtype=None, **rest):
     return weight[ids.long()].to(dtype or weight.dtype)
 
@@ -233,8 +238,22 @@ OPERATORS = {
     "logprob.token_logprobs": named(
         "token_logprobs",
         call=logprob.token_logprobs,
-        args=lambda: {"logits": rand(3, 7), "ids": ints(0, 6, 3, dtype=torch.int64)},
-        reference=lambda logits, ids: logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0],
+        args=lambda: {"logits": rand(3, 7), "ids": ints(0, 6, 3, dtype=torch.int64), "return_entropy": False},
+        reference=chosen,
+    ),
+    "logprob.token_stats": named(
+        "token_stats",
+        call=logprob.token_stats,
+        args=lambda: {"logits": rand(3, 7), "ids": ints(0, 6, 3, dtype=torch.int64), "entropy": True},
+    ),
+    "logprob.token_stats_backward_": named(
+        "token_stats_backward_",
+        call=logprob.token_stats_backward_,
+        args=lambda: {
+            **{"logits": rand(3, 7), "ids": ints(0, 6, 3, dtype=torch.int64)},
+            **{"stats": logprob.TokenStats(*rand(4, 3)), "grad": rand(3), "grad_entropy": rand(3)},
+        },
+        reference=lambda logits, **rest: logits,
     ),
     **{
         f"logprob.{name}": named(
@@ -389,6 +408,17 @@ OTHERS = {
     ),
     "matmul.warmup": named("warmup", call=matmul.warmup, args=lambda: {"module": layer(), "dtype": torch.bfloat16}),
     "nn.convert": named("convert", call=nn.convert, args=lambda: {"module": layer(), "allow": ()}),
+    "nn.linear_token_logprobs": named(
+        *("linear_token_logprobs", "token_stats"),
+        call=nn.linear_token_logprobs,
+        args=lambda: {
+            **{"hidden": rand(5, 4), "weight": rand(7, 4), "ids": ints(0, 6, 3, 1, 1, dtype=torch.int64)},
+            **{"main_grad": torch.zeros(7, 4), "chunk_rows": 16, "return_entropy": False},
+        },
+        reference=lambda hidden, weight, ids, return_entropy=False, **rest: chosen(
+            product(hidden, weight.t()), ids, return_entropy
+        ),
+    ),
     "nn.allocate_main_grads": named(
         "allocate_main_grads", call=nn.allocate_main_grads, args=lambda: {"module": layer()}
     ),
@@ -469,6 +499,7 @@ TARGETS = OPERATORS | LAYERS | OTHERS
 NOT_CALLED = {
     "attention.AttentionOrder": "a record",
     "attention.Problem": "a record",
+    "logprob.TokenStats": "a record",
     "mode.Audit": "a record",
     "mode.OutsideTheContract": "an exception",
     "mode.Stray": "a record",

@@ -52,6 +52,39 @@ def test_main_grad_goes_on_from_what_it_holds(device, chunk_rows):
     assert weight.grad is None
 
 
+@pytest.mark.parametrize("chunk_rows", [16, 48, None])
+def test_the_entropy_and_its_gradient_know_no_chunks(device, chunk_rows):
+    hidden, weight, ids, g = inputs(device, torch.bfloat16, torch.float32)
+    g_entropy = torch.randn(T, device=device)
+    expected = logprob.token_logprobs(matmul.linear(hidden, weight), ids, return_entropy=True)
+    got = linear_token_logprobs(hidden, weight, ids, chunk_rows=chunk_rows, return_entropy=True)
+    plain = linear_token_logprobs(hidden, weight, ids, chunk_rows=chunk_rows)
+    assert [bits_equal(*pair) for pair in zip(got, expected, strict=True)] == [True, True]
+    assert bits_equal(got[0], plain)
+    ours, theirs = (torch.autograd.grad(out, (hidden, weight), (g, g_entropy)) for out in (got, expected))
+    assert [bits_equal(*pair) for pair in zip(ours, theirs, strict=True)] == [True, True]
+    # Negative control: the entropy has a gradient.
+    assert not bits_equal(torch.autograd.grad(plain, hidden, g)[0], ours[0])
+
+
+def test_large_logits_are_cut_by_themselves(device, monkeypatch):
+    """And no tensor of [T, V] is made of them, in any dtype."""
+    from bi_ops.nn import lm_head
+
+    hidden, weight, ids, g = inputs(device, torch.bfloat16, torch.float32)
+    expected = linear_token_logprobs(hidden, weight, ids)
+    whole = torch.autograd.grad(expected, (hidden, weight), g)
+    rows, real = [], matmul.linear
+    monkeypatch.setattr(matmul, "linear", lambda x, *rest, **named: rows.append(len(x)) or real(x, *rest, **named))
+    monkeypatch.setattr(lm_head, "WHOLE_BYTES", T * V * 2 - 1)
+    monkeypatch.setattr(lm_head, "CHUNK_BYTES", 40 * V * 2)
+    got = linear_token_logprobs(hidden, weight, ids)
+    assert bits_equal(got, expected)
+    parts = torch.autograd.grad(got, (hidden, weight), g)
+    assert [bits_equal(*pair) for pair in zip(parts, whole, strict=True)] == [True, True]
+    assert rows == [32, 32, 6] * 2
+
+
 def test_chunks_in_another_order_would_have_other_bits(device):
     """Negative control: the weight gradient tells in which order its rows came."""
     hidden, _weight, _, _ = inputs(device, torch.bfloat16, torch.bfloat16)

@@ -345,6 +345,7 @@ def test_a_config_survives_json(tmp_path):
         ({"kl": float("nan")}, "kl is nan"),
         ({"max_grad_norm": float("inf")}, "max_grad_norm is inf"),
         ({"betas": [0.9]}, r"betas is \(0.9,\)"),
+        ({"recompute": "all"}, "recompute is 'all'; it must be selective, layer, none"),
         ({"max_tokens_per_microbatch": 0}, "max_tokens_per_microbatch is 0"),
         ({"learning_rate": 1}, "unknown settings learning_rate"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bi_ops.core import runtime
 from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
@@ -22,7 +24,7 @@ def tiny_config(**changes) -> Qwen3Config:
     return Qwen3Config(**(sizes | changes))
 
 
-def tiny_model(seed: int = 0, **changes) -> Qwen3ForCausalLM:
-    model = Qwen3ForCausalLM(tiny_config(**changes))
+def tiny_model(seed: int = 0, recompute: Any = "selective", **changes) -> Qwen3ForCausalLM:
+    model = Qwen3ForCausalLM(tiny_config(**changes), recompute=recompute)
     model.init_weights(seed)
     return model

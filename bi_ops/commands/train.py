@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,6 +61,7 @@ _PLAIN: tuple[tuple[str, type, str], ...] = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from bi_ops.nn.recompute import Recompute
     from bi_ops.rl.presets import PRESETS
     from bi_ops.rl.tasks import TASKS
     from bi_ops.rollout import factory
@@ -80,6 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         **given,
     )
     parser.add_argument("--task", choices=sorted(TASKS), help="what is learned", **given)
+    parser.add_argument(
+        "--recompute",
+        choices=get_args(Recompute),
+        help="what the backward computes again to save memory: norms, rotation and silu-and-mul (the default), whole "
+        "layers, or nothing; changes no bit",
+        **given,
+    )
     parser.add_argument("--mean", choices=("token", "sequence"), help="what counts equally in the loss", **given)
     parser.add_argument(
         "--on-difference", choices=("stop", "warn"), help="what a differing log-probability does", **given

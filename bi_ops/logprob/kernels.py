@@ -102,14 +102,16 @@ def token_logprobs_kernel(
     p_out,  # [R] fp32
     p_max,  # [R] fp32
     p_lse,  # [R] fp32, log(sum(exp(x - max)))
+    p_entropy,  # [R] fp32, or None
     R,
     N,
     stride_x,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr,
     LARGE: tl.constexpr,  # N is too long for columns in 32 bits
 ):
-    """out = x[id] - max - lse; NaN for an id outside [0, N)."""
+    """out = x[id] - max - lse; NaN for an id outside [0, N). entropy = -sum(p * log(p)), in a pass of its own."""
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < R
     p_row = p_x + o_r[:, None] * stride_x
@@ -121,6 +123,16 @@ def token_logprobs_kernel(
     tl.store(p_out + o_r, b_x - row_max - lse, mask=m_r)
     tl.store(p_max + o_r, row_max, mask=m_r)
     tl.store(p_lse + o_r, lse, mask=m_r)
+    if ENTROPY:
+        negated = tl.zeros([ROWS], dtype=tl.float32)
+        for start in range(0, widen(N, LARGE), BLOCK):
+            o_c = start + tl.arange(0, BLOCK)
+            m = m_r[:, None] & (o_c < N)[None, :]
+            b_x = tl.load(p_row + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+            b_log_p = b_x - row_max[:, None] - lse[:, None]
+            # What has no probability adds nothing, where 0 * log(0) would be NaN.
+            negated += tl.sum(tl.where(m & (b_x != float("-inf")), tl.exp(b_log_p) * b_log_p, 0.0), axis=1)
+        tl.store(p_entropy + o_r, -negated, mask=m_r)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -130,15 +142,19 @@ def token_logprobs_dx_kernel(
     p_ids,  # [R] int64
     p_max,  # [R] fp32
     p_lse,  # [R] fp32
-    p_dx,  # [R, N]
+    p_g_entropy,  # [R] fp32, or None
+    p_entropy,  # [R] fp32, or None
+    p_dx,  # [R, N]; may be x
     R,
     N,
     stride_x,
+    stride_dx,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr,
     LARGE: tl.constexpr,  # N is too long for columns in 32 bits
 ):
-    """dx = g * ((column == id) - softmax(x)); one program per (rows, block of columns)."""
+    """dx = g * ((column == id) - p) - g_entropy * p * (log(p) + entropy); a program per (rows, block of columns)."""
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_c = widen(tl.program_id(1), LARGE) * BLOCK + tl.arange(0, BLOCK)
     m_r = o_r < R
@@ -149,4 +165,9 @@ def token_logprobs_dx_kernel(
     lse = tl.load(p_lse + o_r, mask=m_r, other=0.0)[:, None]
     b_x = tl.load(p_x + o_r[:, None] * stride_x + o_c[None, :], mask=m, other=0.0).to(tl.float32)
     b_dx = b_g * (tl.where(o_c[None, :] == b_id, 1.0, 0.0) - tl.exp(b_x - row_max - lse))
-    tl.store(p_dx + o_r[:, None] * N + o_c[None, :], cast(b_dx, p_dx.dtype.element_ty), mask=m)
+    if ENTROPY:
+        b_log_p = b_x - row_max - lse
+        entropy = tl.load(p_entropy + o_r, mask=m_r, other=0.0)[:, None]
+        b_dh = tl.where(b_x == float("-inf"), 0.0, tl.exp(b_log_p) * (b_log_p + entropy))
+        b_dx -= tl.load(p_g_entropy + o_r, mask=m_r, other=0.0)[:, None] * b_dh
+    tl.store(p_dx + o_r[:, None] * stride_dx + o_c[None, :], cast(b_dx, p_dx.dtype.element_ty), mask=m)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple, overload
+
 import torch
 
 from bi_ops.core import arch as arches
@@ -84,29 +86,47 @@ def launch_softmax_backward(
     return dx
 
 
+class TokenStats(NamedTuple):
+    """What the rows of logits [T, V] come to, fp32 [T] each: all that their gradient needs besides themselves.
+
+    logprobs: of the chosen tokens. row_max: the maximum. lse: log(sum(exp(x - row_max))). entropy: of the softmax, in
+    nats; empty unless it was asked for.
+    """
+
+    logprobs: torch.Tensor
+    row_max: torch.Tensor
+    lse: torch.Tensor
+    entropy: torch.Tensor
+
+
 def launch_token_logprobs(
-    logits: torch.Tensor, ids: torch.Tensor, config: RowConfig | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probabilities of ids, maximum of each row, log(sum(exp(x - max))))."""
-    out, row_max, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
-    if logits.shape[0] > 0:
+    logits: torch.Tensor, ids: torch.Tensor, entropy: bool = False, config: RowConfig | None = None
+) -> TokenStats:
+    """The statistics of each row. config: None for the one of this size."""
+    n_rows = logits.shape[0]
+    out, row_max, lse, h = (
+        logits.new_empty(n, dtype=torch.float32) for n in (n_rows, n_rows, n_rows, n_rows * entropy)
+    )
+    if n_rows > 0:
         rows, order = aligned_rows(logits), _order(logits)
         c = config or row_config(*rows.shape)
-        token_logprobs_kernel[(cdiv(rows.shape[0], c.rows),)](
+        token_logprobs_kernel[(cdiv(n_rows, c.rows),)](
             rows,
             ids,
             out,
             row_max,
             lse,
+            h if entropy else None,
             *rows.shape,
             rows.stride(0),
             ROWS=c.rows,
             BLOCK=order.block,
+            ENTROPY=entropy,
             LARGE=_is_large("token_logprobs", rows),
             num_warps=order.num_warps,
             **PINNED,
         )
-    return out, row_max, lse
+    return TokenStats(out, row_max, lse, h)
 
 
 def launch_token_logprobs_backward(
@@ -115,10 +135,13 @@ def launch_token_logprobs_backward(
     ids: torch.Tensor,
     row_max: torch.Tensor,
     lse: torch.Tensor,
+    g_entropy: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     config: RowConfig | None = None,
 ) -> torch.Tensor:
-    """The gradient of the logits: every element by itself, from the sums of the forward."""
-    dx = logits.new_empty(logits.shape)
+    """The gradient of the logits: every element by itself, from the sums of the forward. out: may be the logits."""
+    dx = logits.new_empty(logits.shape) if out is None else out
     if logits.numel() > 0:
         rows, order = aligned_rows(logits), _order(logits)
         c = config or row_config(*rows.shape)
@@ -128,11 +151,15 @@ def launch_token_logprobs_backward(
             ids,
             row_max,
             lse,
+            None if g_entropy is None else g_entropy.contiguous(),
+            entropy,
             dx,
             *rows.shape,
             rows.stride(0),
+            dx.stride(0),
             ROWS=c.rows,
             BLOCK=c.cols,
+            ENTROPY=g_entropy is not None,
             LARGE=_is_large("token_logprobs", rows),
             num_warps=order.num_warps,
             **PINNED,
@@ -179,34 +206,64 @@ _softmax.register_autograd(_softmax_backward, setup_context=_softmax_setup)
 
 
 @custom_op("bi_ops::token_logprobs")
-def _token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return launch_token_logprobs(logits, ids)
+def _token_logprobs(
+    logits: torch.Tensor, ids: torch.Tensor, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(launch_token_logprobs(logits, ids, entropy))  # type: ignore[return-value]
 
 
 @_token_logprobs.register_fake
-def _(logits, ids):
-    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+def _(logits, ids, entropy=False):
+    n = logits.shape[0]
+    return tuple(logits.new_empty(size, dtype=torch.float32) for size in (n, n, n, n if entropy else 0))
 
 
 @custom_op("bi_ops::token_logprobs_backward")
 def _token_logprobs_grad(
-    g: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, row_max: torch.Tensor, lse: torch.Tensor
+    g: torch.Tensor,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    row_max: torch.Tensor,
+    lse: torch.Tensor,
+    g_entropy: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return launch_token_logprobs_backward(g, logits, ids, row_max, lse)
+    return launch_token_logprobs_backward(g, logits, ids, row_max, lse, g_entropy, entropy)
 
 
 @_token_logprobs_grad.register_fake
-def _(g, logits, ids, row_max, lse):
+def _(g, logits, ids, row_max, lse, g_entropy=None, entropy=None):
     return logits.new_empty(logits.shape)
 
 
+@custom_op("bi_ops::token_logprobs_backward_", mutates_args={"logits"})
+def _token_logprobs_grad_(
+    logits: torch.Tensor,
+    g: torch.Tensor,
+    ids: torch.Tensor,
+    row_max: torch.Tensor,
+    lse: torch.Tensor,
+    g_entropy: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+) -> None:
+    launch_token_logprobs_backward(g, logits, ids, row_max, lse, g_entropy, entropy, out=logits)
+
+
+@_token_logprobs_grad_.register_fake
+def _(logits, g, ids, row_max, lse, g_entropy=None, entropy=None):
+    return None
+
+
 def _token_logprobs_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    logits, ids, ctx.with_entropy = inputs
+    ctx.save_for_backward(logits, ids, *output[1:])
+    ctx.mark_non_differentiable(*output[1:3], *(() if ctx.with_entropy else output[3:]))
 
 
-def _token_logprobs_backward(ctx, g, *_):
-    return _token_logprobs_grad(g, *ctx.saved_tensors), None
+def _token_logprobs_backward(ctx, g, _max, _lse, g_entropy):
+    *saved, entropy = ctx.saved_tensors
+    parts = (g_entropy, entropy) if ctx.with_entropy else (None, None)
+    return _token_logprobs_grad(g, *saved, *parts), None, None
 
 
 _token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_token_logprobs_setup)
@@ -241,23 +298,8 @@ def softmax(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     return _softmax(x, False, _check("softmax", "x", x, dtype))
 
 
-def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The log-probability of each row's chosen token, what vLLM reports for a sampled token, in the same bits.
-
-    vLLM's v2 model runner takes log-probabilities from bf16 logits, and so does its v1 runner with the plugin. Without
-    it the v1 runner casts logits to fp32 first, whose bits are those of fp32 logits here.
-
-    Args:
-        logits: [T, V], bf16, fp16 or fp32. ids: int64 [T], each in [0, V) (checked here on the CPU only; on a GPU an
-            id outside gives NaN).
-
-    Returns:
-        fp32 [T], natural logarithm. The gradient reaches the logits, in their dtype.
-
-    Raises:
-        TypeError: an unsupported dtype. ValueError: wrong shape or device. IndexError: an id outside [0, V).
-    """
-    op = "token_logprobs"
+def _check_tokens(op: str, logits: torch.Tensor, ids: torch.Tensor) -> None:
+    """Raise unless `ids` chooses a column of each row of `logits`."""
     _check(op, "logits", logits)
     checks.tensor(op, "ids", ids, ndim=1)
     checks.same_device(op, logits=logits, ids=ids)
@@ -271,4 +313,79 @@ def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= logits.shape[1]:
             raise IndexError(f"{op}: ids reach from {low} to {high}; logits have {logits.shape[1]} columns")
-    return _token_logprobs(logits, ids.contiguous())[0]
+
+
+@overload
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, return_entropy: Literal[False] = False) -> torch.Tensor: ...
+@overload
+def token_logprobs(
+    logits: torch.Tensor, ids: torch.Tensor, return_entropy: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def token_logprobs(
+    logits: torch.Tensor, ids: torch.Tensor, return_entropy: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The log-probability of each row's chosen token, what vLLM reports for a sampled token, in the same bits.
+
+    vLLM's v2 model runner takes log-probabilities from bf16 logits, and so does its v1 runner with the plugin. Without
+    it the v1 runner casts logits to fp32 first, whose bits are those of fp32 logits here.
+
+    Args:
+        logits: [T, V], bf16, fp16 or fp32. ids: int64 [T], each in [0, V) (checked here on the CPU only; on a GPU an
+            id outside gives NaN). return_entropy: also the entropy of each row's softmax.
+
+    Returns:
+        fp32 [T], natural logarithm; with `return_entropy` (that, the entropy in nats, fp32 [T]). The gradient reaches
+        the logits, in their dtype.
+
+    Raises:
+        TypeError: an unsupported dtype. ValueError: wrong shape or device. IndexError: an id outside [0, V).
+    """
+    op = "token_logprobs"
+    _check_tokens(op, logits, ids)
+    checks.boolean(op, "return_entropy", return_entropy)
+    out, _, _, entropy = _token_logprobs(logits, ids.contiguous(), return_entropy)
+    return (out, entropy) if return_entropy else out
+
+
+@torch.no_grad()
+def token_stats(logits: torch.Tensor, ids: torch.Tensor, entropy: bool = False) -> TokenStats:
+    """`token_logprobs` without a gradient, and what `token_stats_backward_` needs. Arguments and errors as there."""
+    _check_tokens("token_stats", logits, ids)
+    checks.boolean("token_stats", "entropy", entropy)
+    return TokenStats(*_token_logprobs(logits, ids.contiguous(), entropy))
+
+
+@torch.no_grad()
+def token_stats_backward_(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    stats: TokenStats,
+    grad: torch.Tensor,
+    grad_entropy: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Overwrite `logits` with their gradient, the bits of `token_logprobs`', and return them: no second [T, V].
+
+    Args:
+        logits, ids: as `token_logprobs`, the logits with contiguous rows. stats: of `token_stats` for them. grad: fp32
+            [T], of the log-probabilities. grad_entropy: fp32 [T], of the entropy, or None.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `token_logprobs`; gradients of another shape or dtype; grad_entropy
+            without an entropy in `stats`.
+    """
+    op = "token_stats_backward_"
+    _check_tokens(op, logits, ids)
+    checks.shape(op, logits.stride(1) == 1 or logits.shape[1] == 1, lambda: "rows of logits must be contiguous")
+    if not isinstance(stats, TokenStats):
+        raise TypeError(f"{op}: stats must be a TokenStats, got {type(stats).__name__}")
+    has_entropy = grad_entropy is not None
+    named = {"grad": grad, "row_max": stats.row_max, "lse": stats.lse}
+    named |= {"grad_entropy": grad_entropy, "entropy": stats.entropy} if grad_entropy is not None else {}
+    for name, t in named.items():
+        checks.tensor(op, name, t, ndim=1)
+        checks.dtype(op, name, t, (torch.float32,))
+        checks.shape(op, len(t) == len(logits), lambda n=name, t=t: f"{n} {list(t.shape)} for {len(logits)} rows")
+    checks.same_device(op, logits=logits, **named)
+    entropy = stats.entropy if has_entropy else None
+    _token_logprobs_grad_(logits, grad, ids.contiguous(), stats.row_max, stats.lse, grad_entropy, entropy)
+    return logits

@@ -58,3 +58,9 @@ def sampled_logprobs(
     keep = kept(wide.detach(), *options)
     z = (wide / options[0][:, None]).masked_fill(~keep, float("-inf"))
     return torch.log_softmax(z, -1).gather(-1, ids[:, None]).squeeze(-1)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """-sum(p * log(p)) of each row's softmax, in fp32 (fp64 for fp64 logits)."""
+    log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    return -(log_p.exp() * log_p).sum(-1)

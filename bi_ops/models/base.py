@@ -14,6 +14,7 @@ from bi_ops.core.orders import OrderRecord
 from bi_ops.models import checkpoint, orders
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.models.packing import DEFAULTS, PackedBatch
+from bi_ops.nn.recompute import Recompute, check_recompute
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 #: (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D]: what differs between training and decoding.
 AttentionFn = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-#: Rows of logits held at once when no gradient is asked for.
+#: Rows of logits held at once where a sampled distribution is scored without a gradient.
 LOGIT_ROWS = 4096
 
 
@@ -34,9 +35,12 @@ class CausalLM(torch.nn.Module):
     Args:
         config: sizes. param_dtype: of the master weights. compute_dtype: weights are rounded to it on use, activations
             are in it; gradients of fp32 masters are never rounded to it. device: None is where kernels run.
+        recompute: what a decoder layer does for memory, the same bits in each. "selective": norms, rotation and
+            silu-and-mul run again in the backward. "layer": the whole layer does, and the residual stream alone is
+            kept. "none": everything is kept. Also an attribute.
 
     Raises:
-        TypeError: another dtype. RuntimeError: no such device.
+        TypeError: another dtype. ValueError: another `recompute`. RuntimeError: no such device.
 
     Weights are uninitialised until `init_weights` draws them or `from_pretrained` reads them.
 
@@ -44,6 +48,7 @@ class CausalLM(torch.nn.Module):
         attention_backend: who computes attention in `token_logprobs`; None: the one that `bi_ops.attention` chooses.
         source: the folder that the weights came from; `save_pretrained` copies the tokenizer from there.
         has_tied_copy: the checkpoint stores tied embeddings twice; kept, so that saving gives back the same file.
+        head_chunk_rows: rows of logits in memory at once, as `bi_ops.nn.linear_token_logprobs`; no bit depends on it.
     """
 
     config_class: ClassVar[type[CausalLMConfig]]
@@ -57,12 +62,15 @@ class CausalLM(torch.nn.Module):
         param_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        recompute: Recompute = "selective",
     ) -> None:
         super().__init__()
         for dtype in (param_dtype, compute_dtype):
             checks.result_dtype(type(self).__name__, dtype)
         device = torch.device(device) if device is not None else runtime.default_device()
         self.config, self.compute_dtype = config, compute_dtype
+        self.recompute: Recompute = check_recompute(type(self).__name__, recompute)
+        self.head_chunk_rows: int | None = None
         self.attention_backend: str | None = None
         self.source: Path | None = None
         self.has_tied_copy = False
@@ -133,23 +141,29 @@ class CausalLM(torch.nn.Module):
                 backend=self.attention_backend,
             )
 
-        def score(hidden: torch.Tensor, ids: torch.Tensor, options: dict[str, torch.Tensor]) -> torch.Tensor:
-            if batch.sampling is None:
-                return logprob.token_logprobs(self.logits(hidden), ids)
-            return logprob.sampled_logprobs(self.logits(hidden), ids, **options)  # type: ignore[arg-type]
-
         hidden = self(batch.input_ids, batch.positions, attention_fn)[batch.logit_indices]
         options = dict(batch.sampling or {})
-        if torch.is_grad_enabled():
-            if batch.scatter_size == len(batch.targets):
-                return score(hidden, batch.targets, options)
-            # The head's gradient sums over the scored tokens alone, so these are padded for themselves.
-            padded = {name: batch.scatter(values, DEFAULTS[name]) for name, values in options.items()}
-            return score(batch.scatter(hidden), batch.scatter(batch.targets), padded)[batch.scatter_indices]
+        if not torch.is_grad_enabled() or batch.scatter_size == len(batch.targets):
+            return self._score(hidden, batch.targets, options)
+        # The head's gradient sums over the scored tokens alone, so these are padded for themselves.
+        padded = {name: batch.scatter(values, DEFAULTS[name]) for name, values in options.items()}
+        return self._score(batch.scatter(hidden), batch.scatter(batch.targets), padded)[batch.scatter_indices]
+
+    def _score(self, hidden: torch.Tensor, ids: torch.Tensor, options: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities of `ids`, a chunk of rows at a time where the logits are large.
+
+        options: of the distribution that was sampled; empty for that of the logits. With options and a gradient the
+        logits are whole.
+        """
+        head = self.lm_head
+        if not options:
+            return nn.linear_token_logprobs(hidden, head.weight, ids, head.main_grad, self.head_chunk_rows)
+        n_rows = max(len(ids), 1) if torch.is_grad_enabled() else LOGIT_ROWS
         parts = []
-        for at in range(0, len(batch.targets), LOGIT_ROWS):
-            rows = slice(at, at + LOGIT_ROWS)
-            parts.append(score(hidden[rows], batch.targets[rows], {n: v[rows] for n, v in options.items()}))
+        for at in range(0, max(len(ids), 1), n_rows):
+            rows = slice(at, at + n_rows)
+            part = {n: v[rows] for n, v in options.items()}
+            parts.append(logprob.sampled_logprobs(self.logits(hidden[rows]), ids[rows], **part))  # type: ignore[arg-type]
         return torch.cat(parts)
 
     def warmup(self) -> None:
@@ -213,6 +227,7 @@ class CausalLM(torch.nn.Module):
         param_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        recompute: Recompute = "selective",
     ) -> Self:
         """Read a Hugging Face checkpoint folder (config.json, safetensors in one file or in shards).
 
@@ -220,7 +235,7 @@ class CausalLM(torch.nn.Module):
             FileNotFoundError: no config or weights there. ValueError: an unsupported model; two checkpoints in one
                 folder; or tensors that are missing, twice there, unknown or of another shape (listed at once).
         """
-        model = cls(cls.config_class.from_pretrained(path), param_dtype, compute_dtype, device)
+        model = cls(cls.config_class.from_pretrained(path), param_dtype, compute_dtype, device, recompute)
         checkpoint.load(model, Path(path))
         return model
 

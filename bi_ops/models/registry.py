@@ -11,6 +11,7 @@ import torch
 from bi_ops.models.base import CausalLM
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.models.config_fields import read_config
+from bi_ops.nn.recompute import Recompute
 
 
 class Entry(NamedTuple):
@@ -82,7 +83,8 @@ def load_model(
     param_dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
+    recompute: Recompute = "selective",
 ) -> CausalLM:
     """The model in the checkpoint folder `path`, whatever it is. Raises as `load_config` and `from_pretrained`."""
     entry = lookup(read_config(path), str(path))
-    return entry.model_class.from_pretrained(path, param_dtype, compute_dtype, device)
+    return entry.model_class.from_pretrained(path, param_dtype, compute_dtype, device, recompute)

@@ -2,6 +2,7 @@
 
 from bi_ops.nn.convert import convert
 from bi_ops.nn.layers import Attention, Embedding, Linear, RMSNorm, SiluAndMul
+from bi_ops.nn.lm_head import linear_token_logprobs
 from bi_ops.nn.main_grad import allocate_main_grads, collect_main_grads
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "allocate_main_grads",
     "collect_main_grads",
     "convert",
+    "linear_token_logprobs",
 ]

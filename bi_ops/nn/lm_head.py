@@ -1,16 +1,20 @@
-"""Log-probabilities of chosen tokens straight from hidden states: the logits exist a chunk of rows at a time."""
+"""Log-probabilities of chosen tokens straight from hidden states: of large logits a chunk of rows exists at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, overload
 
 import torch
 
 from bi_ops import logprob, matmul
+from bi_ops.core import checks
 from bi_ops.core.transforms import Node
 
-#: Bytes of logits that `linear_token_logprobs` holds at once unless it is told how many rows.
-CHUNK_BYTES = 1 << 31
+#: Bytes of logits that are kept for the backward as they are; more are computed again, chunk by chunk.
+WHOLE_BYTES = 1 << 31
+#: Bytes of a chunk of logits: enough rows for whole waves of tiles, and a weight gradient that is not read too often.
+CHUNK_BYTES = 1 << 30
 
 
 def _chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
@@ -19,72 +23,123 @@ def _chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
 
 
 class _LinearTokenLogprobs(Node):
-    """Both passes walk the chunks front to back, so the weight gradient has the bits of one pass over all rows."""
+    """Both passes walk the chunks front to back, so the weight gradient has the bits of one pass over all rows.
+
+    The backward writes each chunk's gradient over its logits. What the softmax sums is kept from the forward.
+    """
 
     operator = "linear_token_logprobs"
 
     @staticmethod
-    def forward(ctx, hidden, weight, ids, main_grad, chunk_rows):
+    def forward(ctx, hidden, weight, ids, main_grad, chunk_rows, entropy):
         rounded = weight.to(hidden.dtype)  # once for both passes
-        parts = _chunks(len(ids), chunk_rows)
-        found = [logprob.token_logprobs(matmul.linear(hidden[p], rounded), ids[p]) for p in parts]
-        ctx.save_for_backward(hidden, rounded, ids)
-        ctx.main_grad, ctx.chunk_rows, ctx.weight_dtype = main_grad, chunk_rows, weight.dtype
-        return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+        found = [
+            logprob.token_stats(matmul.linear(hidden[part], rounded), ids[part], entropy)
+            for part in _chunks(len(ids), chunk_rows)
+        ]
+        out = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        stats = logprob.TokenStats(*out) if out else logprob.TokenStats(*hidden.new_empty((4, 0), dtype=torch.float32))
+        ctx.save_for_backward(hidden, rounded, ids, *(t.detach() for t in stats))
+        ctx.main_grad, ctx.chunk_rows, ctx.weight_dtype, ctx.entropy = main_grad, chunk_rows, weight.dtype, entropy
+        if not entropy:
+            ctx.mark_non_differentiable(stats.entropy)
+        return stats.logprobs, stats.entropy
 
     @staticmethod
-    def backward(ctx, g):
-        hidden, weight, ids = ctx.saved_tensors
+    def backward(ctx, g, g_entropy):
+        hidden, weight, ids, *kept = ctx.saved_tensors
         need_hidden, need_weight, *_ = ctx.needs_input_grad
-        dhidden = torch.zeros_like(hidden) if need_hidden else None
+        dhidden = torch.empty_like(hidden) if need_hidden else None
         buffer = ctx.main_grad
         if need_weight and buffer is None:
             buffer = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for part in _chunks(len(ids), ctx.chunk_rows):
-            logits = matmul.linear(hidden[part], weight).requires_grad_()
-            with torch.enable_grad():
-                scores = logprob.token_logprobs(logits, ids[part])
-            (dlogits,) = torch.autograd.grad(scores, logits, g[part])
+            logits = matmul.linear(hidden[part], weight)
+            stats = logprob.TokenStats(*(t[part] for t in kept))
+            parts = (g[part], g_entropy[part] if ctx.entropy else None)
+            dlogits = logprob.token_stats_backward_(logits, ids[part], stats, *parts)
             if dhidden is not None:
                 dhidden[part] = matmul.mm(dlogits, weight)
             if need_weight:
                 matmul.accumulate_weight_grad(buffer, dlogits, hidden[part].contiguous())
+            del logits, dlogits  # before the next chunk's
         dweight = buffer.to(ctx.weight_dtype) if need_weight and ctx.main_grad is None else None
-        return dhidden, dweight, None, None, None
+        return dhidden, dweight, None, None, None, None
 
 
+@overload
 def linear_token_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     ids: torch.Tensor,
     main_grad: torch.Tensor | None = None,
     chunk_rows: int | None = None,
-) -> torch.Tensor:
+    return_entropy: Literal[False] = False,
+) -> torch.Tensor: ...
+@overload
+def linear_token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    main_grad: torch.Tensor | None = None,
+    chunk_rows: int | None = None,
+    *,
+    return_entropy: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def linear_token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    main_grad: torch.Tensor | None = None,
+    chunk_rows: int | None = None,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``token_logprobs(linear(hidden, weight), ids)``, bit for bit, with a bounded piece of the logits in memory.
 
-    The backward computes each chunk's logits again. Gradients are those of the two operators too: a row's own, and a
-    weight gradient that is accumulated over the rows front to back in fp32 and rounded once.
+    The backward computes each chunk's logits again, one GEMM more than without chunks, and writes their gradient over
+    them. Gradients are those of the two operators too: a row's own, and a weight gradient that is accumulated over the
+    rows front to back in fp32 and rounded once. Logits are never stored in more than the dtype of hidden.
 
     Args:
         hidden: [T, K], bf16, fp16 or fp32. weight: [V, K], the dtype of hidden or fp32. ids: int64 [T], in [0, V).
         main_grad: fp32 [V, K], contiguous, or None; as in `bi_ops.matmul.linear`.
-        chunk_rows: rows of logits held at once, a multiple of `bi_ops.matmul.TOKEN_STEP`; None: as many as fit into
-            `CHUNK_BYTES`. It changes no bit.
+        chunk_rows: rows of logits held at once, a multiple of `bi_ops.matmul.TOKEN_STEP`. None: all, kept for the
+            backward, up to 2 GiB of logits (`WHOLE_BYTES`), else 1 GiB (`CHUNK_BYTES`) at a time. It changes no bit.
+        return_entropy: also the entropy of each row's softmax, as `bi_ops.logprob.token_logprobs`.
 
     Returns:
-        fp32 [T], natural logarithm.
+        fp32 [T], natural logarithm; with `return_entropy` (that, the entropy in nats, fp32 [T]).
 
     Raises:
         ValueError: chunk_rows below 1 or no multiple of TOKEN_STEP, ids and hidden of different lengths; otherwise
-        TypeError, ValueError and IndexError as the two operators.
+        TypeError, ValueError and IndexError as `bi_ops.matmul.linear` and `bi_ops.logprob.token_logprobs`.
     """
     op = "linear_token_logprobs"
-    if hidden.ndim != 2 or weight.ndim != 2 or ids.ndim != 1 or len(ids) != len(hidden):
+    for name, t in (("hidden", hidden), ("weight", weight), ("ids", ids)):
+        checks.tensor(op, name, t)
+    if (hidden.ndim, weight.ndim, ids.ndim) != (2, 2, 1) or len(ids) != len(hidden):
         shapes = f"hidden {list(hidden.shape)}, weight {list(weight.shape)}, ids {list(ids.shape)}"
         raise ValueError(f"{op}: needs hidden [T, K], weight [V, K] and ids [T], got {shapes}")
+    checks.dtype(op, "hidden", hidden)
+    checks.dtype(op, "weight", weight, (hidden.dtype, torch.float32))
+    checks.same_device(op, hidden=hidden, weight=weight, ids=ids)
+    checks.shape(
+        op,
+        hidden.shape[1] == weight.shape[1],
+        lambda: f"hidden {list(hidden.shape)} does not fit weight {list(weight.shape)}",
+    )
+    checks.boolean(op, "return_entropy", return_entropy)
+    if main_grad is not None:
+        checks.main_grad(op, "main_grad", main_grad, weight.shape, weight.device)
     step = matmul.TOKEN_STEP
+    row_bytes = max(weight.shape[0] * hidden.element_size(), 1)
     if chunk_rows is None:
-        chunk_rows = max(CHUNK_BYTES // max(weight.shape[0] * hidden.element_size(), 1) // step, 1) * step
+        if len(ids) * row_bytes <= WHOLE_BYTES:
+            logits = matmul.linear(hidden, weight, main_grad=main_grad)
+            return logprob.token_logprobs(logits, ids, return_entropy)
+        chunk_rows = max(CHUNK_BYTES // row_bytes // step, 1) * step
+    checks.integer(op, "chunk_rows", chunk_rows)
     if chunk_rows < 1 or chunk_rows % step:
         raise ValueError(f"{op}: chunk_rows must be a positive multiple of {step}, got {chunk_rows}")
-    return _LinearTokenLogprobs.apply(hidden, weight, ids, main_grad, chunk_rows)
+    out, entropy = _LinearTokenLogprobs.apply(hidden, weight, ids, main_grad, chunk_rows, return_entropy)
+    return (out, entropy) if return_entropy else out

@@ -7,15 +7,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bi_ops.models.tiny import TINY
+from bi_ops.nn.recompute import Recompute
 from bi_ops.rl.tasks import TASKS
 from bi_ops.rollout import factory
 from bi_ops.rollout.base import LogprobsMode
 
 #: Fields that may change when a run is resumed: none of them changes what a step learns.
-FREE_ON_RESUME = ("steps", "save_every", "on_difference", "gpu_memory_utilization", "max_tokens_per_microbatch")
+FREE_ON_RESUME = (
+    "steps",
+    "save_every",
+    "on_difference",
+    "gpu_memory_utilization",
+    "max_tokens_per_microbatch",
+    "recompute",
+)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -68,6 +76,7 @@ class TrainConfig:
     max_tokens_per_microbatch: cut the training pass into packs of at most that many tokens, padding not counted
     (None: one pack). The cut changes no bit of a log-probability or of the update; only the loss that is reported is
     added up pack by pack.
+    recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
     on_difference: what a log-probability that differs between rollout and training does to the run.
     save_every: steps between checkpoints, 0 for none but the final weights.
 
@@ -101,6 +110,7 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 10
     max_tokens_per_microbatch: int | None = None
+    recompute: Recompute = "selective"
     on_difference: Literal["stop", "warn"] = "stop"
     gpu_memory_utilization: float = 0.4
     cuda_graphs: bool = True
@@ -118,6 +128,7 @@ class TrainConfig:
         need(self.attention in (None, "triton", "vllm"), "attention", "triton, vllm or null")
         need(self.task in TASKS, "task", "one of " + ", ".join(TASKS))
         need(self.mean in ("token", "sequence"), "mean", "token or sequence")
+        need(self.recompute in get_args(Recompute), "recompute", ", ".join(get_args(Recompute)))
         need(self.on_difference in ("stop", "warn"), "on_difference", "stop or warn")
         need(0 < self.temperature < float("inf"), "temperature", "above 0: greedy samples have no ratio to learn from")
         need(self.top_k >= 0, "top_k", "0 (all tokens) or more")

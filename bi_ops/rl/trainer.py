@@ -121,6 +121,7 @@ class Trainer:
             )
         for m in (model, *([] if reference is None else [reference])):
             m.adopt(engine.orders)
+        model.recompute = config.recompute
         self.config, self.model, self.engine, self.task, self.reference = config, model, engine, task, reference
         self.on_difference = on_difference
         self.parameters = [p for p in model.parameters() if p.requires_grad]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,6 +11,7 @@ from bi_ops import nn, norm, rope
 from bi_ops.models.base import AttentionFn, CausalLM
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.models.qwen3.config import Qwen3Config
+from bi_ops.nn.recompute import Recompute, checkpointed, recomputed
 
 
 class SelfAttention(torch.nn.Module):
@@ -23,20 +24,21 @@ class SelfAttention(torch.nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps, **factory)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, attention_fn: AttentionFn
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        attention_fn: AttentionFn,
+        selective: bool = False,
     ) -> torch.Tensor:
-        q, k, v = norm.qk_norm_rope(
-            self.qkv_proj(x),
-            self.q_norm.weight,
-            self.k_norm.weight,
-            positions,
-            cos_sin,
-            self.config.num_attention_heads,
-            self.config.rms_norm_eps,
-            self.q_norm.main_grad,
-            self.k_norm.main_grad,
-        )
-        return self.o_proj(attention_fn(self.layer, q, k, v).flatten(1))
+        qkv = self.qkv_proj(x)
+        weights = self.q_norm.weight, self.k_norm.weight
+        rest = positions, cos_sin, self.config.num_attention_heads, self.config.rms_norm_eps
+        heads = norm.qk_norm_rope(qkv, *weights, *rest, self.q_norm.main_grad, self.k_norm.main_grad)
+        kept = qkv.detach()
+        with recomputed(selective, heads, lambda: norm.qk_norm_rope(kept, *weights, *rest)):
+            out = attention_fn(self.layer, *heads)
+        return self.o_proj(out.flatten(1))
 
 
 class MLP(torch.nn.Module):
@@ -46,8 +48,11 @@ class MLP(torch.nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False, **factory)
         self.act_fn = nn.SiluAndMul()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor, selective: bool = False) -> torch.Tensor:
+        gate_up = self.gate_up_proj(x)
+        y, kept = self.act_fn(gate_up), gate_up.detach()
+        with recomputed(selective, (y,), lambda: (self.act_fn.forward(kept),)):
+            return self.down_proj(y)
 
 
 class DecoderLayer(torch.nn.Module):
@@ -57,6 +62,29 @@ class DecoderLayer(torch.nn.Module):
         self.mlp = MLP(config, **factory)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, *inputs: Any, recompute: Recompute = "none"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the MLP adds, the residual stream below it); x is added to `residual`, None before the first layer.
+
+        inputs: positions, cos_sin and attention_fn. Under "layer" one tensor [T, hidden] is kept, the residual stream.
+        """
+        y, residual = (self.input_layernorm(x), x) if residual is None else self.input_layernorm(x, residual)
+        with recomputed(recompute != "none", (y,), _norm_again(self.input_layernorm, residual)):
+            return checkpointed(recompute == "layer", self._body, y, residual, *inputs, recompute == "selective")
+
+    def _body(self, y: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *_, selective = rest
+        y, residual = self.post_attention_layernorm(self.self_attn(y, *rest), residual)
+        with recomputed(selective, (y,), _norm_again(self.post_attention_layernorm, residual)):
+            return self.mlp(y, selective), residual
+
+
+def _norm_again(layer: nn.RMSNorm, total: torch.Tensor) -> Callable[[], tuple[torch.Tensor]]:
+    """The norm of what has been added already: the bits of the norm that added it."""
+    kept = total.detach()
+    return lambda: (norm.rms_norm(kept, layer.weight, layer.eps),)
 
 
 class Decoder(torch.nn.Module):
@@ -82,8 +110,9 @@ class Qwen3ForCausalLM(CausalLM):
         param_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        recompute: Recompute = "selective",
     ) -> None:
-        super().__init__(config, param_dtype, compute_dtype, device)
+        super().__init__(config, param_dtype, compute_dtype, device, recompute)
         cos_sin = rope.cos_sin_cache(
             config.head_dim, config.max_position_embeddings, config.rope_theta, compute_dtype, self.device
         )
@@ -103,12 +132,6 @@ class Qwen3ForCausalLM(CausalLM):
         x = self.model.embed_tokens(input_ids, self.compute_dtype)
         residual: torch.Tensor | None = None
         for layer in cast(Iterable[DecoderLayer], self.model.layers):
-            if residual is None:
-                x, residual = layer.input_layernorm(x), x
-            else:
-                x, residual = layer.input_layernorm(x, residual)
-            x = layer.self_attn(x, positions, self.cos_sin, attention_fn)
-            x, residual = layer.post_attention_layernorm(x, residual)
-            x = layer.mlp(x)
+            x, residual = layer(x, residual, positions, self.cos_sin, attention_fn, recompute=self.recompute)
         assert residual is not None
         return self.model.norm(x, residual)[0]
