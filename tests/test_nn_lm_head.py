@@ -75,7 +75,12 @@ def test_large_logits_are_cut_by_themselves(device, monkeypatch):
     expected = linear_token_logprobs(hidden, weight, ids)
     whole = torch.autograd.grad(expected, (hidden, weight), g)
     rows, real = [], matmul.linear
-    monkeypatch.setattr(matmul, "linear", lambda x, *rest, **named: rows.append(len(x)) or real(x, *rest, **named))
+
+    def counted(x, *rest, **named):
+        rows.append(len(x))
+        return real(x, *rest, **named)
+
+    monkeypatch.setattr(matmul, "linear", counted)
     monkeypatch.setattr(lm_head, "WHOLE_BYTES", T * V * 2 - 1)
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", 40 * V * 2)
     got = linear_token_logprobs(hidden, weight, ids)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from rl_fakes import ORDERS, TABLE, TableConfig, TableEngine, TableModel, fresh_settings
 
+from bi_ops import optim
 from bi_ops.core.orders import OrderRecord
 from bi_ops.rl import DifferenceFound, TrainConfig, checkpoint, runner
 from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics
 from bi_ops.rl.tasks import Alphabet, Problem, make_task
-from bi_ops.rl.trainer import Trainer, clip_gradients, microbatches
+from bi_ops.rl.trainer import Trainer, microbatches
 
 CONFIG = TrainConfig(steps=6, symbols=4, prompts_per_step=3, group_size=4, lr=0.1, save_every=2, **TABLE)
 
@@ -243,14 +244,50 @@ def test_microbatches_add_up_to_the_batch():
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
 
 
-def test_clip_gradients_scales_the_joint_norm():
-    p, q = (torch.nn.Parameter(torch.zeros(n)) for n in (3, 1))
-    p.grad, q.grad = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([2.0])
-    assert clip_gradients([p, q], 1.5) == 3.0
-    torch.testing.assert_close(p.grad, torch.tensor([1.0, 0.0, 0.5]))
-    q.grad = torch.tensor([float("inf")])
+def test_the_update_is_clipped_adamw_of_torch():
+    """`max_grad_norm` is far below the norm here; AdamW alone would not show a scale, so SGD's share is looked at."""
+    config = dataclasses.replace(CONFIG, max_grad_norm=0.01, weight_decay=0.1)
+    t = trainer(config)
+    before = t.model.table.detach().clone()
+    norm = t.step(1).grad_norm
+    assert norm > 0.02
+    g = t.model.table.grad
+    assert float(g.norm()) == pytest.approx(norm, rel=1e-5)  # the scale is in AdamW's pass: gradients stay as they are
+    theirs = torch.nn.Parameter(before)
+    theirs.grad = g * (0.01 / (norm + 1e-6))
+    reference = torch.optim.AdamW([theirs], lr=config.lr, betas=config.betas, weight_decay=0.1, foreach=False)
+    reference.step()
+    torch.testing.assert_close(t.model.table.detach(), theirs.detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(t.optimizer.state[t.model.table]["exp_avg"], reference.state[theirs]["exp_avg"])
+
+
+def test_a_norm_that_is_not_finite_stops_the_run_before_it_learns(monkeypatch):
+    t = trainer(CONFIG)
+    before = t.model.table.detach().clone()
+    t.model.table.register_hook(lambda g: g * float("inf"))
     with pytest.raises(FloatingPointError, match="gradient norm"):
-        clip_gradients([p, q], 1.5)
+        t.step(1)
+    assert torch.equal(t.model.table, before)
+
+
+def test_the_host_waits_once_a_pass(monkeypatch):
+    """However many micro-batches there are, and whatever the loss."""
+    config = dataclasses.replace(CONFIG, max_tokens_per_microbatch=1, kl=0.1)
+    t = trainer(config)
+    completions = t.engine.generate([p.prompt for p in t.problems(1)], t.sampling(1, t.problems(1)))
+    waits = []
+    for name in ("cpu", "item", "__bool__", "__float__", "__int__", "tolist"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(x, *rest, name=name, real=real):
+            waits.append((name, x.shape))
+            return real(x, *rest)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    t.backward(completions, torch.ones(len(completions)))
+    waits = [(name, shape) for name, shape in waits if name != "tolist"]  # of what is on the CPU by then
+    assert len([w for w in waits if w[0] == "cpu"]) == 1
+    assert len(waits) == 1
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -275,6 +312,22 @@ def test_a_checkpoint_gives_back_weights_and_moments(tmp_path):
     assert torch.equal(fresh.table, model.table)
     for key, value in optimizer.state[model.table].items():
         assert torch.equal(other.state[fresh.table][key], value), key
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, optim.AdamW])
+def test_a_checkpoint_of_either_optimizer_goes_on_in_ours(tmp_path, make):
+    """Runs of earlier releases hold the state of torch's."""
+    model, optimizer = stepped_model()
+    path = checkpoint.save(tmp_path, 3, model, optimizer, {})
+    fresh = TableModel(seed=9)
+    other = optim.AdamW(fresh.parameters(), lr=0.1)
+    checkpoint.load(path, fresh, other)
+    for m, o in ((model, optimizer), (fresh, other)):
+        m.zero_grad()
+        m.table.square().sum().backward()
+        o.step()
+    torch.testing.assert_close(fresh.table, model.table, rtol=1e-5, atol=1e-7)
+    assert other.state[fresh.table]["step"] == 2
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bi_ops import attention
+from bi_ops import attention, optim
 from bi_ops.attention.backends import AttentionBackend
 from bi_ops.attention.order import KeySteps
 from bi_ops.core import runtime
@@ -75,6 +75,23 @@ def test_new_weights_are_those_of_a_new_engine(model):
     assert not torch.equal(updated.logprobs, before.logprobs)
     with pytest.raises(ValueError, match="config"):
         engine.update_weights(tiny_model(hidden_size=16))
+
+
+def test_the_optimizer_writes_the_engines_weights():
+    """In its own pass they have the bits of a copy; negative control: without it they are the old ones."""
+    model = tiny_model()
+    engine, copied = EmbeddedEngine(model), EmbeddedEngine(model)
+    before = [p.clone() for p in engine.model.parameters()]
+    optimizer = optim.AdamW(model.parameters(), lr=0.1, bf16_copies=engine.weight_copies(model))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    engine.update_weights(model, written=optimizer.bf16_copies)
+    assert all(torch.equal(p, old) for p, old in zip(copied.model.parameters(), before, strict=True))
+    copied.update_weights(model)
+    pairs = list(zip(engine.model.parameters(), copied.model.parameters(), strict=True))
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert not any(torch.equal(p, old) for (p, _), old in zip(pairs, before, strict=True))
 
 
 def test_a_stop_token_ends_the_completion_and_is_part_of_it(model, completions):

@@ -321,6 +321,10 @@ def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, return_entropy: Lite
 def token_logprobs(
     logits: torch.Tensor, ids: torch.Tensor, return_entropy: Literal[True]
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def token_logprobs(
+    logits: torch.Tensor, ids: torch.Tensor, return_entropy: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def token_logprobs(
     logits: torch.Tensor, ids: torch.Tensor, return_entropy: bool = False
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -384,7 +388,7 @@ def token_stats_backward_(
     for name, t in named.items():
         checks.tensor(op, name, t, ndim=1)
         checks.dtype(op, name, t, (torch.float32,))
-        checks.shape(op, len(t) == len(logits), lambda n=name, t=t: f"{n} {list(t.shape)} for {len(logits)} rows")
+        checks.shape(op, len(t) == len(logits), f"{name} {list(t.shape)} for {len(logits)} rows")
     checks.same_device(op, logits=logits, **named)
     entropy = stats.entropy if has_entropy else None
     _token_logprobs_grad_(logits, grad, ids.contiguous(), stats.row_max, stats.lse, grad_entropy, entropy)

@@ -85,5 +85,4 @@ def checkpointed(on: bool, function: Callable[..., Any], *inputs: Any) -> Any:
     if not on or not torch.is_grad_enabled():
         return function(*inputs)
     # Nothing in a layer draws random numbers, and its shapes do not change.
-    options = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
-    return checkpoint(function, *inputs, **options)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none")

@@ -146,7 +146,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 class AdamW(torch.optim.Optimizer):
     """AdamW: decoupled weight decay (Loshchilov and Hutter, 2019), all parameters in one kernel.
 
-    Training does not use it yet. The order is that of ``torch.optim.AdamW(foreach=False, fused=False)`` on a CUDA
+    `bi_ops.rl.Trainer` uses it. The order is that of ``torch.optim.AdamW(foreach=False, fused=False)`` on a CUDA
     device in fp32 (fma: rounded once)::
 
         g = g * grad_scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,11 +67,29 @@ def token_weights(lengths: Sequence[int], reduction: Reduction) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """value: the scalar to differentiate. kl, clip_fraction: weighted means over tokens, detached scalars."""
+    """value: the scalar to differentiate. kl, clip_fraction: weighted means over tokens, detached scalars.
+
+    bad: how many of `n_tokens` terms are not finite, a detached scalar.
+    """
 
     value: torch.Tensor
     kl: torch.Tensor
     clip_fraction: torch.Tensor
+    bad: torch.Tensor
+    n_tokens: int
+
+    def detach(self) -> Loss:
+        """The same numbers without their graph."""
+        return replace(self, value=self.value.detach())
+
+
+def check_finite(value: float, loss: Loss) -> None:
+    """Raise FloatingPointError unless `value`, the loss' own on the host, is finite."""
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"grpo_loss: the loss is {value} ({int(loss.bad)} of {loss.n_tokens} tokens are not finite); "
+            "lower the learning rate, or check the model's weights"
+        )
 
 
 def grpo_loss(
@@ -83,6 +101,7 @@ def grpo_loss(
     clip: float,
     kl: float = 0.0,
     reference: torch.Tensor | None = None,
+    check: bool = True,
 ) -> Loss:
     """The clipped surrogate, negated, plus `kl` times the k3 estimate of KL(policy || reference).
 
@@ -90,6 +109,7 @@ def grpo_loss(
         logprobs: fp32 [S], of the policy that is trained. rollout: fp32 [S], as the engine reported them when it
             sampled; the importance ratio is exp(logprobs - rollout). advantages, weights: fp32 [S].
         clip: the ratio counts between 1 - clip and 1 + clip. reference: fp32 [S], needed where kl is not 0.
+        check: wait for the loss and raise if it is not finite; False leaves that to `check_finite`, later.
 
     Raises:
         ValueError: shapes differ, or kl without a reference.
@@ -111,15 +131,14 @@ def grpo_loss(
         divergence = torch.exp(delta) - delta - 1
         terms = terms + kl * divergence
     value = ordered_sum(weights * terms)
-    if not bool(torch.isfinite(value)):
-        bad = int((~torch.isfinite(terms)).sum())
-        raise FloatingPointError(
-            f"grpo_loss: the loss is {value.item()} ({bad} of {terms.numel()} tokens are not finite); "
-            "lower the learning rate, or check the model's weights"
-        )
     is_clipped = clipped * advantages < ratio * advantages
-    return Loss(
+    loss = Loss(
         value,
         ordered_sum(weights * divergence.detach()),
         ordered_sum(weights * is_clipped.to(weights.dtype)),
+        (~torch.isfinite(terms.detach())).sum(),
+        terms.numel(),
     )
+    if check:
+        check_finite(float(value.detach()), loss)
+    return loss

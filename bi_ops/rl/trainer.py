@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bi_ops import optim
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.packing import common_distributions, pack
 from bi_ops.rl.config import TrainConfig
-from bi_ops.rl.loss import group_advantages, grpo_loss, ordered_sum, token_weights
+from bi_ops.rl.loss import Loss, check_finite, group_advantages, grpo_loss, token_weights
 from bi_ops.rl.metrics import StepMetrics
 from bi_ops.rl.seeds import PROBLEM, SAMPLE, derive_seed
 from bi_ops.rl.tasks import Problem, Task
@@ -54,11 +56,13 @@ class DifferenceFound(RuntimeError):
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one training pass over a rollout found."""
+    """What one training pass over a rollout found. clip_scale: what the optimizer multiplies the gradients by."""
 
     loss: float
     kl: float
     clip_fraction: float
+    grad_norm: float
+    clip_scale: torch.Tensor
 
 
 def microbatches(lengths: Sequence[int], max_tokens: int | None) -> Iterator[slice]:
@@ -70,25 +74,6 @@ def microbatches(lengths: Sequence[int], max_tokens: int | None) -> Iterator[sli
             start, tokens = i, 0
         tokens += n
     yield slice(start, len(lengths))
-
-
-def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients so that their joint norm is at most `max_norm`; returns the norm before.
-
-    `torch.nn.utils.clip_grad_norm_` with the order of its sum fixed.
-
-    Raises:
-        FloatingPointError: the norm is NaN or infinite.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = ordered_sum(torch.stack([ordered_sum(g.float().square()) for g in grads])).sqrt()
-    value = float(norm)
-    if not value < float("inf"):
-        raise FloatingPointError(f"train: the gradient norm is {value}; lower the learning rate")
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for g in grads:
-        g.mul_(scale.to(g.dtype))
-    return value
 
 
 class Trainer:
@@ -125,8 +110,12 @@ class Trainer:
         self.config, self.model, self.engine, self.task, self.reference = config, model, engine, task, reference
         self.on_difference = on_difference
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=False
+        # An engine that lets the optimizer write its weights has them rounded in the pass that updates the masters.
+        copies: dict[torch.nn.Parameter, torch.Tensor] = getattr(engine, "weight_copies", lambda model: {})(model)
+        self.optimizer = optim.AdamW(
+            *(self.parameters, config.lr, config.betas),
+            weight_decay=config.weight_decay,
+            bf16_copies={p: copy for p, copy in copies.items() if p.requires_grad},
         )
 
     def step(self, step: int) -> StepMetrics:
@@ -152,13 +141,14 @@ class Trainer:
 
         result = self.backward(completions, advantages, check)
         report = joined(reports)
-        grad_norm = clip_gradients(self.parameters, config.max_grad_norm)
-        self.optimizer.step()
+        self.optimizer.step(grad_scale=result.clip_scale)
         for _ in range(config.updates_per_rollout - 1):  # from here on the ratio is not 1, and the clip has work
             result = self.backward(completions, advantages)
-            grad_norm = clip_gradients(self.parameters, config.max_grad_norm)
-            self.optimizer.step()
-        self.engine.update_weights(self.model)
+            self.optimizer.step(grad_scale=result.clip_scale)
+        if self.optimizer.bf16_copies:
+            self.engine.update_weights(self.model, written=self.optimizer.bf16_copies)  # type: ignore[call-arg]
+        else:
+            self.engine.update_weights(self.model)
 
         mean = sum(rewards) / len(rewards)
         return StepMetrics(
@@ -170,7 +160,7 @@ class Trainer:
             max_delta=report.max_delta,
             mean_delta=report.mean_delta,
             loss=result.loss,
-            grad_norm=grad_norm,
+            grad_norm=result.grad_norm,
             kl=result.kl,
             clip_fraction=result.clip_fraction,
             response_length=sum(len(c.tokens) for c in completions) / len(completions),
@@ -208,8 +198,9 @@ class Trainer:
     ) -> _Pass:
         """Fill the gradients with those of the batch's loss, pack by pack in order.
 
-        `check` sees the log-probabilities of each pack (the completions `part`, fp32, on the CPU) before its loss is
-        taken: a NaN is reported as a difference at a token, not as a loss.
+        The host waits for the GPU once, when everything has been launched. `check` then sees the log-probabilities of
+        each pack (the completions `part`, fp32, on the CPU) before its loss is looked at: a NaN is reported as a
+        difference at a token, not as a loss.
 
         Their bits do not depend on where packs end: a token's weight in the loss is that of the whole batch, sequences
         are padded to the step in which tokens are summed, and every sum is carried on from one pack to the next.
@@ -219,17 +210,24 @@ class Trainer:
         weights = token_weights(lengths, config.mean)
         per_token = advantages.repeat_interleave(torch.tensor(lengths))
         rollout = torch.cat([c.logprobs for c in completions])
+        totals = [len(c.prompt) + len(c.tokens) for c in completions]
+        parts = list(microbatches(totals, config.max_tokens_per_microbatch))
+        # All copies to the GPU come first: each of them waits for what was launched before.
+        rollout, per_token, weights = (t.to(device) for t in (rollout, per_token, weights))
+        batches = []
+        for part in parts:
+            prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
+            distributions = common_distributions([c.distribution for c in completions[part]])
+            batches.append(pack(prompts, tokens, device, align=TOKEN_STEP, distributions=distributions))
 
         self.optimizer.zero_grad(set_to_none=True)
         self.model.allocate_main_grads()
-        loss, kl, clip_fraction, at = 0.0, 0.0, 0.0, 0
-        totals = [len(c.prompt) + len(c.tokens) for c in completions]
-        for part in microbatches(totals, config.max_tokens_per_microbatch):
-            prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
-            distributions = common_distributions([c.distribution for c in completions[part]])
-            batch = pack(prompts, tokens, device, align=TOKEN_STEP, distributions=distributions)
+        found: list[torch.Tensor] = []
+        losses: list[Loss] = []
+        at = 0
+        for batch in batches:
             scores = self.model.token_logprobs(batch)
-            check(part, batch.split(scores.detach().cpu()))
+            found.append(scores.detach())
             reference = None
             if self.reference is not None and config.kl != 0:
                 with torch.no_grad():
@@ -237,19 +235,32 @@ class Trainer:
             rows = slice(at, at := at + scores.shape[0])
             terms = grpo_loss(
                 scores,
-                rollout[rows].to(device),
-                per_token[rows].to(device),
-                weights[rows].to(device),
+                rollout[rows],
+                per_token[rows],
+                weights[rows],
                 clip=config.clip,
                 kl=config.kl,
                 reference=reference,
+                check=False,
             )
             terms.value.backward()
-            loss += float(terms.value.detach())
-            kl += float(terms.kl)
-            clip_fraction += float(terms.clip_fraction)
+            losses.append(terms.detach())
         self.model.collect_main_grads()
-        return _Pass(loss, kl, clip_fraction)
+        norm = optim.global_norm([p.grad for p in self.parameters if p.grad is not None])
+        numbers = torch.stack([t for terms in losses for t in (terms.value, terms.kl, terms.clip_fraction)] + [norm])
+        every = torch.cat([*found, numbers]).cpu()  # the one wait
+
+        scores = every[: -len(numbers)]
+        *sums, grad_norm = every[-len(numbers) :].tolist()
+        for part, batch in zip(parts, batches, strict=True):
+            check(part, batch.split(scores[: len(batch.targets)]))
+            scores = scores[len(batch.targets) :]
+        for value, terms in zip(sums[::3], losses, strict=True):
+            check_finite(value, terms)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"train: the gradient norm is {grad_norm}; lower the learning rate")
+        loss, kl, clip_fraction = (sum(sums[i::3]) for i in range(3))
+        return _Pass(loss, kl, clip_fraction, grad_norm, optim.clip_scale(norm, config.max_grad_norm))
 
     def check(
         self, step: int, completions: Sequence[Completion], part: slice, logprobs: Sequence[torch.Tensor]

@@ -95,7 +95,12 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, model: CausalLM) -> None:
-        """Take the model's weights, rounded to the engine's dtype, and forget every cached prefix."""
+        """Take the model's weights, rounded to the engine's dtype, and forget every cached prefix.
+
+        An engine may also have ``weight_copies(model)``: its own bf16 weights by the model's parameters, as far as the
+        optimizer may write them (`bi_ops.optim.AdamW`, bf16_copies). Its `update_weights` then takes ``written=``, the
+        parameters whose copies are written already.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:

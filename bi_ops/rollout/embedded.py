@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -146,9 +146,16 @@ class EmbeddedEngine:
         if self._closed:
             raise RuntimeError("EmbeddedEngine: the engine is closed; make a new one")
 
+    def weight_copies(self, model: CausalLM) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The engine's weights by those of `model`, where an optimizer may write them: bf16, on one device."""
+        pairs = zip(model.parameters(), self.model.parameters(), strict=True)
+        return {p: own.data for p, own in pairs if own.dtype == torch.bfloat16 and own.device == p.device}
+
     @torch.no_grad()
-    def update_weights(self, model: CausalLM) -> None:
+    def update_weights(self, model: CausalLM, written: Container[torch.Tensor] = ()) -> None:
         """Take the model's weights, rounded to the compute dtype. The cache never outlives a `generate`.
+
+        written: parameters that `weight_copies` has a tensor for, which holds their values already.
 
         Raises:
             ValueError: another config. RuntimeError: the engine is closed.
@@ -157,7 +164,8 @@ class EmbeddedEngine:
         if model.config != self.model.config:
             raise ValueError("update_weights: the model's config is not the engine's; make a new EmbeddedEngine")
         for own, new in zip(self.model.parameters(), model.parameters(), strict=True):
-            own.copy_(new)
+            if new not in written:
+                own.copy_(new)
 
     @torch.no_grad()
     def generate(

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +58,13 @@ def _prepare_environment() -> None:
             )
 
 
-def copy_weights(source: Mapping[str, torch.Tensor], target: torch.nn.Module) -> None:
+def copy_weights(source: Mapping[str, torch.Tensor], target: torch.nn.Module, written: Container[str] = ()) -> None:
     """Copy tensors into the parameters of `target`, in place, so that captured CUDA graphs see them.
 
     Args:
         source: name to tensor; every name is a parameter of `target` and the other way round. Values are rounded to
-            the parameter's dtype. A vocabulary may be shorter than the parameter, which vLLM pads.
+            the parameter's dtype. A vocabulary may be shorter than the parameter, which vLLM pads. written: names whose
+            values are there already.
 
     Raises:
         ValueError: missing, unknown or mis-shaped tensors, all listed; nothing is copied then.
@@ -80,7 +81,8 @@ def copy_weights(source: Mapping[str, torch.Tensor], target: torch.nn.Module) ->
         raise ValueError("update_weights: the model does not fit the engine:\n  " + "\n  ".join(sorted(problems)))
     with torch.no_grad():
         for name, tensor in source.items():
-            parameters[name].data[: tensor.shape[0]].copy_(tensor)
+            if name not in written:
+                parameters[name].data[: tensor.shape[0]].copy_(tensor)
 
 
 def check_attention(attention: str, head_dim: int, plugin: bool) -> None:
@@ -273,8 +275,24 @@ class VllmEngine:
         """vLLM's own model, in this process."""
         return self._open().apply_model(lambda model: model)[0]
 
-    def update_weights(self, model: CausalLM) -> None:
+    def weight_copies(self, model: CausalLM) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """vLLM's own weights by those of `model`, where an optimizer may write them: bf16, contiguous, on one device.
+
+        They stay where they are: captured CUDA graphs read them.
+        """
+        own: dict[str, torch.Tensor] = {}
+        self._open().apply_model(lambda target: own.update({n: p.data for n, p in target.named_parameters()}))
+        found = {p: own[name][: p.shape[0]] for name, p in model.named_parameters() if name in own}
+        return {
+            p: t
+            for p, t in found.items()
+            if t.dtype == torch.bfloat16 and t.shape == p.shape and t.device == p.device and t.is_contiguous()
+        }
+
+    def update_weights(self, model: CausalLM, written: Collection[torch.Tensor] = ()) -> None:
         """Copy the model's weights, rounded to the engine's dtype, into vLLM's own and forget every cached prefix.
+
+        written: parameters that `weight_copies` has a tensor for, which holds their values already.
 
         Raises:
             ValueError: the model does not fit; every tensor that does not is listed.
@@ -282,7 +300,8 @@ class VllmEngine:
         """
         llm = self._open()
         source = {n: p.detach() for n, p in model.named_parameters()}
-        llm.apply_model(lambda target: copy_weights(source, target))
+        done = {n for n, p in model.named_parameters() if p in written}
+        llm.apply_model(lambda target: copy_weights(source, target, done))
         torch.cuda.synchronize()  # vLLM need not run on the stream that copied
         if not llm.reset_prefix_cache():
             raise RuntimeError("update_weights: vLLM still holds unfinished requests; let generate return first")

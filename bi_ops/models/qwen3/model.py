@@ -32,11 +32,19 @@ class SelfAttention(torch.nn.Module):
         selective: bool = False,
     ) -> torch.Tensor:
         qkv = self.qkv_proj(x)
-        weights = self.q_norm.weight, self.k_norm.weight
-        rest = positions, cos_sin, self.config.num_attention_heads, self.config.rms_norm_eps
-        heads = norm.qk_norm_rope(qkv, *weights, *rest, self.q_norm.main_grad, self.k_norm.main_grad)
-        kept = qkv.detach()
-        with recomputed(selective, heads, lambda: norm.qk_norm_rope(kept, *weights, *rest)):
+
+        def heads_of(
+            qkv: torch.Tensor, *main_grads: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return norm.qk_norm_rope(
+                *(qkv, self.q_norm.weight, self.k_norm.weight, positions, cos_sin),
+                self.config.num_attention_heads,
+                self.config.rms_norm_eps,
+                *main_grads,
+            )
+
+        heads, kept = heads_of(qkv, self.q_norm.main_grad, self.k_norm.main_grad), qkv.detach()
+        with recomputed(selective, heads, lambda: heads_of(kept)):
             out = attention_fn(self.layer, *heads)
         return self.o_proj(out.flatten(1))
 
@@ -83,8 +91,9 @@ class DecoderLayer(torch.nn.Module):
 
 def _norm_again(layer: nn.RMSNorm, total: torch.Tensor) -> Callable[[], tuple[torch.Tensor]]:
     """The norm of what has been added already: the bits of the norm that added it."""
-    kept = total.detach()
-    return lambda: (norm.rms_norm(kept, layer.weight, layer.eps),)
+    kept, eps = total.detach(), layer.eps
+    assert eps is not None
+    return lambda: (norm.rms_norm(kept, layer.weight, eps),)
 
 
 class Decoder(torch.nn.Module):
