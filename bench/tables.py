@@ -404,15 +404,24 @@ def host(results: Path) -> str:
 #: The sides of a training step's measurement, and what the table calls them.
 STEP_SIDES = {
     "bi_ops": "bi_ops: batch-invariant, fp32 master weights, fp32 gradients",
+    "bi_ops, none": "the same, nothing recomputed",
+    "bi_ops, layer": "the same, whole layers recomputed",
     "torch, compiled": "transformers, bf16 weights, `torch.compile`",
     "torch": "transformers, bf16 weights, eager",
     "torch, autocast": "transformers, fp32 master weights under autocast, eager",
+    "torch, checkpoint": "transformers, bf16 weights, `torch.compile`, layers checkpointed",
+    "liger": "transformers, bf16 weights, Liger's kernels",
 }
+
+
+#: The size of step that is compared in one line.
+STEP_TOKENS = 8192
 
 
 def step_speed(results: Path, side: str) -> dict[str, float]:
     """The speed of bi_ops' training step relative to `side`'s, by model, where both ran."""
-    ms = {(r["model"], r["side"]): float(r["step_ms"]) for r in load_csv(results, "h100/step.csv")}
+    rows = [r for r in load_csv(results, "h100/step.csv") if int(r["tokens"]) == STEP_TOKENS]
+    ms = {(r["model"], r["side"]): float(r["step_ms"]) for r in rows}
     return {m: t / ms[m, "bi_ops"] for (m, s), t in ms.items() if s == side and (m, "bi_ops") in ms}
 
 
@@ -424,16 +433,28 @@ def step(results: Path) -> str:
     out = [
         (
             r["model"],
+            f"{int(r['tokens']):,}",
             STEP_SIDES[r["side"]],
             *(f"{float(r[f'{part}_ms']):.1f}" for part in ("forward", "backward", "step")),
             f"{float(r['captured_ms']):.1f}" if r.get("captured_ms") else "-",
             f"{int(r['tokens_per_s']):,}",
             f"{int(r['peak_bytes']) / 2**30:.1f}",
         )
-        for r in sorted(rows, key=lambda r: (r["model"], list(STEP_SIDES).index(r["side"])))
+        for r in sorted(rows, key=lambda r: (r["model"], int(r["tokens"]), list(STEP_SIDES).index(r["side"])))
     ]
-    head = ("Qwen3", "what", "forward, ms", "backward, ms", "step, ms", "in a CUDA graph, ms", "tokens/s", "peak, GiB")
-    what = f"{int(rows[0]['tokens']):,} tokens in sequences of {int(rows[0]['seqlen']):,}, medians. "
+    head = (
+        "Qwen3",
+        "tokens",
+        "what",
+        "forward, ms",
+        "backward, ms",
+        "step, ms",
+        "in a CUDA graph, ms",
+        "tokens/s",
+        "peak, GiB",
+    )
+    seqlen = rows[0]["seqlen"]
+    what = f"Sequences {'as an RL step has them' if seqlen == 'rl' else f'of {int(seqlen):,} tokens'}, medians. "
     return table(head, out) + "\n" + what + csv_provenance(rows, "h100/step.csv")
 
 

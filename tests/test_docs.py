@@ -168,7 +168,7 @@ def test_a_training_step_is_told_without_a_side_that_failed(missing, report, tmp
     write_rows(tmp_path / "h100/step.csv", rows, {"torch": "2.11.0"})
     told = cells(report.BLOCKS["step"](tmp_path))[1:]
     assert [row[0] for row in told] == ["0.6B"] * 3 + ["1.7B"] * 2
-    assert told[0][1].startswith("bi_ops")
+    assert told[0][2].startswith("bi_ops")
     assert told[0][-3:] == ["180.0", "40,960", "2.0"]
     both = {"0.6B"} if missing != "torch, autocast" else {"0.6B", "1.7B"}
     for name in ("products", "attention"):  # what else the headline is made of

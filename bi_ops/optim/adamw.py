@@ -182,7 +182,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        bf16_copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
+        bf16_copies: Mapping[Any, torch.Tensor] | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
