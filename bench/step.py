@@ -97,7 +97,8 @@ def lengths_of(tokens: int, seqlen: int | None) -> list[int]:
     """Equal sequences; seqlen None: those of an RL step, many short and a few of the longest, 16 to 1."""
     if seqlen is not None:
         return [seqlen] * (tokens // seqlen)
-    longest, lengths = max(tokens // 8, 16), []
+    longest = max(tokens // 8, 16)
+    lengths: list[int] = []
     generator = torch.Generator().manual_seed(SEED)
     while (left := tokens - sum(lengths)) > 0:
         share = 0.0625 + 0.9375 * float(torch.rand((), generator=generator)) ** 3
