@@ -461,7 +461,7 @@ def test_what_the_gluon_kernels_serve(arch):
         config.gluon_forward(4096, 80, half, steps, arch),
         config.gluon_forward(64, D, half, steps, arch),
         config.gluon_forward(4096, D, half, KeySteps(32), arch),
-        config.gluon_decode(4096, 8, D, half, steps, arch, 132),
+        config.gluon_decode(4096, 8, 256, half, steps, arch, 132),
         config.gluon_decode(4, 8, D, half, KeySteps(16), arch, 132),
         config.gluon_dkv(5, 256, half, two, arch),
         config.gluon_dkv(4, 256, torch.float32, two, arch),

@@ -247,7 +247,7 @@ def test_how_many_ctas_of_an_sm_decode():
         (1, 8, 1),
         (64, 132, 1),
         (65, 8, 2),  # prefill: a CTA's exponentials run beside the other's GEMMs
-        (4096, 8, None),
+        (4096, 8, 2),
         (4, 133, 2),
         (4, 198, 2),
         (4, 199, 1),
