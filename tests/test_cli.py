@@ -351,11 +351,12 @@ class FakeVllm(embedded.EmbeddedEngine):
 @pytest.mark.parametrize(
     ("options", "plugin", "attention", "cuda_graphs"),
     [
-        ((), True, "vllm", True),
-        (("--no-cuda-graphs",), True, "vllm", False),
-        (("--no-plugin",), False, "vllm", True),
-        (("--no-plugin", "--no-cuda-graphs"), False, "vllm", False),
+        ((), True, None, True),
+        (("--no-cuda-graphs",), True, None, False),
+        (("--no-plugin",), False, None, True),
+        (("--no-plugin", "--no-cuda-graphs"), False, None, False),
         (("--attention", "triton"), True, "triton", True),
+        (("--attention", "vllm"), True, "vllm", True),
     ],
 )
 def test_parity_runs_vllm_each_way_it_can_run(
@@ -416,11 +417,12 @@ def test_orders_prints_a_record_and_compares_it(capsys, checkpoint_folder, tmp_p
 @pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")
 def test_orders_of_a_server_that_cannot_run_here_say_so(capsys, tmp_path):
     tiny_model(head_dim=128).save_pretrained(tmp_path)
-    code, out, err = call(capsys, "orders", tmp_path, "--engine", "vllm")
+    named = ("orders", tmp_path, "--engine", "vllm", "--attention", "vllm")
+    code, out, err = call(capsys, *named)
     assert (code, out, "'vllm' cannot run here" in err) == (3, "", True)
-    assert call(capsys, "orders", tmp_path, "--engine", "vllm", "--attention", "triton")[0] == 0
+    assert call(capsys, "orders", tmp_path, "--engine", "vllm")[0] == 0
     tiny_model(head_dim=64).save_pretrained(tmp_path)
-    code, _, err = call(capsys, "orders", tmp_path, "--engine", "vllm")
+    code, _, err = call(capsys, *named)
     assert (code, "attention='triton'" in err) == (2, True)
 
 

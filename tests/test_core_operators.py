@@ -129,10 +129,10 @@ def test_arguments_may_be_left_out(device):
 def test_a_gradient_that_nobody_defined_is_refused(device):
     """And not silently zero: of an operator, and of another's backward."""
     x, by = torch.randn(2, 5, device=device).requires_grad_()
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="squared: has no derivative"):
         squared(x, by).sum().backward()
     grads = torch.autograd.grad(scaled(x, by, 1.0)[0].sum(), (x, by), create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="squared: has no derivative"):
         grads[1].sum().backward()
 
 

@@ -174,6 +174,7 @@ def _run_paged(
     """Write out [T, Hq, D], contiguous."""
     if max_q is not None or q.device.type == "cpu":
         longest("paged_attention", "cu_seqlens_q", cu_q, q.shape[0], max_q)
+    max_q = None if max_q is None else min(max_q, q.shape[0])
     if q.device.type == "cpu":
         check_pages(k_cache, table, seqlens_k)
     chosen, arch = backends.get(backend), arches.of(q.device)

@@ -100,12 +100,13 @@ def first_or_later_tile(p_cu, i, n_tiles, n_seqs, PER_TOKEN: gl.constexpr, BLOCK
         high = n_seqs
         while high - low > 1:
             middle = (low + high) // 2
-            if (gl.load(p_cu + middle) - start) * PER_TOKEN // BLOCK <= later:
+            if (gl.load(p_cu + middle) - start).to(gl.int64) * PER_TOKEN // BLOCK <= later:
                 low = middle
             else:
                 high = middle
         i_b = low
-        i_tile = later - (gl.load(p_cu + low) - start) * PER_TOKEN // BLOCK + 1
+        before = (gl.load(p_cu + low) - start).to(gl.int64) * PER_TOKEN // BLOCK
+        i_tile = later - before.to(gl.int32) + 1
     return i_b, i_tile
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from bi_ops.models.base import Recompute
 from bi_ops.models.tiny import TINY
-from bi_ops.nn.recompute import Recompute
 from bi_ops.rl.tasks import TASKS
 from bi_ops.rollout import factory
 from bi_ops.rollout.base import LogprobsMode

@@ -82,16 +82,17 @@ def first_or_later_tile(p_cu, n_pairs, HKV: tl.constexpr, PER_TOKEN: tl.constexp
         later = (tl.num_programs(0) - 1 - pair) // HKV
         n_seqs = n_pairs // HKV
         start = tl.load(p_cu)
-        low = n_seqs * 0
-        high = n_seqs
-        while high - low > 1:
-            middle = (low + high) // 2
-            if (tl.load(p_cu + middle) - start) * PER_TOKEN // BLOCK <= later:
-                low = middle
+        i_seq = n_seqs * 0
+        end = n_seqs
+        while end - i_seq > 1:
+            middle = (i_seq + end) // 2
+            if (tl.load(p_cu + middle) - start).to(tl.int64) * PER_TOKEN // BLOCK <= later:
+                i_seq = middle
             else:
-                high = middle
-        i_tile = later - (tl.load(p_cu + low) - start) * PER_TOKEN // BLOCK + 1
-        pair = low * HKV + pair % HKV
+                end = middle
+        before = (tl.load(p_cu + i_seq) - start).to(tl.int64) * PER_TOKEN // BLOCK
+        i_tile = later - before.to(tl.int32) + 1
+        pair = i_seq * HKV + pair % HKV
     return pair, i_tile
 
 
