@@ -84,13 +84,17 @@ def shape(model: str, layers: int | None = None) -> dict[str, Any]:
 
 
 class Step(NamedTuple):
-    """forward to the mean log-probability; what comes before and after a backward; clip and optimizer; the weights."""
+    """forward to the mean log-probability; what comes before and after a backward; clip and optimizer; the weights.
+
+    warm: what training calls before the first step.
+    """
 
     forward: Callable[[], torch.Tensor]
     before: Callable[[], None]
     after: Callable[[], None]
     update: Callable[[], None]
     parameters: list[torch.nn.Parameter]
+    warm: Callable[[], None] = lambda: None
 
 
 def lengths_of(tokens: int, seqlen: int | None) -> list[int]:
@@ -108,7 +112,7 @@ def lengths_of(tokens: int, seqlen: int | None) -> list[int]:
     return lengths
 
 
-def ours(model: str, rows: list[torch.Tensor], layers: int | None, recompute: str) -> Step:
+def ours(model: str, rows: list[torch.Tensor], layers: int | None, recompute: str, verify: bool = True) -> Step:
     from bi_ops import optim
     from bi_ops.matmul import TOKEN_STEP, warmup
     from bi_ops.models.packing import pack
@@ -119,7 +123,8 @@ def ours(model: str, rows: list[torch.Tensor], layers: int | None, recompute: st
     with torch.no_grad():
         for name, p in network.named_parameters():
             p.fill_(1.0) if name.endswith("norm.weight") else p.normal_(std=0.02)
-    warmup(network)
+    if verify:
+        warmup(network)
     ids = [row.tolist() for row in rows]
     batch = pack([row[:1] for row in ids], [row[1:] for row in ids], network.device, align=TOKEN_STEP)
     parameters = list(network.parameters())
@@ -134,7 +139,14 @@ def ours(model: str, rows: list[torch.Tensor], layers: int | None, recompute: st
         norm = optim.global_norm([p.grad for p in parameters if p.grad is not None])
         optimizer[0].step(grad_scale=optim.clip_scale(norm, MAX_NORM))
 
-    return Step(lambda: network.token_logprobs(batch).mean(), network.allocate_main_grads, after, update, parameters)
+    return Step(
+        lambda: network.token_logprobs(batch).mean(),
+        network.allocate_main_grads,
+        after,
+        update,
+        parameters,
+        network.warmup,
+    )
 
 
 def theirs(model: str, rows: list[torch.Tensor], layers: int | None, side: str) -> Step:

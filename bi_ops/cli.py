@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import bi_ops
-from bi_ops.commands import audit, doctor, orders, parity, train, verify
+from bi_ops.commands import audit, doctor, orders, parity, train, verify, warmup
 
 DESCRIPTION = """\
 Batch-invariant kernels for PyTorch: rollout and training log-probabilities equal, bit for bit."""
@@ -15,6 +15,7 @@ Batch-invariant kernels for PyTorch: rollout and training log-probabilities equa
 EPILOG = """\
 start with:
   bi-ops doctor                          what runs on this machine
+  bi-ops warmup MODEL                    compile its training step ahead of time, once per machine
   bi-ops train --preset demo --output runs/demo
   bi-ops parity runs/demo/final          count the differing bits
   bi-ops verify                          every operator against the contract
@@ -33,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bi-ops {bi_ops.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (train, parity, verify, audit, orders, doctor):
+    for module in (train, parity, verify, audit, orders, warmup, doctor):
         command = commands.add_parser(
             module.__name__.rpartition(".")[2],
             help=module.HELP,

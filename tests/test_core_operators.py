@@ -215,7 +215,7 @@ def test_the_binding_is_not_asked_where_the_operator_is_to_be_seen(device, monke
     """It is C++ that no mode sees into: a trace through it would lack the GEMM."""
     asked = []
     binding = SimpleNamespace(linear=lambda x, weight: asked.append(x))
-    monkeypatch.setattr(cublaslt, "extension", lambda: binding)
+    monkeypatch.setattr(cublaslt, "loaded", lambda: binding)
 
     class Chosen(CublasLt):
         def available(self):

@@ -500,6 +500,7 @@ NOT_CALLED = {
     "attention.AttentionOrder": "a record",
     "attention.Problem": "a record",
     "logprob.TokenStats": "a record",
+    "matmul.Warmup": "a record",
     "mode.Audit": "a record",
     "mode.OutsideTheContract": "an exception",
     "mode.Stray": "a record",

@@ -13,6 +13,7 @@ import setuptools
 import torch
 
 from bi_ops.core import runtime
+from bi_ops.core.backends import Support
 from bi_ops.matmul import cublaslt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,15 @@ def test_an_installed_binding_is_loaded_and_another_torchs_is_not(monkeypatch):
     monkeypatch.setattr(cublaslt, "recipe", lambda: (None, "no compiler"))
     installed = SimpleNamespace(version=lambda: 7)
     monkeypatch.setitem(sys.modules, f"bi_ops.matmul.{cublaslt.name()}", installed)
+    cublaslt._loaded.cache_clear()
     assert cublaslt._build.__wrapped__() == (installed, "cuBLASLt 7, installed")
+    assert cublaslt.availability() == Support(True, "cuBLASLt 7, installed")
+    cublaslt._loaded.cache_clear()
     monkeypatch.setattr(torch, "__version__", "2.99")
     assert cublaslt._build.__wrapped__() == (None, "no compiler")
+    assert cublaslt.availability() == Support(False, "no compiler")
+    monkeypatch.setattr(cublaslt, "recipe", lambda: (dict(RECIPE), ""))
+    monkeypatch.setattr(cublaslt, "_build", pytest.fail)  # a call that only asks builds nothing
+    assert cublaslt.availability().ok
+    assert "bi-ops warmup builds it" in cublaslt.availability().reason
+    cublaslt._loaded.cache_clear()

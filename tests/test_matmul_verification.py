@@ -31,11 +31,21 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(verification, "differing", differing)
     monkeypatch.setattr(verification.cublaslt, "extension", lambda: binding)
+    monkeypatch.setattr(verification.cublaslt, "loaded", lambda: binding)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
     verification.forget()
     yield seen
     verification.forget()
+
+
+def test_without_a_binding_a_call_builds_none_and_the_shape_waits(asked, monkeypatch):
+    assert verification.verify(SHAPE) is True
+    verification.forget()
+    monkeypatch.setattr(verification.cublaslt, "loaded", lambda: None)
+    monkeypatch.setattr(verification.cublaslt, "extension", pytest.fail)
+    assert verification.is_verified(SHAPE) is False  # Triton serves, though the file knows the shape
+    assert verification.wanted() == [SHAPE]
 
 
 @pytest.mark.parametrize("broken", [[], [8, 16]])

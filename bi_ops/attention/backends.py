@@ -251,7 +251,6 @@ backends: Backends[AttentionBackend] = Backends(
 )
 
 
-@torch.compiler.assume_constant_result
 def select(
     head_dim: int,
     dtype: torch.dtype,
@@ -266,6 +265,10 @@ def select(
         ValueError, RuntimeError: as `Backends.select`.
     """
     return backends.select(Problem(head_dim, dtype, features, paged), arches.of(device), backend).name
+
+
+# All that torch.compiler.assume_constant_result does, but for its import of dynamo, which takes as long as torch's.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def order_of(

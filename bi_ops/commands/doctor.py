@@ -131,7 +131,7 @@ def diagnose() -> dict[str, Any]:
     import torch
 
     import bi_ops
-    from bi_ops.core import arch, runtime
+    from bi_ops.core import arch, compile_ahead, runtime
 
     here = arch.current()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -153,6 +153,7 @@ def diagnose() -> dict[str, Any]:
         },
         "operators": operators(),
         "verified_gemms": verified_gemms(),
+        "warm_kernels": compile_ahead.records(),
         "missing": missing(gpu),
     }
 
@@ -182,9 +183,17 @@ def run(args: argparse.Namespace) -> int:
         row = (record["op"], record["backend"] or "NONE", record["order"] or "-", record["why"], others)
         table.add_row(*map(escape, row))
     console.print(table)
+    warm = found["warm_kernels"]
+    if not found["interpreter"]:
+        cold = "cold: the first step compiles them; bi-ops warmup MODEL does so ahead of time"
+        console.print(
+            f"kernels: {'; '.join(f'warm for {step}' for step in warm) or cold}", soft_wrap=True, markup=False
+        )
     kept = found["verified_gemms"]
     counts = f"{kept['count'] or 'no'} GEMMs verified bitwise, {len(kept['refused'])} refused"
-    console.print(f"cuBLASLt: {counts} (bi_ops.warmup(model) verifies a model's); {kept['file']}")
+    console.print(
+        f"cuBLASLt: {counts} (bi-ops warmup MODEL or bi_ops.warmup(model) verifies a model's); {kept['file']}"
+    )
     if kept["superseded"]:
         old = f"{kept['superseded']} is an earlier version's and is not read"
         console.print(f"  {old}: bi_ops.warmup verifies GEMMs anew; it can be deleted", soft_wrap=True, markup=False)

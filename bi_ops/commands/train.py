@@ -61,7 +61,7 @@ _PLAIN: tuple[tuple[str, type, str], ...] = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from bi_ops.nn.recompute import Recompute
+    from bi_ops.models.base import Recompute
     from bi_ops.rl.presets import PRESETS
     from bi_ops.rl.tasks import TASKS
     from bi_ops.rollout import factory
@@ -69,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given: dict[str, Any] = {"default": argparse.SUPPRESS}  # so that only what was typed overrides a preset or a file
     parser.add_argument("--output", required=True, metavar="DIR", help="the run's folder; must be new, or --resume")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT's latest checkpoint")
+    parser.add_argument(
+        "--kernel-cache", metavar="DIR", help="where compiled kernels are kept, such as a folder that a cluster shares"
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from")
     parser.add_argument("--config", metavar="FILE", help="a JSON file of settings")
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint folder", **given)
@@ -132,6 +135,10 @@ def run(args: argparse.Namespace) -> int:
     from bi_ops import rl
 
     config = make_config(args)
+    if args.kernel_cache:
+        from bi_ops.core import compile_ahead
+
+        compile_ahead.use_cache(args.kernel_cache)
     console = Console(highlight=False, soft_wrap=True)
     try:
         summary = _run_with_progress(config, args, console)

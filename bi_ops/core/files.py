@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """Where what is true of a machine is kept: $XDG_CACHE_HOME/bi_ops, else ~/.cache/bi_ops."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bi_ops"
+
+
 def sync(path: Path) -> None:
     """Make a file, or the names in a folder, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)

@@ -5,10 +5,11 @@ from bi_ops.matmul.backends import backends
 from bi_ops.matmul.inference import inference_linear
 from bi_ops.matmul.linear import accumulate_weight_grad, linear
 from bi_ops.matmul.ops import addmm, backend_of, bmm, matmul, mm, order_of
-from bi_ops.matmul.warmup import warmup
+from bi_ops.matmul.warmup import Warmup, warmup
 
 __all__ = [
     "TOKEN_STEP",
+    "Warmup",
     "accumulate_weight_grad",
     "addmm",
     "backend_of",

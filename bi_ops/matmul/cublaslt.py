@@ -1,11 +1,13 @@
 """The cuBLASLt binding, one shared library per torch and CUDA version: installed with the package (setup.py), or built
-from csrc/ on first use."""
+from csrc/ by `warmup`. No ordinary call builds it: until it is there the Triton kernel of the same bits serves."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -18,6 +20,7 @@ import torch
 
 from bi_ops.core import runtime
 from bi_ops.core.backends import Support
+from bi_ops.core.files import cache_folder
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -95,22 +98,52 @@ def recipe() -> tuple[dict[str, Any] | None, str]:
     }, ""
 
 
+def folder() -> Path:
+    """Where `_build` leaves the library; another source has another folder."""
+    digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
+    return cache_folder() / "bindings" / f"{name()}_{digest}"
+
+
+@functools.cache
+def _loaded() -> tuple[ModuleType | None, str]:
+    """(the extension as it was installed or built by an earlier process, which of both)."""
+    if runtime.INTERPRET:
+        return None, "no GPU"
+    with contextlib.suppress(ImportError):
+        return importlib.import_module(f"bi_ops.matmul.{name()}"), ", installed"
+    with contextlib.suppress(ImportError, OSError):  # not there, or not whole
+        path = folder() / f"{name()}.so"
+        spec = importlib.util.spec_from_file_location(name(), path) if path.exists() else None
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module, ""
+    return None, ""
+
+
+def loaded() -> ModuleType | None:
+    """The binding where it is there already; None, and nothing built, elsewhere."""
+    return _loaded()[0]
+
+
 @functools.cache
 def _build() -> tuple[ModuleType | None, str]:
     """(the extension, why not). Compiling takes about a minute, once; later calls load what is there."""
     if runtime.INTERPRET:
         return None, "no GPU"
-    with contextlib.suppress(ImportError):
-        module = importlib.import_module(f"bi_ops.matmul.{name()}")
-        return module, f"cuBLASLt {module.version()}, installed"
+    module, how_come = _loaded()
+    if module is not None:
+        return module, f"cuBLASLt {module.version()}{how_come}"
     how, reason = recipe()
     if how is None:
         return None, reason
     from torch.utils import cpp_extension
 
     try:
+        folder().mkdir(parents=True, exist_ok=True)
         with _environments_ninja():
             module = cpp_extension.load(
+                build_directory=str(folder()),
                 name=name(),
                 sources=how["sources"],
                 extra_include_paths=how["include_dirs"],
@@ -121,17 +154,21 @@ def _build() -> tuple[ModuleType | None, str]:
     except (RuntimeError, OSError, ImportError) as e:
         lines = [line for line in str(e).splitlines() if "error" in line.lower()] or str(e).splitlines()
         return None, f"building {_SOURCE.name} failed: {'; '.join(lines[-3:])}"
+    _loaded.cache_clear()
     return module, f"cuBLASLt {module.version()}"
 
 
 def availability() -> Support:
-    """Whether the binding can be had here."""
-    module, reason = _build()
-    return Support(module is not None, reason)
+    """Whether the binding can be had here; nothing is built to know it."""
+    module, how_come = _loaded()
+    if module is not None:
+        return Support(True, f"cuBLASLt {module.version()}{how_come}")
+    how, reason = recipe()
+    return Support(how is not None, reason or "not built yet, so Triton serves: bi-ops warmup builds it")
 
 
 def extension() -> ModuleType:
-    """The binding: count, run, describe, version, CANDIDATES; linear, is_plain and allow.
+    """The binding, built where it is not there yet: count, run, describe, version, CANDIDATES; linear, allow.
 
     Raises:
         RuntimeError: it cannot be built here; the reason says why.

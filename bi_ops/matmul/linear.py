@@ -62,7 +62,8 @@ def through_binding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
     """
     if dispatcher_is_watched() or not (is_plain(x) and is_plain(weight)):
         return None
-    return cublaslt.extension().linear(x, weight) if select(x.dtype, x.device).name == "cublaslt" else None
+    binding = cublaslt.loaded() if select(x.dtype, x.device).name == "cublaslt" else None
+    return None if binding is None else binding.linear(x, weight)
 
 
 class _Linear(Node):

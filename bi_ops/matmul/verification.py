@@ -9,14 +9,13 @@ itself: until `warmup` has, the Triton kernel serves. Results are kept in a file
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import triton
 
-from bi_ops.core.files import write_json
+from bi_ops.core.files import cache_folder, write_json
 from bi_ops.matmul import cublaslt
 
 #: Lengths of the batch axis that are compared; the largest are left out where they would need gigabytes.
@@ -77,8 +76,7 @@ def forget() -> None:
 
 def path() -> Path:
     """Where results are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bi_ops" / "verified_gemms.json"
+    return cache_folder() / "verified_gemms.json"
 
 
 def superseded() -> Path | None:
@@ -163,7 +161,7 @@ def is_verified(s: GemmShape) -> bool:
     if verdict is None:
         if s in _known.wanted:  # asked in every call: the file was looked up in the first one
             return False
-        record = _record(s)
+        record = None if cublaslt.loaded() is None else _record(s)
         if record is None:
             _known.wanted[s] = None
             return False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bi_ops.matmul import verification
+from bi_ops.matmul import cublaslt, verification
 from bi_ops.matmul.backends import backends
 from bi_ops.matmul.launch import TENSOR_CORE_DTYPES
 from bi_ops.matmul.verification import GemmShape
@@ -47,6 +47,7 @@ def warmup(
     module: torch.nn.Module | None = None,
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = lambda done, total, shape: None,
+    build: bool = True,
 ) -> Warmup:
     """Verify cuBLASLt's GEMMs for a model, so that they run instead of the Triton kernel of the same bits.
 
@@ -56,6 +57,7 @@ def warmup(
     Args:
         module: a model on a GPU; None: the shapes that have run unverified in this process.
         dtype: of the activations over fp32 weights, bf16 or fp16. progress: called with (done, total, next shape).
+        build: False verifies nothing where the binding would have to be built first, which takes a minute.
 
     Raises:
         TypeError: another dtype, or what is no module. RuntimeError: a CUDA graph is being captured.
@@ -67,10 +69,13 @@ def warmup(
     here = backends.get("cublaslt").available()
     if not here:
         return Warmup(0, (), here.reason)
+    if build is False and cublaslt.loaded() is None:
+        return Warmup(0, (), here.reason)
     found = verification.wanted() if module is None else list(dict.fromkeys(shapes_of(module, dtype)))
     if not found:
         none = "no GEMM has run unverified" if module is None else "the model has no two-dimensional weight on a GPU"
         return Warmup(0, (), none)
+    cublaslt.extension()  # a minute where it has to be built
     verified, refused = 0, []
     for i, shape in enumerate(found):
         progress(i, len(found), shape.key())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from bi_ops import attention, logprob, matmul, nn
+from bi_ops import attention, logprob, nn
 from bi_ops.core import checks, runtime
 from bi_ops.core.orders import OrderRecord
 from bi_ops.models import checkpoint, orders
@@ -167,9 +167,13 @@ class CausalLM(torch.nn.Module):
         return torch.cat(parts)
 
     def warmup(self) -> None:
-        """`bi_ops.warmup` of this model in its own dtype. fp32 is Triton's anyway, and has nothing to verify."""
-        if self.compute_dtype != torch.float32:
-            matmul.warmup(self, self.compute_dtype)
+        """Compile the kernels of a training step in parallel, and verify GEMMs where cuBLASLt's binding is there.
+
+        `bi-ops warmup` and `bi_ops.warmup` build the binding too. In the interpreter nothing is to be done.
+        """
+        from bi_ops.models.warmup import warmup_step
+
+        warmup_step(self, build=False)
 
     # Weight gradients, over micro-batches.
 

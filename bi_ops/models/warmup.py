@@ -1,0 +1,97 @@
+"""A model's training step compiled and verified ahead of time, so that its first step is like its second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from bi_ops import matmul, optim
+from bi_ops.core import compile_ahead, runtime
+from bi_ops.core.rows import TOKEN_STEP
+from bi_ops.models.packing import pack
+
+if TYPE_CHECKING:
+    from bi_ops.models.base import CausalLM
+
+#: (what is being done, done, in all)
+Progress = Callable[[str, int, int], None]
+
+#: Sequences of two steps, prompt and completion: long ones, and short ones, which attention has other kernels for.
+SEQUENCES = (((8, 1016),) * 4, ((8, 24),) * 32)
+#: Rows of the parameter that AdamW and the norm are compiled with: the tree of a large embedding, and of few rows.
+ROWS = (1 << 17, 8)
+
+
+@dataclass(frozen=True)
+class StepWarmup:
+    """kernels: compiled or found in the cache. seconds: that took. gemms: what the verification found."""
+
+    kernels: int
+    seconds: float
+    gemms: matmul.Warmup
+
+
+def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = lambda what, done, total: None) -> int:
+    """Compile the kernels of a training step of `model` in parallel; returns how many. Weights do not change.
+
+    Forward, log-probabilities and backward of 4,096 tokens with gradients in `main_grad`, then clip and AdamW. Kernels
+    for other features (windows, sampling options) compile when they are first launched.
+    """
+    if runtime.INTERPRET:
+        return 0
+    requires_grad = any(p.requires_grad for p in model.parameters())
+    longest = model.config.max_position_embeddings
+
+    def report(done: int, total: int) -> None:
+        progress("compiling kernels", done, total)
+
+    with compile_ahead.compile_only(jobs, report) as found:
+        try:
+            for sequences in SEQUENCES:
+                lengths = [(a, min(b, longest - a)) for a, b in sequences]
+                batch = pack([[0] * a for a, _ in lengths], [[0] * b for _, b in lengths], model.device, TOKEN_STEP)
+                model.allocate_main_grads()
+                loss = model.token_logprobs(batch).sum()
+                if requires_grad:
+                    loss.backward()
+                model.collect_main_grads()
+                model.zero_grad(set_to_none=True)
+        finally:
+            model.collect_main_grads()
+            model.zero_grad(set_to_none=True)
+        for rows in ROWS:
+            p = torch.nn.Parameter(torch.zeros(rows, 16, device=model.device))
+            p.grad = torch.zeros_like(p)
+            for copies in ({}, {p: torch.zeros_like(p, dtype=torch.bfloat16)}):
+                optimizer = optim.AdamW([p], betas=(0.9, 0.95), weight_decay=0.0, bf16_copies=copies)
+                optimizer.step(grad_scale=optim.clip_scale(optim.global_norm([p.grad]), 1.0))
+    return len(found.kernels)
+
+
+def warmup_step(
+    model: CausalLM,
+    jobs: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+    build: bool = True,
+) -> StepWarmup:
+    """`compile_step`, then the verification of cuBLASLt's GEMMs (`bi_ops.warmup`); both are kept on the machine.
+
+    Args:
+        model: on a GPU; in the interpreter nothing is to be done. jobs: threads; None: as many as there are cores.
+        build: build the cuBLASLt binding where it is missing, which takes a minute; False leaves GEMMs to Triton.
+    """
+    start = time.perf_counter()
+    kernels = compile_step(model, jobs, progress)
+    seconds = time.perf_counter() - start
+    if kernels:
+        compile_ahead.remember(f"{model.config.model_type} {model.shapes()}", kernels, seconds)
+    gemms = matmul.Warmup(0, (), "fp32 is Triton's")
+    if model.compute_dtype != torch.float32:
+        gemms = matmul.warmup(
+            model, model.compute_dtype, lambda done, total, shape: progress("verifying GEMMs", done, total), build
+        )
+    return StepWarmup(kernels, seconds, gemms)

@@ -1,0 +1,155 @@
+"""Kernels compiled ahead of time: launches that compile in a pool and do not run."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import triton
+from test_cli import call
+from tiny import tiny_model
+
+from bi_ops.core import compile_ahead, runtime
+from bi_ops.models.warmup import compile_step
+
+
+class Kernel:
+    """A kernel as triton's JITFunction.run sees it: compiles through the mode of its thread, or at once."""
+
+    def __init__(self, name):
+        self.fn = SimpleNamespace(__name__=name)
+        self.ran = []
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Names of kernels in the order in which they were compiled; "bad" does not."""
+    from triton.runtime import _async_compile
+    from triton.runtime.jit import JITFunction
+
+    done = []
+
+    def run(self, *args, grid, warmup, **options):
+        def compile_it():
+            if self.fn.__name__ == "bad":
+                raise RuntimeError("bad does not compile")
+            done.append((self.fn.__name__, threading.current_thread() is threading.main_thread()))
+
+        mode = _async_compile.active_mode.get()
+        if mode is None:
+            compile_it()
+        else:
+            extra = len(inspect.signature(mode.submit).parameters) - 2  # later releases also clean up
+            mode.submit(self.fn.__name__, compile_it, *[lambda kernel: None] * extra)
+        if not warmup:
+            self.ran.append(args)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(runtime, "INTERPRET", False)
+    return JITFunction, done
+
+
+def test_every_launch_compiles_once_in_the_pool_and_none_runs(compiled):
+    jit, done = compiled
+    a, b, seen = Kernel("a"), Kernel("b"), []
+
+    def launch(kernel):
+        jit.run(kernel, 1, grid=(1,), warmup=False)
+
+    with compile_ahead.compile_only(2, lambda *numbers: seen.append(numbers)) as found:
+        launch(a)
+        thread = threading.Thread(target=launch, args=(b,))  # as the backward's
+        thread.start()
+        thread.join()
+        launch(a)
+    assert sorted(done) == [("a", False), ("b", False)]
+    assert sorted(found.kernels) == ["a", "b"]
+    assert (a.ran, b.ran) == ([], [])
+    assert len(seen) == 2
+    launch(a)  # negative control: afterwards it runs, and compiles in its own thread
+    assert (a.ran, done[-1]) == ([(1,)], ("a", True))
+
+
+def test_a_kernel_that_does_not_compile_raises_and_everything_is_as_before(compiled):
+    jit, done = compiled
+    before = jit.run
+    with pytest.raises(RuntimeError, match="bad does not compile"), compile_ahead.compile_only(1):
+        jit.run(Kernel("bad"), grid=(1,), warmup=False)
+    assert jit.run is before
+    jit.run(Kernel("a"), grid=(1,), warmup=False)
+    assert done == [("a", True)]
+
+
+def test_records_belong_to_gpu_driver_and_versions(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compile_ahead.records() == {}
+    compile_ahead.remember("qwen3", 31, 4.56)
+    compile_ahead.remember("other", 1, 1)
+    assert compile_ahead.records() == {
+        "qwen3": {"kernels": 31, "seconds": 4.6},
+        "other": {"kernels": 1, "seconds": 1},
+    }
+    monkeypatch.setattr(compile_ahead, "where", lambda: "another driver")
+    assert compile_ahead.records() == {}
+    compile_ahead.path().write_text("[")
+    assert compile_ahead.records() == {}
+
+
+def test_a_shared_folder_takes_the_kernels(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", triton.knobs.cache.dir)
+    compile_ahead.use_cache(tmp_path / "shared")
+    assert triton.knobs.cache.dir == str(tmp_path / "shared")
+    assert (tmp_path / "shared").is_dir()
+
+
+def test_the_command_names_what_is_wrong_and_does_nothing_without_a_gpu(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path)
+    assert call(capsys, "warmup", tmp_path, "--jobs", 0)[0] == 2
+    assert call(capsys, "warmup", tmp_path / "none")[0] == 2
+    if runtime.INTERPRET:
+        code, out, _ = call(capsys, "warmup", tmp_path)
+        assert code == 0
+        assert "nothing is to be compiled" in out
+
+
+def test_an_import_leaves_the_compiler_alone():
+    """torch._dynamo takes as long to import as torch. Negative control: naming it imports it."""
+    code = (
+        "import sys, torch; old = set(sys.modules); import bi_ops; {}; print('torch._dynamo' in set(sys.modules) - old)"
+    )
+    for extra, found in (("pass", "False"), ("import torch._dynamo", "True")):
+        out = subprocess.run([sys.executable, "-c", code.format(extra)], capture_output=True, text=True, check=True)
+        assert out.stdout.split() == [found]
+
+
+@pytest.mark.gpu
+def test_after_a_warmup_a_step_compiles_nothing(tmp_path, monkeypatch, device):
+    """And the warm-up has changed no weight."""
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    from bi_ops.matmul import TOKEN_STEP
+    from bi_ops.models.packing import pack
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    model = tiny_model(hidden_size=256, intermediate_size=512)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    assert compile_step(model) > 5
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    missing = []
+    real = JITFunction._do_compile
+
+    def counted(self, *args, **options):
+        missing.append(self.fn.__name__)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", counted)
+    batch = pack([[1] * 8] * 4, [[2] * 200] * 4, device, align=TOKEN_STEP)
+    model.allocate_main_grads()
+    model.token_logprobs(batch).sum().backward()
+    model.collect_main_grads()
+    assert missing == []
