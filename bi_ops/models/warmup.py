@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 #: (what is being done, done, in all)
 Progress = Callable[[str, int, int], None]
 
-#: Sequences of two steps, prompt and completion: long ones, and short ones, which attention has other kernels for.
-SEQUENCES = (((8, 1016),) * 4, ((8, 24),) * 32)
+#: Sequences of each step, prompt and completion: many tokens and few, which norms have other kernels for, and short
+#: sequences, which attention has other kernels for.
+SEQUENCES = (((8, 1016),) * 16, ((8, 1016),) * 4, ((8, 24),) * 32)
 #: Rows of the parameter that AdamW and the norm are compiled with: the tree of a large embedding, and of few rows.
 ROWS = (1 << 17, 8)
 
@@ -38,11 +40,13 @@ class StepWarmup:
 def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = lambda what, done, total: None) -> int:
     """Compile the kernels of a training step of `model` in parallel; returns how many. Weights do not change.
 
-    Forward, log-probabilities and backward of 4,096 tokens with gradients in `main_grad`, then clip and AdamW. Kernels
-    for other features (windows, sampling options) compile when they are first launched.
+    Forward, log-probabilities and backward of up to 16,384 tokens with gradients in `main_grad`, whole layers recomputed
+    for the sake of memory (the kernels are the same), then clip and AdamW. Kernels for other features, such as windows
+    and sampling options, and those of a step that the memory does not hold compile when they are first launched.
     """
     if runtime.INTERPRET:
         return 0
+    recompute, model.recompute = model.recompute, "layer"
     requires_grad = any(p.requires_grad for p in model.parameters())
     longest = model.config.max_position_embeddings
 
@@ -53,14 +57,16 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
         try:
             for sequences in SEQUENCES:
                 lengths = [(a, min(b, longest - a)) for a, b in sequences]
-                batch = pack([[0] * a for a, _ in lengths], [[0] * b for _, b in lengths], model.device, TOKEN_STEP)
-                model.allocate_main_grads()
-                loss = model.token_logprobs(batch).sum()
-                if requires_grad:
-                    loss.backward()
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    batch = pack([[0] * a for a, _ in lengths], [[0] * b for _, b in lengths], model.device, TOKEN_STEP)
+                    model.allocate_main_grads()
+                    loss = model.token_logprobs(batch).sum()
+                    if requires_grad:
+                        loss.backward()
                 model.collect_main_grads()
                 model.zero_grad(set_to_none=True)
         finally:
+            model.recompute = recompute
             model.collect_main_grads()
             model.zero_grad(set_to_none=True)
         for rows in ROWS:
