@@ -40,7 +40,7 @@ class StepWarmup:
 def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = lambda what, done, total: None) -> int:
     """Compile the kernels of a training step of `model` in parallel; returns how many. Weights do not change.
 
-    Forward, log-probabilities and backward of up to 16,384 tokens with gradients in `main_grad`, whole layers recomputed
+    Forward, log-probabilities and backward of up to 16,384 tokens with gradients in `main_grad`, whole layers run again
     for the sake of memory (the kernels are the same), then clip and AdamW. Kernels for other features, such as windows
     and sampling options, and those of a step that the memory does not hold compile when they are first launched.
     """
