@@ -128,10 +128,10 @@ def token_logprobs_kernel(
         for start in range(0, widen(N, LARGE), BLOCK):
             o_c = start + tl.arange(0, BLOCK)
             m = m_r[:, None] & (o_c < N)[None, :]
-            b_x = tl.load(p_row + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-            b_log_p = b_x - row_max[:, None] - lse[:, None]
+            b_logits = tl.load(p_row + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+            b_log_p = b_logits - row_max[:, None] - lse[:, None]
             # What has no probability adds nothing, where 0 * log(0) would be NaN.
-            negated += tl.sum(tl.where(m & (b_x != float("-inf")), tl.exp(b_log_p) * b_log_p, 0.0), axis=1)
+            negated += tl.sum(tl.where(m & (b_logits != float("-inf")), tl.exp(b_log_p) * b_log_p, 0.0), axis=1)
         tl.store(p_entropy + o_r, -negated, mask=m_r)
 
 
