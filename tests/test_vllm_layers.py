@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Literal
 
 import pytest
@@ -226,6 +228,22 @@ def test_every_gemm_runs_when_the_model_is_loaded_and_never_for_the_first_time_l
     assert sorted(r for r, *_ in ran[:3]) == [2, 4, 4]  # of the most rows: few are never cuBLASLt's
     assert {r for r, k, n in ran if n == 48} == {1, 2, 3, 4}
     assert {r for r, k, n in ran if n == 64} == {1, 2}  # the head: a row per sequence
+
+
+def test_a_worker_is_gone_with_its_engine(vllm):
+    """And CUDA graphs with it: another engine of the process captures into the same pool."""
+    gc.collect()
+    gc.disable()
+    try:
+        wrapper = vllm[WORKER].WorkerWrapperBase(Worker(Model(), OWN))
+        wrapper.init_device()
+        wrapper.load_model()
+        left = weakref.ref(wrapper.worker)
+        assert left().loaded
+        del wrapper
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_row_counts_meet_both_sides_of_each_power_of_two():

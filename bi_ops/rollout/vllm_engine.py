@@ -344,6 +344,19 @@ class VllmEngine:
         self._llm = None
         gc.collect()
         torch.cuda.empty_cache()
+        _forget_graph_pool()
+
+
+def _forget_graph_pool() -> None:
+    """Let the next engine of this process capture into memory of its own.
+
+    vLLM has one pool for all graphs of a process, and torch refuses to capture into one whose last graph is gone while
+    anything in it is still alive.
+    """
+    from vllm.platforms import current_platform
+
+    if hasattr(type(current_platform), "_global_graph_pool"):
+        type(current_platform)._global_graph_pool = None
 
 
 def _attention_kernels(model: torch.nn.Module) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -55,15 +56,19 @@ def with_own_kernels(stock: Callable[..., Any]) -> Callable[..., Any]:
     def init_device(self: Any) -> Any:
         out = stock(self)
         kernels = kernels_asked(self.vllm_config.additional_config)
-        self.worker.load_model = functools.partial(_load_model, self.worker, self.worker.load_model, kernels)
+        # A worker that refers to itself would outlive its engine, and CUDA graphs with it, until Python collects.
+        worker = weakref.ref(self.worker)
+        self.worker.load_model = functools.partial(_load_model, worker, type(self.worker).load_model, kernels)
         return out
 
     return init_device
 
 
-def _load_model(worker: Any, stock: Callable[..., Any], kernels: str, **kwargs: Any) -> None:
-    """Load the model, give its layers the kernels that were asked for, and run them."""
-    stock(**kwargs)
+def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], kernels: str, **kwargs: Any) -> None:
+    """Load the worker's model, give its layers the kernels that were asked for, and run them."""
+    worker = alive()
+    assert worker is not None, "its own method runs"
+    stock(worker, **kwargs)
     config, release, model = worker.vllm_config, vllm.require("vllm_plugin"), worker.model_runner.get_model()
     if kernels == "bi_ops":
         layers.attach(model, release)
