@@ -217,7 +217,8 @@ def test_every_gemm_runs_when_the_model_is_loaded_and_never_for_the_first_time_l
         ran.append((*x.shape, len(weight)))
         return stock(x, weight, *args, **kwargs)
 
-    def warmup():
+    def warmup(build):
+        assert not build
         verified.append(len(ran))
         return Warmup(0, ())
 
@@ -239,7 +240,7 @@ def test_a_worker_is_gone_with_its_engine(vllm):
         wrapper.init_device()
         wrapper.load_model()
         left = weakref.ref(wrapper.worker)
-        assert left().loaded
+        assert left() is not None
         del wrapper
         assert left() is None
     finally:

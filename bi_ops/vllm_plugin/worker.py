@@ -85,6 +85,8 @@ def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], kernels: str
 def warm_up(model: torch.nn.Module, release: vllm.Release, max_tokens: int, max_seqs: int) -> None:
     """Verify and compile the GEMMs of `model` now: neither may happen in a request or while a graph is captured.
 
+    Without cuBLASLt's binding (installed with the package, or built by `bi-ops warmup`) Triton serves, the same bits.
+
     The other kernels have one config for every number of rows, so vLLM's profile run compiles them.
     """
     shapes = {}
@@ -97,7 +99,8 @@ def warm_up(model: torch.nn.Module, release: vllm.Release, max_tokens: int, max_
         shapes[layer.weight.shape, layer.weight.dtype, bias is None, most] = (layer, apply, bias, most)
     for layer, apply, bias, most in shapes.values():
         _run(layer, apply, bias, (most,))  # few rows are the decode backend's, which needs no verification
-    found = matmul.warmup()  # the shapes that have just run unverified
+    # The shapes that have just run unverified; an engine's start is no time to build the binding.
+    found = matmul.warmup(build=False)
     if found.verified or found.refused:
         layers.logger.info("bi_ops: verified %d GEMMs of cuBLASLt, refused %d", found.verified, len(found.refused))
     for layer, apply, bias, most in shapes.values():
