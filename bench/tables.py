@@ -148,6 +148,9 @@ def train(results: Path) -> str:
     return table(head, rows) + "\n" + what + provenance([record], "h100/train.json")
 
 
+NAMED = 10  # failed tests that are named, at most; the file names all
+
+
 def tests(results: Path) -> str:
     """The outcome of the test suite, a row per GPU."""
     found = {gpu: load(results, f"{gpu}/tests.json") for gpu in ("h200", "h100")}
@@ -158,7 +161,7 @@ def tests(results: Path) -> str:
         not_run = record.get("not_run", 0)
         rows.append((gpu.upper(), record["commit"], record["passed"], record["failed"], record["skipped"], not_run))
         failed = [f"`{t['file']}::{t['test']}`" for t in record["tests"] if t["outcome"] == "failed"]
-        what = f"Failed: {', '.join(failed)}. " if failed else ""
+        what = f"Failed: {', '.join(failed)}. " if 0 < len(failed) <= NAMED else ""
         lines.append(f"- {what}{provenance([record], f'{gpu}/tests.json')}")
     if not rows:
         return "No run of the test suite on a GPU is committed yet.\n"
