@@ -1,4 +1,7 @@
-"""A model and an engine in plain torch, registered as "table": logits come from a table by the last token alone."""
+"""A model and an engine in plain torch, registered as "table": logits come from a table by the last token alone.
+
+They live where kernels run, for the optimizer's are real.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bi_ops import models
+from bi_ops.core import runtime
 from bi_ops.core.orders import OrderRecord
 from bi_ops.rollout import factory
 from bi_ops.rollout.base import Completion, check_request
@@ -32,7 +36,8 @@ class TableModel(nn.Module):
     def __init__(self, config=None, seed: int = 0) -> None:
         super().__init__()
         self.config = config or TableConfig.from_dict(TABLE["architecture"])
-        self.table = nn.Parameter(torch.empty(self.config.vocab_size, self.config.vocab_size))
+        shape = (self.config.vocab_size, self.config.vocab_size)
+        self.table = nn.Parameter(torch.empty(shape, device=runtime.default_device()))
         self.init_weights(seed)
 
     @torch.no_grad()
@@ -103,7 +108,8 @@ class TableEngine:
             tokens: list[int] = []
             scores = []
             for _ in range(p.max_new_tokens):
-                row = self.model.logprobs(torch.tensor([(*prompt, *tokens)[-1]]))[0]
+                last = torch.tensor([(*prompt, *tokens)[-1]], device=runtime.default_device())
+                row = self.model.logprobs(last)[0].cpu()
                 tokens.append(int(torch.multinomial(row.exp(), 1, generator=generator)))
                 scores.append(row[tokens[-1]])
             logprobs = torch.stack(scores)

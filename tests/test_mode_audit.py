@@ -141,8 +141,8 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_planted_operator_is_found_in_a_model(family, families):
-    model = families.make(family, "eager").float()
+def test_a_planted_operator_is_found_in_a_model(family, families, device):
+    model = families.make(family, "eager").float().to(device)
     owner, name = next(
         (m, n)
         for m in model.modules()
@@ -151,7 +151,8 @@ def test_a_planted_operator_is_found_in_a_model(family, families):
     )
     setattr(owner, name, Planted(getattr(owner, name)))
     with bi_ops.audit() as found:
-        logits = model(**families.batch(False), use_cache=False).logits
+        inputs = {name: t.to(device) for name, t in families.batch(False).items()}
+        logits = model(**inputs, use_cache=False).logits
         logits.float().pow(2).mean().backward()
     planted = [s for s in found.strays if s.where == f"{__file__}:{line_of('# audited: planted')}"]
     assert {(s.operator, s.backward) for s in planted} >= {("aten::cumsum", False), ("aten::cumsum", True)}

@@ -117,7 +117,8 @@ def test_a_tensor_that_was_modified_is_named(device):
 def test_without_gradients_nothing_is_packed(device):
     with torch.no_grad(), recomputed(True, (), lambda: ()), torch.enable_grad():
         weight = torch.randn(3, 16, device=device, requires_grad=True)
-        nn.linear_token_logprobs(torch.randn(2, 16, device=device), weight, torch.zeros(2, dtype=torch.int64)).sum()
+        ids = torch.zeros(2, dtype=torch.int64, device=device)
+        nn.linear_token_logprobs(torch.randn(2, 16, device=device), weight, ids).sum()
 
 
 def test_another_mode_is_named():
