@@ -77,6 +77,10 @@ OPERATORS: dict[str, tuple[Callable[[Tensor, Fixed], Tensor], Callable[[Tensor, 
         lambda x, p: logprob.token_logprobs(x, p.ids),
         lambda x, p: F.log_softmax(x, -1).gather(1, p.ids[:, None])[:, 0],
     ),
+    "linear_token_logprobs": (  # logits that are kept whole: two operators, which torch.func can see into
+        lambda x, p: linear_token_logprobs(x, p.weight, p.ids),
+        lambda x, p: F.log_softmax(x @ p.weight.t(), -1).gather(1, p.ids[:, None])[:, 0],
+    ),
     "sum": (lambda x, p: reduction.sum(x, -1), lambda x, p: x.sum(-1)),
     "mean": (lambda x, p: reduction.mean(x, -1), lambda x, p: x.mean(-1)),
     "flash_attention": (
@@ -167,14 +171,14 @@ def test_vmap_has_the_bits_of_each_slice(device):
     assert torch.equal(mapped, alone)
 
 
-def test_nodes_that_write_into_a_buffer_are_refused_by_name(device):
+def test_nodes_that_write_into_a_buffer_or_walk_chunks_are_refused_by_name(device):
     p, x = Fixed(device), torch.randn(4, DIM, device=device)
     buffer = torch.zeros_like(p.weight)
     calls: dict[str, Fn] = {
         "linear": lambda x: matmul.linear(x, p.weight, main_grad=buffer),
         "rms_norm": lambda x: norm.rms_norm(x, p.scale, main_grad=torch.zeros_like(p.scale)),
         "embedding": lambda x: embedding.embedding(p.ids, x, main_grad=torch.zeros_like(x)),
-        "linear_token_logprobs": lambda x: linear_token_logprobs(x, p.weight[:, :], p.ids),
+        "linear_token_logprobs": lambda x: linear_token_logprobs(x, p.weight, p.ids, chunk_rows=matmul.TOKEN_STEP),
     }
     for name, call in calls.items():
         for run in (REVERSE["grad"], REVERSE["vmap"], REFUSABLE["jvp"], tangent):
