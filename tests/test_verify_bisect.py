@@ -11,6 +11,7 @@ from sweeps import sweep
 from tiny import tiny_model
 
 from bi_ops import cli, norm
+from bi_ops.models import orders
 from bi_ops.models.base import CausalLM
 from bi_ops.rollout.base import SamplingParams
 from bi_ops.rollout.embedded import EmbeddedEngine
@@ -114,12 +115,13 @@ def test_a_planted_bit_is_found_at_its_operator(i, site, sides, traces):
 
 
 def test_the_order_and_backend_of_each_side_are_told(sides):
-    engine, _ = sides
+    engine, model = sides
     with planted(engine.model, "model.layers.1.mlp.down_proj"):
         text = str(found(sides))
     assert "model.layers.1.mlp.down_proj: its inputs are equal, its output is not" in text
     assert "order GemmOrder" in text
-    assert "backend triton" in text
+    chosen = orders.chosen_backends(model.attention_backend, model.shapes(), model.device)
+    assert f"backend {chosen['matmul']}" in text
 
 
 def test_other_weights_are_called_so(sides):

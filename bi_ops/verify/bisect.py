@@ -230,9 +230,18 @@ def of_rollout(engine: Any, prompt: list[int], params: SamplingParams) -> tuple[
 
 
 def of_training(model: CausalLM, prompt: list[int], tokens: tuple[int, ...]) -> Trace:
-    """What the model computes of one sequence, whole."""
+    """What the model computes of one sequence, whole, and the logits that it scores."""
+    batch = pack([prompt], [tokens], model.device)
+
+    def call_head(_: torch.nn.Module, args: tuple[Any, ...], hidden: Tensor) -> None:
+        model.logits(hidden[batch.logit_indices])  # scoring takes the head's weight and calls no module
+
     with torch.no_grad(), recording(model) as trace:
-        model.token_logprobs(pack([prompt], [tokens], model.device))
+        handle = model.register_forward_hook(call_head)
+        try:
+            model.token_logprobs(batch)
+        finally:
+            handle.remove()
     return trace
 
 
