@@ -16,11 +16,11 @@ from bi_ops import cli
 from bi_ops.core import runtime
 from bi_ops.core.provenance import versions
 from bi_ops.verify import golden, packs, report, suite, sweep
-from bi_ops.verify.contract import PROPERTIES, SWEPT, Setting, not_here
+from bi_ops.verify.contract import PROPERTIES, SWEPT, Setting, _poison, not_here
 from bi_ops.verify.controls import controls
 from bi_ops.verify.integers import fingerprint
-from bi_ops.verify.operators import NOT_SUBJECTS, SUBJECTS
-from bi_ops.verify.subject import Subject, make_batch, results, select_items
+from bi_ops.verify.operators import NOT_SUBJECTS, SUBJECTS, starts
+from bi_ops.verify.subject import Result, Subject, make_batch, results, select_items
 from bi_ops.verify.values import KINDS, Make, Shape
 
 
@@ -112,9 +112,28 @@ def test_attention_decodes_and_pages_with_the_bits_of_prefill():
 
 
 def test_micro_batches_are_cut_and_compared():
-    found = suite.verify(["bi_ops:embedding"], properties=("micro-batches",), jobs=1)
+    """As one, cut at every step, and in the middle."""
+    level = dataclasses.replace(suite.levels()["quick"], items=40, setting=Setting(variants=2))
+    found = suite.verify_subject(packs.find("bi_ops:embedding"), torch.float32, level, ("micro-batches",))
     assert found.failed == []
-    assert [c.comparisons for c in found.checks] == [2]
+    assert [c.comparisons for c in found.checks] == [3]
+
+
+def test_what_was_given_is_not_poisoned_between_replays(device):
+    """A sum's gradient is its cotangent, expanded."""
+    x, given = torch.ones(3, 4, device=device), torch.ones(3, 1, device=device)
+    rows = torch.arange(3)
+    found = {"out 0": Result(x + 1, 0, rows), "gradient of x": Result(given.expand(3, 4), 0, rows)}
+    _poison(found, (x, given))
+    assert found["out 0"].tensor.isnan().all()
+    assert torch.equal(given, torch.ones_like(given))
+
+
+def test_a_captured_call_finds_its_cu_seqlens_on_the_device(device):
+    lengths = (3, 1, 2)
+    assert starts(lengths, device) is starts(tuple(lengths), device)
+    assert starts(lengths, device).tolist() == [0, 3, 4, 6]
+    assert starts((3, 3), device).tolist() == [0, 3, 6]
 
 
 def test_a_broken_operator_is_found_with_its_place():

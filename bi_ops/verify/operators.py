@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,9 @@ def qkv(m: Make) -> Inputs:
 # attention
 
 
-def starts(lengths: Iterable[int], device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """cu_seqlens, the same tensor each time: a CUDA graph captures no copy from the CPU."""
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
@@ -128,7 +130,7 @@ def decoded(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tens
     k_cache, v_cache, table = in_pages(k, v, lengths)
     seqlens = torch.tensor([i + 1 for n in lengths for i in range(n)], dtype=torch.int32, device=q.device)
     owners = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], device=q.device)
-    cu = starts([1] * len(seqlens), q.device)
+    cu = starts((1,) * len(seqlens), q.device)
     return attention.paged_attention(q, k_cache, v_cache, table[owners], cu, seqlens, max_seqlen_q=1, **more, **options)
 
 
@@ -324,6 +326,8 @@ NOT_SUBJECTS = {
     "matmul.accumulate_weight_grad": "what linear's main_grad calls",
     "attention.paged_attention": "the other door of flash_attention: decode and paged",
     "attention.check_cu_seqlens": "a check",
+    "logprob.token_stats": "the forward of token_logprobs; a part of linear_token_logprobs too",
+    "logprob.token_stats_backward_": "the backward of token_logprobs, in place; a part of linear_token_logprobs too",
     "rope.cos_sin_cache": "a table of constants",
     "matmul.backend_of": "a name",
     "matmul.warmup": "compiles and compares",

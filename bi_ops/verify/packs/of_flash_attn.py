@@ -28,7 +28,7 @@ def _decoded(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tenso
     k_cache, v_cache, table = operators.in_pages(k, v, lengths, 256)  # its smallest page
     used = [i + 1 for n in lengths for i in range(n)]
     owners = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], device=q.device)
-    cu_q, cu_k = operators.starts([1] * len(used), q.device), operators.starts(used, q.device)
+    cu_q, cu_k = operators.starts((1,) * len(used), q.device), operators.starts(tuple(used), q.device)
     pages = {"block_table": table[owners], "causal": True}
     return flash_attn_varlen_func(q, k_cache, v_cache, cu_q, cu_k, 1, max(lengths), **pages)
 

@@ -81,7 +81,7 @@ def _decoded(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tenso
     used = torch.tensor([i + 1 for n in lengths for i in range(n)], dtype=torch.int32, device=q.device)
     owners = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], device=q.device)
     keys = {"k": k_cache, "v": v_cache, "seqused_k": used, "block_table": table[owners], "max_seqlen_k": max(lengths)}
-    return _flash_attention_3(q, keys, operators.starts([1] * len(used), q.device), 1)
+    return _flash_attention_3(q, keys, operators.starts((1,) * len(used), q.device), 1)
 
 
 def _linear(m: Make) -> dict[str, Tensor]:
