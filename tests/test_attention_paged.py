@@ -151,7 +151,7 @@ def launches(monkeypatch):
     return kept
 
 
-@pytest.mark.parametrize("head_dim", [24, 64] if runtime.INTERPRET else [64, 80, 96, 128, 256])
+@sweep("head_dim", [24, 64] if runtime.INTERPRET else [64, 80, 96, 128, 256], [24])
 def test_one_launch_serves_every_split_of_its_tokens(head_dim, device, monkeypatch):
     """As a CUDA graph replays it: the same grid and arguments, and the bits of each sequence alone."""
     kept = launches(monkeypatch)
