@@ -22,7 +22,7 @@ from bi_ops.verify.compositions import rescore
 
 def test_a_model_is_warmed_up_in_its_own_dtype(monkeypatch):
     asked = []
-    monkeypatch.setattr(matmul, "warmup", lambda *given: asked.append(given))
+    monkeypatch.setattr(matmul, "warmup", lambda model, dtype, *rest, **options: asked.append((model, dtype)))
     model = models.Qwen3ForCausalLM(tiny_config())
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         model.compute_dtype = dtype
