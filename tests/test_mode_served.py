@@ -107,6 +107,7 @@ WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
     "trace": lambda x: x[0, 0].trace(),
     "dist": lambda x: torch.dist(x[0], x[1], 2) + torch.dist(x[0], x[1], 1),
     "take": lambda x: x.take(at(x, 5, 5, -1, 700)),
+    "gather_nothing": lambda x: x.sum() + x.flatten().gather(0, x.new_empty(2, 0, dtype=torch.int64)).sum(),
     "put": lambda x: x.put(at(x, 5, 5, 9), x.flatten()[:3], accumulate=True),
     "batch_norm": lambda x: F.batch_norm(x, None, None, x[0, :, 0, 0], x[1, :, 0, 0], training=True),
     "layer_norm_weights": lambda x: F.layer_norm(x, (9,), x[0, 0, 0], x[0, 0, 1]),

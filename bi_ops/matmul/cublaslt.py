@@ -109,6 +109,8 @@ def _loaded() -> tuple[ModuleType | None, str]:
     """(the extension as it was installed or built by an earlier process, which of both)."""
     if runtime.INTERPRET:
         return None, "no GPU"
+    if name() in sys.modules:  # this process has built it
+        return sys.modules[name()], ""
     with contextlib.suppress(ImportError):
         return importlib.import_module(f"bi_ops.matmul.{name()}"), ", installed"
     with contextlib.suppress(ImportError, OSError):  # not there, or not whole
@@ -154,6 +156,7 @@ def _build() -> tuple[ModuleType | None, str]:
     except (RuntimeError, OSError, ImportError) as e:
         lines = [line for line in str(e).splitlines() if "error" in line.lower()] or str(e).splitlines()
         return None, f"building {_SOURCE.name} failed: {'; '.join(lines[-3:])}"
+    sys.modules[name()] = module
     _loaded.cache_clear()
     return module, f"cuBLASLt {module.version()}"
 

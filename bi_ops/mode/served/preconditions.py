@@ -81,9 +81,12 @@ def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *_: Any, **__
 
 @judges("scatter_add", "scatter_reduce.two")
 def _scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor, *_: Any, **__: Any) -> bool:
+    rank = max(x.ndim, 1)
+    if index.numel() == 0:  # adds nothing, and torch looks at no shape
+        return src.dtype == x.dtype and -rank <= dim < rank
     if index.ndim == 0 or index.shape[dim] <= 1:
         return True  # torch's own operator serves it
-    if src.dtype != x.dtype or not src.ndim == index.ndim == max(x.ndim, 1):
+    if src.dtype != x.dtype or not src.ndim == index.ndim == rank:
         return False
     if any(i > s for i, s in zip(index.shape, src.shape, strict=True)):
         return False
