@@ -150,6 +150,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--rounds", type=int, default=3, help="repetitions, of which the median counts")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    parser.add_argument("--log", type=Path, help="file that what the engines print is appended to")
     parser.add_argument("--one", nargs=2, metavar=("MODE", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -167,6 +168,9 @@ def main() -> int:
             options = ["--out", str(args.out), "--rounds", str(args.rounds), "--batches", *map(str, args.batches)]
             command = [sys.executable, __file__, *options, "--one", mode, model]
             done = subprocess.run(command, capture_output=True, text=True)
+            if args.log:
+                with args.log.open("a") as file:
+                    file.write(f"=== {model} {mode}\n{done.stdout}{done.stderr}")
             if done.returncode:
                 why = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
                 print(f"{model} {mode}: {(why or ['killed'])[-1][:300]}", file=sys.stderr)

@@ -249,20 +249,36 @@ class Sampler:
         return self.compute_logprobs(logits)
 
 
+class ModelRunner:
+    """Runs the model."""
+
+    def __init__(self, model, vllm_config):
+        self.vllm_config, self.device, self.model, self.profiled = vllm_config, torch.device("cpu"), model, []
+
+    def get_model(self):
+        """The model."""
+        return self.model
+
+    def profile_run(self, randomize_inputs=False):
+        """A forward of the most tokens, whose memory is measured."""
+        self.profiled.append(randomize_inputs)
+
+
 class Worker:
     """vLLM's worker, which loads `model`."""
 
     def __init__(self, model, additional_config=None):
         scheduler = types.SimpleNamespace(max_num_batched_tokens=4, max_num_seqs=2)
+        cache = types.SimpleNamespace(block_size=16)
         model_config = types.SimpleNamespace(get_vocab_size=lambda: 64, dtype=torch.bfloat16)
         self.vllm_config = types.SimpleNamespace(
             additional_config=additional_config or {},
             scheduler_config=scheduler,
+            cache_config=cache,
             model_config=model_config,
             use_v2_model_runner=False,
         )
-        self.device = torch.device("cpu")
-        self.model_runner = types.SimpleNamespace(get_model=lambda: model)
+        self.model_runner = ModelRunner(model, self.vllm_config)
         self.loaded = False
 
     def load_model(self, *, load_dummy_weights=False):

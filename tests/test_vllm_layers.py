@@ -27,7 +27,8 @@ from bi_ops import activation, matmul, norm, vllm_plugin
 from bi_ops.core import runtime
 from bi_ops.core import vllm as releases
 from bi_ops.matmul.warmup import Warmup
-from bi_ops.vllm_plugin import layers, worker
+from bi_ops.vllm_plugin import layers
+from bi_ops.vllm_plugin.warmup import row_counts
 
 OWN = {"bi_ops": {"kernels": "vllm"}}
 
@@ -209,7 +210,7 @@ def test_quantized_layers_are_left_to_vllm_or_refused_by_name(vllm, caplog):
     assert is_stock(loaded(vllm, Model(), OWN).plain(x))
 
 
-def test_every_gemm_runs_when_the_model_is_loaded_and_never_for_the_first_time_later(vllm, monkeypatch):
+def test_every_gemm_runs_before_the_profile_run_and_never_for_the_first_time_later(vllm, monkeypatch):
     """Verification and compilation happen at the first call of a shape."""
     ran, verified, stock = [], [], matmul.inference_linear
 
@@ -224,11 +225,22 @@ def test_every_gemm_runs_when_the_model_is_loaded_and_never_for_the_first_time_l
 
     monkeypatch.setattr(matmul, "inference_linear", linear)
     monkeypatch.setattr(matmul, "warmup", warmup)
-    loaded(vllm, Model())
-    assert verified == [3]  # each shape once, before the sweep over rows
-    assert sorted(r for r, *_ in ran[:3]) == [2, 4, 4]  # of the most rows: few are never cuBLASLt's
+    wrapper = vllm[WORKER].WorkerWrapperBase(Worker(Model()))
+    wrapper.init_device()
+    wrapper.load_model()
+    assert not ran
+    runner = wrapper.worker.model_runner
+    runner.profile_run(randomize_inputs=True)
+    assert runner.profiled == [True, True]  # compiled first, then measured
+    sweep = len(row_counts(4)) * 2 + len(row_counts(2))
+    assert verified == [sweep + 3]  # compiled; then each shape once, before the sweep over rows
+    assert sorted(r for r, *_ in ran[sweep : sweep + 3]) == [2, 4, 4]  # of the most rows: few are never cuBLASLt's
+    assert ran[:sweep] == ran[sweep + 3 :]
     assert {r for r, k, n in ran if n == 48} == {1, 2, 3, 4}
     assert {r for r, k, n in ran if n == 64} == {1, 2}  # the head: a row per sequence
+    runner.profile_run()
+    assert len(ran) == 2 * sweep + 3
+    assert runner.profiled == [True, True, False]
 
 
 def test_a_worker_is_gone_with_its_engine(vllm):
@@ -239,6 +251,7 @@ def test_a_worker_is_gone_with_its_engine(vllm):
         wrapper = vllm[WORKER].WorkerWrapperBase(Worker(Model(), OWN))
         wrapper.init_device()
         wrapper.load_model()
+        wrapper.worker.model_runner.profile_run()
         left = weakref.ref(wrapper.worker)
         assert left() is not None
         del wrapper
@@ -248,8 +261,8 @@ def test_a_worker_is_gone_with_its_engine(vllm):
 
 
 def test_row_counts_meet_both_sides_of_each_power_of_two():
-    assert worker.row_counts(1) == [1]
-    assert worker.row_counts(20) == [1, 2, 3, 4, 5, 8, 9, 16, 17, 20]
+    assert row_counts(1) == [1]
+    assert row_counts(20) == [1, 2, 3, 4, 5, 8, 9, 16, 17, 20]
 
 
 def test_a_method_that_looks_different_is_refused_before_anything_is_patched(monkeypatch, version):

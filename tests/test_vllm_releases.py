@@ -56,6 +56,8 @@ CALLED = [
     ),
     ("vllm.v1.worker.gpu.sample.logprob", "compute_token_logprobs", ("logits", "token_ids")),
     ("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self", "load_dummy_weights")),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.profile_run", None),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.profile_run", None),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_model", ("self",)),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.get_model", ("self",)),
     ("vllm.config.model", "ModelConfig.get_vocab_size", ("self",)),
@@ -86,7 +88,7 @@ FIELDS = {
         *("enforce_eager", "compilation_config", "attention_config", "speculative_config", "enable_lora"),
         "additional_config",
     },
-    ("vllm.config.vllm", "VllmConfig"): {"additional_config", "scheduler_config", "model_config"},
+    ("vllm.config.vllm", "VllmConfig"): {"additional_config", "scheduler_config", "model_config", "cache_config"},
     ("vllm.config.scheduler", "SchedulerConfig"): {"max_num_batched_tokens", "max_num_seqs"},
     ("vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadata"): {
         *("causal", "num_actual_tokens", "block_table", "query_start_loc", "seq_lens", "max_query_len"),

@@ -38,7 +38,8 @@ def compile_only(jobs: int | None = None, progress: Progress = lambda done, tota
     """While this is entered, launches of Triton's and Gluon's kernels compile in `jobs` threads and do not run.
 
     What kernels would have written is undefined memory then, so nothing may depend on values. Leaving it waits for all.
-    LLVM and ptxas, most of the time, hold no lock of Python's. In the interpreter nothing is compiled.
+    LLVM and ptxas, most of the time, hold no lock of Python's. In the interpreter nothing is compiled. Kernels that
+    Triton tunes by timing several configs are left for their first launch.
 
     Raises:
         RuntimeError: a kernel does not compile; triton's own error.
@@ -48,9 +49,10 @@ def compile_only(jobs: int | None = None, progress: Progress = lambda done, tota
         yield found
         return
     from triton.runtime import _async_compile
+    from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    lock, run = threading.Lock(), JITFunction.run
+    lock, run, tune = threading.Lock(), JITFunction.run, Autotuner.run
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         mode = _async_compile.AsyncCompileMode(pool)
 
@@ -66,15 +68,18 @@ def compile_only(jobs: int | None = None, progress: Progress = lambda done, tota
                     mode.raw_futures[-1].add_done_callback(count)
             return kernel
 
+        def tune_later(self: Any, *args: Any, **options: Any) -> Any:
+            return tune(self, *args, **options) if len(self.configs) == 1 else None
+
         def count(future: Any) -> None:
             found.done += 1
             progress(found.done, len(found.kernels))
 
-        JITFunction.run = compile_and_return
+        JITFunction.run, Autotuner.run = compile_and_return, tune_later
         try:
             yield found
         finally:
-            JITFunction.run = run
+            JITFunction.run, Autotuner.run = run, tune
             for future in list(mode.future_kernels.values()):
                 future.result()
 

@@ -266,6 +266,11 @@ def _backend() -> Any:
     return PagedAttentionBackend
 
 
+def computes(impl: Any) -> bool:
+    """Is this bi_ops' implementation of a layer's attention?"""
+    return _backend.cache_info().currsize > 0 and isinstance(impl, _backend().get_impl_cls())
+
+
 def __getattr__(name: str) -> Any:
     """`PATH`, made when vLLM asks for it: it derives from vLLM's class, and importing bi_ops imports no vLLM."""
     if name == PATH.rsplit(".", 1)[1]:

@@ -1,0 +1,153 @@
+"""The kernels that an engine will launch, compiled in parallel before vLLM's profile run and loaded before its graphs.
+
+vLLM launches kernels for the first time in its profile run, while it captures graphs or in a request, and each compiles
+there by itself: a minute and more in all. None may be compiled or verified in a request, nor loaded in a capture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from bi_ops import logprob, matmul
+from bi_ops.core import compile_ahead
+from bi_ops.core.vllm import Release
+from bi_ops.vllm_plugin import backend, layers
+
+#: Launches something, once.
+Launch = Callable[[], object]
+
+
+class Gemm(NamedTuple):
+    """A layer, the function that computes it, its bias, and the most rows that it meets."""
+
+    layer: Any
+    apply: layers.Function
+    bias: torch.Tensor | None
+    most: int
+
+    def run(self, rows: int) -> None:
+        weight = self.layer.weight
+        self.apply(self.layer, weight.new_zeros(rows, weight.shape[1]), self.bias)
+
+
+def before_profile_run(runner: Any, release: Release) -> None:
+    """Have this model runner compile in parallel what its first `profile_run` and later calls launch."""
+    # A runner that refers to itself would outlive its engine, and CUDA graphs with it, until Python collects.
+    stock = type(runner).profile_run
+    runner.profile_run = functools.partial(_profile_run, weakref.ref(runner), stock, release)
+
+
+@torch.inference_mode()
+def _profile_run(alive: weakref.ref[Any], stock: Callable[..., None], release: Release, *args: Any, **kw: Any) -> None:
+    """vLLM's `profile_run`, after a warm-up whose memory is not part of what vLLM measures."""
+    runner = alive()
+    assert runner is not None, "its own method runs"
+    del runner.profile_run  # once is enough
+    model, config = runner.get_model(), runner.vllm_config
+    gemms = _gemms(model, release, config.scheduler_config)
+    others = [*_attention(model, config, runner.device), *_sampler(config, runner.device)]
+    start = time.perf_counter()
+    with _progress() as report, compile_ahead.compile_only(progress=report) as found:
+        stock(runner, *args, **kw)
+        _run_all(gemms)
+        for launch in others:
+            launch()
+    compiled, seconds = len(found.kernels), time.perf_counter() - start
+    layers.logger.info("bi_ops: %d kernels compiled, or found in the cache, in %.1f s", compiled, seconds)
+    _verify_and_run(gemms)
+    for launch in _sampler(config, runner.device):
+        launch()
+    if runner.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    stock(runner, *args, **kw)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[compile_ahead.Progress]:
+    """A bar on a terminal, as vLLM shows for its weights and graphs."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("bi_ops: compiling kernels", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _verify_and_run(gemms: list[Gemm]) -> None:
+    """Without cuBLASLt's binding (installed, or built by `bi-ops warmup`) Triton serves: the same bits."""
+    for gemm in gemms:
+        gemm.run(gemm.most)  # few rows are the decode backend's, which needs no verification
+    # The shapes that have just run unverified; an engine's start is no time to build the binding.
+    found = matmul.warmup(build=False)
+    if found.verified or found.refused:
+        layers.logger.info("bi_ops: verified %d GEMMs of cuBLASLt, refused %d", found.verified, len(found.refused))
+    _run_all(gemms)
+
+
+def _run_all(gemms: list[Gemm]) -> None:
+    for gemm in gemms:
+        for rows in row_counts(gemm.most):
+            gemm.run(rows)
+
+
+def row_counts(most: int) -> list[int]:
+    """Numbers of rows up to `most` that between them meet every config which is chosen by the number of rows."""
+    edges = {most, 3, *(1 << i for i in range(most.bit_length()))}
+    return sorted(m for m in edges | {e + 1 for e in edges} if m <= most)
+
+
+def _gemms(model: torch.nn.Module, release: Release, scheduler: Any) -> list[Gemm]:
+    """A GEMM of each shape of the layers that bi_ops computes."""
+    shapes = {}
+    for layer, apply in layers.attached(model, release):
+        if apply.operator != "linear":
+            continue
+        # An embedding that is not the head has its method too; an LM head computes at most a row per sequence.
+        most = scheduler.max_num_seqs if hasattr(layer, "num_embeddings") else scheduler.max_num_batched_tokens
+        bias = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
+        shapes[layer.weight.shape, layer.weight.dtype, bias is None, most] = Gemm(layer, apply, bias, most)
+    return list(shapes.values())
+
+
+def _attention(model: torch.nn.Module, config: Any, device: torch.device) -> Iterator[Launch]:
+    """bi_ops' attention of every kind of layer, for all numbers of tokens and sequences that configs tell apart."""
+    kinds: dict[Any, Any] = {}
+    for layer in model.modules():
+        impl: Any = getattr(layer, "impl", None)
+        if backend.computes(impl):
+            features = impl.sliding_window, impl.logits_soft_cap, impl.sinks is None
+            kinds[impl.num_heads, impl.num_kv_heads, impl.head_size, features] = impl
+    scheduler, dtype = config.scheduler_config, config.model_config.dtype
+    powers = [1 << i for i in range(scheduler.max_num_batched_tokens.bit_length())]
+    for (heads, kv_heads, size, _), impl in kinds.items():
+        query = torch.empty(scheduler.max_num_batched_tokens, heads, size, dtype=dtype, device=device)
+        out = torch.empty_like(query)
+        cache = torch.empty(2, config.cache_config.block_size, kv_heads, 2 * size, dtype=dtype, device=device)
+        for tokens, seqs in itertools.product(powers, powers):
+            if seqs > min(tokens, scheduler.max_num_seqs):
+                continue
+            lengths = torch.zeros(seqs + 1, dtype=torch.int32, device=device)
+            metadata = SimpleNamespace(
+                num_actual_tokens=tokens,
+                block_table=torch.zeros(seqs, 2, dtype=torch.int32, device=device),
+                query_start_loc=lengths,
+                seq_lens=lengths[:seqs],
+            )
+            yield functools.partial(impl.forward, None, query, None, None, cache.transpose(1, 2), metadata, out)
+
+
+def _sampler(config: Any, device: torch.device) -> Iterator[Launch]:
+    """What a sampler asks for the first time in a request."""
+    logits = torch.zeros(1, config.model_config.get_vocab_size(), dtype=config.model_config.dtype, device=device)
+    yield functools.partial(logprob.log_softmax, logits, torch.float32)
