@@ -65,15 +65,6 @@ def fma(a, b, c):
 
 
 @triton.jit
-def accurate_exp(x):
-    """exp(x) in fp32 for finite x, where tl.exp loses digits: a GPU takes 2**(x * log2(e)), and rounds that product."""
-    high = tl.full(x.shape, 1.44269502162933349609375, tl.float32)  # log2(e) in fp32, and what that lacks
-    product = x * high
-    lost = fma(x, high, -product) + x * 1.92596299112661746887e-8
-    return tl.exp2(product) * (1.0 + lost * 0.6931471805599453)
-
-
-@triton.jit
 def cast(x, dtype: tl.constexpr):
     """x in `dtype`, rounded to nearest even. Kernels store through it: the interpreter's own fp32 to bf16 truncates."""
     if _INTERPRET:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bi_ops.core.triton_helpers import accurate_exp, cast, widen
+from bi_ops.core.triton_helpers import cast, widen
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def token_logprobs_kernel(
             b_logits = tl.load(p_row + o_c[None, :], mask=m, other=0.0).to(tl.float32)
             b_log_p = b_logits - row_max[:, None] - lse[:, None]
             # What has no probability adds nothing, where 0 * log(0) would be NaN.
-            negated += tl.sum(tl.where(m & (b_logits != float("-inf")), accurate_exp(b_log_p) * b_log_p, 0.0), axis=1)
+            negated += tl.sum(tl.where(m & (b_logits != float("-inf")), tl.exp(b_log_p) * b_log_p, 0.0), axis=1)
         tl.store(p_entropy + o_r, -negated, mask=m_r)
 
 
@@ -168,6 +168,6 @@ def token_logprobs_dx_kernel(
     if ENTROPY:
         b_log_p = b_x - row_max - lse
         entropy = tl.load(p_entropy + o_r, mask=m_r, other=0.0)[:, None]
-        b_dh = tl.where(b_x == float("-inf"), 0.0, accurate_exp(b_log_p) * (b_log_p + entropy))
+        b_dh = tl.where(b_x == float("-inf"), 0.0, tl.exp(b_log_p) * (b_log_p + entropy))
         b_dx -= tl.load(p_g_entropy + o_r, mask=m_r, other=0.0)[:, None] * b_dh
     tl.store(p_dx + o_r[:, None] * stride_dx + o_c[None, :], cast(b_dx, p_dx.dtype.element_ty), mask=m)
