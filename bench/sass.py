@@ -218,12 +218,13 @@ def dkv_launches() -> Iterator[Launch]:
 def wgrad_launches() -> Iterator[Launch]:
     from bi_ops.matmul import config, hopper
 
-    def launch(name, dtype):
+    def launch(name, dtype, accumulate):
         g, x = torch.zeros((256, 512), dtype=dtype), torch.zeros((256, 1024), dtype=dtype)
         dw = torch.zeros((512, 1024))
-        return f"{name} {_text(dtype=dtype)}", lambda: hopper.launch(g, x, dw, getattr(config, name), 132)
+        text = _text(dtype=dtype) if accumulate else _text(dtype=dtype, accumulate=False)
+        return f"{name} {text}", lambda: hopper.launch(g, x, dw, getattr(config, name), 132, accumulate)
 
-    for options in itertools.product(("WIDE", "NARROW"), (BF16, FP16)):
+    for options in itertools.product(("WIDE", "NARROW"), (BF16, FP16), (True, False)):
         yield launch(*options)
 
 

@@ -16,22 +16,29 @@ from bi_ops.matmul import hopper
 ROWS, BLOCK_N, BLOCK_T = 128, 128, 64
 
 
-def run_wgrad(m, n, t, programs, n_split, slices, kernels=hopper, stages=4, **options):
-    """The last `n_split` tiles of C are split into slices of the tokens, at most one slice for each program."""
+def run_wgrad(m, n, t, programs, n_split, slices, kernels=hopper, stages=4, accumulate=True, **options):
+    """The last `n_split` tiles of C are split into slices of the tokens, at most one slice for each program.
+
+    accumulate: C holds a sum, else nothing that may be read but what a slice before left.
+    """
     tiles = -(-m // ROWS) * -(-n // BLOCK_N)
     n_whole, slice_tokens = tiles - n_split, -(-t // (slices * BLOCK_T)) * BLOCK_T
     g, x = Descriptor([t, m], [BLOCK_T, 64], 2), Descriptor([t, n], [BLOCK_T, BLOCK_N], 2)
     c = Descriptor([-(-m // ROWS) * ROWS, n], [64, BLOCK_N // 2], 4)  # rows past the last are left out by TMA
     semaphores = Pointer([0] * (2 * n_split))
     unused = model.launch(
-        *(kernels.wgrad_kernel, programs, g, x, c, semaphores, m, n, t, n_whole, slice_tokens, stages, 8), **options
+        *(kernels.wgrad_kernel, programs, g, x, c, semaphores, m, n, t, n_whole, slice_tokens, stages, 8, accumulate),
+        **options,
     )
-    assert unused == 0
+    assert unused == (0 if accumulate or slice_tokens < t else 2)  # a first sum of whole tiles waits for no C
     corners = {(i, j) for i in range(0, -(-m // ROWS) * ROWS, 64) for j in range(0, -(-n // BLOCK_N) * BLOCK_N, 64)}
     assert set(c.history) == corners
     orders = list(c.history.values())
     for events in orders:
         # A slice is loaded when the slice before is stored, and slices are taken by programs in ascending order.
+        if not accumulate:
+            assert events[0][0] == "set"
+            events.insert(0, ("load", events[0][1]))
         assert [how for how, _ in events] == ["load", "set"] * (len(events) // 2)
         assert [p for _, p in events[::2]] == [p for _, p in events[1::2]] == sorted(p for _, p in events[::2])
     many = -(-t // slice_tokens)
@@ -48,23 +55,37 @@ def test_any_size(seed):
         n_split = tiles % programs if t == 1024 else 0
         slices = programs // n_split if n_split else 1
         resident = r.choice([1, 2, programs])
-        run_wgrad(m, n, t, programs, n_split, slices, stages=r.choice([2, 4]), resident=resident, seed=seed)
+        how = {"stages": r.choice([2, 4]), "resident": resident, "seed": seed}
+        run_wgrad(m, n, t, programs, n_split, slices, **how)
+        run_wgrad(m, n, t, programs, n_split, slices, accumulate=False, **how)
 
 
 BROKEN = [
     ("mbarrier.wait(args.empty.index(stage), phase)", "pass"),
     ("acquire(p_semaphore, work.n_before * WARPS)", "pass"),
     ("tma.store_wait(0)  #", "pass  #"),
-    ("mbarrier.wait(c_full, c_phase, pred=follows)", "pass"),
+    ("mbarrier.wait(c_full, c_phase, pred=is_sum)", "pass"),
+]
+#: What a first sum would go wrong by.
+BROKEN_FIRST = [
+    ("is_sum = follows & (i + 1 == slice_item)", "is_sum = follows & (i + 1 < 0)"),
+    ("is_sum = follows & (i + 1 == slice_item)", "pass"),
+    ("if args.ACCUMULATE:  # else C is loaded for one item at most", "if True:"),
+    ("acquire(p_semaphore, work.n_before * WARPS)", "pass"),
 ]
 
 
-@pytest.mark.parametrize("broken", BROKEN, ids=range(len(BROKEN)))
-def test_what_is_broken_is_caught(broken, tmp_path):
+@pytest.mark.parametrize(
+    ("broken", "accumulate"),
+    [*((b, True) for b in BROKEN), *((b, False) for b in BROKEN_FIRST)],
+    ids=range(len(BROKEN) + len(BROKEN_FIRST)),
+)
+def test_what_is_broken_is_caught(broken, accumulate, tmp_path):
     """Negative control: each line left out is noticed."""
     line, instead = broken
     other = model.edited(hopper, line, instead, tmp_path)
-    some = [(256, 640, 1024, 4, 2, 2), (256, 640, BLOCK_T, 2, 0, 1)]
-    [run_wgrad(*sizes) for sizes in some]
+    some = [(256, 640, 1024, 4, 2, 2), (256, 640, BLOCK_T, 2, 0, 1), (384, 384, 1024, 3, 1, 3)]
+    [run_wgrad(*sizes, accumulate=accumulate) for sizes in some]
+    how = {"kernels": other, "accumulate": accumulate, "resident": 4}
     with pytest.raises((model.Failure, AssertionError)):
-        [run_wgrad(*sizes, kernels=other, resident=4, seed=seed) for seed in range(10) for sizes in some]
+        [run_wgrad(*sizes, seed=seed, **how) for seed in range(10) for sizes in some]

@@ -133,8 +133,8 @@ def test_a_linear_under_autocast_keeps_its_main_grad(device):
     bi_ops.nn.allocate_main_grads(layer)
     with torch.autocast(device.type, BF16):
         layer(torch.ones(16, 8, device=device)).float().sum().backward()
-    assert layer.main_grad is not None
-    assert torch.equal(layer.main_grad, torch.full((5, 8), 16.0, device=device))
+    assert isinstance(layer.main_grad, bi_ops.nn.MainGrad)
+    assert torch.equal(layer.main_grad.collect(), torch.full((5, 8), 16.0, device=device))
 
 
 def test_where_autocast_computes_in_fp32_is_asked_of_torch(device):

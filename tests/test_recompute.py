@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bi_ops import matmul, nn, norm
 from bi_ops.matmul import TOKEN_STEP
 from bi_ops.models.packing import pack
-from bi_ops.nn.recompute import Recompute, recomputed
+from bi_ops.nn.recompute import Recompute, _Recipe, recomputed
 from bi_ops.verify.properties import bits_equal
 
 MODES = get_args(Recompute)
@@ -100,6 +100,50 @@ def test_what_is_recomputed_is_not_in_memory():
     assert alive_after_a_forward("none") == {"norm", "attention", "gate_up", "silu"}
     assert alive_after_a_forward("selective") == {"attention", "gate_up"}
     assert alive_after_a_forward("layer") == set()
+
+
+def kept_bytes(mode, layers, monkeypatch):
+    """(bytes that a forward leaves for its backward, each storage once and without parameters; tokens)."""
+    model = tiny_model(recompute=mode, num_hidden_layers=layers)
+    sizes: dict[int, int] = {}
+    packed: list[torch.Tensor] = []  # held, or their addresses would be given out again
+    real = _Recipe.pack
+
+    def count(t: torch.Tensor) -> torch.Tensor:
+        packed.append(t.detach())
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    def pack_again(self, t):
+        found = real(self, t)
+        if isinstance(found[0], torch.Tensor):
+            count(t)
+        return found
+
+    monkeypatch.setattr(_Recipe, "pack", pack_again)
+    batch = pack(PROMPTS, COMPLETIONS, model.device, align=TOKEN_STEP)
+    model.allocate_main_grads()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        loss = model.token_logprobs(batch).sum()
+    monkeypatch.undo()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    assert loss.requires_grad
+    return sum(size for at, size in sizes.items() if at not in own), len(batch.input_ids)
+
+
+@pytest.mark.parametrize("mode", ["selective", "none"])
+def test_a_layer_keeps_as_many_bytes_a_token_as_the_log_says(mode, monkeypatch):
+    """bench/LOG.md adds them up: a tensor that is kept twice, or not recomputed, is another number."""
+    (few, tokens), (many, _) = (kept_bytes(mode, layers, monkeypatch) for layers in (1, 3))
+    c = tiny_model().config
+    heads = c.num_attention_heads + c.num_key_value_heads
+    qkv, gate_up = c.q_size + 2 * c.kv_size, 2 * c.intermediate_size
+    halves = 2 * c.hidden_size + qkv + c.q_size + gate_up  # two sums of the stream, attention's output
+    if mode == "none":
+        halves += 2 * c.hidden_size + qkv + c.intermediate_size  # norms, rotated heads, silu-and-mul
+    floats = 2 + heads + c.num_attention_heads  # 1 / rms, lse
+    weights = c.hidden_size * (qkv + c.q_size + gate_up + c.intermediate_size)  # rounded once for both passes
+    assert (many - few) / 2 == tokens * (2 * halves + 4 * floats) + 2 * weights
 
 
 def test_a_graph_may_be_walked_twice():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bi_ops.core import runtime
+from bi_ops.core.main_grad import MainGrad
 
 #: Dtypes that the floating-point kernels accept.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -128,8 +129,13 @@ def shape(op: str, ok: bool, message: str | Callable[[], str]) -> None:
 
 def main_grad(op: str, name: str, buffer: object, size: torch.Size, device: torch.device) -> None:
     """Raise TypeError or ValueError unless `buffer` can hold a sum of this size: fp32, contiguous, on `device`."""
-    t = tensor(op, name, buffer)
-    dtype(op, name, t, (torch.float32,))
-    shape(op, t.device == device, lambda: f"{name} is on {t.device}, what it is summed from on {device}")
-    fits = t.shape == size and t.is_contiguous()
-    shape(op, fits, lambda: f"{name} must be contiguous {list(size)}, got {list(t.shape)}, strides {list(t.stride())}")
+    if isinstance(buffer, MainGrad):
+        on, found, is_dense = buffer.device, buffer.shape, True
+    else:
+        t = tensor(op, name, buffer)
+        dtype(op, name, t, (torch.float32,))
+        on, found, is_dense = t.device, t.shape, t.is_contiguous()
+    shape(op, on == device, lambda: f"{name} is on {on}, what it is summed from on {device}")
+    fits = found == size and is_dense
+    strides = "" if isinstance(buffer, MainGrad) else f", strides {list(t.stride())}"
+    shape(op, fits, lambda: f"{name} must be contiguous {list(size)}, got {list(found)}{strides}")

@@ -7,6 +7,7 @@ import torch
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import SMALL
+from bi_ops.core.main_grad import MainGrad, open_buffer
 from bi_ops.core.operators import custom_op
 from bi_ops.core.transforms import Node
 from bi_ops.core.triton_helpers import PINNED
@@ -167,7 +168,10 @@ class _EmbeddingIntoBuffer(Node):
     @staticmethod
     def backward(ctx, g):
         (ids,) = ctx.saved_tensors
-        _accumulate(ctx.main_grad, g, ids, ctx.padding_idx)
+        buffer, holds_sum = open_buffer(ctx.main_grad)
+        if not holds_sum:
+            buffer.zero_()  # most rows of a table belong to no token of the batch
+        _accumulate(buffer, g, ids, ctx.padding_idx)
         return None, None, None, None, None
 
 
@@ -180,7 +184,7 @@ def embedding(
     weight: torch.Tensor,
     dtype: torch.dtype | None = None,
     padding_idx: int = -1,
-    main_grad: torch.Tensor | None = None,
+    main_grad: torch.Tensor | MainGrad | None = None,
 ) -> torch.Tensor:
     """Rows of `weight`, cast to `dtype`: a 16-bit forward over an fp32 master weight needs no copy of the table.
 
@@ -190,8 +194,8 @@ def embedding(
         ids: [...], int64 or int32, in 0..V-1. On a GPU an id outside gives a row of NaN.
         weight: [V, D], bf16, fp16 or fp32. dtype: of the result; None for the weight's.
         padding_idx: the row that gets no gradient; -1 for none.
-        main_grad: fp32 [V, D], contiguous, or None. If given, each id's sum is accumulated in it, in place, and
-            `weight.grad` stays as it is: a batch cut anywhere ends in the bits of one pass.
+        main_grad: fp32 [V, D], contiguous, or a `bi_ops.nn.MainGrad`, or None. If given, each id's sum is accumulated
+            in it, in place, and `weight.grad` stays as it is: a batch cut anywhere ends in the bits of one pass.
 
     Returns:
         [..., D] in `dtype`.

@@ -91,14 +91,23 @@ def hopper_serves(g: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> bool:
     return stored and out.data_ptr() % 16 == 0 and out.shape[1] % 4 == 0 and min(*g.shape, out.shape[1]) > 0
 
 
-def launch_wgrad(g: torch.Tensor, x: torch.Tensor, out: torch.Tensor, config: WgradConfig | None = None) -> None:
-    """out[M, N] += g[T, M].T @ x[T, N], out fp32 and contiguous: the sum over T goes on from what out holds."""
+def launch_wgrad(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    config: WgradConfig | None = None,
+    accumulate: bool = True,
+) -> None:
+    """out[M, N] += g[T, M].T @ x[T, N], out fp32 and contiguous: the sum over T goes on from what out holds.
+
+    accumulate: False begins from zero, with the bits of an out that holds zeros, and reads nothing of it.
+    """
     if not hopper_serves(g, x, out):
-        launch_triton(g.t()[None], x[None], None, out[None], accumulate=True, over_tokens=True)
+        launch_triton(g.t()[None], x[None], None, out[None], accumulate=accumulate, over_tokens=True)
         return
     from bi_ops.matmul import hopper
 
     (tokens, m), n, num_sms = g.shape, x.shape[1], runtime.multiprocessors(out.device)
     config = config or wgrad_config(m, n, tokens, num_sms)
     assert config.block_t % TOKEN_STEP == 0  # the order's step: `order.order` over tokens
-    hopper.launch(g, x, out, config, num_sms)
+    hopper.launch(g, x, out, config, num_sms, accumulate)

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from bi_ops.core import checks
+from bi_ops.core.main_grad import MainGrad, open_buffer
 from bi_ops.core.operators import custom_op, dispatcher_is_watched, is_plain
 from bi_ops.core.transforms import Node, is_transformed
 from bi_ops.matmul import cublaslt
@@ -25,12 +26,12 @@ from bi_ops.matmul.ops import _mm, _mm_grad, add_bias, bias_grad, check_backend,
 
 
 @custom_op("bi_ops::accumulate_weight_grad", mutates_args={"main_grad"})
-def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor) -> None:
-    launch_wgrad(g, x, main_grad)
+def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor, accumulate: bool = True) -> None:
+    launch_wgrad(g, x, main_grad, accumulate=accumulate)
 
 
 @_accumulate.register_fake
-def _(main_grad, g, x):
+def _(main_grad, g, x, accumulate=True):
     return None
 
 
@@ -43,15 +44,19 @@ def _linear_grad(
     need_x: bool,
     need_weight: bool,
     backend: str = "",
+    accumulate: bool = True,
 ) -> torch.Tensor:
-    """Gradients of x[T, K] @ weight[N, K].T: g @ weight, empty where not needed, and g.T @ x, added to main_grad."""
+    """Gradients of x[T, K] @ weight[N, K].T: g @ weight, empty where not needed, and g.T @ x, added to main_grad.
+
+    accumulate: False writes the second over whatever main_grad holds.
+    """
     if need_weight:
-        launch_wgrad(g, x, main_grad)
+        launch_wgrad(g, x, main_grad, accumulate=accumulate)
     return gemm(g, weight, backend=gradient_backend(backend)) if need_x else g.new_empty(0)
 
 
 @_linear_grad.register_fake
-def _(main_grad, g, x, weight, need_x, need_weight, backend=""):
+def _(main_grad, g, x, weight, need_x, need_weight, backend="", accumulate=True):
     return g.new_empty(x.shape if need_x else 0)
 
 
@@ -89,7 +94,9 @@ class _Linear(Node):
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         dbias = bias_grad(g).to(bias.dtype) if need_bias else None
         if ctx.main_grad is not None:
-            dx = _linear_grad(ctx.main_grad, g.contiguous(), x, weight, need_x, need_weight, ctx.backend)
+            unused = g.new_empty(0, dtype=torch.float32), True
+            buffer, holds_sum = open_buffer(ctx.main_grad) if need_weight else unused
+            dx = _linear_grad(buffer, g.contiguous(), x, weight, need_x, need_weight, ctx.backend, holds_sum)
             return dx if need_x else None, None, dbias, None, None, None
         dx, dweight = _mm_grad(g, x, weight.t(), need_x, need_weight, ctx.backend)
         return dx if need_x else None, dweight.t() if need_weight else None, dbias, None, None, None
@@ -99,7 +106,7 @@ def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    main_grad: torch.Tensor | None = None,
+    main_grad: torch.Tensor | MainGrad | None = None,
     *,
     backend: str | None = None,
     bias_order: Literal["after_rounding", "in_accumulator"] = "after_rounding",
@@ -111,8 +118,8 @@ def linear(
 
     Args:
         x: [..., K], bf16, fp16 or fp32. weight: [N, K], the dtype of x or fp32. bias: [N] or None.
-        main_grad: fp32 [N, K], contiguous, or None. If given, the weight's gradient is added to it in place and
-            `weight.grad` stays as it is; see `accumulate_weight_grad`.
+        main_grad: fp32 [N, K], contiguous, or a `bi_ops.nn.MainGrad`, or None. If given, the weight's gradient is
+            added to it in place and `weight.grad` stays as it is; see `accumulate_weight_grad`.
         backend: as `bi_ops.matmul.mm`.
         bias_order: "in_accumulator" adds the bias to the fp32 accumulator instead, and rounds once: other bits, which
             vLLM's batch-invariant linear has had since 0.32.
@@ -163,7 +170,7 @@ def linear(
     return out if x.ndim == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def accumulate_weight_grad(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
+def accumulate_weight_grad(main_grad: torch.Tensor | MainGrad, grad: torch.Tensor, x: torch.Tensor) -> None:
     """Accumulate ``main_grad += grad.T @ x`` over the tokens in order, in place.
 
     The buffer is where the fp32 accumulator starts, so a batch cut into pieces ends in the bits of one pass, as long
@@ -171,7 +178,7 @@ def accumulate_weight_grad(main_grad: torch.Tensor, grad: torch.Tensor, x: torch
     nothing: pad with them to get there.
 
     Args:
-        main_grad: fp32 [N, K], contiguous. grad: [T, N], x: [T, K], one dtype.
+        main_grad: fp32 [N, K], contiguous, or a `bi_ops.nn.MainGrad`. grad: [T, N], x: [T, K], one dtype.
 
     Raises:
         TypeError, ValueError: as `mm`, or main_grad of another dtype, shape or layout.
@@ -182,4 +189,5 @@ def accumulate_weight_grad(main_grad: torch.Tensor, grad: torch.Tensor, x: torch
     ok = grad.ndim == 2 and x.ndim == 2 and grad.shape[0] == x.shape[0]
     checks.shape(op, ok, lambda: f"needs [T, N] and [T, K], got {list(grad.shape)} and {list(x.shape)}")
     checks.main_grad(op, "main_grad", main_grad, torch.Size((grad.shape[1], x.shape[1])), x.device)
-    _accumulate(main_grad, grad, x)
+    buffer, holds_sum = open_buffer(main_grad)
+    _accumulate(buffer, grad, x, holds_sum)

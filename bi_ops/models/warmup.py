@@ -60,9 +60,10 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
                 with contextlib.suppress(torch.OutOfMemoryError):
                     batch = pack([[0] * a for a, _ in lengths], [[0] * b for _, b in lengths], model.device, TOKEN_STEP)
                     model.allocate_main_grads()
-                    loss = model.token_logprobs(batch).sum()
-                    if requires_grad:
-                        loss.backward()
+                    for _ in range(2):  # a first sum begins from zero, a second one goes on from memory
+                        loss = model.token_logprobs(batch).sum()
+                        if requires_grad:
+                            loss.backward()
                 model.collect_main_grads()
                 model.zero_grad(set_to_none=True)
         finally:

@@ -1,5 +1,6 @@
 """Drop-in layers: torch's constructors and state_dict, bi_ops' operators inside; and `convert` for whole models."""
 
+from bi_ops.core.main_grad import MainGrad
 from bi_ops.nn.convert import convert
 from bi_ops.nn.layers import Attention, Embedding, Linear, RMSNorm, SiluAndMul
 from bi_ops.nn.lm_head import linear_token_logprobs
@@ -9,6 +10,7 @@ __all__ = [
     "Attention",
     "Embedding",
     "Linear",
+    "MainGrad",
     "RMSNorm",
     "SiluAndMul",
     "allocate_main_grads",

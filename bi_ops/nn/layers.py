@@ -9,6 +9,7 @@ import torch
 
 from bi_ops import activation, attention, embedding, matmul, norm
 from bi_ops.core import checks, dtypes
+from bi_ops.core.main_grad import MainGrad
 
 #: torch's epsilon of a norm whose eps is None.
 _EPS = torch.finfo(torch.float32).eps
@@ -17,11 +18,11 @@ _EPS = torch.finfo(torch.float32).eps
 class Linear(torch.nn.Linear):
     """`torch.nn.Linear` under the contract. An fp32 weight under a 16-bit input is cast for the GEMM.
 
-    main_grad: fp32 [out_features, in_features] that the weight's gradient is added to, in place of `.grad`; None, and
-    not a part of state_dict. See `bi_ops.nn.allocate_main_grads`.
+    main_grad: fp32 [out_features, in_features], or a `MainGrad`, that the weight's gradient is added to, in place of
+    `.grad`; None, and not a part of state_dict. See `bi_ops.nn.allocate_main_grads`.
     """
 
-    main_grad: torch.Tensor | None = None
+    main_grad: torch.Tensor | MainGrad | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [..., in_features], bf16, fp16 or fp32 -> [..., out_features]. Raises as `bi_ops.matmul.linear`.
@@ -88,7 +89,7 @@ class Embedding(torch.nn.Embedding):
         ValueError: `max_norm`, `scale_grad_by_freq` or `sparse`, which no operator here serves.
     """
 
-    main_grad: torch.Tensor | None = None
+    main_grad: torch.Tensor | MainGrad | None = None
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -9,6 +9,7 @@ import torch
 
 from bi_ops import logprob, matmul
 from bi_ops.core import checks
+from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.transforms import Node
 
 #: Bytes of logits that are kept for the backward as they are; more are computed again, chunk by chunk.
@@ -52,7 +53,7 @@ class _LinearTokenLogprobs(Node):
         dhidden = torch.empty_like(hidden) if need_hidden else None
         buffer = ctx.main_grad
         if need_weight and buffer is None:
-            buffer = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            buffer = MainGrad(weight.shape, weight.device)
         for part in _chunks(len(ids), ctx.chunk_rows):
             logits = matmul.linear(hidden[part], weight)
             stats = logprob.TokenStats(*(t[part] for t in kept))
@@ -63,7 +64,7 @@ class _LinearTokenLogprobs(Node):
             if need_weight:
                 matmul.accumulate_weight_grad(buffer, dlogits, hidden[part].contiguous())
             del logits, dlogits  # before the next chunk's
-        dweight = buffer.to(ctx.weight_dtype) if need_weight and ctx.main_grad is None else None
+        dweight = buffer.collect().to(ctx.weight_dtype) if need_weight and ctx.main_grad is None else None
         return dhidden, dweight, None, None, None, None
 
 
@@ -72,7 +73,7 @@ def linear_token_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     ids: torch.Tensor,
-    main_grad: torch.Tensor | None = None,
+    main_grad: torch.Tensor | MainGrad | None = None,
     chunk_rows: int | None = None,
     return_entropy: Literal[False] = False,
 ) -> torch.Tensor: ...
@@ -81,7 +82,7 @@ def linear_token_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     ids: torch.Tensor,
-    main_grad: torch.Tensor | None = None,
+    main_grad: torch.Tensor | MainGrad | None = None,
     chunk_rows: int | None = None,
     *,
     return_entropy: Literal[True],
@@ -90,7 +91,7 @@ def linear_token_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     ids: torch.Tensor,
-    main_grad: torch.Tensor | None = None,
+    main_grad: torch.Tensor | MainGrad | None = None,
     chunk_rows: int | None = None,
     return_entropy: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +103,7 @@ def linear_token_logprobs(
 
     Args:
         hidden: [T, K], bf16, fp16 or fp32. weight: [V, K], the dtype of hidden or fp32. ids: int64 [T], in [0, V).
-        main_grad: fp32 [V, K], contiguous, or None; as in `bi_ops.matmul.linear`.
+        main_grad: fp32 [V, K], contiguous, or a `MainGrad`, or None; as in `bi_ops.matmul.linear`.
         chunk_rows: rows of logits held at once, a multiple of `bi_ops.matmul.TOKEN_STEP`. None: all, kept for the
             backward, up to 2 GiB of logits (`WHOLE_BYTES`), else 1 GiB (`CHUNK_BYTES`) at a time. It changes no bit.
         return_entropy: also the entropy of each row's softmax, as `bi_ops.logprob.token_logprobs`.

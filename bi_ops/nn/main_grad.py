@@ -1,7 +1,8 @@
 """Weight gradients summed over micro-batches in fp32, in one order: `main_grad` buffers of a model's layers.
 
 Autograd adds up one rounded sum per micro-batch, so another cut of the batch has other bits. A buffer carries the sum
-itself from one backward to the next.
+itself from one backward to the next. Matrices get a `MainGrad`, which takes its memory in the backward, when the
+activations of later layers are gone; the many small buffers of norms share allocations that are filled at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bi_ops.core.integers import cdiv
+from bi_ops.core.main_grad import MainGrad
 from bi_ops.nn.layers import Embedding, Linear, RMSNorm
 
 #: Elements that share an allocation at most, because each allocation costs a launch: 256 MiB of fp32.
@@ -46,29 +48,35 @@ def allocate_main_grads(module: torch.nn.Module) -> None:
 
     Each sum over tokens goes on from one backward to the next, so a batch ends in the same bits however it is cut into
     micro-batches, if they are packed with align=TOKEN_STEP. `collect_main_grads` ends it. Layers that share a weight
-    get a buffer each. Frozen weights get none; biases, and parameters of other layers, keep autograd's `.grad`.
+    get a buffer each. Frozen weights get none; biases, and parameters of other layers, keep autograd's `.grad`. The
+    memory of a matrix's buffer is taken by the first backward that adds to it.
 
     Raises TypeError for what is no module.
     """
     layers = [layer for layer in _layers("allocate_main_grads", module) if layer.weight.requires_grad]
-    for layer, buffer in zip(layers, zeros([layer.weight for layer in layers]), strict=True):
-        layer.main_grad = buffer.view(-1) if isinstance(layer, RMSNorm) else buffer
+    norms = [layer for layer in layers if isinstance(layer, RMSNorm)]
+    for norm, buffer in zip(norms, zeros([norm.weight for norm in norms]), strict=True):
+        norm.main_grad = buffer.view(-1)
+    for layer in layers:
+        if not isinstance(layer, RMSNorm):
+            layer.main_grad = MainGrad(layer.weight.shape, layer.weight.device)
 
 
 def collect_main_grads(module: torch.nn.Module) -> None:
     """Hand the finished sums over as `.grad`, in the dtype of the weight.
 
-    The buffers of layers that share a weight are added here, in the order of `module.modules()`. Raises TypeError for
-    what is no module.
+    The buffers of layers that share a weight are added here, in the order of `module.modules()`. A backward that comes
+    later raises. Raises TypeError for what is no module.
     """
     sums: dict[torch.Tensor, torch.Tensor] = {}
     for layer in _layers("collect_main_grads", module):
         if layer.main_grad is None:
             continue
+        found = layer.main_grad.collect() if isinstance(layer.main_grad, MainGrad) else layer.main_grad
         if layer.weight in sums:
-            sums[layer.weight] += layer.main_grad
+            sums[layer.weight] += found
         else:
-            sums[layer.weight] = layer.main_grad
+            sums[layer.weight] = found
         layer.main_grad = None
     for weight, total in sums.items():
         weight.grad = total.view(weight.shape).to(weight.dtype)
