@@ -156,8 +156,8 @@ def write_entry_point(folder: Path) -> Path:
     return info.parent
 
 
-def environment(condition: Condition, plugin: bool, entry: Path) -> dict[str, str]:
-    """That of a condition's process."""
+def environment(more: dict[str, str], plugin: bool, entry: Path) -> dict[str, str]:
+    """That of a process with vLLM in its batch-invariant mode, with `more` variables."""
     import importlib.metadata
 
     found = importlib.metadata.entry_points(group="vllm.general_plugins")
@@ -165,7 +165,7 @@ def environment(condition: Condition, plugin: bool, entry: Path) -> dict[str, st
     path += [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     mode = {"VLLM_BATCH_INVARIANT": "1", "PYTHONPATH": os.pathsep.join(path)}
-    return {**os.environ, **quiet, **mode, **condition.env, **({} if plugin else {"VLLM_PLUGINS": "none"})}
+    return {**os.environ, **quiet, **mode, **more, **({} if plugin else {"VLLM_PLUGINS": "none"})}
 
 
 def run(name: str, plugin: bool, checkpoint: Path, work: Path) -> dict[str, Any]:
@@ -175,16 +175,14 @@ def run(name: str, plugin: bool, checkpoint: Path, work: Path) -> dict[str, Any]
     result.unlink(missing_ok=True)
     command = [sys.executable, str(WORKER), "--condition", name, "--checkpoint", str(checkpoint)]
     command += ["--result", str(result), "--log", str(log), *(["--plugin"] if plugin else [])]
+    return outcome_of(command, environment(CONDITIONS[name].env, plugin, work / "plugin"), log, result)
+
+
+def outcome_of(command: list[str], env: dict[str, str], log: Path, result: Path) -> dict[str, Any]:
+    """What a process wrote to `result`; or failed: why, from its `log`."""
     with log.open("w") as file:
         try:
-            subprocess.run(
-                command,
-                env=environment(CONDITIONS[name], plugin, work / "plugin"),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=PATIENCE,
-                check=False,
-            )
+            subprocess.run(command, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=PATIENCE, check=False)
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after {PATIENCE} s"}
     if result.exists():

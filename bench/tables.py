@@ -183,6 +183,33 @@ def conditions(results: Path) -> str:
     return table(head, sorted(rows)) + "\n" + "".join(lines)
 
 
+def models(results: Path) -> str:
+    """Which models are batch-invariant in vLLM with the plugin, beside the stock control."""
+    rows, lines = [], []
+    for gpu in ("h100", "h200"):
+        found = load(results, f"{gpu}/models.json")
+        for r in found or ():
+            own = r["plugin"].get("operators", {})
+            counted = ", ".join(f"{n} {op}" for op, n in own.items()) or "-"
+            said = r["verdict"] if r["verdict"] != "wrong" else f"wrong: {r['why'][:120]}"
+            differ = (composed(r[side]) for side in ("plugin", "stock"))
+            rows.append((r["release"], r["model"], said, *differ, counted))
+        if found:
+            lines.append(provenance(found, f"{gpu}/models.json"))
+    if not rows:
+        return "Not measured yet.\n"
+    head = ("vLLM", "model", "verdict", "other bits with the plugin", "other bits of stock vLLM", "computed by bi_ops")
+    return table(head, rows) + "\n" + "".join(lines)
+
+
+def composed(side: dict[str, Any] | None) -> str:
+    """How many log-probabilities differ from those of the batch, alone and scored again as a prompt."""
+    if side is None or "tokens" not in side:
+        return outcome(side)
+    alone = f"{side['alone_different']:,} of {side['alone']:,} alone"
+    return f"{alone}, {side['rescored_different']:,} of {side['tokens']:,} rescored"
+
+
 def outcome(side: dict[str, Any] | None) -> str:
     """What a condition ended in: how many log-probabilities differ, or that it was refused or did not run."""
     if side is None:
@@ -513,5 +540,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "limits": limits,
     "operators": operators,
     "conditions": conditions,
+    "models": models,
     "families": families,
 }

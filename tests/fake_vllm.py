@@ -70,11 +70,13 @@ class EngineArgs:
         self.compilation_config = types.SimpleNamespace(mode=mode, cudagraph_mode=cudagraph_mode)
         self.enforce_eager = enforce_eager
         self.speculative_config, self.enable_lora = others.get("speculative_config"), others.get("enable_lora", False)
+        self.model, self.quantization = "./checkpoint", others.get("quantization")
 
 
 def create_engine_config(self, usage_context=None, headless=False):
-    """What vLLM would run: the compilation mode and the graphs."""
-    return self.compilation_config.mode, self.compilation_config.cudagraph_mode
+    """What vLLM would run."""
+    model = types.SimpleNamespace(model=self.model, quantization=self.quantization)
+    return types.SimpleNamespace(compilation_config=self.compilation_config, model_config=model)
 
 
 class Slot:

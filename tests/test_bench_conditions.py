@@ -116,8 +116,7 @@ def test_a_process_finds_the_plugin_of_a_checkout(tmp_path):
     [found] = importlib.metadata.distributions(path=[str(folder)])
     [entry] = found.entry_points
     assert (entry.group, entry.name) == ("vllm.general_plugins", "bi_ops")
-    condition = conditions.CONDITIONS["v1 model runner"]
-    env = conditions.environment(condition, False, folder)
+    env = conditions.environment(conditions.CONDITIONS["v1 model runner"].env, False, folder)
     assert (env["VLLM_BATCH_INVARIANT"], env["VLLM_PLUGINS"], env["VLLM_USE_V2_MODEL_RUNNER"]) == ("1", "none", "0")
     code = "import importlib.metadata as m; print([e.name for e in m.entry_points(group='vllm.general_plugins')])"
     shown = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout

@@ -211,17 +211,34 @@ def test_layers_whose_backend_nobody_named_take_bi_ops_own(vllm, caplog, monkeyp
 def test_an_engine_takes_full_graphs_without_inductor_unless_it_is_told_otherwise(vllm, caplog):
     vllm_plugin.register()
     arguments = vllm[ARGUMENTS].EngineArgs
+
+    def compiled(**asked):
+        found = arguments(**asked).create_engine_config().compilation_config
+        return found.mode, found.cudagraph_mode
+
     with caplog.at_level("WARNING"):
-        assert arguments().create_engine_config() == ("NONE", "FULL")
+        assert compiled() == ("NONE", "FULL")
     assert "without Inductor" in caplog.text
-    assert arguments(cudagraph_mode="FULL_DECODE_ONLY").create_engine_config() == ("NONE", "FULL_DECODE_ONLY")
-    assert arguments(mode="NONE").create_engine_config() == ("NONE", None)
-    assert arguments(enforce_eager=True).create_engine_config() == (None, None)
+    assert compiled(cudagraph_mode="FULL_DECODE_ONLY") == ("NONE", "FULL_DECODE_ONLY")
+    assert compiled(mode="NONE") == ("NONE", None)
+    assert compiled(enforce_eager=True) == (None, None)
     for mode in ("VLLM_COMPILE", 3):
         with pytest.raises(ValueError, match=f"vllm_plugin: compilation mode {mode} was asked for"):
-            arguments(mode=mode).create_engine_config()
+            compiled(mode=mode)
     vllm_plugin.unregister()
-    assert arguments(mode=3).create_engine_config() == (3, None)
+    assert compiled(mode=3) == (3, None)
+
+
+@pytest.mark.parametrize("quantization", ["mxfp4", "gpt_oss_mxfp4"])
+def test_quantized_experts_without_an_invariant_kernel_are_refused_before_an_engine_starts(vllm, quantization):
+    arguments = vllm[ARGUMENTS].EngineArgs
+    arguments(quantization=quantization).create_engine_config()  # stock
+    vllm_plugin.register()
+    message = rf"^vllm_plugin: \./checkpoint is quantized with {quantization}, .* take a bf16 checkpoint"
+    with pytest.raises(ValueError, match=message):
+        arguments(quantization=quantization).create_engine_config()
+    for other in (None, "fp8"):  # what else is quantized is decided by the layers that are loaded
+        arguments(quantization=other).create_engine_config()
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ FIELDS = {
         "additional_config",
     },
     ("vllm.config.vllm", "VllmConfig"): {"additional_config", "scheduler_config", "model_config", "cache_config"},
+    ("vllm.config.model", "ModelConfig"): {"model", "quantization"},
     ("vllm.config.scheduler", "SchedulerConfig"): {"max_num_batched_tokens", "max_num_seqs"},
     ("vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadata"): {
         *("causal", "num_actual_tokens", "block_table", "query_start_loc", "seq_lens", "max_query_len"),

@@ -9,6 +9,9 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+#: Quantizations of experts for which no kernel of vLLM's is known to be batch-invariant, gpt-oss's among them.
+REFUSED_QUANTIZATIONS = ("mxfp4", "gpt_oss_mxfp4")
+
 
 def _name(value: Any) -> Any:
     return getattr(value, "name", value)
@@ -43,6 +46,16 @@ def check(arguments: Any) -> None:
         raise ValueError(f"vllm_plugin: {'. Also: '.join(reasons)}; or unset VLLM_BATCH_INVARIANT")
 
 
+def check_model(config: Any) -> None:
+    """Raise ValueError if vLLM is not known to compute the model of this `VllmConfig` independently of the batch."""
+    model = config.model_config
+    if model.quantization in REFUSED_QUANTIZATIONS:
+        raise ValueError(
+            f"vllm_plugin: {model.model} is quantized with {model.quantization}, and no kernel of vLLM's for such "
+            "experts is known to be batch-invariant; take a bf16 checkpoint of it; or unset VLLM_BATCH_INVARIANT"
+        )
+
+
 def without_inductor(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`EngineArgs.create_engine_config`, whose default is full CUDA graphs of the eager kernels.
 
@@ -51,7 +64,7 @@ def without_inductor(stock: Callable[..., Any]) -> Callable[..., Any]:
     eager.
 
     Raises:
-        ValueError: as `check`.
+        ValueError: as `check` and `check_model`.
     """
 
     @functools.wraps(stock)
@@ -65,6 +78,8 @@ def without_inductor(stock: Callable[..., Any]) -> Callable[..., Any]:
             if asked.cudagraph_mode is None:
                 asked.cudagraph_mode = CUDAGraphMode.FULL
             logger.warning("bi_ops: full CUDA graphs without Inductor, so that training has the same bits")
-        return stock(self, *args, **kwargs)
+        config = stock(self, *args, **kwargs)
+        check_model(config)
+        return config
 
     return create_engine_config
