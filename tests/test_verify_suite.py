@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import bi_ops
 from bi_ops import cli
 from bi_ops.core import runtime
 from bi_ops.core.provenance import versions
-from bi_ops.verify import golden, packs, report, suite, sweep
+from bi_ops.verify import golden, packs, pool, report, suite, sweep
 from bi_ops.verify.contract import PROPERTIES, SWEPT, Setting, _poison, not_here
 from bi_ops.verify.controls import controls
 from bi_ops.verify.integers import fingerprint
@@ -187,6 +189,50 @@ def test_a_rows_cotangent_goes_with_it(device):
 
 
 # --------------------------------------------------------------------------------------------------------------
+# how the work is spread
+
+
+def test_a_unit_is_one_dtype_and_size_and_the_longest_come_first():
+    specs = ["bi_ops:sum", "bi_ops:flash_attention"]
+    sizes = {s: packs.find(s).sizes[runtime.device_type()] for s in specs}
+    full = suite.units(specs, "full", ("rerun",))
+    assert full[0].spec == "bi_ops:flash_attention"
+    assert {(u.spec, u.size) for u in full} == {("controls", (0, 0)), *((s, z) for s in specs for z in sizes[s])}
+    quick, with_digests = suite.units(specs, "quick", ("rerun",)), suite.units(specs, "quick", ("rerun",), digests=True)
+    assert len(quick) == 3
+    assert len(with_digests) == len(full)
+    assert sum(bool(u.properties) for u in with_digests) == 3
+
+
+def test_what_there_is_no_time_for_is_said():
+    found = suite.verify(["bi_ops:sum"], properties=("rerun",), jobs=1, seconds=0.0)
+    assert found.checks == []
+    assert any(name.startswith("bi_ops:sum") for name in found.not_run)
+
+
+def test_a_process_that_dies_is_a_failed_check(monkeypatch):
+    died = lambda run, work, jobs, until: ((unit, RuntimeError("gone")) for unit in work)  # noqa: E731
+    monkeypatch.setattr(suite.pool, "outcomes", died)
+    found = suite.verify(["bi_ops:sum"], properties=("rerun",))
+    assert "raised RuntimeError: gone" in {c.message for c in found.failed}
+
+
+def test_processes_take_the_gpus_in_turn(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    started = multiprocessing.get_context("spawn").Value("i", 0)
+    threads = torch.get_num_threads()
+    try:
+        taken = []
+        for _ in range(3):
+            pool._start(started, ["4", "7"])
+            taken.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    finally:
+        torch.set_num_threads(threads)
+    assert taken == ["4", "7", "4"]
+
+
+# --------------------------------------------------------------------------------------------------------------
 # the command
 
 
@@ -317,7 +363,8 @@ def test_a_record_is_compared_and_a_changed_bit_is_named(capsys, tmp_path, monke
     options = ("--op", "silu_and_mul", "--property", "rerun")
     assert call(capsys, *options, "--record", str(file))[0] == 0
     record = json.loads(file.read_text())
-    assert len(record["digests"]) == 2 * len(DTYPES)  # an output, and a gradient
+    sizes = SILU.sizes[runtime.device_type()]
+    assert len(record["digests"]) == 2 * len(SILU.dtypes) * len(sizes)  # an output, and a gradient
     code, out, _ = call(capsys, *options, "--compare", str(file))
     assert code == 0
     assert "digests: 0 differences" in out
@@ -330,7 +377,7 @@ def test_a_record_is_compared_and_a_changed_bit_is_named(capsys, tmp_path, monke
     assert "and 1.0" in err  # torch
 
 
-DTYPES = packs.find("bi_ops:silu_and_mul").dtypes
+SILU = packs.find("bi_ops:silu_and_mul")
 
 
 def test_a_table_that_bi_ops_carries_is_found_by_architecture_and_releases(tmp_path):

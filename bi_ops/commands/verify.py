@@ -7,8 +7,12 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bi_ops.core.files import to_json, write_atomically
+
+if TYPE_CHECKING:
+    from bi_ops.verify.suite import Report
 
 HELP = "check every operator against the contract, bit for bit"
 
@@ -46,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all operators of a library (bi_ops)",
     )
     parser.add_argument("--property", action="append", metavar="NAME", help="only this property")
-    parser.add_argument("--jobs", type=int, default=None, help="processes (one for each core, at most 14)")
+    parser.add_argument("--jobs", type=int, default=None, help="processes (one for each core, at most 16 for each GPU)")
     parser.add_argument("--list", action="store_true", help="print the operators and properties, and run nothing")
     parser.add_argument("--html", metavar="FILE", help="write a report that a browser opens")
     parser.add_argument("--output", metavar="FILE", help="write what --json prints")
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+def _progress(shown: bool) -> Iterator[Callable[[str, int, int, Report], None]]:
     """A bar on stderr; silent unless `shown` and stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -65,7 +69,7 @@ def _progress(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         bar = progress.add_task("starting", total=None)
-        yield lambda what, done, total: progress.update(bar, description=what, completed=done, total=total)
+        yield lambda what, done, total, _: progress.update(bar, description=what, completed=done, total=total)
 
 
 def _specs(args: argparse.Namespace) -> list[str]:
@@ -80,27 +84,10 @@ def _save(path: str, text: str) -> None:
     write_atomically(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _digests(args: argparse.Namespace, specs: list[str]) -> tuple[list[str], str]:
-    """(what differs from the record that was named, else from the one that bi_ops carries; that record's file).
-
-    Digests are of the operators that run, so a record of all may be compared with a few.
-    """
-    from bi_ops.verify import golden
-
-    path = Path(args.compare) if args.compare else golden.committed()
-    other = None if path is None else golden.read(path)
-    if other is None and not args.record:
-        return [], ""
-    mine = golden.record(specs)
-    if args.record:
-        _save(args.record, to_json(mine, indent=2) + "\n")
-    return ([], "") if other is None else (golden.differences(mine, other), str(path))
-
-
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from bi_ops.verify import report, suite
+    from bi_ops.verify import golden, report, suite
     from bi_ops.verify.contract import PROPERTIES
 
     if args.jobs is not None and args.jobs < 1:
@@ -110,15 +97,24 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(["operators:", *(f"  {s}" for s in specs), "properties:", *(f"  {p}" for p in PROPERTIES)]))
         return 0
+    table = Path(args.compare) if args.compare else golden.committed() if own else None
+    expected = None if table is None else golden.read(table)
     with (
         contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext(),
         _progress(not args.json) as tell,
     ):
-        golden_differs, golden_file = _digests(args, specs) if own or args.record or args.compare else ([], "")
-        found = suite.verify(specs, args.level, args.property or tuple(PROPERTIES), args.jobs, tell)
+        digests = bool(args.record or expected)
+        chosen = args.property or tuple(PROPERTIES)
+        found = suite.verify(specs, args.level, chosen, args.jobs, tell, digests=digests)
+    differ = list(found.undigested)
+    if digests:
+        mine = golden.record(found.digests)
+        differ += golden.differences(mine, expected) if expected else []
+        if args.record:
+            _save(args.record, to_json(mine, indent=2) + "\n")
     if not found.checks:
         raise ValueError("verify: none of these properties applies to these operators, so nothing was checked")
-    data = report.as_dict(found) | {"compared_with": golden_file or None, "digests_differ": golden_differs}
+    data = report.as_dict(found) | {"compared_with": table and str(table), "digests_differ": differ}
     if args.output:
         _save(args.output, to_json(data, indent=2) + "\n")
     if args.html:
@@ -134,9 +130,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"bi-ops verify: control not found: {control}", file=sys.stderr)
         for name, why in found.not_run.items():
             print(f"not run: {name}: {why}")
-        if golden_file:
-            print(f"digests: {len(golden_differs)} differences from {golden_file}")
-        for line in golden_differs:
+        if table:
+            print(f"digests: {len(differ)} differences from {table}")
+        for line in differ:
             print(f"bi-ops verify: digests differ: {line}", file=sys.stderr)
         print(report.verdict(found))
-    return 4 if found.missed else 1 if found.failed or golden_differs else 0
+    return 4 if found.missed else 1 if found.failed or differ else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 
 from bi_ops.core import runtime
 from bi_ops.core.provenance import device_name, now, versions
-from bi_ops.verify import packs
 from bi_ops.verify.integers import fingerprint, mixed, wide
 from bi_ops.verify.subject import Batch, Subject, results
 from bi_ops.verify.values import Make, Shape
@@ -40,7 +39,8 @@ class IntegerMake(Make):
         return (mixed(torch.Size(size).numel(), self.made, self.device) % high).view(size)
 
 
-def _digests_of(s: Subject, dtype: torch.dtype, size: tuple[int, int]) -> dict[str, str]:
+def digests_of(s: Subject, dtype: torch.dtype, size: tuple[int, int]) -> dict[str, str]:
+    """Digests of the outputs and gradients of a subject, by its name, dtype and size, and the result's."""
     device = runtime.default_device()
     few = (5, 1, 9) if runtime.INTERPRET else (1, 70, 257, 5, 130)
     lengths = few if s.sequences else (1,) * (18 if runtime.INTERPRET else 300)
@@ -50,16 +50,10 @@ def _digests_of(s: Subject, dtype: torch.dtype, size: tuple[int, int]) -> dict[s
     return {f"{where}: {name}": fingerprint(r.tensor) for name, r in results(replace(s, decode=None), batch).items()}
 
 
-def record(specs: Sequence[str]) -> dict[str, Any]:
-    """Digests of the outputs and gradients of these subjects, in every dtype and size, with where they were made."""
-    found: dict[str, str] = {}
-    for spec in specs:
-        s = packs.find(spec)
-        for dtype in s.dtypes:
-            for size in s.sizes[runtime.device_type()]:
-                found |= _digests_of(s, dtype, size)
+def record(digests: Mapping[str, str]) -> dict[str, Any]:
+    """Digests, with where they were made."""
     where = {"architecture": runtime.architecture(), "device": device_name(), "versions": versions(), "date": now()}
-    return {**where, "digests": found}
+    return {**where, "digests": dict(sorted(digests.items()))}
 
 
 def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -166,11 +166,12 @@ def as_tuple(out: Any) -> tuple[Tensor, ...]:
 
 def cotangent(out: Tensor, axis: int | None, batch: Batch, index: int) -> Tensor:
     """Mixed numbers in (-1, 1), in the shape and dtype of `out`; a row's depend on its place alone."""
-    shape = list(out.shape)
+    shape, device = list(out.shape), out.device
     if axis is None:
-        return wide(*shape, seed=1000 + index).to(out)
+        return wide(*shape, seed=1000 + index, device=device).to(out)
     shape[axis] = 2 * batch.total
-    return wide(*shape, seed=1000 + index).index_select(axis, batch.places % (2 * batch.total)).to(out)
+    places = (batch.places % (2 * batch.total)).to(device)
+    return wide(*shape, seed=1000 + index, device=device).index_select(axis, places).to(out)
 
 
 def arguments(subject: Subject, batch: Batch, inputs: Iterable[Tensor]) -> tuple[Any, ...]:

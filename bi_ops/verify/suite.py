@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bi_ops.core import runtime
-from bi_ops.verify import packs, sweep
+from bi_ops.verify import golden, packs, pool, sweep
 from bi_ops.verify.contract import PROPERTIES, SWEPT, Setting, first_difference, not_here, shows_something
 from bi_ops.verify.controls import Control, controls, sabotaged
 from bi_ops.verify.subject import Batch, Results, Subject, make_batch, results
@@ -85,27 +82,38 @@ class ControlResult:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process does at a time. spec: of a subject (`packs.find`), or "controls"."""
+    """What one process does at a time. spec: of a subject (`packs.find`), or "controls". properties: none where only
+    digests are made."""
 
     spec: str
     dtype: str
     level: str
     properties: tuple[str, ...]
+    size: tuple[int, int] = (0, 0)
+    digests: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.spec} {self.dtype} {self.size[0] or ''}".strip()
 
 
 @dataclass
 class Report:
-    """All that a run found."""
+    """All that a run found. not_run: properties that need another machine, and work there was no time for, with why.
+    digests: by operator, dtype, size and result. undigested: what raised instead."""
 
     level: str
     checks: list[Check] = dataclasses.field(default_factory=list)
     controls: list[ControlResult] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     not_run: dict[str, str] = dataclasses.field(default_factory=dict)
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    undigested: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: Report) -> None:
         self.checks += other.checks
         self.controls += other.controls
+        self.digests |= other.digests
+        self.undigested += other.undigested
 
     @property
     def failed(self) -> list[Check]:
@@ -115,6 +123,10 @@ class Report:
     def missed(self) -> list[ControlResult]:
         """Negative controls that passed: the suite is broken."""
         return [c for c in self.controls if not c.caught]
+
+
+def _raised(error: BaseException) -> str:
+    return f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _compared(s: Subject, name: str, batch: Batch, base: Results, at: Setting) -> tuple[int, str]:
@@ -128,7 +140,7 @@ def _compared(s: Subject, name: str, batch: Batch, base: Results, at: Setting) -
             if difference := first_difference(comparison):
                 return count, str(difference)
     except Exception as error:  # an operator that raises is a finding, of this property alone
-        return count, f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return count, _raised(error)
     return count, ""
 
 
@@ -167,8 +179,8 @@ def _at_size(
         batch = make_batch(s, lengths, size, dtype, device)
         base = results(s, batch)
     except Exception as error:
-        message = f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        report.checks.append(Check(s.name, first, str(dtype).removeprefix("torch."), size, "normal", 0, message, 0.0))
+        short = str(dtype).removeprefix("torch.")
+        report.checks.append(Check(s.name, first, short, size, "normal", 0, _raised(error), 0.0))
         return
     if not shows_something(base):
         message = "the results are empty, of one value, or no finite numbers, so equal bits show nothing"
@@ -222,38 +234,44 @@ def run_control(control: Control) -> ControlResult:
 
 def run_unit(unit: Unit) -> Report:
     """The checks of one unit, in this process."""
+    level, report = levels()[unit.level], Report("")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of the values that are meant to overflow
         if unit.spec == "controls":
-            wanted = [c for c in controls() if c.property in unit.properties]
-            return Report("", controls=[run_control(c) for c in wanted])
-        return verify_subject(packs.find(unit.spec), getattr(torch, unit.dtype), levels()[unit.level], unit.properties)
+            return Report("", controls=[run_control(c) for c in controls() if c.property in unit.properties])
+        subject, dtype = packs.find(unit.spec), getattr(torch, unit.dtype)
+        if unit.properties:
+            _at_size(subject, dtype, level, unit.properties, unit.size, runtime.default_device(), report)
+        if unit.digests:
+            try:
+                report.digests = golden.digests_of(subject, dtype, unit.size)
+            except Exception as error:
+                report.undigested.append(f"no digests of {unit}: {_raised(error)}")
+    return report
 
 
-def _worker() -> None:
-    torch.set_num_threads(1)
+#: Subjects whose kernels take longest to compile come first, or the others would wait for them at the end.
+LONGEST_FIRST = ("flash", "Flash", "masked", "scaled_dot", "linear", "addmm", "mm", "matmul", "bmm", "rms", "add_rms")
 
 
-def units(specs: Sequence[str], level: str, properties: Sequence[str]) -> list[Unit]:
-    """The work: each subject in each dtype, the long ones first, and the negative controls."""
+def _place(unit: Unit) -> tuple[bool, int, int]:
+    name = unit.spec.partition(":")[2]
+    place = next((i for i, start in enumerate(LONGEST_FIRST) if name.startswith(start)), len(LONGEST_FIRST))
+    return not unit.properties, place, -unit.size[0]
+
+
+def units(specs: Sequence[str], level: str, properties: Sequence[str], digests: bool = False) -> list[Unit]:
+    """The work: each subject in each dtype and size, the longest first, and the negative controls."""
     everything, chosen = levels()[level].everything, tuple(p for p in properties if not not_here(p))
     found = [Unit("controls", "", level, chosen)]
     for spec in specs:
         subject = packs.find(spec)
-        for dtype in subject.dtypes if everything else subject.dtypes[:1]:
-            found.append(Unit(spec, str(dtype).removeprefix("torch."), level, chosen))
-    return sorted(found, key=lambda u: not u.spec.partition(":")[2].startswith(("flash", "masked")))
-
-
-def _outcomes(work: Sequence[Unit], jobs: int) -> Iterator[tuple[Unit, Report]]:
-    if jobs == 1:
-        yield from ((unit, run_unit(unit)) for unit in work)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(work)), context, initializer=_worker) as pool:
-        futures = {pool.submit(run_unit, unit): unit for unit in work}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        every = [(d, size) for d in subject.dtypes for size in subject.sizes[runtime.device_type()]]
+        for i, (dtype, size) in enumerate(every):
+            here = chosen if everything or i == 0 else ()
+            if here or digests:
+                found.append(Unit(spec, str(dtype).removeprefix("torch."), level, here, size, digests))
+    return sorted(found, key=_place)
 
 
 def verify(
@@ -261,13 +279,17 @@ def verify(
     level: str = "quick",
     properties: Sequence[str] = tuple(PROPERTIES),
     jobs: int | None = None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Callable[[str, int, int, Report], None] = lambda *_: None,
+    *,
+    digests: bool = False,
+    seconds: float | None = None,
 ) -> Report:
     """Verify subjects, with negative controls.
 
     Args:
         specs: which (`packs.find`). level: "quick" or "full". properties: names in `contract.PROPERTIES`. jobs:
-            processes; None: one for each core, at most 14. progress: called with (what is done, units done, units).
+            processes; None: `pool.default_jobs`. progress: called with (what is done, units done, units, the report so
+            far). digests: make those of every dtype and size too. seconds: nothing is begun after so many.
 
     Raises:
         ValueError: an unknown level, property or subject; at the full level, hypothesis is missing.
@@ -278,13 +300,20 @@ def verify(
         raise ValueError(f"verify: unknown properties {sorted(unknown)}; properties are {', '.join(PROPERTIES)}")
     if levels()[level].examples:
         sweep.require()
-    start, work = time.perf_counter(), units(specs, level, properties)
+    start, work = time.monotonic(), units(specs, level, properties, digests)
     report = Report(level, not_run={p: why for p in properties if (why := not_here(p))})
-    jobs = min(os.cpu_count() or 1, 14) if jobs is None else jobs
-    for done, (unit, found) in enumerate(_outcomes(work, jobs), 1):
-        report.add(found)
-        progress(f"{unit.spec} {unit.dtype}".strip(), done, len(work))
+    until = None if seconds is None else start + seconds
+    results_of = pool.outcomes(run_unit, work, jobs or pool.default_jobs(), until)
+    for done, (unit, found) in enumerate(results_of, 1):
+        if isinstance(found, Report):
+            report.add(found)
+        elif found is None:
+            report.not_run[str(unit)] = f"not begun within {seconds:.0f} s"
+        else:  # its process died, of a signal for instance
+            which = (unit.spec.partition(":")[2] or unit.spec, next(iter(unit.properties), "rerun"), unit.dtype)
+            report.checks.append(Check(*which, unit.size, "normal", 0, _raised(found), 0.0))
+        report.seconds = round(time.monotonic() - start, 2)
+        progress(str(unit), done, len(work), report)
     report.checks.sort(key=lambda c: (c.subject, list(PROPERTIES).index(c.property), c.dtype, c.size, c.values))
     report.controls.sort(key=lambda c: (list(PROPERTIES).index(c.property), c.subject))
-    report.seconds = round(time.perf_counter() - start, 2)
     return report

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bi_ops.verify.contract import PROPERTIES, Setting, first_difference, shows_something
-from bi_ops.verify.subject import Subject, make_batch, results
+from bi_ops.verify.subject import Batch, Results, Subject, make_batch, results
 from bi_ops.verify.values import KINDS
 
 if TYPE_CHECKING:
@@ -31,14 +31,19 @@ def run(
     s: Subject, dtype: torch.dtype, size: tuple[int, int], properties: Sequence[str], level: Level, device: torch.device
 ) -> Iterator[tuple[str, int, str, float]]:
     """(property, pairs compared, what was wrong with the smallest batch that fails, seconds) of each property."""
+    made: Made = {}
     for name in properties:
         start = time.perf_counter()
-        count, message = _drawn(s, dtype, size, name, level, device)
+        count, message = _drawn(s, dtype, size, name, level, device, made)
         yield name, count, message, round(time.perf_counter() - start, 4)
 
 
+#: Batches and their results, by rows, values and seed: the same are drawn for every property.
+Made = dict[tuple[tuple[int, ...], str, int], tuple[Batch, Results, bool]]
+
+
 def _drawn(
-    s: Subject, dtype: torch.dtype, size: tuple[int, int], name: str, level: Level, device: torch.device
+    s: Subject, dtype: torch.dtype, size: tuple[int, int], name: str, level: Level, device: torch.device, made: Made
 ) -> tuple[int, str]:
     import hypothesis
     from hypothesis import strategies as st
@@ -59,9 +64,12 @@ def _drawn(
     def holds(rows: Any, values: str, seed: int, m: int) -> None:
         nonlocal counted
         items = tuple(rows) if s.sequences else (1,) * rows
-        batch = make_batch(s, items, size, dtype, device, kind=values, seed=seed)
-        base = results(s, batch)
-        hypothesis.assume(shows_something(base))
+        key = (items, values, seed)
+        if key not in made:
+            batch = make_batch(s, items, size, dtype, device, kind=values, seed=seed)
+            made[key] = (batch, base := results(s, batch), shows_something(base))
+        batch, base, shows = made[key]
+        hypothesis.assume(shows)
         for comparison in PROPERTIES[name](s, batch, base, Setting(runs=1, sizes=(m,), seed=seed)):
             counted += len(comparison.expected)
             if difference := first_difference(comparison):
