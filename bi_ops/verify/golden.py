@@ -84,24 +84,29 @@ def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(file: str | Path) -> dict[str, Any]:
     """A record from a file.
 
     Raises:
         ValueError: it holds none. OSError: it cannot be read.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"verify: {path} is not JSON: {error}") from error
+        raise ValueError(f"verify: {file} is not JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("digests"), dict):
-        raise ValueError(f"verify: {path} holds no record of digests; bi-ops verify --record writes one")
+        raise ValueError(f"verify: {file} holds no record of digests; bi-ops verify --record writes one")
     return found
 
 
-def committed(folder: Path = FOLDER) -> Path | None:
-    """The table of this architecture and these releases, if bi_ops carries one: ``<architecture>-<torch>-<triton>``."""
+def path(folder: Path = FOLDER) -> Path:
+    """Where the table of this architecture and these releases belongs: ``<architecture>-<torch>-<triton>.json``."""
     here = versions()
     release = [str(here.get(p)).split("+")[0] for p in DECIDING]
-    path = folder / f"{'-'.join([runtime.architecture(), *release])}.json"
-    return path if path.exists() else None
+    return folder / f"{'-'.join([runtime.architecture(), *release])}.json"
+
+
+def committed(folder: Path = FOLDER) -> Path | None:
+    """The table of this architecture and these releases, if bi_ops carries one."""
+    found = path(folder)
+    return found if found.exists() else None
