@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import fake_vllm_parallel
 import fake_vllm_sampling
 import torch
 
@@ -350,6 +351,7 @@ def installed(monkeypatch, version="0.26.0"):
     modules[WORKER].WorkerWrapperBase = type("WorkerWrapperBase", (WorkerWrapperBase,), {"init_device": init_device})
     modules[LINEAR].UnquantizedLinearMethod = UnquantizedLinearMethod
     modules[EMBEDDING].UnquantizedEmbeddingMethod = UnquantizedEmbeddingMethod
+    fake_vllm_parallel.install(monkeypatch, modules, modules[LINEAR], modules[EMBEDDING])
     modules[LAYERNORM].RMSNorm, modules[ACTIVATION].SiluAndMul = RMSNorm, SiluAndMul
     modules[ROTARY].RotaryEmbedding, modules[QWEN3].Qwen3Attention = RotaryEmbedding, Qwen3Attention
     own = {"compute_logprobs": Sampler.__dict__["compute_logprobs"]}

@@ -14,7 +14,7 @@ from fake_vllm import installed
 from bi_ops import attention, vllm_plugin
 from bi_ops.core import runtime
 from bi_ops.core.vllm import RELEASES
-from bi_ops.rollout import vllm_engine
+from bi_ops.rollout import vllm_engine, vllm_weights
 from bi_ops.rollout.base import SamplingParams
 from bi_ops.vllm_plugin import backend
 
@@ -85,7 +85,7 @@ def test_weights_are_rounded_and_copied_in_place_and_the_vocabulary_may_be_padde
     target = tiny_module(8)
     source = {"model.embed_tokens.weight": torch.randn(6, 4), "model.norm.weight": torch.randn(4, 4)}
     address, padding = target.model.norm.weight.data_ptr(), target.model.embed_tokens.weight[6:].clone()
-    vllm_engine.copy_weights(source, target)
+    vllm_weights.copy_weights(source, target)
     assert torch.equal(target.model.norm.weight, source["model.norm.weight"].bfloat16())
     assert torch.equal(target.model.embed_tokens.weight[:6], source["model.embed_tokens.weight"].bfloat16())
     assert torch.equal(target.model.embed_tokens.weight[6:], padding)
@@ -97,10 +97,57 @@ def test_every_weight_that_does_not_fit_is_listed_and_nothing_is_copied():
     before = target.model.embed_tokens.weight.clone()
     source = {"model.embed_tokens.weight": torch.randn(9, 4), "model.extra.weight": torch.randn(1)}
     with pytest.raises(ValueError, match="does not fit") as error:
-        vllm_engine.copy_weights(source, target)
+        vllm_weights.copy_weights(source, target)
     for part in ("embed_tokens.weight is [9, 4]", "model.extra.weight is unknown", "model.norm.weight is missing"):
         assert part in str(error.value)
     assert torch.equal(target.model.embed_tokens.weight, before)
+
+
+def tiny_config(**sizes):
+    from bi_ops.models.qwen3 import Qwen3Config
+
+    known = {
+        **{"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    }
+    return Qwen3Config(**{**known, **sizes})
+
+
+def test_a_rank_takes_its_slices_by_vllms_loaders_and_another_model_is_refused():
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+
+    model: Any = Qwen3ForCausalLM(tiny_config())
+    model.init_weights(0)
+    taken: dict[str, torch.Tensor] = {}
+
+    class Target(torch.nn.Module):
+        def load_weights(self, weights):
+            taken.update(weights)
+            return {n for n, _ in self.named_parameters() if n != "model.norm.weight"}
+
+    vllm_weights.load_slices(model, Target(), model.config)
+    packed = torch.cat([taken[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qkv"])
+    assert torch.equal(packed, model.model.layers[0].self_attn.qkv_proj.weight)
+    assert len(taken) == sum(1 for _ in model.weight_slices())
+    target: Any = Target()
+    target.add_module("model", tiny_module(8).model)
+    with pytest.raises(ValueError, match=r"no weights for vLLM's model\.norm\.weight"):
+        vllm_weights.load_slices(model, target, model.config)
+    with pytest.raises(ValueError, match="does not fit the engine: vocab_size 32, the engine has 48"):
+        vllm_weights.load_slices(model, target, tiny_config(vocab_size=48))
+
+
+def test_sizes_that_ranks_cannot_share_are_refused_and_few_kv_heads_are_copied():
+    for size in (1, 2, 4):
+        vllm_engine.check_tensor_parallel("VllmEngine", tiny_config(), size)
+    with pytest.raises(
+        ValueError, match=r"tensor_parallel_size=3 does not divide .*num_attention_heads 4, hidden_size"
+    ):
+        vllm_engine.check_tensor_parallel("VllmEngine", tiny_config(), 3)
+    with pytest.raises(ValueError, match="num_key_value_heads 3 evenly"):
+        vllm_engine.check_tensor_parallel("VllmEngine", tiny_config(num_attention_heads=12, num_key_value_heads=3), 4)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        vllm_engine.check_tensor_parallel("VllmEngine", tiny_config(), 0)
 
 
 def output(tokens, logprobs, finish_reason="length", ids=None):

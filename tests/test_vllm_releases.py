@@ -61,6 +61,11 @@ CALLED = [
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_model", ("self",)),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.get_model", ("self",)),
     ("vllm.config.model", "ModelConfig.get_vocab_size", ("self",)),
+    ("vllm.distributed", "get_tensor_model_parallel_world_size", ()),
+    ("vllm.distributed", "tensor_model_parallel_all_gather", ("input_", "dim")),
+    ("vllm.model_executor.parameter", "_ColumnvLLMParameter.load_column_parallel_weight", ("self", "loaded_weight")),
+    ("vllm.model_executor.layers.linear", "LinearBase.update_param_tp_status", ("self",)),
+    ("vllm.model_executor.models.qwen3", "Qwen3ForCausalLM.load_weights", ("self", "weights")),
     (
         "vllm.model_executor.layers.rotary_embedding.base",
         "RotaryEmbedding.forward_cuda",
@@ -86,7 +91,7 @@ FIELDS = {
         *("model", "skip_tokenizer_init", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization"),
         *("max_model_len", "max_num_seqs", "enable_prefix_caching", "generation_config", "logprobs_mode"),
         *("enforce_eager", "compilation_config", "attention_config", "speculative_config", "enable_lora"),
-        "additional_config",
+        *("additional_config", "distributed_executor_backend"),
     },
     ("vllm.config.vllm", "VllmConfig"): {"additional_config", "scheduler_config", "model_config", "cache_config"},
     ("vllm.config.model", "ModelConfig"): {"model", "quantization"},
@@ -168,6 +173,10 @@ ATTRIBUTES = {
     },
     ("vllm.model_executor.custom_op", "CustomOp"): {"_forward_method"},
     ("vllm.model_executor.layers.linear", "LinearBase"): {"quant_method", "skip_bias_add"},
+    ("vllm.model_executor.layers.linear", "RowParallelLinear"): {
+        *("tp_rank", "tp_size", "input_size_per_partition", "output_size_per_partition", "output_partition_sizes"),
+        *("input_is_parallel", "reduce_results", "bias"),
+    },
     ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"): {
         *("quant_method", "num_embeddings"),
     },
@@ -214,3 +223,14 @@ def test_an_empty_folder_lacks_every_patch_point(tmp_path):
     found = sources.differences(release, tmp_path)
     assert len(found) == len(vllm_plugin.patches_of(release)) + len(vllm_plugin.kernels_of(release))
     assert all(difference.endswith("is missing") for difference in found)
+
+
+def test_a_name_is_followed_through_a_package_that_imports_everything(tmp_path):
+    package = tmp_path / "vllm" / "distributed"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from .utils import *\nfrom .communication_op import *\n")
+    (package / "utils.py").write_text("def other(): ...\n")
+    (package / "communication_op.py").write_text("def all_reduce(input_): ...\n")
+    (tmp_path / "vllm" / "layers.py").write_text("from vllm.distributed import all_reduce\n")
+    assert sources.parameters(tmp_path, "vllm.layers", "all_reduce") == ("input_",)
+    assert sources.parameters(tmp_path, "vllm.layers", "reduce_scatter") is None

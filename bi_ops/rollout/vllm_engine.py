@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from bi_ops.logprob import Distribution
 from bi_ops.models import load_config, orders
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.rollout.base import Completion, LogprobsMode, SamplingParams, check_logprobs_mode, check_request
+from bi_ops.rollout.vllm_weights import copy_weights, load_slices
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
@@ -33,8 +35,6 @@ _ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "
 
 #: vLLM clamps a temperature below the first and refuses one above the second.
 _TEMPERATURES = (0.01, 2.0)
-
-_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def _prepare_environment() -> None:
@@ -58,31 +58,22 @@ def _prepare_environment() -> None:
             )
 
 
-def copy_weights(source: Mapping[str, torch.Tensor], target: torch.nn.Module, written: Container[str] = ()) -> None:
-    """Copy tensors into the parameters of `target`, in place, so that captured CUDA graphs see them.
-
-    Args:
-        source: name to tensor; every name is a parameter of `target` and the other way round. Values are rounded to
-            the parameter's dtype. A vocabulary may be shorter than the parameter, which vLLM pads. written: names whose
-            values are there already.
-
-    Raises:
-        ValueError: missing, unknown or mis-shaped tensors, all listed; nothing is copied then.
-    """
-    parameters = dict(target.named_parameters())
-    problems = [f"{n} is missing" for n in parameters if n not in source]
-    problems += [f"{n} is unknown to the engine" for n in source if n not in parameters]
-    for name in source.keys() & parameters.keys():
-        have, need = source[name].shape, parameters[name].shape
-        padded = name in _VOCABULARY and have[1:] == need[1:] and have[0] <= need[0]
-        if have != need and not padded:
-            problems.append(f"{name} is {list(have)}, the engine needs {list(need)}")
-    if problems:
-        raise ValueError("update_weights: the model does not fit the engine:\n  " + "\n  ".join(sorted(problems)))
-    with torch.no_grad():
-        for name, tensor in source.items():
-            if name not in written:
-                parameters[name].data[: tensor.shape[0]].copy_(tensor)
+def check_tensor_parallel(op: str, config: CausalLMConfig, size: int) -> None:
+    """Raise ValueError unless `size` ranks can share the model evenly; KV heads fewer than ranks are copied."""
+    if size < 1:
+        raise ValueError(f"{op}: tensor_parallel_size is {size}; it must be at least 1")
+    uneven = [
+        f"{n} {getattr(config, n)}"
+        for n in ("num_attention_heads", "hidden_size", "intermediate_size")
+        if getattr(config, n) % size
+    ]
+    if config.num_key_value_heads % size and size % config.num_key_value_heads:
+        uneven.append(f"num_key_value_heads {config.num_key_value_heads}")
+    if uneven:
+        raise ValueError(
+            f"{op}: tensor_parallel_size={size} does not divide the model's {', '.join(uneven)} evenly; take a "
+            "size that divides them"
+        )
 
 
 def check_attention(attention: str, head_dim: int, plugin: bool) -> None:
@@ -101,7 +92,7 @@ def check_attention(attention: str, head_dim: int, plugin: bool) -> None:
 
 
 class VllmEngine:
-    """vLLM in its batch-invariant mode on one GPU; the releases are those of `bi_ops.core.vllm.RELEASES`.
+    """vLLM in its batch-invariant mode; the releases are those of `bi_ops.core.vllm.RELEASES`.
 
     Args:
         path: a checkpoint folder of a model that `bi_ops.models` knows.
@@ -117,14 +108,19 @@ class VllmEngine:
         gpu_memory_utilization: the share of the GPU's memory that vLLM may fill.
         max_num_seqs: the most sequences decoded at once.
         seed: vLLM's own, with which it also reseeds this process's global generators; requests bring theirs.
-        tensor_parallel_size: only 1; other sizes change the order of row-parallel sums.
+        tensor_parallel_size: GPUs that share the model. With the plugin each size has the bits of one GPU, since no
+            output is a sum over ranks (`vllm_plugin.parallel`); without it the sizes differ.
+        distributed_executor_backend: vLLM's: "external_launcher", where torchrun has started a process for each GPU and
+            all make the same calls, so that every rank hands over its own weights; or "mp", where vLLM starts the
+            processes itself, and `update_weights` cannot reach them. None: the first under torchrun, else vLLM's
+            choice.
         logprobs_mode: "raw_logprobs", of the logits as they are, or "processed_logprobs", of the distribution that was
             sampled: with the plugin training has these bits too.
 
     Raises:
         RuntimeError: no GPU, no supported vLLM, another mode already set, or vLLM chose another attention kernel.
-        ValueError: a head size or a tensor-parallel size that cannot keep the contract, or an unknown attention,
-            kernels or logprobs_mode.
+        ValueError: a head size that cannot keep the contract, sizes that the ranks do not divide, or an unknown
+            attention, kernels or logprobs_mode.
     """
 
     name = "vllm"
@@ -143,21 +139,20 @@ class VllmEngine:
         max_num_seqs: int = 256,
         seed: int = 0,
         tensor_parallel_size: int = 1,
+        distributed_executor_backend: str | None = None,
         logprobs_mode: LogprobsMode = "raw_logprobs",
     ) -> None:
         check_logprobs_mode("VllmEngine", logprobs_mode)
         if runtime.INTERPRET:
             raise RuntimeError("VllmEngine: needs a CUDA GPU; bi_ops.rollout.embedded.EmbeddedEngine runs without one")
         vllm.require("VllmEngine")
-        if tensor_parallel_size != 1:
-            raise ValueError(
-                f"VllmEngine: tensor_parallel_size={tensor_parallel_size} adds row-parallel products in another order "
-                "than one GPU does, so training could not reproduce the log-probabilities; use 1"
-            )
         config = load_config(path)
         attention = attention or (ATTENTION[0] if plugin else "vllm")
         check_attention(attention, config.head_dim, plugin)
+        check_tensor_parallel("VllmEngine", config, tensor_parallel_size)
         vllm_plugin.check_kernels("VllmEngine", kernels)
+        if distributed_executor_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            distributed_executor_backend = "external_launcher"
         _prepare_environment()
         from vllm import LLM
         from vllm.config import CompilationConfig
@@ -180,6 +175,7 @@ class VllmEngine:
                 dtype=dtype,
                 seed=seed,
                 tensor_parallel_size=tensor_parallel_size,
+                distributed_executor_backend=distributed_executor_backend,
                 gpu_memory_utilization=gpu_memory_utilization,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
@@ -198,6 +194,8 @@ class VllmEngine:
             torch.bmm = bmm
         self.plugin, self.cuda_graphs, self.dtype, self._kernel = plugin, cuda_graphs, dtype, attention
         self.kernels = kernels if plugin else "vllm"
+        self.tensor_parallel_size, self._config = tensor_parallel_size, config
+        self._in_process = tensor_parallel_size == 1 or distributed_executor_backend == "external_launcher"
         self.logprobs_mode = logprobs_mode
         #: See `RolloutEngine`; without the plugin there are no bits that training could have.
         self.orders: OrderRecord | None = self.orders_of(config, attention, dtype) if plugin else None
@@ -225,7 +223,7 @@ class VllmEngine:
 
     def _check_choices(self) -> None:
         """Raise RuntimeError where vLLM silently chose something else than it was asked for."""
-        [found] = self._llm.apply_model(_attention_kernels)
+        found = set().union(*self._llm.apply_model(_attention_kernels))
         wanted = "FLASH_ATTN 3" if self._kernel == "vllm" else vllm_plugin.backend.NAME
         if found != {wanted}:
             raise RuntimeError(
@@ -240,8 +238,8 @@ class VllmEngine:
 
     def _operators(self) -> Counter[str]:
         """How many of vLLM's layers compute with each operator of bi_ops'."""
-        release = vllm.require("VllmEngine")
-        found: list[Counter[str]] = self._open().apply_model(lambda model: vllm_plugin.operators_of(model, release))
+        count = functools.partial(vllm_plugin.operators_of, release=vllm.require("VllmEngine"))
+        found: list[Counter[str]] = self._open().apply_model(count)
         return found[0]
 
     def _open(self) -> Any:
@@ -272,16 +270,28 @@ class VllmEngine:
 
     @property
     def model(self) -> torch.nn.Module:
-        """vLLM's own model, in this process."""
-        return self._open().apply_model(lambda model: model)[0]
+        """vLLM's own model, in this process: this rank's share of it.
+
+        Raises:
+            RuntimeError: it is in other processes.
+        """
+        llm = self._open()
+        if not self._in_process:
+            raise RuntimeError(
+                "VllmEngine: vLLM's own processes hold the weights (distributed_executor_backend='mp'), out of "
+                "reach from here; start one process for each GPU with torchrun, for 'external_launcher'"
+            )
+        return llm.apply_model(lambda model: model)[0]
 
     def weight_copies(self, model: CausalLM) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """vLLM's own weights by those of `model`, where an optimizer may write them: bf16, contiguous, on one device.
+        """vLLM's own weights by those of `model`, where an optimizer may write them.
 
+        Whole, bf16, contiguous, on the device of the model's.
         They stay where they are: captured CUDA graphs read them.
         """
-        own: dict[str, torch.Tensor] = {}
-        self._open().apply_model(lambda target: own.update({n: p.data for n, p in target.named_parameters()}))
+        if self.tensor_parallel_size > 1:
+            return {}  # a rank has slices
+        own = {n: p.data for n, p in self.model.named_parameters()}
         found = {p: own[name][: p.shape[0]] for name, p in model.named_parameters() if name in own}
         return {
             p: t
@@ -296,12 +306,14 @@ class VllmEngine:
 
         Raises:
             ValueError: the model does not fit; every tensor that does not is listed.
-            RuntimeError: the engine is closed or still generating.
+            RuntimeError: the engine is closed or still generating, or the weights are in other processes.
         """
-        llm = self._open()
-        source = {n: p.detach() for n, p in model.named_parameters()}
-        done = {n for n, p in model.named_parameters() if p in written}
-        llm.apply_model(lambda target: copy_weights(source, target, done))
+        llm, target = self._open(), self.model
+        if self.tensor_parallel_size > 1:
+            load_slices(model, target, self._config)
+        else:
+            source = {n: p.detach() for n, p in model.named_parameters()}
+            copy_weights(source, target, {n for n, p in model.named_parameters() if p in written})
         torch.cuda.synchronize()  # vLLM need not run on the stream that copied
         if not llm.reset_prefix_cache():
             raise RuntimeError("update_weights: vLLM still holds unfinished requests; let generate return first")
@@ -319,6 +331,7 @@ class VllmEngine:
             "cuda_graphs": self.cuda_graphs,
             "logprobs": self.logprobs_mode,
             "plugin": self.plugin,
+            "tensor_parallel_size": self.tensor_parallel_size,
             "model_runner": "v2" if config.use_v2_model_runner else "v1",
             "orders": None if self.orders is None else self.orders.digest,
             "bias_order": vllm.require("VllmEngine").bias_order,

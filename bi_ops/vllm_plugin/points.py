@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,13 @@ class Point:
         if found != self.parameters:
             return f"{self.module}.{self.attribute} has parameters {found}, expected {self.parameters}"
         return None
+
+
+class Replaced(NamedTuple):
+    """A function of vLLM's that is replaced for the whole process. parameters: those that it has first."""
+
+    module: str
+    attribute: str
+    parameters: tuple[str, ...]
+    build: Callable[[Callable[..., Any]], Callable[..., Any]]
+    why: str

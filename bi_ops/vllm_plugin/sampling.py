@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextvars
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from bi_ops import logprob
+from bi_ops.vllm_plugin.points import Replaced
 
 Function = Callable[..., Any]
 
@@ -159,16 +160,6 @@ _V1, _V2 = "vllm.v1.sample", "vllm.v1.worker.gpu.sample"
 _ROWS = ("self", "logits", "expanded_idx_mapping", "idx_mapping_np")
 _TOP_P = "sums top-p in an order that depends on the number of requests, and keeps some of several equal logits"
 _SCORES = "sums processed log-probabilities in an order of its own, which depends on the dtype of the logits"
-
-
-class Replaced(NamedTuple):
-    """A function of vLLM's samplers. parameters: those that it has first."""
-
-    module: str
-    attribute: str
-    parameters: tuple[str, ...]
-    build: Callable[[Function], Function]
-    why: str
 
 
 REPLACED = (

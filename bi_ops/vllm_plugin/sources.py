@@ -28,7 +28,7 @@ def statements(root: Path, module: str) -> list[ast.stmt]:
 def parameters(root: Path, module: str, attribute: str) -> tuple[str, ...] | None:
     """The parameters of a function or Class.method as the sources under `root` have it; None: there is none.
 
-    A name that the module imports from another one is followed there.
+    A name that the module imports from another one is followed there, as is a package's `from .module import *`.
     """
     body = statements(root, module)
     owner, _, name = attribute.rpartition(".")
@@ -37,8 +37,13 @@ def parameters(root: Path, module: str, attribute: str) -> tuple[str, ...] | Non
     for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return tuple(a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
-        if isinstance(node, ast.ImportFrom) and node.module and name in [a.asname or a.name for a in node.names]:
-            return parameters(root, node.module, name)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [a.asname or a.name for a in node.names]
+            origin = f"{module}.{node.module}" if node.level else node.module  # in a package's own statements
+            if name in names:
+                return parameters(root, origin, name)
+            if names == ["*"] and (found := parameters(root, origin, name)) is not None:
+                return found
     return None
 
 

@@ -110,12 +110,15 @@ def row_counts(most: int) -> list[int]:
 def _gemms(model: torch.nn.Module, release: Release, scheduler: Any) -> list[Gemm]:
     """A GEMM of each shape of the layers that bi_ops computes."""
     shapes = {}
+    layer: Any
     for layer, apply in layers.attached(model, release):
         if apply.operator != "linear":
             continue
         # An embedding that is not the head has its method too; an LM head computes at most a row per sequence.
         most = scheduler.max_num_seqs if hasattr(layer, "num_embeddings") else scheduler.max_num_batched_tokens
         bias = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
+        if bias is not None:
+            bias = bias[: layer.weight.data.shape[0]]  # a rank's share, where the bias is whole on each
         shapes[layer.weight.shape, layer.weight.dtype, bias is None, most] = Gemm(layer, apply, bias, most)
     return list(shapes.values())
 

@@ -1,0 +1,164 @@
+"""vLLM's tensor parallelism with the bits of one GPU: no output of a layer is a sum over ranks.
+
+A row-parallel layer of vLLM's multiplies a slice of K on each rank and adds the partial outputs, so the number of ranks
+shapes the sum. Here each rank gathers the input, multiplies the whole K by its slice of the outputs, and gathers these:
+a gather moves data, and no element of a GEMM knows how many others there are. Column-parallel layers and the LM head
+are cut along their outputs already, heads are whole on a rank, and KV heads fewer than ranks are copies.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bi_ops.vllm_plugin.points import Replaced
+
+#: The one linear method whose weight may be cut along the outputs: a quantized one scales blocks of K.
+_METHOD = "UnquantizedLinearMethod"
+
+
+def check_sizes(name: str, n_ranks: int, **sizes: int) -> None:
+    """Raise ValueError unless every one of `sizes` is a multiple of the tensor-parallel size."""
+    wrong = ", ".join(f"{size} {what.replace('_', ' ')}" for what, size in sizes.items() if size % n_ranks)
+    if wrong:
+        raise ValueError(
+            f"vllm_plugin: {name} has {wrong}, no multiple of tensor_parallel_size={n_ranks}; take a size that divides"
+        )
+
+
+def cut_along_outputs(stock: Callable[..., None]) -> Callable[..., None]:
+    """`RowParallelLinear.__init__`, whose weight on a rank is [N / ranks, K] instead of [N, K / ranks].
+
+    Raises:
+        ValueError: sizes that the ranks do not divide, a quantized layer, or one whose caller adds over ranks.
+    """
+
+    @functools.wraps(stock)
+    def __init__(self: Any, input_size: int, output_size: int, *args: Any, **kwargs: Any) -> None:
+        from vllm.distributed import get_tensor_model_parallel_world_size
+
+        name = kwargs.get("prefix") or type(self).__name__
+        n_ranks = 1 if kwargs.get("disable_tp") else get_tensor_model_parallel_world_size()
+        check_sizes(name, n_ranks, inputs=input_size, outputs=output_size)
+        stock(self, input_size, output_size, *args, **kwargs)
+        if n_ranks == 1:
+            return
+        method = type(self.quant_method).__name__
+        if method != _METHOD:
+            raise ValueError(
+                f"vllm_plugin: {name} is quantized with {method}, whose sums over {n_ranks} ranks have other bits than "
+                "one GPU; take an unquantized checkpoint or tensor_parallel_size=1"
+            )
+        if not self.reduce_results:
+            raise ValueError(
+                f"vllm_plugin: {name} [{output_size}, {input_size}] leaves the sum over {n_ranks} ranks to its caller "
+                "(reduce_results=False, as experts do), whose bits depend on their number; use tensor_parallel_size=1"
+            )
+        self.input_size_per_partition = input_size
+        self.output_size_per_partition = output_size // n_ranks
+        self.output_partition_sizes = [self.output_size_per_partition]
+        self.quant_method.create_weights(
+            layer=self,
+            input_size_per_partition=input_size,
+            output_partition_sizes=self.output_partition_sizes,
+            input_size=input_size,
+            output_size=output_size,
+            params_dtype=self.params_dtype,
+            weight_loader=self.weight_loader_v2,
+        )
+        self.update_param_tp_status()
+
+    return __init__
+
+
+def load_outputs(stock: Callable[..., None]) -> Callable[..., None]:
+    """`RowParallelLinear.weight_loader_v2`, which takes this rank's rows of [N, K]: at the start, and at an update."""
+
+    @functools.wraps(stock)
+    def weight_loader_v2(self: Any, param: Any, loaded_weight: torch.Tensor) -> None:
+        if self.tp_size == 1:
+            stock(self, param, loaded_weight)
+        else:
+            param.load_column_parallel_weight(loaded_weight=loaded_weight)
+
+    return weight_loader_v2
+
+
+def whole_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`RowParallelLinear.forward`: gather the input, multiply by this rank's outputs, gather the outputs."""
+
+    @functools.wraps(stock)
+    def forward(self: Any, input_: torch.Tensor) -> Any:
+        if self.tp_size == 1:
+            return stock(self, input_)
+        from vllm.distributed import tensor_model_parallel_all_gather
+
+        x = tensor_model_parallel_all_gather(input_) if self.input_is_parallel else input_
+        bias, n = self.bias, self.output_size_per_partition
+        if bias is not None:  # whole on every rank
+            bias = None if self.skip_bias_add else bias[self.tp_rank * n : (self.tp_rank + 1) * n]
+        out = tensor_model_parallel_all_gather(self.quant_method.apply(self, x, bias))
+        if not self.return_bias:
+            return out
+        return out, self.bias if self.skip_bias_add else None
+
+    return forward
+
+
+def sum_of_bits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`tensor_model_parallel_all_reduce` where one rank has a value and the others have +0.0, as of an embedding.
+
+    Their bit patterns are added as integers, which no order changes. Added as numbers, -0.0 would become +0.0.
+    """
+
+    @functools.wraps(stock)
+    def tensor_model_parallel_all_reduce(input_: torch.Tensor) -> torch.Tensor:
+        size = input_.shape[-1] * input_.element_size()
+        if size % 4:
+            raise ValueError(f"vllm_plugin: an embedding of {list(input_.shape)} has rows of {size} bytes, not of 4s")
+        return stock(input_.contiguous().view(torch.int32)).view(input_.dtype)
+
+    return tensor_model_parallel_all_reduce
+
+
+def whole_numbers_alone(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A reduction of vLLM's groups of ranks, which refuses to add floating-point numbers over more than one.
+
+    Raises:
+        RuntimeError: the sum's order, and so its bits, would depend on the number of ranks.
+    """
+
+    @functools.wraps(stock)
+    def reduce(self: Any, input_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.world_size > 1 and input_.is_floating_point():
+            raise RuntimeError(
+                f"vllm_plugin: {stock.__name__} of {str(input_.dtype).removeprefix('torch.')} {list(input_.shape)} "
+                f"over {self.world_size} ranks has bits that depend on their number, so one GPU, or training, would "
+                "have others; this model needs tensor_parallel_size=1"
+            )
+        return stock(self, input_, *args, **kwargs)
+
+    return reduce
+
+
+_LINEAR = "vllm.model_executor.layers.linear"
+_GROUPS = "vllm.distributed.parallel_state"
+_WHY = "adds partial outputs over ranks, so that each tensor-parallel size has bits of its own"
+
+REPLACED = (
+    Replaced(_LINEAR, "RowParallelLinear.__init__", ("self", "input_size", "output_size"), cut_along_outputs, _WHY),
+    Replaced(_LINEAR, "RowParallelLinear.weight_loader_v2", ("self", "param", "loaded_weight"), load_outputs, _WHY),
+    Replaced(_LINEAR, "RowParallelLinear.forward", ("self", "input_"), whole_inputs, _WHY),
+    Replaced(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "tensor_model_parallel_all_reduce",
+        ("input_",),
+        sum_of_bits,
+        "adds rows of an embedding to zeros as numbers, which loses the sign of a zero",
+    ),
+    Replaced(_GROUPS, "GroupCoordinator.all_reduce", ("self", "input_"), whole_numbers_alone, _WHY),
+    Replaced(_GROUPS, "GroupCoordinator.reduce_scatter", ("self", "input_"), whole_numbers_alone, _WHY),
+)

@@ -1,0 +1,144 @@
+"""vLLM's tensor parallelism under the plugin has the bits of one GPU; on ranks that talk over gloo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from fake_vllm import EMBEDDING, LINEAR, Linear, installed
+from fake_vllm_parallel import DISTRIBUTED, GROUPS, n_ranks, rank
+
+from bi_ops import vllm_plugin
+from bi_ops.core import runtime, vllm
+from bi_ops.vllm_plugin import layers
+
+pytestmark = pytest.mark.skipif(not runtime.INTERPRET, reason="the stand-in for vLLM computes on the CPU")
+
+HIDDEN, INNER, VOCAB = 32, 96, 64
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed": (VOCAB, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER), "bias": (HIDDEN,)}
+    made = {n: torch.randn(s, generator=generator).bfloat16() for n, s in shapes.items()}
+    made["embed"][:, ::3] = -0.0
+    return made
+
+
+def mlp(version: str, plugin: bool, **options: Any) -> dict[str, torch.Tensor]:
+    """Embedding, column-parallel and row-parallel layer of vLLM's on this rank, before and after an update."""
+    out: dict[str, torch.Tensor] = {}
+    with pytest.MonkeyPatch.context() as patch, installed(patch, version) as modules:
+        if plugin:
+            vllm_plugin.register()
+        first, second = weights(0), weights(1)
+        share = INNER // n_ranks()
+        rows = slice(rank() * share, (rank() + 1) * share)
+        model: Any = torch.nn.Module()
+        model.embed = modules[EMBEDDING].VocabParallelEmbedding(first["embed"])
+        model.up = Linear(HIDDEN, share)
+        model.up.weight.data.copy_(first["up"][rows])
+        model.down = modules[LINEAR].RowParallelLinear(INNER, HIDDEN, prefix="model.layers.0.mlp.down_proj", **options)
+        model.down.bias.data.copy_(first["bias"])
+        layers.attach(model, vllm.RELEASES[version])
+        x = model.embed(torch.tensor([0, 5, 63, 17, 32, 31, 5]))
+        out["embedded"] = x
+        for name, each in (("first", first), ("second", second)):
+            weight = model.down.weight
+            weight.weight_loader(weight, each["down"])
+            y, bias = model.down(model.up(x))
+            assert (bias is None) is not options.get("skip_bias_add", False)
+            out[name], out["weight"] = y, weight.data.clone()
+    return out
+
+
+CASES = [("0.26.0", 2), ("0.33.0", 4)]
+
+
+def on_a_rank(version: str) -> dict[str, Any]:
+    """Everything that is asked of the ranks, at once: to start them takes longer."""
+    return {
+        "ours": mlp(version, True),
+        "handed on": mlp(version, True, skip_bias_add=True),
+        "stock": mlp(version, False),
+        "refused": refusals(version),
+    }
+
+
+@pytest.fixture(scope="module", params=CASES, ids=["2 ranks, 0.26", "4 ranks, 0.33"])
+def found(request) -> tuple[str, list[dict[str, Any]]]:
+    version, size = request.param
+    return version, ranks.run(size, on_a_rank, version)
+
+
+def refusals(version: str) -> list[str]:
+    """What is refused on several ranks, by its message."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch, installed(patch, version) as modules:
+        vllm_plugin.register()
+        build = modules[LINEAR].RowParallelLinear
+        quantized = type("Quantized", (build,), {"method": type("Fp8LinearMethod", (build.method,), {})})
+        group, x = modules[DISTRIBUTED].group, torch.ones(2, 4)
+        for call in (
+            lambda: build(INNER, 33, prefix="o_proj"),
+            lambda: build(95, HIDDEN, prefix="o_proj"),
+            lambda: build(INNER, HIDDEN, bias=False, reduce_results=False, prefix="experts.down_proj"),
+            lambda: quantized(INNER, HIDDEN, prefix="o_proj"),
+            lambda: group.all_reduce(x),
+            lambda: group.reduce_scatter(x),
+        ):
+            with pytest.raises((ValueError, RuntimeError)) as error:
+                call()
+            found.append(f"{type(error.value).__name__}: {error.value}")
+        assert build(95, 33, bias=False, disable_tp=True).weight.shape == (33, 95)
+        assert torch.equal(group.all_reduce(x.long()), n_ranks() * x.long())  # exact in any order
+    return found
+
+
+def test_every_size_has_the_bits_of_one_gpu(found):
+    version, each = found
+    alone, down = mlp(version, True), weights(1)["down"]
+    assert torch.equal(alone["weight"], down)
+    for index, result in enumerate(each):
+        ours = result["ours"]
+        for name in ("embedded", "first", "second"):
+            assert torch.equal(ours[name].view(torch.int16), alone[name].view(torch.int16))
+        assert torch.equal(ours["weight"], down.chunk(len(each))[index])  # cut along the outputs, after an update too
+    stock = each[0]["stock"]  # the control: partial outputs are added over ranks
+    assert not torch.equal(stock["first"], alone["first"])
+    assert not torch.equal(stock["embedded"].view(torch.int16), alone["embedded"].view(torch.int16))  # -0.0 is lost
+    assert torch.equal(stock["embedded"], alone["embedded"])
+
+
+def test_a_bias_that_is_handed_on_is_not_added(found):
+    version, each = found
+    alone = mlp(version, True, skip_bias_add=True)["first"]
+    assert not torch.equal(alone, mlp(version, True)["first"])
+    assert torch.equal(each[-1]["handed on"]["first"], alone)
+
+
+def test_what_cannot_have_the_bits_of_one_gpu_is_refused_by_name(found):
+    _, each = found
+    n, first = len(each), each[0]["refused"]
+    assert all(result["refused"] == first for result in each)
+    outputs, inputs, handed_on, quantized, reduced, scattered = first
+    assert outputs.startswith(
+        f"ValueError: vllm_plugin: o_proj has 33 outputs, no multiple of tensor_parallel_size={n}"
+    )
+    assert "o_proj has 95 inputs" in inputs
+    assert f"experts.down_proj [32, 96] leaves the sum over {n} ranks to its caller" in handed_on
+    assert "o_proj is quantized with Fp8LinearMethod" in quantized
+    assert reduced.startswith(f"RuntimeError: vllm_plugin: all_reduce of float32 [2, 4] over {n} ranks has bits")
+    assert "reduce_scatter of float32 [2, 4]" in scattered
+    assert all("tensor_parallel_size" in message for message in first)
+
+
+def test_one_gpu_keeps_vllms_own_layer(monkeypatch):
+    with installed(monkeypatch) as modules:
+        stock = modules[LINEAR].RowParallelLinear(INNER, HIDDEN).weight.shape
+        vllm_plugin.register()
+        assert modules[LINEAR].RowParallelLinear(INNER, HIDDEN).weight.shape == stock == (HIDDEN, INNER)
+        x = torch.ones(2, 4)
+        assert modules[GROUPS].GroupCoordinator().all_reduce(x) is x
