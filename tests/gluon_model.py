@@ -457,6 +457,8 @@ class gl:
         return _same(args[0])
 
     def load(pointer, mask=None, other=None):
+        if pointer.shared and not here.waited:
+            fail(f"{here.name}: reads what the kernels before may write, without waiting for them")
         if isinstance(pointer.at, Tensor):
             return pointer.at.like(pointer.at.shape)
         return Index(pointer.memory[pointer.at])
@@ -475,10 +477,10 @@ class gl:
             np.add.at(pointer.memory, at, 1)
 
     def warp_specialize(parts: Any, warps, registers):
-        program = here.program, here.programs
+        program, waited = (here.program, here.programs), here.waited
 
         def run(i, part, args):
-            (here.program, here.programs), here.warps = program, [4, *warps][i]
+            (here.program, here.programs), here.warps, here.waited = program, [4, *warps][i], waited
             here.name = f"program {here.program}, part {i} {part.__name__}"
             try:
                 part(*args)

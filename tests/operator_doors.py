@@ -380,6 +380,7 @@ ONE_DOOR_FUNCTIONS = {
     "matmul.accumulate_weight_grad": "what linear's main_grad calls",
     "matmul.inference_linear": "what the plugin calls, without a gradient; its bits are compared in test_matmul_decode",
     "attention.paged_attention": "decoding: no gradient; compared with flash_attention in test_attention_paged.py",
+    "attention.write_cache": "a copy, in test_attention_cache.py",
     "attention.check_cu_seqlens": "a check",
     "rope.cos_sin_cache": "a table of constants",
     "logprob.sampled_logprobs": "bi_ops's own; against its reference in test_logprob_sampled.py",

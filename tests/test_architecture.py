@@ -64,7 +64,7 @@ FROM_ORDER: dict[str, frozenset[str]] = {
 NO_CONSTANT_SHAPES_A_SUM = frozenset(
     {
         *("rope_kernel", "embedding_kernel", "token_logprobs_dx_kernel", "sampled_logprobs_dx_kernel"),
-        *("silu_and_mul_kernel", "silu_and_mul_backward_kernel"),
+        *("silu_and_mul_kernel", "silu_and_mul_backward_kernel", "write_cache_kernel"),
         *("pairwise_sum_kernel", "scale_kernel", "adamw_kernel"),
         *("wgrad_kernel", "decode_matmul_kernel"),  # the tensor cores' step of 16 elements, whatever the tile
         *("attention_dq_hopper_kernel", "attention_dkv_hopper_kernel"),  # of one order, which `check_order` compares

@@ -7,6 +7,7 @@ What they compute is shown on the GPU alone (`test_attention_hopper.py`).
 # mypy: disable-error-code="arg-type, call-arg, call-overload, misc, union-attr"
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -113,10 +114,32 @@ def run_decode(n_queries, lengths, kernels=decode, hkv=2, heads=2, page=16, slot
     if not options.pop("decoding", False) or max(n_queries) * heads > 64:
         tiles += t * heads // 64
     q, out = outputs(0, t * hkv * heads * d)
+    cu_q, used = pointers(inside(n_queries, before), lengths)
+    prefetch = options.pop("prefetch", 0)
+    for memory in (cache, q, out, *(() if prefetch else (cu_q, used, table))):
+        memory.shared = True
     unused = model.launch(
         *(kernels.attention_decode_kernel, tiles * hkv, cache, cache, q, out),
-        *(*pointers(inside(n_queries, before), lengths), table, 1.0, t, n_seqs, hkv * heads * d, d, columns),
-        *(page, 0, d, page, 0, d, hkv, heads, d, block_d, block_n, page, slots, 1, causal, options.pop("large", False)),
+        *(cu_q, used, table, 1.0, t, n_seqs, hkv * heads * d, d, columns),
+        *(
+            page,
+            0,
+            d,
+            page,
+            0,
+            d,
+            prefetch,
+            hkv,
+            heads,
+            d,
+            block_d,
+            block_n,
+            page,
+            slots,
+            1,
+            causal,
+            options.pop("large", False),
+        ),
         **options,
     )
     assert once(out)
@@ -244,7 +267,7 @@ def test_any_lengths_decode(seed):
                 *(n_queries, [r.choice(EDGES) for _ in n_queries]),
                 **{"hkv": r.choice([1, 2]), "heads": heads, "page": r.choice([8, 16, 48, 64, 256])},
                 **{"slots": r.choice([2, 3, 4, 5, 16]), "causal": r.random() < 0.7, "seed": seed},
-                **{"head_dim": r.choice([40, 64]), "decoding": r.random() < 0.5},
+                **{"head_dim": r.choice([40, 64]), "decoding": r.random() < 0.5, "prefetch": r.choice([0, 1])},
             )
 
 
@@ -300,6 +323,9 @@ def test_every_barrier_is_used():
     assert run_dq(lengths, lengths) == 0
 
 
+#: With metadata that no kernel in flight writes, and a sequence without keys, whose producers copy nothing.
+run_ahead = functools.partial(run_decode, prefetch=1, outside=(1, 1))
+
 BROKEN = [
     (forward, run_forward, "(v_empty.index(i), count=WARP_GROUPS)", "(v_empty.index(i), count=1)"),
     (forward, run_forward, "wait_empty(empty, step)", "pass"),
@@ -310,14 +336,19 @@ BROKEN = [
     (dkv, run_dkv, "wait_empty(args.empty, step)", "pass"),
     (dq, run_dq, "mbarrier.wait(args.v_empty, (step & 1) ^ 1)", "pass"),
     (decode, run_decode, "position = gl.maximum(2 * i - 1, 0)", "position = 2 * i"),
+    (decode, run_decode, "    if prefetch == 0:\n        wait_for_predecessors()", "    pass"),
+    (decode, run_ahead, "BOX, BOXES)\n        wait_for_predecessors()", "BOX, BOXES)"),
+    (decode, run_ahead, "    wait_for_predecessors()\n    _store_q(args)", "    _store_q(args)"),
+    (decode, run_ahead, "last steps\n        wait_for_predecessors()", "last steps"),
 ]
 
 
-@pytest.mark.parametrize("broken", BROKEN, ids=lambda b: f"{b[1].__name__[4:]}-{BROKEN.index(b)}")
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda b: f"{b[0].__name__[24:]}-{BROKEN.index(b)}")
 def test_what_is_broken_is_caught(broken, tmp_path):
     """Negative control: each line left out or changed is noticed."""
     module, run, line, instead = broken
     other = model.edited(module, line, instead, tmp_path)
-    first = [1, 3] if run is run_decode else [128, 640]
+    first = [1, 3] if module is decode else [128, 640]
+    second = [0, 128] if run is run_ahead else [128, 640]
     with pytest.raises((model.Failure, AssertionError)):
-        [run(first, [128, 640], kernels=other, seed=seed) for seed in range(10)]
+        [run(first, second, kernels=other, seed=seed) for seed in range(10)]

@@ -299,6 +299,14 @@ OPERATORS = {
         },
         reference=attended,
     ),
+    "attention.write_cache": named(
+        "write_cache",
+        call=attention.write_cache,
+        args=lambda: {
+            **{"k": rand(2, 1, 16), "v": rand(2, 1, 16), "k_cache": rand(3, 4, 1, 16), "v_cache": rand(3, 4, 1, 16)},
+            **{"slot_mapping": ints(7, 2, dtype=torch.int64), "constant_metadata": False},
+        },
+    ),
     "attention.masked_attention": named(
         *("masked_attention", "attention"),
         call=attention.masked_attention,

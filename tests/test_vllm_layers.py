@@ -160,13 +160,15 @@ def test_qwen3_normalises_and_rotates_in_one_kernel(vllm, monkeypatch):
     apart = Qwen3Attention.forward(layer, positions, x)  # vLLM's forward over the same norms, one by one
     calls, fused = [], norm.qk_norm_rope
 
-    def counted(*args):
-        calls.append(args)
-        return fused(*args)
+    def counted(*args, **options):
+        calls.append(options["constant_weight"])
+        return fused(*args, **options)
 
     monkeypatch.setattr(norm, "qk_norm_rope", counted)
+    layer.rotary_emb.cos_sin_cache = layer.rotary_emb.cos_sin_cache.float()
     out = layer(positions, x)
-    assert len(calls) == 1
+    assert torch.equal(out, layer(positions, x))
+    assert calls == [False, True]  # the first call converts the angles, which a graph would write
     assert torch.equal(out, apart)
     assert not torch.equal(out, layer(positions.flip(0), x))
     assert torch.equal(layer(positions[2:3], x[2:3]), out[2:3])

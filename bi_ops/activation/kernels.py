@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from bi_ops.core import pdl
 from bi_ops.core.runtime import INTERPRET
 from bi_ops.core.triton_helpers import cast, widen
 
@@ -38,7 +39,9 @@ def silu_and_mul_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     LARGE: tl.constexpr,  # D is too long for columns in 32 bits
+    PDL: tl.constexpr,
 ):
+    pdl.begin(0, PDL)
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     o_c = widen(tl.program_id(1), LARGE) * COLS + tl.arange(0, COLS)[None, :]
     m = (o_r < R) & (o_c < D)

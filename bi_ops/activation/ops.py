@@ -6,7 +6,8 @@ import torch
 
 from bi_ops.activation.config import TileConfig, tile_config
 from bi_ops.activation.kernels import silu_and_mul_backward_kernel, silu_and_mul_kernel
-from bi_ops.core import checks
+from bi_ops.core import arch as arches
+from bi_ops.core import checks, pdl
 from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
@@ -38,7 +39,7 @@ def launch(
     sizes = (n_rows, n_cols, x2.stride(0), c.rows, c.cols)
     options = {"LARGE": 2 * n_cols >= SMALL, "num_warps": c.num_warps}
     if g is None:
-        silu_and_mul_kernel[grid](x2, out, *sizes, **options, **PINNED)
+        silu_and_mul_kernel[grid](x2, out, *sizes, **options, **pdl.launch_options(arches.of(x.device)), **PINNED)
     else:
         silu_and_mul_backward_kernel[grid](g.contiguous(), x2, out, *sizes, **options, **PINNED)
     return out

@@ -72,14 +72,16 @@ class AttentionBackend(Backend):
         sinks: torch.Tensor | None,
         order: AttentionOrder,
         arch: Arch,
+        constant_metadata: bool,
     ) -> None:
         """Write out [T, Hq, D], contiguous: caches [blocks, block_size, Hkv, D], table int32 [B, max_blocks].
 
         max_q: at least the longest query, or None: the launch must then serve any split of the T tokens.
+        constant_metadata: as `paged_attention`; a backend may ignore it.
         """
         assert isinstance(order.forward, KeySteps), f"{order.forward} is not of the own kernels"
         paged = (q, k_cache, v_cache, table, cu_q, seqlens_k, max_q)
-        launch.paged_forward(*paged, params, sinks, order.forward, arch, out=out)
+        launch.paged_forward(*paged, params, sinks, order.forward, arch, out=out, constant_metadata=constant_metadata)
 
     def backward(
         self,
@@ -155,7 +157,9 @@ class VllmBackend(AttentionBackend):
             launch.clear_outside(seqlens.cu_q, out, lse)
         return out, lse
 
-    def paged_forward(self, out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, sinks, order, arch):
+    def paged_forward(
+        self, out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, sinks, order, arch, constant_metadata
+    ):
         page = k_cache.shape[1]
         if page % vllm.PAGE_MULTIPLE != 0:
             raise RuntimeError(

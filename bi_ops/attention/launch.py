@@ -175,11 +175,12 @@ def paged_forward(
     arch: Arch,
     config: DecodeConfig | ForwardConfig | KernelConfig | None = None,
     out: torch.Tensor | None = None,
+    constant_metadata: bool = False,
 ) -> torch.Tensor:
     """[T, Hq, D], contiguous: `forward` over pages [blocks, block_size, Hkv, D], the same bits.
 
     max_q: at least the longest query, or None: then the launch is that of any split of the tokens into sequences, as a
-    CUDA graph needs it. out: where it is written to.
+    CUDA graph needs it. out: where it is written to. constant_metadata: as `paged_attention`.
     """
     out = q.new_empty(q.shape) if out is None else out
     if config is None:
@@ -188,7 +189,7 @@ def paged_forward(
         from bi_ops.attention.hopper.decode import launch
 
         decoding = max_q is not None and max_q * (q.shape[1] // k_cache.shape[2]) <= config.rows
-        rest = (params.causal, params.scale, order, config)
+        rest = (params.causal, params.scale, order, config, constant_metadata)
         launch(q, k_cache, v_cache, table, cu_q, seqlens_k, out, decoding, *rest)
         return out
     if isinstance(config, ForwardConfig):

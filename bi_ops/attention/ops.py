@@ -170,6 +170,7 @@ def _run_paged(
     params: AttentionParams,
     backend: str,
     sinks: torch.Tensor | None,
+    constant_metadata: bool,
 ) -> None:
     """Write out [T, Hq, D], contiguous."""
     if max_q is not None or q.device.type == "cpu":
@@ -179,7 +180,8 @@ def _run_paged(
         check_pages(k_cache, table, seqlens_k)
     chosen, arch = backends.get(backend), arches.of(q.device)
     order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks), True), arch)
-    chosen.paged_forward(out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, sinks, order, arch)
+    paged = (out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q)
+    chosen.paged_forward(*paged, params, sinks, order, arch, constant_metadata)
 
 
 @custom_op("bi_ops::paged_attention")
@@ -198,9 +200,10 @@ def _paged(
     right: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    constant_metadata: bool = False,
 ) -> torch.Tensor:
     out, params = q.new_empty(q.shape), AttentionParams(causal, scale, left, right, softcap)
-    _run_paged(out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, backend, sinks)
+    _run_paged(out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, backend, sinks, constant_metadata)
     return out
 
 
@@ -226,9 +229,10 @@ def _paged_out(
     right: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    constant_metadata: bool = False,
 ) -> None:
     params = AttentionParams(causal, scale, left, right, softcap)
-    _run_paged(out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, backend, sinks)
+    _run_paged(out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, backend, sinks, constant_metadata)
 
 
 @_paged_out.register_fake
@@ -379,6 +383,7 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     backend: str | None = None,
     out: torch.Tensor | None = None,
+    constant_metadata: bool = False,
 ) -> torch.Tensor:
     """`flash_attention` with keys and values in pages: decoding and chunked prefill. Forward only, the same bits.
 
@@ -392,6 +397,9 @@ def paged_attention(
         causal, softmax_scale, window_size, softcap, sinks and backend: as `flash_attention`. Blocks before the first
             new token's window may hold anything.
         out: [T, Hq, D], contiguous, of q's dtype: where the result is written.
+        constant_metadata: no kernel of the CUDA graph that is being captured writes block_table, cu_seqlens_q or
+            seqlens_k. They are then read while the kernel before still runs (`bi_ops.core.pdl`). Outside a capture it
+            changes nothing.
 
     Returns:
         [T, Hq, D], contiguous, in the dtype of q: out if it is given. Rows of no sequence are zeros.
@@ -428,10 +436,13 @@ def paged_attention(
     check_rows(op, q.shape[0], q.shape[1], n)
     check_cache_head_dim(op, q.shape[2], v_cache.shape[3])
     name = select(operator.index(q.shape[2]), q.dtype, params.features(sinks), q.device, backend, paged=True)
-    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    checks.boolean(op, "constant_metadata", constant_metadata)
+    metadata = block_table, cu_seqlens_q, seqlens_k
+    dense = [t if t.stride(-1) == 1 else t.contiguous() for t in metadata]
+    constant_metadata = constant_metadata and all(a is b for a, b in zip(dense, metadata, strict=True))  # no new copy
     given = (
-        *(q, k_cache, v_cache, table, cu_seqlens_q.contiguous(), seqlens_k.contiguous(), max_seqlen_q, causal, scale),
-        *(name, params.left, params.right, params.softcap, sinks if sinks is None else sinks.contiguous()),
+        *(q, k_cache, v_cache, *dense, max_seqlen_q, causal, scale, name, params.left, params.right, params.softcap),
+        *(sinks if sinks is None else sinks.contiguous(), constant_metadata),
     )
     if out is None:
         return _paged(*given)

@@ -7,7 +7,7 @@ the SMs together have megabytes in flight. wgmma multiplies 64 rows whatever M i
 are what follows in shared memory. Rows do not mix, and those are not stored.
 
 A decoding step is a chain of such kernels, each hardly longer than its own launch and first load. So they overlap
-(`bi_ops.gluon.pdl`): while the kernel before computes x, this one starts, and loads weights if it may.
+(`bi_ops.core.pdl`): while the kernel before computes x, this one starts, and loads weights if it may.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import SMALL
+from bi_ops.core.pdl import launch_dependents, wait_for_predecessors
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
-from bi_ops.gluon.pdl import launch_dependents, wait_for_predecessors
 from bi_ops.gluon.pipeline import allocate_barriers, init_barriers, next_stage, previous_stage
 from bi_ops.matmul.config import DecodeConfig, decode_config
 from bi_ops.matmul.launch import TENSOR_CORE_DTYPES
@@ -147,7 +147,7 @@ def launch(
 ) -> None:
     """out[M, N] = x[M, K] @ weight[N, K].T + bias[N], the bias in the accumulator, of operands that `serves` accepts.
 
-    prefetch: no kernel in flight writes the weight (`bi_ops.gluon.pdl`, rule 3). config: None for that of
+    prefetch: no kernel in flight writes the weight (`bi_ops.core.pdl`, rule 3). config: None for that of
     `config.decode_config`.
     """
     (m, k), n = x.shape, weight.shape[0]

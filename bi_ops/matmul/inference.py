@@ -20,7 +20,7 @@ def inference_linear(
         x: [..., K], bf16, fp16 or fp32. weight: [N, K], the dtype of x.
         bias: [N] or None, added in the fp32 accumulator, which is rounded once (order "in_accumulator").
         constant_weight: no kernel of the CUDA graph that is being captured writes the weight. The kernel then reads it
-            while the kernel before still runs; see `bi_ops.gluon.pdl`. Outside a capture it changes nothing: a weight
+            while the kernel before still runs; see `bi_ops.core.pdl`. Outside a capture it changes nothing: a weight
             update may be in flight.
 
     Returns:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bi_ops.core import pdl
 from bi_ops.core.triton_helpers import cast, sum_front_to_back, widen
 
 #: Chunks of one column that lie side by side in the partial sums of dweight: 16 bytes, one load of a thread.
@@ -86,15 +87,12 @@ def squares(b_x, o_r, o_c, R, N):
 
 
 @triton.jit
-def _store_y(
-    p_y, p_w, b_x, rstd, start, o_r, o_c, R, N, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr
-):
-    dtype: tl.constexpr = p_y.dtype.element_ty
-    b_y = b_x * rstd[:, None] * _weight(p_w, start, N, 1.0, dtype, CHUNKS, BLOCK, HAS_WEIGHT)
-    tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, cast(b_y, dtype), mask=(o_r < R)[:, None] & (o_c < N))
+def _store_y(p_y, b_w, b_x, rstd, o_r, o_c, R, N):
+    b_y = cast(b_x * rstd[:, None] * b_w, p_y.dtype.element_ty)
+    tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, b_y, mask=(o_r < R)[:, None] & (o_c < N))
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "prefetch"])
 def rms_norm_kernel(
     p_x,  # [R, N]
     p_residual,  # [R, N] or None: added to x, rounded, before the norm
@@ -110,14 +108,21 @@ def rms_norm_kernel(
     stride_xh,  # from head to head
     stride_rt,  # the residual's
     stride_rh,
+    prefetch,  # of `core.pdl`: the weight is constant
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,  # 0: too many to hold, so the row is read twice, chunk by chunk
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     LARGE: tl.constexpr,  # there are too many rows or columns for 32 bits
+    PDL: tl.constexpr,
 ):
+    dtype: tl.constexpr = p_y.dtype.element_ty
+    pdl.begin(prefetch, PDL)
     o_r, o_c = _tile(0, ROWS, CHUNKS, BLOCK, LARGE)
+    if CHUNKS > 0:  # a cold weight takes as long as the rest, so it is asked for first
+        b_w = _weight(p_w, 0, N, 1.0, dtype, CHUNKS, BLOCK, HAS_WEIGHT)
+    pdl.begin_after_loads(PDL)
     if CHUNKS > 0:
         b_x = _load_x(
             p_x, p_residual, p_sum, o_r, o_c, R, N, H, stride_xt, stride_xh, stride_rt, stride_rh, HAS_RESIDUAL
@@ -137,7 +142,7 @@ def rms_norm_kernel(
     tl.store(p_rstd + o_r, rstd, mask=o_r < R)
 
     if CHUNKS > 0:
-        _store_y(p_y, p_w, b_x, rstd, 0, o_r, o_c, R, N, CHUNKS, BLOCK, HAS_WEIGHT)
+        _store_y(p_y, b_w, b_x, rstd, o_r, o_c, R, N)
     else:
         for start in range(0, widen(N, LARGE), BLOCK):
             o_r, o_c = _tile(start, ROWS, 1, BLOCK, LARGE)
@@ -145,7 +150,8 @@ def rms_norm_kernel(
                 b_x = _load_x(p_sum, None, None, o_r, o_c, R, N, 1, N, 0, 0, 0, False)
             else:
                 b_x = _load_x(p_x, None, None, o_r, o_c, R, N, H, stride_xt, stride_xh, 0, 0, False)
-            _store_y(p_y, p_w, b_x, rstd, start, o_r, o_c, R, N, 1, BLOCK, HAS_WEIGHT)
+            b_w = _weight(p_w, start, N, 1.0, dtype, 1, BLOCK, HAS_WEIGHT)
+            _store_y(p_y, b_w, b_x, rstd, o_r, o_c, R, N)
 
 
 @triton.jit

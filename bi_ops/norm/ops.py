@@ -7,7 +7,7 @@ import math
 import torch
 
 from bi_ops.core import arch as arches
-from bi_ops.core import checks, runtime
+from bi_ops.core import checks, pdl, runtime
 from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import SMALL, check_programs
 from bi_ops.core.operators import custom_op
@@ -45,6 +45,7 @@ def launch_forward(
     weight: torch.Tensor | None,
     eps: float,
     config: RowConfig | None = None,
+    constant_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, x + residual, 1 / rms); the second is empty without a residual. config: None for the one of this size."""
     n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
@@ -53,12 +54,14 @@ def launch_forward(
     rstd = x.new_empty(n_rows, dtype=torch.float32)
     if x.numel() > 0:
         heads, ((x_rows, *x_strides), (residual_rows, *residual_strides)) = head_rows((x, residual))
-        order = orders.order(orders.Problem(n_cols, x.dtype), arches.of(x.device))
+        arch = arches.of(x.device)
+        order = orders.order(orders.Problem(n_cols, x.dtype), arch)
         c = config or row_config(n_rows, n_cols, x.itemsize, order.rows)
+        w = None if weight is None else aligned_rows(weight)
         rms_norm_kernel[(cdiv(n_rows, c.rows),)](
             x_rows,
             residual_rows,
-            None if weight is None else aligned_rows(weight),
+            w,
             y,
             total,
             rstd,
@@ -68,6 +71,7 @@ def launch_forward(
             eps,
             *x_strides,
             *residual_strides,
+            pdl.prefetch(constant_weight, (w, weight)),
             ROWS=c.rows,
             CHUNKS=c.chunks,
             BLOCK=order.rows.tile(n_cols, c.chunks > 0),
@@ -75,6 +79,7 @@ def launch_forward(
             HAS_WEIGHT=weight is not None,
             LARGE=_is_large(n_rows, n_cols),
             num_warps=order.rows.num_warps,
+            **pdl.launch_options(arch),
             **PINNED,
         )
     return y, total, rstd
@@ -165,25 +170,27 @@ def launch_backward(
 
 
 @custom_op("bi_ops::rms_norm")
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    y, _, rstd = launch_forward(x, None, weight, eps)
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, constant_weight: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, _, rstd = launch_forward(x, None, weight, eps, constant_weight=constant_weight)
     return y, rstd
 
 
 @_rms_norm.register_fake
-def _(x, weight, eps):
+def _(x, weight, eps, constant_weight=False):
     return x.new_empty(x.shape), x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
 @custom_op("bi_ops::add_rms_norm")
 def _add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, constant_weight: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return launch_forward(x, residual, weight, eps)
+    return launch_forward(x, residual, weight, eps, constant_weight=constant_weight)
 
 
 @_add_rms_norm.register_fake
-def _(x, residual, weight, eps):
+def _(x, residual, weight, eps, constant_weight=False):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
@@ -227,15 +234,15 @@ def _(main_grad, g, g_sum, x, weight, rstd, need_x, need_weight):
 
 
 def _norm_setup(ctx, inputs, output):
-    x, weight, _ = inputs
+    x, weight, *_ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _norm_backward(ctx, g, _):
-    need_x, need_weight, _ = ctx.needs_input_grad
+    need_x, need_weight, *_ = ctx.needs_input_grad
     dx, dw = _rms_norm_backward(g, None, *ctx.saved_tensors, need_x, need_weight)
-    return dx if need_x else None, dw if need_weight else None, None
+    return dx if need_x else None, dw if need_weight else None, None, None
 
 
 def _add_norm_setup(ctx, inputs, output):
@@ -245,9 +252,9 @@ def _add_norm_setup(ctx, inputs, output):
 
 
 def _add_norm_backward(ctx, g, g_sum, _):
-    *need_either, need_weight, _ = ctx.needs_input_grad
+    *need_either, need_weight, _, _ = ctx.needs_input_grad
     dx, dw = _rms_norm_backward(g, g_sum, *ctx.saved_tensors, any(need_either), need_weight)
-    return *(dx if needed else None for needed in need_either), dw if need_weight else None, None
+    return *(dx if needed else None for needed in need_either), dw if need_weight else None, None, None
 
 
 _rms_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
@@ -321,6 +328,8 @@ def rms_norm(
     weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     main_grad: torch.Tensor | None = None,
+    *,
+    constant_weight: bool = False,
 ) -> torch.Tensor:
     """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimension (Zhang and Sennrich, 2019).
 
@@ -334,6 +343,8 @@ def rms_norm(
         eps: >= 0.
         main_grad: fp32 [N], contiguous, or None. If given, the weight's sum is accumulated in it, in place, and
             `weight.grad` stays as it is: cut at multiples of TOKEN_STEP rows, a batch ends in the bits of one pass.
+        constant_weight: no kernel of the CUDA graph that is being captured writes the weight. The kernel then reads it
+            while the kernel before still runs (`bi_ops.core.pdl`). Outside a capture it changes nothing.
 
     Returns:
         [..., N] in the dtype of x.
@@ -342,9 +353,10 @@ def rms_norm(
         TypeError: an unsupported dtype. ValueError: wrong shape, device or eps; main_grad without a weight.
     """
     _check("rms_norm", x, weight, eps, main_grad)
+    checks.boolean("rms_norm", "constant_weight", constant_weight)
     if main_grad is not None:
         return _NormIntoBuffer.apply(x, weight, eps, main_grad)
-    return _rms_norm(x, weight, eps)[0]
+    return _rms_norm(x, weight, eps, constant_weight)[0]
 
 
 def add_rms_norm(
@@ -353,16 +365,20 @@ def add_rms_norm(
     weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     main_grad: torch.Tensor | None = None,
+    *,
+    constant_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(x + residual), x + residual), the sum rounded to the dtype of x before it is normalised.
 
     Args:
-        x, residual: [..., N], one dtype and shape. weight, eps, main_grad: as `rms_norm`.
+        x, residual: [..., N], one dtype and shape. weight, eps, main_grad, constant_weight: as
+            `rms_norm`.
 
     Raises:
         TypeError, ValueError: as `rms_norm`, and when x and residual differ in shape or dtype.
     """
     _check("add_rms_norm", x, weight, eps, main_grad)
+    checks.boolean("add_rms_norm", "constant_weight", constant_weight)
     checks.tensor("add_rms_norm", "residual", residual)
     checks.same_dtype("add_rms_norm", x=x, residual=residual)
     checks.same_device("add_rms_norm", x=x, residual=residual)
@@ -373,5 +389,5 @@ def add_rms_norm(
     )
     if main_grad is not None:
         return _AddNormIntoBuffer.apply(x, residual, weight, eps, main_grad)
-    y, total, _ = _add_rms_norm(x, residual, weight, eps)
+    y, total, _ = _add_rms_norm(x, residual, weight, eps, constant_weight)
     return y, total

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bi_ops.core import pdl
 from bi_ops.core.triton_helpers import cast, widen
 from bi_ops.norm.kernels import add_chunks, dx_of_held, load_weight, row_start, row_sum, squares, store_partial
 
@@ -66,26 +67,29 @@ def _forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LARGE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Queries or keys: y = the rotation of x * rstd * w, rounded before and after it."""
     dtype: tl.constexpr = p_y.dtype.element_ty
     o_r, o_1 = widen(tl.program_id(0), LARGE) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     o_c, o_p = o_1[None, :], _partner(o_1, HALF)
     m = (o_r < R)[:, None] & (o_c < N)
+    b_cos, b_sin = _angles(angles, o_r, o_1, R, N, H, HALF, False)
+    b_w = load_weight(p_w, o_1, N, 1.0, dtype)[None, :]
+    b_wp = load_weight(p_w, o_p, N, 1.0, dtype)[None, :]
+    pdl.begin_after_loads(PDL)
     p_row = p_x + row_start(o_r, H, stride_xt, 2 * HALF)
     b_x = tl.load(p_row + o_c, mask=m, other=0.0).to(tl.float32)
     b_xp = tl.load(p_row + o_p[None, :], mask=m, other=0.0).to(tl.float32)
-    b_cos, b_sin = _angles(angles, o_r, o_1, R, N, H, HALF, False)
 
     rstd = 1.0 / tl.sqrt(row_sum(squares(b_x, o_r, o_c, R, N), 1) / N + tl.cast(eps, tl.float32))
     tl.store(p_rstd + o_r, rstd, mask=o_r < R)
-    b_y = cast(b_x * rstd[:, None] * load_weight(p_w, o_1, N, 1.0, dtype)[None, :], dtype).to(tl.float32)
-    b_wp = load_weight(p_w, o_p, N, 1.0, dtype)[None, :]
+    b_y = cast(b_x * rstd[:, None] * b_w, dtype).to(tl.float32)
     b_yp = cast(b_xp * rstd[:, None] * b_wp, dtype).to(tl.float32)
     tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, _rotate(b_y, b_yp, b_cos, b_sin, o_c, HALF, dtype), mask=m)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "prefetch"])
 def qk_norm_rope_kernel(
     p_qkv,  # [T, (HQ + 2 * HK) * N]
     p_wq,  # [N]
@@ -101,27 +105,33 @@ def qk_norm_rope_kernel(
     P,
     eps,
     stride_t,
+    prefetch,  # of `core.pdl`: weights, positions and angles are constant
     HQ: tl.constexpr,
     HK: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LARGE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl.begin(prefetch, PDL)
     angles = (p_pos, p_cos_sin, P)
     T = widen(T, LARGE)
     if tl.program_id(1) == 0:
-        _forward(p_qkv, p_wq, angles, p_q, p_rstd, T * HQ, N, eps, stride_t, HQ, HALF, ROWS, BLOCK, LARGE)
+        _forward(p_qkv, p_wq, angles, p_q, p_rstd, T * HQ, N, eps, stride_t, HQ, HALF, ROWS, BLOCK, LARGE, PDL)
     elif widen(tl.program_id(0), LARGE) * ROWS < T * HK:
         p_keys = p_qkv + HQ * 2 * HALF
         if tl.program_id(1) == 1:
             p_rstd += T * HQ
-            _forward(p_keys, p_wk, angles, p_k, p_rstd, T * HK, N, eps, stride_t, HK, HALF, ROWS, BLOCK, LARGE)
+            _forward(p_keys, p_wk, angles, p_k, p_rstd, T * HK, N, eps, stride_t, HK, HALF, ROWS, BLOCK, LARGE, PDL)
         else:
+            pdl.begin_after_loads(PDL)
             o_r, o_c = widen(tl.program_id(0), LARGE) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
             m = (o_r < T * HK)[:, None] & (o_c < N)
             b_v = tl.load(p_keys + HK * 2 * HALF + row_start(o_r, HK, stride_t, 2 * HALF) + o_c, mask=m)
             tl.store(p_v + row_start(o_r, 1, N, 0) + o_c, b_v, mask=m)
+    else:
+        pdl.begin_after_loads(PDL)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bi_ops.core import arch as arches
-from bi_ops.core import checks
+from bi_ops.core import checks, pdl
 from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
@@ -42,6 +42,7 @@ def launch_forward(
     num_heads: int,
     eps: float,
     config: RowConfig | None = None,
+    constant_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(q, k, v, 1 / rms of the queries, then of the keys). config: None for the one of this size."""
     hq, hk, dim = _heads(qkv, q_weight, num_heads)
@@ -57,10 +58,11 @@ def launch_forward(
         order = _order(qkv, dim)
         c = config or row_config(n_tokens * hq, dim, qkv.itemsize, order.rows)
         rows = aligned_rows(qkv)
+        wq, wk = aligned_rows(q_weight), aligned_rows(k_weight)
         qk_norm_rope_kernel[(cdiv(n_tokens * max(hq, hk), c.rows), 3)](
             rows,
-            aligned_rows(q_weight),
-            aligned_rows(k_weight),
+            wq,
+            wk,
             positions,
             cos_sin,
             q,
@@ -72,6 +74,7 @@ def launch_forward(
             len(cos_sin),
             eps,
             rows.stride(0),
+            pdl.prefetch(constant_weight, (wq, q_weight), (wk, k_weight)),
             HQ=hq,
             HK=hk,
             HALF=dim // 2,
@@ -79,6 +82,7 @@ def launch_forward(
             BLOCK=order.rows.tile(dim, c.chunks > 0),
             LARGE=n_tokens * max(hq, hk) >= SMALL,
             num_warps=order.rows.num_warps,
+            **pdl.launch_options(arches.of(qkv.device)),
             **PINNED,
         )
     return q, k, v, rstd
@@ -171,12 +175,14 @@ def _qk_norm_rope(
     cos_sin: torch.Tensor,
     num_heads: int,
     eps: float,
+    constant_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return launch_forward(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps)
+    given = (qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps)
+    return launch_forward(*given, constant_weight=constant_weight)
 
 
 @_qk_norm_rope.register_fake
-def _(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps):
+def _(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps, constant_weight=False):
     hq, hk, dim = _heads(qkv, q_weight, num_heads)
     n_tokens = qkv.shape[0]  # not len(qkv), which under torch.compile makes a graph for each number of tokens
     rstd = qkv.new_empty(n_tokens * (hq + hk), dtype=torch.float32)
@@ -211,7 +217,7 @@ def _(q_weight_grad, k_weight_grad, accumulate, gq, gk, gv, qkv, *_):
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.num_heads, _ = inputs
+    *tensors, ctx.num_heads, _, _ = inputs
     ctx.save_for_backward(*tensors, output[3])
     ctx.mark_non_differentiable(output[3])
 
@@ -221,7 +227,7 @@ def _backward(ctx, gq, gk, gv, _):
     weight_grads = [torch.zeros_like(w) for w in saved[1:3]]
     dqkv = _qk_norm_rope_backward(*weight_grads, False, gq, gk, gv, *saved, ctx.num_heads)
     grads = zip((dqkv, *weight_grads), ctx.needs_input_grad, strict=False)
-    return *(g if needed else None for g, needed in grads), *[None] * 4
+    return *(g if needed else None for g, needed in grads), *[None] * 5
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_setup)
@@ -300,6 +306,8 @@ def qk_norm_rope(
     eps: float = 1e-6,
     q_main_grad: torch.Tensor | None = None,
     k_main_grad: torch.Tensor | None = None,
+    *,
+    constant_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries and keys of a fused projection, normalised per head, then turned by their positions' angles; and values.
 
@@ -314,6 +322,7 @@ def qk_norm_rope(
         num_heads: Hq. eps: >= 0.
         q_main_grad, k_main_grad: fp32 [D], contiguous; as `main_grad` of `rms_norm`. If one is given, so is the other,
             unless its weight is frozen.
+        constant_weight: as `rms_norm`; positions and cos_sin too are then not written by the graph.
 
     Returns:
         q [T, Hq, D], k and v [T, Hkv, D], contiguous, in the dtype of qkv.
@@ -325,9 +334,11 @@ def qk_norm_rope(
     op = "qk_norm_rope"
     _check(op, qkv, {"q_weight": q_weight, "k_weight": k_weight}, positions, cos_sin, num_heads)
     checks.shape(op, checks.real(op, "eps", eps) >= 0, lambda: f"eps must not be negative, got {eps}")
+    checks.boolean(op, "constant_weight", constant_weight)
+    constant_weight = constant_weight and positions.is_contiguous() and cos_sin.is_contiguous()  # else: a new copy
     inputs = (qkv, q_weight, k_weight, positions.contiguous(), cos_sin.contiguous(), num_heads, eps)
     if q_main_grad is None and k_main_grad is None:
-        return _qk_norm_rope(*inputs)[:3]
+        return _qk_norm_rope(*inputs, constant_weight)[:3]
     for name, buffer, weight in (("q_main_grad", q_main_grad, q_weight), ("k_main_grad", k_main_grad, k_weight)):
         if buffer is not None or weight.requires_grad:
             checks.main_grad(op, name, buffer, weight.shape, qkv.device)

@@ -325,6 +325,7 @@ SUBJECTS: tuple[Subject, ...] = (
 NOT_SUBJECTS = {
     "matmul.accumulate_weight_grad": "what linear's main_grad calls",
     "attention.paged_attention": "the other door of flash_attention: decode and paged",
+    "attention.write_cache": "a copy",
     "attention.check_cu_seqlens": "a check",
     "logprob.token_stats": "the forward of token_logprobs; a part of linear_token_logprobs too",
     "logprob.token_stats_backward_": "the backward of token_logprobs, in place; a part of linear_token_logprobs too",

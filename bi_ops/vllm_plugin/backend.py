@@ -1,7 +1,7 @@
 """vLLM's attention through bi_ops' own kernels: any head size, the bits that backend 'triton' trains with.
 
-FlashAttention 3 changes its tile between prefill and decode at some head sizes. A backend of vLLM's named CUSTOM, which
-writes the KV cache as FLASH_ATTN does and reads it with `paged_attention`, does not. Sliding windows, soft-capping and
+FlashAttention 3 changes its tile between prefill and decode at some head sizes. A backend of vLLM's named CUSTOM, whose
+KV cache is laid out as FLASH_ATTN's and read with `paged_attention`, does not. Sliding windows, soft-capping and
 sinks are that function's. Layers whose backend nobody named get it; full CUDA graphs hold decoding, prefill and both.
 """
 
@@ -121,7 +121,8 @@ def paged_output(
     """Attention of one layer over vLLM's cache, whatever is in the batch: prefill, chunks of it, decode.
 
     Waits for no GPU, and its launch depends on the numbers of tokens and sequences alone, not on
-    `metadata.max_query_len`: a CUDA graph serves every batch that vLLM pads to these.
+    `metadata.max_query_len`: a CUDA graph serves every batch that vLLM pads to these. vLLM writes the metadata before
+    the graph that reads it.
 
     Args:
         query: [T, Hq, D]. kv_cache: [blocks, Hkv, block_size, 2 * D], keys then values in the last dimension, any
@@ -144,8 +145,15 @@ def paged_output(
         sinks=sinks,
         backend="triton",
         out=output[:n],
+        constant_metadata=True,
     )
     return output
+
+
+def write_keys(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """The new tokens' keys and values [T, Hkv, D] to vLLM's cache, as `paged_output` reads it."""
+    k_cache, v_cache = kv_cache.transpose(1, 2).split(key.shape[-1], dim=-1)
+    attention.write_cache(key, value, k_cache, v_cache, slot_mapping, constant_metadata=True)
 
 
 @functools.cache
@@ -160,7 +168,7 @@ def _backend() -> Any:
     )
 
     class PagedAttentionImpl(FlashAttentionImpl):
-        """Writes the cache as its parent does, reads it with `paged_attention`."""
+        """Writes the cache with `write_cache` and reads it with `paged_attention`."""
 
         can_return_lse_for_decode = False  # so vLLM refuses it for decode context parallelism
         supports_dcp = False
@@ -173,6 +181,16 @@ def _backend() -> Any:
                 if sinks.shape != (self.num_heads,):
                     raise ValueError(f"attention: sinks must be [{self.num_heads}], got {list(sinks.shape)}")
                 self.sinks = sinks
+
+        def do_kv_cache_update(
+            self,
+            layer: torch.nn.Module,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            slot_mapping: torch.Tensor,
+        ) -> None:
+            write_keys(key, value, kv_cache, slot_mapping)
 
         def forward(
             self,

@@ -69,7 +69,7 @@ class LayerKernel(Point):
 def linear_of(layer: Any, release: Release) -> Function:
     """`apply` of an unquantized linear layer or LM head: one GEMM of bi_ops', the bias in the release's order.
 
-    vLLM captures no graph that writes weights, so a captured GEMM reads its weight ahead.
+    vLLM captures no graph that writes weights, positions or a batch's metadata, so what is captured reads these ahead.
     """
     run = functools.partial(matmul.inference_linear, constant_weight=True)
     in_accumulator = release.bias_order == "in_accumulator"
@@ -99,7 +99,9 @@ def norm_of(layer: Any, release: Release) -> Function:
         weight = layer.weight.data if weighted else None
         if weight is not None and weight.dtype != x.dtype:  # bi_ops would round the weight, vLLM does not
             return stock(layer, x, residual)
-        return norm.rms_norm(x, weight, eps) if residual is None else norm.add_rms_norm(x, residual, weight, eps)
+        if residual is None:
+            return norm.rms_norm(x, weight, eps, constant_weight=True)
+        return norm.add_rms_norm(x, residual, weight, eps, constant_weight=True)
 
     return forward
 
@@ -132,9 +134,10 @@ def qk_norm_rope_of(layer: Any, release: Release) -> Function:
         if positions.ndim != 1 or q_norm.weight.dtype != hidden_states.dtype:
             return stock(layer, positions, hidden_states)
         qkv, _ = layer.qkv_proj(hidden_states)
-        angles = rotary._match_cos_sin_cache_dtype(qkv)
-        weights = q_norm.weight.data, k_norm.weight.data
-        q, k, v = norm.qk_norm_rope(qkv, *weights, positions, angles, layer.num_heads, eps)
+        cached = rotary.cos_sin_cache
+        angles = rotary._match_cos_sin_cache_dtype(qkv)  # another tensor where it was just converted
+        given = (q_norm.weight.data, k_norm.weight.data, positions, angles, layer.num_heads, eps)
+        q, k, v = norm.qk_norm_rope(qkv, *given, constant_weight=angles is cached)
         out, _ = layer.o_proj(layer.attn(q.flatten(1), k.flatten(1), v.flatten(1)))
         return out
 

@@ -10,6 +10,9 @@ bound by its tensor core. Here a CTA is
 The grid depends on the numbers of tokens and sequences alone, so a CUDA graph holds every split of its tokens into
 sequences: `first_or_later_tile` says which tile a CTA takes. A head size that is no power of two has columns of what
 lies beside it in shared memory, the same token's: Q is 0 there, and O is not stored.
+
+In a captured graph the kernel starts while the one before still runs, and looks the pages up (`bi_ops.core.pdl`). Keys
+wait, those of earlier tokens too: another sequence of the batch may compute a prefix that both share.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from bi_ops.attention.hopper.pages import CacheLayout, last_box, load_pages, loo
 from bi_ops.attention.hopper.softmax import online_softmax, reciprocal
 from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.attention.order import KeySteps
+from bi_ops.core import pdl
+from bi_ops.core.pdl import launch_dependents, wait_for_predecessors
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
@@ -82,6 +87,7 @@ def _producer(desc, args, cache, IS_V: gl.constexpr):
     n_steps = (args.end + BLOCK_N - 1) // BLOCK_N
     if n_steps > 0:
         pages = lookup_pages(args.block_table, 0, last, PAGE, BOX, BOXES)
+        wait_for_predecessors()
         for i in range(0, n_steps):
             n = i * BLOCK_N
             # Looked up early: the pages are known when the next stage is empty.
@@ -105,6 +111,7 @@ def _producer(desc, args, cache, IS_V: gl.constexpr):
                 mbarrier.arrive(args.full.index(stage))
             pages = next_pages
     if not IS_V:  # while the consumer takes the last steps
+        wait_for_predecessors()
         N: gl.constexpr = args.HKV * args.HEADS * args.D
         clear_outside(args.out, args.cu_q, args.n_seqs, args.n_tokens, N, 1, N)
 
@@ -161,6 +168,7 @@ def _consumer(args):
     l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
     l_r: gl.constexpr = gl.SliceLayout(1, l_s)
     n_keys = args.n_keys
+    wait_for_predecessors()
     _store_q(args)
 
     o_t = (args.row + gl.arange(0, ROWS, l_r)) // args.HEADS
@@ -221,7 +229,7 @@ def _consumer(args):
     do_not_specialize=[
         *("n_tokens", "n_seqs", "stride_table"),
         *("page_rows_k", "head_rows_k", "head_columns_k"),
-        *("page_rows_v", "head_rows_v", "head_columns_v"),
+        *("page_rows_v", "head_rows_v", "head_columns_v", "prefetch"),
     ]
 )
 def attention_decode_kernel(
@@ -244,6 +252,7 @@ def attention_decode_kernel(
     page_rows_v,
     head_rows_v,
     head_columns_v,
+    prefetch,  # 1: no kernel in flight writes p_cu_q, p_lengths or p_table
     HKV: gl.constexpr,
     HEADS: gl.constexpr,  # query heads of a KV head
     D: gl.constexpr,
@@ -265,6 +274,9 @@ def attention_decode_kernel(
     init_barriers(full, 1)
     init_barriers(empty, 1)
     fence_async_shared()
+    launch_dependents()
+    if prefetch == 0:
+        wait_for_predecessors()
 
     i_b, i_tile = first_or_later_tile(p_cu_q, gl.program_id(0) // HKV, gl.num_programs(0) // HKV, n_seqs, HEADS, ROWS)
     head = gl.program_id(0) % HKV
@@ -306,6 +318,7 @@ def launch(
     scale: float,
     order: KeySteps,
     config: DecodeConfig,
+    constant_metadata: bool = False,
 ) -> None:
     """Write out as `attention_kernel` computes it in this order, bit for bit.
 
@@ -315,6 +328,7 @@ def launch(
             cu_q: int32 [B + 1]. lengths: int32 [B]. out: [T, Hq, D], contiguous.
         decoding: no sequence has more than `config.rows` rows (query, head of a KV head). False: any split of the
             tokens is served.
+        constant_metadata: no kernel of the graph that is being captured writes table, cu_q or lengths.
 
     Raises:
         ValueError: an order of other steps than 64 or 128 keys.
@@ -330,7 +344,7 @@ def launch(
     n_tiles = n_seqs + (0 if decoding else n_tokens * heads // ROWS.value)
     attention_decode_kernel[(n_tiles * hkv,)](
         *(d_k, d_v, q, out, cu_q, lengths, table, scale, n_tokens, n_seqs),
-        *(*q.stride()[:2], table.stride(0), *k_layout, *v_layout),
+        *(*q.stride()[:2], table.stride(0), *k_layout, *v_layout, pdl.prefetch(constant_metadata)),
         HKV=hkv,
         HEADS=heads,
         D=head_dim,
@@ -343,5 +357,6 @@ def launch(
         LARGE=max(hq * q.stride(1), n_seqs * table.stride(0)) >= 2**31,
         num_warps=4,
         maxnreg=168 if config.ctas_per_sm == 1 else 128,  # at the start; then the consumer takes from the producers
+        launch_pdl=True,
         **PINNED,
     )

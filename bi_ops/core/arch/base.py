@@ -14,10 +14,10 @@ class Arch:
     is rounded to fp32. canonical_gemm: GEMMs of cuBLASLt and vLLM were shown to have the canonical order here.
     flash_attention_3: vLLM's FlashAttention 3 runs here. gluon: bi_ops' warp-specialised kernels run here.
     one_pass_backward: attention's backward at the head sizes that have such a kernel sums dQ over tiles of keys in one
-    pass. reduction_lanes, reduction_steps: of `reduction`'s order. thread_sums: how `tl.sum` adds the elements that one
-    thread holds, "sequential" or "pairwise", which the installed Triton decides. triton_releases: the releases that the
-    kernels of this entry were built with, as prefixes; empty: any. reason: why a GPU took the portable orders; empty
-    elsewhere.
+    pass. pdl: kernels can be launched as programmatic dependents (`core.pdl`). reduction_lanes, reduction_steps: of
+    `reduction`'s order. thread_sums: how `tl.sum` adds the elements that one thread holds, "sequential" or "pairwise",
+    which the installed Triton decides. triton_releases: the releases that the kernels of this entry were built with, as
+    prefixes; empty: any. reason: why a GPU took the portable orders; empty elsewhere.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Arch:
     flash_attention_3: bool = False
     gluon: bool = False
     one_pass_backward: bool = False
+    pdl: bool = False
     reduction_lanes: int = 256
     reduction_steps: int = 16
     thread_sums: str = "sequential"

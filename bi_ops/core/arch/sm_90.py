@@ -11,5 +11,6 @@ SM_90 = Arch(
     flash_attention_3=True,
     gluon=True,
     one_pass_backward=True,
+    pdl=True,
     triton_releases=("3.6", "3.7", "3.8"),  # Gluon changes from one release to the next
 )
