@@ -2,6 +2,9 @@
 
 vLLM launches kernels for the first time in its profile run, while it captures graphs or in a request, and each compiles
 there by itself: a minute and more in all. None may be compiled or verified in a request, nor loaded in a capture.
+
+Only bi_ops' own launches are compiled ahead, on zeros. vLLM's profile run is not traced so: what its kernels would have
+written, ids for instance, is what others of its kernels look up.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bi_ops import logprob, matmul
+from bi_ops import logprob, matmul, norm
 from bi_ops.core import compile_ahead
 from bi_ops.core.vllm import Release
 from bi_ops.vllm_plugin import backend, layers
@@ -53,19 +56,17 @@ def _profile_run(alive: weakref.ref[Any], stock: Callable[..., None], release: R
     assert runner is not None, "its own method runs"
     del runner.profile_run  # once is enough
     model, config = runner.get_model(), runner.vllm_config
-    gemms = _gemms(model, release, config.scheduler_config)
-    others = [*_attention(model, config, runner.device), *_sampler(config, runner.device)]
-    start = time.perf_counter()
+    scheduler, start = config.scheduler_config, time.perf_counter()
+    gemms = _gemms(model, release, scheduler)
     with _progress() as report, compile_ahead.compile_only(progress=report) as found:
-        stock(runner, *args, **kw)
         _run_all(gemms)
-        for launch in others:
+        for launch in (*_rows(model, release, scheduler), *_attention(model, config, runner.device)):
             launch()
+        _sampler(config, runner.device)
     compiled, seconds = len(found.kernels), time.perf_counter() - start
     layers.logger.info("bi_ops: %d kernels compiled, or found in the cache, in %.1f s", compiled, seconds)
     _verify_and_run(gemms)
-    for launch in _sampler(config, runner.device):
-        launch()
+    _sampler(config, runner.device)
     if runner.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -123,6 +124,55 @@ def _gemms(model: torch.nn.Module, release: Release, scheduler: Any) -> list[Gem
     return list(shapes.values())
 
 
+def _rows(model: torch.nn.Module, release: Release, scheduler: Any) -> Iterator[Launch]:
+    """Norms, rotations and activations of every shape, for few rows and many."""
+    found: dict[Any, Callable[[int], object]] = {}
+    width = _widths(model)
+    layer: Any
+    for layer, function in layers.attached(model, release):
+        if function.operator == "norm" and getattr(layer, "weight", None) is not None:
+            found["norm", layer.weight.shape, layer.weight.dtype] = functools.partial(_norm, layer.weight, function)
+        elif function.operator == "qk_norm_rope":
+            q, k = layer.num_heads, layer.num_kv_heads
+            found["rope", q, k, layer.head_dim] = functools.partial(_qk_norm_rope, layer, (q + 2 * k) * layer.head_dim)
+        elif function.operator == "activation" and layer in width:
+            n, weight = width[layer]
+            found["activation", n] = functools.partial(_activation, function, weight, n)
+    for launch in found.values():
+        for rows in row_counts(scheduler.max_num_batched_tokens):
+            yield functools.partial(launch, rows)
+
+
+def _widths(model: torch.nn.Module) -> dict[Any, tuple[int, torch.Tensor]]:
+    """Of each activation between two linear layers: the columns that the first has and the second's input twice."""
+    found: dict[Any, tuple[int, torch.Tensor]] = {}
+    for parent in model.modules():
+        children = list(parent.children())
+        weights = [w for c in children if (w := getattr(c, "weight", None)) is not None and w.ndim == 2]
+        for first, second in itertools.permutations(weights, 2):
+            if first.shape[0] == 2 * second.shape[1]:
+                found |= dict.fromkeys(children, (first.shape[0], first))
+    return found
+
+
+def _norm(weight: torch.Tensor, function: layers.Function, rows: int) -> None:
+    x = weight.new_zeros(rows, weight.shape[-1])
+    function(x)
+    function(x, torch.zeros_like(x))
+
+
+def _qk_norm_rope(layer: Any, width: int, rows: int) -> None:
+    weight = layer.q_norm.weight.data
+    qkv, positions = weight.new_zeros(rows, width), torch.zeros(rows, dtype=torch.int64, device=weight.device)
+    angles = layer.rotary_emb._match_cos_sin_cache_dtype(qkv)
+    weights, eps = (weight, layer.k_norm.weight.data), layer.q_norm.variance_epsilon
+    norm.qk_norm_rope(qkv, *weights, positions, angles, layer.num_heads, eps, constant_weight=True)
+
+
+def _activation(function: layers.Function, weight: torch.Tensor, n: int, rows: int) -> None:
+    function(weight.new_zeros(rows, n))
+
+
 def _attention(model: torch.nn.Module, config: Any, device: torch.device) -> Iterator[Launch]:
     """bi_ops' attention of every kind of layer, for all numbers of tokens and sequences that configs tell apart."""
     kinds: dict[Any, Any] = {}
@@ -134,9 +184,14 @@ def _attention(model: torch.nn.Module, config: Any, device: torch.device) -> Ite
     scheduler, dtype = config.scheduler_config, config.model_config.dtype
     powers = [1 << i for i in range(scheduler.max_num_batched_tokens.bit_length())]
     for (heads, kv_heads, size, _), impl in kinds.items():
-        query = torch.empty(scheduler.max_num_batched_tokens, heads, size, dtype=dtype, device=device)
+        query = torch.zeros(scheduler.max_num_batched_tokens, heads, size, dtype=dtype, device=device)
         out = torch.empty_like(query)
-        cache = torch.empty(2, config.cache_config.block_size, kv_heads, 2 * size, dtype=dtype, device=device)
+        cache = torch.zeros(2, config.cache_config.block_size, kv_heads, 2 * size, dtype=dtype, device=device)
+        keys = query.new_zeros(scheduler.max_num_batched_tokens, kv_heads, size)
+        for tokens in powers:
+            slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+            new = keys[:tokens]
+            yield functools.partial(impl.do_kv_cache_update, None, new, new, cache.transpose(1, 2), slots)
         for tokens, seqs in itertools.product(powers, powers):
             if seqs > min(tokens, scheduler.max_num_seqs):
                 continue
@@ -150,7 +205,7 @@ def _attention(model: torch.nn.Module, config: Any, device: torch.device) -> Ite
             yield functools.partial(impl.forward, None, query, None, None, cache.transpose(1, 2), metadata, out)
 
 
-def _sampler(config: Any, device: torch.device) -> Iterator[Launch]:
+def _sampler(config: Any, device: torch.device) -> None:
     """What a sampler asks for the first time in a request."""
     logits = torch.zeros(1, config.model_config.get_vocab_size(), dtype=config.model_config.dtype, device=device)
-    yield functools.partial(logprob.log_softmax, logits, torch.float32)
+    logprob.log_softmax(logits, torch.float32)
