@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -223,6 +224,18 @@ def test_what_pages_tma_can_read():
     assert not tma.is_cache_compatible(
         torch.empty((5, 48 * 2 * D + 8), dtype=torch.bfloat16)[:, 8:].unflatten(1, (48, 2, D)), 16
     )
+
+
+def test_a_descriptor_is_made_once_for_an_address_and_keeps_no_memory():
+    cache = torch.empty((5, 48, 2, D), dtype=torch.bfloat16)
+    made, *_ = tma.cache_descriptor(cache, 16, D)
+    assert tma.cache_descriptor(cache.view(5, 48, 2, D), 16, D)[0] is made
+    assert (made.base.data_ptr(), made.base.dtype) == (cache.data_ptr(), cache.dtype)
+    others = [(cache[1:], 16, D), (cache, 8, D), (cache, 16, 64), (cache.view(torch.float16), 16, D)]
+    assert all(tma.cache_descriptor(*other)[0] is not made for other in others)
+    memory = weakref.ref(cache.untyped_storage())
+    del cache, others
+    assert memory() is None
 
 
 @pytest.mark.parametrize("layout", ["tokens first", "heads first", "K and V in one row"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -285,6 +286,7 @@ def gluon_decode(
     return DecodeConfig(16 if head_dim <= 64 else 4)
 
 
+@functools.lru_cache(maxsize=4096)  # asked in every launch
 def gluon_paged(
     longest: int,
     heads: int,

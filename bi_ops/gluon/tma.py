@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from triton._C.libtriton import ir
@@ -43,6 +44,31 @@ def smem_layout(swizzle: int, bits: int, rank: int) -> NVMMASharedLayout:
     return NVMMASharedLayout(swizzle, bits, rank)
 
 
+class _Address(NamedTuple):
+    """All that Triton asks a descriptor's tensor for. It holds no memory, so a descriptor may be kept."""
+
+    start: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.start
+
+
+@functools.lru_cache(maxsize=4096)
+def _descriptor(base: _Address, shape: tuple[int, int], row: int, block: tuple[int, int]) -> TensorDescriptor:
+    layout = smem_layout(128, 8 * base.dtype.itemsize, 2)
+    return TensorDescriptor(base, list(shape), [row, 1], list(block), layout)
+
+
+def descriptor(t: torch.Tensor, shape: tuple[int, int], row: int, block: tuple[int, int]) -> TensorDescriptor:
+    """A matrix of `shape` at t's first element, its rows `row` elements apart, in tiles `block`, swizzled by 128 bytes.
+
+    Made once for an address, because Triton makes one in Python, slowly. It does not keep `t`: the caller does, until
+    the kernel is launched.
+    """
+    return _descriptor(_Address(t.data_ptr(), t.dtype), shape, row, block)
+
+
 def _is_row_stride(n_bytes: int) -> bool:
     """Can a descriptor hold it? A tensor of one row may have any stride."""
     return n_bytes % 16 == 0 and n_bytes < 2**40
@@ -76,14 +102,27 @@ def vector_descriptor(t: torch.Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(t, [t.numel()], [1], [block], smem_layout(0, 32, 1))
 
 
-def _cache_layout(cache: torch.Tensor) -> tuple[int, int, int, int]:
+class _CacheLayout(NamedTuple):
     """A KV cache [blocks, block_size, H, D] as rows, all as far apart as two tokens of a page.
 
-    (stride of a row, rows from page to page, rows from head to head, columns from head to head)
+    row: their stride. page_rows: from page to page. head_rows, columns: from head to head.
     """
-    row = max(cache.stride(1), 1)
-    head = cache.stride(2) if cache.shape[2] > 1 else 0
-    return row, cache.stride(0) // row, head // row, head % row
+
+    row: int
+    page_rows: int
+    head_rows: int
+    columns: int
+
+
+def _cache_layout(cache: torch.Tensor) -> _CacheLayout:
+    return _layout(cache.shape, cache.stride())
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(shape: torch.Size, stride: tuple[int, ...]) -> _CacheLayout:
+    row = max(stride[1], 1)
+    head = stride[2] if shape[2] > 1 else 0
+    return _CacheLayout(row, stride[0] // row, head // row, head % row)
 
 
 def is_cache_compatible(cache: torch.Tensor, block: int) -> bool:
@@ -92,12 +131,17 @@ def is_cache_compatible(cache: torch.Tensor, block: int) -> bool:
     The tokens of a page are a multiple of 16 bytes apart, and the pages a multiple of that. A head has columns in each
     token's row, or rows of its own where heads come before tokens. Keys and values may share one tensor.
     """
-    n, size, h, d = cache.shape
-    row, page_rows, head_rows, columns = _cache_layout(cache)
-    even = n == 1 or cache.stride(0) % row == 0
-    dense = cache.stride(3) == 1 and (h - 1) * columns + d <= row
-    aligned = _is_row_stride(row * cache.element_size()) and cache.data_ptr() % 16 == 0
+    return cache.data_ptr() % 16 == 0 and _is_compatible(cache.shape, cache.stride(), cache.element_size(), block)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_compatible(shape: torch.Size, stride: tuple[int, ...], itemsize: int, block: int) -> bool:
+    n, size, h, d = shape
+    row, page_rows, head_rows, columns = _layout(shape, stride)
+    even = n == 1 or stride[0] % row == 0
+    dense = stride[3] == 1 and (h - 1) * columns + d <= row
     few = (n - 1) * page_rows + (h - 1) * head_rows + size < 2**31
+    aligned = _is_row_stride(row * itemsize)
     return n > 0 and size % block == 0 and block >= 8 and even and dense and aligned and few
 
 
@@ -109,6 +153,5 @@ def cache_descriptor(cache: torch.Tensor, block: int, width: int) -> tuple[Tenso
     """
     n, size, h, d = cache.shape
     row, page_rows, head_rows, columns = _cache_layout(cache)
-    shape = [(n - 1) * page_rows + (h - 1) * head_rows + size, (h - 1) * columns + d]
-    descriptor = TensorDescriptor(cache, shape, [row, 1], [block, width], smem_layout(128, 16, 2))
-    return descriptor, page_rows, head_rows, columns
+    shape = (n - 1) * page_rows + (h - 1) * head_rows + size, (h - 1) * columns + d
+    return descriptor(cache, shape, row, (block, width)), page_rows, head_rows, columns

@@ -132,8 +132,7 @@ def _row_stride(t: torch.Tensor) -> int:
 
 
 def _descriptor(t: torch.Tensor, rows: int, block_k: int) -> TensorDescriptor:
-    layout = tma.smem_layout(128, 8 * t.element_size(), 2)
-    return TensorDescriptor(t, list(t.shape), [_row_stride(t), 1], [rows, block_k], layout)
+    return tma.descriptor(t, (t.shape[0], t.shape[1]), _row_stride(t), (rows, block_k))
 
 
 def launch(
