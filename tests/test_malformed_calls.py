@@ -521,6 +521,7 @@ NOT_CALLED = {
     "models.load_model": "load_config and make_model; files in test_checkpoint_folders.py",
     "models.register": "any classes",
     "models.unregister": "any name",
+    "nn.MainGrad": "a record, which main_grad takes; test_main_grad.py",
     "rl.DifferenceFound": "an exception",
     "rl.StepMetrics": "a record",
     "rl.Summary": "a record",

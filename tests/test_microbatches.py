@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any, cast
 
 import pytest
@@ -14,12 +15,13 @@ from bi_ops import norm
 from bi_ops.core import runtime
 from bi_ops.embedding import embedding
 from bi_ops.matmul import TOKEN_STEP
-from bi_ops.models.packing import pack
+from bi_ops.models import packing
+from bi_ops.models.packing import pack, units
 from bi_ops.models.qwen3 import Qwen3ForCausalLM
 from bi_ops.nn.main_grad import zeros
 from bi_ops.rl import TrainConfig
 from bi_ops.rl.tasks import Problem
-from bi_ops.rl.trainer import Trainer
+from bi_ops.rl.trainer import Trainer, microbatches
 from bi_ops.rollout.base import Completion
 from bi_ops.verify.properties import bits_equal
 
@@ -182,6 +184,36 @@ def test_padding_is_a_sequence_of_its_own_that_is_not_scored():
     assert padded.scatter(torch.ones(6, 2)).sum(1).nonzero()[:, 0].tolist() == padded.scatter_indices.tolist()
     with pytest.raises(ValueError, match="align"):
         pack(PROMPTS, COMPLETIONS, "cpu", align=0)
+
+
+def test_a_unit_is_padded_once_and_none_is_cut():
+    assert list(units([3, 3, 9, 1], 6)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert list(units([3, 3], 100)) == [slice(0, 2)]
+    assert list(units([], 4)) == []
+    padded = pack(PROMPTS, COMPLETIONS, "cpu", align=16, unit_tokens=20)  # 5 and 20 tokens, then 16
+    assert padded.cu_seqlens.tolist() == [0, 5, 25, 32, 48]
+    assert (padded.scatter_indices.tolist(), padded.scatter_size) == ([0, 1, 2, 3, 4, 16], 32)
+    assert padded.positions[5:25].tolist() == list(range(20))
+    with pytest.raises(ValueError, match="unit_tokens must be at least 1, got 0"):
+        pack(PROMPTS, COMPLETIONS, "cpu", unit_tokens=0)
+
+
+@pytest.mark.parametrize("longest", [40, 300, 4000])
+def test_padding_is_below_two_percent_of_a_training_batch(longest):
+    """Lengths as an RL step has them: many short ones, few of the longest."""
+    r = random.Random(longest)
+    completions = [[1] * max(2, int(longest * r.random() ** 3)) for _ in range(512)]
+    prompts = [[2] * r.randint(8, 24) for _ in completions]
+    tokens = sum(map(len, (*prompts, *completions)))
+
+    def padding(unit_tokens):
+        parts = microbatches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], 4096, unit_tokens)
+        packed = [pack(prompts[p], completions[p], "cpu", TOKEN_STEP, unit_tokens=unit_tokens) for p in parts]
+        assert sum(len(b.targets) for b in packed) == sum(map(len, completions))
+        return sum(len(b.input_ids) for b in packed) / tokens - 1
+
+    assert 0 < padding(packing.UNIT_TOKENS) < 0.02
+    assert padding(1) > (0.02 if longest <= 300 else 0)  # negative control: each sequence padded for itself
 
 
 def test_padding_changes_no_log_probability(device):
@@ -357,10 +389,14 @@ def trained(max_tokens, steps=2):
     return after
 
 
-def test_max_tokens_per_microbatch_changes_no_bit_of_the_update(monkeypatch):
-    """Packs of one sequence, of two and all in one."""
+@pytest.mark.parametrize(("unit_tokens", "packs"), [(1, (4, 2)), (8, (3, 2))])
+def test_max_tokens_per_microbatch_changes_no_bit_of_the_update(monkeypatch, unit_tokens, packs):
+    """Packs of one unit, of two and all in one; a unit is one sequence, or two of the short ones."""
+    monkeypatch.setattr(packing, "UNIT_TOKENS", unit_tokens)
+    totals = [len(p) + len(c) for p, c in zip(PROMPTS_OF_FOUR, COMPLETIONS_OF_FOUR, strict=True)]
     whole = trained(None)
-    for max_tokens in (1, 25):
+    for max_tokens, n in zip((1, 25), packs, strict=True):
+        assert len(list(microbatches(totals, max_tokens, unit_tokens))) == n
         assert [differing(*pair) for pair in zip(trained(max_tokens), whole, strict=True)] == [[], []], max_tokens
     # Negative control: autograd's sums of sums.
     for name in ("allocate_main_grads", "collect_main_grads"):

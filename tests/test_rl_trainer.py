@@ -12,12 +12,19 @@ from rl_fakes import ORDERS, TABLE, TableConfig, TableEngine, TableModel, fresh_
 
 from bi_ops import optim
 from bi_ops.core.orders import OrderRecord
+from bi_ops.models import packing
 from bi_ops.rl import DifferenceFound, TrainConfig, checkpoint, runner
 from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics
 from bi_ops.rl.tasks import Alphabet, Problem, make_task
 from bi_ops.rl.trainer import Trainer, microbatches
 
 CONFIG = TrainConfig(steps=6, symbols=4, prompts_per_step=3, group_size=4, lr=0.1, save_every=2, **TABLE)
+
+
+@pytest.fixture(autouse=True)
+def _short_sequences_are_cut_apart(monkeypatch):
+    """Or a batch of this size is one unit."""
+    monkeypatch.setattr(packing, "UNIT_TOKENS", 1)
 
 
 @pytest.fixture
@@ -237,6 +244,7 @@ def test_more_updates_per_rollout_leave_the_ratio_at_one():
 def test_microbatches_add_up_to_the_batch():
     assert list(microbatches([3, 3, 9, 1], 6)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
     assert list(microbatches([3, 3], None)) == [slice(0, 2)]
+    assert list(microbatches([3, 3, 9, 1, 1], 7, 6)) == [slice(0, 2), slice(2, 3), slice(3, 5)]
     whole, cut = trainer(CONFIG), trainer(dataclasses.replace(CONFIG, max_tokens_per_microbatch=20))
     a, b = whole.step(1), cut.step(1)
     assert (a.tokens_checked, a.tokens_different) == (b.tokens_checked, b.tokens_different)

@@ -74,8 +74,8 @@ class TrainConfig:
     distribution that they make, the one that was sampled; with the defaults those of the logits as they are.
     clip: of the importance ratio. kl: coefficient of the KL to the initial model. mean: what counts equally.
     max_tokens_per_microbatch: cut the training pass into packs of at most that many tokens, padding not counted
-    (None: one pack). The cut changes no bit of a log-probability or of the update; only the loss that is reported is
-    added up pack by pack.
+    (None: one pack). Short sequences stay together in units of `models.packing.UNIT_TOKENS`. The cut changes no bit of
+    a log-probability or of the update; only the loss that is reported is added up pack by pack.
     recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
     on_difference: what a log-probability that differs between rollout and training does to the run.
     save_every: steps between checkpoints, 0 for none but the final weights.

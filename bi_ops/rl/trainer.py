@@ -13,7 +13,8 @@ import torch
 
 from bi_ops import optim
 from bi_ops.core.rows import TOKEN_STEP
-from bi_ops.models.packing import common_distributions, pack
+from bi_ops.models import packing
+from bi_ops.models.packing import common_distributions, pack, units
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.loss import Loss, check_finite, group_advantages, grpo_loss, token_weights
 from bi_ops.rl.metrics import StepMetrics
@@ -65,13 +66,14 @@ class _Pass:
     clip_scale: torch.Tensor
 
 
-def microbatches(lengths: Sequence[int], max_tokens: int | None) -> Iterator[slice]:
-    """Consecutive sequences in packs of at most `max_tokens` tokens; a longer sequence is a pack of its own."""
+def microbatches(lengths: Sequence[int], max_tokens: int | None, unit_tokens: int = 1) -> Iterator[slice]:
+    """Consecutive units (`models.packing.units`) in packs of at most `max_tokens` tokens; a longer one is a pack."""
     start = tokens = 0
-    for i, n in enumerate(lengths):
-        if max_tokens is not None and i > start and tokens + n > max_tokens:
-            yield slice(start, i)
-            start, tokens = i, 0
+    for unit in units(lengths, unit_tokens):
+        n = sum(lengths[unit])
+        if max_tokens is not None and unit.start > start and tokens + n > max_tokens:
+            yield slice(start, unit.start)
+            start, tokens = unit.start, 0
         tokens += n
     yield slice(start, len(lengths))
 
@@ -202,8 +204,9 @@ class Trainer:
         each pack (the completions `part`, fp32, on the CPU) before its loss is looked at: a NaN is reported as a
         difference at a token, not as a loss.
 
-        Their bits do not depend on where packs end: a token's weight in the loss is that of the whole batch, sequences
-        are padded to the step in which tokens are summed, and every sum is carried on from one pack to the next.
+        Their bits do not depend on where packs end: a token's weight in the loss is that of the whole batch, units of
+        sequences are padded to the step in which tokens are summed, and every sum is carried on from one pack to the
+        next.
         """
         config, device = self.config, self.parameters[0].device
         lengths = [len(c.tokens) for c in completions]
@@ -211,14 +214,15 @@ class Trainer:
         per_token = advantages.repeat_interleave(torch.tensor(lengths))
         rollout = torch.cat([c.logprobs for c in completions])
         totals = [len(c.prompt) + len(c.tokens) for c in completions]
-        parts = list(microbatches(totals, config.max_tokens_per_microbatch))
+        unit = packing.UNIT_TOKENS  # what the sums' bits depend on, and the size of a pack does not
+        parts = list(microbatches(totals, config.max_tokens_per_microbatch, unit))
         # All copies to the GPU come first: each of them waits for what was launched before.
         rollout, per_token, weights = (t.to(device) for t in (rollout, per_token, weights))
         batches = []
         for part in parts:
             prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
             distributions = common_distributions([c.distribution for c in completions[part]])
-            batches.append(pack(prompts, tokens, device, align=TOKEN_STEP, distributions=distributions))
+            batches.append(pack(prompts, tokens, device, TOKEN_STEP, distributions, unit))
 
         self.optimizer.zero_grad(set_to_none=True)
         self.model.allocate_main_grads()
