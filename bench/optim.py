@@ -274,7 +274,7 @@ def sweep(model: str, device: torch.device, bandwidth: float) -> Iterator[dict[s
     hyper = adamw.Hyper.of(HYPER, 10)
     zipped = zip(setup.params, setup.grads, strict=True)
     tensors = [
-        adamw._Tensors(p, g, setup.ours.state[p]["exp_avg"], setup.ours.state[p]["exp_avg_sq"], None) for p, g in zipped
+        adamw.Tensors(p, g, setup.ours.state[p]["exp_avg"], setup.ours.state[p]["exp_avg_sq"], None) for p, g in zipped
     ]
     for block, blocks, warps in itertools.product((512, 1024, 2048), (1, 2, 4, 8), (4, 8)):
         if block // warps not in (128, 256):  # elements of a warp: 4 or 8 a thread

@@ -16,8 +16,9 @@ A step is forward, log-probabilities of every next token, their mean, backward. 
 torch's sides are not batch-invariant, and round weight gradients to bf16. Every side runs in a process of its own and
 is timed by wall clock, the GPU waited for after each half of a step; medians. Making and handing over the buffers of
 gradients counts; going through the objects of the model for garbage does not. Then the whole step is captured in a CUDA
-graph and replayed: what it takes where the GPU never waits for Python. `--profile` writes step_profile.csv, the GPU
-time by kernel. `--dry` runs it all on a tiny model on the CPU; its figures mean nothing.
+graph and replayed: what it takes where the GPU never waits for Python. `--update` adds clip and AdamW, `--offload`
+keeps AdamW's states in host memory. `--profile` writes step_profile.csv, the GPU time by kernel. `--dry` runs it all on
+a tiny model on the CPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -112,7 +113,14 @@ def lengths_of(tokens: int, seqlen: int | None) -> list[int]:
     return lengths
 
 
-def ours(model: str, rows: list[torch.Tensor], layers: int | None, recompute: str, verify: bool = True) -> Step:
+def ours(
+    model: str,
+    rows: list[torch.Tensor],
+    layers: int | None,
+    recompute: str,
+    verify: bool = True,
+    offload: str = "none",
+) -> Step:
     from bi_ops import optim
     from bi_ops.matmul import TOKEN_STEP, warmup
     from bi_ops.models.packing import pack
@@ -129,6 +137,8 @@ def ours(model: str, rows: list[torch.Tensor], layers: int | None, recompute: st
     batch = pack([row[:1] for row in ids], [row[1:] for row in ids], network.device, align=TOKEN_STEP)
     parameters = list(network.parameters())
     optimizer: list[optim.AdamW] = []  # its states are there from the first update on
+    if offload != "none":
+        optimizer.append(optim.OffloadedAdamW(parameters, lr=LR, masters=offload == "masters"))
 
     def after() -> None:
         network.collect_main_grads()
@@ -271,7 +281,10 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
     vocabulary = shape(model)["vocab_size"]
     rows = [torch.randint(vocabulary, (n,)).to(runtime.default_device()) for n in lengths_of(tokens, seqlen)]
     own = side in RECOMPUTE
-    made = ours(model, rows, args.layers, RECOMPUTE[side]) if own else theirs(model, rows, args.layers, side)
+    if own:
+        made = ours(model, rows, args.layers, RECOMPUTE[side], offload=args.offload)
+    else:
+        made = theirs(model, rows, args.layers, side)
     times: list[tuple[float, float]] = []
     bits = ""
     warm = min(args.steps, 2)
@@ -307,6 +320,7 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
         "seqlen": args.seqlen,
         "side": side,
         "recompute": RECOMPUTE.get(side, "layer" if "checkpoint" in side else "none"),
+        "offload": args.offload if own else "none",
         "forward_ms": round(forward_ms, 2),
         "backward_ms": round(backward_ms, 2),
         "step_ms": round(step_ms, 2),
@@ -349,6 +363,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7, help="steps that are timed")
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="leave out the captured step")
     parser.add_argument("--update", action="store_true", help="time clip and AdamW too, and the peak with its states")
+    parser.add_argument(
+        "--offload",
+        choices=("none", "states", "masters"),
+        default="none",
+        help="what bi_ops' sides keep in host memory: AdamW's states, or the fp32 master weights too",
+    )
     parser.add_argument("--profile", action="store_true", help="write step_profile.csv too: GPU time by kernel")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU; figures mean nothing")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
@@ -368,6 +388,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = {"--dry": args.dry, "--profile": args.profile, "--no-graphs": not args.graphs, "--update": args.update}
     flags = [flag for flag, given in wanted.items() if given]
+    flags += ["--offload", args.offload]
     flags += ["--layers", str(args.layers)] if args.layers else []
     for model, tokens in itertools.product(args.models, args.tokens):
         for side in args.sides:

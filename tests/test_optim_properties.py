@@ -326,7 +326,7 @@ def test_no_config_and_no_split_changes_a_bit_of_adamw(device):
             t.copy_(value)
         parts = zip(*(t.split(cut) for t in flat), strict=True)
         how = config.ElementwiseConfig(block, blocks, 4)
-        adamw.launch_adamw(flat[0], [adamw._Tensors(a, b, c, d, None) for a, b, c, d in parts], hyper, None, False, how)
+        adamw.launch_adamw(flat[0], [adamw.Tensors(a, b, c, d, None) for a, b, c, d in parts], hyper, None, False, how)
         return flat[0], flat[2], flat[3]
 
     expected = run(8192, 1, 64)

@@ -62,6 +62,7 @@ _PLAIN: tuple[tuple[str, type, str], ...] = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from bi_ops.models.base import Recompute
+    from bi_ops.optim.offload import Offload
     from bi_ops.rl.presets import PRESETS
     from bi_ops.rl.tasks import TASKS
     from bi_ops.rollout import factory
@@ -89,6 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Recompute),
         help="what the backward computes again to save memory: norms, rotation and silu-and-mul (the default), whole "
         "layers, or nothing; changes no bit",
+        **given,
+    )
+    parser.add_argument(
+        "--offload",
+        choices=get_args(Offload),
+        help="what waits in host memory between updates: nothing (the default), AdamW's states, or these and the fp32 "
+        "master weights; changes no bit",
         **given,
     )
     parser.add_argument("--mean", choices=("token", "sequence"), help="what counts equally in the loss", **given)

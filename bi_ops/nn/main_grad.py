@@ -63,7 +63,7 @@ def allocate_main_grads(module: torch.nn.Module) -> None:
 
 
 def collect_main_grads(module: torch.nn.Module) -> None:
-    """Hand the finished sums over as `.grad`, in the dtype of the weight.
+    """Hand the finished sums over as `.grad`, in the dtype of the weight, or in its `grad_dtype`.
 
     The buffers of layers that share a weight are added here, in the order of `module.modules()`. A backward that comes
     later raises. Raises TypeError for what is no module.
@@ -79,4 +79,5 @@ def collect_main_grads(module: torch.nn.Module) -> None:
             sums[layer.weight] = found
         layer.main_grad = None
     for weight, total in sums.items():
-        weight.grad = total.view(weight.shape).to(weight.dtype)
+        dtype = getattr(weight, "grad_dtype", None) or weight.dtype  # fp32 of bf16 weights whose masters are elsewhere
+        weight.grad = total.view(weight.shape).to(dtype)

@@ -65,8 +65,8 @@ class Hyper(NamedTuple):
         )
 
 
-class _Tensors(NamedTuple):
-    """What one parameter's update touches."""
+class Tensors(NamedTuple):
+    """What one parameter's update touches: its fp32 values, the gradient, exp_avg, exp_avg_sq, and a bf16 copy."""
 
     p: torch.Tensor
     g: torch.Tensor
@@ -82,14 +82,14 @@ class _Tensors(NamedTuple):
 @on_device_of_first
 def launch_adamw(
     first: torch.Tensor,
-    tensors: Sequence[_Tensors],
+    tensors: Sequence[Tensors],
     hyper: Hyper,
     scale: torch.Tensor | None,
     zero_grad: bool,
     config: ElementwiseConfig,
 ) -> None:
     """One step of checked tensors of one device, one or more."""
-    groups: dict[bool, list[tuple[_Tensors, tuple[int, ...]]]] = {}
+    groups: dict[bool, list[tuple[Tensors, tuple[int, ...]]]] = {}
     for t in tensors:
         if numel := t.p.numel():
             pointers = t.pointers()
@@ -207,6 +207,7 @@ class AdamW(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.bf16_copies: dict[torch.Tensor, torch.Tensor] = dict(bf16_copies or {})
+        self.masters: dict[torch.Tensor, torch.Tensor] = {}
         known = {p for group in self.param_groups for p in group["params"]}
         for t in self.bf16_copies:
             if t not in known:
@@ -214,6 +215,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("masters", {})
         self.__dict__.setdefault("bf16_copies", {})  # of an unpickled or copied optimizer: no engine has its weights
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -264,7 +266,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        launches: dict[tuple[torch.device, Hyper], list[_Tensors]] = {}
+        launches: dict[tuple[torch.device, Hyper], list[Tensors]] = {}
         steps: list[torch.Tensor] = []
         for i, group in enumerate(self.param_groups):
             _check_hyper(group)
@@ -293,19 +295,46 @@ class AdamW(torch.optim.Optimizer):
         for (_, hyper), every in launches.items():
             written = [t for entry in every for t in (entry.p, entry.m, entry.v, entry.copy) if t is not None]
             torch.autograd.graph.increment_version(written + [entry.g for entry in every if zero_grad])
-            launch_adamw(every[0].p, every, hyper, grad_scale, zero_grad, configs.elementwise())
+            self._launch(every[0].g.device, every, hyper, grad_scale, zero_grad)
         return loss
 
-    def _tensors(self, p: torch.Tensor, group: int, index: int) -> _Tensors:
+    def set_state(self, p: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
+        """Give `p` a state: step, exp_avg and exp_avg_sq, each put where `step` wants it."""
+        self.state[p] = {k: v.to("cpu" if k == "step" else p.device) for k, v in values.items()}
+
+    # What `OffloadedAdamW` does in another way.
+
+    def _new_moment(self, p: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(p)
+
+    def _of(self, p: torch.Tensor) -> Tensors:
+        """What the update of `p` touches, where it lies."""
+        assert p.grad is not None
+        return Tensors(p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], self.bf16_copies.get(p))
+
+    def _on_host(self, p: torch.Tensor) -> list[torch.Tensor]:
+        """What of that waits in host memory."""
+        return []
+
+    def _launch(
+        self,
+        device: torch.device,
+        every: Sequence[Tensors],
+        hyper: Hyper,
+        scale: torch.Tensor | None,
+        zero_grad: bool,
+    ) -> None:
+        launch_adamw(every[0].p, every, hyper, scale, zero_grad, configs.elementwise())
+
+    def _tensors(self, p: torch.Tensor, group: int, index: int) -> Tensors:
         """What the update of `p` touches, checked; its state is made where there is none."""
         state = self.state[p]
         if not state:
-            check_dense(OP, lambda: f"parameter {index} of group {group}", p)
+            if p not in self.masters:
+                check_dense(OP, lambda: f"parameter {index} of group {group}", p)
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
-        assert p.grad is not None
-        found = _Tensors(p, p.grad, state["exp_avg"], state["exp_avg_sq"], self.bf16_copies.get(p))
+            state["exp_avg"], state["exp_avg_sq"] = self._new_moment(p), self._new_moment(p)
+        found = self._of(p)
         for name, t in zip(("", "grad of ", "exp_avg of ", "exp_avg_sq of ", "bf16 copy of "), found, strict=True):
             if t is None:
                 continue
@@ -313,9 +342,13 @@ class AdamW(torch.optim.Optimizer):
             def called(name: str = name) -> str:
                 return f"{name}parameter {index} of group {group}"
 
-            check_dense(OP, called, t, torch.bfloat16 if t is found.copy else torch.float32)
-            if t.shape != p.shape or t.device != p.device:
+            device = p.device
+            if any(t is waiting for waiting in self._on_host(p)):
+                device = torch.device("cpu")
+            else:
+                check_dense(OP, called, t, torch.bfloat16 if t is found.copy else torch.float32)
+            if t.shape != p.shape or t.device != device:
                 raise ValueError(
-                    f"{OP}: {called()} is {list(t.shape)} on {t.device}; it must be {list(p.shape)} on {p.device}"
+                    f"{OP}: {called()} is {list(t.shape)} on {t.device}; it must be {list(p.shape)} on {device}"
                 )
         return found

@@ -14,8 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bi_ops.core.files import sync, write_atomically, write_json
+from bi_ops.optim import AdamW
 
 LATEST = "latest"
+
+
+def _masters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The model's parameters, or what the optimizer keeps for them elsewhere (`optim.OffloadedAdamW`)."""
+    masters: dict[torch.Tensor, torch.Tensor] = getattr(optimizer, "masters", {})
+    return {name: masters.get(p, p) for name, p in model.named_parameters()}
 
 
 def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -44,7 +51,8 @@ def save(
         if leftover.exists():
             shutil.rmtree(leftover)
     fresh.mkdir()
-    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, fresh / "model.safetensors")
+    weights = {n: p.detach().contiguous() for n, p in _masters(model, optimizer).items()}
+    save_file(weights, fresh / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizer), fresh / "optimizer.safetensors")
     write_json(fresh / "state.json", {"step": step, **extra})
     for path in fresh.iterdir():
@@ -120,7 +128,7 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
             the model nor the optimizer has changed then.
     """
     weights = _read(path / "model.safetensors")
-    parameters = dict(model.named_parameters())
+    parameters = _masters(model, optimizer)
     wrong = [f"missing {n}" for n in parameters if n not in weights]
     wrong += [f"extra {n}" for n in weights if n not in parameters]
     wrong += [
@@ -137,13 +145,16 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
         raise ValueError(f"checkpoint: {path} does not fit the model: " + "; ".join(wrong))
     moments, state = _read(path / "optimizer.safetensors"), _read_state(path)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    for name, parameter in parameters.items():
+        for name, parameter in model.named_parameters():
+            parameters[name].copy_(weights[name])
+            parameter.copy_(weights[name])  # rounded, where its master is elsewhere
+    for name, parameter in model.named_parameters():
         optimizer.state.pop(parameter, None)
         found = {k.removeprefix(f"{name}."): v for k, v in moments.items() if k.rpartition(".")[0] == name}
-        if found:
-            # AdamW keeps its step count on the CPU, its moments beside the parameter.
+        if found and isinstance(optimizer, AdamW):
+            optimizer.set_state(parameter, found)
+        elif found:
+            # torch's keeps its step count on the CPU, its moments beside the parameter.
             optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in found.items()}
     return state
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from bi_ops.models.base import Recompute
 from bi_ops.models.tiny import TINY
+from bi_ops.optim.offload import Offload
 from bi_ops.rl.tasks import TASKS
 from bi_ops.rollout import factory
 from bi_ops.rollout.base import LogprobsMode
@@ -23,6 +24,7 @@ FREE_ON_RESUME = (
     "gpu_memory_utilization",
     "max_tokens_per_microbatch",
     "recompute",
+    "offload",
 )
 
 
@@ -77,6 +79,8 @@ class TrainConfig:
     (None: one pack). Short sequences stay together in units of `models.packing.UNIT_TOKENS`. The cut changes no bit of
     a log-probability or of the update; only the loss that is reported is added up pack by pack.
     recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
+    offload: what waits in host memory between updates, nothing, AdamW's states, or these and the fp32 master weights
+    (`bi_ops.optim.OffloadedAdamW`); no bit depends on it.
     on_difference: what a log-probability that differs between rollout and training does to the run.
     save_every: steps between checkpoints, 0 for none but the final weights.
 
@@ -111,6 +115,7 @@ class TrainConfig:
     save_every: int = 10
     max_tokens_per_microbatch: int | None = None
     recompute: Recompute = "selective"
+    offload: Offload = "none"
     on_difference: Literal["stop", "warn"] = "stop"
     gpu_memory_utilization: float = 0.4
     cuda_graphs: bool = True
@@ -129,6 +134,7 @@ class TrainConfig:
         need(self.task in TASKS, "task", "one of " + ", ".join(TASKS))
         need(self.mean in ("token", "sequence"), "mean", "token or sequence")
         need(self.recompute in get_args(Recompute), "recompute", ", ".join(get_args(Recompute)))
+        need(self.offload in get_args(Offload), "offload", ", ".join(get_args(Offload)))
         need(self.on_difference in ("stop", "warn"), "on_difference", "stop or warn")
         need(0 < self.temperature < float("inf"), "temperature", "above 0: greedy samples have no ratio to learn from")
         need(self.top_k >= 0, "top_k", "0 (all tokens) or more")

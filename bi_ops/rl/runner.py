@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bi_ops.core.files import write_json
 from bi_ops.core.orders import OrderRecord
 from bi_ops.models.config_fields import read_config
+from bi_ops.optim import OffloadedAdamW
 from bi_ops.rl import checkpoint
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics
@@ -147,6 +148,8 @@ def run(
         keep_orders(trainer, output)
         done = restore(trainer, output) if resume else 0
         train(trainer, output, done, on_step)
+        if isinstance(trainer.optimizer, OffloadedAdamW):
+            trainer.optimizer.restore()  # the masters are what is saved
         trainer.model.save_pretrained(output / FINAL)
         summary = summarize(output, trainer.engine)
     finally:

@@ -86,7 +86,8 @@ class Trainer:
         on_difference: called with the difference when config.on_difference is "warn".
 
     Raises:
-        ValueError: a KL coefficient without a reference, or an engine that states no orders.
+        ValueError: a KL coefficient without a reference, an engine that states no orders, or master weights offloaded
+            from a model that does not compute in bf16.
         RuntimeError: the model cannot compute in the engine's orders here; what differs is listed.
     """
 
@@ -106,6 +107,11 @@ class Trainer:
                 f"train: the {engine.name} engine states no orders, so training could not have its bits; use it with "
                 "the plugin"
             )
+        if config.offload == "masters" and model.compute_dtype != torch.bfloat16:
+            raise ValueError(
+                f"train: offload='masters' leaves bf16 weights on the GPU, and the model computes in "
+                f"{model.compute_dtype}; use offload='states'"
+            )
         for m in (model, *([] if reference is None else [reference])):
             m.adopt(engine.orders)
         model.recompute = config.recompute
@@ -113,9 +119,16 @@ class Trainer:
         self.on_difference = on_difference
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # An engine that lets the optimizer write its weights has them rounded in the pass that updates the masters.
-        copies: dict[torch.nn.Parameter, torch.Tensor] = getattr(engine, "weight_copies", lambda model: {})(model)
-        self.optimizer = optim.AdamW(
-            *(self.parameters, config.lr, config.betas),
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> optim.AdamW:
+        config = self.config
+        given = (self.parameters, config.lr, config.betas)
+        if config.offload == "masters":  # the kernel writes the model's own bf16 weights, and the engine reads these
+            return optim.OffloadedAdamW(*given, weight_decay=config.weight_decay, masters=True)
+        copies: dict[torch.nn.Parameter, torch.Tensor] = getattr(self.engine, "weight_copies", lambda m: {})(self.model)
+        return (optim.OffloadedAdamW if config.offload == "states" else optim.AdamW)(
+            *given,
             weight_decay=config.weight_decay,
             bf16_copies={p: copy for p, copy in copies.items() if p.requires_grad},
         )
