@@ -289,6 +289,52 @@ def test_both_kernels_of_an_engine_have_the_same_bits(checkpoints):
 @pytest.mark.gpu
 @pytest.mark.vllm
 @pytest.mark.engine
+def test_an_engine_gives_its_memory_back_and_wakes_up_with_the_same_bits(checkpoints):
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+
+    models = [Qwen3ForCausalLM.from_pretrained(folder) for folder in checkpoints]
+    engine = vllm_engine.VllmEngine(checkpoints[0], gpu_memory_utilization=0.3, max_model_len=512, sleep_mode=True)
+    try:
+        assert engine.weight_copies(models[0]) == {}
+        before = engine.generate(PROMPTS, PARAMS)
+        for level in (2, 1, 2):
+            free, total = torch.cuda.mem_get_info()
+            engine.sleep(level)
+            given = torch.cuda.mem_get_info()[0] - free
+            assert given > 0.2 * total, f"level {level} gave {given / 2**30:.1f} GiB back"
+            with pytest.raises(RuntimeError, match="generate: the engine is asleep"):
+                engine.generate(PROMPTS, PARAMS)
+            training = torch.full((int(0.15 * total) // 4,), float("nan"), device="cuda")  # in the memory it gave
+            del training
+            if level == 1:
+                engine.wake_up()
+            else:
+                engine.update_weights(models[0])
+            assert same(before, engine.generate(PROMPTS, PARAMS)), f"level {level}"
+        engine.sleep()
+        engine.wake_up()
+        with pytest.raises(RuntimeError, match="forgot its weights"):
+            engine.generate(PROMPTS, PARAMS)
+        engine.update_weights(models[1])
+        assert not same(before, engine.generate(PROMPTS, PARAMS))  # the negative control
+        engine.update_weights(models[0])
+        assert same(before, engine.generate(PROMPTS, PARAMS))
+        engine.sleep()  # and it can be closed
+    finally:
+        engine.close()
+
+    awake = vllm_engine.VllmEngine(checkpoints[0], gpu_memory_utilization=0.2, max_model_len=512)
+    try:
+        assert same(before, awake.generate(PROMPTS, PARAMS))
+        with pytest.raises(RuntimeError, match="make it with sleep_mode=True"):
+            awake.sleep()
+    finally:
+        awake.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.engine
 def test_the_v1_model_runner_on_a_gpu(tmp_path, monkeypatch):
     """Its sampler would sum a row of logits in another order; at a vocabulary of this size that is seen."""
     from vllm import envs

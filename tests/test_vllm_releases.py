@@ -28,6 +28,8 @@ QUESTIONS = {
 CALLED = [
     ("vllm.entrypoints.llm", "LLM.apply_model", ("self", "func")),
     ("vllm.entrypoints.llm", "LLM.reset_prefix_cache", ("self", "reset_running_requests", "reset_connector")),
+    ("vllm.entrypoints.llm", "LLM.sleep", ("self", "level", "mode")),
+    ("vllm.entrypoints.llm", "LLM.wake_up", ("self", "tags")),
     ("vllm.plugins", "load_general_plugins", ()),
     ("vllm.config.vllm", "VllmConfig.use_v2_model_runner", ("self",)),
     ("vllm.config.compilation", "CUDAGraphMode.has_full_cudagraphs", ("self",)),
@@ -91,7 +93,7 @@ FIELDS = {
         *("model", "skip_tokenizer_init", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization"),
         *("max_model_len", "max_num_seqs", "enable_prefix_caching", "generation_config", "logprobs_mode"),
         *("enforce_eager", "compilation_config", "attention_config", "speculative_config", "enable_lora"),
-        *("additional_config", "distributed_executor_backend"),
+        *("additional_config", "distributed_executor_backend", "enable_sleep_mode"),
     },
     ("vllm.config.vllm", "VllmConfig"): {"additional_config", "scheduler_config", "model_config", "cache_config"},
     ("vllm.config.model", "ModelConfig"): {"model", "quantization"},

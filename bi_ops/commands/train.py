@@ -104,6 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-difference", choices=("stop", "warn"), help="what a differing log-probability does", **given
     )
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode", **given)
+    parser.add_argument(
+        "--sleep", action="store_true", help="vllm: its weights and KV cache leave the GPU while training runs", **given
+    )
     for name, kind, text in _PLAIN:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, **given)
 

@@ -22,6 +22,7 @@ FREE_ON_RESUME = (
     "save_every",
     "on_difference",
     "gpu_memory_utilization",
+    "sleep",
     "max_tokens_per_microbatch",
     "recompute",
     "offload",
@@ -83,6 +84,8 @@ class TrainConfig:
     (`bi_ops.optim.OffloadedAdamW`); no bit depends on it.
     on_difference: what a log-probability that differs between rollout and training does to the run.
     save_every: steps between checkpoints, 0 for none but the final weights.
+    sleep: the engine gives the memory of its weights and KV cache to training after each rollout, and takes it again
+    with the new weights; gpu_memory_utilization may then leave room for masters and optimizer states alone.
 
     Raises:
         TypeError: naming a field of another type, what it must be and what it is.
@@ -119,6 +122,7 @@ class TrainConfig:
     on_difference: Literal["stop", "warn"] = "stop"
     gpu_memory_utilization: float = 0.4
     cuda_graphs: bool = True
+    sleep: bool = False
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -156,6 +160,7 @@ class TrainConfig:
         need(self.save_every >= 0, "save_every", "0 (never) or more")
         packs = self.max_tokens_per_microbatch
         need(packs is None or packs >= 1, "max_tokens_per_microbatch", "None or >= 1")
+        need(not (self.sleep and self.engine == "embedded"), "sleep", "false with the embedded engine, which has none")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
 
     @property
@@ -169,6 +174,8 @@ class TrainConfig:
         options: dict[str, Any] = {"attention": self.attention}
         if self.logprobs_mode != "raw_logprobs":
             options |= {"logprobs_mode": self.logprobs_mode}
+        if self.sleep:
+            options |= {"sleep_mode": True}
         if self.engine == "vllm":
             options |= {"cuda_graphs": self.cuda_graphs, "gpu_memory_utilization": self.gpu_memory_utilization}
         return options

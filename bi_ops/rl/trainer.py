@@ -86,8 +86,8 @@ class Trainer:
         on_difference: called with the difference when config.on_difference is "warn".
 
     Raises:
-        ValueError: a KL coefficient without a reference, an engine that states no orders, or master weights offloaded
-            from a model that does not compute in bf16.
+        ValueError: a KL coefficient without a reference, an engine that states no orders, or one that should sleep and
+            cannot, or master weights offloaded from a model that does not compute in bf16.
         RuntimeError: the model cannot compute in the engine's orders here; what differs is listed.
     """
 
@@ -112,6 +112,8 @@ class Trainer:
                 f"train: offload='masters' leaves bf16 weights on the GPU, and the model computes in "
                 f"{model.compute_dtype}; use offload='states'"
             )
+        if config.sleep and not hasattr(engine, "sleep"):
+            raise ValueError(f"train: sleep=True, but the {engine.name} engine has no sleep mode; leave sleep out")
         for m in (model, *([] if reference is None else [reference])):
             m.adopt(engine.orders)
         model.recompute = config.recompute
@@ -146,6 +148,8 @@ class Trainer:
 
         problems = self.problems(step)
         completions = self.engine.generate([p.prompt for p in problems], self.sampling(step, problems))
+        if config.sleep:
+            self.engine.sleep()  # type: ignore[attr-defined]
         rewards = [p.reward(c.tokens) for p, c in zip(problems, completions, strict=True)]
         advantages = group_advantages(rewards, config.group_size)
 

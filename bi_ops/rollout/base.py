@@ -99,7 +99,8 @@ class RolloutEngine(Protocol):
 
         An engine may also have ``weight_copies(model)``: its own bf16 weights by the model's parameters, as far as the
         optimizer may write them (`bi_ops.optim.AdamW`, bf16_copies). Its `update_weights` then takes ``written=``, the
-        parameters whose copies are written already.
+        parameters whose copies are written already. And it may have ``sleep()``, which gives its memory back until
+        `update_weights`.
         """
         ...
 

@@ -21,6 +21,7 @@ from bi_ops.logprob import Distribution
 from bi_ops.models import load_config, orders
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.rollout.base import Completion, LogprobsMode, SamplingParams, check_logprobs_mode, check_request
+from bi_ops.rollout.sleep import TAGS, SleepMode
 from bi_ops.rollout.vllm_weights import copy_weights, load_slices
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class VllmEngine:
             choice.
         logprobs_mode: "raw_logprobs", of the logits as they are, or "processed_logprobs", of the distribution that was
             sampled: with the plugin training has these bits too.
+        sleep_mode: allocate weights and KV cache so that `sleep` can give their memory back. Same bits.
 
     Raises:
         RuntimeError: no GPU, no supported vLLM, another mode already set, or vLLM chose another attention kernel.
@@ -141,6 +143,7 @@ class VllmEngine:
         tensor_parallel_size: int = 1,
         distributed_executor_backend: str | None = None,
         logprobs_mode: LogprobsMode = "raw_logprobs",
+        sleep_mode: bool = False,
     ) -> None:
         check_logprobs_mode("VllmEngine", logprobs_mode)
         if runtime.INTERPRET:
@@ -182,6 +185,7 @@ class VllmEngine:
                 enable_prefix_caching=False,
                 generation_config="vllm",  # the checkpoint's own would add sampling defaults and stop tokens
                 logprobs_mode=logprobs_mode,
+                enable_sleep_mode=sleep_mode,
                 enforce_eager=not cuda_graphs,
                 # Mode 0 keeps Inductor from rewriting norms and activations; graphs then hold the eager kernels.
                 compilation_config=CompilationConfig(mode=0, cudagraph_mode="FULL") if cuda_graphs else None,
@@ -197,6 +201,7 @@ class VllmEngine:
         self.tensor_parallel_size, self._config = tensor_parallel_size, config
         self._in_process = tensor_parallel_size == 1 or distributed_executor_backend == "external_launcher"
         self.logprobs_mode = logprobs_mode
+        self._memory = SleepMode(self._llm, sleep_mode)
         #: See `RolloutEngine`; without the plugin there are no bits that training could have.
         self.orders: OrderRecord | None = self.orders_of(config, attention, dtype) if plugin else None
         self.max_model_len: int = self._llm.model_config.max_model_len
@@ -254,9 +259,10 @@ class VllmEngine:
 
         Raises:
             ValueError: as `RolloutEngine.generate`, or a seed or temperature that vLLM would replace by another.
-            RuntimeError: the engine is closed, or vLLM returned no log-probability for a token.
+            RuntimeError: the engine is closed or asleep, or vLLM returned no log-probability for a token.
         """
         llm = self._open()
+        self._memory.check("generate")
         each = check_request(prompts, params, vocab_size=self._vocab_size, max_model_len=self.max_model_len)
         requests = [_vllm_params(i, p) for i, p in enumerate(each)]
         if not requests:
@@ -287,9 +293,9 @@ class VllmEngine:
         """vLLM's own weights by those of `model`, where an optimizer may write them.
 
         Whole, bf16, contiguous, on the device of the model's.
-        They stay where they are: captured CUDA graphs read them.
+        They stay where they are: captured CUDA graphs read them. None in sleep mode, in which they come and go.
         """
-        if self.tensor_parallel_size > 1:
+        if self.tensor_parallel_size > 1 or self._memory.enabled:
             return {}  # a rank has slices
         own = {n: p.data for n, p in self.model.named_parameters()}
         found = {p: own[name][: p.shape[0]] for name, p in model.named_parameters() if name in own}
@@ -302,6 +308,8 @@ class VllmEngine:
     def update_weights(self, model: CausalLM, written: Collection[torch.Tensor] = ()) -> None:
         """Copy the model's weights, rounded to the engine's dtype, into vLLM's own and forget every cached prefix.
 
+        An engine that sleeps wakes up, its weights before its KV cache.
+
         written: parameters that `weight_copies` has a tensor for, which holds their values already.
 
         Raises:
@@ -309,14 +317,34 @@ class VllmEngine:
             RuntimeError: the engine is closed or still generating, or the weights are in other processes.
         """
         llm, target = self._open(), self.model
+        self._memory.wake_up("weights")
         if self.tensor_parallel_size > 1:
             load_slices(model, target, self._config)
         else:
             source = {n: p.detach() for n, p in model.named_parameters()}
             copy_weights(source, target, {n for n, p in model.named_parameters() if p in written})
         torch.cuda.synchronize()  # vLLM need not run on the stream that copied
+        self._memory.filled()
+        self._memory.wake_up("kv_cache")
         if not llm.reset_prefix_cache():
             raise RuntimeError("update_weights: vLLM still holds unfinished requests; let generate return first")
+
+    def sleep(self, level: int = 2) -> None:
+        """Give the memory of the weights and of the KV cache back, until `update_weights` or `wake_up`.
+
+        level: 1 keeps the weights in the host's memory, 2 forgets them: then `update_weights` has to come first. CUDA
+        graphs stay. Nothing happens if the engine is asleep.
+
+        Raises:
+            RuntimeError: the engine is closed or has no sleep_mode. ValueError: another level.
+        """
+        self._open()
+        self._memory.sleep(level)
+
+    def wake_up(self) -> None:
+        """Take the memory again, and after `sleep(level=1)` the weights' values. Nothing happens if it is awake."""
+        self._open()
+        self._memory.wake_up(*TAGS)
 
     def describe(self) -> dict[str, Any]:
         """What a report needs to be reproduced."""
@@ -353,6 +381,7 @@ class VllmEngine:
         """Shut vLLM down and free its GPU memory. Closing twice is fine."""
         if self._llm is None:
             return
+        self._memory.wake_up(*TAGS)  # vLLM would free what is not there
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         gc.collect()
