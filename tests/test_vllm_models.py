@@ -51,6 +51,11 @@ class TPAwareRMSNorm(RMSNorm):
 class GateLinear(Linear):
     """The router of a mixture of experts, which derives from a linear layer."""
 
+    def __init__(self, k, n, **chosen):
+        super().__init__(k, n)
+        self.allow_specialized_router_gemm, self.allow_ll_bf16_gemm = True, False
+        vars(self).update(chosen)
+
 
 def test_layers_that_derive_from_vllms_compute_with_bi_ops_and_others_stay(vllm):
     model = torch.nn.Module()
@@ -66,6 +71,22 @@ def test_layers_that_derive_from_vllms_compute_with_bi_ops_and_others_stay(vllm)
     assert scores.shape == (1, 5, 8)
     assert not (scores == 7).all()
     assert torch.equal(model.gemma(x), before)
+
+
+@pytest.mark.parametrize("kernels", ["bi_ops", "vllm"])
+def test_a_router_that_counts_tokens_is_refused_by_name(vllm, kernels):
+    def loaded(**chosen):
+        model = torch.nn.Module()
+        model.mlp = torch.nn.Module()
+        model.mlp.gate = GateLinear(64, 8, **chosen)
+        wrapper = vllm[WORKER].WorkerWrapperBase(Worker(model, {"bi_ops": {"kernels": kernels}}))
+        wrapper.init_device()
+        wrapper.load_model(load_dummy_weights=False)
+
+    loaded()
+    message = r"vllm_plugin: mlp\.gate picks its GEMM by the number of tokens \(ll_bf16_gemm, cublas_router_gemm\)"
+    with pytest.raises(ValueError, match=message):
+        loaded(allow_ll_bf16_gemm=True, allow_cublas_router_gemm=True)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -114,6 +135,15 @@ def test_vllms_mode_replaces_the_mean_that_gemmas_norms_take():
     body = body_of(release.batch_invariant, "enable_batch_invariant_mode")
     assert "impl('aten::mean.dim', mean_batch_invariant, key)" in body
     assert "tl.program_id(0)" in body_of(release.batch_invariant, "mean_kernel")
+
+
+def test_routers_of_which_releases_count_tokens():
+    """GateLinear's attributes say so; 0.33 turns them off in the batch-invariant mode."""
+    text = body_of(f"{LAYERS}.fused_moe.router.gate_linear", "GateLinear")
+    assert "self.allow_ll_bf16_gemm and x.shape[0] <=" in text
+    assert {f"self.allow_{tier}_gemm" in text for tier in ("ll_bf16", "fp32_router", "cublas_router")} == {True}
+    if releases.require("test").version == "0.33.0":
+        assert "and (not batch_invariant)" in text
 
 
 def test_longrope_looks_at_no_batch():

@@ -227,3 +227,20 @@ def refuse_quantized(model: torch.nn.Module) -> None:
                 '\'{"bi_ops": {"kernels": "vllm"}}\''
             )
         logger.warning("bi_ops: layers quantized with %s are left to vLLM; bi_ops has not examined them", method)
+
+
+def refuse_routers(model: torch.nn.Module) -> None:
+    """Raise ValueError if a router of experts (vLLM's GateLinear) picks its GEMM by the number of tokens.
+
+    Since 0.33 vLLM's batch-invariant mode turns these GEMMs off.
+    """
+    for name, layer in model.named_modules():
+        # The first says that others may be chosen, not that one was.
+        found = [a for a in vars(layer) if a.startswith("allow_") and a.endswith("_gemm") and "specialized" not in a]
+        chosen = [a.removeprefix("allow_") for a in found if getattr(layer, a)]
+        if chosen:
+            raise ValueError(
+                f"vllm_plugin: {name} picks its GEMM by the number of tokens ({', '.join(chosen)}), so a prompt's bits "
+                "depend on its batch; use vLLM 0.33.0, whose batch-invariant mode does not; or unset "
+                "VLLM_BATCH_INVARIANT"
+            )

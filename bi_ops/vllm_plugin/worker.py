@@ -61,6 +61,7 @@ def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], kernels: str
     assert worker is not None, "its own method runs"
     stock(worker, **kwargs)
     release, model = vllm.require("vllm_plugin"), worker.model_runner.get_model()
+    layers.refuse_routers(model)
     if kernels == "bi_ops":
         layers.attach(model, release)
         found = layers.operators_of(model, release)
