@@ -28,7 +28,7 @@ def _replaced(module: str, **functions: Callable[..., Any]) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def _fields(module: str, function: str, **fields: Any) -> Change:
+def fields(module: str, function: str, **fields: Any) -> Change:
     """The usual config with these fields. Fields of a named tuple or a dataclass."""
 
     def choose(usual: Any) -> Any:
@@ -55,11 +55,11 @@ def of(folder: str) -> Mapping[str, Change]:
     if folder == "attention":
         return _attention()
     return {
-        "norm": {"one row a program, read twice": _fields("norm.ops", "row_config", rows=1, chunks=0)},
-        "logprob": {"two rows a program": _fields("logprob.ops", "row_config", rows=2)} if runtime.INTERPRET else {},
-        "activation": {"two rows a program": _fields("activation.ops", "tile_config", rows=2)},
-        "embedding": {"two rows a program": _fields("embedding.ops", "lookup_config", rows=2)},
-        "rope": {"four rows a program": _fields("rope.ops", "row_config", rows=4)},
-        "reduction": {"two sums a program": _fields("reduction.ops", "sum_config", rows=2, along_k=False, num_warps=8)},
-        "matmul": {"tiles of 64": _fields("matmul.launch", "gemm_config", block_m=64, block_n=64)},
+        "norm": {"one row a program, read twice": fields("norm.ops", "row_config", rows=1, chunks=0)},
+        "logprob": {"two rows a program": fields("logprob.ops", "row_config", rows=2)} if runtime.INTERPRET else {},
+        "activation": {"two rows a program": fields("activation.ops", "tile_config", rows=2)},
+        "embedding": {"two rows a program": fields("embedding.ops", "lookup_config", rows=2)},
+        "rope": {"four rows a program": fields("rope.ops", "row_config", rows=4)},
+        "reduction": {"two sums a program": fields("reduction.ops", "sum_config", rows=2, along_k=False, num_warps=8)},
+        "matmul": {"tiles of 64": fields("matmul.launch", "gemm_config", block_m=64, block_n=64)},
     }[folder]

@@ -1,0 +1,205 @@
+"""Small calls of every kernel, a family to a process, for a tool that watches what a process does on the GPU."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import bi_ops  # isort: skip  (before torch and triton)
+import torch
+
+from bi_ops import optim
+from bi_ops.attention.launch import clear_outside
+from bi_ops.core import runtime
+from bi_ops.verify import configs, packs
+from bi_ops.verify.contract import Setting, microbatches
+from bi_ops.verify.subject import make_batch, results
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+#: Items of a batch: rows, more than a tile and no multiple of one; rows of sequences, likewise.
+ROWS = 7 if runtime.INTERPRET else 77
+LENGTHS = (5, 1, 9) if runtime.INTERPRET else (1, 70, 257, 16)
+
+
+def kernels_in_the_code(folder: Path = Path(bi_ops.__file__).parent) -> dict[str, str]:
+    """Every kernel by its name: what `triton.jit` or `gluon.jit` compiles and is called ``..._kernel``; its module."""
+    found = {}
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef) or not node.name.endswith("_kernel"):
+                continue
+            if any("jit" in ast.unparse(d) for d in node.decorator_list):
+                found[node.name] = ".".join(file.relative_to(folder).with_suffix("").parts)
+    return found
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[set[str]]:
+    """The names of the kernels that are launched while this is entered."""
+    found: set[str] = set()
+    where = ("interpreter", "GridExecutor", "__call__") if runtime.INTERPRET else ("jit", "JITFunction", "run")
+    owner, attribute = getattr(importlib.import_module(f"triton.runtime.{where[0]}"), where[1]), where[2]
+    before = getattr(owner, attribute)
+
+    def watched(self, *args, **kwargs):
+        found.add(self.fn.__name__)
+        return before(self, *args, **kwargs)
+
+    setattr(owner, attribute, watched)
+    try:
+        yield found
+    finally:
+        setattr(owner, attribute, before)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the calls
+
+
+def call(name: str, dtype: torch.dtype = BF16, size: tuple[int, int] = (1024, 320), **options: Any) -> None:
+    """A subject of `bi-ops verify`, small: forward and backward, decoded, over pages, and its gradient accumulated."""
+    s = packs.find(f"bi_ops:{name}")
+    size = size if not runtime.INTERPRET else s.sizes["cpu"][0]
+    batch = make_batch(s, LENGTHS if s.sequences else (1,) * ROWS, size, dtype, runtime.default_device())
+    base = results(s, batch, **options)
+    for door in (s.decode, s.paged):
+        if door is not None:
+            results(replace(s, differentiable=False), batch, door)
+    if s.accumulate is not None and not options:
+        list(microbatches(s, batch, base, Setting(variants=1)))
+
+
+def each(*names: str, dtypes: Iterable[torch.dtype] = (BF16, FP32), **options: Any) -> Callable[[], None]:
+    def run() -> None:
+        for name in names:
+            for dtype in dtypes:
+                call(name, dtype, **options)
+
+    return run
+
+
+def _norms() -> None:
+    """Both backwards: one kernel for dX and the weight's chunks, and two."""
+    for one_pass in (True, False):
+        with configs.fields("norm.ops", "backward_config", one_pass=one_pass)():
+            each("rms_norm", "add_rms_norm")()
+
+
+def _gemms() -> None:
+    for dtype in (BF16, FP32):
+        call("mm", dtype, backend="triton")
+        call("linear", dtype, backend="triton")
+        call("bmm", dtype)
+
+
+def _few_rows() -> None:
+    s = packs.find("bi_ops:inference_linear")
+    for rows in (1, 17, 64):
+        batch = make_batch(s, (1,) * rows, (1024, 320), BF16, runtime.default_device())
+        results(s, batch)
+
+
+def _plain_attention() -> None:
+    for head_dim in (64, 128, 256, 80):
+        call("flash_attention", size=(head_dim, 0))
+
+
+def _cleared() -> None:
+    device = runtime.default_device()
+    rows, lse = torch.ones(40, 2, 16, device=device), torch.ones(2, 40, device=device)
+    clear_outside(torch.tensor([3, 30], dtype=torch.int32, device=device), rows, lse)
+
+
+def _featured_attention() -> None:
+    each(
+        "flash_attention, window", "flash_attention, sinks", "flash_attention, softcap", dtypes=(BF16,), size=(64, 0)
+    )()
+    call("flash_attention, window", size=(128, 0))
+    _cleared()
+
+
+def _optimizer() -> None:
+    device = runtime.default_device()
+    shapes = ((40, 500), (128,), (3, 1001), (33, 3, 4), (), (7,))
+    parameters = [torch.nn.Parameter(torch.randn(s).to(device)) for s in shapes]
+    optimizer = optim.AdamW(parameters, lr=1e-2)
+    for _ in range(2):
+        for p in parameters:
+            p.grad = torch.randn(p.shape).to(device)
+        optim.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+
+
+@dataclass(frozen=True)
+class Driver:
+    """run: launches at least `kernels`. gpu: they are Gluon's, which nothing interprets."""
+
+    kernels: tuple[str, ...]
+    run: Callable[[], None]
+    gpu: bool = False
+
+
+def _named(stem: str, *parts: str) -> tuple[str, ...]:
+    return tuple(f"{stem}{p}_kernel" for p in parts)
+
+
+DRIVERS: dict[str, Driver] = {
+    "activation": Driver(_named("silu_and_mul", "", "_backward"), each("silu_and_mul")),
+    "rope": Driver(("rope_kernel",), each("apply_rope")),
+    "embedding": Driver(_named("embedding", "", "_backward"), each("embedding", "embedding_backward")),
+    "reduction": Driver(("sum_kernel",), each("sum", "sum, first axis", "sum, everything", "mean")),
+    "logprob": Driver(
+        (*_named("softmax", "", "_dx"), *_named("token_logprobs", "", "_dx")),
+        each("softmax", "log_softmax", "token_logprobs", "linear_token_logprobs"),
+    ),
+    "sampled": Driver(
+        _named("sampled_logprobs", "", "_dx"), each("sampled_logprobs", "sampled_stats", "processed_logits")
+    ),
+    "norm": Driver((*_named("rms_norm", "", "_dx", "_dweight", "_backward"), "add_chunks_kernel"), _norms),
+    "qk norm and rope": Driver(
+        (*_named("qk_norm_rope", "", "_backward"), "qk_add_chunks_kernel"), each("qk_norm_rope")
+    ),
+    "matmul": Driver(("matmul_kernel",), _gemms),
+    "weight gradient on Hopper": Driver(("wgrad_kernel",), each("linear", dtypes=(BF16,)), gpu=True),
+    "few rows on Hopper": Driver(("decode_matmul_kernel",), _few_rows, gpu=True),
+    "attention on Hopper": Driver(
+        (
+            *_named("attention_", "forward", "backward", "prepare", "dq_hopper", "dkv_hopper", "decode"),
+            "lpt_order_kernel",
+        ),
+        _plain_attention,
+        gpu=True,
+    ),
+    "attention": Driver(
+        (*_named("attention", "", "_delta", "_dq", "_dkv", "_dsinks", "_add_chunks", "_clear"),),
+        _featured_attention,
+    ),
+    "masked attention": Driver((), each("masked_attention", dtypes=(BF16,), size=(64, 0))),
+    "optimizer": Driver(("square_sums_kernel", "pairwise_sum_kernel", "scale_kernel", "adamw_kernel"), _optimizer),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# negative controls: a kernel that each tool has to complain of
+
+PLANTED = {
+    "memcheck": "out[threadIdx.x + 4096] = 1;",
+    "initcheck": "out[threadIdx.x] = fresh[threadIdx.x] + 1;",
+    "racecheck": "__shared__ int s[64]; s[threadIdx.x] = threadIdx.x; out[threadIdx.x] = s[63 - threadIdx.x];",
+    "synccheck": "if (threadIdx.x < 16) __syncthreads(); out[threadIdx.x] = 1;",
+}
+
+
+def plant(tool: str) -> None:
+    """Launch what `tool` has to find."""
+    source = f'extern "C" __global__ void planted(int* out, const int* fresh) {{ {PLANTED[tool]} }}'
+    kernel = torch.cuda._compile_kernel(source, "planted")
+    out, fresh = (torch.empty(64, dtype=torch.int32, device="cuda") for _ in range(2))
+    kernel(grid=(1, 1, 1), block=(64, 1, 1), args=(out, fresh))
+    torch.cuda.synchronize()
