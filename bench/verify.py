@@ -75,7 +75,7 @@ def main() -> int:
         find_commit(args.commit),
         [f"{args.subject}:{name}" for name in args.op or packs.subjects(args.subject)],
     )
-    properties, digests = args.property or tuple(suite.PROPERTIES), args.golden is not None
+    properties, digests = args.property or tuple(suite.PROPERTIES), "all" if args.golden else ""
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / file_name(args.subject, report.versions())
 

@@ -198,10 +198,11 @@ def test_a_unit_is_one_dtype_and_size_and_the_longest_come_first():
     full = suite.units(specs, "full", ("rerun",))
     assert full[0].spec == "bi_ops:flash_attention"
     assert {(u.spec, u.size) for u in full} == {("controls", (0, 0)), *((s, z) for s in specs for z in sizes[s])}
-    quick, with_digests = suite.units(specs, "quick", ("rerun",)), suite.units(specs, "quick", ("rerun",), digests=True)
+    quick, with_digests = suite.units(specs, "quick", ("rerun",)), suite.units(specs, "quick", ("rerun",), "all")
     assert len(quick) == 3
     assert len(with_digests) == len(full)
     assert sum(bool(u.properties) for u in with_digests) == 3
+    assert len(suite.units(specs, "quick", ("rerun",), "checked")) == 3
 
 
 def test_what_there_is_no_time_for_is_said():
@@ -386,6 +387,22 @@ def test_a_table_that_bi_ops_carries_is_found_by_architecture_and_releases(tmp_p
     assert golden.committed(tmp_path) is None
     (tmp_path / name).write_text("{}")
     assert golden.committed(tmp_path) == tmp_path / name
+
+
+def test_a_run_is_compared_with_what_the_carried_table_has_of_it(capsys, tmp_path, monkeypatch):
+    table = golden.path(tmp_path)
+    monkeypatch.setattr(golden, "committed", lambda: table if table.exists() else None)
+    options = ("--op", "sum", "--property", "rerun")
+    assert call(capsys, *options, "--record", str(table))[0] == 0
+    assert call(capsys, *options)[0] == 0
+    record = json.loads(table.read_text())
+    changed = dict.fromkeys(record["digests"], "0" * 16)
+    table.write_text(json.dumps(record | {"digests": changed}))
+    code, _, err = call(capsys, *options)
+    assert code == 1
+    assert 0 < err.count("bits of") < len(changed)  # of the dtype and size that were checked
+    table.write_text(json.dumps(record | {"digests": {"another": "0" * 16}}))
+    assert call(capsys, *options)[0] == 0
 
 
 @pytest.mark.parametrize("text", ["no JSON", "[]", "{}"])

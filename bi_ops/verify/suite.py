@@ -260,7 +260,7 @@ def _place(unit: Unit) -> tuple[bool, int, int]:
     return not unit.properties, place, -unit.size[0]
 
 
-def units(specs: Sequence[str], level: str, properties: Sequence[str], digests: bool = False) -> list[Unit]:
+def units(specs: Sequence[str], level: str, properties: Sequence[str], digests: str = "") -> list[Unit]:
     """The work: each subject in each dtype and size, the longest first, and the negative controls."""
     everything, chosen = levels()[level].everything, tuple(p for p in properties if not not_here(p))
     found = [Unit("controls", "", level, chosen)]
@@ -269,8 +269,8 @@ def units(specs: Sequence[str], level: str, properties: Sequence[str], digests: 
         every = [(d, size) for d in subject.dtypes for size in subject.sizes[runtime.device_type()]]
         for i, (dtype, size) in enumerate(every):
             here = chosen if everything or i == 0 else ()
-            if here or digests:
-                found.append(Unit(spec, str(dtype).removeprefix("torch."), level, here, size, digests))
+            if here or digests == "all":
+                found.append(Unit(spec, str(dtype).removeprefix("torch."), level, here, size, bool(digests)))
     return sorted(found, key=_place)
 
 
@@ -281,7 +281,7 @@ def verify(
     jobs: int | None = None,
     progress: Callable[[str, int, int, Report], None] = lambda *_: None,
     *,
-    digests: bool = False,
+    digests: str = "",
     seconds: float | None = None,
 ) -> Report:
     """Verify subjects, with negative controls.
@@ -289,7 +289,8 @@ def verify(
     Args:
         specs: which (`packs.find`). level: "quick" or "full". properties: names in `contract.PROPERTIES`. jobs:
             processes; None: `pool.default_jobs`. progress: called with (what is done, units done, units, the report so
-            far). digests: make those of every dtype and size too. seconds: nothing is begun after so many.
+            far). digests: make those of "all" dtypes and sizes, of the "checked" ones, or none. seconds: nothing is
+            begun after so many.
 
     Raises:
         ValueError: an unknown level, property or subject; at the full level, hypothesis is missing.
