@@ -30,21 +30,20 @@ LEFT_OUT = ("results", "control_results")
 def summary(found: suite.Report, commit: str) -> dict[str, Any]:
     """What `bi-ops verify --json` says, without a line for each check.
 
-    operators: by name and property, the checks, and how many failed where any did. failures: the first of each of them.
-    slowest: the units of work that took longest, in seconds.
+    operators: by name and property, the checks. failures: likewise, how many failed, and the first. slowest: the units
+    of work that took longest, in seconds.
     """
     whole = {k: v for k, v in report.as_dict(found).items() if k not in LEFT_OUT}
-    operators: dict[str, dict[str, Any]] = {}
-    failures: dict[str, dict[str, str]] = {}
+    operators: dict[str, Counter[str]] = {}
+    failed: dict[str, dict[str, list[str]]] = {}
     slowest: Counter[str] = Counter()
     for check in found.checks:
-        of, counts = operators.setdefault(check.subject, {}), {"checks": 1, "failed": int(not check.ok())}
-        before = of.get(check.property, {"checks": 0, "failed": 0})
-        of[check.property] = {k: before.get(k, 0) + n for k, n in counts.items()}
+        operators.setdefault(check.subject, Counter())[check.property] += 1
         slowest[f"{check.subject} {check.dtype} {check.size[0]}"] += round(check.seconds)
         if not check.ok():
             where = f"{check.dtype} {check.size[0]}, {check.values} values"
-            failures.setdefault(check.subject, {}).setdefault(check.property, f"{where}: {check.message}")
+            failed.setdefault(check.subject, {}).setdefault(check.property, []).append(f"{where}: {check.message}")
+    failures = {s: {p: f"{len(all_)} failed; {all_[0]}" for p, all_ in of.items()} for s, of in failed.items()}
     missed = [f"{c.property}: {c.subject}: {c.message}" for c in found.missed]
     more = {"slowest": dict(slowest.most_common(8)), "failures": failures, "controls_missed": missed}
     return {**whole, "commit": commit, **more, "digests": len(found.digests), "operators": operators}
