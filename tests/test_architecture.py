@@ -23,9 +23,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "models": FAMILIES | {"core", "nn"},
     "verify": FAMILIES | {"", "core", "models", "nn"},
     "rollout": FAMILIES | {"core", "nn", "models", "vllm_plugin"},
-    "rl": frozenset({"core", "models", "optim", "rollout", "verify"}),
-    "commands": FAMILIES | {"", "core", "models", "nn", "rollout", "rl", "verify"},
+    "parallel": frozenset({"core"}),
+    "rl": frozenset({"core", "models", "optim", "parallel", "rollout", "verify"}),
+    "commands": FAMILIES | {"", "core", "models", "nn", "parallel", "rollout", "rl", "verify"},
     "cli": frozenset({"", "commands"}),
+    "__main__": frozenset({"cli"}),
     "": FAMILIES | {"core", "nn", "mode"},  # bi_ops/__init__.py
 }
 

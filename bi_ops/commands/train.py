@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from bi_ops.parallel import Ranks
     from bi_ops.rl import StepMetrics, TrainConfig
 
 HELP = "GRPO with a bitwise check in every step"
@@ -28,6 +29,7 @@ examples:
   bi-ops train --preset h100 --output runs/h100           vLLM, on one H100
   bi-ops train --model ./Qwen3-0.6B --engine vllm --task sort --max-new-tokens 8 --output runs/sort
   bi-ops train --output runs/first --steps 60 --resume    go on where the run stopped
+  torchrun --nproc-per-node 4 -m bi_ops train --atoms 4 --tp-rollout 2 --preset h100 --output runs/4
 
 exit codes:
   0  trained     1  a log-probability differed (OUTPUT/difference.json says where)
@@ -56,6 +58,7 @@ _PLAIN: tuple[tuple[str, type, str], ...] = (
     ("seed", int, "fixes the weights, the problems and the samples"),
     ("save_every", int, "steps between checkpoints, 0 for none"),
     ("max_tokens_per_microbatch", int, "cut the training pass into packs of at most this many tokens"),
+    ("atoms", int, "parts of each batch whose gradients are added by a tree; the most data-parallel ranks"),
     ("gpu_memory_utilization", float, "vllm: the part of the GPU's memory that vLLM takes; the trainer needs the rest"),
 )
 
@@ -103,6 +106,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-difference", choices=("stop", "warn"), help="what a differing log-probability does", **given
     )
+    parser.add_argument(
+        "--tp-rollout",
+        dest="tensor_parallel_size",
+        type=int,
+        help="vllm: GPUs that share the model that samples; changes no bit",
+        **given,
+    )
+    parser.add_argument(
+        "--dp", type=int, metavar="N", help="data-parallel ranks; as many as torchrun starts, which it must be"
+    )
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode", **given)
     parser.add_argument(
         "--sleep", action="store_true", help="vllm: its weights and KV cache leave the GPU while training runs", **given
@@ -143,20 +156,29 @@ def _line(m: StepMetrics, steps: int) -> str:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from bi_ops import rl
+    from bi_ops import parallel, rl
 
     config = make_config(args)
+    ranks = parallel.Ranks.of_torchrun()
+    if args.dp not in (None, ranks.size):
+        raise ValueError(
+            f"train: --dp {args.dp}, but {ranks.size} processes were started; use torchrun --nproc-per-node {args.dp} "
+            "-m bi_ops train ..."
+        )
+    parallel.GradientTree(parallel.order(config.atoms), ranks)  # before a model is made
     if args.kernel_cache:
         from bi_ops.core import compile_ahead
 
         compile_ahead.use_cache(args.kernel_cache)
     console = Console(highlight=False, soft_wrap=True)
     try:
-        summary = _run_with_progress(config, args, console)
+        summary = _run_with_progress(config, args, console, ranks)
     except rl.DifferenceFound as difference:
         print(f"bi-ops train: {difference}", file=sys.stderr)
         print(f"bi-ops train: the report is in {Path(args.output) / 'difference.json'}", file=sys.stderr)
         return 1
+    if ranks.rank > 0:
+        return 0
     first, last = f"{summary.reward_first:.3f}", f"{summary.reward_last:.3f}"
     console.print(f"reward        {first} (first five steps) -> {last} (last five)")
     console.print(f"parity        {summary.tokens_checked} tokens checked, {summary.tokens_different} different")
@@ -167,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_with_progress(config: TrainConfig, args: argparse.Namespace, console: Console) -> Any:
+def _run_with_progress(config: TrainConfig, args: argparse.Namespace, console: Console, ranks: Ranks) -> Any:
     """`rl.run` under a progress bar on a terminal, with one line per step elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -176,12 +198,12 @@ def _run_with_progress(config: TrainConfig, args: argparse.Namespace, console: C
     def warn(difference: rl.DifferenceFound) -> None:
         console.print(f"warning: {difference}")
 
-    if not console.is_terminal:
+    if not console.is_terminal or ranks.size > 1:
 
         def show(m: StepMetrics) -> None:
             print(_line(m, config.steps), flush=True)
 
-        return rl.run(config, args.output, resume=args.resume, on_step=show, on_difference=warn)
+        return rl.run(config, args.output, resume=args.resume, on_step=show, on_difference=warn, ranks=ranks)
 
     columns = (
         TextColumn("training"),

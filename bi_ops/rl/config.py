@@ -24,6 +24,7 @@ FREE_ON_RESUME = (
     "gpu_memory_utilization",
     "sleep",
     "max_tokens_per_microbatch",
+    "tensor_parallel_size",
     "recompute",
     "offload",
 )
@@ -79,6 +80,10 @@ class TrainConfig:
     max_tokens_per_microbatch: cut the training pass into packs of at most that many tokens, padding not counted
     (None: one pack). Short sequences stay together in units of `models.packing.UNIT_TOKENS`. The cut changes no bit of
     a log-probability or of the update; only the loss that is reported is added up pack by pack.
+    atoms: into how many parts each batch is cut for sums over tokens, a power of two, and so the most data-parallel
+    ranks that can share it (`bi_ops.parallel.AtomTree`). Another number has other bits; how many ranks there are
+    changes none. 1 is one sum from the first token to the last, in one process.
+    tensor_parallel_size: vllm: GPUs that share the model that samples. It changes no bit.
     recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
     offload: what waits in host memory between updates, nothing, AdamW's states, or these and the fp32 master weights
     (`bi_ops.optim.OffloadedAdamW`); no bit depends on it.
@@ -117,6 +122,8 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 10
     max_tokens_per_microbatch: int | None = None
+    atoms: int = 1
+    tensor_parallel_size: int = 1
     recompute: Recompute = "selective"
     offload: Offload = "none"
     on_difference: Literal["stop", "warn"] = "stop"
@@ -161,6 +168,9 @@ class TrainConfig:
         packs = self.max_tokens_per_microbatch
         need(packs is None or packs >= 1, "max_tokens_per_microbatch", "None or >= 1")
         need(not (self.sleep and self.engine == "embedded"), "sleep", "false with the embedded engine, which has none")
+        need(self.atoms >= 1 and not self.atoms & (self.atoms - 1), "atoms", "a power of two")
+        need(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1")
+        need(self.tensor_parallel_size == 1 or self.engine == "vllm", "tensor_parallel_size", "1, except for vllm")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
 
     @property
@@ -178,6 +188,8 @@ class TrainConfig:
             options |= {"sleep_mode": True}
         if self.engine == "vllm":
             options |= {"cuda_graphs": self.cuda_graphs, "gpu_memory_utilization": self.gpu_memory_utilization}
+            if self.tensor_parallel_size > 1:
+                options |= {"tensor_parallel_size": self.tensor_parallel_size}
         return options
 
     def to_dict(self) -> dict[str, Any]:

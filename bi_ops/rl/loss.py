@@ -83,11 +83,11 @@ class Loss:
         return replace(self, value=self.value.detach())
 
 
-def check_finite(value: float, loss: Loss) -> None:
-    """Raise FloatingPointError unless `value`, the loss' own on the host, is finite."""
+def check_finite(value: float, n_bad: int, n_tokens: int) -> None:
+    """Raise FloatingPointError unless `value`, the loss on the host, is finite. n_bad: tokens whose terms are not."""
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"grpo_loss: the loss is {value} ({int(loss.bad)} of {loss.n_tokens} tokens are not finite); "
+            f"grpo_loss: the loss is {value} ({n_bad} of {n_tokens} tokens are not finite); "
             "lower the learning rate, or check the model's weights"
         )
 
@@ -140,5 +140,5 @@ def grpo_loss(
         terms.numel(),
     )
     if check:
-        check_finite(float(value.detach()), loss)
+        check_finite(float(value.detach()), int(loss.bad), loss.n_tokens)
     return loss

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bi_ops import parallel
 from bi_ops.core.files import write_json
 from bi_ops.core.orders import OrderRecord
 from bi_ops.models.config_fields import read_config
@@ -124,11 +125,15 @@ def run(
     resume: bool = False,
     on_step: Callable[[StepMetrics], None] = lambda metrics: None,
     on_difference: Callable[[DifferenceFound], None] = lambda difference: None,
+    ranks: parallel.Ranks = parallel.ALONE,
 ) -> Summary:
     """Train, from the beginning or from the latest checkpoint of `output`.
 
     Leaves in `output`: config.json, orders.json, metrics.jsonl, tensorboard/, checkpoints/, final/ (a Hugging Face
     checkpoint) and summary.json. A resumed run ends in the same bytes as one that was never interrupted.
+
+    ranks: the processes that share each batch, which all make this call. The first one writes; `output` must be a
+    folder that all of them read.
 
     Raises:
         DifferenceFound: rollout and training differ in some bit; the report is in `output`/difference.json too.
@@ -137,30 +142,41 @@ def run(
         FloatingPointError: a reward, the loss or a gradient is not finite.
     """
     output = Path(output)
-    prepare_folder(output, config, resume)
+    ranks.on_first(lambda: prepare_folder(output, config, resume))
     try:
-        trainer = set_up(config, output, on_difference)
+        trainer = set_up(config, output, on_difference, ranks)
     except BaseException:
-        if not resume:
+        if not resume and ranks.rank == 0:
             abandon_folder(output)
         raise
     try:
-        keep_orders(trainer, output)
+        ranks.on_first(lambda: keep_orders(trainer, output))
         done = restore(trainer, output) if resume else 0
         train(trainer, output, done, on_step)
-        if isinstance(trainer.optimizer, OffloadedAdamW):
-            trainer.optimizer.restore()  # the masters are what is saved
-        trainer.model.save_pretrained(output / FINAL)
-        summary = summarize(output, trainer.engine)
+        summary = ranks.on_first(lambda: finish(trainer, output))
     finally:
         trainer.engine.close()
+    return summary
+
+
+def finish(trainer: Trainer, output: Path) -> Summary:
+    """Write the final weights and the summary."""
+    if isinstance(trainer.optimizer, OffloadedAdamW):
+        trainer.optimizer.restore()  # the masters are what is saved
+    trainer.model.save_pretrained(output / FINAL)
+    summary = summarize(output, trainer.engine)
     write_json(output / SUMMARY, dataclasses.asdict(summary))
     return summary
 
 
-def set_up(config: TrainConfig, output: Path, on_difference: Callable[[DifferenceFound], None]) -> Trainer:
+def set_up(
+    config: TrainConfig,
+    output: Path,
+    on_difference: Callable[[DifferenceFound], None],
+    ranks: parallel.Ranks = parallel.ALONE,
+) -> Trainer:
     """The trainer of a run, its engine started; nothing stays open where that fails."""
-    path = initial_model(config, output)
+    path = ranks.on_first(lambda: initial_model(config, output))
     model, engine = load_model_and_engine(config, path)
     try:
         model.warmup()
@@ -168,7 +184,7 @@ def set_up(config: TrainConfig, output: Path, on_difference: Callable[[Differenc
         if config.kl != 0:
             reference = type(model).from_pretrained(path).requires_grad_(False)
         task = make_task(config.task, make_alphabet(config, path, model.config.vocab_size), config.max_new_tokens)
-        return Trainer(config, model, engine, task, reference, on_difference)
+        return Trainer(config, model, engine, task, reference, on_difference, ranks)
     except BaseException:
         engine.close()
         raise
@@ -177,7 +193,11 @@ def set_up(config: TrainConfig, output: Path, on_difference: Callable[[Differenc
 def orders_of(trainer: Trainer) -> dict[str, Any]:
     """The record of a run: the orders of its rollouts, and those of training, gradients included."""
     assert trainer.engine.orders is not None  # or there was no trainer
-    return {"rollout": trainer.engine.orders.as_dict(), "training": trainer.model.orders(training=True).as_dict()}
+    training = trainer.model.orders(training=True)
+    if trainer.tree.tree.atoms > 1:  # one atom is the order that runs had before there were atoms
+        tree = OrderRecord.of(training.arch, {"gradients": trainer.tree.tree})
+        training = OrderRecord(training.arch, {**training.orders, **tree.orders})
+    return {"rollout": trainer.engine.orders.as_dict(), "training": training.as_dict()}
 
 
 def check_orders(trainer: Trainer, earlier: dict[str, Any], where: Path) -> None:
@@ -217,22 +237,28 @@ def restore(trainer: Trainer, output: Path) -> int:
 
 def train(trainer: Trainer, output: Path, done: int, on_step: Callable[[StepMetrics], None]) -> None:
     """Steps done + 1 to config.steps, with metrics and checkpoints."""
-    config = trainer.config
-    (output / DIFFERENCE).unlink(missing_ok=True)  # of a run that is resumed
-    metrics = MetricsWriter(output, after_step=done)
+    config, writes = trainer.config, trainer.ranks.rank == 0
+    metrics = None
+    if writes:
+        (output / DIFFERENCE).unlink(missing_ok=True)  # of a run that is resumed
+        metrics = MetricsWriter(output, after_step=done)
     try:
         for step in range(done + 1, config.steps + 1):
             record = trainer.step(step)
+            if metrics is None:
+                continue
             metrics.write(record)
             if config.save_every and step % config.save_every == 0:
                 extra = {"config": config.to_dict(), "seed": config.seed, "orders": orders_of(trainer)}
                 checkpoint.save(output / CHECKPOINTS, step, trainer.model, trainer.optimizer, extra)
             on_step(record)
     except DifferenceFound as difference:
-        write_json(output / DIFFERENCE, difference.record)
+        if writes:
+            write_json(output / DIFFERENCE, difference.record)
         raise
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
 
 
 def summarize(output: Path, engine: RolloutEngine) -> Summary:

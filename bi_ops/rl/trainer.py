@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bi_ops import optim
+from bi_ops import optim, parallel
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models import packing
-from bi_ops.models.packing import common_distributions, pack, units
+from bi_ops.models.packing import PackedBatch, common_distributions, pack, units
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.loss import Loss, check_finite, group_advantages, grpo_loss, token_weights
 from bi_ops.rl.metrics import StepMetrics
@@ -56,6 +56,19 @@ class DifferenceFound(RuntimeError):
 
 
 @dataclass(frozen=True)
+class _Pack:
+    """What a rank found of the completions `part`. n_bad: tokens whose loss is not finite, counted where it is not."""
+
+    part: slice
+    scores: list[torch.Tensor]
+    loss: float
+    kl: float
+    clip_fraction: float
+    n_bad: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
 class _Pass:
     """What one training pass over a rollout found. clip_scale: what the optimizer multiplies the gradients by."""
 
@@ -68,6 +81,8 @@ class _Pass:
 
 def microbatches(lengths: Sequence[int], max_tokens: int | None, unit_tokens: int = 1) -> Iterator[slice]:
     """Consecutive units (`models.packing.units`) in packs of at most `max_tokens` tokens; a longer one is a pack."""
+    if not lengths:
+        return
     start = tokens = 0
     for unit in units(lengths, unit_tokens):
         n = sum(lengths[unit])
@@ -84,10 +99,14 @@ class Trainer:
     Args:
         reference: the frozen model of the KL term; needed where config.kl is not 0.
         on_difference: called with the difference when config.on_difference is "warn".
+        ranks: the processes that share each batch, each with the whole model; all do the same step and end in the same
+            bytes. Their number changes no bit (`config.atoms`).
 
     Raises:
         ValueError: a KL coefficient without a reference, an engine that states no orders, or one that should sleep and
             cannot, or master weights offloaded from a model that does not compute in bf16.
+        ValueError: a KL coefficient without a reference, an engine that states no orders, or ranks that do not divide
+            the atoms or fill engines.
         RuntimeError: the model cannot compute in the engine's orders here; what differs is listed.
     """
 
@@ -99,6 +118,7 @@ class Trainer:
         task: Task,
         reference: CausalLM | None = None,
         on_difference: Callable[[DifferenceFound], None] = lambda difference: None,
+        ranks: parallel.Ranks = parallel.ALONE,
     ) -> None:
         if config.kl != 0 and reference is None:
             raise ValueError(f"train: kl={config.kl} needs a reference model")
@@ -117,6 +137,13 @@ class Trainer:
         for m in (model, *([] if reference is None else [reference])):
             m.adopt(engine.orders)
         model.recompute = config.recompute
+        self.ranks, self.tree = ranks, parallel.GradientTree(parallel.order(config.atoms), ranks)
+        self._ranks_of_an_engine: int = getattr(engine, "tensor_parallel_size", 1)
+        if ranks.size > 1 and ranks.size % self._ranks_of_an_engine:
+            raise ValueError(
+                f"train: {ranks.size} ranks do not fill engines of tensor_parallel_size={self._ranks_of_an_engine}; "
+                "start a multiple"
+            )
         self.config, self.model, self.engine, self.task, self.reference = config, model, engine, task, reference
         self.on_difference = on_difference
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -147,7 +174,7 @@ class Trainer:
         config = self.config
 
         problems = self.problems(step)
-        completions = self.engine.generate([p.prompt for p in problems], self.sampling(step, problems))
+        completions = self.generate([p.prompt for p in problems], self.sampling(step, problems))
         if config.sleep:
             self.engine.sleep()  # type: ignore[attr-defined]
         rewards = [p.reward(c.tokens) for p, c in zip(problems, completions, strict=True)]
@@ -186,6 +213,16 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
 
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Completion]:
+        """Completions of all requests on every rank. Each engine samples a share, whose bits depend on no other."""
+        if self.ranks.size == 1:
+            return self.engine.generate(prompts, params)
+        size = self._ranks_of_an_engine
+        n_engines, engine = self.ranks.size // size, self.ranks.rank // size
+        found = self.engine.generate(prompts[engine::n_engines], params[engine::n_engines])
+        shares = self.ranks.gather(found)[::size]
+        return [shares[i % n_engines][i // n_engines] for i in range(len(prompts))]
+
     def problems(self, step: int) -> list[Problem]:
         """prompts_per_step problems, each group_size times in a row."""
         seed, out = self.config.seed, []
@@ -223,65 +260,82 @@ class Trainer:
 
         Their bits do not depend on where packs end: a token's weight in the loss is that of the whole batch, units of
         sequences are padded to the step in which tokens are summed, and every sum is carried on from one pack to the
-        next.
+        next. Nor do they depend on the number of ranks: each has some of the atoms, whose sums are added by the tree.
         """
-        config, device = self.config, self.parameters[0].device
+        config, ranks, device = self.config, self.ranks, self.parameters[0].device
         lengths = [len(c.tokens) for c in completions]
         weights = token_weights(lengths, config.mean)
         per_token = advantages.repeat_interleave(torch.tensor(lengths))
         rollout = torch.cat([c.logprobs for c in completions])
         totals = [len(c.prompt) + len(c.tokens) for c in completions]
         unit = packing.UNIT_TOKENS  # what the sums' bits depend on, and the size of a pack does not
-        parts = list(microbatches(totals, config.max_tokens_per_microbatch, unit))
         # All copies to the GPU come first: each of them waits for what was launched before.
         rollout, per_token, weights = (t.to(device) for t in (rollout, per_token, weights))
-        batches = []
-        for part in parts:
-            prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
-            distributions = common_distributions([c.distribution for c in completions[part]])
-            batches.append(pack(prompts, tokens, device, TOKEN_STEP, distributions, unit))
+        atoms: list[list[tuple[slice, PackedBatch]]] = []
+        for atom in parallel.cut(totals, config.atoms)[ranks.rank :: ranks.size]:
+            atoms.append([])
+            for within in microbatches(totals[atom], config.max_tokens_per_microbatch, unit):
+                part = slice(atom.start + within.start, atom.start + within.stop)
+                prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
+                distributions = common_distributions([c.distribution for c in completions[part]])
+                atoms[-1].append((part, pack(prompts, tokens, device, TOKEN_STEP, distributions, unit)))
 
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.allocate_main_grads()
         found: list[torch.Tensor] = []
         losses: list[Loss] = []
-        at = 0
-        for batch in batches:
-            scores = self.model.token_logprobs(batch)
-            found.append(scores.detach())
-            reference = None
-            if self.reference is not None and config.kl != 0:
-                with torch.no_grad():
-                    reference = self.reference.token_logprobs(batch)
-            rows = slice(at, at := at + scores.shape[0])
-            terms = grpo_loss(
-                scores,
-                rollout[rows],
-                per_token[rows],
-                weights[rows],
-                clip=config.clip,
-                kl=config.kl,
-                reference=reference,
-                check=False,
-            )
-            terms.value.backward()
-            losses.append(terms.detach())
-        self.model.collect_main_grads()
+        for atom_batches in atoms:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.model.allocate_main_grads()
+            for part, batch in atom_batches:
+                start = sum(lengths[: part.start])
+                rows = slice(start, start + len(batch.targets))
+                scores, terms = self._loss(batch, rollout[rows], per_token[rows], weights[rows])
+                found.append(scores)
+                losses.append(terms)
+            self.model.collect_main_grads()
+            if config.atoms > 1:
+                self.tree.add([p.new_zeros(p.shape) if p.grad is None else p.grad for p in self.parameters])
+        if config.atoms > 1:
+            for p, total in zip(self.parameters, self.tree.total(), strict=True):
+                p.grad = total
         norm = optim.global_norm([p.grad for p in self.parameters if p.grad is not None])
         numbers = torch.stack([t for terms in losses for t in (terms.value, terms.kl, terms.clip_fraction)] + [norm])
         every = torch.cat([*found, numbers]).cpu()  # the one wait
 
         scores = every[: -len(numbers)]
         *sums, grad_norm = every[-len(numbers) :].tolist()
-        for part, batch in zip(parts, batches, strict=True):
-            check(part, batch.split(scores[: len(batch.targets)]))
-            scores = scores[len(batch.targets) :]
-        for value, terms in zip(sums[::3], losses, strict=True):
-            check_finite(value, terms)
+        mine = []
+        batches = [pair for atom_batches in atoms for pair in atom_batches]
+        for i, ((part, batch), terms) in enumerate(zip(batches, losses, strict=True)):
+            own, scores = scores[: len(batch.targets)], scores[len(batch.targets) :]
+            value, kl, clip_fraction = sums[3 * i : 3 * i + 3]
+            n_bad = 0 if math.isfinite(value) else int(terms.bad)
+            mine.append(_Pack(part, batch.split(own), value, kl, clip_fraction, n_bad, terms.n_tokens))
+        shared = ranks.gather((mine, grad_norm))
+        packs = sorted((each for theirs, _ in shared for each in theirs), key=lambda each: each.part.start)
+        for each in packs:
+            check(each.part, each.scores)
+        for each in packs:
+            check_finite(each.loss, each.n_bad, each.n_tokens)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"train: the gradient norm is {grad_norm}; lower the learning rate")
-        loss, kl, clip_fraction = (sum(sums[i::3]) for i in range(3))
+        if {norm for _, norm in shared} != {grad_norm}:
+            raise RuntimeError(f"train: ranks have other gradients, of norms {[norm for _, norm in shared]}")
+        loss, kl, clip_fraction = (sum(getattr(p, n) for p in packs) for n in ("loss", "kl", "clip_fraction"))
         return _Pass(loss, kl, clip_fraction, grad_norm, optim.clip_scale(norm, config.max_grad_norm))
+
+    def _loss(
+        self, batch: PackedBatch, rollout: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, Loss]:
+        """The log-probabilities of a pack, and its loss, whose backward has been launched; both without a graph."""
+        config, reference = self.config, None
+        scores = self.model.token_logprobs(batch)
+        if self.reference is not None and config.kl != 0:
+            with torch.no_grad():
+                reference = self.reference.token_logprobs(batch)
+        options = {"clip": config.clip, "kl": config.kl}
+        terms = grpo_loss(scores, rollout, advantages, weights, **options, reference=reference, check=False)
+        terms.value.backward()
+        return scores.detach(), terms.detach()
 
     def check(
         self, step: int, completions: Sequence[Completion], part: slice, logprobs: Sequence[torch.Tensor]

@@ -1,0 +1,67 @@
+"""The processes that share a batch: torchrun's, or one alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, `rank` of `size`, in `group` (None: torch.distributed's default group)."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @classmethod
+    def of(cls, group: Any = None) -> Ranks:
+        """Those of a group of torch.distributed; one alone where nothing was initialised."""
+        if not dist.is_initialized():
+            return cls()
+        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+
+    @classmethod
+    def of_torchrun(cls) -> Ranks:
+        """Those that torchrun has started, each on the GPU of its local rank; one alone outside of torchrun."""
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                dist.init_process_group("cpu:gloo,cuda:nccl")
+            else:
+                dist.init_process_group("gloo")
+        return cls.of()
+
+    def gather(self, value: _T) -> list[_T]:
+        """The values of all ranks, in their order, on each of them. Tensors in them must be on the CPU."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def on_first(self, function: Callable[[], _T]) -> _T:
+        """What rank 0 gets from `function`, which runs nowhere else; where it raises, every rank does."""
+        if self.size == 1:
+            return function()
+        found: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                found[0] = function()
+            except Exception as error:
+                found[1] = error
+        dist.broadcast_object_list(found, group_src=0, group=self.group)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+
+#: One process that has its batches for itself.
+ALONE = Ranks()
