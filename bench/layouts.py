@@ -1,0 +1,316 @@
+"""Has every layout on the GPUs of one host the bits of one GPU? Writes layouts.json, a row as soon as it is known.
+
+    python bench/layouts.py --out bench/results/h100 [--gpus 4] [--model 0.6B] [--seconds 240] [--only NAME ...]
+
+Three questions, each a job in processes of its own, several at once where GPUs are free:
+
+    sample   vLLM with the plugin at tensor-parallel sizes 1, 2, 4 (torchrun), and 2 in processes that vLLM starts:
+             tokens and log-probabilities of the same requests
+    train    three updates on what was sampled at that size, by 1, 2 and 4 ranks, each with two cuts into micro-batches:
+             log-probabilities against the rollout's; gradients of every update and weights against one rank's
+    loop     `bi_ops train` of a tiny model, sampling and training on the same ranks: the final weights
+
+Controls, which have to differ: partial outputs that vLLM adds over ranks; gradients that NCCL adds over ranks. Exit
+status 0 only if all of that held. The model has random weights. Jobs that the time did not allow are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import provenance
+from step import shape
+
+from bi_ops.core.files import write_json
+from bi_ops.rollout.base import Completion
+
+HERE = Path(__file__).resolve().parent
+LOOP = ["--preset", "h100", "--steps", "3", "--atoms", "4", "--save-every", "0"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """tp: of the rollout. dp: ranks that train. needs: jobs that must have ended well."""
+
+    kind: str
+    tp: int = 1
+    dp: int = 0
+    executor: str | None = None
+    control: bool = False
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As `--only` takes it."""
+        parts = [self.kind, f"tp{self.tp}", f"dp{self.dp}" if self.dp else "", self.executor or ""]
+        return "-".join([*filter(None, parts), *(["control"] if self.control else [])])
+
+    @property
+    def gpus(self) -> int:
+        """That it occupies."""
+        return max(self.tp, self.dp) if self.kind != "train" else self.dp
+
+
+#: In the order in which they start.
+JOBS = (
+    Job("sample", 1),
+    Job("sample", 2),
+    Job("train", 1, 1, needs=("sample-tp1",)),
+    Job("sample", 4),
+    Job("sample", 2, control=True),
+    Job("train", 2, 2, needs=("sample-tp2",)),
+    Job("train", 4, 4, needs=("sample-tp4",)),
+    Job("loop", 1, 1),
+    Job("loop", 2, 2),
+    Job("loop", 4, 4),
+    Job("sample", 2, executor="mp"),
+    Job("loop", 2, 4),
+)
+
+
+@dataclass
+class Run:
+    """A job in progress."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    devices: list[str]
+    log: Path
+    began: float = field(default_factory=time.monotonic)
+
+
+class Bench:
+    """Starts jobs on free GPUs and turns what they leave into rows."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args, self.scratch, self.began = args, scratch, time.monotonic()
+        self.checkpoint = scratch / "model"
+        self.free = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.gpus)))).split(",")[: args.gpus]
+        self.rows: list[dict[str, Any]] = []
+        self.failed: dict[str, str] = {}
+        self.done: set[str] = set()
+        self.provenance = provenance(args.commit)
+
+    def command(self, job: Job) -> list[str]:
+        """What a job runs."""
+        torchrun = job.gpus > 1 and job.executor is None
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.gpus}"] if torchrun else []
+        if job.kind == "loop":
+            out = str(self.scratch / job.name)
+            return [sys.executable, *start, "-m", "bi_ops", "train", *LOOP, f"--tp-rollout={job.tp}", "--output", out]
+        out = str(self.scratch / f"{job.name}.{'pt' if job.kind == 'sample' else 'json'}")
+        options = [
+            "--checkpoint",
+            str(self.checkpoint),
+            "--engine",
+            self.args.engine,
+            "--out",
+            out,
+            "--tp",
+            str(job.tp),
+        ]
+        options += ["--sequences", str(self.args.sequences), "--new-tokens", str(self.args.new_tokens)]
+        if job.kind == "train":
+            options += ["--rollout", str(self.scratch / f"sample-tp{job.tp}.pt")]
+        options += ["--executor", job.executor] if job.executor else []
+        options += ["--control"] if job.control else []
+        return [sys.executable, *start, str(HERE / "layouts_worker.py"), job.kind, *options]
+
+    def environment(self, devices: list[str]) -> dict[str, str]:
+        """NVLink multicast stays off. The plugin's entry point is there for processes that vLLM starts."""
+        path = os.pathsep.join(filter(None, [str(HERE.parent), str(self.scratch), os.environ.get("PYTHONPATH")]))
+        return {
+            **os.environ,
+            **{"PYTHONPATH": path, "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
+            **{"CUDA_VISIBLE_DEVICES": ",".join(devices), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},
+            **{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"), "VLLM_LOGGING_LEVEL": "WARNING"},
+        }
+
+    def prepare(self) -> None:
+        """The checkpoint, and metadata by which vLLM's processes find the plugin where it is not installed."""
+        info = self.scratch / "bi_ops-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bi-ops\nVersion: 0\n")
+        (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbi_ops = bi_ops.vllm_plugin:register\n")
+        config = json.dumps(shape(self.args.model, self.args.layers))
+        make = [str(HERE / "layouts_worker.py"), "checkpoint", "--checkpoint", str(self.checkpoint), "--config", config]
+        subprocess.run([sys.executable, *make], check=True, env=self.environment(self.free[:1]), timeout=120)
+
+    def start(self, job: Job) -> Run:
+        devices, self.free = self.free[: job.gpus], self.free[job.gpus :]
+        log = self.scratch / f"{job.name}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                self.command(job), stdout=out, stderr=out, env=self.environment(devices), start_new_session=True
+            )
+        return Run(job, process, devices, log)
+
+    def end(self, run: Run, why: str | None = None) -> None:
+        """Take its GPUs back, and its rows if it ended well."""
+        with contextlib.suppress(ProcessLookupError):  # all of its own session
+            os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+        self.free += run.devices
+        if why is None and run.process.returncode == 0:
+            self.done.add(run.job.name)
+        else:
+            tail = run.log.read_text(errors="replace").splitlines()[-25:]
+            self.failed[run.job.name] = why or "\n".join(tail)
+        print(f"{run.job.name}: {time.monotonic() - run.began:.0f} s, {why or 'ended'}", flush=True)
+        self.write()
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.args.seconds - (time.monotonic() - self.began)
+
+    def run(self, jobs: list[Job]) -> None:
+        """All jobs, in order, as GPUs and time allow."""
+        running: list[Run] = []
+        while jobs or running:
+            for run in [r for r in running if (code := r.process.poll()) is not None or self.left() < 0]:
+                code = run.process.poll()
+                running.remove(run)
+                self.end(run, "the time was over" if code is None else None if code == 0 else f"exit status {code}")
+            if self.left() < 0:
+                self.failed |= {job.name: "the time was over" for job in jobs}
+                break
+            lacking = [j for j in jobs if set(j.needs) & self.failed.keys() or j.gpus > self.args.gpus]
+            for job in lacking:
+                self.failed[job.name] = f"needs {', '.join(job.needs) or 'more GPUs'}"
+                jobs.remove(job)
+            if jobs and jobs[0].gpus <= len(self.free) and set(jobs[0].needs) <= self.done:
+                running.append(self.start(jobs.pop(0)))
+                continue
+            time.sleep(0.2)
+        self.write()
+
+    # What was found.
+
+    def base(self, job: Job, **found: Any) -> dict[str, Any]:
+        return {
+            **{"what": job.kind, "model": self.args.model, "engine": self.args.engine, "executor": job.executor},
+            **{"rollout_tp": job.tp, "train_tp": 1, "dp": job.dp, "fsdp": False, "segments": 1, "control": job.control},
+            **found,
+        }
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Each size against one GPU."""
+        if "sample-tp1" not in self.done:
+            return
+        alone = self.load("sample-tp1")
+        for job in JOBS:
+            if job.kind == "sample" and job.name in self.done:
+                checked = different = other_tokens = 0
+                for a, b in zip(alone, self.load(job.name), strict=True):
+                    same = [x == y for x, y in zip(a.tokens, b.tokens, strict=True)]
+                    bits = (a.logprobs.view(torch.int32) == b.logprobs.view(torch.int32)).tolist()
+                    checked += len(same)
+                    other_tokens += same.count(False)
+                    different += [x and y for x, y in zip(same, bits, strict=True)].count(False)
+                times = json.loads((self.scratch / f"{job.name}.json").read_text())
+                numbers = {"tokens_checked": checked, "tokens_different": different, "other_tokens": other_tokens}
+                yield self.base(job, **numbers, **times)
+
+    def load(self, name: str) -> list[Completion]:
+        """What a job sampled."""
+        found: list[Completion] = torch.load(self.scratch / f"{name}.pt", weights_only=False)
+        return found
+
+    def trained(self) -> Iterator[dict[str, Any]]:
+        """Each number of ranks against one, at its first cut."""
+        path = self.scratch / "train-tp1-dp1.json"
+        if not path.exists():
+            return
+        first = json.loads(path.read_text())[0]
+        for job in JOBS:
+            path = self.scratch / f"{job.name}.json"
+            if job.kind == "train" and path.exists():
+                for found in json.loads(path.read_text()):
+                    gradients, weights = found.pop("gradients"), found.pop("weights")
+                    yield self.base(
+                        job,
+                        **found
+                        | {"control": found["microbatches"] == "control", "atoms": 4, "updates": len(gradients)},
+                        gradients_equal=gradients == first["gradients"],
+                        weights_equal=weights == first["weights"],
+                    )
+
+    def loops(self) -> Iterator[dict[str, Any]]:
+        """The final weights of each layout against those of one process."""
+        found = {
+            j: json.loads((self.scratch / j.name / "summary.json").read_text())
+            for j in JOBS
+            if j.kind == "loop" and j.name in self.done
+        }
+        alone = next((s for j, s in found.items() if j.dp == 1), None)
+        for job, summary in found.items():
+            yield self.base(
+                job,
+                model="tiny",
+                atoms=4,
+                tokens_checked=summary["tokens_checked"],
+                tokens_different=summary["tokens_different"],
+                weights_equal=None if alone is None else summary["weights_sha256"] == alone["weights_sha256"],
+                seconds=round(summary["seconds"], 1),
+            )
+
+    def write(self) -> None:
+        """Everything that is known now."""
+        self.rows = [*self.samples(), *self.trained(), *self.loops()]
+        record = {**self.provenance, "gpus": self.args.gpus, "rows": self.rows, "not_run": self.failed}
+        write_json(self.args.out / "layouts.json", record)
+
+    def verdict(self) -> int:
+        """0 where equal rows are equal and controls are not."""
+        wrong = list(self.failed)
+        for row in self.rows:
+            equal = not row["tokens_different"] and row.get("gradients_equal", True) and row.get("weights_equal", True)
+            differs = row["tokens_different"] if row["what"] == "sample" else not row.get("gradients_equal", True)
+            ok = differs if row["control"] else equal and row.get("ranks_agree", True)
+            keys = ("what", "rollout_tp", "dp", "executor", "microbatches", "control")
+            where = {k: row[k] for k in keys if row.get(k) is not None}
+            numbers = {k: row.get(k) for k in ("tokens_different", "gradients_equal", "weights_equal")}
+            print("ok   " if ok else "WRONG", where, numbers, flush=True)
+            wrong += [] if ok else [str(where)]
+        for name, why in self.failed.items():
+            print(f"{name}: {why}", flush=True)
+        return 1 if wrong or not self.rows else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder that layouts.json is written to")
+    parser.add_argument("--gpus", type=int, default=max(torch.cuda.device_count(), 1))
+    parser.add_argument("--model", default="0.6B")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--engine", default="vllm", help="embedded: on a machine without vLLM, one rank")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=160)
+    parser.add_argument("--seconds", type=float, default=240, help="jobs are ended then")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=" ".join(job.name for job in JOBS))
+    parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(args, Path(scratch))
+        bench.prepare()
+        bench.run([job for job in JOBS if args.only is None or job.name in args.only])
+        (args.out / "layouts.log").write_text("\n\n".join(f"{n}\n{why}" for n, why in bench.failed.items()))
+        return bench.verdict()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""One process of bench/layouts.py: sample on the ranks that torchrun started, or train on what was sampled."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import bi_ops  # noqa: F401  (before triton)
+from bi_ops import parallel
+from bi_ops.core.files import write_atomically, write_json
+from bi_ops.models import load_config, load_model
+from bi_ops.rl.config import TrainConfig
+from bi_ops.rl.loss import group_advantages
+from bi_ops.rl.trainer import Trainer
+from bi_ops.rollout.base import Completion, SamplingParams
+from bi_ops.verify.parity import compare, joined
+
+#: Sequences, group of one prompt, and tokens sampled for each: 10,240 in all.
+SEQUENCES, GROUP, NEW_TOKENS, PROMPT = 64, 4, 160, 200
+ATOMS, UPDATES, LEARNING_RATE = 4, 3, 1e-5
+#: Tokens of a micro-batch at most; None: all of an atom.
+CUTS = (None, 1000)
+
+
+def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+    """Random weights of a model's shape, norms too."""
+    from bi_ops.models import make_model
+
+    model = make_model(config)
+    generator = torch.Generator(device=model.device).manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            is_norm = name.endswith("norm.weight")
+            p.normal_(1.0 if is_norm else 0.0, 0.1 if is_norm else 0.02, generator=generator)
+    model.save_pretrained(folder, torch.bfloat16)
+
+
+def sample(args: argparse.Namespace) -> dict[str, Any]:
+    """Completions of fixed requests; `control`: the ranks add partial outputs, as vLLM does without the plugin."""
+    from bi_ops.rollout.factory import make_engine
+
+    config = load_config(args.checkpoint)
+    options: dict[str, Any] = {}
+    if args.engine == "vllm":
+        options = {"tensor_parallel_size": args.tp, "max_model_len": 1024, "gpu_memory_utilization": 0.4}
+        if args.executor:
+            options["distributed_executor_backend"] = args.executor
+    if args.control:
+        from bi_ops.vllm_plugin import parallel as replaced
+
+        replaced.REPLACED = ()  # type: ignore[assignment]
+    began = time.perf_counter()
+    engine = make_engine(args.engine, args.checkpoint, **options)
+    start_s = time.perf_counter() - began
+    vocabulary = min(config.vocab_size, 150000)
+    prompts = [
+        [(7919 * (i // GROUP + 1) + 104729 * j) % vocabulary for j in range(1 + (i // GROUP) * 37 % args.prompt)]
+        for i in range(args.sequences)
+    ]
+    params = [SamplingParams(args.new_tokens, seed=i) for i in range(args.sequences)]
+    engine.generate(prompts[:2], [SamplingParams(2)] * 2)  # compiles what is left
+    began = time.perf_counter()
+    completions = engine.generate(prompts, params)
+    generate_s = time.perf_counter() - began
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_atomically(args.out, lambda partial: torch.save(completions, partial))
+    engine.close()
+    return {"start_s": round(start_s, 1), "generate_s": round(generate_s, 2)}
+
+
+def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+    """Of all bits, position by position, in whole numbers."""
+    found = []
+    for t in tensors:
+        total = 0
+        for at, part in enumerate(t.detach().reshape(-1).view(torch.int32).split(1 << 24)):
+            weights = torch.arange(part.numel(), device=t.device) * 2654435761 + (2 * at + 1)
+            total += int((part.long() * (2 * weights + 1)).sum())
+        found.append(total & (2**64 - 1))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+class NaiveSum(parallel.GradientTree):
+    """The control: each rank adds its atoms, then a library adds the ranks."""
+
+    def add(self, gradients: Sequence[torch.Tensor]) -> None:
+        if self._stack:
+            torch._foreach_add_(self._stack[0], list(gradients))
+        else:
+            self._stack = [list(gradients)]
+
+    def total(self) -> list[torch.Tensor]:
+        [sums], self._stack = self._stack, []
+        for t in sums:
+            dist.all_reduce(t)
+        return sums
+
+
+def train(args: argparse.Namespace) -> None:
+    """Updates on the rollout, for each cut into micro-batches: fingerprints of gradients and weights."""
+    ranks = parallel.Ranks.of_torchrun()
+    completions: list[Completion] = torch.load(args.rollout, weights_only=False)
+    advantages = group_advantages([float(sum(c.tokens) % 97) for c in completions], GROUP)
+
+    class Sampled:
+        name = "sampled"
+
+        def __init__(self, orders: Any) -> None:
+            self.orders = orders
+
+    found: list[dict[str, Any]] = []
+    cuts: tuple[int | str | None, ...] = (*CUTS, "control") if ranks.size > 1 else CUTS
+    for cut in cuts:
+        config = TrainConfig(
+            lr=LEARNING_RATE, atoms=ATOMS, max_tokens_per_microbatch=cut if isinstance(cut, int) else None
+        )
+        model = load_model(args.checkpoint)
+        if not found:
+            model.warmup()
+        engine: Any = Sampled(model.orders())
+        trainer = Trainer(config, model, engine, task=None, ranks=ranks)  # type: ignore[arg-type]
+        if cut == "control":
+            trainer.tree = NaiveSum(trainer.tree.tree, ranks)
+        reports: list[Any] = []
+
+        def check(part: slice, logprobs: Sequence[torch.Tensor], reports: list[Any] = reports) -> None:
+            members = completions[part]
+            wanted, tokens = [c.logprobs for c in members], [c.tokens for c in members]
+            reports.append(compare(wanted, logprobs, tokens, part.start))
+
+        gradients: list[str] = []
+        times: list[float] = []
+        for _ in range(UPDATES):
+            began = time.perf_counter()
+            result = trainer.backward(completions, advantages, check if not gradients else lambda part, logprobs: None)
+            trainer.optimizer.step(grad_scale=result.clip_scale)
+            float(trainer.parameters[-1].detach().view(-1)[0])  # waits
+            times.append(time.perf_counter() - began)
+            gradients.append(fingerprint(p.grad for p in trainer.parameters if p.grad is not None))
+        report = joined(reports)
+        found.append(
+            {
+                "microbatches": cut,
+                "tokens_checked": report.tokens_checked,
+                "tokens_different": report.tokens_different,
+                "gradients": gradients,
+                "grad_norm": result.grad_norm,
+                "weights": fingerprint(trainer.parameters),
+                "update_ms": round(1e3 * min(times), 1),
+                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else None,
+            }
+        )
+        every = ranks.gather((gradients, found[-1]["weights"]))
+        found[-1]["ranks_agree"] = all(each == every[0] for each in every)
+        if ranks.rank == 0:
+            write_json(args.out, found)
+        del trainer, model, engine
+        free()
+
+
+def free() -> None:
+    """Give a model's memory back before the next one is made."""
+    import gc
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=("checkpoint", "sample", "train"))
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--config", help="checkpoint: config.json's fields")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rollout", type=Path)
+    parser.add_argument("--engine", default="vllm")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--executor")
+    parser.add_argument("--control", action="store_true")
+    parser.add_argument("--sequences", type=int, default=SEQUENCES)
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--prompt", type=int, default=PROMPT)
+    args = parser.parse_args()
+    if args.kind == "checkpoint":
+        make_checkpoint(args.checkpoint, json.loads(args.config))
+    elif args.kind == "sample":
+        told = sample(args)
+        if int(os.environ.get("RANK", "0")) == 0:
+            write_json(args.out.with_suffix(".json"), told)
+    else:
+        train(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
