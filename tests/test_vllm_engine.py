@@ -289,6 +289,31 @@ def test_both_kernels_of_an_engine_have_the_same_bits(checkpoints):
 @pytest.mark.gpu
 @pytest.mark.vllm
 @pytest.mark.engine
+def test_a_worker_in_another_process_takes_weights_and_has_the_same_bits(checkpoints):
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+
+    models = [Qwen3ForCausalLM.from_pretrained(folder) for folder in checkpoints]
+    options: dict[str, Any] = {"gpu_memory_utilization": 0.2, "max_model_len": 512}
+    found = []
+    for backend_name in (None, "mp"):
+        engine = vllm_engine.VllmEngine(checkpoints[0], distributed_executor_backend=backend_name, **options)
+        try:
+            assert (engine.weight_copies(models[0]) == {}) == (backend_name == "mp")
+            first = engine.generate(PROMPTS, PARAMS)
+            engine.update_weights(models[1])  # which compares checksums
+            second = engine.generate(PROMPTS, PARAMS)
+            engine.update_weights(models[0])
+            assert same(first, engine.generate(PROMPTS, PARAMS))
+            assert not same(first, second)  # the negative control
+            found.append((first, second))
+        finally:
+            engine.close()
+    assert all(same(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.engine
 def test_an_engine_gives_its_memory_back_and_wakes_up_with_the_same_bits(checkpoints):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
 

@@ -20,6 +20,7 @@ from bi_ops.core.orders import OrderRecord
 from bi_ops.logprob import Distribution
 from bi_ops.models import load_config, orders
 from bi_ops.models.config import CausalLMConfig
+from bi_ops.rollout import weight_transfer
 from bi_ops.rollout.base import Completion, LogprobsMode, SamplingParams, check_logprobs_mode, check_request
 from bi_ops.rollout.sleep import TAGS, SleepMode
 from bi_ops.rollout.vllm_weights import copy_weights, load_slices
@@ -113,8 +114,8 @@ class VllmEngine:
             output is a sum over ranks (`vllm_plugin.parallel`); without it the sizes differ.
         distributed_executor_backend: vLLM's: "external_launcher", where torchrun has started a process for each GPU and
             all make the same calls, so that every rank hands over its own weights; or "mp", where vLLM starts the
-            processes itself, and `update_weights` cannot reach them. None: the first under torchrun, else vLLM's
-            choice.
+            processes itself: `update_weights` reaches one of them, by CUDA IPC, but not several. None: the first under
+            torchrun, else vLLM's choice.
         logprobs_mode: "raw_logprobs", of the logits as they are, or "processed_logprobs", of the distribution that was
             sampled: with the plugin training has these bits too.
         sleep_mode: allocate weights and KV cache so that `sleep` can give their memory back. Same bits.
@@ -170,6 +171,8 @@ class VllmEngine:
         backend: dict[str, object] = {"backend": "FLASH_ATTN", "flash_attn_version": 3}
         if attention == "triton":
             backend = {"backend": vllm_plugin.backend.NAME}
+        alone = tensor_parallel_size == 1
+        elsewhere = alone and distributed_executor_backend == "mp"
         bmm = torch.bmm
         try:
             self._llm: Any = LLM(
@@ -179,6 +182,7 @@ class VllmEngine:
                 seed=seed,
                 tensor_parallel_size=tensor_parallel_size,
                 distributed_executor_backend=distributed_executor_backend,
+                weight_transfer_config=weight_transfer.CONFIG if elsewhere else None,
                 gpu_memory_utilization=gpu_memory_utilization,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
@@ -199,7 +203,9 @@ class VllmEngine:
         self.plugin, self.cuda_graphs, self.dtype, self._kernel = plugin, cuda_graphs, dtype, attention
         self.kernels = kernels if plugin else "vllm"
         self.tensor_parallel_size, self._config = tensor_parallel_size, config
-        self._in_process = tensor_parallel_size == 1 or distributed_executor_backend == "external_launcher"
+        self._in_process = (alone and not elsewhere) or distributed_executor_backend == "external_launcher"
+        if elsewhere:
+            self._llm.init_weight_transfer_engine({"init_info": {}})
         self.logprobs_mode = logprobs_mode
         self._memory = SleepMode(self._llm, sleep_mode)
         #: See `RolloutEngine`; without the plugin there are no bits that training could have.
@@ -295,7 +301,7 @@ class VllmEngine:
         Whole, bf16, contiguous, on the device of the model's.
         They stay where they are: captured CUDA graphs read them. None in sleep mode, in which they come and go.
         """
-        if self.tensor_parallel_size > 1 or self._memory.enabled:
+        if self.tensor_parallel_size > 1 or self._memory.enabled or not self._in_process:
             return {}  # a rank has slices
         own = {n: p.data for n, p in self.model.named_parameters()}
         found = {p: own[name][: p.shape[0]] for name, p in model.named_parameters() if name in own}
@@ -314,11 +320,16 @@ class VllmEngine:
 
         Raises:
             ValueError: the model does not fit; every tensor that does not is listed.
-            RuntimeError: the engine is closed or still generating, or the weights are in other processes.
+            RuntimeError: the engine is closed or still generating, the weights are in several other processes, or
+                another process has other bits afterwards.
         """
-        llm, target = self._open(), self.model
+        llm = self._open()
+        elsewhere = self.tensor_parallel_size == 1 and not self._in_process
+        target = None if elsewhere else self.model
         self._memory.wake_up("weights")
-        if self.tensor_parallel_size > 1:
+        if target is None:
+            weight_transfer.update(llm, model, llm.model_config.dtype)
+        elif self.tensor_parallel_size > 1:
             load_slices(model, target, self._config)
         else:
             source = {n: p.detach() for n, p in model.named_parameters()}
