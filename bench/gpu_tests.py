@@ -2,11 +2,11 @@
 
     python bench/gpu_tests.py --out bench/results/h100 [--jobs 14] [--resume] [FILE ...]
 
-Compiling kernels is most of the time, so tests run in many processes (pytest-xdist), which give each other work. Tests
-that start vLLM engines or take tens of GiB come last, one by one; where there are several GPUs, they have the last one
-to themselves from the beginning. tests.json is written while they run: what was interrupted goes on with --resume. With
-FILEs too it is the tests in these that go on; outcomes of other files stay as they are. Exit status 0 only if every
-test has run and none failed.
+Compiling kernels is most of the time, so tests run in many processes (pytest-xdist); those that took longest, by the
+results in the repository, start first. Tests that start vLLM engines or take tens of GiB come last, one by one; of
+several GPUs they have half to themselves from the beginning. tests.json is written while they run: what was interrupted
+goes on with --resume. With FILEs too it is the tests in these that go on; outcomes of other files stay as they are.
+Exit status 0 only if every test has run and none failed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,34 @@ class Recorder:
         self._tests |= {f"{t['file']}::{t['test']}": t for t in tests}
 
 
-def alone_beside(args: argparse.Namespace, out: Path) -> subprocess.Popen[bytes] | None:
-    """The tests that run one by one, in a process that sees the last GPU alone; None if there is but one."""
-    last = torch.cuda.device_count() - 1
-    if last < 1:
-        return None
-    command = [sys.executable, __file__, "--out", str(out), "--alone", "only", "--commit", args.commit or ""]
-    return subprocess.Popen([*command, *args.files], env={**os.environ, "CUDA_VISIBLE_DEVICES": str(last)})
+def longest_first(names: list[str]) -> list[str]:
+    """`names` by the seconds that they took in the newest results, those that nobody knows first."""
+    took: dict[str, float] = {}
+    for path in sorted((ROOT / "bench" / "results").glob("*/tests.json")):
+        tests = json.loads(path.read_text(encoding="utf-8"))["tests"]
+        took |= {f"{t['file']}::{t['test']}": t["seconds"] for t in tests if t["outcome"] != "not_run"}
+    return sorted(names, key=lambda name: -took.get(name, float("inf")))
+
+
+def alone_beside(args: argparse.Namespace, out: Path, gpus: list[int]) -> list[tuple[subprocess.Popen[bytes], Path]]:
+    """The tests that run one by one, in a process for each of these GPUs, and the folders of their outcomes."""
+    found = []
+    for i, gpu in enumerate(gpus):
+        folder = out / f"alone{gpu}"
+        command = [sys.executable, __file__, "--out", str(folder), "--alone", "only", "--commit", args.commit or ""]
+        command += ["--part", str(i), str(len(gpus)), *args.files]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        found.append((subprocess.Popen(command, env=environment), folder))
+    return found
+
+
+def run(names: list[str], options: list[str], recorder: Recorder, folder: Path) -> int:
+    """pytest's exit code for `names`, in this order."""
+    order = folder / "order.json"
+    write_json(order, names)
+    os.environ["BI_OPS_TESTS"] = str(order)
+    files = list(dict.fromkeys(name.split("::", 1)[0] for name in names))
+    return int(pytest.main(["-p", "no:cacheprovider", "-p", "ordered_tests", "-m", "", *options, *files], [recorder]))
 
 
 def main() -> int:
@@ -107,6 +129,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="only tests that failed or have not run")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--alone", choices=("only", "none"), help="only the tests that run one by one, or none of them")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     parser.add_argument("files", nargs="*", help="test files, from the root; all of them by default")
     args = parser.parse_args()
     header, path, known = provenance(args.commit), args.out.resolve() / "tests.json", []
@@ -118,21 +141,30 @@ def main() -> int:
         known = earlier["tests"]
     path.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)  # tests are named from here
-    common = ["-p", "no:cacheprovider", "-m", ""]  # the slow ones too
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "bench"), os.environ.get("PYTHONPATH"))))
+    everything = ["-p", "no:cacheprovider", "-m", ""]  # the slow ones too
     collector = Collector()
-    if exit_code := pytest.main([*common, "--collect-only", "-qq", *(args.files or ["tests"])], [collector]):
+    if exit_code := pytest.main([*everything, "--collect-only", "-qq", *(args.files or ["tests"])], [collector]):
         return int(exit_code)
     together, alone = collector.names[False], collector.names[True]
     together, alone = together * (args.alone != "only"), alone * (args.alone != "none")
+    part, parts = args.part
+    together, alone = longest_first(together), alone[part::parts]
     recorder = Recorder(path, header, together + alone, known)
-    beside = alone_beside(args, path.parent / "alone") if together and recorder.left(alone) else None
-    for names, options in ((together, ["-n", str(args.jobs), "--dist", "worksteal"]), ([] if beside else alone, [])):
-        left = recorder.left(names)
-        if left and pytest.main([*common, *options, *left], [recorder]) == pytest.ExitCode.INTERRUPTED:
-            break
-    if beside:
-        beside.wait()
-        recorder.add(json.loads((path.parent / "alone" / path.name).read_text())["tests"])
+    gpus = list(range(torch.cuda.device_count()))
+    reserved = gpus[(len(gpus) + 1) // 2 :] if together and recorder.left(alone) else []
+    beside = alone_beside(args, path.parent, reserved)
+    if len(gpus) > 1:
+        os.environ["BI_OPS_TEST_GPUS"] = ",".join(str(gpu) for gpu in gpus if gpu not in reserved)
+    with tempfile.TemporaryDirectory() as folder:
+        in_turn = ["-n", str(args.jobs), "--dist", "load", "--maxschedchunk", "1"]
+        for names, options in ((together, in_turn), ([] if beside else alone, [])):
+            left = recorder.left(names)
+            if left and run(left, options, recorder, Path(folder)) == pytest.ExitCode.INTERRUPTED:
+                break
+    for process, theirs in beside:
+        process.wait()
+        recorder.add(json.loads((theirs / path.name).read_text(encoding="utf-8"))["tests"])
     counts = recorder.write()
     print(", ".join(f"{n} {outcome.replace('_', ' ')}" for outcome, n in counts.items()))
     return 1 if counts["failed"] or counts["not_run"] else 0

@@ -54,3 +54,46 @@ def test_who_goes_on_runs_what_failed_or_is_left_and_keeps_other_files(gpu_tests
     assert recorder.left(names) == ["a.py::bad", "a.py::new"]
     assert recorder.write() == {"passed": 1, "failed": 1, "skipped": 0, "not_run": 2}
     assert outcomes(tmp_path / "tests.json")["b.py::x"] == "failed"
+
+
+def test_tests_run_in_the_order_that_is_asked_for_each_process_on_its_gpu(tmp_path, monkeypatch):
+    import subprocess
+    import sys
+
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('n', range(4))\n"
+        "def test_it(n):\n"
+        "    with open('ran', 'a') as file:\n"
+        "        print(n, os.environ['CUDA_VISIBLE_DEVICES'], file=file)\n"
+    )
+    names = [f"test_it.py::test_it[{n}]" for n in (3, 0, 2)]
+    (tmp_path / "order.json").write_text(json.dumps(names))
+    monkeypatch.setenv("BI_OPS_TESTS", str(tmp_path / "order.json"))
+    monkeypatch.setenv("BI_OPS_TEST_GPUS", "5,7")
+    monkeypatch.setenv("PYTHONPATH", str(BENCH))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "ordered_tests", "-p", "no:cacheprovider", "test_it.py"]
+    for processes, gpus in ((["-n", "1"], {"5"}), (["-n", "2"], {"5", "7"})):
+        (tmp_path / "ran").unlink(missing_ok=True)
+        options = [*processes, "--dist", "load", "--maxschedchunk", "1", "--rootdir", "."]
+        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+        ran = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
+        assert {gpu for _, gpu in ran} <= gpus
+        assert sorted(n for n, _ in ran) == ["0", "2", "3"]
+        if len(gpus) == 1:
+            assert [n for n, _ in ran] == ["3", "0", "2"]
+
+
+def test_what_took_longest_starts_first_and_what_is_new_before_it(gpu_tests, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    folder = tmp_path / "bench" / "results" / "h100"
+    folder.mkdir(parents=True)
+    seconds = {"short": 1.0, "long": 9.0}
+    tests = [{"file": "a.py", "test": t, "seconds": s, "outcome": "passed"} for t, s in seconds.items()]
+    (folder / "tests.json").write_text(json.dumps({"tests": tests}))
+    assert gpu_tests.longest_first(["a.py::short", "a.py::new", "a.py::long"]) == [
+        "a.py::new",
+        "a.py::long",
+        "a.py::short",
+    ]
