@@ -231,17 +231,18 @@ def wgrad_launches() -> Iterator[Launch]:
 def decode_matmul_launches() -> Iterator[Launch]:
     from bi_ops.matmul import config, decode
 
-    def launch(m, n, dtype=BF16, bias=False):
+    def launch(m, n, dtype=BF16, bias=False, padded=False):
         x, weight, out = (torch.zeros(s, dtype=dtype) for s in ((m, 4096), (n, 4096), (m, n)))
-        c = config.decode_config(m, n, 4096)
+        c = (config.padded_decode_config if padded else config.decode_config)(m, n, 4096)
         name = _text(**asdict(c), dtype=dtype, bias=bias)
-        return name, lambda: decode.launch(x, weight, out[0] if bias else None, out)
+        return name, lambda: decode.launch(x, weight, out[0] if bias else None, out, config=c)
 
-    for m, sizes in ((1, (1024, 4096, 12288)), (64, (4096, 12288))):
-        for n in sizes:
-            yield launch(m, n)
-    yield launch(1, 4096, FP16)
-    yield launch(1, 4096, BF16, True)
+    for padded in (False, True) if decode.READS_PAST else (True,):
+        for m, sizes in ((1, (1024, 4096, 12288)), (64, (4096, 12288))):
+            for n in sizes:
+                yield launch(m, n, padded=padded)
+        yield launch(1, 4096, FP16, padded=padded)
+        yield launch(1, 4096, BF16, True, padded)
 
 
 LAUNCHES = {

@@ -39,18 +39,21 @@ ODD = ((1, 8), (3, 24), (17, 136), (100, 1000), (1001, 520), (40, 4104))
 
 def run(m, n, k, c, prefetch, kernels: Any = decode, **options):
     """Run a launch's CTAs in the model. What lies in memory is stored once; the tiles are loaded once per CTA."""
-    x = Descriptor([m, k], [c.block_m, c.block_k], 2, shared=True)
+    x_block = 64 if c.padded else c.block_k
+    x = Descriptor([m, k], [c.block_m, x_block], 2, shared=True)
     w = Descriptor([n, k], [c.block_n, c.block_k], 2, shared=not prefetch)
     out = Pointer(np.zeros(m * n, np.int64), shared=True)
-    n_m, n_n, steps = -(-m // c.block_m), -(-n // c.block_n), -(-k // c.block_k)
+    n_m, n_n, length = -(-m // c.block_m), -(-n // c.block_n), -(-k // c.block_k) * c.block_k
     unused = model.launch(
-        *(kernels.decode_matmul_kernel, n_m * n_n, x, w, Pointer([]), out, m, n, k, n, int(prefetch), c.stages, False),
+        *(kernels.decode_matmul_kernel, n_m * n_n, x, w, Pointer([]), out, m, n, k, n, int(prefetch)),
+        *(c.stages, c.padded, False),
         **options,
     )
     assert unused == 0
     assert (out.memory == 1).all()
-    for desc, tiles, block, shared_by in ((x, n_m, c.block_m, n_n), (w, n_n, c.block_n, n_m)):
-        corners = {(i * block, j * c.block_k) for i in range(tiles) for j in range(steps)}
+    for desc, tiles, shared_by in ((x, n_m, n_n), (w, n_n, n_m)):
+        rows, columns = desc.block_type.shape
+        corners = {(i * rows, j) for i in range(tiles) for j in range(0, length, columns)}
         assert {at: len(loads) for at, loads in desc.history.items()} == dict.fromkeys(corners, shared_by)
 
 
@@ -59,6 +62,8 @@ SIZES = (
     (5, 33, 1000, DecodeConfig(8, 16, 256, 2)),
     (40, 64, 640, DecodeConfig(16, 32, 64, 3)),
     (64, 48, 192, DecodeConfig(64, 16, 64, 2)),
+    (5, 33, 1000, DecodeConfig(8, 16, 256, 2, padded=True)),
+    (64, 48, 192, DecodeConfig(64, 16, 128, 3, padded=True)),
 )
 
 
@@ -94,14 +99,18 @@ def test_what_is_broken_is_caught(broken, tmp_path):
 
 def shared_memory(c):
     """Bytes of shared memory of a CTA."""
+    if c.padded:
+        return 2 * c.block_k * c.stages * (64 + c.block_n)
     past = -(-(64 // c.block_m - 1) // (c.block_k // 64))
     return 2 * c.block_k * ((c.stages + past) * c.block_m + c.stages * c.block_n)
 
 
 @pytest.mark.parametrize("m", [1, 2, 8, 9, 16, 17, 33, 64])
 @pytest.mark.parametrize(("n", "k"), QWEN3 + ODD)
-def test_a_config_fits_the_multiprocessor(m, n, k):
-    c = config.decode_config(m, n, k)
+@pytest.mark.parametrize("choose", [config.decode_config, config.padded_decode_config])
+def test_a_config_fits_the_multiprocessor(choose, m, n, k):
+    c = choose(m, n, k)
+    assert c.padded == (choose is config.padded_decode_config)
     assert shared_memory(c) + 1024 <= 227 << 10
     assert c.block_m in (8, 16, 32, 64)
     assert c.block_n in (8, 16, 32, 64, 128, 256)
@@ -216,7 +225,10 @@ def by_decode(x, w, bias=None, **options):
 def test_bits_are_those_of_the_triton_kernel(n, k, dtype, device):
     x, w, _ = operands(64, n, k, dtype, device)
     for m in (*range(1, 18), 23, 31, 32, 33, 48, 63, 64) if n < 10000 else (1, 7, 16, 33, 64):
-        assert torch.equal(by_decode(x[:m], w), by_triton(x[:m], w)), m
+        want = by_triton(x[:m], w)
+        assert torch.equal(by_decode(x[:m], w), want), m
+        if m in (1, 9, 33, 64):
+            assert torch.equal(by_decode(x[:m], w, config=config.padded_decode_config(m, n, k)), want), m
 
 
 @pytest.mark.gpu
@@ -226,8 +238,10 @@ def test_every_config_has_these_bits(device):
     ref = by_triton(x, w, bias)
     for block_m in (8, 16, 32, 64):
         for block_n, block_k, stages in ((8, 256, 4), (16, 128, 2), (32, 64, 8), (64, 128, 4), (128, 64, 5)):
-            c = DecodeConfig(block_m, block_n, block_k, stages)
-            assert torch.equal(by_decode(x, w, bias, config=c), ref), c
+            for padded in (False, True) if decode.READS_PAST else (True,):
+                fits = stages if not padded else min(stages, (224 << 10) // (2 * block_k * (64 + block_n)))
+                c = DecodeConfig(block_m, block_n, block_k, fits, padded)
+                assert torch.equal(by_decode(x, w, bias, config=c), ref), c
 
 
 @pytest.mark.gpu

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 
 from bi_ops.core import arch as arches
 from bi_ops.core import runtime, vllm
@@ -15,9 +14,6 @@ from bi_ops.matmul import cublaslt, verification
 from bi_ops.matmul.launch import TENSOR_CORE_DTYPES, is_matrix, launch_triton
 from bi_ops.matmul.order import GemmOrder, Problem
 from bi_ops.matmul.order import order as order_of
-
-#: Releases of Triton that let a tile of shared memory be read past its end, as `decode` does: up to 3.7.
-DECODE_RELEASES = ("3.6", "3.7")
 
 
 class GemmBackend(Backend):
@@ -157,8 +153,6 @@ def _cublaslt_available() -> Support:
 def _decode_available() -> Support:
     if runtime.INTERPRET:
         return Support(False, "no GPU: Gluon's kernels need one")
-    if not triton.__version__.startswith(DECODE_RELEASES):
-        return Support(False, f"Triton {triton.__version__}: its kernel compiles under {' and '.join(DECODE_RELEASES)}")
     here = arches.current()
     return Support(here.gluon, "" if here.gluon else f"{here.name}: its kernel needs Hopper's wgmma and TMA")
 

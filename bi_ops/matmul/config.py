@@ -48,12 +48,16 @@ def gemm_config(m: int, n: int, dtype: torch.dtype, arch: Arch) -> GemmConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tiles of `decode.decode_matmul_kernel`: `stages` steps of `block_k` elements of K in flight."""
+    """Tiles of `decode.decode_matmul_kernel`: `stages` steps of `block_k` elements of K in flight.
+
+    padded: the rows of x have room for 64 in shared memory, all that wgmma reads.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     stages: int
+    padded: bool = False
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every launch
@@ -77,6 +81,19 @@ def decode_config(m: int, n: int, k: int) -> DecodeConfig:
     if n <= 1024 or (block_m == 16 and k > 4096):
         return DecodeConfig(block_m, 16, 256, 8)
     return DecodeConfig(block_m, 32, 256, 5 if block_m == 8 else 4)
+
+
+@functools.lru_cache(maxsize=4096)
+def padded_decode_config(m: int, n: int, k: int) -> DecodeConfig:
+    """`decode_config` where Triton lets no tile be read past its end: padded rows of x, 16 KiB a stage whatever m is.
+
+    Not timed. Where a CTA does not get an SM to itself anyway, two share one.
+    """
+    block_m = _pow2(m, 8, 64)
+    if n > 8192:
+        return DecodeConfig(block_m, 128, 128, 2, True) if n >= 1 << 15 else DecodeConfig(block_m, 64, 128, 3, True)
+    block_n = 16 if n <= 1024 else 32 if n <= 4096 else 64
+    return DecodeConfig(block_m, block_n, 128, 4 if block_n == 64 else 7, True)
 
 
 @dataclass(frozen=True)
