@@ -496,6 +496,11 @@ OTHERS = {
             **{"amsgrad": False, "bf16_copies": None, "maximize": False},
         },
     ),
+    "optim.OffloadedAdamW": named(
+        *("AdamW", "AdamW.__init__", "OffloadedAdamW.__init__"),
+        call=lambda **options: optim.OffloadedAdamW([torch.nn.Parameter(torch.zeros(2, 2))], **options),
+        args=lambda: {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01, "bf16_copies": None, "masters": False},
+    ),
     "rl.TrainConfig": named(
         *("train", "TrainConfig.__init__"), call=lambda **s: rl.TrainConfig.from_dict(s), args=lambda: dict(SETTINGS)
     ),

@@ -65,7 +65,7 @@ _PLAIN: tuple[tuple[str, type, str], ...] = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from bi_ops.models.base import Recompute
-    from bi_ops.optim.offload import Offload
+    from bi_ops.rl.config import Offload
     from bi_ops.rl.presets import PRESETS
     from bi_ops.rl.tasks import TASKS
     from bi_ops.rollout import factory

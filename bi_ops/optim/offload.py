@@ -1,6 +1,6 @@
-"""AdamW's states, and master weights, in host memory: a step brings them to the GPU piece by piece and takes them back.
+"""AdamW's states, and master weights, in host memory: a step brings them to the GPU chunk by chunk and takes them back.
 
-`AdamW`'s kernel computes each piece, so the bits are its own. Two pieces have room on the GPU: while one is computed,
+`AdamW`'s kernel computes each chunk, so the bits are its own. Two chunks have room on the GPU: while one is computed,
 the next comes or the last leaves, on streams of their own, through pinned memory.
 """
 
@@ -8,33 +8,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 
+from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 from bi_ops.optim import config as configs
 from bi_ops.optim.adamw import OP, AdamW, Hyper, Tensors, launch_adamw
 from bi_ops.optim.ops import check_dense
 
-#: What waits in host memory: nothing, exp_avg and exp_avg_sq, or these and the fp32 master weights.
-Offload = Literal["none", "states", "masters"]
-
-#: Elements of a piece: 128 MiB of each tensor, long enough for the bandwidth of PCIe.
+#: Elements of a chunk: 128 MiB of each tensor, long enough for the bandwidth of PCIe.
 ELEMENTS = 1 << 25
-#: Pieces that have room on the GPU.
+#: Chunks that have room on the GPU.
 SLOTS = 2
-#: Every part of a parameter starts at a multiple of so many elements in its piece: 256 bytes.
+#: Every part of a parameter starts at a multiple of so many elements in its chunk: 256 bytes.
 STEP = 64
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
-
-
-def check_offload(op: str, offload: object) -> Offload:
-    """`offload`. Raises ValueError for what is none."""
-    if offload not in get_args(Offload):
-        raise ValueError(f"{op}: offload is {offload!r}; it must be one of {', '.join(get_args(Offload))}")
-    return offload  # type: ignore[return-value]
 
 
 def host_copy(t: torch.Tensor, pinned: bool) -> torch.Tensor:
@@ -91,27 +82,27 @@ class Part(NamedTuple):
     at: int
 
 
-def pieces(every: Sequence[Tensors], elements: int) -> Iterator[list[Part]]:
-    """The parameters in pieces of at most `elements`, a multiple of STEP."""
-    piece: list[Part] = []
+def chunks(every: Sequence[Tensors], elements: int) -> Iterator[list[Part]]:
+    """The parameters in chunks of at most `elements`, a multiple of STEP."""
+    chunk: list[Part] = []
     at = 0
     for t in every:
         flat = [None if x is None else x.view(-1) for x in t]
         start, n = 0, t.g.numel()
         while start < n:
             if at == elements:
-                yield piece
-                piece, at = [], 0
+                yield chunk
+                chunk, at = [], 0
             stop = min(start + elements - at, n)
-            piece.append(Part(Tensors(*(None if x is None else x[start:stop] for x in flat)), at))  # type: ignore[arg-type]
+            chunk.append(Part(Tensors(*(None if x is None else x[start:stop] for x in flat)), at))  # type: ignore[arg-type]
             at += cdiv(stop - start, STEP) * STEP
             start = stop
-    if piece:
-        yield piece
+    if chunk:
+        yield chunk
 
 
 class OffloadedAdamW(AdamW):
-    """`AdamW`, the same bits, whose states wait in pinned host memory and are on the GPU a piece at a time.
+    """`AdamW`, the same bits, whose states wait in pinned host memory and are on the GPU a chunk at a time.
 
     A step moves 8 bytes a parameter to the GPU and 8 back, with `masters` 12 each way, and the host waits for the end
     of it. On the GPU it takes 128 MiB for each of the tensors that wait, twice.
@@ -126,11 +117,12 @@ class OffloadedAdamW(AdamW):
         TypeError, ValueError: as `AdamW`, and `bf16_copies` with masters.
     """
 
-    #: Of a piece, and what copies it.
+    #: Of a chunk, and what copies it.
     elements = ELEMENTS
     streams = Streams
 
     def __init__(self, params: Any, *args: Any, masters: bool = False, **options: Any) -> None:
+        checks.boolean(OP, "masters", masters)
         super().__init__(params, *args, **options)
         if masters and self.bf16_copies:
             raise ValueError(f"{OP}: bf16_copies are not written where masters are offloaded; copy the bf16 parameters")
@@ -190,17 +182,17 @@ class OffloadedAdamW(AdamW):
         n = min(self.elements, sum(cdiv(t.g.numel(), STEP) * STEP for t in every))
         slots = torch.empty((SLOTS, n_waiting, n), dtype=torch.float32, device=device)
         streams = self.streams(device)
-        stored: list[Any] = [streams.computed()] * SLOTS  # of the slot's last piece; first, of whoever had the memory
-        for i, piece in enumerate(pieces(every, n)):
+        stored: list[Any] = [streams.computed()] * SLOTS  # of the slot's last chunk; first, of whoever had the memory
+        for i, chunk in enumerate(chunks(every, n)):
             slot = slots[i % SLOTS]
-            rooms = [[row[at : at + t.g.numel()] for row in slot] for t, at in piece]
-            waiting = [[t.m, t.v, t.p][:n_waiting] for t, _ in piece]
-            both = [pair for each in zip(rooms, waiting, strict=True) for pair in zip(*each, strict=True)]
+            staging = [[row[at : at + t.g.numel()] for row in slot] for t, at in chunk]
+            waiting = [[t.m, t.v, t.p][:n_waiting] for t, _ in chunk]
+            both = [pair for each in zip(staging, waiting, strict=True) for pair in zip(*each, strict=True)]
             streams.compute_after(streams.load(both, stored[i % SLOTS]))
             here = [
-                t._replace(m=room[0], v=room[1], **({"p": room[2]} if self.masters else {}))
-                for (t, _), room in zip(piece, rooms, strict=True)
+                t._replace(m=staged[0], v=staged[1], **({"p": staged[2]} if self.masters else {}))
+                for (t, _), staged in zip(chunk, staging, strict=True)
             ]
             launch_adamw(here[0].g, here, hyper, scale, zero_grad, configs.elementwise())
-            stored[i % SLOTS] = streams.store([(host, room) for room, host in both], streams.computed())
+            stored[i % SLOTS] = streams.store([(host, staged) for staged, host in both], streams.computed())
         streams.finish()  # and nothing uses the slots any more

@@ -11,10 +11,12 @@ from typing import Any, Literal, get_args
 
 from bi_ops.models.base import Recompute
 from bi_ops.models.tiny import TINY
-from bi_ops.optim.offload import Offload
 from bi_ops.rl.tasks import TASKS
 from bi_ops.rollout import factory
 from bi_ops.rollout.base import LogprobsMode
+
+#: What waits in host memory between updates: nothing, AdamW's states, or these and the fp32 master weights.
+Offload = Literal["none", "states", "masters"]
 
 #: Fields that may change when a run is resumed: none of them changes what a step learns.
 FREE_ON_RESUME = (
