@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -293,7 +294,8 @@ class Trainer:
                 losses.append(terms)
             self.model.collect_main_grads()
             if config.atoms > 1:
-                self.tree.add([p.new_zeros(p.shape) if p.grad is None else p.grad for p in self.parameters])
+                zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)
+                self.tree.add([zeros(p.shape) if p.grad is None else p.grad for p in self.parameters])
         if config.atoms > 1:
             for p, total in zip(self.parameters, self.tree.total(), strict=True):
                 p.grad = total
