@@ -1,0 +1,128 @@
+"""bench/suites.py: tests of others see bi_ops behind the names that they import. Stand-ins for theirs run here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+FLASH = """
+import torch
+from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn.padding import half
+from bi_ops.core import runtime
+
+DEVICE = runtime.default_device()
+
+def made(*shape):
+    return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+def test_deterministic():
+    q, k, v = made(2, 5, 4, 16), made(2, 7, 2, 16), made(2, 7, 2, 16)
+    out = flash_attn_func(q, k, v, 0.0, causal=True, window_size=(-1, -1), deterministic=True)
+    assert out.shape == q.shape
+    first, again = (torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    assert half(2) == 1
+
+def test_without_bi_ops():
+    pass
+
+def test_that_fails():
+    assert flash_attn_func(made(1, 2, 1, 16), made(1, 2, 1, 16), made(1, 2, 1, 16)) is None
+"""
+
+MODE = """
+import torch
+from batch_invariant_ops import set_batch_invariant_mode
+from bi_ops.core import runtime
+
+a = torch.linspace(-100, 100, 32 * 48, device=runtime.default_device()).reshape(32, 48)
+for name, enabled in (("Standard PyTorch", False), ("Batch-Invariant Mode", True)):
+    print(f"{name}:")
+    with set_batch_invariant_mode(enabled):
+        b = a.t()
+        print("Batch Deterministic:", enabled and torch.equal(torch.mm(a[:1], b), torch.mm(a, b)[:1]))
+"""
+
+
+def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "suites.py"), *map(str, args), "--release", "here"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+
+
+def test_flash_attentions_tests_call_bi_ops(tmp_path):
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "padding.py").write_text("def half(n):\n    return n // 2\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_flash_attn.py").write_text(FLASH)
+    done = run("flash-attention", tmp_path / "tests" / "test_flash_attn.py", "--out", tmp_path)
+    assert done.returncode == 1, done.stderr[-2000:]
+    found = json.loads((tmp_path / "suites.json").read_text())["flash-attention"]
+    assert (found["passed"], found["not on bi_ops"], found["failed"]) == (1, 1, 1), done.stdout[-2000:]
+    assert list(found["failures"]) == ["test_flash_attn.py::test_that_fails"]
+    assert found["release"] == "here"
+
+
+VLLM = """
+import pytest
+import torch
+from utils import ROWS
+from vllm import _custom_ops
+from vllm.model_executor.layers.batch_invariant import log_softmax, rms_norm_batch_invariant
+from bi_ops.core import runtime
+
+x = torch.randn(ROWS, 32, device=runtime.default_device())
+
+def test_norms(default_vllm_config):
+    out, weight = torch.empty_like(x), torch.ones(32, device=x.device)
+    _custom_ops.rms_norm(out, x, weight, 1e-6)
+    assert torch.equal(out, rms_norm_batch_invariant(x, weight, eps=1e-6))
+    _custom_ops.fused_add_rms_norm(a := x.clone(), b := x.clone(), weight, 1e-6)
+    assert torch.equal(b, x + x)
+
+def test_log_softmax():
+    assert log_softmax(x, dim=-1).exp().sum(-1).allclose(torch.ones(ROWS, device=x.device))
+    with pytest.raises(NotImplementedError):
+        log_softmax(x, dim=0)
+"""
+
+
+def test_vllms_tests_call_bi_ops(tmp_path):
+    """A package that has the names alone stands in for vLLM."""
+    layers = tmp_path / "vllm" / "model_executor" / "layers"
+    layers.mkdir(parents=True)
+    (tmp_path / "vllm" / "_custom_ops.py").write_text("")
+    (tmp_path / "vllm" / "config.py").write_text(
+        "import contextlib\nVllmConfig = object\nset_current_vllm_config = contextlib.nullcontext\n"
+    )
+    (layers / "batch_invariant.py").write_text("rms_norm_batch_invariant = log_softmax = None\n")
+    (tmp_path / "vllm-0.26.0.dist-info").mkdir()
+    (tmp_path / "vllm-0.26.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n")
+    tests = tmp_path / "determinism"
+    tests.mkdir()
+    (tests / "utils.py").write_text("ROWS = 3\n")
+    (tests / "test_rms_norm_batch_invariant.py").write_text(VLLM)
+    (tests / "test_engine.py").write_text("assert False\n")  # not an operator's
+    done = run("vllm", tests, "--out", tmp_path, PYTHONPATH=f"{BENCH.parent}:{tmp_path}")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads((tmp_path / "suites.json").read_text())["vllm"]
+    assert found["passed"] == 2
+
+
+def test_a_script_runs_under_the_mode(tmp_path):
+    (tmp_path / "test_batch_invariance.py").write_text(MODE)
+    done = run("batch_invariant_ops", tmp_path / "test_batch_invariance.py", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "suites.json").read_text())["batch_invariant_ops"]
+    assert found["passed"] == 1
+
+
+def test_a_checkout_that_is_not_there_is_named(tmp_path):
+    done = run("vllm", tmp_path / "nothing", "--out", tmp_path)
+    assert done.returncode == 2
+    assert "check out the repository of vllm" in done.stderr
