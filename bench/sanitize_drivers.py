@@ -13,7 +13,7 @@ from typing import Any
 import bi_ops  # isort: skip  (before torch and triton)
 import torch
 
-from bi_ops import optim
+from bi_ops import attention, optim
 from bi_ops.attention.launch import clear_outside
 from bi_ops.core import runtime
 from bi_ops.verify import configs, packs
@@ -110,6 +110,16 @@ def _plain_attention() -> None:
         call("flash_attention", size=(head_dim, 0))
 
 
+def _written_cache() -> None:
+    """Tokens to slots in three pages, two of them to none."""
+    device = runtime.default_device()
+    for dtype in (BF16, FP32):
+        k, v = (torch.ones(20, 2, 24, dtype=dtype, device=device) for _ in range(2))
+        k_cache, v_cache = (torch.zeros(3, 16, 2, 24, dtype=dtype, device=device) for _ in range(2))
+        slots = torch.tensor([*range(30, 48), -1, 48], device=device)
+        attention.write_cache(k, v, k_cache, v_cache, slots)
+
+
 def _cleared() -> None:
     device = runtime.default_device()
     rows, lse = torch.ones(40, 2, 16, device=device), torch.ones(2, 40, device=device)
@@ -180,6 +190,7 @@ DRIVERS: dict[str, Driver] = {
         (*_named("attention", "", "_delta", "_dq", "_dkv", "_dsinks", "_add_chunks", "_clear"),),
         _featured_attention,
     ),
+    "cache": Driver(("write_cache_kernel",), _written_cache),
     "masked attention": Driver((), each("masked_attention", dtypes=(BF16,), size=(64, 0))),
     "optimizer": Driver(("square_sums_kernel", "pairwise_sum_kernel", "scale_kernel", "adamw_kernel"), _optimizer),
 }

@@ -144,6 +144,7 @@ def flash_attention_doors(tests: Path) -> None:
     for name, function in {**functions, "flash_attn_with_kvcache": _refused, "_get_block_size_n": _refused}.items():
         setattr(package, name, function)
         setattr(interface, name, function)
+    interface.USE_TRITON_ROCM = False  # type: ignore[attr-defined]
     sys.modules |= {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
 
 

@@ -40,7 +40,7 @@ def test_a_new_kernel_is_seen(drivers, tmp_path):
 
 
 FAMILIES = ["activation", "rope", "embedding", "reduction", "logprob", "sampled", "norm", "qk norm and rope"]
-FAMILIES += ["matmul", "attention", "optimizer"]
+FAMILIES += ["matmul", "attention", "cache", "optimizer"]
 
 
 @pytest.mark.skipif(not runtime.INTERPRET, reason="bench/sanitize.py says so itself on a GPU")
