@@ -202,6 +202,22 @@ def models(results: Path) -> str:
     return table(head, rows) + "\n" + "".join(lines)
 
 
+def decode_layer(results: Path) -> str:
+    """A decoder layer while decoding, beside vLLM's kernels without the batch-invariant mode."""
+    rows = load_csv(results, "h200/decode_layer.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    order = {"0.6B": 0, "1.7B": 1, "4B": 2, "8B": 3}
+    rows.sort(key=lambda r: (order[r["model"]], int(r["batch"])))
+    faster = [f"{float(r['speedup']):.2f}" for r in rows]
+    cells = [
+        (f"{r['model']}, batch {r['batch']}", r["ours_us"], r["stock_us"], ratio, r["bits_equal"])
+        for r, ratio in zip(rows, faster, strict=True)
+    ]
+    head = ("Qwen3", "bi_ops, us", "stock vLLM, us", "times as fast", "bits of calls one by one")
+    return table(head, cells) + "\n" + csv_provenance(rows, "h200/decode_layer.csv")
+
+
 def composed(side: dict[str, Any] | None) -> str:
     """How many log-probabilities differ from those of the batch, alone and scored again as a prompt."""
     if side is None or "tokens" not in side:
@@ -541,5 +557,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "operators": operators,
     "conditions": conditions,
     "models": models,
+    "decode_layer": decode_layer,
     "families": families,
 }
