@@ -16,6 +16,8 @@ import torch
 from bi_ops import attention, optim
 from bi_ops.attention.launch import clear_outside
 from bi_ops.core import runtime
+from bi_ops.logprob.config import SplitConfig
+from bi_ops.logprob.ops import launch_token_logprobs
 from bi_ops.verify import configs, packs
 from bi_ops.verify.contract import Setting, microbatches
 from bi_ops.verify.subject import make_batch, results
@@ -105,6 +107,14 @@ def _few_rows() -> None:
         results(s, batch)
 
 
+def _logprobs() -> None:
+    each("softmax", "log_softmax", "token_logprobs", "linear_token_logprobs")()
+    for dtype in (BF16, FP32):
+        logits = torch.randn(2, 20_000).to(runtime.default_device(), dtype)
+        ids = torch.tensor([0, 20_000], device=logits.device)
+        launch_token_logprobs(logits, ids, config=SplitConfig())
+
+
 def _plain_attention() -> None:
     for head_dim in (64, 128, 256, 80):
         call("flash_attention", size=(head_dim, 0))
@@ -159,14 +169,16 @@ def _named(stem: str, *parts: str) -> tuple[str, ...]:
     return tuple(f"{stem}{p}_kernel" for p in parts)
 
 
+SPLIT = ("part_max", "chunk_sums", "total")
+
 DRIVERS: dict[str, Driver] = {
     "activation": Driver(_named("silu_and_mul", "", "_backward"), each("silu_and_mul")),
     "rope": Driver(("rope_kernel",), each("apply_rope")),
     "embedding": Driver(_named("embedding", "", "_backward"), each("embedding", "embedding_backward")),
     "reduction": Driver(("sum_kernel",), each("sum", "sum, first axis", "sum, everything", "mean")),
     "logprob": Driver(
-        (*_named("softmax", "", "_dx"), *_named("token_logprobs", "", "_dx")),
-        each("softmax", "log_softmax", "token_logprobs", "linear_token_logprobs"),
+        (*_named("softmax", "", "_dx"), *_named("token_logprobs", "", "_dx"), *_named("row_", *SPLIT)),
+        _logprobs,
     ),
     "sampled": Driver(
         _named("sampled_logprobs", "", "_dx"), each("sampled_logprobs", "sampled_stats", "processed_logits")

@@ -68,9 +68,14 @@ def samplers(fp32: bool) -> dict[str, types.ModuleType]:
             def get_top_k_top_p(self, expanded_idx_mapping, idx_mapping_np):  # type: ignore[misc]
                 return self.top_k.gpu[expanded_idx_mapping], self.top_p.gpu[expanded_idx_mapping]
 
+    scores = types.ModuleType(f"{V2}.logprob")
+
+    def compute_token_logprobs(logits, token_ids):
+        return logits.float().log_softmax(-1).gather(1, token_ids)
+
     def compute_topk_scores(logits, num_logprobs, sampled_token_ids, cu_num_logits=None, logits_mode=False):
         ids = sampled_token_ids[:, None]
-        return LogprobsTensors(ids, logits.float().log_softmax(-1).gather(1, ids))
+        return LogprobsTensors(ids, vars(scores)["compute_token_logprobs"](logits, ids))
 
     class Sampler:
         def __init__(self, states: SamplingStates, mode: str) -> None:
@@ -124,12 +129,13 @@ def samplers(fp32: bool) -> dict[str, types.ModuleType]:
     SamplerV1.__name__ = "Sampler"
     contents: dict[str, dict[str, Any]] = {
         f"{V2}.sampler": {"Sampler": Sampler, "compute_topk_scores": compute_topk_scores},
+        f"{V2}.logprob": {"compute_token_logprobs": compute_token_logprobs},
         f"{V2}.states": {"SamplingStates": SamplingStates},
         f"{V1}.ops.topk_topp_sampler": {"TopKTopPSampler": TopKTopPSampler},
         f"{V1}.sampler": {"Sampler": SamplerV1},
         f"{V1}.logits_processor.builtin": {"MinPLogitsProcessor": MinPLogitsProcessor},
     }
-    modules = {name: types.ModuleType(name) for name in contents} | {f"{V2}.sampler": v2}
+    modules = {name: types.ModuleType(name) for name in contents} | {f"{V2}.sampler": v2, f"{V2}.logprob": scores}
     for name, content in contents.items():
         vars(modules[name]).update(content)
     return modules

@@ -10,6 +10,8 @@ import torch
 from bi_ops import logprob
 from bi_ops.core import runtime
 from bi_ops.logprob import reference
+from bi_ops.logprob.config import RowConfig, SplitConfig
+from bi_ops.logprob.ops import launch_token_logprobs
 from bi_ops.verify import ROW_COUNTS, gradient_errors, order_variant, rerun_variant, row_variant
 
 # On a GPU Qwen3's vocabulary: 8192 rows of it are 2.5 GB, and the sweep holds about six copies.
@@ -55,6 +57,30 @@ def test_a_token_without_probability_adds_nothing_to_the_entropy(device):
     assert g[:, :40].isfinite().all()
     assert not g[:, 40:].any()
     assert g[:, :40].any()
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bits, any NaN for any other."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 1024), (3, 5001), (2, 151936)])
+def test_a_row_that_is_spread_over_programs_has_the_same_bits(rows, columns, dtype, device):
+    """Maxima, sums and log-probabilities, for ids inside and outside, infinities and a NaN among the logits."""
+    logits = randn(rows, columns, dtype=dtype, device=device)
+    logits[0, columns // 2 + 1 :] = float("-inf")
+    if rows == 3:
+        logits[2, 7] = float("nan")
+    ids = torch.randint(columns, (rows,), device=device)
+    ids[0] = 2 * columns
+    expected = launch_token_logprobs(logits, ids, config=RowConfig(1))
+    for config in (SplitConfig(1, 4), SplitConfig(8, 32), SplitConfig(4, 1)):
+        found = launch_token_logprobs(logits, ids, config=config)
+        assert all(map(same, found, expected))
+    if columns > 5001:  # negative control: torch's sum has another order
+        other = (logits.float() - expected.row_max[:, None]).exp().sum(1).log()
+        assert not torch.equal(other, expected.lse)
 
 
 def test_token_logprobs_is_log_softmax_at_the_ids(device):
@@ -145,7 +171,9 @@ def test_bits_equal_both_of_vllms_samplers(device):
 
     for vocab in (256, 1024, 32000, 151936):
         logits, ids = randn(257, vocab, device=device), torch.randint(vocab, (257,), device=device)
-        assert torch.equal(logprob.token_logprobs(logits, ids), compute_token_logprobs(logits, ids[:, None])[:, 0])
+        for n in (257, 33, 32, 3, 1):  # few long rows are spread over programs
+            theirs = compute_token_logprobs(logits[:n], ids[:n, None])[:, 0]
+            assert torch.equal(logprob.token_logprobs(logits[:n], ids[:n]), theirs)
         wide = logits.float()
         expected = log_softmax(wide).gather(1, ids[:, None])[:, 0]
         assert torch.equal(logprob.token_logprobs(wide, ids), expected), vocab

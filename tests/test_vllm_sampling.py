@@ -75,7 +75,9 @@ def test_raw_log_probabilities_stay_those_of_the_logits(vllm, logits):
     rows = list(range(len(OPTIONS)))
     before = v2(vllm, logits, rows, MODES[0])
     vllm_plugin.register()
-    assert torch.equal(v2(vllm, logits, rows, MODES[0])[1], before[1])
+    sampled, found = v2(vllm, logits, rows, MODES[0])
+    assert torch.equal(found, logprob.token_logprobs(logits, sampled))  # on a GPU vLLM's own kernel has these bits
+    torch.testing.assert_close(found, before[1])
     assert v1(vllm, logits, rows, MODES[0])[1] is None
     assert not torch.equal(before[1], expected(logits, before[0]))
 

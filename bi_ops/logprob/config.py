@@ -24,6 +24,28 @@ def row_config(n_rows: int, n_cols: int) -> RowConfig:
     return RowConfig(rows, max(1024, columns_for_grid(n_cols)))
 
 
+class SplitConfig(NamedTuple):
+    """A row is spread over programs of `chunks` chunks. One adds all sums, `ahead` of them loaded before the first."""
+
+    chunks: int = 8
+    ahead: int = 32
+
+
+#: The most rows that are spread: from there on a program per row keeps a GPU busy.
+MOST_SPLIT = 32
+
+
+@functools.lru_cache(maxsize=1024)
+def token_config(n_rows: int, n_cols: int, itemsize: int) -> RowConfig | SplitConfig:
+    """Few long rows are spread over many programs on a GPU: the sampled log-probabilities of a decoding step.
+
+    Not in fp32: there Triton adds each thread's columns over all chunks before it adds threads, which takes one program
+    (its pass that optimises thread locality; `order.RowOrder` names the dtype).
+    """
+    split = not runtime.INTERPRET and n_rows <= MOST_SPLIT and n_cols >= 1 << 14 and itemsize == 2
+    return SplitConfig() if split else row_config(n_rows, n_cols)
+
+
 class SampledConfig(NamedTuple):
     """One program has `rows` rows and reads `block` columns of them at a time."""
 

@@ -7,20 +7,21 @@ from typing import Literal, NamedTuple, overload
 import torch
 
 from bi_ops.core import arch as arches
-from bi_ops.core import checks, runtime
-from bi_ops.core.integers import cdiv
+from bi_ops.core import checks, pdl, runtime
+from bi_ops.core.integers import cdiv, next_power_of_2
 from bi_ops.core.limits import SMALL, check_programs
 from bi_ops.core.operators import custom_op
 from bi_ops.core.rows import aligned_rows
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.logprob import order as orders
-from bi_ops.logprob.config import RowConfig, row_config
+from bi_ops.logprob.config import RowConfig, SplitConfig, row_config, token_config
 from bi_ops.logprob.kernels import (
     softmax_dx_kernel,
     softmax_kernel,
     token_logprobs_dx_kernel,
     token_logprobs_kernel,
 )
+from bi_ops.logprob.split_kernels import row_chunk_sums_kernel, row_part_max_kernel, row_total_kernel
 
 # --------------------------------------------------------------------------------------------------------------
 # launch. config: None for the one of this size
@@ -100,16 +101,21 @@ class TokenStats(NamedTuple):
 
 
 def launch_token_logprobs(
-    logits: torch.Tensor, ids: torch.Tensor, entropy: bool = False, config: RowConfig | None = None
+    logits: torch.Tensor, ids: torch.Tensor, entropy: bool = False, config: RowConfig | SplitConfig | None = None
 ) -> TokenStats:
-    """The statistics of each row. config: None for the one of this size."""
+    """The statistics of each row. config: None for the one of this size; a row is never split for its entropy."""
     n_rows = logits.shape[0]
     out, row_max, lse, h = (
         logits.new_empty(n, dtype=torch.float32) for n in (n_rows, n_rows, n_rows, n_rows * entropy)
     )
     if n_rows > 0:
         rows, order = aligned_rows(logits), _order(logits)
-        c = config or row_config(*rows.shape)
+        # How another Triton adds within a thread was not compared between one program and many.
+        one = entropy or order.thread_sums != "sequential"
+        c = config or (row_config(*rows.shape) if one else token_config(*rows.shape, rows.element_size()))
+        if isinstance(c, SplitConfig):
+            _launch_split(rows, ids, out, row_max, lse, order, c)
+            return TokenStats(out, row_max, lse, h)
         token_logprobs_kernel[(cdiv(n_rows, c.rows),)](
             rows,
             ids,
@@ -127,6 +133,45 @@ def launch_token_logprobs(
             **PINNED,
         )
     return TokenStats(out, row_max, lse, h)
+
+
+def _launch_split(
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    out: torch.Tensor,
+    row_max: torch.Tensor,
+    lse: torch.Tensor,
+    order: orders.RowOrder,
+    config: SplitConfig,
+) -> None:
+    """`token_logprobs_kernel` with the programs of `split_kernels`."""
+    (n_rows, n), stride = rows.shape, rows.stride(0)
+    n_chunks = cdiv(n, order.block)
+    n_parts = cdiv(n_chunks, config.chunks)
+    part_max, sums = (rows.new_empty((n_rows, m), dtype=torch.float32) for m in (n_parts, n_chunks))
+    arch = arches.of(rows.device)
+    tile = {"CHUNKS": config.chunks, "LARGE": _is_large("token_logprobs", rows)}
+    grid, parts_2 = (n_rows, n_parts), next_power_of_2(n_parts)
+    row_part_max_kernel[grid](
+        rows, part_max, n, stride, n_parts, BLOCK=order.block, **tile, **pdl.launch_options(arch), **PINNED
+    )
+    row_chunk_sums_kernel[grid](
+        *(rows, part_max, sums, n, stride, n_parts, n_chunks),
+        BLOCK=order.block,
+        PARTS_2=parts_2,
+        num_warps=order.num_warps,
+        **tile,
+        **pdl.launch_options(arch),
+        **PINNED,
+    )
+    row_total_kernel[(n_rows,)](
+        *(rows, ids, part_max, sums, out, row_max, lse, n, stride, n_parts, n_chunks),
+        PARTS_2=parts_2,
+        AHEAD=config.ahead,
+        num_warps=1,
+        **pdl.launch_options(arch),
+        **PINNED,
+    )
 
 
 def launch_token_logprobs_backward(

@@ -66,6 +66,18 @@ def scores(stock: Function) -> Function:
     return compute_topk_scores
 
 
+def few_rows(stock: Function) -> Function:
+    """`compute_token_logprobs` of sampled tokens alone: few rows by many programs each, with the bits of vLLM's one."""
+
+    @functools.wraps(stock)
+    def compute_token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        if token_ids.shape[1] != 1:
+            return stock(logits, token_ids)
+        return logprob.token_logprobs(logits, token_ids[:, 0].long())[:, None]
+
+    return compute_token_logprobs
+
+
 def all_at_once(stock: Function) -> Function:
     """`SamplingStates.apply_temperature`, which also applies min-p, top-k and top-p, in place."""
 
@@ -165,6 +177,13 @@ _SCORES = "sums processed log-probabilities in an order of its own, which depend
 REPLACED = (
     Replaced(f"{_V2}.sampler", "Sampler.__call__", ("self", "logits", "input_batch"), telling_its_mode, _SCORES),
     Replaced(f"{_V2}.sampler", "compute_topk_scores", ("logits", "num_logprobs", "sampled_token_ids"), scores, _SCORES),
+    Replaced(
+        f"{_V2}.logprob",
+        "compute_token_logprobs",
+        ("logits", "token_ids"),
+        few_rows,
+        "reads a row of logits by one program, a tenth of a millisecond in every step",
+    ),
     Replaced(
         f"{_V2}.states",
         "SamplingStates.apply_temperature",
