@@ -160,7 +160,11 @@ class Bench:
 
     def end(self, run: Run, why: str | None = None) -> None:
         """Take its GPUs back, and its rows if it ended well."""
-        with contextlib.suppress(ProcessLookupError):  # all of its own session
+        if run.process.poll() is None:
+            run.process.terminate()  # torchrun then ends its processes, which are in sessions of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.process.wait(timeout=5)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(run.process.pid, signal.SIGKILL)
         run.process.wait()
         self.free += run.devices

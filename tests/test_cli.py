@@ -61,6 +61,8 @@ def test_help_teaches_with_examples(capsys, command):
         (("parity", "nowhere"), "not a checkpoint folder"),
         (("parity", "nowhere", "--prompts", "0"), "--prompts is 0"),
         (("parity", "nowhere", "--no-plugin"), "add --engine vllm"),
+        (("parity", "nowhere", "--tp", "2"), "--tp 2 spreads vLLM over GPUs; add --engine vllm"),
+        (("parity", "nowhere", "--engine", "vllm", "--tp", "2", "--bisect"), "leave --tp out"),
         (("parity", "nowhere", "--no-cuda-graphs"), "add --engine vllm"),
         (("train", "--output", "x", "--model", "nowhere"), "not a checkpoint folder"),
     ],

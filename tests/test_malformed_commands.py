@@ -11,9 +11,9 @@ NUMBERS = {
     "train": (
         *("steps", "prompts-per-step", "group-size", "updates-per-rollout", "max-new-tokens", "symbols", "lr", "clip"),
         *("kl", "max-grad-norm", "temperature", "top-k", "top-p", "min-p", "seed", "save-every"),
-        *("max-tokens-per-microbatch", "gpu-memory-utilization"),
+        *("max-tokens-per-microbatch", "gpu-memory-utilization", "atoms", "tp-rollout", "dp"),
     ),
-    "parity": ("prompts", "new-tokens", "max-prompt-tokens", "temperature", "top-k", "top-p", "min-p", "seed"),
+    "parity": ("prompts", "new-tokens", "max-prompt-tokens", "temperature", "top-k", "top-p", "min-p", "seed", "tp"),
 }
 CHOICES = {
     "train": ("preset", "engine", "attention", "task", "mean", "on-difference"),

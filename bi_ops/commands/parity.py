@@ -9,7 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bi_ops.core.files import to_json
 
@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bisect", action="store_true", help="where a sequence differs, name the first operator that does"
     )
+    parser.add_argument("--tp", type=int, default=1, help="vllm: GPUs that share the model; the plugin keeps every bit")
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode")
     parser.add_argument("--no-plugin", dest="plugin", action="store_false", help="vllm: without bi_ops' plugin")
     parser.add_argument(
@@ -121,7 +122,10 @@ def _sample(
 
     vocab_size = load_config(path).vocab_size
     model = load_model(path) if factory.lookup(args.engine).needs_model else None
-    options = {"plugin": args.plugin, "cuda_graphs": args.cuda_graphs} if args.engine == "vllm" else {}
+    options: dict[str, Any] = {}
+    if args.engine == "vllm":
+        options = {"plugin": args.plugin, "cuda_graphs": args.cuda_graphs}
+        options |= {} if args.tp == 1 else {"tensor_parallel_size": args.tp}
     if sampling(args).distribution != Distribution():
         options["logprobs_mode"] = "processed_logprobs"
     engine = factory.make_engine(args.engine, path, model, attention=args.attention, **options)
@@ -170,6 +174,10 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if args.engine != "vllm" and not (args.cuda_graphs and args.plugin):
         raise ValueError("--no-cuda-graphs and --no-plugin change what vLLM does; add --engine vllm")
+    if args.engine != "vllm" and args.tp != 1:
+        raise ValueError(f"--tp {args.tp} spreads vLLM over GPUs; add --engine vllm")
+    if args.bisect and args.tp != 1:
+        raise ValueError("--bisect records operators of a whole model; leave --tp out")
     sampling(args)
     path = Path(args.model)
     read_config(path)  # before anything is started
