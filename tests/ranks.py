@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,12 @@ def _rank(rank: int, n_ranks: int, folder: str, function: Callable[..., Any], ar
 
 
 def run(n_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)`, a function of a module, returns on each rank of a new group of processes."""
-    with tempfile.TemporaryDirectory() as folder:
+    """What `function(*args)`, a function of a module, returns on each rank of a new group of processes.
+
+    They take this process's vector registers, whatever the environment says since it began: torch's random numbers have
+    other bits with others.
+    """
+    registers = {"ATEN_CPU_CAPABILITY": torch.backends.cpu.get_cpu_capability().lower()}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, registers):
         torch.multiprocessing.spawn(_rank, (n_ranks, folder, function, args), nprocs=n_ranks)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(n_ranks)]

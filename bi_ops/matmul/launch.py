@@ -66,11 +66,19 @@ def launch_triton(
         HAS_BIAS=bias is not None,
         ACCUMULATE=accumulate,
         EVEN_K=k % block_k == 0,
+        # M is the batch but in weight gradients, and a batch compiles nothing anew.
+        EVEN_M=over_tokens and along(a, 1) and m % config.block_m == 0,
+        EVEN_N=along(b, 2) and n % config.block_n == 0,
         LARGE=is_large(a, b, out),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **PINNED,
     )
+
+
+def along(t: torch.Tensor, axis: int) -> bool:
+    """Are operands of the tensor cores, a batch of matrices, contiguous along this axis alone?"""
+    return t.dtype in TENSOR_CORE_DTYPES and t.stride(axis) == 1 and t.stride(3 - axis) != 1
 
 
 def is_matrix(t: torch.Tensor) -> bool:
