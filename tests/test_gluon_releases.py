@@ -61,3 +61,34 @@ def test_kernels_take_renamed_names_from_this_layer_alone():
     assert [str(p) for p, source in others.items() if past.search(source)] == []
     assert past.search("from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma")
     assert past.search("    gl.barrier()")
+
+
+def test_each_thread_has_the_gpus_context_before_a_descriptor(monkeypatch):
+    """Once, and never while a graph is captured, nor where there is no GPU."""
+    import threading
+
+    import torch
+
+    from bi_ops.gluon import tma as ours
+
+    asked, state = [], {"is_initialized": True, "is_current_stream_capturing": False}
+    monkeypatch.setattr(ours, "_thread", threading.local())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: asked.append(threading.get_ident()))
+    for name in state:
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: state[name])
+
+    def twice():
+        ours.bind_context()
+        ours.bind_context()
+
+    for name, value in (("is_initialized", False), ("is_current_stream_capturing", True)):
+        before, state[name] = state[name], value
+        twice()
+        state[name] = before
+    assert asked == []
+    threads = [threading.Thread(target=twice) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    twice()
+    assert len(asked) == 3

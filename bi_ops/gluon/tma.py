@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,22 @@ def smem_layout(swizzle: int, bits: int, rank: int) -> NVMMASharedLayout:
     return NVMMASharedLayout(swizzle, bits, rank)
 
 
+_thread = threading.local()
+
+
+def bind_context() -> None:
+    """Make the GPU's context this thread's, once: the driver encodes descriptors, and asks for one.
+
+    A thread of autograd's has none before its first call of CUDA's runtime, and a gradient may begin with a descriptor.
+    """
+    if getattr(_thread, "is_bound", False) or not torch.cuda.is_initialized():  # the latter: a kernel is only compiled
+        return
+    if torch.cuda.is_current_stream_capturing():  # a captured step has run before
+        return
+    torch.cuda.mem_get_info()
+    _thread.is_bound = True
+
+
 class _Address(NamedTuple):
     """All that Triton asks a descriptor's tensor for. It holds no memory, so a descriptor may be kept."""
 
@@ -66,6 +83,7 @@ def descriptor(t: torch.Tensor, shape: tuple[int, int], row: int, block: tuple[i
     Made once for an address, because Triton makes one in Python, slowly. It does not keep `t`: the caller does, until
     the kernel is launched.
     """
+    bind_context()
     return _descriptor(_Address(t.data_ptr(), t.dtype), shape, row, block)
 
 
@@ -92,6 +110,7 @@ def compatible(t: torch.Tensor) -> torch.Tensor:
 
 def head_descriptor(t: torch.Tensor, block: int) -> TensorDescriptor:
     """t [T, H, D] as rows of H * D values, in tiles of `block` rows and one head."""
+    bind_context()
     n, h, d = t.shape
     t = compatible(t)
     return TensorDescriptor(t, [n, h * d], [t.stride(0), 1], [block, d], smem_layout(128, 16, 2))
@@ -99,6 +118,7 @@ def head_descriptor(t: torch.Tensor, block: int) -> TensorDescriptor:
 
 def vector_descriptor(t: torch.Tensor, block: int) -> TensorDescriptor:
     """fp32 t, contiguous, as one vector, in tiles of `block` values."""
+    bind_context()
     return TensorDescriptor(t, [t.numel()], [1], [block], smem_layout(0, 32, 1))
 
 

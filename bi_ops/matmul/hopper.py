@@ -297,6 +297,7 @@ def wgrad_kernel(
 
 
 def _descriptor(t: torch.Tensor, tile: list[int]) -> TensorDescriptor:
+    tma.bind_context()
     return TensorDescriptor.from_tensor(t, tile, tma.smem_layout(128, 8 * t.element_size(), 2))
 
 

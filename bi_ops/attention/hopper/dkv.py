@@ -320,6 +320,7 @@ def attention_dkv_hopper_kernel(
 
 def _group_descriptor(t: torch.Tensor, heads: int) -> TensorDescriptor:
     """t [T, H, D] in tiles of `BLOCK_R` rows: tokens, and of each `heads` heads side by side."""
+    tma.bind_context()
     t = tma.compatible(t)
     block = [BLOCK_R.value // heads, heads, t.shape[2]]
     return TensorDescriptor(t, list(t.shape), [t.stride(0), t.shape[2], 1], block, tma.smem_layout(128, 16, 3))
