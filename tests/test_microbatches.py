@@ -389,19 +389,27 @@ def trained(max_tokens, steps=2):
     return after
 
 
-@pytest.mark.parametrize(("unit_tokens", "packs"), [(1, (4, 2)), (8, (3, 2))])
-def test_max_tokens_per_microbatch_changes_no_bit_of_the_update(monkeypatch, unit_tokens, packs):
-    """Packs of one unit, of two and all in one; a unit is one sequence, or two of the short ones."""
-    monkeypatch.setattr(packing, "UNIT_TOKENS", unit_tokens)
-    totals = [len(p) + len(c) for p, c in zip(PROMPTS_OF_FOUR, COMPLETIONS_OF_FOUR, strict=True)]
+TOTALS = [len(p) + len(c) for p, c in zip(PROMPTS_OF_FOUR, COMPLETIONS_OF_FOUR, strict=True)]
+
+
+def test_max_tokens_per_microbatch_changes_no_bit_of_the_update(monkeypatch):
+    """Packs of one sequence, of two and all in one."""
+    monkeypatch.setattr(packing, "UNIT_TOKENS", 1)
     whole = trained(None)
-    for max_tokens, n in zip((1, 25), packs, strict=True):
-        assert len(list(microbatches(totals, max_tokens, unit_tokens))) == n
+    for max_tokens, n in ((1, 4), (25, 2)):
+        assert len(list(microbatches(TOTALS, max_tokens, 1))) == n
         assert [differing(*pair) for pair in zip(trained(max_tokens), whole, strict=True)] == [[], []], max_tokens
     # Negative control: autograd's sums of sums.
     for name in ("allocate_main_grads", "collect_main_grads"):
         monkeypatch.setattr(Qwen3ForCausalLM, name, lambda self: None)
     assert differing(trained(1, steps=1)[0], whole[0]) != []
+
+
+def test_a_cut_between_units_changes_no_bit_either(monkeypatch):
+    """A unit is one sequence, or two of the short ones."""
+    monkeypatch.setattr(packing, "UNIT_TOKENS", 8)
+    assert len(list(microbatches(TOTALS, 1, 8))) == 3
+    assert differing(trained(1, steps=1)[0], trained(None, steps=1)[0]) == []
 
 
 def test_a_run_may_be_resumed_with_another_cut():

@@ -119,7 +119,8 @@ def test_what_no_token_can_be_sampled_with_is_refused(options, message):
         SamplingParams(1, **options)
 
 
-def trained(**changes):
+def trained(steps, **changes):
+    """Metrics of each step, and the weights after it."""
     settings: dict[str, Any] = {
         "prompts_per_step": 2,
         "group_size": 2,
@@ -127,20 +128,25 @@ def trained(**changes):
         "temperature": 0.7,
         "top_p": 0.9,
     }
-    config = TrainConfig(**(settings | {"top_k": 20, "architecture": tiny_config().to_dict()} | changes))
-    model = tiny_model()
+    small = {"num_hidden_layers": 1}
+    config = TrainConfig(**(settings | {"top_k": 20, "architecture": tiny_config(**small).to_dict()} | changes))
+    model = tiny_model(**small)
     engine = EmbeddedEngine(model, logprobs_mode=config.logprobs_mode)
     trainer = Trainer(config, model, engine, Repeat(Alphabet.integers(48, 8), config.max_new_tokens))
-    return [trainer.step(i + 1) for i in range(2)], model
+    found = []
+    for i in range(steps):
+        metrics = trainer.step(i + 1)
+        found.append((metrics, [p.detach().clone() for p in model.parameters()]))
+    return found
 
 
 def test_training_learns_from_the_distribution_that_was_sampled(monkeypatch):
     monkeypatch.setattr(packing, "UNIT_TOKENS", 1)  # or there is nothing to cut
-    steps, model = trained()
-    assert [s.tokens_different for s in steps] == [0, 0]
-    cut, other = trained(max_tokens_per_microbatch=1)
-    assert [s.reward_mean for s in cut] == [s.reward_mean for s in steps]
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
+    (first, weights), (second, later) = trained(2)
+    assert [first.tokens_different, second.tokens_different] == [0, 0]
+    assert not all(map(torch.equal, weights, later))
+    [(cut, others)] = trained(1, max_tokens_per_microbatch=1)
+    assert cut.reward_mean == first.reward_mean
+    assert all(map(torch.equal, weights, others))
     assert TrainConfig(temperature=0.7).engine_options()["logprobs_mode"] == "processed_logprobs"
     assert "logprobs_mode" not in TrainConfig().engine_options()
