@@ -152,17 +152,19 @@ NAMED = 10  # failed tests that are named, at most; the file names all
 
 
 def tests(results: Path) -> str:
-    """The outcome of the test suite, a row per GPU."""
-    found = {gpu: load(results, f"{gpu}/tests.json") for gpu in ("h200", "h100")}
+    """The outcome of the test suite, a row per GPU; and of the files that changed since, where they ran again."""
     rows, lines = [], []
-    for gpu, record in found.items():
+    for gpu, file in (("h200", "tests"), ("h200", "tests_since"), ("h100", "tests")):
+        record = load(results, f"{gpu}/{file}.json")
         if record is None:
             continue
+        n_files = len({t["file"] for t in record["tests"]})
+        who = gpu.upper() if file == "tests" else f"{gpu.upper()}, {n_files} files that changed since"
         not_run = record.get("not_run", 0)
-        rows.append((gpu.upper(), record["commit"], record["passed"], record["failed"], record["skipped"], not_run))
+        rows.append((who, record["commit"], record["passed"], record["failed"], record["skipped"], not_run))
         failed = [f"`{t['file']}::{t['test']}`" for t in record["tests"] if t["outcome"] == "failed"]
         what = f"Failed: {', '.join(failed)}. " if 0 < len(failed) <= NAMED else ""
-        lines.append(f"- {what}{provenance([record], f'{gpu}/tests.json')}")
+        lines.append(f"- {what}{provenance([record], f'{gpu}/{file}.json')}")
     if not rows:
         return "No run of the test suite on a GPU is committed yet.\n"
     return table(("GPU", "commit", "passed", "failed", "skipped", "not run"), rows) + "\n" + "".join(lines)
