@@ -127,6 +127,7 @@ echo "========= ERROR SUMMARY: $errors" >> $log
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not runtime.INTERPRET, reason="a stand-in for the tool, where there is no GPU")
 def test_families_run_under_a_tool_and_a_second_run_has_nothing_to_do(sanitize, tmp_path, monkeypatch, capsys):
     tool = tmp_path / "compute-sanitizer"

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 FLASH = """
@@ -92,6 +94,7 @@ def test_log_softmax():
 """
 
 
+@pytest.mark.slow
 def test_vllms_tests_call_bi_ops(tmp_path):
     """A package that has the names alone stands in for vLLM."""
     layers = tmp_path / "vllm" / "model_executor" / "layers"
@@ -114,6 +117,7 @@ def test_vllms_tests_call_bi_ops(tmp_path):
     assert found["passed"] == 2
 
 
+@pytest.mark.slow
 def test_a_script_runs_under_the_mode(tmp_path):
     (tmp_path / "test_batch_invariance.py").write_text(MODE)
     done = run("batch_invariant_ops", tmp_path / "test_batch_invariance.py", "--out", tmp_path)
