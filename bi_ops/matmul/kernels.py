@@ -57,8 +57,8 @@ def matmul_kernel(
     o_n = widen(i_n, LARGE) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m = o_m < M
     m_n = o_n < N
-    # Rows past the end read row 0 and are not stored: the loads then need a mask over K alone. Along M or N that hides
-    # from the compiler which elements are neighbours: it loads 2 bytes at a time.
+    # Rows past the end read row 0 and are not stored: the loads then need a mask over K alone. `where` hides from the
+    # compiler that offsets are contiguous, so operands that are loaded along M or N do without it where no row is past.
     a_m = o_m if EVEN_M else tl.where(m_m, o_m, 0)
     b_n = o_n if EVEN_N else tl.where(m_n, o_n, 0)
 

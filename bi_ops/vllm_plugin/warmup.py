@@ -209,6 +209,6 @@ def _sampler(config: Any, device: torch.device) -> None:
     """What a sampler asks for the first time in a request: of few rows, and of more."""
     size, dtype = config.model_config.get_vocab_size(), config.model_config.dtype
     for rows in (1, 64):
-        logits, ids = torch.zeros(rows, size, dtype=dtype, device=device), torch.zeros(rows, dtype=torch.int64)
-        logprob.token_logprobs(logits, ids.to(device))
+        logits = torch.zeros(rows, size, dtype=dtype, device=device)
+        logprob.token_logprobs(logits, torch.zeros(rows, dtype=torch.int64, device=device))
     logprob.log_softmax(logits[:1], torch.float32)
