@@ -3,9 +3,11 @@
     python bench/gpu_tests.py --out bench/results/h100 [--jobs 14] [--resume] [FILE ...]
 
 Compiling kernels is most of the time, so tests run in many processes (pytest-xdist); those that took longest, by the
-results in the repository, start first. Tests that start vLLM engines or take tens of GiB come last, one by one; of
-several GPUs they have half to themselves from the beginning. tests.json is written while they run: what was interrupted
-goes on with --resume. With FILEs too it is the tests in these that go on; outcomes of other files stay as they are.
+results in the repository, start first. Tests that start vLLM engines run beside them, one by one in a process of their
+own, for an engine changes what torch does in its process. Tests that need the GPU's memory come last, one by one. Of
+several GPUs these two groups have half to themselves from the beginning. tests.json is written while they run: what was
+interrupted goes on with --resume. With FILEs too it is the tests in these that go on; outcomes of other files stay as
+they are.
 Exit status 0 only if every test has run and none failed.
 """
 
@@ -28,19 +30,21 @@ from record import provenance
 from bi_ops.core.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-ALONE = ("engine", "memory")  # markers of tests that need a GPU to themselves
+GROUPS = ("together", "engine", "memory")  # the last two by their markers, memory before engine
 EVERY_S = 10  # between two writes of tests.json
 
 
 class Collector:
-    """A pytest plugin that keeps the names of the tests, those apart that run alone."""
+    """A pytest plugin that keeps the names of the tests by their group."""
 
     def __init__(self) -> None:
-        self.names: dict[bool, list[str]] = {False: [], True: []}
+        self.names: dict[str, list[str]] = {group: [] for group in GROUPS}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            self.names[any(item.get_closest_marker(m) for m in ALONE)].append(item.nodeid)
+        # Engines last: who comes after one in its process finds another torch.
+        for item in sorted(items, key=lambda item: item.get_closest_marker("engine") is not None):
+            group = next((m for m in ("memory", "engine") if item.get_closest_marker(m)), "together")
+            self.names[group].append(item.nodeid)
 
 
 class Recorder:
@@ -101,13 +105,15 @@ def longest_first(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: -took.get(name, float("inf")))
 
 
-def alone_beside(args: argparse.Namespace, out: Path, gpus: list[int]) -> list[tuple[subprocess.Popen[bytes], Path]]:
-    """The tests that run one by one, in a process for each of these GPUs, and the folders of their outcomes."""
+def start_beside(
+    args: argparse.Namespace, groups: list[str], gpus: list[int]
+) -> list[tuple[subprocess.Popen[bytes], Path]]:
+    """These groups' tests, in a process for each of these GPUs, and the folders of their outcomes."""
     found = []
     for i, gpu in enumerate(gpus):
-        folder = out / f"alone{gpu}"
-        command = [sys.executable, __file__, "--out", str(folder), "--alone", "only", "--commit", args.commit or ""]
-        command += ["--part", str(i), str(len(gpus)), *args.files]
+        folder = args.out.resolve() / f"beside{gpu}"
+        command = [sys.executable, __file__, "--out", str(folder), "--groups", *groups, "--commit", args.commit or ""]
+        command += ["--part", str(i), str(len(gpus)), "--", *args.files]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
         found.append((subprocess.Popen(command, env=environment), folder))
     return found
@@ -128,8 +134,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=14, help="processes at a time (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="only tests that failed or have not run")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
-    parser.add_argument("--alone", choices=("only", "none"), help="only the tests that run one by one, or none of them")
-    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
+    parser.add_argument("--groups", choices=GROUPS, nargs="+", default=GROUPS, help="only these (default: all of them)")
+    parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)  # which of how many processes
     parser.add_argument("files", nargs="*", help="test files, from the root; all of them by default")
     args = parser.parse_args()
     header, path, known = provenance(args.commit), args.out.resolve() / "tests.json", []
@@ -146,20 +152,26 @@ def main() -> int:
     collector = Collector()
     if exit_code := pytest.main([*everything, "--collect-only", "-qq", *(args.files or ["tests"])], [collector]):
         return int(exit_code)
-    together, alone = collector.names[False], collector.names[True]
-    together, alone = together * (args.alone != "only"), alone * (args.alone != "none")
-    part, parts = args.part
-    together, alone = longest_first(together), alone[part::parts]
-    recorder = Recorder(path, header, together + alone, known)
+    part, parts = args.part or (0, 1)
+    names = {group: collector.names[group][part::parts] if group in args.groups else [] for group in GROUPS}
+    names["together"] = longest_first(names["together"])
+    recorder = Recorder(path, header, [name for group in names.values() for name in group], known)
     gpus = list(range(torch.cuda.device_count()))
-    reserved = gpus[(len(gpus) + 1) // 2 :] if together and recorder.left(alone) else []
-    beside = alone_beside(args, path.parent, reserved)
+    # Of one GPU an engine takes a part that its test names; whoever needs the memory waits.
+    reserved = gpus[(len(gpus) + 1) // 2 :] or gpus
+    elsewhere = ["engine", "memory"] if len(gpus) > 1 else ["engine"]
+    elsewhere = [group for group in elsewhere if recorder.left(names[group])]
+    if args.part or not gpus or not names["together"]:
+        elsewhere = []
+    beside = start_beside(args, elsewhere, reserved) if elsewhere else []
     if len(gpus) > 1:
-        os.environ["BI_OPS_TEST_GPUS"] = ",".join(str(gpu) for gpu in gpus if gpu not in reserved)
+        own = [gpu for gpu in gpus if not beside or gpu not in reserved]
+        os.environ["BI_OPS_TEST_GPUS"] = ",".join(map(str, own))
     with tempfile.TemporaryDirectory() as folder:
         in_turn = ["-n", str(args.jobs), "--dist", "load", "--maxschedchunk", "1"]
-        for names, options in ((together, in_turn), ([] if beside else alone, [])):
-            left = recorder.left(names)
+        for group in (group for group in ("together", "memory", "engine") if group not in elsewhere):
+            left = recorder.left(names[group])
+            options = in_turn if group == "together" else []
             if left and run(left, options, recorder, Path(folder)) == pytest.ExitCode.INTERRUPTED:
                 break
     for process, theirs in beside:

@@ -34,6 +34,7 @@ def test_two_runs_and_a_resumed_one_agree_bit_for_bit(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.vllm
 @pytest.mark.engine
+@pytest.mark.memory  # its engine measures what is free
 def test_training_with_vllm_agrees_bit_for_bit(tmp_path):
     summary = run(dataclasses.replace(PRESETS["h100"], steps=3), tmp_path / "run")
     assert summary.tokens_different == 0
@@ -42,6 +43,7 @@ def test_training_with_vllm_agrees_bit_for_bit(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.vllm
 @pytest.mark.engine
+@pytest.mark.memory  # its engine measures what is free
 def test_training_with_own_attention_in_vllm_agrees_bit_for_bit(tmp_path):
     """At a head size that FlashAttention 3 cannot keep."""
     preset = PRESETS["h100"]

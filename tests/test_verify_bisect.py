@@ -156,7 +156,7 @@ def test_a_planted_bit_is_found_in_vllm(tmp_path):
 
     model = tiny_model(hidden_size=256, intermediate_size=512)
     model.save_pretrained(tmp_path)
-    engine = VllmEngine(tmp_path, cuda_graphs=False, gpu_memory_utilization=0.3)
+    engine = VllmEngine(tmp_path, cuda_graphs=False, gpu_memory_utilization=0.1, kv_cache_memory_bytes=1 << 30)
     try:
         assert bisect(engine, model, PROMPT, SamplingParams(max_new_tokens=4, seed=3)) is None
         for name in ("self_attn.qkv_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj"):

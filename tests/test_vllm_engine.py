@@ -18,6 +18,9 @@ from bi_ops.rollout import vllm_engine, vllm_weights
 from bi_ops.rollout.base import SamplingParams
 from bi_ops.vllm_plugin import backend
 
+#: An engine's options: a cache of a known size, so that it starts beside other tests on one GPU.
+MEMORY: dict[str, Any] = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, "max_model_len": 512}
+
 
 @pytest.fixture(params=RELEASES)
 def vllm(monkeypatch, request):
@@ -229,7 +232,7 @@ def test_engine_on_a_gpu(checkpoints, attention, kernels, cuda_graphs):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
     from bi_ops.verify.compositions import rescore
 
-    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512}
+    options = {"cuda_graphs": cuda_graphs, **MEMORY}
     options |= {"attention": attention, "kernels": kernels}
     engine = vllm_engine.VllmEngine(checkpoints[0], **options)
     try:
@@ -278,7 +281,7 @@ def test_engine_on_a_gpu(checkpoints, attention, kernels, cuda_graphs):
 def test_both_kernels_of_an_engine_have_the_same_bits(checkpoints):
     found = []
     for kernels in ("bi_ops", "vllm"):
-        engine = vllm_engine.VllmEngine(checkpoints[0], kernels=kernels, gpu_memory_utilization=0.2, max_model_len=512)
+        engine = vllm_engine.VllmEngine(checkpoints[0], kernels=kernels, **MEMORY)
         try:
             found.append(engine.generate(PROMPTS, PARAMS))
         finally:
@@ -293,10 +296,9 @@ def test_a_worker_in_another_process_takes_weights_and_has_the_same_bits(checkpo
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
 
     models = [Qwen3ForCausalLM.from_pretrained(folder) for folder in checkpoints]
-    options: dict[str, Any] = {"gpu_memory_utilization": 0.2, "max_model_len": 512}
     found = []
     for backend_name in (None, "mp"):
-        engine = vllm_engine.VllmEngine(checkpoints[0], distributed_executor_backend=backend_name, **options)
+        engine = vllm_engine.VllmEngine(checkpoints[0], distributed_executor_backend=backend_name, **MEMORY)
         try:
             assert (engine.weight_copies(models[0]) == {}) == (backend_name == "mp")
             first = engine.generate(PROMPTS, PARAMS)
@@ -314,6 +316,7 @@ def test_a_worker_in_another_process_takes_weights_and_has_the_same_bits(checkpo
 @pytest.mark.gpu
 @pytest.mark.vllm
 @pytest.mark.engine
+@pytest.mark.memory  # it measures what an engine gives back
 def test_an_engine_gives_its_memory_back_and_wakes_up_with_the_same_bits(checkpoints):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
 
@@ -348,7 +351,7 @@ def test_an_engine_gives_its_memory_back_and_wakes_up_with_the_same_bits(checkpo
     finally:
         engine.close()
 
-    awake = vllm_engine.VllmEngine(checkpoints[0], gpu_memory_utilization=0.2, max_model_len=512)
+    awake = vllm_engine.VllmEngine(checkpoints[0], **MEMORY)
     try:
         assert same(before, awake.generate(PROMPTS, PARAMS))
         with pytest.raises(RuntimeError, match="make it with sleep_mode=True"):
@@ -370,7 +373,7 @@ def test_the_v1_model_runner_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     envs.disable_envs_cache()  # an engine keeps what it has read, for the process
     folder = tiny_checkpoint(tmp_path, 0, 128, vocab_size=151936)
-    engine = vllm_engine.VllmEngine(folder, gpu_memory_utilization=0.2, max_model_len=512)
+    engine = vllm_engine.VllmEngine(folder, **MEMORY)
     try:
         assert engine.describe()["model_runner"] == "v1"
         completions = engine.generate(PROMPTS * 8, [SamplingParams(64, seed=s) for s in range(8 * len(PROMPTS))])
@@ -409,7 +412,7 @@ def test_own_attention_in_vllm_on_a_gpu(tmp_path, head_dim, attention, cuda_grap
 
     folder = tiny_checkpoint(tmp_path, 0, head_dim)
     # Fewer places than prompts: prefill and decode share batches, of up to 432 tokens.
-    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512, "max_num_seqs": 3}
+    options = {"cuda_graphs": cuda_graphs, **MEMORY, "max_num_seqs": 3}
     if head_dim != 128:
         with pytest.raises(ValueError, match=f"head_dim {head_dim}, .*attention='triton'"):
             vllm_engine.VllmEngine(folder, attention="vllm", **options)
@@ -469,7 +472,7 @@ def test_windows_soft_capping_and_sinks_in_vllm_on_a_gpu(tmp_path, cuda_graphs, 
         self.logits_soft_cap = softcap
 
     monkeypatch.setattr(impl_cls, "__init__", build)
-    options = {"cuda_graphs": cuda_graphs, "gpu_memory_utilization": 0.2, "max_model_len": 512, "max_num_seqs": 3}
+    options = {"cuda_graphs": cuda_graphs, **MEMORY, "max_num_seqs": 3}
     engine = vllm_engine.VllmEngine(folder, attention="triton", **options)
     try:
         completions = engine.generate(PROMPTS, PARAMS)
@@ -496,7 +499,7 @@ def test_windows_soft_capping_and_sinks_in_vllm_on_a_gpu(tmp_path, cuda_graphs, 
 def test_flash_attention_at_head_dim_64_is_caught(tmp_path):
     """Negative control: what is refused, forced by leaving the plugin out."""
     folder = tiny_checkpoint(tmp_path, 0, 64)
-    engine = vllm_engine.VllmEngine(folder, plugin=False, cuda_graphs=False, gpu_memory_utilization=0.2)
+    engine = vllm_engine.VllmEngine(folder, plugin=False, cuda_graphs=False, **MEMORY)
     try:
         assert prefilled_otherwise(engine) > 0
     finally:

@@ -95,6 +95,7 @@ FIELDS = {
     },
     ("vllm.engine.arg_utils", "EngineArgs"): {
         *("model", "skip_tokenizer_init", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization"),
+        "kv_cache_memory_bytes",
         *("max_model_len", "max_num_seqs", "enable_prefix_caching", "generation_config", "logprobs_mode"),
         *("enforce_eager", "compilation_config", "attention_config", "speculative_config", "enable_lora"),
         *("additional_config", "distributed_executor_backend", "enable_sleep_mode", "weight_transfer_config"),

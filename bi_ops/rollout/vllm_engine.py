@@ -108,6 +108,8 @@ class VllmEngine:
         dtype: of weights and activations.
         max_model_len: longest prompt + completion; None takes the model's.
         gpu_memory_utilization: the share of the GPU's memory that vLLM may fill.
+        kv_cache_memory_bytes: the KV cache's size, whatever that share leaves. Without it vLLM measures free memory
+            while it starts, and refuses to where another process gives memory back meanwhile.
         max_num_seqs: the most sequences decoded at once.
         seed: vLLM's own, with which it also reseeds this process's global generators; requests bring theirs.
         tensor_parallel_size: GPUs that share the model. With the plugin each size has the bits of one GPU, since no
@@ -139,6 +141,7 @@ class VllmEngine:
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.5,
+        kv_cache_memory_bytes: int | None = None,
         max_num_seqs: int = 256,
         seed: int = 0,
         tensor_parallel_size: int = 1,
@@ -184,6 +187,7 @@ class VllmEngine:
                 distributed_executor_backend=distributed_executor_backend,
                 weight_transfer_config=weight_transfer.CONFIG if elsewhere else None,
                 gpu_memory_utilization=gpu_memory_utilization,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 enable_prefix_caching=False,
