@@ -292,9 +292,14 @@ def test_both_kernels_of_an_engine_have_the_same_bits(checkpoints):
 @pytest.mark.gpu
 @pytest.mark.vllm
 @pytest.mark.engine
-def test_a_worker_in_another_process_takes_weights_and_has_the_same_bits(checkpoints):
+def test_a_worker_in_another_process_takes_weights_and_has_the_same_bits(checkpoints, tmp_path, monkeypatch):
     from bi_ops.models.qwen3 import Qwen3ForCausalLM
 
+    info = tmp_path / "bi_ops_checkout-0.dist-info"  # an installed bi_ops has it, a checkout alone has not
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bi_ops_checkout\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbi_ops = bi_ops.vllm_plugin:register\n")
+    monkeypatch.syspath_prepend(tmp_path)  # which processes inherit
     models = [Qwen3ForCausalLM.from_pretrained(folder) for folder in checkpoints]
     found = []
     for backend_name in (None, "mp"):

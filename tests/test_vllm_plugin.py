@@ -297,3 +297,24 @@ def test_the_installed_vllm_has_the_patch_points():
     for patch in vllm_plugin.patches_of(releases.require("the test")):
         module = pytest.importorskip(patch.module)
         assert callable(patch.stock(module))
+
+
+def entry_points(monkeypatch, *names):
+    known = [importlib.metadata.EntryPoint(n, "bi_ops.vllm_plugin:register", "vllm.general_plugins") for n in names]
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda **wanted: importlib.metadata.EntryPoints(known).select(**wanted)
+    )
+
+
+def test_a_plugin_that_vllms_own_processes_would_not_load_is_refused(monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    entry_points(monkeypatch, "another")
+    with pytest.raises(RuntimeError, match=r"VllmEngine: .* without being installed; pip install it"):
+        vllm_plugin.require_entry_point("VllmEngine")
+    entry_points(monkeypatch, "another", "bi_ops")
+    vllm_plugin.require_entry_point("VllmEngine")
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    with pytest.raises(RuntimeError, match=r"VLLM_PLUGINS is 'another', .* add bi_ops to it or unset it"):
+        vllm_plugin.require_entry_point("VllmEngine")
+    monkeypatch.setenv("VLLM_PLUGINS", "another,bi_ops")
+    vllm_plugin.require_entry_point("VllmEngine")

@@ -123,7 +123,8 @@ class VllmEngine:
         sleep_mode: allocate weights and KV cache so that `sleep` can give their memory back. Same bits.
 
     Raises:
-        RuntimeError: no GPU, no supported vLLM, another mode already set, or vLLM chose another attention kernel.
+        RuntimeError: no GPU, no supported vLLM, another mode already set, vLLM chose another attention kernel, or
+            its processes would not find the plugin.
         ValueError: a head size that cannot keep the contract, sizes that the ranks do not divide, or an unknown
             attention, kernels or logprobs_mode.
     """
@@ -160,6 +161,10 @@ class VllmEngine:
         vllm_plugin.check_kernels("VllmEngine", kernels)
         if distributed_executor_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             distributed_executor_backend = "external_launcher"
+        alone = tensor_parallel_size == 1
+        elsewhere = alone and distributed_executor_backend == "mp"
+        if plugin and (elsewhere or (not alone and distributed_executor_backend != "external_launcher")):
+            vllm_plugin.require_entry_point("VllmEngine")
         _prepare_environment()
         from vllm import LLM
         from vllm.config import CompilationConfig
@@ -174,8 +179,6 @@ class VllmEngine:
         backend: dict[str, object] = {"backend": "FLASH_ATTN", "flash_attn_version": 3}
         if attention == "triton":
             backend = {"backend": vllm_plugin.backend.NAME}
-        alone = tensor_parallel_size == 1
-        elsewhere = alone and distributed_executor_backend == "mp"
         bmm = torch.bmm
         try:
             self._llm: Any = LLM(

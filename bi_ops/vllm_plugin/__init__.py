@@ -7,7 +7,9 @@ batch-invariant mode it changes nothing.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,7 @@ __all__ = [
     "operators_of",
     "patches_of",
     "register",
+    "require_entry_point",
     "unregister",
 ]
 
@@ -39,6 +42,19 @@ _stock: dict[Patch, Callable[..., Any]] = {}
 def is_registered() -> bool:
     """Are the patches in force in this process?"""
     return bool(_stock)
+
+
+def require_entry_point(op: str) -> None:
+    """Raise RuntimeError unless processes that vLLM starts would load the plugin."""
+    found = importlib.metadata.entry_points(group="vllm.general_plugins", name="bi_ops")
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if not found:
+        raise RuntimeError(
+            f"{op}: vLLM's own processes find the plugin by its entry point, and bi_ops has none here: it was imported "
+            "without being installed; pip install it"
+        )
+    if chosen is not None and "bi_ops" not in chosen.split(","):
+        raise RuntimeError(f"{op}: VLLM_PLUGINS is {chosen!r}, without the plugin; add bi_ops to it or unset it")
 
 
 def register() -> None:
