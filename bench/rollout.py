@@ -7,6 +7,9 @@ model's shape and log-probabilities on. Decoding is timed between two lengths of
 not count; the time to the first token is that of one prompt, alone. Rows of other releases, models and modes in an
 existing file stay.
 
+With --together a model's engines start at the same time, which takes minutes less, and are timed in turn when all are
+ready; start_s, which neighbours would lengthen, is then left empty.
+
     stock           no batch-invariant mode, vLLM's own defaults (Inductor and CUDA graphs)
     stock graphs    no batch-invariant mode, full CUDA graphs of the eager kernels
     invariant       VLLM_BATCH_INVARIANT=1 without the plugin
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +68,24 @@ def checkpoint(folder: Path, model: str) -> Path:
     return folder
 
 
-def measure(mode: str, model: str, batches: list[int], rounds: int) -> list[dict[str, Any]]:
-    """A row per batch size, of one mode in this process."""
+def cache_bytes(model: str, batches: list[int]) -> int:
+    """The KV cache that the longest batch and prompt need, and a tenth more."""
+    kv_heads = MODELS[model][3]
+    tokens = max(batches) * (PROMPT + MANY + 16) + max(FIRST_TOKEN) + 64
+    return int(1.1 * tokens * LAYERS[model] * kv_heads * 128 * 2 * 2)
+
+
+def wait_for(path: Path, processes: Sequence[subprocess.Popen[bytes]] = ()) -> None:
+    """Return when `path` exists, or when one of `processes` has ended without it."""
+    while not path.exists() and not any(p.poll() is not None for p in processes):
+        time.sleep(0.02)
+
+
+def measure(mode: str, model: str, batches: list[int], rounds: int, turn: Path | None) -> list[dict[str, Any]]:
+    """A row per batch size, of one mode in this process.
+
+    turn: a folder; the engine is ready when this process writes `ready` there, and is timed when `go` appears.
+    """
     plugin = mode.startswith("plugin")
     if mode == "invariant" or plugin:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
@@ -87,7 +107,8 @@ def measure(mode: str, model: str, batches: list[int], rounds: int) -> list[dict
             load_format="dummy",
             skip_tokenizer_init=True,
             dtype="bfloat16",
-            gpu_memory_utilization=0.85,
+            gpu_memory_utilization=0.05 if turn else 0.85,
+            kv_cache_memory_bytes=cache_bytes(model, batches) if turn else None,
             max_model_len=max(FIRST_TOKEN) + 64,
             max_num_seqs=max(batches),
             enable_prefix_caching=False,
@@ -110,7 +131,10 @@ def measure(mode: str, model: str, batches: list[int], rounds: int) -> list[dict
         return [(7919 * (i + 1) + 104729 * j) % 151936 for j in range(length)]
 
     sample([prompt(0, PROMPT)], 1)
-    start_s = time.perf_counter() - began
+    start_s = "" if turn else round(time.perf_counter() - began, 2)
+    if turn:
+        (turn / "ready").touch()
+        wait_for(turn / "go")
     first = {}
     for length in FIRST_TOKEN:
         sample([prompt(1, length)], 1)
@@ -127,7 +151,7 @@ def measure(mode: str, model: str, batches: list[int], rounds: int) -> list[dict
                 "batch": batch,
                 "decode_tok_s": round(batch * (MANY - FEW) / statistics.median(took), 1),
                 **{f"ttft_{length}_ms": round(1e3 * t, 2) for length, t in first.items()},
-                "start_s": round(start_s, 2),
+                "start_s": start_s,
             }
         )
     return rows
@@ -142,6 +166,35 @@ def kept(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [r for r in csv.DictReader(file) if (r["release"], r["model"], r["mode"]) not in new]
 
 
+def outcomes(model: str, args: argparse.Namespace) -> Iterator[tuple[str, subprocess.CompletedProcess[str]]]:
+    """What the process of each mode printed, as soon as it has ended."""
+    options = ["--out", str(args.out), "--rounds", str(args.rounds), "--batches", *map(str, args.batches)]
+    with tempfile.TemporaryDirectory() as name:
+        started: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
+
+        def start(mode: str) -> None:
+            turn = Path(name) / mode.replace(" ", "_")
+            turn.mkdir()
+            command = [sys.executable, __file__, *options, "--one", mode, model]
+            command += ["--turn", str(turn)] * args.together
+            with (turn / "out").open("wb") as out, (turn / "err").open("wb") as err:
+                started[mode] = subprocess.Popen(command, stdout=out, stderr=err), turn
+
+        if args.together:
+            for mode in args.modes:
+                start(mode)
+            for process, turn in started.values():
+                wait_for(turn / "ready", [process])
+        for mode in args.modes:
+            if not args.together:
+                start(mode)
+            process, turn = started[mode]
+            (turn / "go").touch()
+            code = process.wait()
+            texts = [(turn / stream).read_text(errors="replace") for stream in ("out", "err")]
+            yield mode, subprocess.CompletedProcess(process.args, code, *texts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that rollout.csv is written to")
@@ -151,11 +204,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="repetitions, of which the median counts")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--log", type=Path, help="file that what the engines print is appended to")
+    parser.add_argument("--together", action="store_true", help="start a model's engines at the same time")
     parser.add_argument("--one", nargs=2, metavar=("MODE", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         mode, model = args.one
-        print(json.dumps(measure(mode, model, args.batches, args.rounds)))
+        print(json.dumps(measure(mode, model, args.batches, args.rounds, args.turn)))
         return 0
     record = provenance(args.commit)
     release = dict(record["versions"])["vllm"]  # type: ignore[call-overload]
@@ -164,10 +219,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "rollout.csv"
     for model in args.models:
-        for mode in args.modes:
-            options = ["--out", str(args.out), "--rounds", str(args.rounds), "--batches", *map(str, args.batches)]
-            command = [sys.executable, __file__, *options, "--one", mode, model]
-            done = subprocess.run(command, capture_output=True, text=True)
+        for mode, done in outcomes(model, args):
             if args.log:
                 with args.log.open("a") as file:
                     file.write(f"=== {model} {mode}\n{done.stdout}{done.stderr}")
@@ -184,7 +236,7 @@ def main() -> int:
             one = found[0]
             print(
                 f"{release} {model} {mode:12} tok/s at {rates}; first token {one['ttft_512_ms']:.1f} ms at 512, "
-                f"{one['ttft_8192_ms']:.1f} at 8k; start {one['start_s']:.0f} s",
+                f"{one['ttft_8192_ms']:.1f} at 8k" + ("" if args.together else f"; start {one['start_s']:.0f} s"),
                 flush=True,
             )
     return 1 if failed else 0
