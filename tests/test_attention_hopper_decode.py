@@ -262,12 +262,13 @@ def test_how_many_ctas_of_an_sm_decode():
         (65, 8, 2),  # prefill: a CTA's exponentials run beside the other's GEMMs
         (4096, 8, 2),
         (4, 133, 2),
-        (4, 198, 2),
-        (4, 199, 1),
+        (4, 264, 2),
     ):
         for head_dim in (64, 128):
             c = chosen(max_rows, n_pairs, head_dim)
             assert (c and c.ctas_per_sm) == ctas
+    assert chosen(4, 2048, 128).ctas_per_sm == 2
+    assert chosen(4, 2048, 256).ctas_per_sm == 1
     assert chosen(4, 265, 64) is None
     assert chosen(4, 265, 128) is not None
     for head_dim, long in ((64, ForwardConfig), (128, ForwardConfig), (96, DecodeConfig)):

@@ -268,11 +268,12 @@ def gluon_decode(
     """Arguments as `forward`; a tile has 64 rows, so of longer queries it takes several.
 
     Measured on an H100 (bench/results/h100/decode_exploration.csv), 8k keys, 4 key heads, head_dim 128: 16 sequences
-    read 2.74 TB/s, of which the Triton kernel reads 1.03, and 128 read 3.00 and 2.49. With a few more CTAs than SMs the
-    second wave is nearly empty: 40 sequences read 2.79 with two CTAs to an SM, 2.61 with one. At head_dim 256 16 read
-    2.83 and 1.46; at 64 128 read 2.94 by CTAs of one warp, many to an SM, and 2.82 so. On an H200
-    (bench/results/h200/paged_attention_exploration.csv) 8k tokens of prefill at head_dim 96 take 1,064 us, by the
-    Triton kernel 1,513; above 128 more than 2,048 rows were not measured.
+    read 2.74 TB/s, of which the Triton kernel reads 1.03, and 128 read 3.00 and 2.49. With more CTAs than SMs two to an
+    SM: a CTA of few keys mostly waits, for its length, its pages, then its keys. 40 sequences read 2.79 with two, 2.61
+    with one, 128 read 2.95 and 3.00; 64 of 600 keys with 8 key heads, one of them prefill, take 67 us on an H200 and 72
+    (bench/results/h200/paged_attention_exploration.csv). At head_dim 256 16 read 2.83 TB/s and 1.46; at 64 128 read
+    2.94 by CTAs of one warp, many to an SM, and 2.82 so. On the H200 8k tokens of prefill at head_dim 96 take 1,064 us,
+    by the Triton kernel 1,513; above 128 more than 2,048 rows were not measured.
     """
     if not arch.gluon or dtype not in HALF_DTYPES or not DecodeConfig.computes(order):
         return None
@@ -281,7 +282,7 @@ def gluon_decode(
     if head_dim <= 64 and n_pairs > 2 * num_sms and max_rows <= 64:
         return None
     # Two CTAs to an SM also where prefill is among it: one multiplies while the other takes exponentials.
-    if head_dim <= 128 and (max_rows > 64 or num_sms < n_pairs <= 3 * num_sms // 2):
+    if head_dim <= 128 and (max_rows > 64 or n_pairs > num_sms):
         return DecodeConfig(12 if head_dim <= 64 else 3, 2)
     return DecodeConfig(16 if head_dim <= 64 else 4)
 
