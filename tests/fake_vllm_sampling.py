@@ -18,6 +18,8 @@ class LogprobsTensors(NamedTuple):
 
     logprob_token_ids: torch.Tensor
     logprobs: torch.Tensor
+    selected_token_ranks: torch.Tensor
+    cu_num_generated_tokens: list[int] | None = None
 
 
 def keep_sorted(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None) -> torch.Tensor:
@@ -75,7 +77,8 @@ def samplers(fp32: bool) -> dict[str, types.ModuleType]:
 
     def compute_topk_scores(logits, num_logprobs, sampled_token_ids, cu_num_logits=None, logits_mode=False):
         ids = sampled_token_ids[:, None]
-        return LogprobsTensors(ids, vars(scores)["compute_token_logprobs"](logits, ids))
+        ranks = (logits >= logits.gather(1, ids)).sum(1)
+        return LogprobsTensors(ids, vars(scores)["compute_token_logprobs"](logits, ids), ranks, cu_num_logits)
 
     class Sampler:
         def __init__(self, states: SamplingStates, mode: str) -> None:
@@ -92,7 +95,8 @@ def samplers(fp32: bool) -> dict[str, types.ModuleType]:
                 z = keep_sorted(z, k, p)
             sampled = z.float().argmax(1)
             scored = z if self.logprobs_mode.startswith("processed") else logits
-            return sampled, v2.compute_topk_scores(scored, 0, sampled).logprobs[:, 0]
+            self.scores = v2.compute_topk_scores(scored, 0, sampled, [0] * len(sampled))
+            return sampled, self.scores.logprobs[:, 0]
 
     class TopKTopPSampler:
         def __init__(self, mode: str) -> None:
@@ -130,6 +134,7 @@ def samplers(fp32: bool) -> dict[str, types.ModuleType]:
     contents: dict[str, dict[str, Any]] = {
         f"{V2}.sampler": {"Sampler": Sampler, "compute_topk_scores": compute_topk_scores},
         f"{V2}.logprob": {"compute_token_logprobs": compute_token_logprobs},
+        "vllm.v1.outputs": {"LogprobsTensors": LogprobsTensors},
         f"{V2}.states": {"SamplingStates": SamplingStates},
         f"{V1}.ops.topk_topp_sampler": {"TopKTopPSampler": TopKTopPSampler},
         f"{V1}.sampler": {"Sampler": SamplerV1},

@@ -48,7 +48,7 @@ FROM_ORDER: dict[str, frozenset[str]] = {
     "softmax_kernel": frozenset({"BLOCK", "num_warps"}),
     "softmax_dx_kernel": frozenset({"BLOCK", "num_warps"}),
     "token_logprobs_kernel": frozenset({"BLOCK", "num_warps"}),
-    "row_chunk_sums_kernel": frozenset({"BLOCK", "num_warps"}),
+    "row_token_logprobs_kernel": frozenset({"BLOCK", "num_warps"}),
     "sampled_logprobs_kernel": frozenset({"FRACTION_BITS"}),
     "attention_kernel": frozenset({"BLOCK_N"}),
     "attention_forward_kernel": frozenset({"BLOCK_N"}),
@@ -72,7 +72,7 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         *("wgrad_kernel", "decode_matmul_kernel"),  # the tensor cores' step of 16 elements, whatever the tile
         *("attention_dq_hopper_kernel", "attention_dkv_hopper_kernel"),  # of one order, which `check_order` compares
         *("attention_add_chunks_kernel", "attention_clear_kernel", "lpt_order_kernel"),
-        *("row_part_max_kernel", "row_total_kernel"),
+        "row_part_max_kernel",
         *("embedding_backward_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),
     }
 )

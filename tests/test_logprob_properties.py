@@ -11,7 +11,7 @@ from bi_ops import logprob
 from bi_ops.core import runtime
 from bi_ops.logprob import reference
 from bi_ops.logprob.config import RowConfig, SplitConfig
-from bi_ops.logprob.ops import launch_token_logprobs
+from bi_ops.logprob.ops import launch_ranked_logprobs, launch_token_logprobs
 from bi_ops.verify import ROW_COUNTS, gradient_errors, order_variant, rerun_variant, row_variant
 
 # On a GPU Qwen3's vocabulary: 8192 rows of it are 2.5 GB, and the sweep holds about six copies.
@@ -78,9 +78,23 @@ def test_a_row_that_is_spread_over_programs_has_the_same_bits(rows, columns, dty
     for config in (SplitConfig(1, 4), SplitConfig(8, 32), SplitConfig(4, 1)):
         found = launch_token_logprobs(logits, ids, config=config)
         assert all(map(same, found, expected))
+        scores, ranks = launch_ranked_logprobs(logits, ids, config)
+        assert same(scores, expected.logprobs)
+        chosen = logits.gather(1, ids.clamp(max=columns - 1)[:, None])
+        want = (logits >= chosen).sum(1)
+        want[0] = 0  # an id outside
+        assert torch.equal(ranks, want)
     if columns > 5001:  # negative control: torch's sum has another order
         other = (logits.float() - expected.row_max[:, None]).exp().sum(1).log()
         assert not torch.equal(other, expected.lse)
+
+
+def test_ranks_count_the_logits_that_are_not_below(device):
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, float("nan"), 1.0, float("-inf")]], device=device).bfloat16()
+    for ids, ranks in (((0, 3), (4, 3)), ((1, 2), (2, 1)), ((3, 1), (3, 0))):
+        found = logprob.ranked_logprobs(logits, torch.tensor(ids, device=device))
+        assert found[1].tolist() == list(ranks), ids
+        assert same(found[0], logprob.token_logprobs(logits, torch.tensor(ids, device=device)))
 
 
 def test_token_logprobs_is_log_softmax_at_the_ids(device):

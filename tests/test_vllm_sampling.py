@@ -40,6 +40,13 @@ def v2(vllm, logits, rows, mode):
     return vllm[f"{V2}.sampler"].Sampler(states, mode)(logits[at].clone(), at)
 
 
+def scored(vllm, logits):
+    """All that vLLM's v2 runner reports of raw log-probabilities."""
+    sampler = vllm[f"{V2}.sampler"].Sampler(vllm[f"{V2}.states"].SamplingStates(OPTIONS), MODES[0])
+    sampler(logits.clone(), torch.arange(len(OPTIONS)))
+    return sampler.scores
+
+
 def v1(vllm, logits, rows, mode):
     t, k, p, least = (torch.tensor(c)[rows] for c in zip(*OPTIONS, strict=True))
     processor = vllm[f"{V1}.logits_processor.builtin"].MinPLogitsProcessor(least)
@@ -80,6 +87,23 @@ def test_raw_log_probabilities_stay_those_of_the_logits(vllm, logits):
     torch.testing.assert_close(found, before[1])
     assert v1(vllm, logits, rows, MODES[0])[1] is None
     assert not torch.equal(before[1], expected(logits, before[0]))
+
+
+def test_scores_and_ranks_of_sampled_tokens_are_reported_as_vllm_does(vllm, logits, monkeypatch):
+    logits[1, :7] = logits[1].max()  # tokens of one logit share a rank
+    stock = scored(vllm, logits)
+    vllm_plugin.register()
+    found = scored(vllm, logits)
+    assert type(found) is type(stock)
+    assert torch.equal(found.logprob_token_ids, stock.logprob_token_ids)
+    assert torch.equal(found.selected_token_ranks, stock.selected_token_ranks)
+    assert found.cu_num_generated_tokens == stock.cu_num_generated_tokens
+    assert torch.equal(found.logprobs[:, 0], logprob.token_logprobs(logits, found.logprob_token_ids[:, 0]))
+    # vLLM's own kernels where more is asked for
+    of = vllm[f"{V2}.sampler"].compute_topk_scores
+    monkeypatch.setattr(logprob, "ranked_logprobs", None)
+    raw = of(logits, 0, stock.logprob_token_ids[:, 0], None, logits_mode=True)
+    assert torch.equal(raw.logprobs, of(logits.float(), 0, stock.logprob_token_ids[:, 0]).logprobs)
 
 
 def test_a_plain_batch_is_left_alone(vllm, logits, monkeypatch):

@@ -4,6 +4,7 @@ from bi_ops.logprob.distribution import Distribution
 from bi_ops.logprob.ops import (
     TokenStats,
     log_softmax,
+    ranked_logprobs,
     softmax,
     token_logprobs,
     token_stats,
@@ -18,6 +19,7 @@ __all__ = [
     "log_softmax",
     "order_of",
     "processed_logits",
+    "ranked_logprobs",
     "sampled_logprobs",
     "sampled_order_of",
     "sampled_stats",

@@ -31,13 +31,13 @@ class SplitConfig(NamedTuple):
     ahead: int = 32
 
 
-#: The most rows that are spread: from there on a program per row keeps a GPU busy.
-MOST_SPLIT = 32
+#: The most rows that are spread. A program per row keeps a GPU busy from a thousand on; until then it mostly waits.
+MOST_SPLIT = 512
 
 
 @functools.lru_cache(maxsize=1024)
 def token_config(n_rows: int, n_cols: int, itemsize: int) -> RowConfig | SplitConfig:
-    """Few long rows are spread over many programs on a GPU: the sampled log-probabilities of a decoding step.
+    """Long rows, unless they are many, are spread over programs on a GPU: the log-probabilities of a decoding step.
 
     Not in fp32: there Triton adds each thread's columns over all chunks before it adds threads, which takes one program
     (its pass that optimises thread locality; `order.RowOrder` names the dtype).

@@ -10,7 +10,7 @@ from bi_ops.core import arch as arches
 from bi_ops.core import checks, pdl, runtime
 from bi_ops.core.integers import cdiv, next_power_of_2
 from bi_ops.core.limits import SMALL, check_programs
-from bi_ops.core.operators import custom_op
+from bi_ops.core.operators import custom_op, on_device_of_first
 from bi_ops.core.rows import aligned_rows
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.logprob import order as orders
@@ -21,7 +21,7 @@ from bi_ops.logprob.kernels import (
     token_logprobs_dx_kernel,
     token_logprobs_kernel,
 )
-from bi_ops.logprob.split_kernels import row_chunk_sums_kernel, row_part_max_kernel, row_total_kernel
+from bi_ops.logprob.split_kernels import row_part_max_kernel, row_token_logprobs_kernel
 
 # --------------------------------------------------------------------------------------------------------------
 # launch. config: None for the one of this size
@@ -143,35 +143,45 @@ def _launch_split(
     lse: torch.Tensor,
     order: orders.RowOrder,
     config: SplitConfig,
+    ranks: torch.Tensor | None = None,
 ) -> None:
-    """`token_logprobs_kernel` with the programs of `split_kernels`."""
+    """`token_logprobs_kernel` with the programs of `split_kernels`. ranks: int64 [T], counted in the same pass."""
     (n_rows, n), stride = rows.shape, rows.stride(0)
     n_chunks = cdiv(n, order.block)
     n_parts = cdiv(n_chunks, config.chunks)
     part_max, sums = (rows.new_empty((n_rows, m), dtype=torch.float32) for m in (n_parts, n_chunks))
-    arch = arches.of(rows.device)
+    done = rows.new_empty(n_rows, dtype=torch.int32)
     tile = {"CHUNKS": config.chunks, "LARGE": _is_large("token_logprobs", rows)}
-    grid, parts_2 = (n_rows, n_parts), next_power_of_2(n_parts)
-    row_part_max_kernel[grid](
-        rows, part_max, n, stride, n_parts, BLOCK=order.block, **tile, **pdl.launch_options(arch), **PINNED
-    )
-    row_chunk_sums_kernel[grid](
-        *(rows, part_max, sums, n, stride, n_parts, n_chunks),
+    tile |= pdl.launch_options(arches.of(rows.device))
+    grid = n_rows, n_parts
+    row_part_max_kernel[grid](rows, part_max, done, ranks, n, stride, n_parts, BLOCK=order.block, **tile, **PINNED)
+    row_token_logprobs_kernel[grid](
+        *(rows, ids, part_max, sums, done, out, row_max, lse, ranks, n, stride, n_parts, n_chunks),
         BLOCK=order.block,
-        PARTS_2=parts_2,
+        PARTS_2=next_power_of_2(n_parts),
+        AHEAD=config.ahead,
         num_warps=order.num_warps,
         **tile,
-        **pdl.launch_options(arch),
         **PINNED,
     )
-    row_total_kernel[(n_rows,)](
-        *(rows, ids, part_max, sums, out, row_max, lse, n, stride, n_parts, n_chunks),
-        PARTS_2=parts_2,
-        AHEAD=config.ahead,
-        num_warps=1,
-        **pdl.launch_options(arch),
-        **PINNED,
-    )
+
+
+@on_device_of_first
+def launch_ranked_logprobs(
+    logits: torch.Tensor, ids: torch.Tensor, config: SplitConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probabilities, ranks) of `ids`; config: None for the one of this size."""
+    n_rows = logits.shape[0]
+    rows, order = aligned_rows(logits), _order(logits)
+    c = config or token_config(n_rows, logits.shape[1], logits.element_size())
+    if n_rows > 0 and isinstance(c, SplitConfig) and order.thread_sums == "sequential":
+        out, row_max, lse = (logits.new_empty(n_rows, dtype=torch.float32) for _ in range(3))
+        ranks = ids.new_empty(n_rows)
+        _launch_split(rows, ids, out, row_max, lse, order, c, ranks)
+        return out, ranks
+    known = (ids >= 0) & (ids < logits.shape[1])
+    chosen = logits.gather(1, ids.where(known, 0)[:, None])
+    return launch_token_logprobs(logits, ids).logprobs, ((logits >= chosen) & known[:, None]).sum(1)
 
 
 def launch_token_logprobs_backward(
@@ -394,6 +404,17 @@ def token_logprobs(
     checks.boolean(op, "return_entropy", return_entropy)
     out, _, _, entropy = _token_logprobs(logits, ids.contiguous(), return_entropy)
     return (out, entropy) if return_entropy else out
+
+
+@torch.no_grad()
+def ranked_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_logprobs` without a gradient, and the ranks int64 [T] of the tokens: how many logits are not below theirs.
+
+    What vLLM reports for sampled tokens, in one pass after that of the maximum. The rank of an id outside [0, V) is 0.
+    Arguments and errors as `token_logprobs`.
+    """
+    _check_tokens("ranked_logprobs", logits, ids)
+    return launch_ranked_logprobs(logits, ids.contiguous())
 
 
 @torch.no_grad()

@@ -49,25 +49,42 @@ def telling_its_mode(stock: Function) -> Function:
 
 
 def scores(stock: Function) -> Function:
-    """`compute_topk_scores`: of processed logits in the bits of `sampled_logprobs`, of others as they were."""
+    """`compute_topk_scores`: of processed logits in the bits of `sampled_logprobs`, of others as they were.
+
+    Where the sampled tokens' alone are asked for, as an RL rollout does, they and the ranks take two passes over the
+    logits by many programs for a row; vLLM's kernels take three by one.
+    """
 
     @functools.wraps(stock)
     def compute_topk_scores(
-        logits: torch.Tensor, num_logprobs: int, sampled_token_ids: torch.Tensor, *args: Any, **kwargs: Any
+        logits: torch.Tensor,
+        num_logprobs: int,
+        sampled_token_ids: torch.Tensor,
+        cu_num_logits: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        found = stock(logits, num_logprobs, sampled_token_ids, *args, **kwargs)
-        if not _processed.get():
-            return found
-        stats = logprob.sampled_stats(logits)
-        z = logits.gather(1, found.logprob_token_ids.long()).float()
-        exact = z - stats.row_max[:, None] - stats.lse[:, None]
-        return found._replace(logprobs=torch.where(found.logprobs == float("-inf"), found.logprobs, exact))
+        given = (logits, num_logprobs, sampled_token_ids, cu_num_logits, *args)
+        if _processed.get():
+            found = stock(*given, **kwargs)
+            stats = logprob.sampled_stats(logits)
+            z = logits.gather(1, found.logprob_token_ids.long()).float()
+            exact = z - stats.row_max[:, None] - stats.lse[:, None]
+            return found._replace(logprobs=torch.where(found.logprobs == float("-inf"), found.logprobs, exact))
+        more = num_logprobs or args or kwargs.get("max_per_req_token_ids") or kwargs.get("logits_mode")
+        if more or isinstance(cu_num_logits, torch.Tensor) or logits.element_size() != 2:
+            return stock(*given, **kwargs)
+        from vllm.v1.outputs import LogprobsTensors
+
+        ids = sampled_token_ids.long()
+        found, ranks = logprob.ranked_logprobs(logits, ids)
+        return LogprobsTensors(ids[:, None], found[:, None], ranks, cu_num_logits)
 
     return compute_topk_scores
 
 
-def few_rows(stock: Function) -> Function:
-    """`compute_token_logprobs` of sampled tokens alone: few rows by many programs each, with the bits of vLLM's one."""
+def one_a_row(stock: Function) -> Function:
+    """`compute_token_logprobs` of one token a row, a prompt's for instance: by many programs a row, in its bits."""
 
     @functools.wraps(stock)
     def compute_token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -176,13 +193,19 @@ _SCORES = "sums processed log-probabilities in an order of its own, which depend
 
 REPLACED = (
     Replaced(f"{_V2}.sampler", "Sampler.__call__", ("self", "logits", "input_batch"), telling_its_mode, _SCORES),
-    Replaced(f"{_V2}.sampler", "compute_topk_scores", ("logits", "num_logprobs", "sampled_token_ids"), scores, _SCORES),
+    Replaced(
+        f"{_V2}.sampler",
+        "compute_topk_scores",
+        ("logits", "num_logprobs", "sampled_token_ids", "cu_num_logits"),
+        scores,
+        f"{_SCORES}; and reads the sampled tokens' rows of logits three times, by one program each",
+    ),
     Replaced(
         f"{_V2}.logprob",
         "compute_token_logprobs",
         ("logits", "token_ids"),
-        few_rows,
-        "reads a row of logits by one program, a tenth of a millisecond in every step",
+        one_a_row,
+        "reads a row of logits by one program, a tenth of a millisecond whatever their number",
     ),
     Replaced(
         f"{_V2}.states",

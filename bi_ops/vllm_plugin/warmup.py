@@ -206,9 +206,11 @@ def _attention(model: torch.nn.Module, config: Any, device: torch.device) -> Ite
 
 
 def _sampler(config: Any, device: torch.device) -> None:
-    """What a sampler asks for the first time in a request: of few rows, and of more."""
+    """What a sampler asks for the first time in a request: of many rows, and of few."""
     size, dtype = config.model_config.get_vocab_size(), config.model_config.dtype
-    for rows in (1, 64):
+    for rows in (1024, 1):  # prompts are scored a thousand tokens at a time
         logits = torch.zeros(rows, size, dtype=dtype, device=device)
-        logprob.token_logprobs(logits, torch.zeros(rows, dtype=torch.int64, device=device))
-    logprob.log_softmax(logits[:1], torch.float32)
+        ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        logprob.token_logprobs(logits, ids)
+    logprob.ranked_logprobs(logits, ids)
+    logprob.log_softmax(logits, torch.float32)
