@@ -4,7 +4,8 @@
 
 Every mode is a process of its own on the same GPU, one after the other, with the same prompts, random weights of the
 model's shape and log-probabilities on. Decoding is timed between two lengths of the same requests, so that prefill does
-not count; the time to the first token is that of one prompt, alone. Rows of other releases, models and modes in an
+not count; the time to the first token is that of one prompt, alone. `cublaslt`: may cuBLASLt compute the plugin's GEMMs
+of many rows? Its binding is built first, which no engine's start does. Rows of other releases, models and modes in an
 existing file stay.
 
 With --together a model's engines start at the same time, which takes minutes less, and are timed in turn when all are
@@ -95,6 +96,7 @@ def measure(mode: str, model: str, batches: list[int], rounds: int, turn: Path |
     from vllm.config import CompilationConfig
 
     from bi_ops import vllm_plugin
+    from bi_ops.matmul import cublaslt
 
     if plugin:
         vllm_plugin.register()
@@ -152,9 +154,19 @@ def measure(mode: str, model: str, batches: list[int], rounds: int, turn: Path |
                 "decode_tok_s": round(batch * (MANY - FEW) / statistics.median(took), 1),
                 **{f"ttft_{length}_ms": round(1e3 * t, 2) for length, t in first.items()},
                 "start_s": start_s,
+                "cublaslt": cublaslt.loaded() is not None if mode == "plugin" else "",
             }
         )
     return rows
+
+
+def build_binding() -> bool:
+    """Build cuBLASLt's binding as `bi-ops warmup` does, or find it; in a process of its own."""
+    command = [sys.executable, "-c", "from bi_ops.matmul import cublaslt; cublaslt.extension()"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"no binding, Triton serves: {done.stderr.splitlines()[-1:]}", file=sys.stderr)
+    return done.returncode == 0
 
 
 def kept(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -215,7 +227,7 @@ def main() -> int:
     record = provenance(args.commit)
     release = dict(record["versions"])["vllm"]  # type: ignore[call-overload]
     rows: list[dict[str, Any]] = []
-    failed = False
+    failed = "plugin" in args.modes and not build_binding()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "rollout.csv"
     for model in args.models:

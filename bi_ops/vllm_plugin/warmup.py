@@ -23,6 +23,7 @@ import torch
 from bi_ops import logprob, matmul, norm
 from bi_ops.core import compile_ahead
 from bi_ops.core.vllm import Release
+from bi_ops.matmul import cublaslt
 from bi_ops.vllm_plugin import backend, layers
 
 #: Launches something, once.
@@ -93,6 +94,8 @@ def _verify_and_run(gemms: list[Gemm]) -> None:
     found = matmul.warmup(build=False)
     if found.verified or found.refused:
         layers.logger.info("bi_ops: verified %d GEMMs of cuBLASLt, refused %d", found.verified, len(found.refused))
+    if gemms and cublaslt.loaded() is None:
+        layers.logger.warning("bi_ops: GEMMs of many rows run in Triton, more slowly: %s", found.reason)
     _run_all(gemms)
 
 
