@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import types
 from typing import Any
 
@@ -97,3 +99,22 @@ def test_weights_arrive_rounded_and_both_sides_have_the_same_checksums():
 def test_weights_that_arrive_otherwise_are_named(broken):
     with pytest.raises(RuntimeError, match=f"other bits than the trainer in {broken}$"):
         weight_transfer.update(FakeLLM(broken), Trainer(), torch.bfloat16)  # type: ignore[arg-type]
+
+
+def test_a_package_that_vllms_transfer_imports_and_nobody_installed_is_named(tmp_path, monkeypatch):
+    package = tmp_path / "vllm" / "distributed" / "weight_transfer"
+    package.mkdir(parents=True)
+    engine = package / "ipc_engine.py"
+    engine.write_text("import a_package_that_is_missing")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.split(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        with pytest.raises(RuntimeError, match=r"VllmEngine: .* pip install a_package_that_is_missing"):
+            weight_transfer.require("VllmEngine")
+        engine.write_text("")
+        importlib.invalidate_caches()
+        weight_transfer.require("VllmEngine")
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] == "vllm"]:
+            del sys.modules[name]

@@ -124,7 +124,7 @@ class VllmEngine:
 
     Raises:
         RuntimeError: no GPU, no supported vLLM, another mode already set, vLLM chose another attention kernel, or
-            its processes would not find the plugin.
+            its processes would not find the plugin or what they import.
         ValueError: a head size that cannot keep the contract, sizes that the ranks do not divide, or an unknown
             attention, kernels or logprobs_mode.
     """
@@ -166,6 +166,8 @@ class VllmEngine:
         if plugin and (elsewhere or (not alone and distributed_executor_backend != "external_launcher")):
             vllm_plugin.require_entry_point("VllmEngine")
         _prepare_environment()
+        if elsewhere:
+            weight_transfer.require("VllmEngine")
         from vllm import LLM
         from vllm.config import CompilationConfig
         from vllm.plugins import load_general_plugins

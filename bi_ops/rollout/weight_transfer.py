@@ -6,6 +6,7 @@ The worker reads the trainer's memory and loads it as it loads a checkpoint, int
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,17 @@ CONFIG = {"backend": "ipc"}
 _WORDS = {2: torch.int16, 4: torch.int32}
 #: Elements whose checksum is taken at once: they become 64 bits wide.
 _CHUNK = 1 << 24
+
+
+def require(op: str) -> None:
+    """Raise RuntimeError if vLLM's transfer cannot be imported: some releases import what they do not install."""
+    try:
+        importlib.import_module("vllm.distributed.weight_transfer.ipc_engine")
+    except ModuleNotFoundError as e:
+        raise RuntimeError(
+            f"{op}: vLLM's transfer of weights to another process imports {e.name}, which is missing; "
+            f"pip install {e.name}"
+        ) from e
 
 
 @torch.no_grad()
