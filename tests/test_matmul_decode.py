@@ -192,6 +192,34 @@ def test_a_weight_is_loaded_ahead_in_a_captured_graph_that_does_not_write_it(con
     assert launched == [constant and capturing]
 
 
+@pytest.mark.skipif(not runtime.INTERPRET, reason="the backends are stand-ins, over tensors on the CPU")
+def test_many_rows_outside_of_graphs_are_cublaslts(monkeypatch):
+    """Its launch costs the host less. Where it has not verified the shape, the kernel runs."""
+    ran, verified = [], True
+    lt = type(backends.get("cublaslt"))
+    for backend in (lt, type(backends.get("decode"))):
+        monkeypatch.setattr(backend, "available", lambda self: Support(True))
+
+    def gemm(self, *operands):
+        if verified:
+            ran.append("cublaslt")
+        return verified
+
+    monkeypatch.setattr(decode, "launch", lambda x, w, bias, out, prefetch: ran.append("decode"))
+    monkeypatch.setattr(lt, "gemm", gemm)
+
+    def chosen(rows, **options):
+        ran.clear()
+        assert matmul.inference_linear(*list(operands(rows, 24, 40))[:2], **options).shape == (rows, 24)
+        return ran
+
+    assert chosen(16, in_graph=False) == ["decode"]
+    assert chosen(17, in_graph=False) == chosen(64, in_graph=False) == ["cublaslt"]
+    assert chosen(64) == ["decode"]
+    verified = False
+    assert chosen(64, in_graph=False) == ["decode"]
+
+
 def test_an_engines_linear_layer_names_what_is_wrong(device):
     x, w, _ = operands(2, 24, 40, device=device)
     with pytest.raises(ValueError, match=r"inference_linear: .*\[2, 40\] and \[40, 24\]"):

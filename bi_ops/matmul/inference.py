@@ -10,9 +10,18 @@ from bi_ops.core import checks
 from bi_ops.matmul.backends import backends, gemm
 from bi_ops.matmul.ops import check_operands
 
+#: More rows outside of graphs are cuBLASLt's: a decoding step of so many sequences waits for the host, not for its LM
+#: head, which takes cuBLASLt 2% longer (bench/results/h200/decode_gemm_exploration.csv).
+EAGER_ROWS = 16
+
 
 def inference_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, constant_weight: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    constant_weight: bool = False,
+    in_graph: bool = True,
 ) -> torch.Tensor:
     """``x @ weight.T + bias`` without a gradient, by what is fastest here: the `decode` backend up to 64 rows.
 
@@ -22,6 +31,8 @@ def inference_linear(
         constant_weight: no kernel of the CUDA graph that is being captured writes the weight. The kernel then reads it
             while the kernel before still runs; see `bi_ops.core.pdl`. Outside a capture it changes nothing: a weight
             update may be in flight.
+        in_graph: the layer runs in captured CUDA graphs, which hide what a launch costs the host. False: it never does,
+            as an LM head. From 17 rows on cuBLASLt computes it then, if it has verified the shape.
 
     Returns:
         [..., N] in the dtype of x.
@@ -47,6 +58,10 @@ def inference_linear(
         from bi_ops.matmul import decode
 
         out = x.new_empty((rows.shape[0], weight.shape[0]))
+        lt = backends.get("cublaslt")
+        by_lt = not in_graph and rows.shape[0] > EAGER_ROWS and bool(lt.available())
+        if by_lt and lt.gemm(rows, weight.t(), bias, out, "m"):
+            return out.view(shape)
         if decode.serves(rows, weight, bias, out):
             prefetch = constant_weight and torch.cuda.is_current_stream_capturing()
             decode.launch(rows, weight, bias, out, prefetch=prefetch)

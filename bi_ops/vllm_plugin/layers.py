@@ -71,7 +71,8 @@ def linear_of(layer: Any, release: Release) -> Function:
 
     vLLM captures no graph that writes weights, positions or a batch's metadata, so what is captured reads these ahead.
     """
-    run = functools.partial(matmul.inference_linear, constant_weight=True)
+    is_head = hasattr(layer, "num_embeddings")  # vLLM computes logits after the graph
+    run = functools.partial(matmul.inference_linear, constant_weight=True, in_graph=not is_head)
     in_accumulator = release.bias_order == "in_accumulator"
 
     def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
