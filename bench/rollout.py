@@ -121,7 +121,8 @@ def measure(mode: str, model: str, batches: list[int], rounds: int, turn: Path |
 
     def sample(prompts: list[list[int]], new_tokens: int) -> float:
         params = SamplingParams(
-            max_tokens=new_tokens, temperature=1.0, seed=0, ignore_eos=True, logprobs=0, detokenize=False
+            **{"max_tokens": new_tokens, "temperature": 1.0, "seed": 0, "ignore_eos": True, "detokenize": False},
+            **{"logprobs": 0, "flat_logprobs": True},  # as `VllmEngine` asks for them
         )
         start = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
