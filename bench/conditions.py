@@ -3,10 +3,10 @@
     python bench/conditions.py --out bench/results/h100 [--rows eager "prefix caching"] [--jobs 6] [--again]
 
 Each condition is a process of its own: vLLM as installed, with the plugin, samples 10,496 tokens, then bi_ops' model
-scores them in other batches, and the log-probabilities are compared bit for bit. The control is vLLM's own
-batch-invariant mode without the plugin, in the same condition. A condition that the plugin refuses has to be refused
-by name, before an engine starts. Nothing is timed, so several conditions share the GPU. What is in the file already is
-not run again. Exit status 0 only if every condition has 0 different or is refused as it should be.
+scores them in other batches, and the log-probabilities are compared bit for bit. The control is vLLM's own batch-
+invariant mode without the plugin, in the same condition. A condition that the plugin refuses has to be refused by name,
+before an engine starts. Nothing is timed, so several conditions share the GPU. Of what is in the file already only a
+side that failed is run again. Exit status 0 only if every condition has 0 different or is refused as it should be.
 """
 
 from __future__ import annotations
@@ -211,10 +211,23 @@ def verdict(condition: Condition, found: dict[str, Any]) -> str:
     return f"{found['different']} of {found['tokens']} different" if found["different"] else ""
 
 
-def missing(rows: Iterable[dict[str, Any]], release: str, wanted: Iterable[str], again: bool) -> list[str]:
-    """The conditions that have no row of this release, or a failed one; with `again` all that are wanted."""
-    done = {r["condition"] for r in rows if r["release"] == release and "failed" not in r["plugin"]}
-    return [name for name in wanted if again or name not in done]
+def missing(
+    rows: Iterable[dict[str, Any]], release: str, wanted: Iterable[str], again: bool, control: bool = True
+) -> list[str]:
+    """The conditions without a result of this release; with `again` all that are wanted.
+
+    A side that failed has none. control: stock vLLM is one of the sides, where a condition has it.
+    """
+    found = {} if again else {r["condition"]: r for r in rows if r["release"] == release}
+    sides = {name: [found.get(name, {}).get("plugin")] for name in wanted}
+    for name, results in sides.items():
+        if control and has_control(CONDITIONS[name]):
+            results.append(found.get(name, {}).get("stock"))
+    return [name for name, results in sides.items() if any(r is None or "failed" in r for r in results)]
+
+
+def has_control(condition: Condition) -> bool:
+    return condition.control and not condition.refused
 
 
 def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -248,7 +261,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "conditions.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    names = missing(rows, release, [n for n in CONDITIONS if n in args.rows], args.again)
+    names = missing(rows, release, [n for n in CONDITIONS if n in args.rows], args.again, args.control)
     wrong: dict[str, str] = {}
     lock = threading.Lock()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -256,15 +269,21 @@ def main() -> int:
 
     def work_on(name: str) -> None:
         condition = CONDITIONS[name]
-        found = run(name, True, checkpoint, work)
-        stock = None
-        if args.control and condition.control and not condition.refused:
-            stock = run(name, False, checkpoint, work)
+        earlier: dict[str, Any] = next((r for r in rows if (r["release"], r["condition"]) == (release, name)), {})
+
+        def result(plugin: bool) -> dict[str, Any] | None:
+            kept = earlier.get("plugin" if plugin else "stock")
+            return kept if kept and "failed" not in kept and not args.again else run(name, plugin, checkpoint, work)
+
+        found = result(True)
+        assert found is not None
+        stock = result(False) if args.control and has_control(condition) else earlier.get("stock")
         reason = verdict(condition, found)
+        where = record if found is not earlier.get("plugin") else {key: earlier[key] for key in record}
         with lock:
             if reason:
                 wrong[name] = reason
-            rows[:] = merged(rows, {"release": release, "condition": name, "plugin": found, "stock": stock, **record})
+            rows[:] = merged(rows, {"release": release, "condition": name, "plugin": found, "stock": stock, **where})
             write_json(path, rows)
             control = "" if stock is None else f"; stock: {stock.get('different', stock.get('failed'))}"
             console.print(f"{name}: {reason or found.get('refused', '0 different')}{control}"[:300], markup=False)

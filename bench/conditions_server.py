@@ -35,7 +35,7 @@ def read_answer(reply: dict[str, Any]) -> Answer:
 class Server:
     """An HTTP server that answers /health and /v1/completions; `command` gets --host and --port."""
 
-    def __init__(self, command: list[str], log: Path, patience: float = 180) -> None:
+    def __init__(self, command: list[str], log: Path, patience: float = 300) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]

@@ -76,11 +76,14 @@ def test_verdicts(condition, found, wrong):
 def test_what_is_done_is_not_run_again_and_a_failure_is():
     rows: list = []
     for name, found in (("eager", GOOD), ("LoRA", {"failed": "no"}), ("preemption", GOOD | {"different": 1})):
-        rows = conditions.merged(rows, {"release": "0.26.0", "condition": name, "plugin": found})
+        rows = conditions.merged(rows, {"release": "0.26.0", "condition": name, "plugin": found, "stock": GOOD})
     wanted = ["eager", "LoRA", "preemption", "Inductor"]
     assert conditions.missing(rows, "0.26.0", wanted, False) == ["LoRA", "Inductor"]
     assert conditions.missing(rows, "0.26.0", wanted, True) == wanted
     assert conditions.missing(rows, "0.33.0", wanted, False) == wanted
+    rows[0]["stock"] = {"failed": "KeyboardInterrupt"}
+    assert conditions.missing(rows, "0.26.0", wanted, False) == ["eager", "LoRA", "Inductor"]
+    assert conditions.missing(rows, "0.26.0", wanted, False, control=False) == ["LoRA", "Inductor"]
     again = conditions.merged(rows, {"release": "0.26.0", "condition": "LoRA", "plugin": GOOD})
     assert [r["condition"] for r in again] == ["eager", "preemption", "LoRA"]
     assert again[2]["plugin"] == GOOD
