@@ -118,6 +118,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode", **given)
     parser.add_argument(
+        "--step-graphs",
+        action="store_true",
+        help="run training's micro-batches from CUDA graphs; changes no bit",
+        **given,
+    )
+    parser.add_argument(
         "--sleep", action="store_true", help="vllm: its weights and KV cache leave the GPU while training runs", **given
     )
     for name, kind, text in _PLAIN:

@@ -11,13 +11,14 @@ class MainGrad:
     Until then a step needs none for its gradients, and the first sum begins from zero in a kernel's registers: nothing
     is filled with zeros and read back. A graph that outlives its step holds this object, and no memory.
 
-    shape: of the weight. device: its device.
+    shape: of the weight. device: its device. memory: fp32 [*shape], contiguous, that stays the caller's; None: it is
+    allocated.
     """
 
     dtype = torch.float32
 
-    def __init__(self, shape: torch.Size, device: torch.device) -> None:
-        self.shape, self.device = shape, device
+    def __init__(self, shape: torch.Size, device: torch.device, memory: torch.Tensor | None = None) -> None:
+        self.shape, self.device, self._memory = shape, device, memory
         self._buffer: torch.Tensor | None = None
         self._is_collected = False
 
@@ -34,8 +35,14 @@ class MainGrad:
             )
         if self._buffer is not None:
             return self._buffer, True
-        self._buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        memory, self._memory = self._memory, None
+        self._buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device) if memory is None else memory
         return self._buffer, False
+
+    @property
+    def holds_sum(self) -> bool:
+        """Has a backward written to it, and nobody collected the sum yet?"""
+        return self._buffer is not None
 
     def collect(self) -> torch.Tensor:
         """The sum, zeros if no backward wrote one; this object lets go of it."""

@@ -7,7 +7,7 @@ activations of later layers are gone; the many small buffers of norms share allo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -43,7 +43,16 @@ def zeros(weights: Sequence[torch.Tensor], elements: int = ELEMENTS) -> list[tor
     return buffers
 
 
-def allocate_main_grads(module: torch.nn.Module) -> None:
+def main_grad_memory(module: torch.nn.Module) -> dict[torch.nn.Module, torch.Tensor]:
+    """fp32 memory for the sum of every layer of `module` that gets one, for `allocate_main_grads` of many steps.
+
+    Raises TypeError for what is no module.
+    """
+    layers = [layer for layer in _layers("main_grad_memory", module) if layer.weight.requires_grad]
+    return dict(zip(layers, zeros([layer.weight for layer in layers]), strict=True))
+
+
+def allocate_main_grads(module: torch.nn.Module, memory: Mapping[torch.nn.Module, torch.Tensor] | None = None) -> None:
     """From now on a backward adds the weight gradients of `module`'s bi_ops layers to fp32 buffers, not to `.grad`.
 
     Each sum over tokens goes on from one backward to the next, so a batch ends in the same bits however it is cut into
@@ -51,15 +60,31 @@ def allocate_main_grads(module: torch.nn.Module) -> None:
     get a buffer each. Frozen weights get none; biases, and parameters of other layers, keep autograd's `.grad`. The
     memory of a matrix's buffer is taken by the first backward that adds to it.
 
+    Args:
+        memory: of `main_grad_memory`, where sums then are in every step; what it held is lost. None: new memory.
+
     Raises TypeError for what is no module.
     """
     layers = [layer for layer in _layers("allocate_main_grads", module) if layer.weight.requires_grad]
     norms = [layer for layer in layers if isinstance(layer, RMSNorm)]
-    for norm, buffer in zip(norms, zeros([norm.weight for norm in norms]), strict=True):
+    if memory is None:
+        buffers = zeros([norm.weight for norm in norms])
+    else:
+        buffers = [memory[norm] for norm in norms]
+        if buffers:
+            torch._foreach_zero_(buffers)
+    for norm, buffer in zip(norms, buffers, strict=True):
         norm.main_grad = buffer.view(-1)
     for layer in layers:
         if not isinstance(layer, RMSNorm):
-            layer.main_grad = MainGrad(layer.weight.shape, layer.weight.device)
+            own = None if memory is None else memory[layer]
+            layer.main_grad = MainGrad(layer.weight.shape, layer.weight.device, own)
+
+
+def without_main_grad(module: torch.nn.Module) -> list[str]:
+    """Names of the trainable parameters that get no buffer: biases, and those of other layers."""
+    accumulated = {layer.weight for layer in _layers("without_main_grad", module)}
+    return [name for name, p in module.named_parameters() if p.requires_grad and p not in accumulated]
 
 
 def collect_main_grads(module: torch.nn.Module) -> None:

@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "tensor_parallel_size",
     "recompute",
     "offload",
+    "step_graphs",
 )
 
 
@@ -89,6 +90,9 @@ class TrainConfig:
     recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
     offload: what waits in host memory between updates, nothing, AdamW's states, or these and the fp32 master weights
     (`bi_ops.optim.OffloadedAdamW`); no bit depends on it.
+    step_graphs: run forward, log-probabilities and backward of each micro-batch from a CUDA graph
+    (`bi_ops.models.graphs.StepGraphs`): no time lost around the kernels of a small model. No bit depends on it.
+    cuda_graphs: vllm: of the model that samples.
     on_difference: what a log-probability that differs between rollout and training does to the run.
     save_every: steps between checkpoints, 0 for none but the final weights.
     sleep: the engine gives the memory of its weights and KV cache to training after each rollout, and takes it again
@@ -131,6 +135,7 @@ class TrainConfig:
     on_difference: Literal["stop", "warn"] = "stop"
     gpu_memory_utilization: float = 0.4
     cuda_graphs: bool = True
+    step_graphs: bool = False
     sleep: bool = False
 
     def __post_init__(self) -> None:
@@ -170,6 +175,8 @@ class TrainConfig:
         packs = self.max_tokens_per_microbatch
         need(packs is None or packs >= 1, "max_tokens_per_microbatch", "None or >= 1")
         need(not (self.sleep and self.engine == "embedded"), "sleep", "false with the embedded engine, which has none")
+        room = "false with step_graphs, whose memory stays taken while the engine samples"
+        need(not (self.sleep and self.step_graphs), "sleep", room)
         need(self.atoms >= 1 and not self.atoms & (self.atoms - 1), "atoms", "a power of two")
         need(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1")
         need(self.tensor_parallel_size == 1 or self.engine == "vllm", "tensor_parallel_size", "1, except for vllm")

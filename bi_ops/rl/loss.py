@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -18,13 +18,17 @@ def ordered_sum(x: torch.Tensor) -> torch.Tensor:
     The second half is added to the first, element by element, until one element is left: the order depends on the
     element count alone, where `torch.sum` splits the work by thread and by block.
     """
-    x = x.reshape(-1)
-    if x.numel() == 0:
-        return x.new_zeros(())
-    while (n := x.numel()) > 1:
+    return _ordered_row_sums(x.reshape(1, -1))[0]
+
+
+def _ordered_row_sums(x: torch.Tensor) -> torch.Tensor:
+    """`ordered_sum` of each row [R, N]; [R]."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0])
+    while (n := x.shape[1]) > 1:
         half = (n + 1) // 2
-        x = torch.cat([x[: n - half] + x[half:], x[n - half : half]])
-    return x[0]
+        x = torch.cat([x[:, : n - half] + x[:, half:], x[:, n - half : half]], dim=1)
+    return x[:, 0]
 
 
 def group_advantages(rewards: Sequence[float], group_size: int, eps: float = 1e-4) -> torch.Tensor:
@@ -78,9 +82,26 @@ class Loss:
     bad: torch.Tensor
     n_tokens: int
 
-    def detach(self) -> Loss:
-        """The same numbers without their graph."""
-        return replace(self, value=self.value.detach())
+
+class Terms(NamedTuple):
+    """What each token adds to the loss, which alone has a graph, to the KL and to the clip fraction; fp32 [S].
+
+    finite: is the token's term? bool [S].
+    """
+
+    loss: torch.Tensor
+    kl: torch.Tensor
+    clip_fraction: torch.Tensor
+    finite: torch.Tensor
+
+    def sum(self) -> Loss:
+        """The sums over tokens."""
+        value, kl, clip_fraction = _ordered_row_sums(torch.stack((self.loss, self.kl, self.clip_fraction))).unbind()
+        return Loss(value, kl.detach(), clip_fraction.detach(), (~self.finite).sum(), self.loss.numel())
+
+    def backward(self) -> None:
+        """Differentiate the sum of `loss`. Each term's gradient is 1 in whatever order they are added."""
+        self.loss.backward(torch.ones_like(self.loss))
 
 
 def check_finite(value: float, n_bad: int, n_tokens: int) -> None:
@@ -90,6 +111,45 @@ def check_finite(value: float, n_bad: int, n_tokens: int) -> None:
             f"grpo_loss: the loss is {value} ({n_bad} of {n_tokens} tokens are not finite); "
             "lower the learning rate, or check the model's weights"
         )
+
+
+def grpo_terms(
+    logprobs: torch.Tensor,
+    rollout: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    clip: float,
+    kl: float = 0.0,
+    reference: torch.Tensor | None = None,
+) -> Terms:
+    """The terms that `grpo_loss` adds up; arguments as there. A token of weight 0 adds 0, and gets no gradient.
+
+    Raises:
+        ValueError: shapes differ, or kl without a reference.
+    """
+    named = {"logprobs": logprobs, "rollout": rollout, "advantages": advantages, "weights": weights}
+    if reference is not None:
+        named["reference"] = reference
+    if any(t.shape != logprobs.shape or t.ndim != 1 for t in named.values()):
+        raise ValueError("grpo_loss: needs one [S], got " + ", ".join(f"{n} {list(t.shape)}" for n, t in named.items()))
+    if kl != 0 and reference is None:
+        raise ValueError(f"grpo_loss: kl={kl} needs the reference's log-probabilities")
+    ratio = torch.exp(logprobs - rollout)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    terms = -torch.minimum(ratio * advantages, clipped * advantages)
+    divergence = torch.zeros_like(terms)
+    if reference is not None:
+        delta = reference - logprobs
+        divergence = torch.exp(delta) - delta - 1
+        terms = terms + kl * divergence
+    is_clipped = clipped * advantages < ratio * advantages
+    return Terms(
+        weights * terms,
+        weights * divergence.detach(),
+        weights * is_clipped.to(weights.dtype),
+        torch.isfinite(terms.detach()),
+    )
 
 
 def grpo_loss(
@@ -115,30 +175,7 @@ def grpo_loss(
         ValueError: shapes differ, or kl without a reference.
         FloatingPointError: the loss is NaN or infinite.
     """
-    named = {"logprobs": logprobs, "rollout": rollout, "advantages": advantages, "weights": weights}
-    if reference is not None:
-        named["reference"] = reference
-    if any(t.shape != logprobs.shape or t.ndim != 1 for t in named.values()):
-        raise ValueError("grpo_loss: needs one [S], got " + ", ".join(f"{n} {list(t.shape)}" for n, t in named.items()))
-    if kl != 0 and reference is None:
-        raise ValueError(f"grpo_loss: kl={kl} needs the reference's log-probabilities")
-    ratio = torch.exp(logprobs - rollout)
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    terms = -torch.minimum(ratio * advantages, clipped * advantages)
-    divergence = torch.zeros_like(terms)
-    if reference is not None:
-        delta = reference - logprobs
-        divergence = torch.exp(delta) - delta - 1
-        terms = terms + kl * divergence
-    value = ordered_sum(weights * terms)
-    is_clipped = clipped * advantages < ratio * advantages
-    loss = Loss(
-        value,
-        ordered_sum(weights * divergence.detach()),
-        ordered_sum(weights * is_clipped.to(weights.dtype)),
-        (~torch.isfinite(terms.detach())).sum(),
-        terms.numel(),
-    )
+    loss = grpo_terms(logprobs, rollout, advantages, weights, clip=clip, kl=kl, reference=reference).sum()
     if check:
-        check_finite(float(value.detach()), int(loss.bad), loss.n_tokens)
+        check_finite(float(loss.value.detach()), int(loss.bad), loss.n_tokens)
     return loss

@@ -15,9 +15,10 @@ import torch
 from bi_ops import optim, parallel
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models import packing
+from bi_ops.models.graphs import StepGraphs
 from bi_ops.models.packing import PackedBatch, common_distributions, pack, units
 from bi_ops.rl.config import TrainConfig
-from bi_ops.rl.loss import Loss, check_finite, group_advantages, grpo_loss, token_weights
+from bi_ops.rl.loss import Loss, Terms, check_finite, group_advantages, grpo_terms, token_weights
 from bi_ops.rl.metrics import StepMetrics
 from bi_ops.rl.seeds import PROBLEM, SAMPLE, derive_seed
 from bi_ops.rl.tasks import Problem, Task
@@ -105,9 +106,8 @@ class Trainer:
 
     Raises:
         ValueError: a KL coefficient without a reference, an engine that states no orders, or one that should sleep and
-            cannot, or master weights offloaded from a model that does not compute in bf16.
-        ValueError: a KL coefficient without a reference, an engine that states no orders, or ranks that do not divide
-            the atoms or fill engines.
+            cannot, master weights offloaded from a model that does not compute in bf16, or ranks that do not divide
+            the atoms or fill engines. With config.step_graphs as `bi_ops.models.graphs.StepGraphs`.
         RuntimeError: the model cannot compute in the engine's orders here; what differs is listed.
     """
 
@@ -148,6 +148,8 @@ class Trainer:
         self.config, self.model, self.engine, self.task, self.reference = config, model, engine, task, reference
         self.on_difference = on_difference
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        others = [] if reference is None else [reference]
+        self.graphs = StepGraphs(model, self._microbatch, others) if config.step_graphs else None
         # An engine that lets the optimizer write its weights has them rounded in the pass that updates the masters.
         self.optimizer = self._optimizer()
 
@@ -272,30 +274,39 @@ class Trainer:
         unit = packing.UNIT_TOKENS  # what the sums' bits depend on, and the size of a pack does not
         # All copies to the GPU come first: each of them waits for what was launched before.
         rollout, per_token, weights = (t.to(device) for t in (rollout, per_token, weights))
-        atoms: list[list[tuple[slice, PackedBatch]]] = []
+        atoms: list[list[tuple[slice, PackedBatch, Callable[[], tuple[torch.Tensor, ...]]]]] = []
         for atom in parallel.cut(totals, config.atoms)[ranks.rank :: ranks.size]:
             atoms.append([])
             for within in microbatches(totals[atom], config.max_tokens_per_microbatch, unit):
                 part = slice(atom.start + within.start, atom.start + within.stop)
                 prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
                 distributions = common_distributions([c.distribution for c in completions[part]])
-                atoms[-1].append((part, pack(prompts, tokens, device, TOKEN_STEP, distributions, unit)))
+                batch = pack(prompts, tokens, device, TOKEN_STEP, distributions, unit)
+                start = sum(lengths[: part.start])
+                rows = slice(start, start + len(batch.targets))
+                inputs = batch, rollout[rows], per_token[rows], weights[rows]
+                if self.graphs is None:
+                    atoms[-1].append((part, batch, functools.partial(self._microbatch, *inputs)))
+                else:
+                    atoms[-1].append((part, batch, functools.partial(self.graphs.run, self.graphs.pad(*inputs))))
 
         found: list[torch.Tensor] = []
         losses: list[Loss] = []
         for atom_batches in atoms:
             self.optimizer.zero_grad(set_to_none=True)
-            self.model.allocate_main_grads()
-            for part, batch in atom_batches:
-                start = sum(lengths[: part.start])
-                rows = slice(start, start + len(batch.targets))
-                scores, terms = self._loss(batch, rollout[rows], per_token[rows], weights[rows])
-                found.append(scores)
-                losses.append(terms)
+            if self.graphs is None:
+                self.model.allocate_main_grads()
+            else:
+                self.graphs.begin()
+            for *_, launch in atom_batches:
+                own, *parts = launch()
+                found.append(own)
+                losses.append(Terms(*parts).sum())
             self.model.collect_main_grads()
             if config.atoms > 1:
                 zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)
-                self.tree.add([zeros(p.shape) if p.grad is None else p.grad for p in self.parameters])
+                grads = [zeros(p.shape) if p.grad is None else p.grad for p in self.parameters]
+                self.tree.add(grads if self.graphs is None else [g.clone() for g in grads])  # it keeps them
         if config.atoms > 1:
             for p, total in zip(self.parameters, self.tree.total(), strict=True):
                 p.grad = total
@@ -306,8 +317,8 @@ class Trainer:
         scores = every[: -len(numbers)]
         *sums, grad_norm = every[-len(numbers) :].tolist()
         mine = []
-        batches = [pair for atom_batches in atoms for pair in atom_batches]
-        for i, ((part, batch), terms) in enumerate(zip(batches, losses, strict=True)):
+        batches = [each for atom_batches in atoms for each in atom_batches]
+        for i, ((part, batch, _), terms) in enumerate(zip(batches, losses, strict=True)):
             own, scores = scores[: len(batch.targets)], scores[len(batch.targets) :]
             value, kl, clip_fraction = sums[3 * i : 3 * i + 3]
             n_bad = 0 if math.isfinite(value) else int(terms.bad)
@@ -325,19 +336,21 @@ class Trainer:
         loss, kl, clip_fraction = (sum(getattr(p, n) for p in packs) for n in ("loss", "kl", "clip_fraction"))
         return _Pass(loss, kl, clip_fraction, grad_norm, optim.clip_scale(norm, config.max_grad_norm))
 
-    def _loss(
+    def _microbatch(
         self, batch: PackedBatch, rollout: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, Loss]:
-        """The log-probabilities of a pack, and its loss, whose backward has been launched; both without a graph."""
+    ) -> tuple[torch.Tensor, ...]:
+        """The log-probabilities of a pack, then the `Terms` of its loss, whose backward has been launched.
+
+        All are [S], and none has a graph. Nothing here waits for the GPU, so that a CUDA graph can hold it.
+        """
         config, reference = self.config, None
         scores = self.model.token_logprobs(batch)
         if self.reference is not None and config.kl != 0:
             with torch.no_grad():
                 reference = self.reference.token_logprobs(batch)
-        options = {"clip": config.clip, "kl": config.kl}
-        terms = grpo_loss(scores, rollout, advantages, weights, **options, reference=reference, check=False)
-        terms.value.backward()
-        return scores.detach(), terms.detach()
+        terms = grpo_terms(scores, rollout, advantages, weights, clip=config.clip, kl=config.kl, reference=reference)
+        terms.backward()
+        return scores.detach(), terms.loss.detach(), *terms[1:]
 
     def check(
         self, step: int, completions: Sequence[Completion], part: slice, logprobs: Sequence[torch.Tensor]
