@@ -8,8 +8,8 @@ not count; the time to the first token is that of one prompt, alone. `cublaslt`:
 of many rows? Its binding is built first, which no engine's start does. Rows of other releases, models and modes in an
 existing file stay.
 
-With --together a model's engines start at the same time, which takes minutes less, and are timed in turn when all are
-ready; start_s, which neighbours would lengthen, is then left empty.
+With --together all engines start at the same time, which takes minutes less, and are timed in turn when all are ready:
+their weights and caches have to fit the GPU at once. start_s, which neighbours would lengthen, is then left empty.
 
     stock           no batch-invariant mode, vLLM's own defaults (Inductor and CUDA graphs)
     stock graphs    no batch-invariant mode, full CUDA graphs of the eager kernels
@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,6 @@ def cache_bytes(model: str, batches: list[int]) -> int:
     kv_heads = MODELS[model][3]
     tokens = max(batches) * (PROMPT + MANY + 16) + max(FIRST_TOKEN) + 64
     return int(1.1 * tokens * LAYERS[model] * kv_heads * 128 * 2 * 2)
-
-
-def wait_for(path: Path, processes: Sequence[subprocess.Popen[bytes]] = ()) -> None:
-    """Return when `path` exists, or when one of `processes` has ended without it."""
-    while not path.exists() and not any(p.poll() is not None for p in processes):
-        time.sleep(0.02)
 
 
 def measure(mode: str, model: str, batches: list[int], rounds: int, turn: Path | None) -> list[dict[str, Any]]:
@@ -137,7 +131,8 @@ def measure(mode: str, model: str, batches: list[int], rounds: int, turn: Path |
     start_s = "" if turn else round(time.perf_counter() - began, 2)
     if turn:
         (turn / "ready").touch()
-        wait_for(turn / "go")
+        while not (turn / "go").exists():
+            time.sleep(0.02)
     first = {}
     for length in FIRST_TOKEN:
         sample([prompt(1, length)], 1)
@@ -179,33 +174,65 @@ def kept(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [r for r in csv.DictReader(file) if (r["release"], r["model"], r["mode"]) not in new]
 
 
-def outcomes(model: str, args: argparse.Namespace) -> Iterator[tuple[str, subprocess.CompletedProcess[str]]]:
-    """What the process of each mode printed, as soon as it has ended."""
-    options = ["--out", str(args.out), "--rounds", str(args.rounds), "--batches", *map(str, args.batches)]
-    with tempfile.TemporaryDirectory() as name:
-        started: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
+Outcome = tuple[str, str, "subprocess.CompletedProcess[str]"]  # model, mode, what its process printed
 
-        def start(mode: str) -> None:
-            turn = Path(name) / mode.replace(" ", "_")
+
+def outcomes(args: argparse.Namespace) -> Iterator[Outcome]:
+    """Of every model and mode, as soon as its process has ended."""
+    options = ["--out", str(args.out), "--rounds", str(args.rounds), "--batches", *map(str, args.batches)]
+    pairs = [(model, mode) for model in args.models for mode in args.modes]
+    started: dict[tuple[str, str], tuple[subprocess.Popen[bytes], Path]] = {}
+    with tempfile.TemporaryDirectory() as name:
+
+        def start(model: str, mode: str) -> None:
+            turn = Path(name) / f"{model} {mode}".replace(" ", "_")
             turn.mkdir()
             command = [sys.executable, __file__, *options, "--one", mode, model]
             command += ["--turn", str(turn)] * args.together
             with (turn / "out").open("wb") as out, (turn / "err").open("wb") as err:
-                started[mode] = subprocess.Popen(command, stdout=out, stderr=err), turn
+                started[model, mode] = subprocess.Popen(command, stdout=out, stderr=err), turn
 
-        if args.together:
-            for mode in args.modes:
-                start(mode)
-            for process, turn in started.values():
-                wait_for(turn / "ready", [process])
-        for mode in args.modes:
-            if not args.together:
-                start(mode)
-            process, turn = started[mode]
-            (turn / "go").touch()
-            code = process.wait()
-            texts = [(turn / stream).read_text(errors="replace") for stream in ("out", "err")]
-            yield mode, subprocess.CompletedProcess(process.args, code, *texts)
+        try:
+            if args.together:
+                start_together(pairs, start, started, time.monotonic() + args.ready_s)
+            for pair in pairs:
+                if not args.together:
+                    start(*pair)
+                process, turn = started[pair]
+                (turn / "go").touch()
+                code = process.wait()
+                texts = [(turn / stream).read_text(errors="replace") for stream in ("out", "err")]
+                yield *pair, subprocess.CompletedProcess(process.args, code, *texts)
+        finally:
+            for process, _ in started.values():
+                process.kill()
+
+
+def start_together(
+    pairs: list[tuple[str, str]],
+    start: Callable[[str, str], None],
+    started: Mapping[tuple[str, str], tuple[subprocess.Popen[bytes], Path]],
+    until: float,
+) -> None:
+    """Start an engine for every pair, the plugin's when its binding is built, and return when all are ready.
+
+    One that is not ready at `until` is killed: nobody is timed beside an engine that is still starting.
+    """
+    ours = [pair for pair in pairs if pair[1].startswith("plugin")]
+    for pair in pairs:
+        if pair not in ours:
+            start(*pair)
+    if ours:
+        build_binding()
+    for pair in ours:
+        start(*pair)
+    for (model, mode), (process, turn) in started.items():
+        while not (turn / "ready").exists() and process.poll() is None:
+            if time.monotonic() > until:
+                print(f"{model} {mode}: not ready in time", file=sys.stderr, flush=True)
+                process.kill()
+                process.wait()
+            time.sleep(0.02)
 
 
 def main() -> int:
@@ -217,7 +244,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="repetitions, of which the median counts")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--log", type=Path, help="file that what the engines print is appended to")
-    parser.add_argument("--together", action="store_true", help="start a model's engines at the same time")
+    parser.add_argument("--together", action="store_true", help="start all engines at the same time")
+    parser.add_argument("--ready-s", type=float, default=240, help="with --together: seconds until all must be ready")
     parser.add_argument("--one", nargs=2, metavar=("MODE", "MODEL"), help=argparse.SUPPRESS)
     parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -228,30 +256,29 @@ def main() -> int:
     record = provenance(args.commit)
     release = dict(record["versions"])["vllm"]  # type: ignore[call-overload]
     rows: list[dict[str, Any]] = []
-    failed = "plugin" in args.modes and not build_binding()
+    failed = not args.together and "plugin" in args.modes and not build_binding()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "rollout.csv"
-    for model in args.models:
-        for mode, done in outcomes(model, args):
-            if args.log:
-                with args.log.open("a") as file:
-                    file.write(f"=== {model} {mode}\n{done.stdout}{done.stderr}")
-            if done.returncode:
-                why = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
-                print(f"{model} {mode}: {(why or ['killed'])[-1][:300]}", file=sys.stderr)
-                failed = True
-                continue
-            [answer] = [line for line in done.stdout.splitlines() if line.startswith('[{"')]  # among what vLLM prints
-            found = [{"release": release} | row for row in json.loads(answer)]
-            rows += [row | record for row in found]
-            write_csv(path, [*kept(path, rows), *rows])
-            rates = ", ".join(f"{r['batch']}: {r['decode_tok_s']:,.0f}" for r in found)
-            one = found[0]
-            print(
-                f"{release} {model} {mode:12} tok/s at {rates}; first token {one['ttft_512_ms']:.1f} ms at 512, "
-                f"{one['ttft_8192_ms']:.1f} at 8k" + ("" if args.together else f"; start {one['start_s']:.0f} s"),
-                flush=True,
-            )
+    for model, mode, done in outcomes(args):
+        if args.log:
+            with args.log.open("a") as file:
+                file.write(f"=== {model} {mode}\n{done.stdout}{done.stderr}")
+        if done.returncode:
+            why = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
+            print(f"{model} {mode}: {(why or ['killed'])[-1][:300]}", file=sys.stderr)
+            failed = True
+            continue
+        [answer] = [line for line in done.stdout.splitlines() if line.startswith('[{"')]  # among what vLLM prints
+        found = [{"release": release} | row for row in json.loads(answer)]
+        rows += [row | record for row in found]
+        write_csv(path, [*kept(path, rows), *rows])
+        rates = ", ".join(f"{r['batch']}: {r['decode_tok_s']:,.0f}" for r in found)
+        one = found[0]
+        print(
+            f"{release} {model} {mode:12} tok/s at {rates}; first token {one['ttft_512_ms']:.1f} ms at 512, "
+            f"{one['ttft_8192_ms']:.1f} at 8k" + ("" if args.together else f"; start {one['start_s']:.0f} s"),
+            flush=True,
+        )
     return 1 if failed else 0
 
 

@@ -20,6 +20,8 @@ def note(what):
 note("starts")
 if mode == "broken":
     sys.exit("RuntimeError: no engine")
+while mode == "stuck":
+    time.sleep(0.01)
 (turn / "ready").touch()
 while not (turn / "go").exists():
     time.sleep(0.01)
@@ -45,14 +47,14 @@ def test_engines_start_together_and_are_timed_in_turn(rollout, tmp_path, monkeyp
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "__file__", str(script))
-    args = argparse.Namespace(out=tmp_path, rounds=1, batches=[1], modes=["a", "broken", "b"], together=True)
-    found = dict(rollout.outcomes("1.7B", args))
-    assert {mode: done.returncode for mode, done in found.items()} == {"a": 0, "broken": 1, "b": 0}
+    modes = {"models": ["1.7B"], "modes": ["a", "broken", "stuck", "b"]}
+    args = argparse.Namespace(out=tmp_path, rounds=1, batches=[1], together=True, ready_s=2, **modes)
+    found = {mode: done for model, mode, done in rollout.outcomes(args) if model == "1.7B"}
+    assert {mode: done.returncode for mode, done in found.items()} == {"a": 0, "broken": 1, "stuck": -9, "b": 0}
     assert "no engine" in found["broken"].stderr
     notes = found["b"].stdout.splitlines()
-    assert sorted(notes[:3]) == ["a starts", "b starts", "broken starts"]
-    assert notes[3:] == ["a is timed", "a ends", "b is timed", "b ends", ""][: len(notes) - 3]
-    assert notes[-1] in ("b ends", "")
+    assert sorted(notes[:4]) == ["a starts", "b starts", "broken starts", "stuck starts"]
+    assert notes[4:8] == ["a is timed", "a ends", "b is timed", "b ends"]
 
 
 def test_the_cache_of_an_engine_holds_its_batch(rollout):
