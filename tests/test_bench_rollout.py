@@ -13,7 +13,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 STAND_IN = """
 import sys, time
 from pathlib import Path
-mode, turn = sys.argv[sys.argv.index("--one") + 1], Path(sys.argv[sys.argv.index("--turn") + 1])
+mode, turn = sys.argv[1], Path(sys.argv[sys.argv.index("--turn") + 1])
 def note(what):
     with (turn.parent / "notes").open("a") as file:
         print(mode, what, file=file)
@@ -23,10 +23,15 @@ if mode == "broken":
 while mode == "stuck":
     time.sleep(0.01)
 (turn / "ready").touch()
-while not (turn / "go").exists():
-    time.sleep(0.01)
-note("is timed"); time.sleep(0.1); note("ends")
-print((turn.parent / "notes").read_text())
+for i in range(2):
+    while not (turn / f"go{i}").exists():
+        time.sleep(0.01)
+    note(f"begins {i}")
+    print('[{"batch": %d}]' % i, flush=True)
+    note(f"ends {i}")
+    (turn / f"done{i}").touch()
+    if mode == "dies":
+        sys.exit("RuntimeError: out of memory")
 """
 
 
@@ -39,25 +44,35 @@ def rollout(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("record", "products"):
+    for name in ("record", "products", "rollout_worker"):
         sys.modules.pop(name, None)
 
 
-def test_engines_start_together_and_are_timed_in_turn(rollout, tmp_path, monkeypatch):
+def test_engines_start_together_and_do_their_rounds_in_turn(rollout, tmp_path, monkeypatch):
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(rollout, "__file__", str(script))
-    modes = {"models": ["1.7B"], "modes": ["a", "broken", "stuck", "b"]}
-    args = argparse.Namespace(out=tmp_path, rounds=1, batches=[1], together=True, ready_s=2, **modes)
-    found = {mode: done for model, mode, done in rollout.outcomes(args) if model == "1.7B"}
-    assert {mode: done.returncode for mode, done in found.items()} == {"a": 0, "broken": 1, "stuck": -9, "b": 0}
-    assert "no engine" in found["broken"].stderr
-    notes = found["b"].stdout.splitlines()
-    assert sorted(notes[:4]) == ["a starts", "b starts", "broken starts", "stuck starts"]
-    assert notes[4:8] == ["a is timed", "a ends", "b is timed", "b ends"]
+    monkeypatch.setattr(rollout, "WORKER", script)
+    options = {"models": ["1.7B"], "modes": ["a", "broken", "stuck", "dies", "b"], "batches": [1], "rounds": 2}
+    args = argparse.Namespace(together=True, ready_s=3, **options)
+    found = [(e.mode, e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)]
+    newest = {mode: rows for mode, rows, _ in found}
+    first, second = [{"batch": 0}], [{"batch": 1}]
+    assert newest == {"a": second, "broken": [], "stuck": [], "dies": first, "b": second}
+    assert {f[0]: f[2] for f in found if f[2]} == {
+        "broken": "RuntimeError: no engine",
+        "stuck": "killed",
+        "dies": "RuntimeError: out of memory",
+    }
+    notes = (tmp_path / "notes").read_text().splitlines()
+    assert sorted(notes[:5]) == [f"{mode} starts" for mode in ("a", "b", "broken", "dies", "stuck")]
+    assert notes[5:] == [
+        *("a begins 0", "a ends 0", "dies begins 0", "dies ends 0", "b begins 0", "b ends 0"),
+        *("a begins 1", "a ends 1", "b begins 1", "b ends 1"),
+    ]
 
 
 def test_the_cache_of_an_engine_holds_its_batch(rollout):
     token = 28 * 8 * 128 * 2 * 2  # layers, KV heads, head size, keys and values, bytes
-    assert rollout.cache_bytes("1.7B", [1, 8]) > token * (8 * (rollout.PROMPT + rollout.MANY) + 8192)
-    assert rollout.cache_bytes("1.7B", [256]) > token * 256 * (rollout.PROMPT + rollout.MANY)
+    worker = sys.modules["rollout_worker"]
+    assert worker.cache_bytes("1.7B", [1, 8]) > token * (8 * (worker.PROMPT + worker.MANY) + 8192)
+    assert worker.cache_bytes("1.7B", [256]) > token * 256 * (worker.PROMPT + worker.MANY)

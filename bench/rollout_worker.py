@@ -1,0 +1,164 @@
+"""One engine of bench/rollout.py: started, and timed in rounds when it is its turn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from products import MODELS
+
+LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
+TIED = ("0.6B", "1.7B", "4B")
+PROMPT, FEW, MANY = 32, 16, 144  # tokens of a prompt; tokens sampled, and sampled again
+FIRST_TOKEN = (512, 8192)  # prompts whose first token is timed
+
+
+def checkpoint(folder: Path, model: str) -> Path:
+    """A folder with the config.json of a Qwen3 of this shape; its weights are drawn by vLLM."""
+    hidden, intermediate, heads, kv_heads = MODELS[model]
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": LAYERS[model],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": model in TIED,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def cache_bytes(model: str, batches: list[int]) -> int:
+    """The KV cache that the longest batch and prompt need, and a tenth more."""
+    kv_heads = MODELS[model][3]
+    tokens = max(batches) * (PROMPT + MANY + 16) + max(FIRST_TOKEN) + 64
+    return int(1.1 * tokens * LAYERS[model] * kv_heads * 128 * 2 * 2)
+
+
+def rounds(mode: str, model: str, batches: list[int], n: int, turn: Path | None) -> Iterator[list[dict[str, Any]]]:
+    """A row per batch size of one mode in this process, after every round: medians of the rounds so far.
+
+    turn: a folder; the engine is ready when this process writes `ready` there, and does round i when `go<i>` appears.
+    """
+    plugin = mode.startswith("plugin")
+    if mode == "invariant" or plugin:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import bi_ops  # noqa: F401  # isort: skip  (before triton)
+    from vllm import LLM, SamplingParams
+    from vllm.config import CompilationConfig
+
+    from bi_ops import vllm_plugin
+    from bi_ops.matmul import cublaslt
+
+    if plugin:
+        vllm_plugin.register()
+    graphs = CompilationConfig(mode=0, cudagraph_mode="FULL") if mode == "stock graphs" or plugin else None
+    kernels = {"additional_config": {"bi_ops": {"kernels": "bi_ops" if mode == "plugin" else "vllm"}}} if plugin else {}
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        llm = LLM(
+            model=str(checkpoint(Path(folder), model)),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            gpu_memory_utilization=0.05 if turn else 0.85,
+            kv_cache_memory_bytes=cache_bytes(model, batches) if turn else None,
+            max_model_len=max(FIRST_TOKEN) + 64,
+            max_num_seqs=max(batches),
+            enable_prefix_caching=False,
+            generation_config="vllm",
+            **({} if graphs is None else {"compilation_config": graphs}),
+            **kernels,
+        )
+
+    def sample(prompts: list[list[int]], new_tokens: int) -> float:
+        params = SamplingParams(
+            **{"max_tokens": new_tokens, "temperature": 1.0, "seed": 0, "ignore_eos": True, "detokenize": False},
+            **{"logprobs": 0, "flat_logprobs": True},  # as `VllmEngine` asks for them
+        )
+        start = time.perf_counter()
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        took = time.perf_counter() - start
+        assert all(len(o.outputs[0].token_ids) == new_tokens for o in outputs)
+        return took
+
+    def prompt(i: int, length: int) -> list[int]:
+        return [(7919 * (i + 1) + 104729 * j) % 151936 for j in range(length)]
+
+    def timed() -> dict[str, float]:
+        """Milliseconds to the first token of each prompt, and decoded tokens a second of each batch."""
+        found = {}
+        for length in FIRST_TOKEN:
+            sample([prompt(1, length)], 1)
+            found[f"ttft_{length}_ms"] = 1e3 * sample([prompt(2, length)], 1)
+        for batch in batches:
+            prompts = [prompt(10 + i, PROMPT) for i in range(batch)]
+            few = sample(prompts, FEW)
+            found[f"decode {batch}"] = batch * (MANY - FEW) / (sample(prompts, MANY) - few)
+        return found
+
+    sample([prompt(0, PROMPT)], 1)
+    start_s = "" if turn else round(time.perf_counter() - began, 2)
+    for batch in batches:  # nothing is compiled or allocated while it is timed
+        sample([prompt(10 + i, PROMPT) for i in range(batch)], FEW)
+    if turn:
+        (turn / "ready").touch()
+    seen: list[dict[str, float]] = []
+    for i in range(n):
+        while turn and not (turn / f"go{i}").exists():
+            time.sleep(0.005)
+        seen.append(timed())
+        middle = {key: statistics.median(s[key] for s in seen) for key in seen[0]}
+        yield [
+            {
+                "mode": mode,
+                "model": model,
+                "batch": batch,
+                "decode_tok_s": round(middle[f"decode {batch}"], 1),
+                "decode_low": round(min(s[f"decode {batch}"] for s in seen), 1),
+                "decode_high": round(max(s[f"decode {batch}"] for s in seen), 1),
+                **{f"ttft_{length}_ms": round(middle[f"ttft_{length}_ms"], 2) for length in FIRST_TOKEN},
+                "rounds": len(seen),
+                "start_s": start_s,
+                "cublaslt": cublaslt.loaded() is not None if mode == "plugin" else "",
+            }
+            for batch in batches
+        ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mode")
+    parser.add_argument("model", choices=list(LAYERS))
+    parser.add_argument("--batches", type=int, nargs="+", required=True)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--turn", type=Path)
+    args = parser.parse_args()
+    for i, rows in enumerate(rounds(args.mode, args.model, args.batches, args.rounds, args.turn)):
+        print(json.dumps(rows), flush=True)
+        if args.turn:
+            (args.turn / f"done{i}").touch()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
