@@ -52,23 +52,32 @@ def test_engines_start_together_and_do_their_rounds_in_turn(rollout, tmp_path, m
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "WORKER", script)
-    options = {"models": ["1.7B"], "modes": ["a", "broken", "stuck", "dies", "b"], "batches": [1], "rounds": 2}
-    args = argparse.Namespace(together=True, ready_s=3, **options)
+    options = {"models": ["1.7B"], "modes": ["a", "broken", "dies", "b"], "batches": [1], "rounds": 2}
+    args = argparse.Namespace(together=True, ready_s=60, **options)
     found = [(e.mode, e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)]
     newest = {mode: rows for mode, rows, _ in found}
     first, second = [{"batch": 0}], [{"batch": 1}]
-    assert newest == {"a": second, "broken": [], "stuck": [], "dies": first, "b": second}
+    assert newest == {"a": second, "broken": [], "dies": first, "b": second}
     assert {f[0]: f[2] for f in found if f[2]} == {
         "broken": "RuntimeError: no engine",
-        "stuck": "killed",
         "dies": "RuntimeError: out of memory",
     }
     notes = (tmp_path / "notes").read_text().splitlines()
-    assert sorted(notes[:5]) == [f"{mode} starts" for mode in ("a", "b", "broken", "dies", "stuck")]
-    assert notes[5:] == [
+    assert sorted(notes[:4]) == [f"{mode} starts" for mode in ("a", "b", "broken", "dies")]
+    assert notes[4:] == [
         *("a begins 0", "a ends 0", "dies begins 0", "dies ends 0", "b begins 0", "b ends 0"),
         *("a begins 1", "a ends 1", "b begins 1", "b ends 1"),
     ]
+
+
+def test_an_engine_that_is_not_ready_in_time_is_killed_and_said_so(rollout, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(rollout, "WORKER", script)
+    args = argparse.Namespace(models=["1.7B"], modes=["stuck"], batches=[1], rounds=2, together=True, ready_s=0.1)
+    [engine] = rollout.engines(args, tmp_path)
+    assert (engine.rows(), engine.failure()) == ([], "killed")
+    assert "1.7B stuck: not ready in time" in capsys.readouterr().err
 
 
 def test_the_cache_of_an_engine_holds_its_batch(rollout):
