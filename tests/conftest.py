@@ -18,32 +18,10 @@ _empty, _empty_like, _new_empty = torch.empty, torch.empty_like, torch.Tensor.ne
 _device_constructors()
 
 
-def _patch_language_once() -> None:
-    """A kernel's patch of `triton.language` serves its device functions too.
-
-    Triton's interpreter patches it again for each call of one: a quarter of the suite's time. Only modules that are
-    patched already are passed over, so kernels see the same functions.
-    """
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    if not hasattr(interpreter, "_LangPatchScope"):
-        return  # another release of Triton
-    patch = interpreter._patch_lang
-
-    def is_patched(lang) -> bool:
-        return not (tl.core.is_builtin(lang.load) or tl.core.is_builtin(lang.tensor.__add__))
-
-    def patch_lang(fn):
-        known = (tl, tl.core)
-        langs = [v for v in fn.__globals__.values() if any(v is lang for lang in known)]
-        return interpreter._LangPatchScope() if langs and all(map(is_patched, langs)) else patch(fn)
-
-    interpreter._patch_lang = patch_lang
-
-
 if runtime.INTERPRET:
-    _patch_language_once()
+    import fast_interpreter
+
+    fast_interpreter.install()
 
 
 def _poison(t: torch.Tensor) -> torch.Tensor:

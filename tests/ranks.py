@@ -13,9 +13,15 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from bi_ops.core import runtime
+
 
 def _rank(rank: int, n_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    if runtime.INTERPRET:
+        import fast_interpreter
+
+        fast_interpreter.install()
     store = dist.FileStore(f"{folder}/store", n_ranks)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timeout)
