@@ -6,6 +6,7 @@ import datetime
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,9 +36,14 @@ def run(n_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)`, a function of a module, returns on each rank of a new group of processes.
 
     They take this process's vector registers, whatever the environment says since it began: torch's random numbers have
-    other bits with others.
+    other bits with others. Without a GPU, ranks are forks of a process that has imported what they need once.
     """
+    forks = runtime.INTERPRET
+    if forks:
+        forkserver.set_forkserver_preload(["bi_ops.rl", "torch._dynamo"])  # which every optimizer imports
     registers = {"ATEN_CPU_CAPABILITY": torch.backends.cpu.get_cpu_capability().lower()}
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, registers):
-        torch.multiprocessing.spawn(_rank, (n_ranks, folder, function, args), nprocs=n_ranks)
+        torch.multiprocessing.start_processes(
+            _rank, (n_ranks, folder, function, args), nprocs=n_ranks, start_method="forkserver" if forks else "spawn"
+        )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(n_ranks)]

@@ -14,8 +14,14 @@ SCRIPT = """
 import json, random, sys, time
 from pathlib import Path
 import faults
+import torch._dynamo  # every optimizer imports it
+from bi_ops.core import runtime
 from bi_ops.rl import TrainConfig
 from rl_fakes import TABLE, fresh_settings
+
+if runtime.INTERPRET:
+    import fast_interpreter
+    fast_interpreter.install()
 
 root = Path(sys.argv[1])
 config = TrainConfig(steps=4, symbols=4, prompts_per_step=3, group_size=4, lr=0.1, save_every=1, **TABLE)

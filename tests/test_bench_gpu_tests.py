@@ -72,7 +72,9 @@ def test_tests_run_in_the_order_that_is_asked_for_each_process_on_its_gpu(tmp_pa
     monkeypatch.setenv("BI_OPS_TESTS", str(tmp_path / "order.json"))
     monkeypatch.setenv("BI_OPS_TEST_GPUS", "5,7")
     monkeypatch.setenv("PYTHONPATH", str(BENCH))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "ordered_tests", "-p", "no:cacheprovider", "test_it.py"]
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    plugins = ["-p", "xdist", "-p", "ordered_tests", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, "test_it.py"]
     for processes, gpus in ((["-n", "1"], {"5"}), (["-n", "2"], {"5", "7"})):
         (tmp_path / "ran").unlink(missing_ok=True)
         options = [*processes, "--dist", "load", "--maxschedchunk", "1", "--rootdir", "."]
