@@ -157,7 +157,9 @@ def softmax(name: str, dim: int = -1, dtype: torch.dtype | None = None) -> Opera
     if dtype is None:
         doors["torch layer"] = lambda x: module(dim)(x)
     shapes = tuple(SHAPES) if dim == -1 and dtype is None else ("rows", "strided")
-    return Operator(lambda m: {"x": m.x()}, doors, serves=names(f"_{name} _{name}_backward_data"), shapes=shapes)
+    width = None if dim == -1 else 8  # each column is a row of the kernel
+    serves = names(f"_{name} _{name}_backward_data")
+    return Operator(lambda m: {"x": m.x()[..., :width]}, doors, serves=serves, shapes=shapes)
 
 
 def reduced(name: str, dim: Any, dtype: torch.dtype | None = None) -> Operator:

@@ -16,7 +16,7 @@ from bi_ops.rl.trainer import Trainer
 from bi_ops.rollout.embedded import EmbeddedEngine
 from bi_ops.verify.properties import bits_equal
 
-SHAPES = ((30, 25), (128,), (2, 500), (), (0, 4), (1001,))
+SHAPES = ((10, 25), (128,), (2, 150), (), (0, 4), (331,))
 HYPER: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
 
 
