@@ -6,7 +6,7 @@ touches no GPU. On a machine without one, kernels run in Triton's interpreter.
 """
 
 from bi_ops.core import runtime as _runtime  # noqa: F401  # isort: skip  (first: it decides how triton is imported)
-from bi_ops import activation, attention, embedding, logprob, matmul, nn, norm, reduction, rope
+from bi_ops import activation, attention, embedding, logprob, matmul, moe, nn, norm, reduction, rope
 from bi_ops.matmul import warmup
 from bi_ops.mode import (
     audit,
@@ -28,6 +28,7 @@ __all__ = [
     "is_batch_invariant_backward_mode_enabled",
     "logprob",
     "matmul",
+    "moe",
     "nn",
     "norm",
     "reduction",

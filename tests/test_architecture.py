@@ -33,7 +33,19 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 
 #: What an order may depend on: sizes along which is summed, and the dtype. Never a count of rows, tokens or sequences.
 ORDER_MAY_TAKE = frozenset(
-    {"k", "n", "head_dim", "hidden_size", "vocab_size", "dtype", "features", "paged", "over_tokens", "bias"}
+    {
+        "k",
+        "n",
+        "head_dim",
+        "hidden_size",
+        "vocab_size",
+        "dtype",
+        "features",
+        "paged",
+        "over_tokens",
+        "bias",
+        "num_experts",
+    }
 )
 
 #: Kernels, and the constants of each that shape a sum. A launch takes them from an order.
@@ -61,6 +73,11 @@ FROM_ORDER: dict[str, frozenset[str]] = {
     "attention_backward_kernel": frozenset({"BLOCK_M", "BLOCK_N"}),
     "sum_kernel": frozenset({"LANES", "LOG2_LANES", "SPAN"}),
     "square_sums_kernel": frozenset({"LANES", "LOG2_LANES", "SPAN"}),
+    "grouped_matmul_kernel": frozenset({"BLOCK_K"}),
+    "grouped_wgrad_kernel": frozenset({"BLOCK_T"}),
+    "router_kernel": frozenset({"VECTOR", "LANES", "LOG2_LANES"}),
+    "router_backward_kernel": frozenset({"VECTOR", "LANES", "LOG2_LANES"}),
+    "expert_activation_backward_kernel": frozenset({"LANES", "LOG2_LANES"}),
 }
 
 #: Kernels that sum nothing, or one element after another whatever their constants.
@@ -74,6 +91,8 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         *("attention_add_chunks_kernel", "attention_clear_kernel", "lpt_order_kernel"),
         "row_part_max_kernel",
         *("embedding_backward_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),
+        *("count_pairs_kernel", "chunk_starts_kernel", "expert_offsets_kernel", "place_pairs_kernel"),
+        *("gather_rows_kernel", "combine_rows_kernel", "expert_activation_kernel"),
     }
 )
 

@@ -13,7 +13,7 @@ from typing import Any
 from bi_ops.core.files import to_json
 
 #: Operators that have a choice of backends have a table; the others have their Triton kernel alone.
-OPERATORS = ("matmul", "norm", "attention", "activation", "rope", "embedding", "logprob", "reduction")
+OPERATORS = ("matmul", "norm", "attention", "activation", "rope", "embedding", "logprob", "reduction", "moe")
 
 HELP = "what runs here, and what is missing"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from bi_ops.core.runtime import INTERPRET
 
@@ -74,3 +75,32 @@ def cast(x, dtype: tl.constexpr):
             bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)  # NaN stays NaN
             return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def exp(x):
+    """exp(x) in fp32 with CUDA's own `expf`; `tl.exp` is a faster approximation with other bits."""
+    if _INTERPRET:
+        return tl.exp(x)
+    return libdevice.exp(x)
+
+
+@triton.jit
+def div_rn(x, y):
+    """x / y correctly rounded, as CUDA's `/`; the plain operator of Triton is an approximation on a GPU."""
+    if _INTERPRET:
+        return x / y
+    return tl.div_rn(x, y)
+
+
+@triton.jit
+def silu_and_mul(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up of fp32 tensors. silu is rounded to `dtype`, as in vLLM's CUDA kernel; the product is not yet."""
+    return cast(div_rn(gate, 1.0 + exp(-gate)), dtype).to(tl.float32) * up
+
+
+@triton.jit
+def silu_and_mul_backward(g, gate, up):
+    """(dgate, dup) in fp32. With s = sigmoid(gate): g * up * (s + gate * s * (1 - s)) and g * gate * s."""
+    s = div_rn(1.0, 1.0 + exp(-gate))
+    return g * up * (s + gate * s * (1.0 - s)), g * (gate * s)

@@ -1,0 +1,76 @@
+"""What only sets the speed of a mixture-of-experts layer."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from bi_ops.core import runtime
+from bi_ops.core.arch import Arch
+from bi_ops.core.integers import cdiv, next_power_of_2
+
+
+class GroupedConfig(NamedTuple):
+    """A tile, the number of tile rows that share L2, and launch options. ctas: persistent programs on an SM."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    ctas: int = 1
+
+
+@functools.lru_cache(maxsize=4096)  # asked in every launch
+def grouped_config(rows: int, experts: int, n: int, dtype: torch.dtype, arch: Arch) -> GroupedConfig:
+    """A tile for `rows` rows of all experts together, by their average; the host does not know more."""
+    if arch.interpreted:
+        return GroupedConfig(128, min(max(next_power_of_2(n), 16), 256), 128, 1, 1, 1)
+    if dtype == torch.float32:
+        return GroupedConfig(64, 64, 32, 8, 8, 2)
+    average = cdiv(rows, experts)
+    if average <= 16:
+        return GroupedConfig(16, 64, 128, 1, 4, 4, 3)
+    if average <= 64:
+        return GroupedConfig(64, 128, 64, 1, 4, 4, 2)
+    return GroupedConfig(128, 256, 64, 8, 8, 3)
+
+
+@functools.lru_cache(maxsize=4096)
+def wgrad_config(n: int, k: int, dtype: torch.dtype, arch: Arch) -> GroupedConfig:
+    """A tile of an expert's [n, k] weight gradient; block_k: rows in a step."""
+    if arch.interpreted:
+        return GroupedConfig(min(max(next_power_of_2(n), 16), 256), min(max(next_power_of_2(k), 16), 256), 16, 1, 1, 1)
+    if dtype == torch.float32:
+        return GroupedConfig(64, 64, 16, 8, 8, 2)
+    return GroupedConfig(128, 256, 32, 8, 8, 4)
+
+
+class RowConfig(NamedTuple):
+    """One program computes `rows` x `cols` elements."""
+
+    rows: int
+    cols: int
+    num_warps: int = 4
+
+
+@functools.lru_cache(maxsize=4096)
+def row_config(n_rows: int, n_cols: int, elements: int = 2048) -> RowConfig:
+    """Of kernels that copy rows, or compute them element by element."""
+    elements = 1 << 18 if runtime.INTERPRET else elements
+    cols = min(next_power_of_2(n_cols), elements)
+    return RowConfig(max(min(next_power_of_2(n_rows), elements // cols), 1), cols)
+
+
+@functools.lru_cache(maxsize=4096)
+def router_config(num_tokens: int, block_e: int) -> RowConfig:
+    """Tokens of a program of the router, which holds all experts."""
+    elements = 1 << 16 if runtime.INTERPRET else 1024
+    return RowConfig(max(min(next_power_of_2(num_tokens), elements // block_e), 1), block_e)
+
+
+#: Tokens of which one program counts and places the pairs. A unit starts at a multiple.
+CHUNK_TOKENS = 16

@@ -1,0 +1,141 @@
+"""GEMMs of consecutive rows with the weight of their expert. Counts of rows are on the device; no host reads them.
+
+One program owns one output tile and walks the reduced axis front to back: no split-K, no atomics. Programs are
+persistent: each takes every num_programs-th tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bi_ops.core.triton_helpers import cast, dot
+
+
+@triton.jit
+def _tile_ends(p_offsets, R, E, n_tiles_n, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """[BLOCK_E]: tiles up to the end of each group. Group E holds the rows behind the last expert's."""
+    o_e = tl.arange(0, BLOCK_E)
+    first = tl.load(p_offsets + o_e, mask=o_e <= E, other=R)
+    last = tl.load(p_offsets + o_e + 1, mask=o_e < E, other=R)
+    rows = tl.maximum(tl.minimum(last, R) - first, 0)
+    return tl.cumsum(tl.cdiv(rows, BLOCK_M) * n_tiles_n, axis=0)
+
+
+@triton.jit
+def _tile_of(ends, tile, p_offsets, R, E, n_tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """(group, first row, end of the group's rows, tile column). GROUP_M tile rows are walked column by column."""
+    group = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    within = tile - tl.max(tl.where(ends <= tile, ends, 0), axis=0)
+    first = tl.load(p_offsets + group)
+    last = tl.minimum(tl.load(p_offsets + group + 1, mask=group < E, other=R), R)
+    n_tiles_m = tl.cdiv(last - first, BLOCK_M)
+    first_m = within // (GROUP_M * n_tiles_n) * GROUP_M
+    rows_in_group = min(n_tiles_m - first_m, GROUP_M)
+    within = within % (GROUP_M * n_tiles_n)
+    return group, first + (first_m + within % rows_in_group) * BLOCK_M, last, within // rows_in_group
+
+
+@triton.jit(do_not_specialize=["R"])
+def grouped_matmul_kernel(
+    p_x,  # [R, K]
+    p_w,  # [E, N, K]
+    p_offsets,  # [E + 1], int32
+    p_weights,  # [T, TOP_K], fp32: routing weights
+    p_rows,  # [R], int32: the pair of a row, or -1
+    p_y,  # [R, N]
+    R,
+    N,
+    K,
+    E,
+    stride_x,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,  # more than E
+    HAS_WEIGHTS: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K: no mask
+):
+    """y[r] = x[r] @ w[expert of r].T (* routing weight of r, in the accumulator); zeros behind the last expert."""
+    n_tiles_n = tl.cdiv(N, BLOCK_N)
+    ends = _tile_ends(p_offsets, R, E, n_tiles_n, BLOCK_M, BLOCK_E)
+    for tile in range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0)):
+        group, first, last, i_n = _tile_of(ends, tile, p_offsets, R, E, n_tiles_n, BLOCK_M, GROUP_M)
+        o_m = first.to(tl.int64) + tl.arange(0, BLOCK_M)
+        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_m = o_m < last
+        m_n = o_n < N
+        # Rows past the end read the first one and are not stored: the loads then need a mask over K alone.
+        p_xm = p_x + tl.where(m_m, o_m, first.to(tl.int64))[:, None] * stride_x
+        p_wn = p_w + group.to(tl.int64) * stride_we + tl.where(m_n, o_n, 0).to(tl.int64)[None, :] * stride_wn
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, tl.where(group < E, K, 0), BLOCK_K):
+            o_k = k + tl.arange(0, BLOCK_K)
+            if EVEN_K:
+                b_x = tl.load(p_xm + o_k[None, :])
+                b_w = tl.load(p_wn + o_k[:, None] * stride_wk)
+            else:
+                b_x = tl.load(p_xm + o_k[None, :], mask=(o_k < K)[None, :], other=0.0)
+                b_w = tl.load(p_wn + o_k[:, None] * stride_wk, mask=(o_k < K)[:, None], other=0.0)
+            acc = dot(b_x, b_w, acc)
+        if HAS_WEIGHTS:
+            pairs = tl.load(p_rows + o_m, mask=m_m, other=-1)
+            acc *= tl.load(p_weights + pairs, mask=pairs >= 0, other=0.0)[:, None]
+        p_at = p_y + o_m[:, None] * N + o_n[None, :]
+        tl.store(p_at, cast(acc, p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit(do_not_specialize=["R"])
+def grouped_wgrad_kernel(
+    p_g,  # [R, N]
+    p_x,  # [R, K]
+    p_offsets,  # [E + 1], int32
+    p_dw,  # [E, N, K]
+    R,
+    N,
+    K,
+    E,
+    stride_g,
+    stride_x,
+    BLOCK_M: tl.constexpr,  # of N
+    BLOCK_N: tl.constexpr,  # of K
+    BLOCK_T: tl.constexpr,  # rows in a step
+    GROUP_M: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # dw is fp32 and where the accumulator starts
+):
+    """dw[e] (+)= g[rows of e].T @ x[rows of e], front to back. Where sums are carried on, an expert without rows keeps
+    what it holds."""
+    n_tiles_m = tl.cdiv(N, BLOCK_M)
+    n_tiles_n = tl.cdiv(K, BLOCK_N)
+    for tile in range(tl.program_id(0), E * n_tiles_m * n_tiles_n, tl.num_programs(0)):
+        expert = tile // (n_tiles_m * n_tiles_n)
+        within = tile % (n_tiles_m * n_tiles_n)
+        first_m = within // (GROUP_M * n_tiles_n) * GROUP_M
+        rows_in_group = min(n_tiles_m - first_m, GROUP_M)
+        within = within % (GROUP_M * n_tiles_n)
+        o_m = (first_m + within % rows_in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = within // rows_in_group * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = tl.load(p_offsets + expert)
+        last = tl.minimum(tl.load(p_offsets + expert + 1), R)
+        m = (o_m < N)[:, None] & (o_n < K)[None, :]
+        p_at = p_dw + (expert.to(tl.int64) * N + o_m)[:, None] * K + o_n[None, :]
+        if ACCUMULATE:
+            m = m & (last > first)
+            acc = tl.load(p_at, mask=m, other=0.0)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for t in range(first, last, BLOCK_T):
+            o_t = (t + tl.arange(0, BLOCK_T)).to(tl.int64)
+            m_t = o_t < last
+            b_g = tl.load(
+                p_g + o_t[None, :] * stride_g + o_m[:, None], mask=m_t[None, :] & (o_m < N)[:, None], other=0.0
+            )
+            b_x = tl.load(
+                p_x + o_t[:, None] * stride_x + o_n[None, :], mask=m_t[:, None] & (o_n < K)[None, :], other=0.0
+            )
+            acc = dot(b_g, b_x, acc)
+        tl.store(p_at, cast(acc, p_dw.dtype.element_ty), mask=m)

@@ -1,0 +1,253 @@
+"""Launches of the kernels on checked tensors, no autograd."""
+
+from __future__ import annotations
+
+import torch
+
+from bi_ops.core import arch as arches
+from bi_ops.core import runtime
+from bi_ops.core.integers import cdiv, next_power_of_2
+from bi_ops.core.rows import TOKEN_STEP
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.moe.config import CHUNK_TOKENS, grouped_config, router_config, row_config, wgrad_config
+from bi_ops.moe.kernels.activation import expert_activation_backward_kernel, expert_activation_kernel
+from bi_ops.moe.kernels.grouped_gemm import grouped_matmul_kernel, grouped_wgrad_kernel
+from bi_ops.moe.kernels.router import router_backward_kernel, router_kernel
+from bi_ops.moe.kernels.rows import (
+    chunk_starts_kernel,
+    combine_rows_kernel,
+    count_pairs_kernel,
+    expert_offsets_kernel,
+    gather_rows_kernel,
+    place_pairs_kernel,
+)
+from bi_ops.moe.order import Problem
+from bi_ops.moe.order import order as order_of
+
+# --------------------------------------------------------------------------------------------------------------
+# router
+
+
+def launch_router(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights [T, k] fp32, experts [T, k] int32) of logits [T, E]."""
+    tokens, num_experts = logits.shape
+    weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
+    experts = logits.new_empty((tokens, top_k), dtype=torch.int32)
+    if tokens == 0:
+        return weights, experts
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    order = order_of(Problem(logits.dtype, num_experts), arches.of(logits.device))
+    c = router_config(tokens, next_power_of_2(num_experts))
+    router_kernel[(cdiv(tokens, c.rows),)](
+        *(logits, weights, experts, tokens, num_experts, logits.stride(0)),
+        TOP_K=top_k,
+        NORMALIZE=normalize,
+        VECTOR=order.router.vector,
+        LANES=order.router.lanes,
+        LOG2_LANES=order.router.log2_lanes,
+        BLOCK_E=c.cols,
+        BLOCK_K=next_power_of_2(top_k),
+        ROWS=c.rows,
+        num_warps=c.num_warps,
+        **PINNED,
+    )
+    return weights, experts
+
+
+def launch_router_backward(
+    g: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, normalize: bool
+) -> torch.Tensor:
+    """The gradient of logits [T, E], of that of the weights g [T, k] fp32."""
+    dlogits = logits.new_empty(logits.shape)
+    (tokens, num_experts), top_k = logits.shape, weights.shape[1]
+    if tokens == 0:
+        return dlogits
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    order = order_of(Problem(logits.dtype, num_experts), arches.of(logits.device))
+    c = router_config(tokens, next_power_of_2(num_experts))
+    router_backward_kernel[(cdiv(tokens, c.rows),)](
+        *(g.contiguous(), logits, weights, experts, dlogits, tokens, num_experts, logits.stride(0)),
+        TOP_K=top_k,
+        NORMALIZE=normalize,
+        VECTOR=order.router.vector,
+        LANES=order.router.lanes,
+        LOG2_LANES=order.router.log2_lanes,
+        BLOCK_E=c.cols,
+        ROWS=c.rows,
+        num_warps=c.num_warps,
+        **PINNED,
+    )
+    return dlogits
+
+
+# --------------------------------------------------------------------------------------------------------------
+# rows
+
+
+def most_rows(pairs: int, num_experts: int, units: int) -> int:
+    """Rows that `pairs` pairs take at most, every list of an expert and a unit padded to `TOKEN_STEP`."""
+    return cdiv(pairs + (TOKEN_STEP - 1) * min(num_experts * units, pairs), TOKEN_STEP) * TOKEN_STEP
+
+
+def launch_dispatch(
+    experts: torch.Tensor, num_experts: int, cu_units: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(rows [R], places [T, k], offsets [E + 1]), all int32; see `ops.dispatch`."""
+    tokens, top_k = experts.shape
+    chunks, units = cdiv(tokens, CHUNK_TOKENS), 1 if cu_units is None else cu_units.shape[0] - 1
+    experts = experts.contiguous()
+    rows = experts.new_full((most_rows(tokens * top_k, num_experts, units),), -1)
+    places = experts.new_empty((tokens, top_k))
+    if tokens == 0 or top_k == 0:
+        return rows, places, experts.new_zeros(num_experts + 1)
+    offsets = experts.new_empty(num_experts + 1)
+    counts, totals = experts.new_empty((chunks, num_experts)), experts.new_empty(num_experts)
+    block_p = next_power_of_2(CHUNK_TOKENS * top_k)
+    sizes = {"TOP_K": top_k, "TOKENS": CHUNK_TOKENS, "BLOCK_P": block_p}
+    block_e = min(next_power_of_2(num_experts), 1024 if runtime.INTERPRET else 16)
+    count_block = min(next_power_of_2(num_experts), 1024 if runtime.INTERPRET else 32)
+    count_pairs_kernel[(chunks,)](experts, counts, tokens, num_experts, **sizes, BLOCK_E=count_block, **PINNED)
+    chunk_starts_kernel[(cdiv(num_experts, block_e),)](
+        *(counts, cu_units, totals, chunks, units, num_experts),
+        TOKENS=CHUNK_TOKENS,
+        STEP=TOKEN_STEP,
+        HAS_UNITS=cu_units is not None,
+        BLOCK_C=min(next_power_of_2(chunks), 64),
+        BLOCK_E=block_e,
+        **PINNED,
+    )
+    expert_offsets_kernel[(1,)](totals, offsets, num_experts, BLOCK_E=next_power_of_2(num_experts + 1), **PINNED)
+    place_pairs_kernel[(chunks,)](experts, counts, offsets, rows, places, tokens, num_experts, **sizes, **PINNED)
+    return rows, places, offsets
+
+
+def launch_gather(x: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tensor:
+    """[R, N]: of each row its token's row of x [T, N], or zeros."""
+    y = x.new_empty((rows.shape[0], x.shape[1]))
+    if y.numel() == 0:
+        return y
+    x = x if x.stride(1) == 1 else x.contiguous()
+    c = row_config(*y.shape)
+    grid = (cdiv(y.shape[0], c.rows), cdiv(y.shape[1], c.cols))
+    sizes = (*y.shape, x.stride(0))
+    gather_rows_kernel[grid](x, rows, y, *sizes, top_k, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+    return y
+
+
+def launch_combine(y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[T, N]: for each token the sum over its slots of rows of y [R, N]."""
+    tokens, top_k = places.shape
+    out = y.new_empty((tokens, y.shape[1]))
+    if out.numel() == 0:
+        return out
+    y = y if y.stride(1) == 1 else y.contiguous()
+    c = row_config(*out.shape, elements=1024)
+    grid = (cdiv(tokens, c.rows), cdiv(out.shape[1], c.cols))
+    sizes = (*out.shape, y.stride(0))
+    combine_rows_kernel[grid](y, places, out, *sizes, top_k, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------
+# GEMMs
+
+
+def _programs(config_ctas: int, device: torch.device) -> tuple[int]:
+    return (runtime.multiprocessors(device) * config_ctas,)
+
+
+def launch_grouped_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    routing: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """[R, N]: x[r] @ weight[e].T for rows r of expert e, zeros behind the last one.
+
+    weight: [E, N, K], any strides. routing: (weights [T, k], rows [R]): the accumulator is multiplied by the routing
+    weight of its row before it is rounded.
+    """
+    (n_rows, k), (num_experts, n, _) = x.shape, weight.shape
+    y = x.new_empty((n_rows, n))
+    if y.numel() == 0:
+        return y
+    x = x if x.stride(1) == 1 else x.contiguous()
+    arch = arches.of(x.device)
+    order = order_of(Problem(x.dtype, num_experts), arch)
+    c = grouped_config(n_rows, num_experts, n, x.dtype, arch)
+    weights, rows = routing or (None, None)
+    grouped_matmul_kernel[_programs(c.ctas, x.device)](
+        *(x, weight, offsets, weights, rows, y, n_rows, n, k, num_experts, x.stride(0), *weight.stride()),
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        BLOCK_K=order.gemm.block_k(c.block_k),
+        GROUP_M=c.group_m,
+        BLOCK_E=next_power_of_2(num_experts + 1),
+        HAS_WEIGHTS=routing is not None,
+        EVEN_K=k % order.gemm.block_k(c.block_k) == 0,
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+        **PINNED,
+    )
+    return y
+
+
+def launch_grouped_wgrad(
+    g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, dw: torch.Tensor, accumulate: bool
+) -> None:
+    """dw[e] = g[rows of e].T @ x[rows of e], g [R, N], x [R, K]; accumulate: added to what dw, in fp32, holds."""
+    if dw.numel() == 0:
+        return
+    (num_experts, n, k), arch = dw.shape, arches.of(g.device)
+    g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
+    order = order_of(Problem(g.dtype, num_experts, over_tokens=True), arch)
+    c = wgrad_config(n, k, g.dtype, arch)
+    grouped_wgrad_kernel[_programs(c.ctas, g.device)](
+        *(g, x, offsets, dw, g.shape[0], n, k, num_experts, g.stride(0), x.stride(0)),
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        BLOCK_T=order.gemm.block_k(c.block_k),
+        GROUP_M=c.group_m,
+        ACCUMULATE=accumulate,
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+        **PINNED,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# activation
+
+
+def launch_activation(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of x [R, 2D], contiguous."""
+    n_rows, d = x.shape[0], x.shape[1] // 2
+    y = x.new_empty((n_rows, d))
+    if y.numel():
+        c = row_config(n_rows, d, elements=1024)
+        grid = (cdiv(n_rows, c.rows), cdiv(d, c.cols))
+        expert_activation_kernel[grid](x, y, n_rows, d, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+    return y
+
+
+def launch_activation_backward(
+    g: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx [R, 2D], weighted activation [R, D], gradient of the routing weights [T, k]).
+
+    g [R, D]: the gradient of the activation but for the routing weight of its row.
+    """
+    (n_rows, d), dweights = g.shape, weights.new_zeros(weights.shape)
+    dx, y = x.new_empty(x.shape), x.new_empty(g.shape)
+    if n_rows == 0:
+        return dx, y, dweights
+    order = order_of(Problem(x.dtype), arches.of(x.device))
+    rows_at_once = 256 if runtime.INTERPRET else 4
+    expert_activation_backward_kernel[(cdiv(n_rows, rows_at_once),)](
+        *(g, x, weights, rows, dx, y, dweights, n_rows, d),
+        LANES=order.dot_lanes,
+        LOG2_LANES=order.log2_dot_lanes,
+        ROWS=rows_at_once,
+        **PINNED,
+    )
+    return dx, y, dweights
