@@ -434,7 +434,7 @@ def test_operators_run_on_the_gpu_of_their_tensors():
 
 #: Numbers that a kernel may be compiled for: sizes of the model, or always a multiple of 16 (C, chunks of norm). In
 #: `reduction` N is what the caller sums over, tokens too, and C follows from it.
-SIZES = {"C", "D", "H", "K", "N", "P", "V", "eps", "scale", "softcap"}
+SIZES = {"C", "D", "E", "H", "K", "N", "P", "V", "eps", "scale", "softcap"}
 
 
 def specialised(source: str) -> dict[str, set[str]]:
