@@ -126,3 +126,12 @@ def test_shapes_that_do_not_fit_are_refused(device):
     hidden, weight, ids, _ = inputs(device, torch.bfloat16, torch.bfloat16)
     with pytest.raises(ValueError, match=r"linear_token_logprobs: needs hidden \[T, K\]"):
         linear_token_logprobs(hidden, weight, ids[:-1])
+
+
+def test_the_backward_of_chunks_is_registered(device):
+    hidden, weight, ids, g = (t.detach() for t in inputs(device, torch.bfloat16, torch.bfloat16))
+    stats = logprob.token_stats(matmul.linear(hidden, weight), ids)
+    for need_hidden, need_weight, accumulate in ((True, True, True), (False, True, False), (True, False, True)):
+        buffer = torch.zeros(V, K, device=device)
+        given = (buffer, g, None, hidden, weight, ids, *stats, 32, need_hidden, need_weight, accumulate)
+        torch.library.opcheck(torch.ops.bi_ops.linear_token_logprobs_backward, given)

@@ -362,7 +362,7 @@ def trained(steps, step_graphs, monkeypatch, distribution=None, **settings):
 
 TRAINED: list[dict[str, Any]] = [
     {"max_tokens_per_microbatch": 16, "kl": 0.1},
-    {"atoms": 2, "top_k": 3, "distribution": Distribution(top_k=3)},
+    {"atoms": 2, "temperature": 0.5, "top_k": 15, "distribution": Distribution(temperature=0.5, top_k=15)},
 ]
 
 

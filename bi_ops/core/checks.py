@@ -130,6 +130,11 @@ def shape(op: str, ok: bool, message: str | Callable[[], str]) -> None:
 def main_grad(op: str, name: str, buffer: object, size: torch.Size, device: torch.device) -> None:
     """Raise TypeError or ValueError unless `buffer` can hold a sum of this size: fp32, contiguous, on `device`."""
     if isinstance(buffer, MainGrad):
+        if torch.compiler.is_compiling():
+            raise TypeError(
+                f"{op}: {name} is a MainGrad, which takes its memory in the backward, where torch.compile does not see "
+                "it; give tensors: allocate_main_grads(tensors=True)"
+            )
         on, found, is_dense = buffer.device, buffer.shape, True
     else:
         t = tensor(op, name, buffer)

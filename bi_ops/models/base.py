@@ -177,9 +177,9 @@ class CausalLM(torch.nn.Module):
 
     # Weight gradients, over micro-batches.
 
-    def allocate_main_grads(self) -> None:
+    def allocate_main_grads(self, *, tensors: bool = False) -> None:
         """See `bi_ops.nn.allocate_main_grads`."""
-        nn.allocate_main_grads(self)
+        nn.allocate_main_grads(self, tensors=tensors)
 
     def collect_main_grads(self) -> None:
         """See `bi_ops.nn.collect_main_grads`."""

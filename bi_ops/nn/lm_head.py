@@ -9,7 +9,8 @@ import torch
 
 from bi_ops import logprob, matmul
 from bi_ops.core import checks
-from bi_ops.core.main_grad import MainGrad
+from bi_ops.core.main_grad import MainGrad, open_buffer
+from bi_ops.core.operators import custom_op
 from bi_ops.core.transforms import Node
 
 #: Bytes of logits that are kept for the backward as they are; more are computed again, chunk by chunk.
@@ -21,6 +22,51 @@ CHUNK_BYTES = 1 << 30
 def _chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
     for start in range(0, n_rows, chunk_rows):
         yield slice(start, min(start + chunk_rows, n_rows))
+
+
+@custom_op("bi_ops::linear_token_logprobs_backward", mutates_args={"main_grad"})
+def _chunked_grad(
+    main_grad: torch.Tensor,
+    g: torch.Tensor,
+    g_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    row_max: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    chunk_rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    accumulate: bool,
+) -> torch.Tensor:
+    """The gradient of hidden, empty where not needed; the weight's is added to main_grad, or not `accumulate` written.
+
+    An operator, because torch.compile does not trace the loop's checks in a backward.
+    """
+    kept = logprob.TokenStats(logprobs, row_max, lse, entropy)
+    dhidden = hidden.new_empty(hidden.shape if need_hidden else 0)
+    buffer = main_grad if accumulate else MainGrad(main_grad.shape, main_grad.device, main_grad)
+    for part in _chunks(len(ids), chunk_rows):
+        logits = matmul.linear(hidden[part], weight)
+        stats = logprob.TokenStats(*(t[part] for t in kept))
+        parts = (g[part], None if g_entropy is None else g_entropy[part])
+        dlogits = logprob.token_stats_backward_(logits, ids[part], stats, *parts)
+        if need_hidden:
+            dhidden[part] = matmul.mm(dlogits, weight)
+        if need_weight:
+            matmul.accumulate_weight_grad(buffer, dlogits, hidden[part].contiguous())
+        del logits, dlogits  # before the next chunk's
+    if need_weight and isinstance(buffer, MainGrad):
+        buffer.collect()  # zeros where there were no rows
+    return dhidden
+
+
+@_chunked_grad.register_fake
+def _(main_grad, g, g_entropy, hidden, *rest):
+    *_, need_hidden, _, _ = rest
+    return hidden.new_empty(hidden.shape if need_hidden else 0)
 
 
 class _LinearTokenLogprobs(Node):
@@ -50,22 +96,16 @@ class _LinearTokenLogprobs(Node):
     def backward(ctx, g, g_entropy):
         hidden, weight, ids, *kept = ctx.saved_tensors
         need_hidden, need_weight, *_ = ctx.needs_input_grad
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        buffer = ctx.main_grad
-        if need_weight and buffer is None:
-            buffer = MainGrad(weight.shape, weight.device)
-        for part in _chunks(len(ids), ctx.chunk_rows):
-            logits = matmul.linear(hidden[part], weight)
-            stats = logprob.TokenStats(*(t[part] for t in kept))
-            parts = (g[part], g_entropy[part] if ctx.entropy else None)
-            dlogits = logprob.token_stats_backward_(logits, ids[part], stats, *parts)
-            if dhidden is not None:
-                dhidden[part] = matmul.mm(dlogits, weight)
-            if need_weight:
-                matmul.accumulate_weight_grad(buffer, dlogits, hidden[part].contiguous())
-            del logits, dlogits  # before the next chunk's
-        dweight = buffer.collect().to(ctx.weight_dtype) if need_weight and ctx.main_grad is None else None
-        return dhidden, dweight, None, None, None, None
+        if need_weight and ctx.main_grad is not None:
+            buffer, holds_sum = open_buffer(ctx.main_grad)
+        else:
+            buffer, holds_sum = hidden.new_empty(weight.shape if need_weight else 0, dtype=torch.float32), False
+        dhidden = _chunked_grad(
+            *(buffer, g, g_entropy if ctx.entropy else None, hidden, weight, ids, *kept),
+            *(ctx.chunk_rows, need_hidden, need_weight, holds_sum),
+        )
+        dweight = buffer.to(ctx.weight_dtype) if need_weight and ctx.main_grad is None else None
+        return dhidden if need_hidden else None, dweight, None, None, None, None
 
 
 @overload

@@ -52,7 +52,12 @@ def main_grad_memory(module: torch.nn.Module) -> dict[torch.nn.Module, torch.Ten
     return dict(zip(layers, zeros([layer.weight for layer in layers]), strict=True))
 
 
-def allocate_main_grads(module: torch.nn.Module, memory: Mapping[torch.nn.Module, torch.Tensor] | None = None) -> None:
+def allocate_main_grads(
+    module: torch.nn.Module,
+    memory: Mapping[torch.nn.Module, torch.Tensor] | None = None,
+    *,
+    tensors: bool = False,
+) -> None:
     """From now on a backward adds the weight gradients of `module`'s bi_ops layers to fp32 buffers, not to `.grad`.
 
     Each sum over tokens goes on from one backward to the next, so a batch ends in the same bits however it is cut into
@@ -62,21 +67,22 @@ def allocate_main_grads(module: torch.nn.Module, memory: Mapping[torch.nn.Module
 
     Args:
         memory: of `main_grad_memory`, where sums then are in every step; what it held is lost. None: new memory.
+        tensors: every buffer is a tensor of zeros from the start. torch.compile takes no other; the bits are the same.
 
     Raises TypeError for what is no module.
     """
     layers = [layer for layer in _layers("allocate_main_grads", module) if layer.weight.requires_grad]
-    norms = [layer for layer in layers if isinstance(layer, RMSNorm)]
+    filled = [layer for layer in layers if tensors or isinstance(layer, RMSNorm)]
     if memory is None:
-        buffers = zeros([norm.weight for norm in norms])
+        buffers = zeros([layer.weight for layer in filled])
     else:
-        buffers = [memory[norm] for norm in norms]
+        buffers = [memory[layer] for layer in filled]
         if buffers:
             torch._foreach_zero_(buffers)
-    for norm, buffer in zip(norms, buffers, strict=True):
-        norm.main_grad = buffer.view(-1)
+    for layer, buffer in zip(filled, buffers, strict=True):
+        layer.main_grad = buffer.view(-1) if isinstance(layer, RMSNorm) else buffer
     for layer in layers:
-        if not isinstance(layer, RMSNorm):
+        if not (tensors or isinstance(layer, RMSNorm)):
             own = None if memory is None else memory[layer]
             layer.main_grad = MainGrad(layer.weight.shape, layer.weight.device, own)
 
