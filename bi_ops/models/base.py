@@ -48,6 +48,7 @@ class CausalLM(torch.nn.Module):
         attention_backend: who computes attention in `token_logprobs`; None: the one that `bi_ops.attention` chooses.
         source: the folder that the weights came from; `save_pretrained` copies the tokenizer from there.
         has_tied_copy: the checkpoint stores tied embeddings twice; kept, so that saving gives back the same file.
+        has_fused_experts: it stores all experts of a layer as one tensor; kept likewise.
         head_chunk_rows: rows of logits in memory at once, as `bi_ops.nn.linear_token_logprobs`; no bit depends on it.
     """
 
@@ -73,7 +74,7 @@ class CausalLM(torch.nn.Module):
         self.head_chunk_rows: int | None = None
         self.attention_backend: str | None = None
         self.source: Path | None = None
-        self.has_tied_copy = False
+        self.has_tied_copy = self.has_fused_experts = False
         # Built without memory, so that no layer draws weights that are drawn or read again.
         factory = {"dtype": param_dtype, "device": torch.device("meta")}
         self.model = self.decoder(**factory).to_empty(device=device)
@@ -92,8 +93,15 @@ class CausalLM(torch.nn.Module):
         """Hidden states [T, hidden] after the final norm; input_ids, positions: int64 [T]."""
         raise NotImplementedError
 
+    def hidden_states(self, batch: PackedBatch, attention_fn: AttentionFn) -> torch.Tensor:
+        """`forward` of a batch's tokens; a model that sums over tokens by units takes `batch.cu_units` too."""
+        return self(batch.input_ids, batch.positions, attention_fn)
+
     def packed_modules(self) -> Mapping[str, Mapping[str, int]]:
-        """Fused modules by their last name, each with what a checkpoint stores apart: name to rows, in order."""
+        """Fused modules by their last name, each with what a checkpoint stores apart: name to rows, in order.
+
+        Where every expert has its own, `experts.` and the last name, and the rows of one expert.
+        """
         return {}
 
     # What follows from it.
@@ -141,7 +149,7 @@ class CausalLM(torch.nn.Module):
                 backend=self.attention_backend,
             )
 
-        hidden = self(batch.input_ids, batch.positions, attention_fn)[batch.logit_indices]
+        hidden = self.hidden_states(batch, attention_fn)[batch.logit_indices]
         options = dict(batch.sampling or {})
         if not torch.is_grad_enabled() or batch.scatter_size == len(batch.targets):
             return self._score(hidden, batch.targets, options)
@@ -212,17 +220,28 @@ class CausalLM(torch.nn.Module):
 
     # Checkpoints.
 
-    def weight_slices(self) -> Iterator[checkpoint.WeightSlice]:
-        """Every tensor of a checkpoint and where it lies in the model."""
+    def weight_slices(self, fused_experts: bool = False) -> Iterator[checkpoint.WeightSlice]:
+        """Every tensor of a checkpoint and where it lies in the model.
+
+        fused_experts: the matrices of all experts of a layer are one tensor, as transformers keeps them in memory; else
+        each is stored by itself, as publishers do and `save_pretrained` of transformers does.
+        """
         packed = self.packed_modules()
         for name, parameter in self.named_parameters():
             module, _, leaf = name.rpartition(".")
             parent, _, last = module.rpartition(".")
-            start = 0
-            for part, rows in packed.get(last, {last: parameter.shape[0]}).items():
-                stored = ".".join(n for n in (parent, part, leaf) if n)
-                yield checkpoint.WeightSlice(stored, name, start, rows)
-                start += rows
+            if parameter.ndim == 3 and fused_experts:
+                yield checkpoint.WeightSlice(module, name)
+                continue
+            # One matrix, or one of each expert.
+            places: list[tuple[int, ...]] = [()] if parameter.ndim < 3 else [(i,) for i in range(len(parameter))]
+            parts = packed.get(last if parameter.ndim < 3 else f"experts.{last}", {last: parameter.shape[-2:][0]})
+            for place in places:
+                start = 0
+                for part, rows in parts.items():
+                    stored = ".".join(n for n in (parent, *map(str, place), part, leaf) if n)
+                    yield checkpoint.WeightSlice(stored, name, (*place, slice(start, start + rows)))
+                    start += rows
 
     @classmethod
     def from_pretrained(

@@ -45,16 +45,15 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class WeightSlice:
-    """One tensor of the file: rows [start, start + rows) of the model's parameter `parameter`."""
+    """One tensor of the file: what `index` takes of the model's parameter `parameter`."""
 
     name: str
     parameter: str
-    start: int
-    rows: int
+    index: tuple[int | slice, ...] = ()
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The slice of the parameter, a view."""
-        return parameter.narrow(0, self.start, self.rows)
+        return parameter[self.index]
 
 
 def _damaged(path: Path, name: str, cause: Exception) -> ValueError:
@@ -112,11 +111,13 @@ def _problems(path: Path, lines: list[str]) -> ValueError:
 def load(model: CausalLM, path: Path) -> None:
     """Fill `model` from the safetensors in `path`. Raises as `CausalLM.from_pretrained`."""
     parameters = dict(model.named_parameters())
-    expected = {s.name: s for s in model.weight_slices()}
     with ExitStack() as stack:
         files = [stack.enter_context(_open(f)) for f in _weight_files(path)]
         held = [(name, file) for file in files for name in file.keys()]  # noqa: SIM118 (not a mapping)
         found = dict(held)
+        apart, fused = ({s.name: s for s in model.weight_slices(fused)} for fused in (False, True))
+        has_fused_experts = bool(found.keys() & (fused.keys() - apart.keys()))
+        expected = fused if has_fused_experts else apart
         if _without_prefix(found, expected):
             raise ValueError(
                 f"checkpoint {path}: its tensors have no prefix `model.`, as an embedding model's, which scores no "
@@ -145,7 +146,7 @@ def load(model: CausalLM, path: Path) -> None:
             raise _problems(path, problems)
         for name, part in expected.items():
             part.of(parameters[part.parameter]).copy_(found[name].get_tensor(name))
-    model.source, model.has_tied_copy = path, tied_copy
+    model.source, model.has_tied_copy, model.has_fused_experts = path, tied_copy, has_fused_experts
 
 
 def _lossless_dtype(model: CausalLM) -> torch.dtype:
@@ -211,7 +212,7 @@ def save(model: CausalLM, path: Path, dtype: torch.dtype | None) -> None:
     parameters = dict(model.named_parameters())
     tensors = {
         s.name: s.of(parameters[s.parameter]).detach().to("cpu", dtype).contiguous().clone()
-        for s in model.weight_slices()
+        for s in model.weight_slices(model.has_fused_experts)
     }
     if model.has_tied_copy:
         tensors[HEAD] = tensors[EMBEDDING].clone()

@@ -29,6 +29,8 @@ class CausalLMConfig:
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    #: Fields that a config.json may spell otherwise: that spelling to the field's name.
+    aliases: ClassVar[Mapping[str, str]] = {}
 
     vocab_size: int
     hidden_size: int
@@ -97,6 +99,14 @@ class CausalLMConfig:
         if unsupported := cls.unsupported(raw):
             raise ValueError(f"{name}: this checkpoint has what is not built: {'; '.join(unsupported)}")
         known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw and f.name not in ("dtype", "others")}
+        for spelling, field_name in cls.aliases.items():
+            if spelling not in raw:
+                continue
+            if known.setdefault(field_name, raw[spelling]) != raw[spelling]:
+                raise ValueError(
+                    f"{name}: {field_name} {raw[field_name]!r} beside another {spelling} {raw[spelling]!r} (they are "
+                    "one thing; remove one of them)"
+                )
         if known.get("num_key_value_heads") is None:
             known["num_key_value_heads"] = raw.get("num_attention_heads")
         stated = known.get("head_dim", cls.__dataclass_fields__["head_dim"].default)
@@ -122,7 +132,9 @@ class CausalLMConfig:
             return {**head, **ours, "attention_bias": False, "torch_dtype": stored}
         read = asdict(self.from_dict(self.others))
         changed = {n: v for n, v in ours.items() if v != read[n]}
-        out = {**self.others, **changed}
+        spelt = {n: spelling for spelling, n in self.aliases.items() if spelling in self.others}
+        out = {**self.others, **{n: v for n, v in changed.items() if n not in spelt or n in self.others}}
+        out |= {spelling: changed[n] for n, spelling in spelt.items() if n in changed}
         for key in config_fields.ROPE_KEYS if "rope_theta" in changed else ():
             if out.get(key):
                 out[key] = {**out[key], "rope_theta": self.rope_theta}

@@ -52,6 +52,7 @@ class PackedBatch:
 
     input_ids, positions: int64 [T]. cu_seqlens: int32 [B + 1], where padding counts as sequences of its own, which no
     other token attends to. max_seqlen: the longest of them.
+    cu_units: int32 [U + 1], where each unit starts, with its padding, and the last one ends.
     logit_indices: int64 [S], the rows of [T] whose next token is scored; targets: int64 [S], those next tokens;
     lengths: how many of the S scores belong to each sequence.
     sampling: what `logprob.sampled_logprobs` takes beside logits and targets, [S] each; None: scores are of the logits'
@@ -64,6 +65,7 @@ class PackedBatch:
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    cu_units: torch.Tensor
     logit_indices: torch.Tensor
     targets: torch.Tensor
     lengths: tuple[int, ...]
@@ -111,7 +113,7 @@ def pack(
         raise ValueError("pack: no sequences")
     ids: list[int] = []
     positions: list[int] = []
-    cu_seqlens = [0]
+    cu_seqlens, cu_units = [0], [0]
     logit_indices: list[int] = []
     targets: list[int] = []
     scatter_indices: list[int] = []
@@ -134,6 +136,7 @@ def pack(
             ids += [0] * padding
             positions += range(padding)
             cu_seqlens.append(len(ids))
+        cu_units.append(len(ids))
         scatter_size += -scatter_size % align
 
     def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -152,6 +155,7 @@ def pack(
         positions=tensor(positions),
         cu_seqlens=tensor(cu_seqlens, torch.int32),
         max_seqlen=max(b - a for a, b in itertools.pairwise(cu_seqlens)),
+        cu_units=tensor(cu_units, torch.int32),
         logit_indices=tensor(logit_indices),
         targets=tensor(targets),
         lengths=tuple(len(c) for c in completions),

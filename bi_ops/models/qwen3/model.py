@@ -1,146 +1,17 @@
-"""Qwen3 from top to bottom. Parameter names and shapes are vLLM's, so weights go over without a mapping."""
+"""Qwen3: the shared decoder with a dense MLP in each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
-import torch
-
-from bi_ops import nn, norm, rope
-from bi_ops.models.base import AttentionFn, CausalLM
 from bi_ops.models.config import CausalLMConfig
+from bi_ops.models.decoder import DecoderForCausalLM
 from bi_ops.models.qwen3.config import Qwen3Config
-from bi_ops.nn.recompute import Recompute, checkpointed, recomputed
 
 
-class SelfAttention(torch.nn.Module):
-    def __init__(self, config: Qwen3Config, layer: int, **factory: Any) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        self.qkv_proj = nn.Linear(config.hidden_size, config.q_size + 2 * config.kv_size, bias=False, **factory)
-        self.o_proj = nn.Linear(config.q_size, config.hidden_size, bias=False, **factory)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps, **factory)
-        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps, **factory)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        attention_fn: AttentionFn,
-        selective: bool = False,
-    ) -> torch.Tensor:
-        qkv = self.qkv_proj(x)
-
-        def heads_of(
-            qkv: torch.Tensor, *main_grads: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            return norm.qk_norm_rope(
-                *(qkv, self.q_norm.weight, self.k_norm.weight, positions, cos_sin),
-                self.config.num_attention_heads,
-                self.config.rms_norm_eps,
-                *main_grads,
-            )
-
-        heads, kept = heads_of(qkv, self.q_norm.main_grad, self.k_norm.main_grad), qkv.detach()
-        with recomputed(selective, heads, lambda: heads_of(kept)):
-            out = attention_fn(self.layer, *heads)
-        return self.o_proj(out.flatten(1))
-
-
-class MLP(torch.nn.Module):
-    def __init__(self, config: Qwen3Config, **factory: Any) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False, **factory)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False, **factory)
-        self.act_fn = nn.SiluAndMul()
-
-    def forward(self, x: torch.Tensor, selective: bool = False) -> torch.Tensor:
-        gate_up = self.gate_up_proj(x)
-        y, kept = self.act_fn(gate_up), gate_up.detach()
-        with recomputed(selective, (y,), lambda: (self.act_fn.forward(kept),)):
-            return self.down_proj(y)
-
-
-class DecoderLayer(torch.nn.Module):
-    def __init__(self, config: Qwen3Config, layer: int, **factory: Any) -> None:
-        super().__init__()
-        self.self_attn = SelfAttention(config, layer, **factory)
-        self.mlp = MLP(config, **factory)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
-
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, *inputs: Any, recompute: Recompute = "none"
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the MLP adds, the residual stream below it); x is added to `residual`, None before the first layer.
-
-        inputs: positions, cos_sin and attention_fn. Under "layer" one tensor [T, hidden] is kept, the residual stream.
-        """
-        y, residual = (self.input_layernorm(x), x) if residual is None else self.input_layernorm(x, residual)
-        with recomputed(recompute != "none", (y,), _norm_again(self.input_layernorm, residual)):
-            return checkpointed(recompute == "layer", self._body, y, residual, *inputs, recompute == "selective")
-
-    def _body(self, y: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        *_, selective = rest
-        y, residual = self.post_attention_layernorm(self.self_attn(y, *rest), residual)
-        with recomputed(selective, (y,), _norm_again(self.post_attention_layernorm, residual)):
-            return self.mlp(y, selective), residual
-
-
-def _norm_again(layer: nn.RMSNorm, total: torch.Tensor) -> Callable[[], tuple[torch.Tensor]]:
-    """The norm of what has been added already: the bits of the norm that added it."""
-    kept, eps = total.detach(), layer.eps
-    assert eps is not None
-    return lambda: (norm.rms_norm(kept, layer.weight, eps),)
-
-
-class Decoder(torch.nn.Module):
-    def __init__(self, config: Qwen3Config, **factory: Any) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
-        self.layers = torch.nn.ModuleList(DecoderLayer(config, i, **factory) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
-
-
-class Qwen3ForCausalLM(CausalLM):
+class Qwen3ForCausalLM(DecoderForCausalLM):
     """Dense Qwen3; arguments as `CausalLM`."""
 
     config_class: ClassVar[type[CausalLMConfig]] = Qwen3Config
 
     config: Qwen3Config
-    model: Decoder
-    cos_sin: torch.Tensor
-
-    def __init__(
-        self,
-        config: Qwen3Config,
-        param_dtype: torch.dtype = torch.float32,
-        compute_dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-        recompute: Recompute = "selective",
-    ) -> None:
-        super().__init__(config, param_dtype, compute_dtype, device, recompute)
-        cos_sin = rope.cos_sin_cache(
-            config.head_dim, config.max_position_embeddings, config.rope_theta, compute_dtype, self.device
-        )
-        self.register_buffer("cos_sin", cos_sin, persistent=False)
-
-    def decoder(self, **factory: Any) -> Decoder:
-        return Decoder(self.config, **factory)
-
-    def packed_modules(self) -> Mapping[str, Mapping[str, int]]:
-        c = self.config
-        return {
-            "qkv_proj": {"q_proj": c.q_size, "k_proj": c.kv_size, "v_proj": c.kv_size},
-            "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
-        }
-
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention_fn: AttentionFn) -> torch.Tensor:
-        x = self.model.embed_tokens(input_ids, self.compute_dtype)
-        residual: torch.Tensor | None = None
-        for layer in cast(Iterable[DecoderLayer], self.model.layers):
-            x, residual = layer(x, residual, positions, self.cos_sin, attention_fn, recompute=self.recompute)
-        assert residual is not None
-        return self.model.norm(x, residual)[0]
