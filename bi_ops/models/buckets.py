@@ -7,6 +7,7 @@ What is appended is tokens, in sequences of their own, and scored rows whose val
     gradients of x      the same; those of appended tokens and rows are zeros, because their scores' gradients are
     gradients of        sum over tokens front to back in steps of TOKEN_STEP. Appended tokens come last, in steps of
     weights             their own, and add 0.0 or -0.0 to a sum that began at 0.0 and so is never -0.0: nothing
+    experts' weights    the same by units: appended tokens are units of their own, which no step shares with others
     the embedding's     sums each id's tokens front to back: the same
     the head's          sums over scored rows front to back, which are padded to the step for themselves: the same
 
@@ -83,6 +84,8 @@ def pad(
     ids = torch.arange(extra, device=device) % vocab_size
     added = bucket.sequences - n_seqs
     ends = [n_tokens + extra * i // added for i in range(1, added + 1)]
+    # Units are never more than sequences; the appended tokens are one, and others are empty.
+    units = torch.full((bucket.sequences + 1 - len(batch.cu_units),), bucket.tokens, dtype=torch.int32, device=device)
     places = torch.arange(bucket.rows, device=device)  # rows of tokens, each at most once besides the scored ones
     sampling = batch.sampling
     padded = dataclasses.replace(
@@ -91,6 +94,7 @@ def pad(
         positions=torch.cat((batch.positions, torch.zeros_like(ids))),
         cu_seqlens=torch.cat((batch.cu_seqlens, torch.tensor(ends, dtype=torch.int32, device=device))),
         max_seqlen=bucket.max_seqlen,
+        cu_units=torch.cat((batch.cu_units, units)),
         logit_indices=places.index_copy_(0, batch.scatter_indices, batch.logit_indices),
         targets=wide.scatter(batch.targets),
         lengths=(bucket.rows,),
@@ -103,8 +107,8 @@ def pad(
 
 def tensors_of(batch: PackedBatch) -> list[torch.Tensor]:
     """Every tensor of a batch that a forward reads, in one order."""
-    own: Sequence[torch.Tensor] = (batch.input_ids, batch.positions, batch.cu_seqlens, batch.logit_indices)
-    return [*own, batch.targets, *(batch.sampling or {}).values()]
+    own: Sequence[torch.Tensor] = (batch.input_ids, batch.positions, batch.cu_seqlens, batch.cu_units)
+    return [*own, batch.logit_indices, batch.targets, *(batch.sampling or {}).values()]
 
 
 def copied(batch: PackedBatch) -> PackedBatch:
@@ -115,6 +119,7 @@ def copied(batch: PackedBatch) -> PackedBatch:
         input_ids=batch.input_ids.clone(),
         positions=batch.positions.clone(),
         cu_seqlens=batch.cu_seqlens.clone(),
+        cu_units=batch.cu_units.clone(),
         logit_indices=batch.logit_indices.clone(),
         targets=batch.targets.clone(),
         sampling=sampling and {n: v.clone() for n, v in sampling.items()},
