@@ -66,6 +66,7 @@ class Engine:
 
     def __init__(self, model: str, mode: str, folder: Path, args: argparse.Namespace) -> None:
         self.model, self.mode, self._folder, self._alone = model, mode, folder, not args.together
+        self.failed = False  # and said so
         folder.mkdir()
         command = [sys.executable, str(WORKER), mode, model, "--rounds", str(args.rounds)]
         command += ["--batches", *map(str, args.batches)]
@@ -103,7 +104,8 @@ class Engine:
 
     def failure(self) -> str:
         """Why it has ended too early; empty where it has not."""
-        if not self.process.poll():
+        self.failed = bool(self.process.poll())
+        if not self.failed:
             return ""
         lines = self.printed().splitlines()
         return ([line for line in lines if "Error" in line] or lines or ["killed"])[-1][:300]
@@ -123,11 +125,12 @@ def engines(args: argparse.Namespace, folder: Path) -> Iterator[Engine]:
         until = time.monotonic() + args.ready_s
         for engine in started:  # nobody is timed beside one that is still starting
             engine.wait_for("ready", until)
+        running = started
         for round_ in range(args.rounds):
-            for engine in started:
+            for engine in running:
                 engine.do(round_)
                 yield engine
-            started = [engine for engine in started if not engine.process.poll()]
+            running = [engine for engine in running if not engine.failed]
     finally:
         for engine in started:
             engine.stop()

@@ -74,9 +74,7 @@ class MLP(torch.nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False, **factory)
         self.act_fn = nn.SiluAndMul()
 
-    def forward(
-        self, x: torch.Tensor, cu_units: torch.Tensor | None = None, selective: bool = False
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cu_units: torch.Tensor | None = None, selective: bool = False) -> torch.Tensor:
         gate_up = self.gate_up_proj(x)
         y, kept = self.act_fn(gate_up), gate_up.detach()
         with recomputed(selective, (y,), lambda: (self.act_fn.forward(kept),)):
