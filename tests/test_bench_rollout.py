@@ -75,8 +75,7 @@ def test_an_engine_that_is_not_ready_in_time_is_killed_and_said_so(rollout, tmp_
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "WORKER", script)
     args = argparse.Namespace(models=["1.7B"], modes=["stuck"], batches=[1], rounds=2, together=True, ready_s=0.1)
-    [engine] = rollout.engines(args, tmp_path)
-    assert (engine.rows(), engine.failure()) == ([], "killed")
+    assert [(e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)] == [([], "killed")]
     assert "1.7B stuck: not ready in time" in capsys.readouterr().err
 
 

@@ -96,7 +96,8 @@ class DecoderLayer(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the MLP adds, the residual stream below it); x is added to `residual`, None before the first layer.
 
-        inputs: cu_units, positions, cos_sin and attention_fn. Under "layer" one tensor [T, hidden] is kept, the residual stream.
+        inputs: cu_units, positions, cos_sin and attention_fn. Under "layer" one tensor [T, hidden] is kept, the
+            residual stream.
         """
         y, residual = (self.input_layernorm(x), x) if residual is None else self.input_layernorm(x, residual)
         with recomputed(recompute != "none", (y,), _norm_again(self.input_layernorm, residual)):
