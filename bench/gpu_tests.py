@@ -4,8 +4,9 @@
 
 Compiling kernels is most of the time, so tests run in many processes (pytest-xdist); those that took longest, by the
 results in the repository, start first. Tests that start vLLM engines run beside them, one by one in a process of their
-own, for an engine changes what torch does in its process. Tests that need the GPU's memory come last, one by one. Of
-several GPUs these two groups have half to themselves from the beginning. tests.json is written while they run: what was
+own, for an engine changes what torch does in its process, and so do tests of tens of GiB where the GPU has room; else
+these come last, and after them engines that measure what memory is free. Of several GPUs these groups have half to
+themselves from the beginning. tests.json is written while they run: what was
 interrupted goes on with --resume. With FILEs too it is the tests in these that go on; outcomes of other files stay as
 they are.
 Exit status 0 only if every test has run and none failed.
@@ -30,8 +31,13 @@ from record import provenance
 from bi_ops.core.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = ("together", "engine", "memory")  # the last two by their markers, memory before engine
+#: By their markers; `alone` has both. An engine comes after what runs in its process.
+GROUPS = ("together", "memory", "engine", "alone")
+ROOM = 120 * 2**30  # bytes of a GPU on which tests of tens of GiB and all others fit beside each other
 EVERY_S = 10  # between two writes of tests.json
+
+
+Beside = tuple["subprocess.Popen[bytes]", Path]
 
 
 class Collector:
@@ -41,10 +47,10 @@ class Collector:
         self.names: dict[str, list[str]] = {group: [] for group in GROUPS}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        # Engines last: who comes after one in its process finds another torch.
-        for item in sorted(items, key=lambda item: item.get_closest_marker("engine") is not None):
-            group = next((m for m in ("memory", "engine") if item.get_closest_marker(m)), "together")
-            self.names[group].append(item.nodeid)
+        of = {(False, False): "together", (True, False): "memory", (False, True): "engine", (True, True): "alone"}
+        for item in items:
+            memory, engine = (item.get_closest_marker(marker) is not None for marker in ("memory", "engine"))
+            self.names[of[memory, engine]].append(item.nodeid)
 
 
 class Recorder:
@@ -105,18 +111,20 @@ def longest_first(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: -took.get(name, float("inf")))
 
 
-def start_beside(
-    args: argparse.Namespace, groups: list[str], gpus: list[int]
-) -> list[tuple[subprocess.Popen[bytes], Path]]:
-    """These groups' tests, in a process for each of these GPUs, and the folders of their outcomes."""
-    found = []
-    for i, gpu in enumerate(gpus):
-        folder = args.out.resolve() / f"beside{gpu}"
-        command = [sys.executable, __file__, "--out", str(folder), "--groups", *groups, "--commit", args.commit or ""]
-        command += ["--part", str(i), str(len(gpus)), "--", *args.files]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
-        found.append((subprocess.Popen(command, env=environment), folder))
-    return found
+def start_beside(args: argparse.Namespace, groups: list[str], gpu: int, part: int = 0, parts: int = 1) -> Beside:
+    """One of `parts` of these groups' tests, in a process on this GPU; it and the folder of its outcomes."""
+    folder = args.out.resolve() / f"beside{gpu}_{groups[0]}"
+    command = [sys.executable, __file__, "--out", str(folder), "--groups", *groups, "--commit", args.commit or ""]
+    command += ["--part", str(part), str(parts), "--", *args.files]
+    return subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}), folder
+
+
+def groups_beside(n_gpus: int) -> list[str]:
+    """The groups that other processes run, so long as the tests of `together` do."""
+    if n_gpus > 1:
+        return ["memory", "engine", "alone"]
+    room = torch.cuda.get_device_properties(0).total_memory >= ROOM
+    return ["memory", "engine"] if room else ["engine"]
 
 
 def run(names: list[str], options: list[str], recorder: Recorder, folder: Path) -> int:
@@ -124,6 +132,7 @@ def run(names: list[str], options: list[str], recorder: Recorder, folder: Path) 
     order = folder / "order.json"
     write_json(order, names)
     os.environ["BI_OPS_TESTS"] = str(order)
+    os.environ["BI_OPS_TEST_LOCKS"] = str(folder)
     files = list(dict.fromkeys(name.split("::", 1)[0] for name in names))
     return int(pytest.main(["-p", "no:cacheprovider", "-p", "ordered_tests", "-m", "", *options, *files], [recorder]))
 
@@ -157,19 +166,19 @@ def main() -> int:
     names["together"] = longest_first(names["together"])
     recorder = Recorder(path, header, [name for group in names.values() for name in group], known)
     gpus = list(range(torch.cuda.device_count()))
-    # Of one GPU an engine takes a part that its test names; whoever needs the memory waits.
-    reserved = gpus[(len(gpus) + 1) // 2 :] or gpus
-    elsewhere = ["engine", "memory"] if len(gpus) > 1 else ["engine"]
-    elsewhere = [group for group in elsewhere if recorder.left(names[group])]
-    if args.part or not gpus or not names["together"]:
-        elsewhere = []
-    beside = start_beside(args, elsewhere, reserved) if elsewhere else []
+    beside: list[Beside] = []
+    elsewhere: list[str] = []
+    if gpus and not args.part and names["together"]:
+        elsewhere = [group for group in groups_beside(len(gpus)) if recorder.left(names[group])]
     if len(gpus) > 1:
-        own = [gpu for gpu in gpus if not beside or gpu not in reserved]
-        os.environ["BI_OPS_TEST_GPUS"] = ",".join(map(str, own))
+        reserved = gpus[(len(gpus) + 1) // 2 :] if elsewhere else []
+        beside = [start_beside(args, elsewhere, gpu, i, len(reserved)) for i, gpu in enumerate(reserved)]
+        os.environ["BI_OPS_TEST_GPUS"] = ",".join(str(gpu) for gpu in gpus if gpu not in reserved)
+    else:
+        beside = [start_beside(args, [group], 0) for group in elsewhere]
     with tempfile.TemporaryDirectory() as folder:
         in_turn = ["-n", str(args.jobs), "--dist", "load", "--maxschedchunk", "1"]
-        for group in (group for group in ("together", "memory", "engine") if group not in elsewhere):
+        for group in (group for group in GROUPS if group not in elsewhere):
             left = recorder.left(names[group])
             options = in_turn if group == "together" else []
             if left and run(left, options, recorder, Path(folder)) == pytest.ExitCode.INTERRUPTED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,3 +100,33 @@ def test_what_took_longest_starts_first_and_what_is_new_before_it(gpu_tests, tmp
         "a.py::long",
         "a.py::short",
     ]
+
+
+def test_a_kernel_is_compiled_by_one_process_at_a_time(gpu_tests, tmp_path):
+    import multiprocessing
+
+    import ordered_tests  # beside gpu_tests.py
+
+    compiled = tmp_path / "compiled"
+    compiled.mkdir()
+
+    def compile_(src, target=None, options=None):
+        """Triton's: what another process has compiled is found."""
+        known = compiled / f"{src.name} {options['num_warps']}"
+        if not known.exists():
+            time.sleep(0.2)
+            known.write_text("x")
+            with (tmp_path / "log").open("a") as file:
+                print(known.name, file=file)
+
+    def process(name, num_warps):
+        locked = ordered_tests.one_at_a_time(compile_, tmp_path)
+        locked(SimpleNamespace(name=name, hash=lambda: name), target="sm_90", options={"num_warps": num_warps})
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=process, args=args) for args in [("a", 4), ("a", 4), ("a", 8), ("b", 4)] * 2]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join()
+    assert sorted((tmp_path / "log").read_text().splitlines()) == ["a 4", "a 8", "b 4"]
