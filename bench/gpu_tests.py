@@ -6,9 +6,8 @@ Compiling kernels is most of the time, so tests run in many processes (pytest-xd
 results in the repository, start first. Tests that start vLLM engines run beside them, one by one in a process of their
 own, for an engine changes what torch does in its process, and so do tests of tens of GiB where the GPU has room; else
 these come last, and after them engines that measure what memory is free. Of several GPUs these groups have half to
-themselves from the beginning. tests.json is written while they run: what was
-interrupted goes on with --resume. With FILEs too it is the tests in these that go on; outcomes of other files stay as
-they are.
+themselves from the beginning. tests.json is written while they run: what was interrupted goes on with --resume. With
+FILEs too it is the tests in these that go on; outcomes of other files stay as they are.
 Exit status 0 only if every test has run and none failed.
 """
 
@@ -154,6 +153,8 @@ def main() -> int:
             if earlier[key] != header[key]:
                 parser.error(f"{path} is of {key} {earlier[key]}, this is {header[key]}: run without --resume")
         known = earlier["tests"]
+        for other in sorted(path.parent.glob("beside*/tests.json")):  # of processes that outlived that run
+            known += [t for t in json.loads(other.read_text())["tests"] if t["outcome"] != "not_run"]
     path.parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)  # tests are named from here
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "bench"), os.environ.get("PYTHONPATH"))))
