@@ -130,7 +130,7 @@ def _skip_what_changes_nothing() -> None:
 
     def splat(scalar, shape):
         block = tl.block_type(scalar.dtype, shape)
-        return semantic.make_tensor(semantic.builder.create_splat(block, scalar.handle), block)
+        return semantic.tensor(semantic.builder.create_splat(block, scalar.handle), block)
 
     def broadcast_unless_equal(lhs, rhs):
         left, right = (x.type.shape if x.type.is_block() else None for x in (lhs, rhs))
