@@ -245,6 +245,26 @@ def decode_matmul_launches() -> Iterator[Launch]:
         yield launch(1, 4096, BF16, True, padded)
 
 
+def grouped_matmul_launches() -> Iterator[Launch]:
+    from bi_ops.moe import config, hopper
+
+    def launch(block_m, transposed, weights=False, dtype=BF16):
+        x, y, w = (torch.zeros(s, dtype=dtype) for s in ((256, 768), (256, 2048), (4, 2048, 768)))
+        w = torch.zeros((4, 768, 2048), dtype=dtype).mT if transposed else w
+        tiles, rows = torch.zeros((16, 4), dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
+        routing = (torch.zeros(32, 8), rows) if weights else None
+        name = _text(block_m=block_m, transposed=transposed, weights=weights, dtype=dtype)
+        c = config.hopper_config(block_m * 4, 4)
+        assert c.block_m == block_m
+        return name, lambda: hopper.launch(x, w, y, tiles, routing, c, 132)
+
+    for block_m, transposed in itertools.product((64, 128), (False, True)):
+        yield launch(block_m, transposed)
+        yield launch(block_m, transposed, dtype=FP16)
+        if not transposed:
+            yield launch(block_m, transposed, weights=True)
+
+
 LAUNCHES = {
     "forward": forward_launches,
     "decode": decode_launches,
@@ -253,6 +273,7 @@ LAUNCHES = {
     "dkv": dkv_launches,
     "wgrad": wgrad_launches,
     "decode_matmul": decode_matmul_launches,
+    "grouped_matmul": grouped_matmul_launches,
 }
 
 

@@ -7,11 +7,12 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv, next_power_of_2
+from bi_ops.core.limits import SMALL
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
-from bi_ops.moe.config import CHUNK_TOKENS, grouped_config, router_config, row_config, wgrad_config
+from bi_ops.moe.config import CHUNK_TOKENS, grouped_config, hopper_config, router_config, row_config, wgrad_config
 from bi_ops.moe.kernels.activation import expert_activation_backward_kernel, expert_activation_kernel
-from bi_ops.moe.kernels.grouped_gemm import grouped_matmul_kernel, grouped_wgrad_kernel
+from bi_ops.moe.kernels.grouped_gemm import grouped_matmul_kernel, grouped_wgrad_kernel, tile_table_kernel
 from bi_ops.moe.kernels.router import router_backward_kernel, router_kernel
 from bi_ops.moe.kernels.rows import (
     chunk_starts_kernel,
@@ -152,8 +153,24 @@ def launch_combine(y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 # GEMMs
 
 
-def _programs(config_ctas: int, device: torch.device) -> tuple[int]:
-    return (runtime.multiprocessors(device) * config_ctas,)
+def _tile_table(offsets: torch.Tensor, n_rows: int, block_m: int) -> torch.Tensor:
+    """The tile rows of `block_m` rows, as `tile_table_kernel` writes them."""
+    num_experts = offsets.shape[0] - 1
+    tiles = offsets.new_empty((n_rows // block_m + min(num_experts, n_rows) + 2, 4))
+    sizes = (n_rows, num_experts, block_m, next_power_of_2(num_experts + 1), 32)
+    tile_table_kernel[(num_experts + 1,)](offsets, tiles, *sizes, num_warps=1, **PINNED)
+    return tiles
+
+
+def hopper_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Can `hopper.launch` compute these operands?"""
+    if x.dtype not in (torch.bfloat16, torch.float16) or not arches.of(x.device).gluon:
+        return False
+    num_experts, n, k = weight.shape
+    dense = weight.is_contiguous() or weight.mT.is_contiguous()
+    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    # A step past the end of K would multiply the next expert's rows.
+    return dense and aligned and k > 0 and k % 64 == 0 and n % 8 == 0 and num_experts * max(n, k) < SMALL
 
 
 def launch_grouped_matmul(
@@ -171,18 +188,25 @@ def launch_grouped_matmul(
     y = x.new_empty((n_rows, n))
     if y.numel() == 0:
         return y
+    arch, num_sms = arches.of(x.device), runtime.multiprocessors(x.device)
+    if hopper_serves(x, weight):
+        from bi_ops.moe import hopper
+
+        hopper_c = hopper_config(n_rows, num_experts)
+        assert hopper_c.block_k % order_of(Problem(x.dtype, num_experts), arch).gemm.k_step == 0
+        hopper.launch(x, weight, y, _tile_table(offsets, n_rows, hopper_c.block_m), routing, hopper_c, num_sms)
+        return y
     x = x if x.stride(1) == 1 else x.contiguous()
-    arch = arches.of(x.device)
     order = order_of(Problem(x.dtype, num_experts), arch)
     c = grouped_config(n_rows, num_experts, n, x.dtype, arch)
     weights, rows = routing or (None, None)
-    grouped_matmul_kernel[_programs(c.ctas, x.device)](
-        *(x, weight, offsets, weights, rows, y, n_rows, n, k, num_experts, x.stride(0), *weight.stride()),
+    grouped_matmul_kernel[(num_sms * c.ctas,)](
+        *(x, weight, _tile_table(offsets, n_rows, c.block_m), weights, rows, y),
+        *(n, k, num_experts, x.stride(0), *weight.stride()),
         BLOCK_M=c.block_m,
         BLOCK_N=c.block_n,
         BLOCK_K=order.gemm.block_k(c.block_k),
         GROUP_M=c.group_m,
-        BLOCK_E=next_power_of_2(num_experts + 1),
         HAS_WEIGHTS=routing is not None,
         EVEN_K=k % order.gemm.block_k(c.block_k) == 0,
         num_warps=c.num_warps,
@@ -202,7 +226,7 @@ def launch_grouped_wgrad(
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
     order = order_of(Problem(g.dtype, num_experts, over_tokens=True), arch)
     c = wgrad_config(n, k, g.dtype, arch)
-    grouped_wgrad_kernel[_programs(c.ctas, g.device)](
+    grouped_wgrad_kernel[(runtime.multiprocessors(g.device) * c.ctas,)](
         *(g, x, offsets, dw, g.shape[0], n, k, num_experts, g.stride(0), x.stride(0)),
         BLOCK_M=c.block_m,
         BLOCK_N=c.block_n,

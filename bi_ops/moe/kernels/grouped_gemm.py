@@ -13,38 +13,52 @@ from bi_ops.core.triton_helpers import cast, dot
 
 
 @triton.jit
-def _tile_ends(p_offsets, R, E, n_tiles_n, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """[BLOCK_E]: tiles up to the end of each group. Group E holds the rows behind the last expert's."""
-    o_e = tl.arange(0, BLOCK_E)
-    first = tl.load(p_offsets + o_e, mask=o_e <= E, other=R)
-    last = tl.load(p_offsets + o_e + 1, mask=o_e < E, other=R)
-    rows = tl.maximum(tl.minimum(last, R) - first, 0)
-    return tl.cumsum(tl.cdiv(rows, BLOCK_M) * n_tiles_n, axis=0)
-
-
-@triton.jit
-def _tile_of(ends, tile, p_offsets, R, E, n_tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """(group, first row, end of the group's rows, tile column). GROUP_M tile rows are walked column by column."""
-    group = tl.sum((ends <= tile).to(tl.int32), axis=0)
-    within = tile - tl.max(tl.where(ends <= tile, ends, 0), axis=0)
-    first = tl.load(p_offsets + group)
-    last = tl.minimum(tl.load(p_offsets + group + 1, mask=group < E, other=R), R)
-    n_tiles_m = tl.cdiv(last - first, BLOCK_M)
-    first_m = within // (GROUP_M * n_tiles_n) * GROUP_M
+def _tile_of(tile, n_tiles_m, n_tiles_n, GROUP_M: tl.constexpr):
+    """(tile row, tile column). GROUP_M tile rows, which share weights in L2, are walked column by column."""
+    first_m = tile // (GROUP_M * n_tiles_n) * GROUP_M
     rows_in_group = min(n_tiles_m - first_m, GROUP_M)
-    within = within % (GROUP_M * n_tiles_n)
-    return group, first + (first_m + within % rows_in_group) * BLOCK_M, last, within // rows_in_group
+    within = tile % (GROUP_M * n_tiles_n)
+    return first_m + within % rows_in_group, within // rows_in_group
 
 
 @triton.jit(do_not_specialize=["R"])
+def tile_table_kernel(
+    p_offsets,  # [E + 1], int32
+    p_tiles,  # [tile rows + 1, 4], int32: their number; then the expert of each, its first row, the expert's last
+    R,
+    E,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,  # more than E
+    BLOCK_T: tl.constexpr,
+):
+    """Tile rows, expert by expert, a program for each. Program E has the rows behind the last expert's."""
+    i_e = tl.program_id(0)
+    o_e = tl.arange(0, BLOCK_E)
+    starts = tl.load(p_offsets + o_e, mask=o_e <= E, other=R)
+    ends = tl.minimum(tl.load(p_offsets + o_e + 1, mask=o_e < E, other=R), R)
+    counts = tl.cdiv(tl.maximum(ends - starts, 0), BLOCK_M)
+    before = tl.sum(tl.where(o_e < i_e, counts, 0), axis=0)
+    count = tl.sum(tl.where(o_e == i_e, counts, 0), axis=0)
+    first = tl.sum(tl.where(o_e == i_e, starts, 0), axis=0)
+    last = tl.sum(tl.where(o_e == i_e, ends, 0), axis=0)
+    if i_e == E:
+        tl.store(p_tiles, before + count)
+    for t in range(0, count, BLOCK_T):
+        o_t = t + tl.arange(0, BLOCK_T)
+        p_tile = p_tiles + (1 + before + o_t) * 4
+        tl.store(p_tile, tl.zeros([BLOCK_T], tl.int32) + i_e, mask=o_t < count)
+        tl.store(p_tile + 1, first + o_t * BLOCK_M, mask=o_t < count)
+        tl.store(p_tile + 2, tl.zeros([BLOCK_T], tl.int32) + last, mask=o_t < count)
+
+
+@triton.jit
 def grouped_matmul_kernel(
     p_x,  # [R, K]
     p_w,  # [E, N, K]
-    p_offsets,  # [E + 1], int32
+    p_tiles,  # [tile rows + 1, 4], int32: see `tile_table_kernel`
     p_weights,  # [T, TOP_K], fp32: routing weights
     p_rows,  # [R], int32: the pair of a row, or -1
     p_y,  # [R, N]
-    R,
     N,
     K,
     E,
@@ -56,15 +70,17 @@ def grouped_matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,  # more than E
     HAS_WEIGHTS: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K: no mask
 ):
     """y[r] = x[r] @ w[expert of r].T (* routing weight of r, in the accumulator); zeros behind the last expert."""
-    n_tiles_n = tl.cdiv(N, BLOCK_N)
-    ends = _tile_ends(p_offsets, R, E, n_tiles_n, BLOCK_M, BLOCK_E)
-    for tile in range(tl.program_id(0), tl.max(ends, axis=0), tl.num_programs(0)):
-        group, first, last, i_n = _tile_of(ends, tile, p_offsets, R, E, n_tiles_n, BLOCK_M, GROUP_M)
+    i_tiles_n = tl.cdiv(N, BLOCK_N)
+    i_tiles_m = tl.load(p_tiles)
+    for tile in range(tl.program_id(0), i_tiles_m * i_tiles_n, tl.num_programs(0)):
+        i_m, i_n = _tile_of(tile, i_tiles_m, i_tiles_n, GROUP_M)
+        group = tl.load(p_tiles + 4 + i_m * 4)
+        first = tl.load(p_tiles + 5 + i_m * 4)
+        last = tl.load(p_tiles + 6 + i_m * 4)
         o_m = first.to(tl.int64) + tl.arange(0, BLOCK_M)
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         m_m = o_m < last
@@ -113,12 +129,9 @@ def grouped_wgrad_kernel(
     n_tiles_n = tl.cdiv(K, BLOCK_N)
     for tile in range(tl.program_id(0), E * n_tiles_m * n_tiles_n, tl.num_programs(0)):
         expert = tile // (n_tiles_m * n_tiles_n)
-        within = tile % (n_tiles_m * n_tiles_n)
-        first_m = within // (GROUP_M * n_tiles_n) * GROUP_M
-        rows_in_group = min(n_tiles_m - first_m, GROUP_M)
-        within = within % (GROUP_M * n_tiles_n)
-        o_m = (first_m + within % rows_in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
-        o_n = within // rows_in_group * BLOCK_N + tl.arange(0, BLOCK_N)
+        i_m, i_n = _tile_of(tile % (n_tiles_m * n_tiles_n), n_tiles_m, n_tiles_n, GROUP_M)
+        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         first = tl.load(p_offsets + expert)
         last = tl.minimum(tl.load(p_offsets + expert + 1), R)
         m = (o_m < N)[:, None] & (o_n < K)[None, :]
