@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from record import provenance
-from step import shape
+from step_sides import shape
 
 from bi_ops.core.files import write_json
 from bi_ops.rollout.base import Completion

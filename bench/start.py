@@ -1,33 +1,41 @@
 """The first minute: import, load, warm-up and first step, from empty caches and from warm ones. Writes start.csv.
 
-    python bench/start.py --out bench/results/h100 [--models 0.6B 1.7B] [--binding] [--dry]
+    python bench/start.py --out bench/results/h100 [--models 0.6B 1.7B] [--sides bi_ops "torch, compiled"] [--binding]
+        [--seconds 120] [--dry]
 
-Each row is a process of its own: import of bi_ops; the model made on the GPU with random weights; `model.warmup()`, as
+Each row is a process of its own: import; the model made on the GPU with random weights; for bi_ops `model.warmup()`, as
 training calls it: kernels compiled in parallel, GEMMs verified if the cuBLASLt binding is there; a first step of 8,192
-tokens, and a second one. The caches of Triton and bi_ops are folders of this benchmark, empty for the first row.
-`--binding` builds the binding between the two rows, as `bi-ops warmup` would, and states its seconds in the second.
+tokens, and a second one. `after_load_s` is from the loaded weights to the end of the first step. The caches of Triton,
+inductor, CUDA and bi_ops are folders of this benchmark, empty for a side's first row. `--binding` builds the binding
+between the two rows, as `bi-ops warmup` would, and states its seconds in the second. Rows are written as they come.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 
-def measure(model: str, dry: bool, bind: bool) -> dict[str, object]:
+def measure(model: str, side: str, dry: bool, bind: bool) -> dict[str, object]:
     start = time.perf_counter()
     import bi_ops  # noqa: F401
 
+    if side != "bi_ops":
+        import transformers  # noqa: F401
+
     imported = time.perf_counter()
     import torch
-    from step import ours, shape
+    from step_sides import ours, shape, theirs
 
+    from bi_ops.core import runtime
     from bi_ops.matmul import cublaslt
 
     ids = torch.randint(shape(model)["vocab_size"], (2, 16) if dry else (4, 2048))
@@ -35,7 +43,12 @@ def measure(model: str, dry: bool, bind: bool) -> dict[str, object]:
     if bind:
         cublaslt.extension()
     loading = time.perf_counter()
-    made = ours(model, list(ids), None, "selective", verify=False)
+    if side == "bi_ops":
+        made = ours(model, list(ids), None, "selective", verify=False)
+    else:
+        made = theirs(model, list(ids.to(runtime.default_device())), None, side)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     loaded = time.perf_counter()
     made.warm()
     warm = time.perf_counter()
@@ -56,37 +69,62 @@ def measure(model: str, dry: bool, bind: bool) -> dict[str, object]:
         "second_step_s": seconds[1] - seconds[0],
         "after_load_s": seconds[0] - loaded,
     }
-    return {name: round(value, 3) for name, value in times.items()}
+    gemm = "cublas" if side != "bi_ops" else "triton" if cublaslt.loaded() is None else "cublaslt"
+    return {name: round(value, 3) for name, value in times.items()} | {"gemm": gemm}
+
+
+def run(command: list[str], caches: dict[str, str], left: float) -> dict[str, object] | str:
+    """What a process measured, or why it did not."""
+    try:
+        timeout = None if math.isinf(left) else max(left, 1)
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | caches, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return "cut off, out of time"
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that start.csv is written to")
     parser.add_argument("--models", nargs="+", default=["0.6B", "1.7B"])
+    parser.add_argument("--sides", nargs="+", default=["bi_ops"], help="bi_ops, and transformers' as bench/step.py")
     parser.add_argument("--binding", action="store_true", help="build the cuBLASLt binding before the warm row")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so long, and end the last")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU; figures mean nothing")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
-    parser.add_argument("--one", nargs=2, metavar=("MODEL", "BIND"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "SIDE", "BIND"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one[0], args.dry, args.one[1] == "bind")))
+        model, side, bind = args.one
+        print(json.dumps(measure(model, side, args.dry, bind == "bind")))
         return 0
     from record import provenance, write_csv  # here, so that a measured process does not import torch before
 
-    rows, record = [], provenance(args.commit)
+    rows: list[dict[str, Any]] = []
+    record, end, failed = provenance(args.commit), time.monotonic() + args.seconds, False
     args.out.mkdir(parents=True, exist_ok=True)
     for model in ["dry"] if args.dry else args.models:
-        with tempfile.TemporaryDirectory() as folder:
-            caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "XDG_CACHE_HOME": f"{folder}/cache"}
-            for state in ("empty", *(["binding built"] if args.binding else []), "warm"):
-                bind = "bind" if state == "binding built" else "no"
-                command = [sys.executable, __file__, "--out", str(args.out), "--one", model, bind]
-                command += ["--dry"] if args.dry else []
-                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | caches, check=True)
-                rows.append({"model": model, "caches": state, **json.loads(done.stdout.splitlines()[-1])} | record)
-                write_csv(args.out / "start.csv", rows)
-                print({k: v for k, v in rows[-1].items() if k not in record}, flush=True)
-    return 0
+        for side in args.sides:
+            with tempfile.TemporaryDirectory() as folder:
+                names = ("TRITON_CACHE_DIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
+                caches = {name: f"{folder}/{name.lower()}" for name in names}
+                built = ["binding built"] if args.binding and side == "bi_ops" else []
+                for state in ("empty", *built, "warm"):
+                    left, bind = end - time.monotonic(), "bind" if state == "binding built" else "no"
+                    command = [sys.executable, __file__, "--out", str(args.out), "--one", model, side, bind]
+                    command += ["--dry"] if args.dry else []
+                    found = run(command, caches, left) if left > 0 else "left out, out of time"
+                    if isinstance(found, str):
+                        failed = True
+                        print(f"{model} {side}, caches {state}: {found}", file=sys.stderr, flush=True)
+                        continue
+                    rows.append({"model": model, "side": side, "caches": state, **found} | record)
+                    write_csv(args.out / "start.csv", rows)
+                    print({k: v for k, v in rows[-1].items() if k not in record}, flush=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

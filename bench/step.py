@@ -1,24 +1,30 @@
 """What exactness costs a training step: bi_ops' Qwen3 beside transformers' in plain PyTorch. Writes step.csv.
 
     python bench/step.py --out bench/results/h100 [--models 0.6B 1.7B] [--tokens 8192 32768] [--seqlen 2048 | rl]
+        [--sides ...] [--seconds 300]
 
 A step is forward, log-probabilities of every next token, their mean, backward. Sides, all on the same tokens, in bf16:
 
     bi_ops            its model over fp32 master weights, weight gradients carried on in fp32, as `bi-ops train` does
-    bi_ops, none      the same with nothing recomputed, and ...
+    bi_ops, graphs    the same as `bi-ops train --step-graphs`: padded to a bucket, replayed from a CUDA graph
+    bi_ops, none      as bi_ops with nothing recomputed, and ...
     bi_ops, layer     ... with whole layers recomputed; the first recomputes norms, rotation and silu-and-mul
     torch             transformers' Qwen3, bf16 weights, SDPA, eager
     torch, compiled   the same under torch.compile, and so the loss
-    torch, autocast   the same over fp32 master weights, eager
+    torch, cudnn      as torch, compiled, with cuDNN's attention alone: the faster of the two is the one to compare with
+    torch, autocast   as torch over fp32 master weights, eager
     torch, checkpoint as torch, compiled, with torch's activation checkpointing of every layer
     liger             transformers with Liger's fused kernels, fused linear cross-entropy included
 
-torch's sides are not batch-invariant, and round weight gradients to bf16. Every side runs in a process of its own and
-is timed by wall clock, the GPU waited for after each half of a step; medians. Making and handing over the buffers of
-gradients counts; going through the objects of the model for garbage does not. Then the whole step is captured in a CUDA
-graph and replayed: what it takes where the GPU never waits for Python. `--update` adds clip and AdamW, `--offload`
-keeps AdamW's states in host memory. `--profile` writes step_profile.csv, the GPU time by kernel. `--dry` runs it all on
-a tiny model on the CPU; its figures mean nothing.
+torch's sides are not batch-invariant, and round weight gradients to bf16. Sequences of unequal lengths are packed for
+bi_ops and padded to the longest for torch. Every side runs in a process of its own and is timed by wall clock, the GPU
+waited for after each half of a step; medians. Making and handing over the buffers of gradients counts; going through
+the objects of the model for garbage does not. Then the whole step is captured in a CUDA graph and replayed: what it
+takes where the GPU never waits for Python. `first_step_s` is from the loaded weights to the end of the first step,
+compiling included, with the caches that are there. `--update` adds clip and AdamW, `--offload` keeps AdamW's states in
+host memory. `--profile` writes step_profile.csv, the GPU time by kernel. A model that does not fit the memory is tried
+again with half its layers, all its sides then (`layers` says so). Rows are written as they come; `--seconds` ends it,
+and names what was left out. `--dry` runs it all on a tiny model on the CPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -28,15 +34,16 @@ import gc
 import hashlib
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from record import provenance, write_csv
+from step_sides import SEED, SHAPES, Step, lengths_of, ours, shape, theirs
 
 import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
@@ -44,166 +51,10 @@ import torch
 from bi_ops.core import runtime
 
 SIDES = ("bi_ops", "torch", "torch, compiled", "torch, autocast")
-RECOMPUTE = {"bi_ops": "selective", "bi_ops, none": "none", "bi_ops, layer": "layer"}
-OTHER_SIDES = ("bi_ops, none", "bi_ops, layer", "torch, checkpoint", "liger")
-#: Clip and AdamW of the sides: betas and weight decay are torch's.
-LR, MAX_NORM = 1e-6, 1.0
-SEED = 0
-VOCABULARY = 151936
-#: hidden, intermediate, layers, query heads, key heads; head_dim 128, tied embeddings but for 8B.
-SHAPES = {
-    "0.6B": (1024, 3072, 28, 16, 8),
-    "1.7B": (2048, 6144, 28, 16, 8),
-    "4B": (2560, 9728, 36, 32, 8),
-    "8B": (4096, 12288, 36, 32, 8),
-    "dry": (64, 128, 2, 4, 2),
-}
-
-
-def shape(model: str, layers: int | None = None) -> dict[str, Any]:
-    """A model's config.json; layers: fewer than it has, where memory ends."""
-    hidden, intermediate, every, heads, kv_heads = SHAPES[model]
-    layers = layers or every
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 32 if model == "dry" else 128,
-        "vocab_size": 128 if model == "dry" else VOCABULARY,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": model != "8B",
-        "initializer_range": 0.02,
-        "hidden_act": "silu",
-        "attention_bias": False,
-    }
-
-
-class Step(NamedTuple):
-    """forward to the mean log-probability; what comes before and after a backward; clip and optimizer; the weights.
-
-    warm: what training calls before the first step.
-    """
-
-    forward: Callable[[], torch.Tensor]
-    before: Callable[[], None]
-    after: Callable[[], None]
-    update: Callable[[], None]
-    parameters: list[torch.nn.Parameter]
-    warm: Callable[[], None] = lambda: None
-
-
-def lengths_of(tokens: int, seqlen: int | None) -> list[int]:
-    """Equal sequences; seqlen None: those of an RL step, many short and a few of the longest, 16 to 1."""
-    if seqlen is not None:
-        return [seqlen] * (tokens // seqlen)
-    longest = max(tokens // 8, 16)
-    lengths: list[int] = []
-    generator = torch.Generator().manual_seed(SEED)
-    while (left := tokens - sum(lengths)) > 0:
-        share = 0.0625 + 0.9375 * float(torch.rand((), generator=generator)) ** 3
-        lengths.append(min(max(int(longest * share), 2), left))
-    if lengths[-1] < 2:
-        lengths[-2:] = [sum(lengths[-2:])]
-    return lengths
-
-
-def ours(
-    model: str,
-    rows: list[torch.Tensor],
-    layers: int | None,
-    recompute: str,
-    verify: bool = True,
-    offload: str = "none",
-) -> Step:
-    from bi_ops import optim
-    from bi_ops.matmul import TOKEN_STEP, warmup
-    from bi_ops.models.packing import pack
-    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
-
-    network = Qwen3ForCausalLM(Qwen3Config.from_dict(shape(model, layers)), recompute=recompute)  # type: ignore[arg-type]
-    torch.manual_seed(SEED)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            p.fill_(1.0) if name.endswith("norm.weight") else p.normal_(std=0.02)
-    if verify:
-        warmup(network)
-    ids = [row.tolist() for row in rows]
-    batch = pack([row[:1] for row in ids], [row[1:] for row in ids], network.device, align=TOKEN_STEP)
-    parameters = list(network.parameters())
-    optimizer: list[optim.AdamW] = []  # its states are there from the first update on
-    if offload != "none":
-        optimizer.append(optim.OffloadedAdamW(parameters, lr=LR, masters=offload == "masters"))
-
-    def after() -> None:
-        network.collect_main_grads()
-
-    def update() -> None:
-        if not optimizer:
-            optimizer.append(optim.AdamW(parameters, lr=LR))
-        norm = optim.global_norm([p.grad for p in parameters if p.grad is not None])
-        optimizer[0].step(grad_scale=optim.clip_scale(norm, MAX_NORM))
-
-    return Step(
-        lambda: network.token_logprobs(batch).mean(),
-        network.allocate_main_grads,
-        after,
-        update,
-        parameters,
-        network.warmup,
-    )
-
-
-def theirs(model: str, rows: list[torch.Tensor], layers: int | None, side: str) -> Step:
-    """Sequences of unequal lengths are packed by transformers' position ids where attention takes them, else padded."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(SEED)
-    config = Qwen3Config(**shape(model, layers), attn_implementation="sdpa")
-    device = runtime.default_device()
-    autocast, liger = "autocast" in side, side == "liger"
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
-
-        apply_liger_kernel_to_qwen3(fused_linear_cross_entropy=True)
-    with torch.device(device):
-        network = Qwen3ForCausalLM(config)
-    network = network.to(device, torch.float32 if autocast else torch.bfloat16)
-    network.config.use_cache = False
-    if "checkpoint" in side:
-        network.train()
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    longest = max(len(row) for row in rows)
-    ids = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
-    targets = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row)), value=-100) for row in rows])
-
-    def value(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # The mean of the next tokens' log-probabilities, in fp32, without a copy of the logits kept for the backward.
-        return -torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten())
-
-    compiled = side in ("torch, compiled", "torch, checkpoint")
-    call, mean = (torch.compile(network), torch.compile(value)) if compiled else (network, value)
-    parameters = list(network.parameters())
-    optimizer: list[torch.optim.AdamW] = []
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            if liger:
-                return -call(input_ids=ids, labels=targets).loss
-            return mean(call(input_ids=ids).logits, targets)
-
-    def update() -> None:
-        if not optimizer:
-            optimizer.append(torch.optim.AdamW(parameters, lr=LR, fused=device.type == "cuda"))
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-        optimizer[0].step()
-
-    return Step(forward, lambda: None, lambda: None, update, parameters)
+RECOMPUTE = {"bi_ops": "selective", "bi_ops, graphs": "selective", "bi_ops, none": "none", "bi_ops, layer": "layer"}
+OTHER_SIDES = ("bi_ops, graphs", "bi_ops, none", "bi_ops, layer", "torch, cudnn", "torch, checkpoint", "liger")
+#: Exit status of a side that the memory does not hold.
+OUT_OF_MEMORY = 3
 
 
 def wait() -> float:
@@ -281,38 +132,46 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
     vocabulary = shape(model)["vocab_size"]
     rows = [torch.randint(vocabulary, (n,)).to(runtime.default_device()) for n in lengths_of(tokens, seqlen)]
     own = side in RECOMPUTE
+    start = wait()
     if own:
-        made = ours(model, rows, args.layers, RECOMPUTE[side], offload=args.offload)
+        made = ours(*(model, rows, args.layers, RECOMPUTE[side]), offload=args.offload, graphs=side == "bi_ops, graphs")
     else:
         made = theirs(model, rows, args.layers, side)
+    made.warm()
     times: list[tuple[float, float]] = []
-    bits = ""
+    bits, first_step = "", 0.0
     warm = min(args.steps, 2)
     for i in range(args.steps + warm):
-        start = wait()
+        begin = wait()
         made.before()
-        loss = made.forward()
-        middle = wait()
-        loss.backward()
+        if made.whole is None:
+            loss = made.forward()
+            middle = wait()
+            loss.backward()
+        else:
+            middle, loss = begin, made.whole()
         made.after()
         end = wait()
-        if i == 0 and own:
-            bits = digest(made, loss)
+        if i == 0:
+            first_step = end - start
+            bits = digest(made, loss) if own else ""
         clear(made)
         if i == warm - 1 and not runtime.INTERPRET:
             torch.cuda.reset_peak_memory_stats()
             gc.freeze()  # or the time of a step depends on how many objects there are to look at
         if i >= warm:
-            times.append((middle - start, end - middle))
+            times.append((middle - begin, end - middle))
     forward_ms, backward_ms, step_ms = (
         1e3 * statistics.median(f(t) for t in times) for f in (lambda t: t[0], lambda t: t[1], sum)
     )
-    peak = None if runtime.INTERPRET else torch.cuda.max_memory_allocated()
+    peak, reserved = (
+        (None, None) if runtime.INTERPRET else (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    )
     loss = loss.detach()
-    graph = not runtime.INTERPRET and args.graphs
+    graph = not runtime.INTERPRET and args.graphs and made.whole is None
     captured_ms = replayed(made, args.steps, loss) if graph else None
     profiled = kernels(made) if args.profile else []
-    update_ms, update_peak = updated(made, args.steps) if args.update else (None, None)
+    clip_ms, optimizer_ms, update_peak = updated(made, args.steps) if args.update else (None, None, None)
     return {
         "model": model,
         "layers": args.layers or SHAPES[model][2],
@@ -321,13 +180,17 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
         "side": side,
         "recompute": RECOMPUTE.get(side, "layer" if "checkpoint" in side else "none"),
         "offload": args.offload if own else "none",
-        "forward_ms": round(forward_ms, 2),
-        "backward_ms": round(backward_ms, 2),
+        "gemm": made.gemm,
+        "first_step_s": round(first_step, 2),
+        "forward_ms": None if made.whole else round(forward_ms, 2),
+        "backward_ms": None if made.whole else round(backward_ms, 2),
         "step_ms": round(step_ms, 2),
         "captured_ms": captured_ms and round(captured_ms, 2),
-        "update_ms": update_ms and round(update_ms, 2),
+        "clip_ms": clip_ms and round(clip_ms, 2),
+        "optimizer_ms": optimizer_ms and round(optimizer_ms, 2),
         "tokens_per_s": round(tokens / step_ms * 1e3),
         "peak_bytes": peak,
+        "reserved_bytes": reserved,
         "update_peak_bytes": update_peak,
         "value": round(loss.item(), 5),
         "bits": bits,
@@ -335,21 +198,27 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
     }
 
 
-def updated(made: Step, steps: int) -> tuple[float, int | None]:
-    """(median milliseconds of clip and AdamW, peak bytes of a step with the states in memory)."""
+def updated(made: Step, steps: int) -> tuple[float, float, int | None]:
+    """(median milliseconds of clip, of AdamW, peak bytes of a step with the states in memory)."""
     times = []
     for i in range(steps + 1):
         made.before()
-        made.forward().backward()
+        if made.whole is None:
+            made.forward().backward()
+        else:
+            made.whole()
         made.after()
         if i == 0 and not runtime.INTERPRET:
             torch.cuda.reset_peak_memory_stats()
         start = wait()
+        made.clip()
+        middle = wait()
         made.update()
-        times.append(wait() - start)
+        times.append((middle - start, wait() - middle))
         clear(made)
     peak = None if runtime.INTERPRET else torch.cuda.max_memory_allocated()
-    return 1e3 * statistics.median(times[1:]), peak
+    clip, optimizer = zip(*times[1:], strict=True)
+    return 1e3 * statistics.median(clip), 1e3 * statistics.median(optimizer), peak
 
 
 def main() -> int:
@@ -370,6 +239,9 @@ def main() -> int:
         help="what bi_ops' sides keep in host memory: AdamW's states, or the fp32 master weights too",
     )
     parser.add_argument("--profile", action="store_true", help="write step_profile.csv too: GPU time by kernel")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no side after so long, and end the last one"
+    )
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU; figures mean nothing")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "MODEL"), help=argparse.SUPPRESS)
@@ -381,42 +253,89 @@ def main() -> int:
         args.seqlen = args.seqlen if args.seqlen == "rl" else "16"
     if args.one:
         side, model = args.one
-        print(json.dumps(measure(side, model, args.tokens[0], args)))
+        try:
+            print(json.dumps(measure(side, model, args.tokens[0], args)))
+        except torch.OutOfMemoryError as error:
+            print(error, file=sys.stderr)
+            return OUT_OF_MEMORY
         return 0
-    rows, profiles, failed = [], [], False
-    record = provenance(args.commit)
-    args.out.mkdir(parents=True, exist_ok=True)
-    wanted = {"--dry": args.dry, "--profile": args.profile, "--no-graphs": not args.graphs, "--update": args.update}
-    flags = [flag for flag, given in wanted.items() if given]
-    flags += ["--offload", args.offload]
-    flags += ["--layers", str(args.layers)] if args.layers else []
+    table = Table(args)
     for model, tokens in itertools.product(args.models, args.tokens):
-        for side in args.sides:
-            sizes = ["--tokens", str(tokens), "--seqlen", str(args.seqlen), "--steps", str(args.steps)]
-            command = [sys.executable, __file__, "--out", str(args.out), *sizes, *flags]
-            done = subprocess.run([*command, "--one", side, model], capture_output=True, text=True)
+        layers = args.layers or SHAPES[model][2]
+        while not table.sides(model, tokens, layers) and layers > 1:
+            layers //= 2
+            print(f"{model} {tokens}: out of memory; again with {layers} layers", file=sys.stderr, flush=True)
+    return 1 if table.failed else 0
+
+
+class Table:
+    """Runs sides in processes of their own and writes their rows as they come."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.end, self.failed = args, time.monotonic() + args.seconds, False
+        self.rows: list[dict[str, Any]] = []
+        self.profiles: list[dict[str, Any]] = []
+        self.record = provenance(args.commit)
+        args.out.mkdir(parents=True, exist_ok=True)
+
+    def sides(self, model: str, tokens: int, layers: int) -> bool:
+        """Every side of one model; False: one did not fit the memory, and no row was kept."""
+        rows, profiles = list(self.rows), list(self.profiles)
+        for side in self.args.sides:
+            left, name = self.end - time.monotonic(), f"{model} {tokens} {side}"
+            if left <= 0:
+                self._fails(f"{name}: left out, out of time")
+                continue
+            try:
+                done = subprocess.run(
+                    self._command(side, model, tokens, layers),
+                    capture_output=True,
+                    text=True,
+                    timeout=None if math.isinf(left) else left,
+                )
+            except subprocess.TimeoutExpired:
+                self._fails(f"{name}: cut off, out of time")
+                continue
+            if done.returncode == OUT_OF_MEMORY:
+                self.rows, self.profiles = rows, profiles
+                return False
             if done.returncode:
                 why = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]  # killed, it says nothing
-                print(f"{model} {side}: {why[-1]}", file=sys.stderr)
-                failed = True
+                self._fails(f"{name}: {why[-1]}")
                 continue
-            row = json.loads(done.stdout.splitlines()[-1])
             for line in done.stderr.splitlines():
                 if line.startswith("not captured"):
-                    print(f"{model} {side}: {line}", file=sys.stderr)
-            profiles += [{"model": model, "side": side} | kernel | record for kernel in row.pop("kernels")]
-            rows.append(row | record)
-            write_csv(args.out / "step.csv", rows)
-            if profiles:
-                write_csv(args.out / "step_profile.csv", profiles)
-            print(
-                f"{model:5} {tokens:6} {side:16} {row['step_ms']:9.1f} ms = forward {row['forward_ms']:.1f} + backward "
-                f"{row['backward_ms']:.1f}; from a CUDA graph {row['captured_ms']}; {row['tokens_per_s']:,} tokens/s; "
-                f"update {row['update_ms']} ms; {(row['peak_bytes'] or 0) / 2**30:.1f} GiB, with AdamW "
-                f"{(row['update_peak_bytes'] or 0) / 2**30:.1f}; bits {row['bits']}",
-                flush=True,
-            )
-    return 1 if failed else 0
+                    print(f"{name}: {line}", file=sys.stderr)
+            self._add(json.loads(done.stdout.splitlines()[-1]))
+        return True
+
+    def _fails(self, why: str) -> None:
+        self.failed = True
+        print(why, file=sys.stderr, flush=True)
+
+    def _command(self, side: str, model: str, tokens: int, layers: int) -> list[str]:
+        args = self.args
+        wanted = {"--dry": args.dry, "--profile": args.profile, "--no-graphs": not args.graphs, "--update": args.update}
+        flags = [flag for flag, given in wanted.items() if given]
+        sizes = ["--tokens", str(tokens), "--seqlen", str(args.seqlen), "--steps", str(args.steps)]
+        sizes += ["--layers", str(layers), "--offload", args.offload]
+        return [sys.executable, __file__, "--out", str(args.out), *sizes, *flags, "--one", side, model]
+
+    def _add(self, row: dict[str, Any]) -> None:
+        of = {"model": row["model"], "side": row["side"]}
+        self.profiles += [of | kernel | self.record for kernel in row.pop("kernels")]
+        self.rows.append(row | self.record)
+        write_csv(self.args.out / "step.csv", self.rows)
+        if self.profiles:
+            write_csv(self.args.out / "step_profile.csv", self.profiles)
+        parts = "" if row["forward_ms"] is None else f" = {row['forward_ms']:.1f} + {row['backward_ms']:.1f}"
+        print(
+            f"{row['model']:5} {row['tokens']:6} {row['side']:17} {row['step_ms']:9.1f} ms{parts}; captured "
+            f"{row['captured_ms']}; first {row['first_step_s']} s; {row['tokens_per_s']:,} tokens/s; clip "
+            f"{row['clip_ms']}, AdamW {row['optimizer_ms']} ms; {(row['peak_bytes'] or 0) / 2**30:.1f} GiB, with AdamW "
+            f"{(row['update_peak_bytes'] or 0) / 2**30:.1f}; GEMMs {row['gemm']}; bits {row['bits']}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
