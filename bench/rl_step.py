@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Protocol
 
 from record import provenance, write_csv
 from rollout import build_binding
-from step import LR, MAX_NORM, shape, wait
+from step_sides import LR, MAX_NORM, shape, wait
 
 import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch

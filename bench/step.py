@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from record import provenance, write_csv
-from step_sides import SEED, SHAPES, Step, lengths_of, ours, shape, theirs
+from step_sides import SEED, SHAPES, Step, lengths_of, ours, shape, theirs, wait
 
 import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
@@ -55,13 +55,6 @@ RECOMPUTE = {"bi_ops": "selective", "bi_ops, graphs": "selective", "bi_ops, none
 OTHER_SIDES = ("bi_ops, graphs", "bi_ops, none", "bi_ops, layer", "torch, cudnn", "torch, checkpoint", "liger")
 #: Exit status of a side that the memory does not hold.
 OUT_OF_MEMORY = 3
-
-
-def wait() -> float:
-    """The time once the GPU has nothing left to do."""
-    if not runtime.INTERPRET:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def clear(made: Step) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,6 +68,13 @@ class Step(NamedTuple):
     warm: Callable[[], None] = lambda: None
     whole: Callable[[], torch.Tensor] | None = None
     gemm: str = "cublas"
+
+
+def wait() -> float:
+    """The time once the GPU has nothing left to do."""
+    if not runtime.INTERPRET:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def lengths_of(tokens: int, seqlen: int | None) -> list[int]:

@@ -115,6 +115,8 @@ def test_sizes_hold_what_they_are_for_and_waste_little():
 def test_a_padded_batch_is_of_its_bucket_and_keeps_every_sequence(seed):
     r = random.Random(seed)
     shapes = [(r.randint(1, 30), r.randint(1, 200)) for _ in range(r.randint(1, 12))]
+    if seed % 2:  # nearly as many tokens as sequences of one length would have
+        shapes = [(1, 127)] * 2 ** (seed % 5) + [(1, 16 * r.randint(1, 8) - 1)]
     batch = pack([[1] * a for a, _ in shapes], [[2] * b for _, b in shapes], "cpu", TOKEN_STEP, unit_tokens=200)
     bucket = bucket_of(batch, 256)
     padded, (values,) = pad(batch, bucket, 7, [torch.ones(len(batch.targets))])
@@ -132,6 +134,16 @@ def test_a_padded_batch_is_of_its_bucket_and_keeps_every_sequence(seed):
     assert values.sum() == len(batch.targets)
     assert int(padded.logit_indices.bincount().max()) <= 2
     assert int(padded.logit_indices.max()) < bucket.tokens
+
+
+def test_equal_lengths_stay_equal_and_nearly_equal_ones_do_not():
+    """Attention launches simpler grids where tokens are sequences times the longest, in every batch of a graph."""
+    equal = pack([[1]] * 4, [[2] * 127] * 4, "cpu", TOKEN_STEP)
+    assert bucket_of(equal, 256) == (512, 512, 4, 128)
+    nearly = pack([[1]] * 4, [[2] * n for n in (511, 511, 511, 479)], "cpu", TOKEN_STEP)
+    bucket = bucket_of(nearly, 1024)
+    assert bucket.tokens == 2048 < bucket.sequences * bucket.max_seqlen
+    assert pad(nearly, bucket, 8)[0].cu_seqlens.diff().sum() == 2048
 
 
 def test_batches_of_other_sizes_share_buckets():

@@ -62,7 +62,7 @@ def bucket_of(batch: PackedBatch, longest: int) -> Bucket:
     tokens = size_of(n_tokens, TOKEN_SIZES)
     rows = min(size_of(batch.scatter_size, ROW_SIZES), tokens)
     max_seqlen = max(min(1 << (batch.max_seqlen - 1).bit_length(), longest), batch.max_seqlen)
-    if tokens == n_seqs * max_seqlen:
+    if n_tokens == tokens == n_seqs * max_seqlen:
         return Bucket(tokens, rows, n_seqs, max_seqlen)  # equal lengths, for which attention has simpler launches
     # Appended tokens are sequences as long as the bucket's longest at most; others are empty.
     sequences = max(1 << (n_seqs + cdiv(tokens - n_tokens, max_seqlen) - 1).bit_length(), MIN_SEQUENCES)
