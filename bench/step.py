@@ -136,8 +136,8 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
     warm = min(args.steps, 2)
     for i in range(args.steps + warm):
         begin = wait()
-        made.before()
         if made.whole is None:
+            made.before()
             loss = made.forward()
             middle = wait()
             loss.backward()
@@ -195,8 +195,8 @@ def updated(made: Step, steps: int) -> tuple[float, float, int | None]:
     """(median milliseconds of clip, of AdamW, peak bytes of a step with the states in memory)."""
     times = []
     for i in range(steps + 1):
-        made.before()
         if made.whole is None:
+            made.before()
             made.forward().backward()
         else:
             made.whole()

@@ -13,6 +13,7 @@ from bi_ops.core import runtime
 
 if TYPE_CHECKING:
     from bi_ops.models.packing import PackedBatch
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
 
 #: Clip and AdamW of the sides: betas and weight decay are torch's.
 LR, MAX_NORM = 1e-6, 1.0
@@ -55,8 +56,8 @@ def shape(model: str, layers: int | None = None) -> dict[str, Any]:
 class Step(NamedTuple):
     """forward to the mean log-probability; what comes before and after a backward; clip, then optimizer; the weights.
 
-    warm: what training calls before the first step. whole: forward and backward in one; its value. gemm: who computes
-    GEMMs.
+    warm: what training calls before the first step. whole: forward and backward in one, in place of `before`, `forward`
+    and the backward; its value. gemm: who computes GEMMs.
     """
 
     forward: Callable[[], torch.Tensor]
@@ -92,6 +93,18 @@ def lengths_of(tokens: int, seqlen: int | None) -> list[int]:
     return lengths
 
 
+def made_network(model: str, layers: int | None, recompute: str) -> Qwen3ForCausalLM:
+    """bi_ops' Qwen3 with random weights."""
+    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+
+    network = Qwen3ForCausalLM(Qwen3Config.from_dict(shape(model, layers)), recompute=recompute)  # type: ignore[arg-type]
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            p.fill_(1.0) if name.endswith("norm.weight") else p.normal_(std=0.02)
+    return network
+
+
 def ours(
     model: str,
     rows: list[torch.Tensor],
@@ -100,19 +113,16 @@ def ours(
     verify: bool = True,
     offload: str = "none",
     graphs: bool = False,
+    network: Qwen3ForCausalLM | None = None,
 ) -> Step:
-    """graphs: `whole` replays forward and backward from a CUDA graph."""
+    """graphs: `whole` replays forward and backward from a CUDA graph. network: of an earlier call; None: a new one."""
     from bi_ops import optim
     from bi_ops.matmul import TOKEN_STEP, cublaslt, warmup
     from bi_ops.models.graphs import StepGraphs
     from bi_ops.models.packing import pack
-    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
-    network = Qwen3ForCausalLM(Qwen3Config.from_dict(shape(model, layers)), recompute=recompute)  # type: ignore[arg-type]
-    torch.manual_seed(SEED)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            p.fill_(1.0) if name.endswith("norm.weight") else p.normal_(std=0.02)
+    if network is None:
+        network = made_network(model, layers, recompute)
     if verify:
         warmup(network)
     ids = [row.tolist() for row in rows]
@@ -156,7 +166,12 @@ def ours(
 
     run = StepGraphs(network, microbatch, capture=(lambda step, pool: step) if runtime.INTERPRET else None)
     padded = run.pad(batch, torch.full((len(batch.targets),), 1 / len(batch.targets), device=network.device))
-    return made._replace(before=run.begin, whole=lambda: run.run(padded)[0].mean())
+
+    def whole() -> torch.Tensor:
+        run.begin()
+        return run.run(padded)[0].mean()
+
+    return made._replace(whole=whole)
 
 
 def theirs(model: str, rows: list[torch.Tensor], layers: int | None, side: str) -> Step:
