@@ -293,6 +293,11 @@ def test_what_a_replay_could_not_keep_is_refused_by_name():
         run.begin()
     hook.remove()
     run.begin()
+    hook = model.model.norm.weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has hooks"):
+        run.begin()
+    hook.remove()
+    run.begin()
     model.model.bias = torch.nn.Parameter(torch.zeros(3, device=model.device))
     with pytest.raises(ValueError, match=r"model\.bias would be summed in \.grad"):
         run.begin()

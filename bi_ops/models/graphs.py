@@ -56,6 +56,11 @@ def _captured(step: Call, pool: Any) -> Call:
     return replay
 
 
+def _has_hooks(m: torch.nn.Module) -> bool:
+    hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    return any(hooks)
+
+
 class StepGraphs:
     """Runs micro-batches of `model`, each padded to a bucket, from a CUDA graph per bucket.
 
@@ -119,12 +124,15 @@ class StepGraphs:
                     f"StepGraphs: attention by {model.attention_backend!r} is not captured; use 'triton', or run "
                     "without graphs"
                 )
-            for name, module in model.named_modules():
-                if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-                    raise ValueError(
-                        f"StepGraphs: {name or 'the model'} has hooks, which a replay would not call; remove them, or "
-                        "run without graphs"
-                    )
+            hooked = [
+                *(n or "the model" for n, m in model.named_modules() if _has_hooks(m)),
+                *(n for n, p in model.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks),
+            ]
+            if hooked:
+                raise ValueError(
+                    f"StepGraphs: {hooked[0]} has hooks, which a replay would not call; remove them, or run without "
+                    "graphs"
+                )
             tensors = [*model.parameters(), *model.buffers()]
             found.append((model.recompute, model.attention_backend, model.head_chunk_rows, model.training))
             found += [(t.data_ptr(), t.dtype, t.shape, t.requires_grad) for t in tensors]
