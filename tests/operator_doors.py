@@ -390,6 +390,7 @@ ONE_DOOR_FUNCTIONS = {
     "logprob.processed_logits": "no gradient; a part of sampled_logprobs",
     "logprob.sampled_order_of": "a value",
     **{f"{name}.order_of": "a value" for name in ("activation", "embedding", "logprob", "norm", "reduction", "rope")},
+    "logprob.ranked_logprobs": "no gradient; against token_logprobs in test_logprob_properties.py",
     "logprob.token_stats": "token_logprobs without a gradient; test_nn_lm_head.py",
     "logprob.token_stats_backward_": "what nn.linear_token_logprobs calls; test_nn_lm_head.py",
     "matmul.order_of": "a value",

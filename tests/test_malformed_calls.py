@@ -241,6 +241,12 @@ OPERATORS = {
         args=lambda: {"logits": rand(3, 7), "ids": ints(0, 6, 3, dtype=torch.int64), "return_entropy": False},
         reference=chosen,
     ),
+    "logprob.ranked_logprobs": named(
+        "ranked_logprobs",
+        call=logprob.ranked_logprobs,
+        args=lambda: {"logits": rand(3, 7), "ids": ints(0, 6, 3, dtype=torch.int64)},
+        reference=lambda logits, ids: (chosen(logits, ids), (logits >= logits.gather(1, ids[:, None])).sum(1)),
+    ),
     "logprob.token_stats": named(
         "token_stats",
         call=logprob.token_stats,
