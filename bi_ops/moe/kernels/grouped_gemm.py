@@ -137,7 +137,7 @@ def grouped_wgrad_kernel(
         m = (o_m < N)[:, None] & (o_n < K)[None, :]
         p_at = p_dw + (expert.to(tl.int64) * N + o_m)[:, None] * K + o_n[None, :]
         if ACCUMULATE:
-            m = m & (last > first)
+            m = m & (o_m < tl.where(last > first, N, 0))[:, None]
             acc = tl.load(p_at, mask=m, other=0.0)
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
