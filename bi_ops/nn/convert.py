@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from bi_ops.nn.experts import GroupedLinear
 from bi_ops.nn.layers import Attention, Embedding, Linear, RMSNorm, SiluAndMul, unsupported_embedding_options
 
 #: What becomes what. Only these very classes: a subclass may compute something else.
@@ -44,7 +45,7 @@ def _unsupported_reason(module: torch.nn.Module) -> str:
         if added := sorted(set(own) - {"weight", "bias"}):
             return f"its weight is computed from {', '.join(added)}, outside of the layer"
         return "its forward was replaced on the instance; convert before that" if "forward" in vars(module) else ""
-    if kind in CONVERSIONS.values() or kind in (SiluAndMul, Attention):
+    if kind in CONVERSIONS.values() or kind in (SiluAndMul, Attention, GroupedLinear):
         return ""
     for base in CONVERSIONS:
         if isinstance(module, base):

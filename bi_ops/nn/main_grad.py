@@ -13,18 +13,22 @@ import torch
 
 from bi_ops.core.integers import cdiv
 from bi_ops.core.main_grad import MainGrad
+from bi_ops.nn.experts import GroupedLinear
 from bi_ops.nn.layers import Embedding, Linear, RMSNorm
+
+#: Layers that can carry a weight gradient.
+Layer = Linear | RMSNorm | Embedding | GroupedLinear
 
 #: Elements that share an allocation at most, because each allocation costs a launch: 256 MiB of fp32.
 ELEMENTS = 1 << 26
 
 
-def _layers(op: str, module: torch.nn.Module) -> Iterator[Linear | RMSNorm | Embedding]:
-    """The layers that can carry a weight gradient. Layers that share a weight are all listed."""
+def _layers(op: str, module: torch.nn.Module) -> Iterator[Layer]:
+    """The layers in `module`. Layers that share a weight are all listed."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"{op}: module must be a torch.nn.Module, got {type(module).__name__}")
     for layer in module.modules():
-        if isinstance(layer, Linear | RMSNorm | Embedding) and layer.weight is not None:
+        if isinstance(layer, Layer) and layer.weight is not None:
             yield layer
 
 
