@@ -11,7 +11,7 @@ import torch
 from bi_ops import attention, logprob, nn
 from bi_ops.core import checks, runtime
 from bi_ops.core.orders import OrderRecord
-from bi_ops.models import checkpoint, orders
+from bi_ops.models import checkpoint, orders, packing
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.models.packing import DEFAULTS, PackedBatch
 from bi_ops.nn.recompute import Recompute, check_recompute
@@ -105,6 +105,11 @@ class CausalLM(torch.nn.Module):
         return {}
 
     # What follows from it.
+
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens of a unit in training (`models.packing.units`): sums over tokens are cut nowhere else."""
+        return packing.UNIT_TOKENS
 
     @property
     def device(self) -> torch.device:

@@ -165,7 +165,8 @@ class DecoderForCausalLM(CausalLM):
         }
 
     def hidden_states(self, batch: PackedBatch, attention_fn: AttentionFn) -> torch.Tensor:
-        return self(batch.input_ids, batch.positions, attention_fn, batch.cu_units)
+        units = batch.cu_units if torch.is_grad_enabled() else None  # no sum over tokens needs them
+        return self(batch.input_ids, batch.positions, attention_fn, units)
 
     def forward(
         self,

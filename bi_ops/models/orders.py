@@ -10,23 +10,27 @@ from typing import NamedTuple
 
 import torch
 
-from bi_ops import activation, attention, embedding, logprob, matmul, norm, rope
+from bi_ops import activation, attention, embedding, logprob, matmul, moe, norm, rope
 from bi_ops.core import arch, runtime
 from bi_ops.core.orders import Order, OrderRecord
 from bi_ops.models.config import CausalLMConfig
 
 
 class Shapes(NamedTuple):
-    """What the orders of a causal LM depend on besides the architecture. dtype: of its weights and activations."""
+    """What the orders of a causal LM depend on besides the architecture.
+
+    dtype: of its weights and activations. num_experts: of a layer that has experts; 0: none has.
+    """
 
     hidden_size: int
     head_dim: int
     vocab_size: int
     dtype: torch.dtype
+    num_experts: int = 0
 
 
-#: Qwen3's sizes, for those who ask about no model.
-EXAMPLE = Shapes(2048, 128, 151936, torch.bfloat16)
+#: Sizes of Qwen3 and Qwen3-MoE, for those who ask about no model.
+EXAMPLE = Shapes(2048, 128, 151936, torch.bfloat16, num_experts=128)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class ComputeDtype(Order):
 
 def shapes_of(config: CausalLMConfig, dtype: torch.dtype) -> Shapes:
     """What the orders of a model of this config depend on, computed in `dtype`."""
-    return Shapes(config.hidden_size, config.head_dim, config.vocab_size, dtype)
+    experts = getattr(config, "num_experts", 0)
+    return Shapes(config.hidden_size, config.head_dim, config.vocab_size, dtype, experts)
 
 
 def record(
@@ -101,8 +106,10 @@ def chosen_backends(backend: str | None, shapes: Shapes, device: torch.device) -
 
 def operator_orders(shapes: Shapes, backend: str | None, device: torch.device) -> dict[str, Order]:
     """The order of each operator in a forward pass, by its name."""
-    hidden, head_dim, vocabulary, dtype = shapes
+    hidden, head_dim, vocabulary, dtype, num_experts = shapes
+    experts = {"moe": moe.order_of(dtype, num_experts)} if num_experts else {}
     return {
+        **experts,
         "matmul": matmul.order_of(dtype, device=device),
         "norm": norm.order_of(hidden, dtype).rows,
         "attention": attention.order_of(head_dim, dtype, backend=backend, device=device).forward,

@@ -1,4 +1,4 @@
-"""A model small enough for Triton's interpreter, as the fields of its config.json."""
+"""Models small enough for Triton's interpreter, as the fields of their config.json."""
 
 from __future__ import annotations
 
@@ -22,4 +22,15 @@ TINY: dict[str, Any] = {
     "tie_word_embeddings": True,
     "initializer_range": 0.1,
     "dtype": "float32",
+}
+
+#: The same with experts.
+TINY_MOE: dict[str, Any] = {
+    **TINY,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
 }

@@ -81,7 +81,7 @@ class TrainConfig:
     distribution that they make, the one that was sampled; with the defaults those of the logits as they are.
     clip: of the importance ratio. kl: coefficient of the KL to the initial model. mean: what counts equally.
     max_tokens_per_microbatch: cut the training pass into packs of at most that many tokens, padding not counted
-    (None: one pack). Short sequences stay together in units of `models.packing.UNIT_TOKENS`. The cut changes no bit of
+    (None: one pack). Short sequences stay together in units (`CausalLM.unit_tokens`). The cut changes no bit of
     a log-probability or of the update; only the loss that is reported is added up pack by pack.
     atoms: into how many parts each batch is cut for sums over tokens, a power of two, and so the most data-parallel
     ranks that can share it (`bi_ops.parallel.AtomTree`). Another number has other bits; how many ranks there are

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from bi_ops.models.tiny import TINY
+import dataclasses
+
+from bi_ops.models.tiny import TINY, TINY_MOE
 from bi_ops.rl.config import TrainConfig
+
+_EXPERTS = {name: value for name, value in TINY_MOE.items() if TINY.get(name) != value}
 
 PRESETS: dict[str, TrainConfig] = {
     # Two CPU cores and Triton's interpreter: a kernel program costs milliseconds, so few and small.
@@ -30,3 +34,15 @@ PRESETS: dict[str, TrainConfig] = {
         lr=1e-3,
     ),
 }
+# The same with experts in every layer.
+PRESETS["demo-moe"] = dataclasses.replace(PRESETS["demo"], architecture=TINY_MOE)
+PRESETS["h100-moe"] = dataclasses.replace(
+    PRESETS["h100"],
+    architecture={
+        **PRESETS["h100"].architecture,
+        **_EXPERTS,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128,
+    },
+)

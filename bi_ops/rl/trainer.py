@@ -14,7 +14,6 @@ import torch
 
 from bi_ops import optim, parallel
 from bi_ops.core.rows import TOKEN_STEP
-from bi_ops.models import packing
 from bi_ops.models.graphs import StepGraphs
 from bi_ops.models.packing import PackedBatch, common_distributions, pack, units
 from bi_ops.rl.config import TrainConfig
@@ -271,7 +270,7 @@ class Trainer:
         per_token = advantages.repeat_interleave(torch.tensor(lengths))
         rollout = torch.cat([c.logprobs for c in completions])
         totals = [len(c.prompt) + len(c.tokens) for c in completions]
-        unit = packing.UNIT_TOKENS  # what the sums' bits depend on, and the size of a pack does not
+        unit = self.model.unit_tokens  # what the sums' bits depend on, and the size of a pack does not
         # All copies to the GPU come first: each of them waits for what was launched before.
         rollout, per_token, weights = (t.to(device) for t in (rollout, per_token, weights))
         atoms: list[list[tuple[slice, PackedBatch, Callable[[], tuple[torch.Tensor, ...]]]]] = []
