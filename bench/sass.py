@@ -246,7 +246,8 @@ def decode_matmul_launches() -> Iterator[Launch]:
 
 
 def grouped_matmul_launches() -> Iterator[Launch]:
-    from bi_ops.moe import config, hopper
+    from bi_ops.moe import config
+    from bi_ops.moe.hopper import grouped_gemm
 
     def launch(block_m, transposed, weights=False, dtype=BF16):
         x, y, w = (torch.zeros(s, dtype=dtype) for s in ((256, 768), (256, 2048), (4, 2048, 768)))
@@ -256,13 +257,33 @@ def grouped_matmul_launches() -> Iterator[Launch]:
         name = _text(block_m=block_m, transposed=transposed, weights=weights, dtype=dtype)
         c = config.hopper_config(block_m * 4, 4)
         assert c.block_m == block_m
-        return name, lambda: hopper.launch(x, w, y, tiles, routing, c, 132)
+        return name, lambda: grouped_gemm.launch(x, w, y, tiles, routing, c, 132)
 
     for block_m, transposed in itertools.product((64, 128), (False, True)):
         yield launch(block_m, transposed)
         yield launch(block_m, transposed, dtype=FP16)
         if not transposed:
             yield launch(block_m, transposed, weights=True)
+
+
+def grouped_wgrad_launches() -> Iterator[Launch]:
+    from bi_ops.moe import config
+    from bi_ops.moe.hopper import wgrad
+
+    def launch(out, accumulate, dtype=BF16):
+        g, x, dw = (
+            torch.zeros((256, 512), dtype=dtype),
+            torch.zeros((256, 1024), dtype=dtype),
+            torch.zeros(4, 512, 1024),
+        )
+        offsets, c = torch.zeros(5, dtype=torch.int32), config.hopper_wgrad_config(out)
+        name = _text(dtype=dtype, out=out, accumulate=accumulate)
+        return name, lambda: wgrad.launch(g, x, offsets, dw, accumulate, c, 132)
+
+    for dtype in (BF16, FP16):
+        yield launch(dtype, False, dtype)
+        yield launch(torch.float32, False, dtype)
+        yield launch(torch.float32, True, dtype)
 
 
 LAUNCHES = {
@@ -274,6 +295,7 @@ LAUNCHES = {
     "wgrad": wgrad_launches,
     "decode_matmul": decode_matmul_launches,
     "grouped_matmul": grouped_matmul_launches,
+    "grouped_wgrad": grouped_wgrad_launches,
 }
 
 

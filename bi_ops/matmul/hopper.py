@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from bi_ops.core.integers import cdiv
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
+from bi_ops.gluon.accumulator import exchange, join_columns, load_halves, split_columns
 from bi_ops.gluon.aggregate import Scalar, aggregate
 from bi_ops.gluon.pipeline import allocate_barriers, next_stage, previous_stage
 from bi_ops.gluon.semaphore import acquire, release
@@ -155,35 +156,6 @@ def _mainloop(args, acc, begin, end, stage, phase, WARP_GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _split_columns(acc, N: gl.constexpr):
-    """The left and the right columns of an accumulator. Each value stays in its thread."""
-    return gl.split(acc.reshape([HALF, 2, N // 2]).permute([0, 2, 1]))
-
-
-@gluon.jit
-def _join_columns(left, right, N: gl.constexpr, LAYOUT: gl.constexpr):
-    """The accumulator of these left and right columns."""
-    return gl.convert_layout(gl.join(left, right).permute([0, 2, 1]).reshape([HALF, N]), LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _exchange(part, smem):
-    """What was in shared memory; the part takes its place."""
-    LAYOUT: gl.constexpr = part.type.layout
-    loaded = smem.load(LAYOUT)
-    smem.store(part)
-    return loaded
-
-
-@gluon.jit
-def _load_c(c_desc, m, n, full, c_smem, wanted):
-    """Start to load what C holds of a warp group's half of a tile."""
-    mbarrier.expect(full, 2 * c_desc.block_type.nbytes, pred=wanted)
-    tma.async_load(c_desc, [m, n], full, c_smem.index(0), pred=wanted)
-    tma.async_load(c_desc, [m, n + c_desc.block_type.shape[1]], full, c_smem.index(1), pred=wanted)
-
-
-@gluon.jit
 def _consumer(args, WARP_GROUP: gl.constexpr):
     """Rows [64 WARP_GROUP, 64 WARP_GROUP + 64) of each tile."""
     BLOCK_T: gl.constexpr = args.x_smem.type.shape[1]
@@ -200,11 +172,11 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     acc = gl.zeros([HALF, BLOCK_N], gl.float32, LAYOUT)
     c_phase = 0
     if args.ACCUMULATE:
-        _load_c(c_desc, m, n, c_full, c_smem, True)
+        load_halves(c_desc, m, n, c_full, c_smem, True)
         mbarrier.wait(c_full, 0)
-        left, right = _split_columns(acc, BLOCK_N)
+        left, right = split_columns(acc, BLOCK_N)
         PART: gl.constexpr = left.type.layout
-        acc = _join_columns(c_smem.index(0).load(PART), c_smem.index(1).load(PART), BLOCK_N, LAYOUT)
+        acc = join_columns(c_smem.index(0).load(PART), c_smem.index(1).load(PART), BLOCK_N, LAYOUT)
         c_phase = 1
     stage = 0
     phase = 0
@@ -228,14 +200,14 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         is_sum = follows
         if not args.ACCUMULATE:
             is_sum = follows & (i + 1 == slice_item)  # the sum of the slice before
-        _load_c(c_desc, next_m, next_n, c_full, c_smem, is_sum)
+        load_halves(c_desc, next_m, next_n, c_full, c_smem, is_sum)
         acc, stage, phase = _mainloop(args, acc, middle, end, stage, phase, WARP_GROUP)
 
         mbarrier.wait(c_full, c_phase, pred=is_sum)
-        left, right = _split_columns(acc, BLOCK_N)
-        left = _exchange(left, c_smem.index(0))
-        right = _exchange(right, c_smem.index(1))
-        acc = _join_columns(left, right, BLOCK_N, LAYOUT)
+        left, right = split_columns(acc, BLOCK_N)
+        left = exchange(left, c_smem.index(0))
+        right = exchange(right, c_smem.index(1))
+        acc = join_columns(left, right, BLOCK_N, LAYOUT)
         if not args.ACCUMULATE:
             acc = gl.where(is_sum, acc, 0.0)
         fence_async_shared()

@@ -55,6 +55,20 @@ def hopper_config(rows: int, experts: int) -> HopperConfig:
     return HopperConfig(128 if rows >= 96 * experts else 64, 256, 64, 4, 8)
 
 
+class HopperWgradConfig(NamedTuple):
+    """Tiles of `hopper.wgrad`: 128 rows by `block_n` columns; `stages` steps of `block_t` rows in flight."""
+
+    block_n: int
+    block_t: int
+    stages: int
+    group_m: int
+
+
+def hopper_wgrad_config(dtype: torch.dtype) -> HopperWgradConfig:
+    """What fits beside the sums on their way to memory in `dtype`, a KiB of shared memory for each two bytes."""
+    return HopperWgradConfig(256, 16, 8 if dtype == torch.float32 else 12, 8)
+
+
 @functools.lru_cache(maxsize=4096)
 def wgrad_config(n: int, k: int, dtype: torch.dtype, arch: Arch) -> GroupedConfig:
     """A tile of an expert's [n, k] weight gradient; block_k: rows in a step."""

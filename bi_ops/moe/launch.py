@@ -10,7 +10,15 @@ from bi_ops.core.integers import cdiv, next_power_of_2
 from bi_ops.core.limits import SMALL
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
-from bi_ops.moe.config import CHUNK_TOKENS, grouped_config, hopper_config, router_config, row_config, wgrad_config
+from bi_ops.moe.config import (
+    CHUNK_TOKENS,
+    grouped_config,
+    hopper_config,
+    hopper_wgrad_config,
+    router_config,
+    row_config,
+    wgrad_config,
+)
 from bi_ops.moe.kernels.activation import expert_activation_backward_kernel, expert_activation_kernel
 from bi_ops.moe.kernels.grouped_gemm import grouped_matmul_kernel, grouped_wgrad_kernel, tile_table_kernel
 from bi_ops.moe.kernels.router import router_backward_kernel, router_kernel
@@ -190,11 +198,11 @@ def launch_grouped_matmul(
         return y
     arch, num_sms = arches.of(x.device), runtime.multiprocessors(x.device)
     if hopper_serves(x, weight):
-        from bi_ops.moe import hopper
+        from bi_ops.moe.hopper import grouped_gemm
 
         hopper_c = hopper_config(n_rows, num_experts)
         assert hopper_c.block_k % order_of(Problem(x.dtype, num_experts), arch).gemm.k_step == 0
-        hopper.launch(x, weight, y, _tile_table(offsets, n_rows, hopper_c.block_m), routing, hopper_c, num_sms)
+        grouped_gemm.launch(x, weight, y, _tile_table(offsets, n_rows, hopper_c.block_m), routing, hopper_c, num_sms)
         return y
     x = x if x.stride(1) == 1 else x.contiguous()
     order = order_of(Problem(x.dtype, num_experts), arch)
@@ -216,15 +224,40 @@ def launch_grouped_matmul(
     return y
 
 
+def wgrad_hopper_serves(g: torch.Tensor, x: torch.Tensor, dw: torch.Tensor) -> bool:
+    """Can `hopper.wgrad` compute these operands?"""
+    if g.dtype not in (torch.bfloat16, torch.float16) or not arches.of(g.device).gluon:
+        return False
+    num_experts, n, k = dw.shape
+    aligned = all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (g, x)) and dw.data_ptr() % 16 == 0
+    # A tile past the end of an expert's rows of dw would be stored over the next expert's.
+    return aligned and g.shape[0] > 0 and n % 128 == 0 and k % 8 == 0 and num_experts * n < SMALL
+
+
 def launch_grouped_wgrad(
-    g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, dw: torch.Tensor, accumulate: bool
+    g: torch.Tensor,
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    dw: torch.Tensor,
+    accumulate: bool,
+    aligned: bool = False,
 ) -> None:
-    """dw[e] = g[rows of e].T @ x[rows of e], g [R, N], x [R, K]; accumulate: added to what dw, in fp32, holds."""
+    """dw[e] = g[rows of e].T @ x[rows of e], g [R, N], x [R, K]; accumulate: added to what dw, in fp32, holds.
+
+    aligned: every expert has a multiple of `TOKEN_STEP` rows.
+    """
     if dw.numel() == 0:
         return
     (num_experts, n, k), arch = dw.shape, arches.of(g.device)
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
     order = order_of(Problem(g.dtype, num_experts, over_tokens=True), arch)
+    if aligned and wgrad_hopper_serves(g, x, dw):
+        from bi_ops.moe.hopper import wgrad
+
+        hopper_c = hopper_wgrad_config(dw.dtype)
+        assert hopper_c.block_t == order.gemm.k_step  # as an expert's rows are padded
+        wgrad.launch(g, x, offsets, dw, accumulate, hopper_c, runtime.multiprocessors(g.device))
+        return
     c = wgrad_config(n, k, g.dtype, arch)
     grouped_wgrad_kernel[(runtime.multiprocessors(g.device) * c.ctas,)](
         *(g, x, offsets, dw, g.shape[0], n, k, num_experts, g.stride(0), x.stride(0)),

@@ -63,10 +63,12 @@ class _Experts(Node):
         dx, y, dweights = _activation_grad(dy, x, weights, rows)
         del dy
         if need_down:
-            ddown = weight_grad(g_rows, y, offsets, ctx.dtypes[1], ctx.main_grads[1])
+            ddown = weight_grad(g_rows, y, offsets, ctx.dtypes[1], ctx.main_grads[1], aligned=True)
         del g_rows, y
         if need_gate_up:
-            dgate_up = weight_grad(dx, gather_op(hidden, rows, places), offsets, ctx.dtypes[0], ctx.main_grads[0])
+            x_rows = gather_op(hidden, rows, places)
+            dgate_up = weight_grad(dx, x_rows, offsets, ctx.dtypes[0], ctx.main_grads[0], aligned=True)
+            del x_rows
         if need_hidden:
             dhidden = combine_op(grouped_matmul(dx, gate_up.to(g.dtype).mT, offsets), rows, places)
         return dhidden, dgate_up, ddown, dweights if need_weights else None, None, None, None, None

@@ -121,27 +121,29 @@ def _(x, weight, offsets, weights=None, rows=None):
 
 
 @custom_op("bi_ops::grouped_weight_grad")
-def grouped_weight_grad(g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def grouped_weight_grad(
+    g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype, aligned: bool
+) -> torch.Tensor:
     """[E, N, K] in `dtype`: g[rows of e].T @ x[rows of e], zeros for an expert without rows."""
     dw = g.new_empty((offsets.shape[0] - 1, g.shape[1], x.shape[1]), dtype=dtype)
-    launch_grouped_wgrad(g, x, offsets, dw, accumulate=False)
+    launch_grouped_wgrad(g, x, offsets, dw, False, aligned)
     return dw
 
 
 @grouped_weight_grad.register_fake
-def _(g, x, offsets, dtype):
+def _(g, x, offsets, dtype, aligned):
     return g.new_empty((offsets.shape[0] - 1, g.shape[1], x.shape[1]), dtype=dtype)
 
 
 @custom_op("bi_ops::accumulate_grouped_weight_grad", mutates_args={"main_grad"})
 def _accumulate(
-    main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, accumulate: bool = True
+    main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, accumulate: bool, aligned: bool
 ) -> None:
-    launch_grouped_wgrad(g, x, offsets, main_grad, accumulate)
+    launch_grouped_wgrad(g, x, offsets, main_grad, accumulate, aligned)
 
 
 @_accumulate.register_fake
-def _(main_grad, g, x, offsets, accumulate=True):
+def _(main_grad, g, x, offsets, accumulate, aligned):
     return None
 
 
@@ -151,12 +153,16 @@ def weight_grad(
     offsets: torch.Tensor,
     dtype: torch.dtype,
     main_grad: torch.Tensor | MainGrad | None,
+    aligned: bool,
 ) -> torch.Tensor | None:
-    """The gradient of an [E, N, K] weight; None where it was added to `main_grad`."""
+    """The gradient of an [E, N, K] weight; None where it was added to `main_grad`.
+
+    aligned: every expert has a multiple of `TOKEN_STEP` rows, which are faster to add up.
+    """
     if main_grad is None:
-        return grouped_weight_grad(g, x, offsets, dtype)
+        return grouped_weight_grad(g, x, offsets, dtype, aligned)
     buffer, holds_sum = open_buffer(main_grad)
-    _accumulate(buffer, g, x, offsets, holds_sum)
+    _accumulate(buffer, g, x, offsets, holds_sum, aligned)
     return None
 
 
@@ -166,10 +172,10 @@ class _GroupedLinear(Node):
     operator = "grouped_linear"
 
     @staticmethod
-    def forward(ctx, x, weight, offsets, main_grad):
+    def forward(ctx, x, weight, offsets, main_grad, aligned):
         rounded = weight.to(x.dtype)
         ctx.save_for_backward(x, weight if main_grad is None else rounded, offsets)
-        ctx.main_grad, ctx.dtype = main_grad, weight.dtype
+        ctx.main_grad, ctx.dtype, ctx.aligned = main_grad, weight.dtype, aligned
         return grouped_matmul(x, rounded, offsets)
 
     @staticmethod
@@ -178,8 +184,9 @@ class _GroupedLinear(Node):
         x, weight, offsets = ctx.saved_tensors
         g = g.contiguous()
         dx = grouped_matmul(g, weight.to(g.dtype).mT, offsets) if ctx.needs_input_grad[0] else None
-        dweight = weight_grad(g, x, offsets, ctx.dtype, ctx.main_grad) if ctx.needs_input_grad[1] else None
-        return dx, dweight, None, None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None, None
+        return dx, weight_grad(g, x, offsets, ctx.dtype, ctx.main_grad, ctx.aligned), None, None, None
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -287,6 +294,8 @@ def grouped_linear(
     weight: torch.Tensor,
     offsets: torch.Tensor,
     main_grad: torch.Tensor | MainGrad | None = None,
+    *,
+    aligned: bool = False,
 ) -> torch.Tensor:
     """``x[r] @ weight[e].T`` for rows offsets[e] <= r < offsets[e + 1], as `torch._grouped_mm`.
 
@@ -300,6 +309,8 @@ def grouped_linear(
         offsets: int32 [E + 1], from 0 to at most R, ascending. Values are not checked.
         main_grad: fp32 [E, N, K], contiguous, or a `bi_ops.nn.MainGrad`, or None. If given, the weight's gradient is
             added to it in place and `weight.grad` stays as it is. That of an expert without rows is not touched.
+        aligned: offsets are multiples of `TOKEN_STEP`, as `dispatch` makes them: a faster kernel of the weight's
+            gradient, with the same bits. Not checked.
 
     Returns:
         [R, N] in the dtype of x.
@@ -314,6 +325,7 @@ def grouped_linear(
     num_experts = weight.shape[0]
     ok = offsets.shape[0] == num_experts + 1
     core_checks.shape(op, ok, lambda: f"offsets must be [{num_experts + 1}], got {list(offsets.shape)}")
+    core_checks.boolean(op, "aligned", aligned)
     if main_grad is not None:
         core_checks.main_grad(op, "main_grad", main_grad, weight.shape, x.device)
-    return _GroupedLinear.apply(x, weight, offsets.contiguous(), main_grad)
+    return _GroupedLinear.apply(x, weight, offsets.contiguous(), main_grad, aligned)

@@ -1,0 +1,147 @@
+"""The warp-specialised grouped GEMMs have the bits of the Triton kernels, and vLLM's MoE has those of a layer."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from bi_ops import moe
+from bi_ops.moe import launch
+from bi_ops.verify.properties import bits_equal
+
+pytestmark = pytest.mark.gpu
+
+BF16 = torch.bfloat16
+
+#: Rows of each expert.
+COUNTS = {
+    "few": (1, 0, 17, 3, 0, 16, 5, 2),
+    "many": (300, 0, 129, 64, 1, 1000, 0, 128),
+    "one": (0, 0, 777, 0, 0, 0, 0, 0),
+    "none": (0,) * 8,
+}
+
+
+def case(counts, n, k, dtype=BF16, padded=False, extra=37):
+    counts = [-(-c // 16) * 16 if padded else c for c in counts]
+    offsets = torch.tensor([0, *counts], device="cuda").cumsum(0).int()
+    rows = sum(counts) + extra
+    x, g = (torch.randn(rows, d, device="cuda").to(dtype) for d in (k, n))
+    return x, g, (torch.randn(len(counts), n, k, device="cuda") * k**-0.5).to(dtype), offsets
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """both(call): the results of Hopper's kernels and of Triton's."""
+
+    def run(call):
+        hopper = call()
+        with monkeypatch.context() as m:
+            m.setattr(launch, "hopper_serves", lambda *_: False)
+            m.setattr(launch, "wgrad_hopper_serves", lambda *_: False)
+            return hopper, call()
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(1536, 2048), (2048, 768), (200, 64)])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_forward_and_dx(counts, n, k, dtype, block_m, both, monkeypatch):
+    x, g, weight, offsets = case(COUNTS[counts], n, k, dtype)
+    usual = launch.hopper_config
+    monkeypatch.setattr(launch, "hopper_config", lambda *a: usual(*a)._replace(block_m=block_m))
+    assert launch.hopper_serves(x, weight)
+    for call in (
+        lambda: launch.launch_grouped_matmul(x, weight, offsets),
+        lambda: launch.launch_grouped_matmul(g, weight.mT, offsets),
+    ):
+        hopper, triton = both(call)
+        assert bits_equal(hopper, triton)
+        assert hopper[int(offsets[-1]) :].eq(0).all()
+
+
+def test_routing_weights_multiply_the_accumulator(both):
+    experts = torch.rand(500, 16, device="cuda").argsort(1)[:, :4].int()
+    weights = torch.rand(500, 4, device="cuda")
+    rows, _, offsets = moe.dispatch(experts, 16)
+    x, weight = (
+        torch.randn(rows.shape[0], 768, device="cuda").to(BF16),
+        torch.randn(16, 2048, 768, device="cuda").to(BF16),
+    )
+    hopper, triton = both(lambda: launch.launch_grouped_matmul(x, weight, offsets, (weights, rows)))
+    assert bits_equal(hopper, triton)
+
+
+@pytest.mark.parametrize("kind", ["rounded", "fp32", "accumulated"])
+@pytest.mark.parametrize(("n", "k"), [(1536, 2048), (2048, 768), (128, 72)])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_weight_gradients(counts, n, k, kind, both):
+    x, g, weight, offsets = case(COUNTS[counts], n, k, padded=True)
+    start = torch.randn(weight.shape, device="cuda")
+
+    def call():
+        dw = torch.full_like(weight, torch.nan) if kind == "rounded" else start.clone()
+        assert launch.wgrad_hopper_serves(g, x, dw) in (True, False)
+        launch.launch_grouped_wgrad(g, x, offsets, dw, kind == "accumulated", aligned=True)
+        return dw
+
+    hopper, triton = both(call)
+    assert bits_equal(hopper, triton)
+    empty = offsets.diff() == 0
+    assert bits_equal(hopper[empty], start[empty] if kind == "accumulated" else torch.zeros_like(hopper[empty]))
+
+
+def test_a_captured_graph_takes_other_counts():
+    x, _, weight, offsets = case(COUNTS["many"], 1536, 2048)
+    out = launch.launch_grouped_matmul(x, weight, offsets)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = launch.launch_grouped_matmul(x, weight, offsets)
+    graph.replay()
+    assert bits_equal(captured, out)
+    offsets.copy_(offsets.flip(0).neg() + offsets[-1])
+    graph.replay()
+    assert bits_equal(captured, launch.launch_grouped_matmul(x, weight, offsets))
+    assert not bits_equal(captured, out)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# vLLM
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("experts", [8, 16, 64, 128, 192, 256, 512])
+def test_bits_equal_vllms_router(experts, dtype, normalize):
+    from vllm import _custom_ops
+
+    logits = (torch.randn(5000, experts, device="cuda") * 3).to(dtype)
+    weights, chosen = moe.router(logits, 8, normalize=normalize)
+    theirs = torch.empty_like(weights), torch.empty_like(chosen)
+    _custom_ops.topk_softmax(*theirs, torch.empty_like(chosen), logits, normalize)
+    assert bits_equal(chosen, theirs[1])
+    assert bits_equal(weights, theirs[0])
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("tokens", [1, 8, 100, 3000])
+def test_bits_equal_vllms_layer(tokens, monkeypatch):
+    from vllm.model_executor.layers.fused_moe import fused_moe
+
+    monkeypatch.setitem(os.environ, "VLLM_BATCH_INVARIANT", "1")
+    fused_moe.get_moe_configs.cache_clear()
+    hidden = torch.randn(tokens, 2048, device="cuda").to(BF16)
+    gate_up = (torch.randn(32, 1536, 2048, device="cuda") * 0.02).to(BF16)
+    down = (torch.randn(32, 2048, 768, device="cuda") * 0.04).to(BF16)
+    weights, experts = moe.router(torch.randn(tokens, 32, device="cuda"), 8)
+    theirs = fused_moe.fused_experts(hidden, gate_up, down, weights, experts)
+    fused_moe.get_moe_configs.cache_clear()
+    assert bits_equal(moe.experts(hidden, gate_up, down, weights, experts), theirs)
+    halved = moe.experts(hidden, gate_up, down, weights / 2, experts)
+    assert not bits_equal(halved, theirs)  # negative control
