@@ -15,7 +15,7 @@ from bi_ops.core import runtime
 from bi_ops.core.arch import PORTABLE, SM_90
 from bi_ops.core.backends import Support
 from bi_ops.core.limits import SMALL
-from bi_ops.matmul import config, decode
+from bi_ops.matmul import config, decode, inference
 from bi_ops.matmul.backends import backends, gemm
 from bi_ops.matmul.config import DecodeConfig
 from bi_ops.matmul.launch import launch_triton
@@ -205,6 +205,10 @@ def test_many_rows_outside_of_graphs_are_cublaslts(monkeypatch):
             ran.append("cublaslt")
         return verified
 
+    def by_binding(x, weight):
+        ran.append("C++")
+        return x.new_empty(len(x), len(weight))
+
     monkeypatch.setattr(decode, "launch", lambda x, w, bias, out, prefetch: ran.append("decode"))
     monkeypatch.setattr(lt, "gemm", gemm)
 
@@ -213,11 +217,16 @@ def test_many_rows_outside_of_graphs_are_cublaslts(monkeypatch):
         assert matmul.inference_linear(*list(operands(rows, 24, 40))[:2], **options).shape == (rows, 24)
         return ran
 
+    monkeypatch.setattr(inference, "through_binding", lambda x, weight: None)
     assert chosen(16, in_graph=False) == ["decode"]
     assert chosen(17, in_graph=False) == chosen(64, in_graph=False) == ["cublaslt"]
     assert chosen(64) == ["decode"]
     verified = False
     assert chosen(64, in_graph=False) == ["decode"]
+    # Without Python's cost per call where the binding serves.
+    monkeypatch.setattr(inference, "through_binding", by_binding)
+    assert chosen(65) == chosen(17, in_graph=False) == ["C++"]
+    assert chosen(64) == chosen(16, in_graph=False) == ["decode"]
 
 
 def test_an_engines_linear_layer_names_what_is_wrong(device):

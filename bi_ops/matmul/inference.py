@@ -8,8 +8,11 @@ import torch
 
 from bi_ops.core import checks
 from bi_ops.matmul.backends import backends, gemm
+from bi_ops.matmul.linear import through_binding
 from bi_ops.matmul.ops import check_operands
 
+#: More rows are not the decode kernel's.
+FEW_ROWS = 64
 #: More rows outside of graphs are cuBLASLt's: a decoding step of so many sequences waits for the host, not for its LM
 #: head, which takes cuBLASLt 2% longer (bench/results/h200/decode_gemm_exploration.csv).
 EAGER_ROWS = 16
@@ -41,6 +44,11 @@ def inference_linear(
         TypeError: dtypes that are unsupported or differ. ValueError: shapes that do not fit, or another device.
     """
     op = "inference_linear"
+    most = FEW_ROWS if in_graph else EAGER_ROWS
+    if bias is None and isinstance(x, torch.Tensor) and x.ndim == 2 and x.shape[0] > most:
+        out = through_binding(x, weight)
+        if out is not None:
+            return out
     check_operands(op, x, weight, ("x", "weight"))
     checks.same_dtype(op, x=x, weight=weight)
     fits = weight.ndim == 2 and x.ndim >= 1 and x.shape[-1] == weight.shape[1]
