@@ -100,6 +100,12 @@ def _gemms() -> None:
         call("bmm", dtype)
 
 
+def _experts() -> None:
+    """In fp32, which Hopper's kernels do not take; in bf16 with sizes that they do not."""
+    each("router", "router, not normalised", "grouped_linear", "experts", dtypes=(FP32,))()
+    each("grouped_linear", "experts", dtypes=(BF16,), size=(72, 40))()
+
+
 def _few_rows() -> None:
     s = packs.find("bi_ops:inference_linear")
     for rows in (1, 17, 64):
@@ -190,6 +196,19 @@ DRIVERS: dict[str, Driver] = {
     "matmul": Driver(("matmul_kernel",), _gemms),
     "weight gradient on Hopper": Driver(("wgrad_kernel",), each("linear", dtypes=(BF16,)), gpu=True),
     "few rows on Hopper": Driver(("decode_matmul_kernel",), _few_rows, gpu=True),
+    "mixture of experts": Driver(
+        (
+            *(*_named("router", "", "_backward"), "count_pairs_kernel", "chunk_starts_kernel", "expert_offsets_kernel"),
+            *("place_pairs_kernel", *_named("gather", "_rows"), *_named("combine", "_rows"), "tile_table_kernel"),
+            *(*_named("grouped", "_matmul", "_wgrad"), *_named("expert_activation", "", "_backward")),
+        ),
+        _experts,
+    ),
+    "mixture of experts on Hopper": Driver(
+        _named("grouped", "_matmul_hopper", "_wgrad_hopper"),
+        lambda: call("experts", size=(1024, 320)),
+        gpu=True,
+    ),
     "attention on Hopper": Driver(
         (
             *_named("attention_", "forward", "backward", "prepare", "dq_hopper", "dkv_hopper", "decode"),

@@ -92,7 +92,8 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         "row_part_max_kernel",
         *("embedding_backward_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),
         *("count_pairs_kernel", "chunk_starts_kernel", "expert_offsets_kernel", "place_pairs_kernel"),
-        *("gather_rows_kernel", "combine_rows_kernel", "expert_activation_kernel"),
+        *("gather_rows_kernel", "combine_rows_kernel", "expert_activation_kernel", "tile_table_kernel"),
+        *("grouped_matmul_hopper_kernel", "grouped_wgrad_hopper_kernel"),
     }
 )
 

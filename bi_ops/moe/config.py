@@ -36,7 +36,7 @@ def grouped_config(rows: int, experts: int, n: int, dtype: torch.dtype, arch: Ar
         return GroupedConfig(16, 64, 128, 1, 4, 4, 3)
     if average <= 64:
         return GroupedConfig(64, 128, 64, 1, 4, 4, 2)
-    return GroupedConfig(128, 256, 64, 8, 8, 3)
+    return GroupedConfig(128, 128, 64, 8, 8, 3)
 
 
 class HopperConfig(NamedTuple):
@@ -76,7 +76,7 @@ def wgrad_config(n: int, k: int, dtype: torch.dtype, arch: Arch) -> GroupedConfi
         return GroupedConfig(min(max(next_power_of_2(n), 16), 256), min(max(next_power_of_2(k), 16), 256), 16, 1, 1, 1)
     if dtype == torch.float32:
         return GroupedConfig(64, 64, 16, 8, 8, 2)
-    return GroupedConfig(128, 256, 32, 8, 8, 4)
+    return GroupedConfig(128, 128, 32, 8, 8, 4)
 
 
 class RowConfig(NamedTuple):

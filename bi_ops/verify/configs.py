@@ -50,6 +50,13 @@ def _attention() -> Mapping[str, Change]:
     }
 
 
+def _moe() -> Mapping[str, Change]:
+    changes = {"tiles of 32": fields("moe.launch", "grouped_config", block_m=32, block_n=32)}
+    if not runtime.INTERPRET:
+        changes["tiles of 64 rows"] = fields("moe.launch", "hopper_config", block_m=64)
+    return changes
+
+
 def of(folder: str) -> Mapping[str, Change]:
     """Configs by name that compute an operator of this folder with the bits of the usual one."""
     if folder == "attention":
@@ -61,5 +68,6 @@ def of(folder: str) -> Mapping[str, Change]:
         "embedding": {"two rows a program": fields("embedding.ops", "lookup_config", rows=2)},
         "rope": {"four rows a program": fields("rope.ops", "row_config", rows=4)},
         "reduction": {"two sums a program": fields("reduction.ops", "sum_config", rows=2, along_k=False, num_warps=8)},
+        "moe": _moe(),
         "matmul": {"tiles of 64": fields("matmul.launch", "gemm_config", block_m=64, block_n=64)},
     }[folder]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bi_ops import activation, attention, embedding, logprob, matmul, norm, reduction, rope
+from bi_ops import activation, attention, embedding, logprob, matmul, moe, norm, reduction, rope
 from bi_ops.core import arch, runtime
 from bi_ops.nn.lm_head import linear_token_logprobs
 from bi_ops.verify import configs
@@ -174,6 +174,45 @@ def _masked_inputs(m: Make) -> Inputs:
 
 
 # --------------------------------------------------------------------------------------------------------------
+# mixture of experts
+
+#: Experts of a layer, and of a token.
+EXPERTS, TOP_K = 5, 2
+
+
+def routed(m: Make) -> Inputs:
+    """A layer; the experts of a token are two neighbours."""
+    first, (n, k) = m.ints(EXPERTS, m.shape.rows, 1), (m.shape.n, m.shape.k)
+    experts = torch.cat((first, (first + 1) % EXPERTS), 1).int()
+    return {
+        **{"hidden": m.matrix(), "gate_up": m.randn(EXPERTS, 2 * n, k), "down": m.randn(EXPERTS, k, n)},
+        **{
+            "weights": m.randn(m.shape.rows, TOP_K).float(),
+            "experts": torch.cat((first, (first + 1) % EXPERTS), 1).int(),
+        },
+    }
+
+
+def every_step(rows: int, device: torch.device) -> Tensor:
+    """cu_units of units of 16 tokens, so that a batch may be cut at each of them."""
+    return torch.arange(-(-rows // moe.TOKEN_STEP) + 1, dtype=torch.int32, device=device) * moe.TOKEN_STEP
+
+
+def experts_layer(hidden: Tensor, *rest: Tensor) -> Tensor:
+    """`moe.experts`; behind the experts, the buffers."""
+    names = ("gate_up_main_grad", "down_main_grad")
+    cu_units = every_step(hidden.shape[0], hidden.device)
+    return moe.experts(hidden, *rest[:4], cu_units=cu_units, **dict(zip(names, rest[4:], strict=False)))
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ids: Tensor, main_grad: Tensor | None = None) -> Tensor:
+    """Each row by the weight of its expert."""
+    dispatched = moe.dispatch(ids.int()[:, None], EXPERTS, every_step(x.shape[0], x.device))
+    rows = moe.grouped_linear(moe.gather(x, dispatched), weight, dispatched.offsets, main_grad, aligned=True)
+    return moe.combine(rows, dispatched)
+
+
+# --------------------------------------------------------------------------------------------------------------
 # the table
 
 
@@ -297,6 +336,37 @@ SUBJECTS: tuple[Subject, ...] = (
         buffers=("weight",),
         compiled=False,
     ),
+    *(
+        Subject(
+            f"router{', not normalised' * (not normalize)}",
+            lambda logits, n=normalize: moe.router(logits, TOP_K, normalize=n),
+            lambda m: {"logits": m.matrix()},
+            {"logits": 0},
+            **_of("moe"),
+        )
+        for normalize in (True, False)
+    ),
+    Subject(
+        "grouped_linear",
+        grouped_linear,
+        lambda m: {
+            **{"x": m.matrix(), "weight": m.randn(EXPERTS, m.shape.n, m.shape.k)},
+            "ids": m.ints(EXPERTS, m.shape.rows),
+        },
+        {"x": 0, "ids": 0},
+        accumulate=grouped_linear,
+        buffers=("weight",),
+        **_of("moe"),
+    ),
+    Subject(
+        "experts",
+        experts_layer,
+        routed,
+        {"hidden": 0, "weights": 0, "experts": 0},
+        accumulate=experts_layer,
+        buffers=("gate_up", "down"),
+        **_of("moe"),
+    ),
     Subject("sum", lambda x: reduction.sum(x, -1), x_only, _ROWS_OF_X, **_of("reduction")),
     Subject(
         "sum, first axis",
@@ -329,12 +399,13 @@ NOT_SUBJECTS = {
     "attention.check_cu_seqlens": "a check",
     "logprob.token_stats": "the forward of token_logprobs; a part of linear_token_logprobs too",
     "logprob.token_stats_backward_": "the backward of token_logprobs, in place; a part of linear_token_logprobs too",
+    **{f"moe.{n}": "a part of grouped_linear" for n in ("dispatch", "gather", "combine")},
     "rope.cos_sin_cache": "a table of constants",
     "matmul.backend_of": "a name",
     "matmul.warmup": "compiles and compares",
     "logprob.sampled_order_of": "a value",
     **{f"{n}.order_of": "a value" for n in ("activation", "attention", "embedding", "logprob", "matmul", "norm")},
-    **{f"{n}.order_of": "a value" for n in ("reduction", "rope")},
+    **{f"{n}.order_of": "a value" for n in ("moe", "reduction", "rope")},
     **{
         f"optim.{n}": "sums over parameters, which are no batch"
         for n in ("clip_grad_norm_", "clip_scale", "global_norm", "norm_of_row_sums", "row_sums")
