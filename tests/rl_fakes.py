@@ -18,6 +18,7 @@ from torch import nn
 from bi_ops import models
 from bi_ops.core import runtime
 from bi_ops.core.orders import OrderRecord
+from bi_ops.models import packing
 from bi_ops.rollout import factory
 from bi_ops.rollout.base import Completion, check_request
 
@@ -43,6 +44,10 @@ class TableModel(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         self.table.copy_(torch.randn(self.table.shape, generator=torch.Generator().manual_seed(seed)))
+
+    @property
+    def unit_tokens(self) -> int:
+        return packing.UNIT_TOKENS
 
     def warmup(self) -> None:
         pass

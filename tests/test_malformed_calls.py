@@ -368,6 +368,21 @@ LAYERS = {
         args=lambda: packed(2),
         reference=attended,
     ),
+    "nn.Experts, its forward": named(
+        *("experts", "Experts.forward"),
+        call=forward_of(nn.Experts, 3, 4, 2),
+        args=lambda: {
+            **{"x": rand(2, 4), "weights": rand(2, 2), "experts": ints(0, 1, 2, 0).view(2, 2)},
+            "cu_units": ints(0, 2),
+        },
+        reference=lambda x, **rest: x,
+    ),
+    "nn.MoE, its forward": named(
+        *("linear", "experts", "router", "MoE.forward"),
+        call=forward_of(nn.MoE, 3, 2, 4, 2),
+        args=lambda: {"x": rand(2, 4), "cu_units": ints(0, 2)},
+        reference=lambda x, cu_units=None: x,
+    ),
 }
 
 
@@ -532,6 +547,9 @@ NOT_CALLED = {
     "models.load_model": "load_config and make_model; files in test_checkpoint_folders.py",
     "models.register": "any classes",
     "models.unregister": "any name",
+    "nn.Experts": "its sizes are memory that torch takes; its forward is called above",
+    "nn.GroupedLinear": "its sizes are memory that torch takes; test_qwen3_moe_training.py",
+    "nn.MoE": "its sizes are memory that torch takes; its forward is called above",
     "nn.MainGrad": "a record, which main_grad takes; test_main_grad.py",
     "rl.DifferenceFound": "an exception",
     "rl.StepMetrics": "a record",

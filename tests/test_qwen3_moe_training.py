@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_moe_model
 
-from bi_ops import nn, optim
+from bi_ops import matmul, nn, optim
 from bi_ops.core import runtime
 from bi_ops.matmul import TOKEN_STEP
 from bi_ops.models.buckets import bucket_of, pad
@@ -160,3 +160,25 @@ def test_experts_without_tokens_keep_their_weights():
     scale = optim.clip_scale(optim.global_norm([experts.grad]), 1.0)
     optim.AdamW([experts], lr=0.1, weight_decay=0.0).step(grad_scale=scale)
     assert torch.equal(before, experts)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes", "message"),
+    [
+        (nn.GroupedLinear, (0, 4, 3), "GroupedLinear: num_groups must be at least 1, got 0"),
+        (nn.Experts, (2, 4, 0), "Experts: intermediate_size must be at least 1"),
+        (nn.MoE, (2, 3, 4, 2), "MoE: num_experts_per_tok 3 is more than num_experts 2"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(layer, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        layer(*sizes)
+
+
+def test_a_grouped_linear_layer_is_a_linear_layer_per_group():
+    torch.manual_seed(0)
+    layer = nn.GroupedLinear(3, 16, 8, device=runtime.default_device())
+    x = torch.randn(5, 16, device=layer.weight.device)
+    y = layer(x, torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=x.device))
+    expected = torch.cat([matmul.linear(x[:2], layer.weight[0]), matmul.linear(x[2:], layer.weight[2])])
+    assert torch.equal(y, expected)

@@ -15,6 +15,12 @@ from bi_ops.nn.layers import Linear
 class GroupedLinear(torch.nn.Module):
     """The matrices of many linear layers, of which each row of an input meets one; no bias.
 
+    Args:
+        num_groups: how many. in_features, out_features: of each. device, dtype: of the weight.
+
+    Raises:
+        TypeError: a size that is no whole number. ValueError: one below 1.
+
     Attributes:
         weight: [num_groups, out_features, in_features]. main_grad: fp32 of that shape, as `Linear`'s.
     """
@@ -30,6 +36,8 @@ class GroupedLinear(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("num_groups", num_groups), ("in_features", in_features), ("out_features", out_features)):
+            checks.size("GroupedLinear", name, value)
         self.num_groups, self.in_features, self.out_features = num_groups, in_features, out_features
         self.weight = torch.nn.Parameter(torch.empty(num_groups, out_features, in_features, device=device, dtype=dtype))
         self.reset_parameters()
@@ -51,7 +59,10 @@ class Experts(torch.nn.Module):
     """SwiGLU MLPs, ``down(silu(gate(x)) * up(x))``, of which each token meets a few; their weighted sum.
 
     Args:
-        num_experts, hidden_size, intermediate_size: of each. device, dtype: of the weights.
+        num_experts, hidden_size, intermediate_size: sizes. device, dtype: of the weights.
+
+    Raises:
+        TypeError: a size that is no whole number. ValueError: one below 1.
 
     Attributes:
         gate_up_proj: `GroupedLinear` [num_experts, 2 * intermediate_size, hidden_size], gate before up.
@@ -67,6 +78,12 @@ class Experts(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("num_experts", num_experts),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+        ):
+            checks.size("Experts", name, value)
         self.gate_up_proj = GroupedLinear(num_experts, hidden_size, 2 * intermediate_size, device, dtype)
         self.down_proj = GroupedLinear(num_experts, intermediate_size, hidden_size, device, dtype)
 
@@ -98,7 +115,7 @@ class MoE(torch.nn.Module):
         gate: `Linear` [num_experts, hidden_size], the router. experts: `Experts`.
 
     Raises:
-        ValueError: more experts for a token than there are.
+        TypeError: a size that is no whole number. ValueError: one below 1, or more experts for a token than there are.
     """
 
     def __init__(
@@ -112,13 +129,14 @@ class MoE(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.integer("MoE", "num_experts_per_tok", num_experts_per_tok)
+        experts = Experts(num_experts, hidden_size, intermediate_size, device, dtype)
+        checks.size("MoE", "num_experts_per_tok", num_experts_per_tok)
         checks.boolean("MoE", "norm_topk_prob", norm_topk_prob)
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"MoE: num_experts_per_tok {num_experts_per_tok} of num_experts {num_experts}")
+        if num_experts_per_tok > num_experts:
+            raise ValueError(f"MoE: num_experts_per_tok {num_experts_per_tok} is more than num_experts {num_experts}")
         self.num_experts_per_tok, self.norm_topk_prob = num_experts_per_tok, norm_topk_prob
         self.gate = Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, device, dtype)
+        self.experts = experts
 
     def forward(self, x: torch.Tensor, cu_units: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, hidden_size] -> the same shape.
