@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import fake_vllm_moe
 import fake_vllm_parallel
 import fake_vllm_sampling
 import torch
@@ -352,6 +353,7 @@ def installed(monkeypatch, version="0.26.0"):
     modules[LINEAR].UnquantizedLinearMethod = UnquantizedLinearMethod
     modules[EMBEDDING].UnquantizedEmbeddingMethod = UnquantizedEmbeddingMethod
     fake_vllm_parallel.install(monkeypatch, modules, modules[LINEAR], modules[EMBEDDING])
+    fake_vllm_moe.install(monkeypatch, modules)
     modules[LAYERNORM].RMSNorm, modules[ACTIVATION].SiluAndMul = RMSNorm, SiluAndMul
     modules[ROTARY].RotaryEmbedding, modules[QWEN3].Qwen3Attention = RotaryEmbedding, Qwen3Attention
     own = {"compute_logprobs": Sampler.__dict__["compute_logprobs"]}

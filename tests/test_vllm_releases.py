@@ -24,6 +24,8 @@ QUESTIONS = {
     )
 }
 
+FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+
 #: Module, function or Class.method, and the parameters by which bi_ops calls or overrides it; None: it must be there.
 CALLED = [
     ("vllm.entrypoints.llm", "LLM.apply_model", ("self", "func")),
@@ -72,6 +74,13 @@ CALLED = [
     ("vllm.model_executor.parameter", "_ColumnvLLMParameter.load_column_parallel_weight", ("self", "loaded_weight")),
     ("vllm.model_executor.layers.linear", "LinearBase.update_param_tp_status", ("self",)),
     ("vllm.model_executor.models.qwen3", "Qwen3ForCausalLM.load_weights", ("self", "weights")),
+    ("vllm.model_executor.models.qwen3_moe", "Qwen3MoeForCausalLM.load_weights", ("self", "weights")),
+    (
+        f"{FUSED_MOE}.routed_experts",
+        "RoutedExperts.forward_modular",
+        ("self", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"),
+    ),
+    (f"{FUSED_MOE}.fused_moe_method_base", "FusedMoEMethodBase.apply", None),
     (
         "vllm.model_executor.layers.rotary_embedding.base",
         "RotaryEmbedding.forward_cuda",
@@ -193,6 +202,13 @@ ATTRIBUTES = {
     ("vllm.model_executor.layers.rotary_embedding.base", "RotaryEmbeddingBase"): {
         *("is_neox_style", "rotary_dim", "use_flashinfer"),
     },
+    (f"{FUSED_MOE}.routed_experts", "RoutedExperts"): {
+        *("moe_config", "activation", "apply_router_weight_on_input", "quant_method", "swiglu_limit"),
+    },
+    (f"{FUSED_MOE}.router.base_router", "BaseRouter"): {"top_k"},
+    (f"{FUSED_MOE}.router.fused_topk_router", "FusedTopKRouter"): {"renormalize", "scoring_func"},
+    (f"{FUSED_MOE}.runner.moe_runner", "MoERunner"): {"gate", "router", "routed_experts"},
+    (f"{FUSED_MOE}.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"): {"experts_cls"},
     **{
         (f"vllm.model_executor.models.{module}", owner): {
             *("head_dim", "num_heads", "qkv_proj", "o_proj", "attn", "rotary_emb", "q_norm", "k_norm"),

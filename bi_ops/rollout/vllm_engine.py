@@ -23,7 +23,7 @@ from bi_ops.models.config import CausalLMConfig
 from bi_ops.rollout import weight_transfer
 from bi_ops.rollout.base import Completion, LogprobsMode, SamplingParams, check_logprobs_mode, check_request
 from bi_ops.rollout.sleep import TAGS, SleepMode
-from bi_ops.rollout.vllm_weights import copy_weights, load_slices
+from bi_ops.rollout.vllm_weights import copy_weights, load_slices, named_as_vllm
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
@@ -64,6 +64,11 @@ def check_tensor_parallel(op: str, config: CausalLMConfig, size: int) -> None:
     """Raise ValueError unless `size` ranks can share the model evenly; KV heads fewer than ranks are copied."""
     if size < 1:
         raise ValueError(f"{op}: tensor_parallel_size is {size}; it must be at least 1")
+    if size > 1 and hasattr(config, "num_experts"):
+        raise ValueError(
+            f"{op}: tensor_parallel_size={size}: experts are not shared by ranks here, and vLLM would add their "
+            "outputs over ranks, in an order of each size; take tensor_parallel_size=1"
+        )
     uneven = [
         f"{n} {getattr(config, n)}"
         for n in ("num_attention_heads", "hidden_size", "intermediate_size")
@@ -250,7 +255,7 @@ class VllmEngine:
                 f"VllmEngine: vLLM chose attention {sorted(found)} instead of {wanted}; the contract was shown on "
                 "Hopper (sm_90) only"
             )
-        if (self.kernels == "bi_ops") != bool(self._operators()):
+        if (self.kernels == "bi_ops") != bool(self._operators()["linear"]):  # a mixture's router is always bi_ops'
             raise RuntimeError(f"VllmEngine: kernels={self.kernels!r}, but bi_ops computes {dict(self._operators())}")
         mode = self._llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
         if (mode.name == "FULL") != self.cuda_graphs:  # not FULL_DECODE_ONLY either, which vLLM may fall back to
@@ -313,7 +318,7 @@ class VllmEngine:
         if self.tensor_parallel_size > 1 or self._memory.enabled or not self._in_process:
             return {}  # a rank has slices
         own = {n: p.data for n, p in self.model.named_parameters()}
-        found = {p: own[name][: p.shape[0]] for name, p in model.named_parameters() if name in own}
+        found = {p: own[name][: p.shape[0]] for name, p in named_as_vllm(model).items() if name in own}
         return {
             p: t
             for p, t in found.items()
@@ -341,8 +346,9 @@ class VllmEngine:
         elif self.tensor_parallel_size > 1:
             load_slices(model, target, self._config)
         else:
-            source = {n: p.detach() for n, p in model.named_parameters()}
-            copy_weights(source, target, {n for n, p in model.named_parameters() if p in written})
+            parameters = named_as_vllm(model)
+            source = {n: p.detach() for n, p in parameters.items()}
+            copy_weights(source, target, {n for n, p in parameters.items() if p in written})
         torch.cuda.synchronize()  # vLLM need not run on the stream that copied
         self._memory.filled()
         self._memory.wake_up("kv_cache")
@@ -387,6 +393,7 @@ class VllmEngine:
                 "attention": "FLASH_ATTN 3" if self._kernel == "vllm" else "bi_ops triton",
                 "linear": "bi_ops" if ours["linear"] else "vllm matmul_persistent",
                 **{op: "bi_ops" if ours[op] else "vllm" for op in ("norm", "qk_norm_rope", "activation")},
+                **{op: "bi_ops" if ours[op] else "vllm" for op in ("router", "experts") if ours["router"]},
             },
             "versions": {
                 "vllm": package.__version__,

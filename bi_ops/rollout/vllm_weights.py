@@ -13,7 +13,24 @@ from bi_ops.models.config import CausalLMConfig
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
 
+#: What vLLM calls otherwise: the end of our parameter's name, and of vLLM's.
+_RENAMED = {
+    ".experts.gate_up_proj.weight": ".experts.routed_experts.w13_weight",
+    ".experts.down_proj.weight": ".experts.routed_experts.w2_weight",
+}
+
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def named_as_vllm(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a bi_ops model by vLLM's names, whose shapes they have."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for own, theirs in _RENAMED.items():
+            if name.endswith(own):
+                name = name.removesuffix(own) + theirs
+        found[name] = parameter
+    return found
 
 
 def copy_weights(source: Mapping[str, torch.Tensor], target: torch.nn.Module, written: Container[str] = ()) -> None:

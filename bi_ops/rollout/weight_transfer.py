@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
+from bi_ops.rollout.vllm_weights import named_as_vllm
+
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
 
@@ -84,8 +86,8 @@ def update(llm: Any, model: CausalLM, dtype: torch.dtype) -> None:
     """
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     send(llm, ((w.name, w.of(parameters[w.parameter])) for w in model.weight_slices()), dtype)
-    rows = {n: p.shape[0] for n, p in parameters.items()}
-    [theirs] = llm.apply_model(functools.partial(checksums, rows=rows))
-    differ = sorted(n for n, p in parameters.items() if theirs.get(n) != checksum(p.to(dtype)))
+    named = {n: p.detach() for n, p in named_as_vllm(model).items()}
+    [theirs] = llm.apply_model(functools.partial(checksums, rows={n: p.shape[0] for n, p in named.items()}))
+    differ = sorted(n for n, p in named.items() if theirs.get(n) != checksum(p.to(dtype)))
     if differ:
         raise RuntimeError(f"update_weights: vLLM has other bits than the trainer in {', '.join(differ)}")

@@ -19,6 +19,7 @@ import torch
 from bi_ops import activation, matmul, norm
 from bi_ops.core.rows import ALIGNMENT
 from bi_ops.core.vllm import Release
+from bi_ops.vllm_plugin.moe import experts_of, router_of
 from bi_ops.vllm_plugin.points import Point
 
 #: Below vLLM's own logger, so that the lines are in the server's log.
@@ -37,13 +38,15 @@ class LayerKernel(Point):
 
     operator: who computes then. holder_of: the object of the layer whose method it is; None: the layer has none. slot:
     the attribute of that object through which vLLM calls the method. build: the function that computes instead; None
-    where bi_ops does not compute what this layer does, which then stays as it is.
+    where bi_ops does not compute what this layer does, which then stays as it is. always: also where vLLM's kernels
+    are asked for, because vLLM's has other bits.
     """
 
     operator: str
     holder_of: Callable[[torch.nn.Module], Any]
     slot: str
     build: Callable[[Any, Release], Function]
+    always: bool = False
 
     def attach(self, layer: torch.nn.Module, stock: Function, release: Release) -> None:
         """Replace the method in this layer, if that is the stock one and bi_ops computes what the layer does.
@@ -159,6 +162,10 @@ def _itself(layer: torch.nn.Module) -> Any:
     return layer
 
 
+def _router(layer: torch.nn.Module) -> Any:
+    return getattr(layer, "router", None)
+
+
 def kernels_of(release: Release) -> tuple[LayerKernel, ...]:
     """Every method of a layer that bi_ops computes instead."""
     layers, models = "vllm.model_executor.layers", "vllm.model_executor.models"
@@ -176,6 +183,19 @@ def kernels_of(release: Release) -> tuple[LayerKernel, ...]:
         ),
         LayerKernel(f"{models}.qwen3", "Qwen3Attention.forward", *rotated),
         LayerKernel(f"{models}.qwen3_moe", "Qwen3MoeAttention.forward", *rotated),
+        LayerKernel(
+            f"{layers}.fused_moe.router.fused_topk_router",
+            "FusedTopKRouter._compute_routing",
+            ("self", "hidden_states", "router_logits", "indices_type", "input_ids"),
+            *("router", _router, "_compute_routing", router_of),
+            always=True,
+        ),
+        LayerKernel(
+            f"{layers}.fused_moe.unquantized_fused_moe_method",
+            "UnquantizedFusedMoEMethod.apply",
+            ("self", "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"),
+            *("experts", _quant_method, "apply", experts_of),
+        ),
     )
 
 
@@ -187,14 +207,15 @@ def stock_methods(release: Release) -> list[tuple[LayerKernel, Function]]:
     return [(k, k.stock(sys.modules[k.module])) for k in kernels_of(release) if k.module in sys.modules]
 
 
-def attach(model: torch.nn.Module, release: Release) -> None:
-    """Give the layers of `model` bi_ops' kernels.
+def attach(model: torch.nn.Module, release: Release, needed_alone: bool = False) -> None:
+    """Give the layers of `model` bi_ops' kernels; with `needed_alone` those for which vLLM has other bits.
 
     Raises:
         ValueError: a layer is quantized in a way that is not known to be batch-invariant; nothing is changed then.
     """
-    refuse_quantized(model)
-    kernels = stock_methods(release)
+    if not needed_alone:
+        refuse_quantized(model)
+    kernels = [(k, stock) for k, stock in stock_methods(release) if k.always or not needed_alone]
     for layer in model.modules():
         for kernel, stock in kernels:
             kernel.attach(layer, stock, release)
@@ -228,20 +249,3 @@ def refuse_quantized(model: torch.nn.Module) -> None:
                 '\'{"bi_ops": {"kernels": "vllm"}}\''
             )
         logger.warning("bi_ops: layers quantized with %s are left to vLLM; bi_ops has not examined them", method)
-
-
-def refuse_routers(model: torch.nn.Module) -> None:
-    """Raise ValueError if a router of experts (vLLM's GateLinear) picks its GEMM by the number of tokens.
-
-    Since 0.33 vLLM's batch-invariant mode turns these GEMMs off.
-    """
-    for name, layer in model.named_modules():
-        # The first says that others may be chosen, not that one was.
-        found = [a for a in vars(layer) if a.startswith("allow_") and a.endswith("_gemm") and "specialized" not in a]
-        chosen = [a.removeprefix("allow_") for a in found if getattr(layer, a)]
-        if chosen:
-            raise ValueError(
-                f"vllm_plugin: {name} picks its GEMM by the number of tokens ({', '.join(chosen)}), so a prompt's bits "
-                "depend on its batch; use vLLM 0.33.0, whose batch-invariant mode does not; or unset "
-                "VLLM_BATCH_INVARIANT"
-            )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_ops.core import vllm
-from bi_ops.vllm_plugin import layers, warmup
+from bi_ops.vllm_plugin import layers, moe, warmup
 
 #: Who may compute what is not attention in vLLM: bi_ops' operators, or vLLM's own batch-invariant kernels.
 KERNELS = ("bi_ops", "vllm")
@@ -61,10 +61,11 @@ def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], kernels: str
     assert worker is not None, "its own method runs"
     stock(worker, **kwargs)
     release, model = vllm.require("vllm_plugin"), worker.model_runner.get_model()
-    layers.refuse_routers(model)
-    if kernels == "bi_ops":
-        layers.attach(model, release)
-        found = layers.operators_of(model, release)
+    moe.refuse_routers(model)
+    moe.refuse_experts(model)
+    layers.attach(model, release, needed_alone=kernels == "vllm")
+    found = layers.operators_of(model, release)
+    if found or kernels == "bi_ops":
         counted = ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer"
         layers.logger.info("bi_ops: computes %s; a bias is added %s", counted, release.bias_order)
     warmup.before_profile_run(worker.model_runner, release)

@@ -1,0 +1,98 @@
+"""Mixtures of experts in vLLM: who may compute them, and bi_ops' operators in a layer's router and its experts.
+
+Under the batch-invariant mode vLLM computes unquantized experts with its Triton kernel, whose reduction order is
+bi_ops'.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bi_ops import moe
+from bi_ops.core.vllm import Release
+
+#: Classes of vLLM's experts whose reduction order is known. CUTLASS, DeepGEMM, FlashInfer, Humming and others are not.
+KNOWN = ("TritonExperts",)
+
+
+def router_of(layer: Any, release: Release) -> Any:
+    """`_compute_routing` of a router that takes the top k of a softmax; None for others."""
+    router = layer.router
+    if router.scoring_func != "softmax":
+        return None
+    top_k, renormalize = router.top_k, router.renormalize
+
+    def compute_routing(
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        indices_type: torch.dtype | None,
+        *,
+        input_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = moe.router(router_logits, top_k, normalize=renormalize)
+        return weights, ids if indices_type is None else ids.to(indices_type)
+
+    return compute_routing
+
+
+def experts_of(layer: Any, release: Release) -> Any:
+    """`apply` of unquantized experts on one GPU, with silu; None where bi_ops does not compute what they do."""
+    config, stock = layer.moe_config, type(layer.quant_method).apply
+    plain = (
+        getattr(layer.activation, "value", layer.activation) == "silu"
+        and not config.has_bias
+        and not layer.apply_router_weight_on_input
+        and layer.expert_map is None
+        and config.moe_parallel_config.tp_size == 1
+        and all(getattr(layer, name, None) is None for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"))
+    )
+    if not plain:
+        return None
+
+    def apply(
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if shared_experts is not None:  # which vLLM's kernel runs beside the others
+            return stock(layer.quant_method, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        return moe.experts(x, layer.w13_weight.data, layer.w2_weight.data, topk_weights, topk_ids)
+
+    return apply
+
+
+def refuse_experts(model: torch.nn.Module) -> None:
+    """Raise ValueError for experts that vLLM computes with something else than the kernel whose order is known."""
+    for name, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if "MoE" not in type(method).__name__:
+            continue
+        chosen = getattr(method, "experts_cls", None)
+        if getattr(chosen, "__name__", None) not in KNOWN:
+            raise ValueError(
+                f"vllm_plugin: {name} computes its experts with {getattr(chosen, '__name__', type(method).__name__)}, "
+                f"whose reduction order is not known; bi_ops knows {', '.join(KNOWN)}: take an unquantized checkpoint "
+                "and leave --moe-backend out"
+            )
+
+
+def refuse_routers(model: torch.nn.Module) -> None:
+    """Raise ValueError if a router of experts (vLLM's GateLinear) picks its GEMM by the number of tokens.
+
+    Since 0.33 vLLM's batch-invariant mode turns these GEMMs off.
+    """
+    for name, layer in model.named_modules():
+        # The first says that others may be chosen, not that one was.
+        found = [a for a in vars(layer) if a.startswith("allow_") and a.endswith("_gemm") and "specialized" not in a]
+        chosen = [a.removeprefix("allow_") for a in found if getattr(layer, a)]
+        if chosen:
+            raise ValueError(
+                f"vllm_plugin: {name} picks its GEMM by the number of tokens ({', '.join(chosen)}), so a prompt's bits "
+                "depend on its batch; use vLLM 0.33.0, whose batch-invariant mode does not; or unset "
+                "VLLM_BATCH_INVARIANT"
+            )

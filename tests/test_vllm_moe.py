@@ -1,0 +1,103 @@
+"""Mixtures of experts in a stand-in for vLLM: the router and the experts compute with bi_ops, others are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake_vllm import WORKER, Head, Linear, Worker, installed
+from fake_vllm_moe import CutlassExperts, SparseMoeBlock
+from tiny import tiny_moe_config, tiny_moe_model
+
+from bi_ops import matmul, moe, vllm_plugin
+from bi_ops.core import runtime
+from bi_ops.core import vllm as releases
+from bi_ops.rollout.vllm_engine import check_tensor_parallel
+from bi_ops.rollout.vllm_weights import copy_weights, named_as_vllm
+
+
+@pytest.fixture(params=["0.26.0", "0.33.0"])
+def vllm(monkeypatch, request):
+    if not runtime.INTERPRET:
+        pytest.skip("the stand-in for vLLM computes on the CPU")
+    with installed(monkeypatch, request.param) as modules:
+        vllm_plugin.register()
+        yield modules
+
+
+def loaded(vllm, block, kernels="bi_ops"):
+    model = torch.nn.Module()
+    model.mlp, model.head = block, Head(32, 64)
+    wrapper = vllm[WORKER].WorkerWrapperBase(Worker(model, {"bi_ops": {"kernels": kernels}}))
+    wrapper.init_device()
+    wrapper.load_model(load_dummy_weights=False)
+    return model, vllm_plugin.operators_of(model, releases.require("test"))
+
+
+def test_router_and_experts_compute_with_bi_ops(vllm):
+    model, found = loaded(vllm, SparseMoeBlock(Linear(32, 4)))
+    assert found == {"linear": 2, "router": 1, "experts": 1}
+    x, routed = torch.randn(5, 32).bfloat16(), model.mlp.experts.routed_experts
+    weights, ids = moe.router(matmul.linear(x, model.mlp.gate.weight), 2, normalize=True)
+    assert torch.equal(model.mlp(x), moe.experts(x, routed.w13_weight, routed.w2_weight, weights, ids))
+
+
+def test_the_router_is_bi_ops_where_vllms_kernels_are_asked_for(vllm):
+    model, found = loaded(vllm, SparseMoeBlock(Linear(32, 4)), kernels="vllm")
+    assert found == {"router": 1}
+    x = torch.randn(5, 32).bfloat16()
+    assert (model.mlp(x) == 7).all()
+    logits = torch.randn(5, 4).bfloat16()
+    got = model.mlp.experts.router.select_experts(x, logits, torch.int64)
+    expected = moe.router(logits, 2, normalize=True)
+    assert got[1].dtype == torch.int64
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1].int(), expected[1])
+
+
+@pytest.mark.parametrize("kernels", ["bi_ops", "vllm"])
+def test_experts_of_an_unknown_order_are_refused_by_name(vllm, kernels):
+    with pytest.raises(ValueError, match=r"mlp\.experts\.routed_experts computes its experts with CutlassExperts"):
+        loaded(vllm, SparseMoeBlock(Linear(32, 4), experts_cls=CutlassExperts), kernels)
+
+
+@pytest.mark.parametrize("change", [{"tp_size": 2}, {"swiglu_limit": 7.0}, {"apply_router_weight_on_input": True}])
+def test_experts_that_bi_ops_does_not_compute_stay_vllms(vllm, change):
+    model, found = loaded(vllm, SparseMoeBlock(Linear(32, 4), **change))
+    assert found == {"linear": 2, "router": 1}
+    assert (model.mlp(torch.randn(5, 32).bfloat16()) == 7).all()
+
+
+def test_shared_experts_stay_vllms(vllm):
+    model, _ = loaded(vllm, SparseMoeBlock(Linear(32, 4), shared_experts=torch.nn.Identity()))
+    assert (model.mlp(torch.randn(5, 32).bfloat16()) == 7).all()
+
+
+def test_a_sigmoid_router_stays_vllms(vllm):
+    block = SparseMoeBlock(Linear(32, 4))
+    block.experts.router.scoring_func = "sigmoid"
+    assert loaded(vllm, block)[1] == {"linear": 2, "experts": 1}
+
+
+def test_weights_go_over_under_vllms_names():
+    """As vLLM's own parameters are called and shaped, in its fused layout."""
+    model = tiny_moe_model()
+    named = named_as_vllm(model)
+    prefix = "model.layers.0.mlp.experts.routed_experts"
+    assert named[f"{prefix}.w13_weight"].shape == (4, 32, 32)
+    assert named[f"{prefix}.w2_weight"].shape == (4, 32, 16)
+    target = torch.nn.Module()
+    block = target.block = torch.nn.Module()
+    for name in ("w13_weight", "w2_weight"):
+        own = torch.zeros(named[f"{prefix}.{name}"].shape, dtype=torch.bfloat16)
+        block.register_parameter(name, torch.nn.Parameter(own))
+    source = {f"block.{n}": named[f"{prefix}.{n}"].detach().cpu() for n in ("w13_weight", "w2_weight")}
+    copy_weights(source, target)
+    for n, p in target.named_parameters():
+        assert torch.equal(p, source[n].bfloat16())
+    assert len(named) == len(list(model.parameters()))
+
+
+def test_experts_over_several_ranks_are_refused_before_vllm_starts():
+    check_tensor_parallel("VllmEngine", tiny_moe_config(), 1)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2: experts are not shared by ranks"):
+        check_tensor_parallel("VllmEngine", tiny_moe_config(), 2)
