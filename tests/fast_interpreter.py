@@ -167,7 +167,7 @@ def _shift_bfloat16() -> None:
 
 
 def install() -> None:
-    """Once a process. Triton 3.6 has another interpreter, which stays as it is."""
+    """Once a process; nothing for an interpreter of another build, which patches the language in another way."""
     if _replaced or not hasattr(interpreter, "_LangPatchScope"):
         return
     _patch_language_once()
