@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model, tiny_moe_model
 
 from bi_ops.core import runtime
 from bi_ops.logprob import Distribution
@@ -179,6 +179,16 @@ def test_padded_micro_batches_have_the_bits_of_plain_ones(recompute, coarse, rep
     for _ in range(2 if runtime.INTERPRET else 4):  # as it is, captured, replayed
         assert differing(gradients(model, which, through(run), run.begin), expected) == []
     assert run.captured > 0
+
+
+def test_experts_have_the_bits_of_plain_micro_batches(coarse, replaced):
+    """Appended tokens are routed too, and are a unit of their own."""
+    model = tiny_moe_model(num_hidden_layers=1)
+    expected = gradients(model, [0, 1])
+    assert any("expert" in name and t.any() for name, t in expected.items())
+    run = StepGraphs(model, step_of(model), capture=replaced)
+    for _ in range(1 if runtime.INTERPRET else 4):
+        assert differing(gradients(model, [0, 1], through(run), run.begin), expected) == []
 
 
 def test_untied_and_chunked_heads_have_the_bits_of_plain_ones(coarse, replaced):
