@@ -203,7 +203,8 @@ def layer_sides(layer: Layer) -> Iterator[tuple[str, int, Sides, Callable[[], bo
 
     def alone() -> bool:
         with torch.no_grad():
-            part = moe.experts(layer.hidden[:few], *inputs[1:3], layer.weights[:few], layer.experts[:few])
+            gate_up, down = inputs[1], inputs[2]
+            part = moe.experts(layer.hidden[:few], gate_up, down, layer.weights[:few], layer.experts[:few])
         return torch.equal(part, ours()[:few])
 
     yield "layer forward", flop, sides, alone

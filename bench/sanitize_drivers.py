@@ -175,7 +175,7 @@ def _named(stem: str, *parts: str) -> tuple[str, ...]:
     return tuple(f"{stem}{p}_kernel" for p in parts)
 
 
-SPLIT = ("part_max", "chunk_sums", "total")
+SPLIT = ("part_max", "token_logprobs")
 
 DRIVERS: dict[str, Driver] = {
     "activation": Driver(_named("silu_and_mul", "", "_backward"), each("silu_and_mul")),

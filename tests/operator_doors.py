@@ -389,7 +389,14 @@ ONE_DOOR_FUNCTIONS = {
     "logprob.sampled_stats": "no gradient; a part of sampled_logprobs",
     "logprob.processed_logits": "no gradient; a part of sampled_logprobs",
     "logprob.sampled_order_of": "a value",
-    **{f"{name}.order_of": "a value" for name in ("activation", "embedding", "logprob", "norm", "reduction", "rope")},
+    **{
+        f"{name}.order_of": "a value"
+        for name in ("activation", "embedding", "logprob", "moe", "norm", "reduction", "rope")
+    },
+    **{
+        f"moe.{name}": "bi_ops's own; against its reference in test_moe_properties.py, as nn.MoE in test_qwen3_moe.py"
+        for name in ("router", "dispatch", "gather", "combine", "grouped_linear", "experts")
+    },
     "logprob.ranked_logprobs": "no gradient; against token_logprobs in test_logprob_properties.py",
     "logprob.token_stats": "token_logprobs without a gradient; test_nn_lm_head.py",
     "logprob.token_stats_backward_": "what nn.linear_token_logprobs calls; test_nn_lm_head.py",

@@ -269,7 +269,9 @@ def test_experts_match_fp64(dtype, device):
     inputs = layer(dtype=dtype, device=device)
     chosen = inputs.pop("experts")
     errors = gradient_errors(
-        lambda *given: moe.experts(*given, chosen), lambda *given: reference.experts(*given, chosen), inputs
+        lambda h, gate_up, down, weights: moe.experts(h, gate_up, down, weights, chosen),
+        lambda *given: reference.experts(*given, chosen),
+        inputs,
     )
     assert all(e.ok for e in errors), errors
 
@@ -287,7 +289,8 @@ def test_every_rounding_step_is_vllms(device):
             accumulator = matmul.linear(h.float(), down[e].float())[0]
             total = total + (accumulator * weights[t, slot]).to(BF16).float()
             total_late = total_late + (accumulator.to(BF16).float() * weights[t, slot]).to(BF16).float()
-        outs.append(total.to(BF16)), late.append(total_late.to(BF16))
+        outs.append(total.to(BF16))
+        late.append(total_late.to(BF16))
     out = moe.experts(**inputs)
     torch.testing.assert_close(out, torch.stack(outs), rtol=1e-2, atol=1e-2)
     if runtime.INTERPRET:  # a GPU multiplies fp32 in another order than bf16

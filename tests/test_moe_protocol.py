@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import gluon_model as model
 import numpy as np
@@ -126,6 +127,7 @@ def test_what_is_broken_is_caught(module, line, instead, tmp_path):
     """Negative control: each line left out is noticed."""
     other = model.edited(module, line, instead, tmp_path)
     matmul = (130, 0, 64, 7), 70, 136, 256, 2, False, False
+    run: Any
     run, sizes = (run_wgrad, ((130, 0, 64, 0, 7), 128, 136, 2, True)) if module is wgrad else (run_matmul, matmul)
     with pytest.raises((model.Failure, AssertionError)):
         [run(*sizes, kernels=other, seed=seed) for seed in range(10)]
