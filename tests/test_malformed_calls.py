@@ -22,6 +22,7 @@ from bi_ops import (
     matmul,
     mode,
     models,
+    moe,
     nn,
     norm,
     optim,
@@ -273,6 +274,49 @@ OPERATORS = {
         )
         for name, ids in (("sampled_logprobs", True), ("sampled_stats", False), ("processed_logits", False))
     },
+    "moe.router": named(
+        "router",
+        call=moe.router,
+        args=lambda: {"logits": rand(3, 8), "top_k": 2, "normalize": True},
+        reference=lambda logits, top_k, normalize=True: (logits[:, :top_k].float(), logits[:, :top_k].int()),
+    ),
+    "moe.dispatch": named(
+        "dispatch",
+        call=moe.dispatch,
+        args=lambda: {"experts": ints(0, 1, 2, 0).view(2, 2), "num_experts": 3, "cu_units": ints(0, 2)},
+        counts=("num_experts",),
+    ),
+    "moe.gather": named(
+        "gather",
+        call=moe.gather,
+        args=lambda: {"x": rand(2, 4), "dispatched": moe.dispatch(ints(0, 1, 2, 0).view(2, 2), 3)},
+        reference=lambda x, dispatched: x.new_empty(dispatched.rows.shape[0], x.shape[1]),
+    ),
+    "moe.combine": named(
+        "combine",
+        call=moe.combine,
+        args=lambda: {"y": rand(64, 4), "dispatched": moe.dispatch(ints(0, 1, 2, 0).view(2, 2), 3)},
+        reference=lambda y, dispatched: y.new_empty(2, y.shape[1]),
+    ),
+    "moe.grouped_linear": named(
+        "grouped_linear",
+        call=moe.grouped_linear,
+        args=lambda: {
+            **{"x": rand(5, 4), "weight": rand(2, 6, 4), "offsets": ints(0, 2, 5)},
+            **{"main_grad": torch.zeros(2, 6, 4), "aligned": False},
+        },
+        reference=lambda x, weight, offsets, **rest: x @ weight[0].to(x.dtype).t(),
+    ),
+    "moe.experts": named(
+        "experts",
+        call=moe.experts,
+        args=lambda: {
+            **{"hidden": rand(2, 4), "gate_up": rand(3, 12, 4), "down": rand(3, 4, 6), "weights": rand(2, 2)},
+            **{"experts": ints(0, 1, 2, 0).view(2, 2), "cu_units": ints(0, 2)},
+            **{"gate_up_main_grad": torch.zeros(3, 12, 4), "down_main_grad": torch.zeros(3, 4, 6)},
+        },
+        reference=lambda hidden, *rest, **more: hidden,
+    ),
     "reduction.sum": named(
         "sum",
         call=reduction.sum,
@@ -572,6 +616,7 @@ MODULES = (
     matmul,
     mode,
     models,
+    moe,
     nn,
     norm,
     optim,

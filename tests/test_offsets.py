@@ -52,6 +52,22 @@ BOUNDED = {
         matmul.hopper.wgrad_kernel: gl.cdiv(M, 2 * HALF) * gl.cdiv(N, BLOCK_N)
         matmul.hopper._consumer: (work.tile - args.n_whole) * 2
     """,
+    "an expert's weight, and tiles of a GEMM over rows that `moe.checks` counts": """
+        moe.kernels.grouped_gemm.grouped_matmul_kernel: o_k[:, None] * stride_wk
+        moe.hopper.grouped_gemm._get_tile: 4 * (1 + first_m + within % rows)
+        moe.hopper.grouped_gemm._get_tile: tile // (GROUP_M * n_n) * GROUP_M
+        moe.hopper.grouped_gemm._get_tile: within // rows * COLUMNS
+        moe.hopper.grouped_gemm._n_tiles: gl.load(args.p_tiles) * gl.cdiv(args.N, COLUMNS)
+        moe.hopper.wgrad._get_tile: n_m * n_n
+        moe.hopper.wgrad._n_tiles: args.E * (args.N // (2 * HALF))
+        moe.hopper.wgrad._n_tiles: args.E * (args.N // (2 * HALF)) * gl.cdiv(args.K, args.x_smem.type.shape[2])
+        moe.kernels.grouped_gemm._tile_of: tile // (GROUP_M * n_tiles_n) * GROUP_M
+        moe.kernels.grouped_gemm.grouped_matmul_kernel: i_tiles_m * i_tiles_n
+        moe.kernels.grouped_gemm.grouped_wgrad_kernel: E * n_tiles_m
+        moe.kernels.grouped_gemm.grouped_wgrad_kernel: E * n_tiles_m * n_tiles_n
+        moe.kernels.grouped_gemm.grouped_wgrad_kernel: n_tiles_m * n_tiles_n
+        moe.kernels.grouped_gemm.tile_table_kernel: (1 + before + o_t) * 4
+    """,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bi_ops.core import checks
+from bi_ops.core.limits import SMALL
 
 #: Experts of a layer, at most: a program holds their counts in registers.
 MOST_EXPERTS = 4096
@@ -28,6 +29,8 @@ def expert_weight(op: str, name: str, weight: torch.Tensor, x: torch.Tensor, col
     ok = weight.shape[0] >= 1 and weight.shape[2] == columns
     checks.shape(op, ok, lambda: f"{name} must be [experts, N, {columns}], got {list(weight.shape)}")
     count(op, weight.shape[0])
+    ok = weight.shape[1] * weight.shape[2] < SMALL
+    checks.shape(op, ok, lambda: f"{name} {list(weight.shape)}: kernels count 2**31 elements of an expert's weight")
 
 
 def count(op: str, num_experts: int) -> None:

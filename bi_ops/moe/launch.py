@@ -164,8 +164,9 @@ def launch_combine(y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 def _tile_table(offsets: torch.Tensor, n_rows: int, block_m: int) -> torch.Tensor:
     """The tile rows of `block_m` rows, as `tile_table_kernel` writes them."""
     num_experts = offsets.shape[0] - 1
-    tiles = offsets.new_empty((n_rows // block_m + min(num_experts, n_rows) + 2, 4))
-    sizes = (n_rows, num_experts, block_m, next_power_of_2(num_experts + 1), 32)
+    capacity = n_rows // block_m + min(num_experts, n_rows) + 1
+    tiles = offsets.new_empty((1 + capacity, 4))
+    sizes = (n_rows, num_experts, capacity, block_m, next_power_of_2(num_experts + 1), 32)
     tile_table_kernel[(num_experts + 1,)](offsets, tiles, *sizes, num_warps=1, **PINNED)
     return tiles
 

@@ -183,13 +183,12 @@ EXPERTS, TOP_K = 5, 2
 def routed(m: Make) -> Inputs:
     """A layer; the experts of a token are two neighbours."""
     first, (n, k) = m.ints(EXPERTS, m.shape.rows, 1), (m.shape.n, m.shape.k)
-    experts = torch.cat((first, (first + 1) % EXPERTS), 1).int()
     return {
-        **{"hidden": m.matrix(), "gate_up": m.randn(EXPERTS, 2 * n, k), "down": m.randn(EXPERTS, k, n)},
-        **{
-            "weights": m.randn(m.shape.rows, TOP_K).float(),
-            "experts": experts,
-        },
+        "hidden": m.matrix(),
+        "gate_up": m.randn(EXPERTS, 2 * n, k),
+        "down": m.randn(EXPERTS, k, n),
+        "weights": m.randn(m.shape.rows, TOP_K).float(),
+        "experts": torch.cat((first, (first + 1) % EXPERTS), 1).int(),
     }
 
 

@@ -21,20 +21,25 @@ def _tile_of(tile, n_tiles_m, n_tiles_n, GROUP_M: tl.constexpr):
     return first_m + within % rows_in_group, within // rows_in_group
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "capacity"])
 def tile_table_kernel(
     p_offsets,  # [E + 1], int32
     p_tiles,  # [tile rows + 1, 4], int32: their number; then the expert of each, its first row, the expert's last
     R,
     E,
+    capacity,  # tile rows that p_tiles has room for: enough for every ascending p_offsets
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,  # more than E
     BLOCK_T: tl.constexpr,
 ):
-    """Tile rows, expert by expert, a program for each. Program E has the rows behind the last expert's."""
+    """Tile rows, expert by expert, a program for each. Program E has the rows behind the last expert's.
+
+    Whatever p_offsets holds, no row outside of [0, R) is named.
+    """
     i_e = tl.program_id(0)
     o_e = tl.arange(0, BLOCK_E)
     starts = tl.load(p_offsets + o_e, mask=o_e <= E, other=R)
+    starts = tl.minimum(tl.maximum(starts, 0), R)
     ends = tl.minimum(tl.load(p_offsets + o_e + 1, mask=o_e < E, other=R), R)
     counts = tl.cdiv(tl.maximum(ends - starts, 0), BLOCK_M)
     before = tl.sum(tl.where(o_e < i_e, counts, 0), axis=0)
@@ -42,13 +47,14 @@ def tile_table_kernel(
     first = tl.sum(tl.where(o_e == i_e, starts, 0), axis=0)
     last = tl.sum(tl.where(o_e == i_e, ends, 0), axis=0)
     if i_e == E:
-        tl.store(p_tiles, before + count)
+        tl.store(p_tiles, tl.minimum(before + count, capacity))
     for t in range(0, count, BLOCK_T):
         o_t = t + tl.arange(0, BLOCK_T)
         p_tile = p_tiles + (1 + before + o_t) * 4
-        tl.store(p_tile, tl.zeros([BLOCK_T], tl.int32) + i_e, mask=o_t < count)
-        tl.store(p_tile + 1, first + o_t * BLOCK_M, mask=o_t < count)
-        tl.store(p_tile + 2, tl.zeros([BLOCK_T], tl.int32) + last, mask=o_t < count)
+        m = (o_t < count) & (before + o_t < capacity)
+        tl.store(p_tile, tl.zeros([BLOCK_T], tl.int32) + i_e, mask=m)
+        tl.store(p_tile + 1, first + o_t * BLOCK_M, mask=m)
+        tl.store(p_tile + 2, tl.zeros([BLOCK_T], tl.int32) + last, mask=m)
 
 
 @triton.jit
@@ -132,7 +138,7 @@ def grouped_wgrad_kernel(
         i_m, i_n = _tile_of(tile % (n_tiles_m * n_tiles_n), n_tiles_m, n_tiles_n, GROUP_M)
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        first = tl.load(p_offsets + expert)
+        first = tl.maximum(tl.load(p_offsets + expert), 0)
         last = tl.minimum(tl.load(p_offsets + expert + 1), R)
         m = (o_m < N)[:, None] & (o_n < K)[None, :]
         p_at = p_dw + (expert.to(tl.int64) * N + o_m)[:, None] * K + o_n[None, :]
