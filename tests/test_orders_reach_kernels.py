@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from bi_ops import logprob, matmul, norm, reduction, rope
+from bi_ops import logprob, matmul, moe, norm, reduction, rope
 from bi_ops.core import runtime
 from bi_ops.logprob import order as logprob_order
 from bi_ops.matmul import launch as matmul_launch
+from bi_ops.moe import launch as moe_launch
 from bi_ops.norm import order as norm_order
 from bi_ops.reduction import order as reduction_order
 
@@ -74,6 +75,16 @@ def gemms() -> dict[str, torch.Tensor]:
     return {"y": y, "dx": dx, "dweight": dw}
 
 
+def expert_layers() -> dict[str, torch.Tensor]:
+    hidden, gate_up = torch.randn(40, 300, requires_grad=True), torch.randn(3, 300, 300, requires_grad=True)
+    down, routing = torch.randn(3, 300, 150), torch.rand(40, 2, requires_grad=True)
+    experts = moe.router(torch.randn(40, 3), 2)[1]
+    y = moe.experts(hidden, gate_up, down, routing, experts)
+    dx, dw, drouting = torch.autograd.grad(y, (hidden, gate_up, routing), torch.randn(40, 300))
+    weights, _ = moe.router(torch.randn(40, 60), 2, normalize=False)
+    return {"weights": weights, "y": y, "dx": dx, "dweight": dw, "drouting": drouting}
+
+
 def rows(**changes: int) -> Callable[[Any], Any]:
     return lambda o: replace(o, rows=replace(o.rows, **changes))
 
@@ -95,6 +106,18 @@ CASES = {
     ),
     "reduction.span": Case(
         reduction_order, "order", lambda o: replace(o, span=o.span // 4), sums, frozenset({"sum", "mean"})
+    ),
+    "moe.gemm.k_step": Case(
+        *(moe_launch, "order_of", lambda o: replace(o, gemm=replace(o.gemm, k_step=2 * o.gemm.k_step)), expert_layers),
+        frozenset({"y", "dx", "dweight", "drouting"}),
+    ),
+    "moe.router.lanes": Case(
+        *(moe_launch, "order_of", lambda o: replace(o, router=replace(o.router, lanes=8)), expert_layers),
+        frozenset({"weights"}),
+    ),
+    "moe.dot_lanes": Case(
+        *(moe_launch, "order_of", lambda o: replace(o, dot_lanes=32), expert_layers),
+        frozenset({"drouting"}),
     ),
     "matmul.k_step": Case(matmul_launch, "order_of", lambda o: replace(o, k_step=2 * o.k_step), gemms, ALL),
 }
