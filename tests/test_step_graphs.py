@@ -206,8 +206,8 @@ def test_padding_that_is_seen_changes_bits(wrong, coarse, monkeypatch):
     model = tiny_model(num_hidden_layers=1)
     expected, real = gradients(model, [0]), graphs.pad
 
-    def spoiled(batch, bucket, vocab_size, values):
-        padded, values = real(batch, bucket, vocab_size, values)
+    def spoiled(batch, bucket, vocab_size, values, *rest):
+        padded, values = real(batch, bucket, vocab_size, values, *rest)
         assert bucket.tokens > len(batch.input_ids) or wrong != "shared sequence"
         if wrong == "scored padding":
             return padded, [torch.where(v == 0, 1.0, v) for v in values]

@@ -70,12 +70,14 @@ def bucket_of(batch: PackedBatch, longest: int) -> Bucket:
 
 
 def pad(
-    batch: PackedBatch, bucket: Bucket, vocab_size: int, values: Sequence[torch.Tensor] = ()
+    batch: PackedBatch, bucket: Bucket, vocab_size: int, values: Sequence[torch.Tensor] = (), unit_tokens: int = 1
 ) -> tuple[PackedBatch, list[torch.Tensor]]:
     """`batch` with the sizes of `bucket`, of which it is, and `values` [S] of its scored tokens as [bucket.rows].
 
     Scored rows are at `batch.scatter_indices` then. Those between them score hidden states of other tokens: their
     values are 0, and what comes of them has to be dropped, with weight 0 in a loss.
+
+    unit_tokens: with which the batch was packed.
     """
     wide = dataclasses.replace(batch, scatter_size=bucket.rows)
     device, extra = batch.input_ids.device, bucket.tokens - len(batch.input_ids)
@@ -84,8 +86,11 @@ def pad(
     ids = torch.arange(extra, device=device) % vocab_size
     added = bucket.sequences - n_seqs
     ends = [n_tokens + extra * i // added for i in range(1, added + 1)]
-    # Units are never more than sequences; the appended tokens are one, and others are empty.
-    units = torch.full((bucket.sequences + 1 - len(batch.cu_units),), bucket.tokens, dtype=torch.int32, device=device)
+    # The appended tokens are a unit, and others are empty. Each takes memory where experts sum over tokens.
+    most = min(bucket.tokens // unit_tokens + 2, bucket.sequences)
+    if len(batch.cu_units) > most:  # in smaller units, which are never more than sequences
+        most = bucket.sequences
+    units = torch.full((most + 1 - len(batch.cu_units),), bucket.tokens, dtype=torch.int32, device=device)
     places = torch.arange(bucket.rows, device=device)  # rows of tokens, each at most once besides the scored ones
     sampling = batch.sampling
     padded = dataclasses.replace(

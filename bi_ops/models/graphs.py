@@ -155,7 +155,9 @@ class StepGraphs:
         """A micro-batch, packed with align=TOKEN_STEP, and fp32 [S] of its scored tokens, as `run` takes them."""
         config = self.model.config
         bucket = bucket_of(batch, config.max_position_embeddings)
-        return Padded(bucket, *pad(batch, bucket, config.vocab_size, values), batch.scatter_indices)
+        return Padded(
+            bucket, *pad(batch, bucket, config.vocab_size, values, self.model.unit_tokens), batch.scatter_indices
+        )
 
     @property
     def captured(self) -> int:
@@ -168,7 +170,8 @@ class StepGraphs:
         Raises:
             RuntimeError: it cannot be captured.
         """
-        inputs = (padded.bucket, tuple(padded.batch.sampling or ()), len(padded.values))
+        batch, values = padded.batch, padded.values
+        inputs = (padded.bucket, len(batch.cu_units), tuple(batch.sampling or ()), len(values))
         if inputs not in self._inputs:
             self._inputs[inputs] = copied(padded.batch), [v.clone() for v in padded.values]
         batch, values = self._inputs[inputs]
