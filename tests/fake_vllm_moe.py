@@ -56,7 +56,7 @@ class RoutedExperts(torch.nn.Module):
         super().__init__()
         self.w13_weight = torch.nn.Parameter(torch.randn(experts, 2 * size, hidden).bfloat16(), requires_grad=False)
         self.w2_weight = torch.nn.Parameter(torch.randn(experts, hidden, size).bfloat16(), requires_grad=False)
-        self.quant_method = method
+        self.quant_method, self.top_k = method, 2
         self.activation, self.apply_router_weight_on_input = types.SimpleNamespace(value="silu"), False
         self.expert_map = self.swiglu_limit = self.swiglu_alpha = self.swiglu_beta = None
         parallel = types.SimpleNamespace(tp_size=tp_size)

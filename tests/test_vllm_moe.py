@@ -54,6 +54,30 @@ def test_the_router_is_bi_ops_where_vllms_kernels_are_asked_for(vllm):
     assert torch.equal(got[1].int(), expected[1])
 
 
+def test_their_kernels_compile_before_the_profile_run(vllm):
+    model = torch.nn.Module()
+    model.mlp = SparseMoeBlock(Linear(32, 4))
+    worker = Worker(model)
+    wrapper = vllm[WORKER].WorkerWrapperBase(worker)
+    wrapper.init_device()
+    wrapper.load_model(load_dummy_weights=False)
+    called = []
+    for layer, slot in ((model.mlp.experts.router, "_compute_routing"), (model.mlp.experts.routed_experts, "apply")):
+        holder = getattr(layer, "quant_method", layer)
+        function = getattr(holder, slot)
+
+        def counted(*args, function=function):
+            called.append((function.operator, len(args[1])))
+            return function(*args)
+
+        counted.operator = function.operator  # type: ignore[attr-defined]
+        setattr(holder, slot, counted)
+    worker.model_runner.profile_run()
+    assert worker.model_runner.profiled == [False]
+    assert {rows for operator, rows in called if operator == "router"} == {1, 2, 3, 4}
+    assert {rows for operator, rows in called if operator == "experts"} == {1, 2, 3, 4}
+
+
 @pytest.mark.parametrize("kernels", ["bi_ops", "vllm"])
 def test_experts_of_an_unknown_order_are_refused_by_name(vllm, kernels):
     with pytest.raises(ValueError, match=r"mlp\.experts\.routed_experts computes its experts with CutlassExperts"):

@@ -203,7 +203,7 @@ ATTRIBUTES = {
         *("is_neox_style", "rotary_dim", "use_flashinfer"),
     },
     (f"{FUSED_MOE}.routed_experts", "RoutedExperts"): {
-        *("moe_config", "activation", "apply_router_weight_on_input", "quant_method", "swiglu_limit"),
+        *("moe_config", "activation", "apply_router_weight_on_input", "quant_method", "swiglu_limit", "top_k"),
     },
     (f"{FUSED_MOE}.router.base_router", "BaseRouter"): {"top_k"},
     (f"{FUSED_MOE}.router.fused_topk_router", "FusedTopKRouter"): {"renormalize", "scoring_func"},

@@ -128,7 +128,7 @@ def _gemms(model: torch.nn.Module, release: Release, scheduler: Any) -> list[Gem
 
 
 def _rows(model: torch.nn.Module, release: Release, scheduler: Any) -> Iterator[Launch]:
-    """Norms, rotations and activations of every shape, for few rows and many."""
+    """Norms, rotations, activations, routers and experts of every shape, for few rows and many."""
     found: dict[Any, Callable[[int], object]] = {}
     width = _widths(model)
     layer: Any
@@ -141,6 +141,11 @@ def _rows(model: torch.nn.Module, release: Release, scheduler: Any) -> Iterator[
         elif function.operator == "activation" and layer in width:
             n, weight = width[layer]
             found["activation", n] = functools.partial(_activation, function, weight, n)
+        elif function.operator == "router":
+            weight = layer.routed_experts.w13_weight.data
+            found["router", len(weight), layer.router.top_k] = functools.partial(_router, function, weight)
+        elif function.operator == "experts":
+            found["experts", layer.w13_weight.shape, layer.top_k] = functools.partial(_experts, layer, function)
     for launch in found.values():
         for rows in row_counts(scheduler.max_num_batched_tokens):
             yield functools.partial(launch, rows)
@@ -174,6 +179,17 @@ def _qk_norm_rope(layer: Any, width: int, rows: int) -> None:
 
 def _activation(function: layers.Function, weight: torch.Tensor, n: int, rows: int) -> None:
     function(weight.new_zeros(rows, n))
+
+
+def _router(function: layers.Function, weight: torch.Tensor, rows: int) -> None:
+    logits = weight.new_zeros(rows, len(weight))
+    function(logits, logits, torch.int32)
+
+
+def _experts(layer: Any, function: layers.Function, rows: int) -> None:
+    x, top_k = layer.w13_weight.data.new_zeros(rows, layer.w13_weight.shape[2]), layer.top_k
+    ids = torch.arange(top_k, dtype=torch.int32, device=x.device).repeat(rows, 1)
+    function(layer, x, torch.zeros(rows, top_k, device=x.device), ids, None, None)
 
 
 def _attention(model: torch.nn.Module, config: Any, device: torch.device) -> Iterator[Launch]:
