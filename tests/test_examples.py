@@ -82,6 +82,13 @@ def test_grpo_task(run, tmp_path):
     assert Qwen3Config.from_pretrained(tmp_path / "trained").num_hidden_layers == 1
 
 
+def test_moe(run):
+    rows, gradients, control = run("moe").splitlines()
+    assert rows.startswith("rows       0 of 64 ")
+    assert gradients.startswith("gradients  3 of 3 ")
+    assert number(r"control    (\d) of 3", control) < 3
+
+
 def test_verify_operator(run):
     lines = run("verify_operator").splitlines()
     assert all(line.endswith(" []") for line in lines[:3])
