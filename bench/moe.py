@@ -210,7 +210,9 @@ def layer_sides(layer: Layer) -> Iterator[tuple[str, int, Sides, Callable[[], bo
     yield "layer forward", flop, sides, alone
     leaves = [t.detach().requires_grad_() for t in inputs]
     g = randn(layer.tokens, HIDDEN)
-    out, theirs = moe.experts(*leaves, layer.experts), layer.grouped_mm_layer(*leaves)
+    hidden, gate_up, down, weights = leaves
+    out = moe.experts(hidden, gate_up, down, weights, layer.experts)
+    theirs = layer.grouped_mm_layer(*leaves)
 
     def backward(out: torch.Tensor) -> Call:
         return lambda: torch.autograd.grad(out, leaves, g, retain_graph=True)

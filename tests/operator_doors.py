@@ -19,6 +19,7 @@ from bi_ops import (
     embedding,
     logprob,
     matmul,
+    moe,
     nn,
     norm,
     reduction,
@@ -108,6 +109,29 @@ def embed(kind, padding_idx):
         return functional_call(module, {"weight": weight}, (ids,))
 
     return call
+
+
+def grouped_linear_layer(x, weight, ids):
+    dispatched = moe.dispatch(ids.int()[:, None], weight.shape[0], operators.every_step(x.shape[0], x.device))
+    n, out_features, in_features = weight.shape
+    module = nn.GroupedLinear(n, in_features, out_features, device="meta")
+    rows = functional_call(module, {"weight": weight}, (moe.gather(x, dispatched), dispatched.offsets))
+    return moe.combine(rows, dispatched)
+
+
+def experts_layer(hidden, gate_up, down, weights, experts):
+    n, hidden_size, size = down.shape
+    module = nn.Experts(n, hidden_size, size, device="meta")
+    parameters = {"gate_up_proj.weight": gate_up, "down_proj.weight": down}
+    cu_units = operators.every_step(hidden.shape[0], hidden.device)
+    return functional_call(module, parameters, (hidden, weights, experts, cu_units))
+
+
+def moe_layer(gate, hidden, gate_up, down):
+    n, hidden_size, size = down.shape
+    module = nn.MoE(n, operators.TOP_K, hidden_size, size, device="meta")
+    parameters = {"gate.weight": gate, "experts.gate_up_proj.weight": gate_up, "experts.down_proj.weight": down}
+    return functional_call(module, parameters, (hidden,))
 
 
 def described(name: str, door: str, others: Mapping[str, Callable[..., Any]] | None = None, **more: Any) -> Operator:
@@ -306,6 +330,22 @@ OPERATORS: dict[str, Operator] = {
         lambda x, weight, main: matmul.linear(x, weight, main_grad=main),
         ("weight",),
     ),
+    "grouped_linear": described(
+        "grouped_linear", "bi_ops.moe.grouped_linear", {"bi_ops.nn.GroupedLinear": grouped_linear_layer}
+    ),
+    "experts": described("experts", "bi_ops.moe.experts", {"bi_ops.nn.Experts": experts_layer}),
+    "mixture of experts": Operator(
+        lambda m: {
+            "gate": m.randn(operators.EXPERTS, m.shape.k),
+            **{n: operators.routed(m)[n] for n in ("hidden", "gate_up", "down")},
+        },
+        {
+            "bi_ops.moe.router": lambda gate, hidden, gate_up, down: moe.experts(
+                *(hidden, gate_up, down, *moe.router(matmul.linear(hidden, gate), operators.TOP_K))
+            ),
+            "bi_ops.nn.MoE": moe_layer,
+        },
+    ),
     "bmm": described(
         "bmm",
         "bi_ops.matmul.bmm",
@@ -393,10 +433,7 @@ ONE_DOOR_FUNCTIONS = {
         f"{name}.order_of": "a value"
         for name in ("activation", "embedding", "logprob", "moe", "norm", "reduction", "rope")
     },
-    **{
-        f"moe.{name}": "bi_ops's own; against its reference in test_moe_properties.py, as nn.MoE in test_qwen3_moe.py"
-        for name in ("router", "dispatch", "gather", "combine", "grouped_linear", "experts")
-    },
+    **{f"moe.{name}": "a part of grouped_linear" for name in ("dispatch", "gather", "combine")},
     "logprob.ranked_logprobs": "no gradient; against token_logprobs in test_logprob_properties.py",
     "logprob.token_stats": "token_logprobs without a gradient; test_nn_lm_head.py",
     "logprob.token_stats_backward_": "what nn.linear_token_logprobs calls; test_nn_lm_head.py",

@@ -468,6 +468,7 @@ OTHERS = {
         call=logprob.sampled_order_of,
         args=lambda: {"vocab_size": 16, "dtype": F32},
     ),
+    "moe.order_of": order_of("moe", dtype=F32, num_experts=8),
     "rope.order_of": order_of("rope", head_dim=16, dtype=F32),
     "embedding.order_of": order_of("embedding", hidden_size=16, dtype=F32),
     "activation.order_of": order_of("activation", dtype=F32),
@@ -605,6 +606,7 @@ NOT_CALLED = {
     "verify.Make": "of descriptions of operators; test_verify_suite.py",
     "verify.Shape": "a record",
     "verify.Subject": "a record; test_verify_suite.py",
+    "moe.Dispatch": "a result's type",
     "mode.ordered_all_reduce_hook": "torch's DistributedDataParallel calls it, with a bucket",
 }
 

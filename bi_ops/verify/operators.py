@@ -396,6 +396,7 @@ NOT_SUBJECTS = {
     "attention.paged_attention": "the other door of flash_attention: decode and paged",
     "attention.write_cache": "a copy",
     "attention.check_cu_seqlens": "a check",
+    "logprob.ranked_logprobs": "token_logprobs with ranks; its bits are compared in tests/test_logprob_properties.py",
     "logprob.token_stats": "the forward of token_logprobs; a part of linear_token_logprobs too",
     "logprob.token_stats_backward_": "the backward of token_logprobs, in place; a part of linear_token_logprobs too",
     **{f"moe.{n}": "a part of grouped_linear" for n in ("dispatch", "gather", "combine")},
