@@ -13,7 +13,7 @@ from typing import Any
 import bi_ops  # isort: skip  (before torch and triton)
 import torch
 
-from bi_ops import attention, optim
+from bi_ops import attention, moe, optim
 from bi_ops.attention.launch import clear_outside
 from bi_ops.core import runtime
 from bi_ops.logprob.config import SplitConfig
@@ -104,6 +104,7 @@ def _experts() -> None:
     """In fp32, which Hopper's kernels do not take; in bf16 with sizes that they do not."""
     each("router", "router, not normalised", "grouped_linear", "experts", dtypes=(FP32,))()
     each("grouped_linear", "experts", dtypes=(BF16,), size=(72, 40))()
+    moe.dispatch(torch.tensor([[0, 2], [1, 0]], dtype=torch.int32, device=runtime.default_device()), 3)
 
 
 def _few_rows() -> None:
@@ -199,7 +200,13 @@ DRIVERS: dict[str, Driver] = {
     "mixture of experts": Driver(
         (
             *(*_named("router", "", "_backward"), "count_pairs_kernel", "chunk_starts_kernel", "expert_offsets_kernel"),
-            *("place_pairs_kernel", *_named("gather", "_rows"), *_named("combine", "_rows"), "tile_table_kernel"),
+            *(
+                "dispatch_few_kernel",
+                "place_pairs_kernel",
+                *_named("gather", "_rows"),
+                *_named("combine", "_rows"),
+                "tile_table_kernel",
+            ),
             *(*_named("grouped", "_matmul", "_wgrad"), *_named("expert_activation", "", "_backward")),
         ),
         _experts,

@@ -91,7 +91,13 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         *("attention_add_chunks_kernel", "attention_clear_kernel", "lpt_order_kernel"),
         "row_part_max_kernel",
         *("embedding_backward_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),
-        *("count_pairs_kernel", "chunk_starts_kernel", "expert_offsets_kernel", "place_pairs_kernel"),
+        *(
+            "dispatch_few_kernel",
+            "count_pairs_kernel",
+            "chunk_starts_kernel",
+            "expert_offsets_kernel",
+            "place_pairs_kernel",
+        ),
         *("gather_rows_kernel", "combine_rows_kernel", "expert_activation_kernel", "tile_table_kernel"),
         *("grouped_matmul_hopper_kernel", "grouped_wgrad_hopper_kernel"),
     }

@@ -9,6 +9,7 @@ import torch
 
 from bi_ops import moe
 from bi_ops.moe import launch
+from bi_ops.moe.config import HopperConfig
 from bi_ops.verify.properties import bits_equal
 
 pytestmark = pytest.mark.gpu
@@ -49,11 +50,11 @@ def both(monkeypatch):
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize(("n", "k"), [(1536, 2048), (2048, 768), (200, 64)])
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("block_m", [64, 128])
-def test_forward_and_dx(counts, n, k, dtype, block_m, both, monkeypatch):
+@pytest.mark.parametrize(("block_m", "block_n", "stages"), [(64, 128, 8), (64, 256, 4), (128, 256, 4)])
+def test_forward_and_dx(counts, n, k, dtype, block_m, block_n, stages, both, monkeypatch):
     x, g, weight, offsets = case(COUNTS[counts], n, k, dtype)
-    usual = launch.hopper_config
-    monkeypatch.setattr(launch, "hopper_config", lambda *a: usual(*a)._replace(block_m=block_m))
+    config = HopperConfig(block_m, block_n, 64, stages, 8)
+    monkeypatch.setattr(launch, "hopper_config", lambda *_: config)
     assert launch.hopper_serves(x, weight)
     for call in (
         lambda: launch.launch_grouped_matmul(x, weight, offsets),

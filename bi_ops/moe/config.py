@@ -50,9 +50,16 @@ class HopperConfig(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def hopper_config(rows: int, experts: int) -> HopperConfig:
-    """Tiles of 64 rows waste fewer of an expert's last tile; those of 128 read a weight half as often."""
-    return HopperConfig(128 if rows >= 96 * experts else 64, 256, 64, 4, 8)
+def hopper_config(rows: int, experts: int, n: int, num_sms: int) -> HopperConfig:
+    """Tiles of 64 rows waste fewer of an expert's last tile; those of 128 read a weight half as often.
+
+    With few experts in use, as in decoding, narrow tiles and more of them in flight keep more SMs reading weights. What
+    was not timed yet: every number here.
+    """
+    if rows >= 96 * experts:
+        return HopperConfig(128, 256, 64, 4, 8)
+    in_use = min(experts, cdiv(rows, 16))
+    return HopperConfig(64, 128, 64, 8, 8) if in_use * cdiv(n, 256) < 2 * num_sms else HopperConfig(64, 256, 64, 4, 8)
 
 
 class HopperWgradConfig(NamedTuple):
@@ -104,3 +111,6 @@ def router_config(num_tokens: int, block_e: int) -> RowConfig:
 
 #: Tokens of which one program counts and places the pairs. A unit starts at a multiple.
 CHUNK_TOKENS = 16
+
+#: Pairs that one program dispatches in one launch.
+FEW_PAIRS = 512

@@ -12,6 +12,7 @@ from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.moe.config import (
     CHUNK_TOKENS,
+    FEW_PAIRS,
     grouped_config,
     hopper_config,
     hopper_wgrad_config,
@@ -26,6 +27,7 @@ from bi_ops.moe.kernels.rows import (
     chunk_starts_kernel,
     combine_rows_kernel,
     count_pairs_kernel,
+    dispatch_few_kernel,
     expert_offsets_kernel,
     gather_rows_kernel,
     place_pairs_kernel,
@@ -110,6 +112,16 @@ def launch_dispatch(
     if tokens == 0 or top_k == 0:
         return rows, places, experts.new_zeros(num_experts + 1)
     offsets = experts.new_empty(num_experts + 1)
+    if tokens * top_k <= FEW_PAIRS and cu_units is None:
+        dispatch_few_kernel[(1,)](
+            *(experts, rows, places, offsets, tokens * top_k, num_experts),
+            STEP=TOKEN_STEP,
+            BLOCK_P=max(next_power_of_2(tokens * top_k), 16),
+            BLOCK=32,
+            num_warps=16,
+            **PINNED,
+        )
+        return rows, places, offsets
     counts, totals = experts.new_empty((chunks, num_experts)), experts.new_empty(num_experts)
     block_p = next_power_of_2(CHUNK_TOKENS * top_k)
     sizes = {"TOP_K": top_k, "TOKENS": CHUNK_TOKENS, "BLOCK_P": block_p}
@@ -201,7 +213,7 @@ def launch_grouped_matmul(
     if hopper_serves(x, weight):
         from bi_ops.moe.hopper import grouped_gemm
 
-        hopper_c = hopper_config(n_rows, num_experts)
+        hopper_c = hopper_config(n_rows, num_experts, n, num_sms)
         assert hopper_c.block_k % order_of(Problem(x.dtype, num_experts), arch).gemm.k_step == 0
         grouped_gemm.launch(x, weight, y, _tile_table(offsets, n_rows, hopper_c.block_m), routing, hopper_c, num_sms)
         return y

@@ -53,7 +53,7 @@ def _attention() -> Mapping[str, Change]:
 def _moe() -> Mapping[str, Change]:
     changes = {"tiles of 32": fields("moe.launch", "grouped_config", block_m=32, block_n=32)}
     if not runtime.INTERPRET:
-        changes["tiles of 64 rows"] = fields("moe.launch", "hopper_config", block_m=64)
+        changes["tiles of 64 rows"] = fields("moe.launch", "hopper_config", block_m=64, block_n=256, stages=4)
     return changes
 
 

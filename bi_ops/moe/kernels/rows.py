@@ -109,6 +109,41 @@ def place_pairs_kernel(
     tl.store(p_places + pairs, tl.where(m, places, -1), mask=is_pair)
 
 
+@triton.jit(do_not_specialize=["P"])
+def dispatch_few_kernel(
+    p_experts,  # [T, TOP_K], int32
+    p_rows,  # [R], int32, filled with -1
+    p_places,  # [T, TOP_K], int32
+    p_offsets,  # [E + 1], int32
+    P,  # pairs, at most BLOCK_P
+    E,
+    STEP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,  # experts, or pairs, that are compared with all pairs at a time
+):
+    """What the four kernels above do, in one program, for few pairs in one unit."""
+    o_p = tl.arange(0, BLOCK_P)
+    experts = tl.load(p_experts + o_p, mask=o_p < P, other=-1)
+    experts = tl.where(experts < E, experts, -1)
+    places = tl.zeros([BLOCK_P], dtype=tl.int32)
+    total = 0
+    for e in range(0, E + 1, BLOCK):
+        o_e = e + tl.arange(0, BLOCK)
+        is_of = experts[:, None] == o_e[None, :]
+        counts = (tl.sum(is_of.to(tl.int32), axis=0) + STEP - 1) // STEP * STEP
+        offsets = total + tl.cumsum(counts, axis=0) - counts
+        tl.store(p_offsets + o_e, offsets, mask=o_e <= E)
+        places += tl.sum(tl.where(is_of, offsets[None, :], 0), axis=1)
+        total += tl.sum(counts, axis=0)
+    for p in range(0, P, BLOCK):
+        o = p + tl.arange(0, BLOCK)
+        others = tl.load(p_experts + o, mask=o < P, other=-2)
+        is_before = (experts[:, None] == others[None, :]) & (o[None, :] < o_p[:, None])
+        places += tl.sum(is_before.to(tl.int32), axis=1)
+    tl.store(p_rows + places, o_p, mask=experts >= 0)
+    tl.store(p_places + o_p, tl.where(experts >= 0, places, -1), mask=o_p < P)
+
+
 @triton.jit(do_not_specialize=["R"])
 def gather_rows_kernel(
     p_x,  # [T, N]
