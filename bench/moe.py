@@ -50,10 +50,17 @@ def milliseconds(sides: Sides, rounds: int) -> dict[str, float]:
             for _ in range(2):
                 call()
             stream.synchronize()
-            graphs[name] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[name], stream=stream):
-                call()
-            graphs[name].replay()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    call()
+            except RuntimeError as error:  # a baseline that cannot be captured has no figure
+                if name == "ours":
+                    raise
+                print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            graphs[name] = graph
+            graph.replay()
         for i in range(rounds):
             for name in list(graphs)[:: -1 if i % 2 else 1]:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -268,11 +275,11 @@ def rows(layer: Layer, rounds: int) -> Iterator[dict[str, object]]:
                 del first
             vllms = bits_equal_vllm(layer, name)
             speed = {n: flop / ms / 1e9 for n, ms in milliseconds(sides, rounds).items()}
-            best = max((n for n in speed if n != "ours"), key=lambda n: speed[n])
+            best = max((n for n in speed if n != "ours"), key=lambda n: speed[n], default="")
             yield {
                 **{"pass": name, **common},
                 **{f"{n}_tflops": round(speed[n], 1) if n in speed else "" for n in ("ours", "grouped_mm", "vllm")},
-                **{"best_tflops": round(speed[best], 1), "best": best},
+                **{"best_tflops": round(speed[best], 1) if best else "", "best": best},
                 **{"bits_equal_vllm": vllms, "reruns_equal": rerun, "batch_invariant": invariant},
             }
             torch.cuda.empty_cache()

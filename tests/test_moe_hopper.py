@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -135,7 +133,7 @@ def test_bits_equal_vllms_router(experts, dtype, normalize):
 def test_bits_equal_vllms_layer(tokens, monkeypatch):
     from vllm.model_executor.layers.fused_moe import fused_moe
 
-    monkeypatch.setitem(os.environ, "VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     fused_moe.get_moe_configs.cache_clear()
     hidden = torch.randn(tokens, 2048, device="cuda").to(BF16)
     gate_up = (torch.randn(32, 1536, 2048, device="cuda") * 0.02).to(BF16)
