@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_moe_model
 
-from bi_ops import matmul, nn, optim
+from bi_ops import cli, matmul, nn, optim
 from bi_ops.core import runtime
 from bi_ops.matmul import TOKEN_STEP
 from bi_ops.models.buckets import bucket_of, pad
@@ -182,3 +183,12 @@ def test_a_grouped_linear_layer_is_a_linear_layer_per_group():
     y = layer(x, torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=x.device))
     expected = torch.cat([matmul.linear(x[:2], layer.weight[0]), matmul.linear(x[2:], layer.weight[2])])
     assert torch.equal(y, expected)
+
+
+def test_commands_know_it(tmp_path, capsys):
+    """Orders with those of experts, and parity of the checkpoint."""
+    tiny_moe_model().save_pretrained(tmp_path / "model")
+    assert cli.main(["orders", str(tmp_path / "model"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["orders"]["moe"]["kind"] == "MoeOrder"
+    assert cli.main(["parity", str(tmp_path / "model"), "--prompts", "1", "--new-tokens", "2"]) == 0
+    assert "bitwise identical" in capsys.readouterr().out
