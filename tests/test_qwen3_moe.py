@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny import tiny_moe_config, tiny_moe_model
 
 from bi_ops import models
 from bi_ops.core import runtime
+from bi_ops.models import checkpoint
 from bi_ops.models.packing import pack
 from bi_ops.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -116,6 +118,60 @@ def test_shards_are_read_tensor_by_tensor(hugging_face, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     parts = Qwen3MoeForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+def test_a_large_checkpoint_is_saved_in_shards_and_read_by_transformers(hugging_face, tmp_path, monkeypatch):
+    folder, theirs = hugging_face
+    ours = Qwen3MoeForCausalLM.from_pretrained(folder)
+    ours.save_pretrained(tmp_path)  # in one file, which the shards replace
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8000)
+    ours.save_pretrained(tmp_path)
+    files = sorted(f.name for f in tmp_path.glob("*.safetensors*"))
+    assert files[0].startswith("model-00001-of-0000")
+    assert files[-1] == "model.safetensors.index.json"
+    assert all((tmp_path / f).stat().st_size < 12000 for f in files[:-1])
+    for name, p in type(theirs).from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(p, theirs.state_dict()[name]), name
+    again = Qwen3MoeForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+    monkeypatch.undo()
+    again.save_pretrained(tmp_path)  # one file again
+    assert [f.name for f in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_shards_that_were_interrupted_are_no_checkpoint(tmp_path, monkeypatch):
+    model = tiny_moe_model()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8000)
+    real, renames = checkpoint.save_file, []
+
+    def fails_later(tensors, file, **rest):
+        if "00003" in file.name:
+            raise OSError("the disk is full")
+        real(tensors, file, **rest)
+
+    def fails_second(source, target, rename=os.replace):
+        renames.append(target)
+        if len(renames) == 2:
+            raise OSError("no rename")
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint, "save_file", fails_later)
+    with pytest.raises(OSError, match="full"):
+        model.save_pretrained(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]  # the earlier one, whole
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", fails_second)
+        with pytest.raises(OSError, match="no rename"):
+            model.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a checkpoint folder"):
+        models.load_model(tmp_path)
+    model.save_pretrained(tmp_path)
+    models.load_model(tmp_path)
 
 
 def test_tensors_that_do_not_fit_are_listed(tmp_path):

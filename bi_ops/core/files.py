@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,24 @@ def write_atomically(
 
     before_rename is called in between, when nothing but a rename can fail any more.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_together({path: write}, before_rename)
+
+
+def write_together(
+    files: Mapping[Path, Callable[[Path], object]], before_rename: Callable[[], object] = lambda: None
+) -> None:
+    """As `write_atomically`, of several files: all are on the disk before the first is renamed."""
+    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
     try:
-        write(partial)
-        sync(partial)
+        for path, write in files.items():
+            write(partials[path])
+            sync(partials[path])
         before_rename()
-        os.replace(partial, path)
+        for path, partial in partials.items():
+            os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

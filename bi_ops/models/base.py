@@ -268,7 +268,7 @@ class CausalLM(torch.nn.Module):
         return model
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a Hugging Face checkpoint folder. Index and shards of an earlier one in it are deleted.
+        """Write a Hugging Face checkpoint folder, in shards above 5 GiB. Files of an earlier one in it are deleted.
 
         An interrupted call leaves the earlier checkpoint, the new one, or a folder without config.json, which is none.
 

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bi_ops.core.files import sync, write_atomically, write_json
+from bi_ops.core.files import sync, to_json, write_atomically, write_json, write_together
 from bi_ops.models.config_fields import FILE
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ DTYPES = ("BF16", "F16", "F32")
 
 #: A shard as every publisher names it.
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+#: Bytes of a file at most, if it holds more than one tensor. Larger checkpoints are written in shards, one after the
+#: other, so no more than a shard is in the host's memory.
+SHARD_BYTES = 5 << 30
 
 #: How many tensors that do not fit are named in an error.
 _NAMED = 20
@@ -149,6 +153,21 @@ def load(model: CausalLM, path: Path) -> None:
     model.source, model.has_tied_copy, model.has_fused_experts = path, tied_copy, has_fused_experts
 
 
+def _shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """The names of the files, and of the tensors in each, in their order. sizes: bytes of each tensor."""
+    parts: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if parts[-1] and held + size > SHARD_BYTES:
+            parts.append([])
+            held = 0
+        parts[-1].append(name)
+        held += size
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
+    return {f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors": names for i, names in enumerate(parts)}
+
+
 def _lossless_dtype(model: CausalLM) -> torch.dtype:
     parameters = [p.detach() for p in model.parameters()]
     stored = model.config.dtype
@@ -202,7 +221,7 @@ def _is_there(file: Path, value: Any) -> bool:
 
 @torch.no_grad()
 def save(model: CausalLM, path: Path, dtype: torch.dtype | None) -> None:
-    """Write config.json, model.safetensors and the companions of the folder `model` was read from.
+    """Write config.json, model.safetensors, or its shards, and the companions of the folder `model` was read from.
 
     What `path` held before stays whole until the new weights are on the disk. If the weights are all that changes, one
     rename puts them in place. Otherwise config.json goes first and comes back last, so that a folder in which a crash
@@ -210,27 +229,37 @@ def save(model: CausalLM, path: Path, dtype: torch.dtype | None) -> None:
     """
     dtype = dtype or _lossless_dtype(model)
     parameters = dict(model.named_parameters())
-    tensors = {
-        s.name: s.of(parameters[s.parameter]).detach().to("cpu", dtype).contiguous().clone()
-        for s in model.weight_slices(model.has_fused_experts)
-    }
+    views = {s.name: s.of(parameters[s.parameter]).detach() for s in model.weight_slices(model.has_fused_experts)}
     if model.has_tied_copy:
-        tensors[HEAD] = tensors[EMBEDDING].clone()
+        views[HEAD] = views[EMBEDDING]
+    shards = _shards({name: t.numel() * dtype.itemsize for name, t in views.items()})
     path.mkdir(parents=True, exist_ok=True)
-    old, config, companions = _superseded(path, set(tensors)), model.config.with_dtype(dtype).to_dict(), []
+    old, config, companions = _superseded(path, set(views)), model.config.with_dtype(dtype).to_dict(), []
     if model.source is not None and model.source.resolve() != path.resolve():
         companions = [name for name in COMPANIONS if _differs(model.source / name, path / name)]
-    only_weights = not old and not companions and _is_there(path / FILE, config)
+    only_weights = len(shards) == 1 and not old and not companions and _is_there(path / FILE, config)
 
     def withdraw() -> None:
         if not only_weights:
             (path / FILE).unlink(missing_ok=True)
             sync(path)
 
-    write = partial(save_file, tensors, metadata={"format": "pt"})
-    write_atomically(path / WEIGHTS, lambda file: write(filename=file), withdraw)
+    def write(names: list[str], file: Path) -> None:
+        tensors = {name: views[name].to("cpu", dtype).contiguous().clone() for name in names}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    files: dict[Path, Callable[[Path], object]] = {path / n: partial(write, names) for n, names in shards.items()}
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(t.numel() * dtype.itemsize for t in views.values())},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
+        }
+        files[path / INDEX] = lambda file: file.write_text(to_json(index, indent=2), encoding="utf-8")
+        old.append(path / WEIGHTS)
+    write_together(files, withdraw)
     for file in old:
-        file.unlink(missing_ok=True)
+        if file not in files:
+            file.unlink(missing_ok=True)
     for name in companions:
         write_atomically(path / name, partial(shutil.copyfile, cast(Path, model.source) / name))
     if not only_weights:
