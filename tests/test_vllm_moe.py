@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_vllm import WORKER, Head, Linear, Worker, installed
-from fake_vllm_moe import CutlassExperts, SparseMoeBlock
+from fake_vllm_moe import CutlassExperts, SparseMoeBlock, TritonExperts
 from tiny import tiny_moe_config, tiny_moe_model
 
 from bi_ops import matmul, moe, vllm_plugin
@@ -82,6 +82,15 @@ def test_their_kernels_compile_before_the_profile_run(vllm):
 def test_experts_of_an_unknown_order_are_refused_by_name(vllm, kernels):
     with pytest.raises(ValueError, match=r"mlp\.experts\.routed_experts computes its experts with CutlassExperts"):
         loaded(vllm, SparseMoeBlock(Linear(32, 4), experts_cls=CutlassExperts), kernels)
+
+
+def test_quantized_experts_of_a_known_kernel_are_left_to_vllm_with_a_warning(vllm, caplog):
+    block = SparseMoeBlock(Linear(32, 4))
+    method = type("Fp8MoEMethod", (torch.nn.Module,), {"experts_cls": TritonExperts})()
+    block.experts.routed_experts.quant_method = method
+    with caplog.at_level("WARNING", "vllm.bi_ops"):
+        assert loaded(vllm, block)[1] == {"linear": 2, "router": 1}
+    assert "experts quantized with Fp8MoEMethod are left to vLLM" in caplog.text
 
 
 @pytest.mark.parametrize("change", [{"tp_size": 2}, {"swiglu_limit": 7.0}, {"apply_router_weight_on_input": True}])

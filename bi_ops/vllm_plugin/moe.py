@@ -6,12 +6,16 @@ bi_ops'.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
 from bi_ops import moe
 from bi_ops.core.vllm import Release
+
+#: Below vLLM's own logger, so that the lines are in the server's log.
+logger = logging.getLogger("vllm.bi_ops")
 
 #: Classes of vLLM's experts whose reduction order is known. CUTLASS, DeepGEMM, FlashInfer, Humming and others are not.
 KNOWN = ("TritonExperts",)
@@ -67,18 +71,27 @@ def experts_of(layer: Any, release: Release) -> Any:
 
 
 def refuse_experts(model: torch.nn.Module) -> None:
-    """Raise ValueError for experts that vLLM computes with something else than the kernel whose order is known."""
+    """Raise ValueError for experts that vLLM computes with something else than the kernel whose order is known.
+
+    Quantized experts of that kernel are left to vLLM, with a warning.
+    """
+    quantized = set()
     for name, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
-        if "MoE" not in type(method).__name__:
+        kind = type(method).__name__
+        if "MoE" not in kind:
             continue
         chosen = getattr(method, "experts_cls", None)
         if getattr(chosen, "__name__", None) not in KNOWN:
             raise ValueError(
-                f"vllm_plugin: {name} computes its experts with {getattr(chosen, '__name__', type(method).__name__)}, "
+                f"vllm_plugin: {name} computes its experts with {getattr(chosen, '__name__', kind)}, "
                 f"whose reduction order is not known; bi_ops knows {', '.join(KNOWN)}: take an unquantized checkpoint "
                 "and leave --moe-backend out"
             )
+        if kind != "UnquantizedFusedMoEMethod":
+            quantized.add(kind)
+    for kind in sorted(quantized):
+        logger.warning("bi_ops: experts quantized with %s are left to vLLM; bi_ops has not examined them", kind)
 
 
 def refuse_routers(model: torch.nn.Module) -> None:
