@@ -19,6 +19,7 @@ from bi_ops.models.packing import pack
 from bi_ops.rl import PRESETS, TrainConfig, run
 from bi_ops.rollout import factory
 from bi_ops.rollout.base import SamplingParams
+from bi_ops.verify import bisect
 from bi_ops.verify.compositions import rescore
 from bi_ops.verify.properties import bits_equal
 
@@ -183,6 +184,17 @@ def test_a_grouped_linear_layer_is_a_linear_layer_per_group():
     y = layer(x, torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=x.device))
     expected = torch.cat([matmul.linear(x[:2], layer.weight[0]), matmul.linear(x[2:], layer.weight[2])])
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(("weight", "site"), [("gate", "mlp.gate"), ("experts.down_proj", "mlp.experts")])
+def test_the_first_operator_that_differs_may_be_a_router_or_experts(weight, site):
+    one, other = tiny_moe_model(), tiny_moe_model()
+    with torch.no_grad():
+        dict(other.named_parameters())[f"model.layers.0.mlp.{weight}.weight"].mul_(1.5)
+    found = bisect.bisect(factory.make_engine("embedded", "", one), other, [1, 2, 3], SamplingParams(1, seed=0))
+    assert found is not None
+    assert (found.site, found.kind) == (f"model.layers.0.{site}", "weights")
+    assert found.order[0] == found.order[1] != ""
 
 
 def test_commands_know_it(tmp_path, capsys):

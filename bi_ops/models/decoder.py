@@ -166,7 +166,7 @@ class DecoderForCausalLM(CausalLM):
 
     def hidden_states(self, batch: PackedBatch, attention_fn: AttentionFn) -> torch.Tensor:
         units = batch.cu_units if torch.is_grad_enabled() else None  # no sum over tokens needs them
-        return self(batch.input_ids, batch.positions, attention_fn, units)
+        return self(batch.input_ids, batch.positions, attention_fn, cu_units=units)
 
     def forward(
         self,

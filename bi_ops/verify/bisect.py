@@ -29,6 +29,8 @@ OPERATORS = {
     "proj": "matmul",
     "lm_head": "matmul",
     "qkv": "rope",
+    "gate": "matmul",
+    "experts": "moe",
 }
 
 
@@ -100,7 +102,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 @contextlib.contextmanager
 def recording(model: torch.nn.Module) -> Iterator[Trace]:
-    """Record every module of `model` without children, and attention, while the block runs.
+    """Record every module of `model` without children, experts as one, and attention, while the block runs.
 
     model: a `CausalLM`, or vLLM's model of the same names, run eagerly: a CUDA graph calls no hook.
     """
@@ -140,7 +142,7 @@ def recording(model: torch.nn.Module) -> Iterator[Trace]:
 
     handles.append(model.register_forward_pre_hook(watch_attention))
     for name, module in model.named_modules():
-        if name and not any(True for _ in module.children()):
+        if name and (name.endswith(".experts") or not any(True for _ in module.children())):
             handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
     try:
         yield trace
@@ -167,7 +169,7 @@ def _unequal(rollout: list[Tensor], training: list[Tensor]) -> tuple[int, int, i
 
 def _weights_differ(site: str, rollout: Trace, training: Trace) -> bool:
     """Whether the site has other weights on the two sides; masters are rounded, as they are on use."""
-    own = [n for n in training.weights if n.rpartition(".")[0] == site and n in rollout.weights]
+    own = [n for n in training.weights if n.startswith(f"{site}.") and n in rollout.weights]
     pairs = ((rollout.weights[n], training.weights[n]) for n in own)
     return any(a.shape == b.shape and not bits_equal(a.cpu(), b.to(a.dtype).cpu()) for a, b in pairs)
 
