@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from products import MODELS
-from record import provenance, write_csv
+from record import row_provenance, write_csv
 
 import bi_ops  # noqa: F401  isort: skip  (before triton)
 import torch
@@ -102,8 +102,7 @@ def main() -> int:
     if args.out is None:
         parser.error("--out is missing")
     args.out.mkdir(parents=True, exist_ok=True)
-    about = provenance(args.commit)
-    about["versions"] = " ".join(f"{n}={v}" for n, v in dict(about["versions"]).items())  # type: ignore[call-overload]
+    about = row_provenance(args.commit)
     rows: list[dict[str, object]] = []
     begun = time.monotonic()
 

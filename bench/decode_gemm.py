@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from products import COLD, MODELS, geometric_mean, products, roof_us, times
-from record import provenance, write_csv
+from record import row_provenance, write_csv
 
 import bi_ops  # noqa: F401  isort: skip  (before triton)
 import torch
@@ -102,8 +102,7 @@ def main() -> int:
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    about = provenance(args.commit)
-    about["versions"] = " ".join(f"{n}={v}" for n, v in dict(about["versions"]).items())  # type: ignore[call-overload]
+    about = row_provenance(args.commit)
     pool = torch.empty(max(n * k for m in args.models for _, n, k in products(m)), device="cuda", dtype=torch.bfloat16)
     for part in pool.split(1 << 26):
         part.normal_(std=0.03)

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from record import provenance, write_csv
+from record import row_provenance, write_csv
 
 import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
@@ -294,8 +294,7 @@ def main() -> int:
     args = parser.parse_args()
     models, device = ["dry"] if args.dry else args.models, runtime.default_device()
     args.out.mkdir(parents=True, exist_ok=True)
-    about = provenance(args.commit)
-    about["versions"] = " ".join(f"{n}={v}" for n, v in dict(about["versions"]).items())  # type: ignore[call-overload]
+    about = row_provenance(args.commit)
     if args.sweep:
         swept = [r | about for r in sweep(models[0], device, args.bandwidth)]
         write_csv(args.out / "optim_sweep.csv", swept)

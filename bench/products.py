@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from record import provenance, write_csv
+from record import row_provenance, write_csv
 
 import bi_ops  # isort: skip  (before triton)
 import torch
@@ -234,8 +234,7 @@ def main() -> int:
     args = parser.parse_args()
     models, sizes = (["0.6B"], (1, 16, 64, 1024)) if args.quick else (args.models, ROWS)
     args.out.mkdir(parents=True, exist_ok=True)
-    about = provenance(args.commit)
-    about["versions"] = " ".join(f"{n}={v}" for n, v in dict(about["versions"]).items())  # type: ignore[call-overload]
+    about = row_provenance(args.commit)
     most = max(n * k for m in models for _, n, k in products(m))
     pool = torch.empty(max(most, COLD), device="cuda", dtype=torch.bfloat16)
     for part in pool.split(1 << 26):

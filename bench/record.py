@@ -29,6 +29,11 @@ def provenance(commit: str | None = None) -> dict[str, object]:
     return {"device": device_name(), "versions": versions(), "commit": find_commit(commit), "date": now()}
 
 
+def row_provenance(commit: str | None = None) -> dict[str, object]:
+    """`provenance` for a row of a CSV file: the versions are one text."""
+    return provenance(commit) | {"versions": " ".join(f"{name}={version}" for name, version in versions().items())}
+
+
 def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """`rows` with the columns of the first one, written atomically."""
     rows = list(rows)

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from record import provenance, write_csv
+from record import row_provenance, write_csv
 from rollout import build_binding
 from step_sides import LR, MAX_NORM, shape, wait
 
@@ -38,6 +38,7 @@ import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
 
 from bi_ops.core import runtime
+from bi_ops.core.provenance import versions
 from bi_ops.rollout.base import Completion
 
 SIDES = ("bi_ops", "stock", "stock graphs")
@@ -295,9 +296,7 @@ def main() -> int:
         for row in measure(side, path, size, args.warm, args.steps):
             print(f"ROW {json.dumps(row)}", flush=True)
         return 0
-    record = provenance(args.commit)
-    release = dict(record["versions"]).get("vllm", "")  # type: ignore[call-overload]
-    record["versions"] = " ".join(f"{n}={v}" for n, v in dict(record["versions"]).items())  # type: ignore[call-overload]
+    record, release = row_provenance(args.commit), versions().get("vllm", "")
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     failed = [] if args.dry or "bi_ops" not in args.sides or build_binding() else ["binding"]

@@ -32,8 +32,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from record import provenance, write_csv
+from record import row_provenance, write_csv
 from rollout_worker import LAYERS
+
+from bi_ops.core.provenance import versions
 
 MODES = ("stock", "stock graphs", "invariant", "plugin", "plugin vllm kernels")
 BATCHES = (1, 8, 64, 256)
@@ -148,8 +150,7 @@ def main() -> int:
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--log", type=Path, help="file that what the engines print is written to")
     args = parser.parse_args()
-    record = provenance(args.commit)
-    release = dict(record["versions"])["vllm"]  # type: ignore[call-overload]
+    record, release = row_provenance(args.commit), versions()["vllm"]
     failed = "plugin" in args.modes and not build_binding()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "rollout.csv"

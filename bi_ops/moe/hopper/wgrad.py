@@ -13,18 +13,14 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.accumulator import exchange, join_columns, load_halves, split_columns
 from bi_ops.gluon.aggregate import Scalar, aggregate
-from bi_ops.gluon.pipeline import allocate_barriers, init_barriers, next_stage, previous_stage
+from bi_ops.gluon.pipeline import allocate_barriers, init_barriers, next_stage
+from bi_ops.gluon.wgrad import wgrad_mainloop
 from bi_ops.moe.config import HopperWgradConfig
 
 #: Rows of dw that a consumer warp group owns, half a tile's.
@@ -95,23 +91,6 @@ def _producer(args):
 
 
 @gluon.jit
-def _mainloop(args, acc, begin, end, stage, phase, WARP_GROUP: gl.constexpr):
-    """Add rows [begin, end) to the accumulator, front to back. Nothing is in flight when it returns."""
-    STAGES: gl.constexpr = args.x_smem.type.shape[0]
-    BLOCK_T: gl.constexpr = args.x_smem.type.shape[1]
-    for t in range(begin, end, BLOCK_T):
-        mbarrier.wait(args.full.index(stage), phase)
-        g = args.g_smem.index(2 * stage + WARP_GROUP).permute((1, 0))
-        acc = warpgroup_mma(g, args.x_smem.index(stage), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))  # the step before is done with its stage
-        mbarrier.arrive(args.empty.index(previous_stage(stage, STAGES)), pred=t != begin)
-        stage, phase = next_stage(stage, phase, STAGES)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(args.empty.index(previous_stage(stage, STAGES)), pred=end > begin)
-    return acc, stage, phase
-
-
-@gluon.jit
 def _consumer(args, WARP_GROUP: gl.constexpr):
     """Rows [64 WARP_GROUP, 64 WARP_GROUP + 64) of each tile."""
     BLOCK_T: gl.constexpr = args.x_smem.type.shape[1]
@@ -142,13 +121,13 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         next_row = expert * args.N + m + WARP_GROUP * HALF
         # CTAs access dw at different times, so that not all load memory at once.
         middle = begin + gl.cdiv(end - begin, BLOCK_T) * (1 + gl.program_id(0) % 8) // 16 * BLOCK_T
-        acc, stage, phase = _mainloop(args, acc, begin, middle, stage, phase, WARP_GROUP)
+        acc, stage, phase = wgrad_mainloop(args, acc, begin, middle, stage, phase, WARP_GROUP)
         tma.store_wait(0)  # the sums of the tile before have left shared memory
         is_sum = (next_tile < n_tiles) & (next_end > next_begin)
         if args.ACCUMULATE:
             fence_async_shared()
             load_halves(dw_desc, next_row, next_n, dw_full, dw_smem, is_sum)
-        acc, stage, phase = _mainloop(args, acc, middle, end, stage, phase, WARP_GROUP)
+        acc, stage, phase = wgrad_mainloop(args, acc, middle, end, stage, phase, WARP_GROUP)
 
         left, right = split_columns(acc, BLOCK_N)
         if args.ACCUMULATE:  # an expert without rows is neither loaded nor stored
