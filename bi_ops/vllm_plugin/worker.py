@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_ops.core import vllm
-from bi_ops.vllm_plugin import layers, moe, warmup
+from bi_ops.vllm_plugin import layers, moe, sample_graphs, warmup
 
 #: Who may compute what is not attention in vLLM: bi_ops' operators, or vLLM's own batch-invariant kernels.
 KERNELS = ("bi_ops", "vllm")
@@ -69,3 +69,5 @@ def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], kernels: str
         counted = ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer"
         layers.logger.info("bi_ops: computes %s; a bias is added %s", counted, release.bias_order)
     warmup.before_profile_run(worker.model_runner, release)
+    if kernels == "bi_ops" and release.shown:  # which attributes a runner has was read of these alone
+        sample_graphs.before_capture(worker.model_runner)
