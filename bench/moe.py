@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import provenance, write_csv
+from record import row_provenance, write_csv
 
 from bi_ops import matmul, moe
 from bi_ops.core import vllm
@@ -292,8 +292,9 @@ def main() -> int:
     parser.add_argument("--routing", nargs="+", default=["balanced", "zipf"], choices=["balanced", "zipf"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further pass after as many")
+    parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     given = parser.parse_args()
-    began, found, where = time.monotonic(), list[dict[str, object]](), provenance()
+    began, found, where = time.monotonic(), list[dict[str, object]](), row_provenance(given.commit)
     for tokens in given.tokens:
         for routing in given.routing:
             torch.manual_seed(0)
