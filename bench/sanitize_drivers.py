@@ -18,6 +18,8 @@ from bi_ops.attention.launch import clear_outside
 from bi_ops.core import runtime
 from bi_ops.logprob.config import SplitConfig
 from bi_ops.logprob.ops import launch_token_logprobs
+from bi_ops.matmul.config import WgradTileConfig
+from bi_ops.matmul.launch import launch_wgrad
 from bi_ops.verify import configs, packs
 from bi_ops.verify.contract import Setting, microbatches
 from bi_ops.verify.subject import make_batch, results
@@ -105,6 +107,13 @@ def _experts() -> None:
     each("router", "router, not normalised", "grouped_linear", "experts", dtypes=(FP32,))()
     each("grouped_linear", "experts", dtypes=(BF16,), size=(72, 40))()
     moe.dispatch(torch.tensor([[0, 2], [1, 0]], dtype=torch.int32, device=runtime.default_device()), 3)
+
+
+def _one_wave() -> None:
+    for groups, block_n, transposed in ((2, 128, False), (3, 128, True), (3, 256, False)):
+        g, x = (torch.randn(200, d).to(runtime.default_device(), BF16) for d in (264, 520))
+        c = torch.randn(264, 520).to(g.device)
+        launch_wgrad(g, x, c, WgradTileConfig(groups, block_n, 32, 6, transposed))
 
 
 def _few_rows() -> None:
@@ -196,6 +205,7 @@ DRIVERS: dict[str, Driver] = {
     ),
     "matmul": Driver(("matmul_kernel",), _gemms),
     "weight gradient on Hopper": Driver(("wgrad_kernel",), each("linear", dtypes=(BF16,)), gpu=True),
+    "weight gradient of one wave on Hopper": Driver(("wgrad_tile_kernel",), _one_wave, gpu=True),
     "few rows on Hopper": Driver(("decode_matmul_kernel",), _few_rows, gpu=True),
     "mixture of experts": Driver(
         (

@@ -86,7 +86,11 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         *("rope_kernel", "embedding_kernel", "token_logprobs_dx_kernel", "sampled_logprobs_dx_kernel"),
         *("silu_and_mul_kernel", "silu_and_mul_backward_kernel", "write_cache_kernel"),
         *("pairwise_sum_kernel", "scale_kernel", "adamw_kernel"),
-        *("wgrad_kernel", "decode_matmul_kernel"),  # the tensor cores' step of 16 elements, whatever the tile
+        *(
+            "wgrad_kernel",
+            "wgrad_tile_kernel",
+            "decode_matmul_kernel",
+        ),  # the tensor cores' step of 16 elements, whatever the tile
         *("attention_dq_hopper_kernel", "attention_dkv_hopper_kernel"),  # of one order, which `check_order` compares
         *("attention_add_chunks_kernel", "attention_clear_kernel", "lpt_order_kernel"),
         "row_part_max_kernel",

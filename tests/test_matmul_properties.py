@@ -273,6 +273,26 @@ def test_accumulating_on_hopper_has_the_bits_of_the_triton_kernel(name, dtype, d
                 assert torch.equal(accumulated_on_hopper, plain), (n, k, tokens, processors)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("warp_groups", "block_n"), [(2, 128), (2, 256), (3, 128), (3, 256)])
+def test_a_cta_for_each_tile_has_the_bits_of_the_triton_kernel(warp_groups, block_n, transposed, device):
+    from bi_ops.matmul import config, launch
+
+    for n, k, tokens in ((24, 40, 117), (520, 264, 16), (1000, 3000, 999), (1024, 3072, 2101)):
+        g, x = (randn(tokens, d, dtype=torch.bfloat16, device=device) for d in (n, k))
+        start = torch.randn(n, k, device=device)
+        for block_t, stages in ((16, 12), (64, 4)):
+            tile = config.WgradTileConfig(warp_groups, block_n, block_t, stages, transposed)
+            for accumulate in (True, False):
+                plain = start.clone()
+                launch.launch_triton(g.t()[None], x[None], None, plain[None], accumulate=accumulate, over_tokens=True)
+                for _ in range(10):
+                    ours = start.clone()
+                    launch.launch_wgrad(g, x, ours, tile, accumulate)
+                    assert torch.equal(ours, plain), (n, k, tokens, tile, accumulate)
+
+
 def test_a_weight_gradient_takes_the_tile_that_needs_less_time():
     from bi_ops.matmul.config import NARROW, WIDE, wgrad_config
 

@@ -1,4 +1,4 @@
-"""The control flow of `wgrad_kernel`, run on the CPU: no deadlock, no race, slices of a tile added front to back.
+"""The control flow of both wgrad kernels, run on the CPU: no deadlock, no race, slices of a tile added front to back.
 
 What the kernel computes is shown on the GPU alone (`test_matmul_properties.py`).
 """
@@ -8,15 +8,16 @@ from __future__ import annotations
 import random
 
 import gluon_model as model
+import numpy as np
 import pytest
 from gluon_model import Descriptor, Pointer
 
-from bi_ops.matmul import hopper
+from bi_ops.matmul import hopper, hopper_tile
 
 ROWS, BLOCK_N, BLOCK_T = 128, 128, 64
 
 
-def run_wgrad(m, n, t, programs, n_split, slices, kernels=hopper, stages=4, accumulate=True, **options):
+def run_wgrad(m, n, t, programs, n_split, slices, kernels=hopper, stages=4, accumulate=True, prefetch=0, **options):
     """The last `n_split` tiles of C are split into slices of the tokens, at most one slice for each program.
 
     accumulate: C holds a sum, else nothing that may be read but what a slice before left.
@@ -27,7 +28,8 @@ def run_wgrad(m, n, t, programs, n_split, slices, kernels=hopper, stages=4, accu
     c = Descriptor([-(-m // ROWS) * ROWS, n], [64, BLOCK_N // 2], 4)  # rows past the last are left out by TMA
     semaphores = Pointer([0] * (2 * n_split))
     unused = model.launch(
-        *(kernels.wgrad_kernel, programs, g, x, c, semaphores, m, n, t, n_whole, slice_tokens, stages, 8, accumulate),
+        *(kernels.wgrad_kernel, programs, g, x, c, semaphores, m, n, t, n_whole, slice_tokens),
+        *(Pointer(range(t * m)), Pointer(range(t * n)), m, n, stages, 8, accumulate, prefetch),
         **options,
     )
     assert unused == (0 if accumulate or slice_tokens < t else 2)  # a first sum of whole tiles waits for no C
@@ -57,7 +59,7 @@ def test_any_size(seed):
         resident = r.choice([1, 2, programs])
         how = {"stages": r.choice([2, 4]), "resident": resident, "seed": seed}
         run_wgrad(m, n, t, programs, n_split, slices, **how)
-        run_wgrad(m, n, t, programs, n_split, slices, accumulate=False, **how)
+        run_wgrad(m, n, t, programs, n_split, slices, accumulate=False, prefetch=2 * BLOCK_T, **how)
 
 
 BROKEN = [
@@ -65,6 +67,7 @@ BROKEN = [
     ("acquire(p_semaphore, work.n_before * WARPS)", "pass"),
     ("tma.store_wait(0)  #", "pass  #"),
     ("mbarrier.wait(c_full, c_phase, pred=is_sum)", "pass"),
+    ("(row < T) & (column < n_columns)", "(row < T + 1)"),
 ]
 #: What a first sum would go wrong by.
 BROKEN_FIRST = [
@@ -85,7 +88,59 @@ def test_what_is_broken_is_caught(broken, accumulate, tmp_path):
     line, instead = broken
     other = model.edited(hopper, line, instead, tmp_path)
     some = [(256, 640, 1024, 4, 2, 2), (256, 640, BLOCK_T, 2, 0, 1), (384, 384, 1024, 3, 1, 3)]
-    [run_wgrad(*sizes, accumulate=accumulate) for sizes in some]
-    how = {"kernels": other, "accumulate": accumulate, "resident": 4}
+    how = {"accumulate": accumulate, "prefetch": 2 * BLOCK_T}
+    [run_wgrad(*sizes, **how) for sizes in some]
+    how |= {"kernels": other, "resident": 4}
     with pytest.raises((model.Failure, AssertionError)):
         [run_wgrad(*sizes, seed=seed, **how) for seed in range(10) for sizes in some]
+
+
+def run_tiles(m, n, t, groups, block_n, block_t, stages, transposed=False, accumulate=True, kernels=hopper_tile, **how):
+    """C[m, n], or its transpose, by a program for each tile. Every element is written once, and none outside."""
+    a, b = Descriptor([t, m], [block_t, 64], 2), Descriptor([t, n], [block_t, block_n], 2)
+    written = np.zeros(m * n, np.int64)
+    programs = -(-m // (64 * groups)) * -(-n // block_n)
+    unused = model.launch(
+        *(kernels.wgrad_tile_kernel, programs, a, b, Pointer(written), m, n, t, stages, groups, accumulate, transposed),
+        **how,
+    )
+    assert unused == 0
+    assert (written == 1).all()
+    steps = range(0, t, block_t)
+    rows, columns = range(0, programs * 64 * groups // -(-n // block_n), 64), range(0, n, block_n)
+    assert set(a.history) == {(step, row) for step in steps for row in rows}
+    assert set(b.history) == {(step, column) for step in steps for column in columns}
+
+
+#: Rows of a tile in warp groups, its columns; the last has no producer of its own.
+TILES = [(2, 128), (3, 128), (3, 256)]
+
+
+@pytest.mark.parametrize(("groups", "block_n"), TILES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_program_for_each_tile(groups, block_n, seed):
+    r = random.Random(seed)
+    m, n, t = r.choice([64, 192, 328]), r.choice([128, 260]), r.choice([16, 128, 1000])
+    for transposed, accumulate in ((False, True), (True, False)):
+        run_tiles(m, n, t, groups, block_n, r.choice([16, 64]), r.choice([4, 7]), transposed, accumulate, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("mbarrier.wait(args.empty.index(stage), phase)", "pass"),
+        ("mbarrier.wait(args.empty.index(two_before), gl.where(two_before > stage, phase ^ 1, phase))", "pass"),
+        ("gl.where(two_before > stage, phase ^ 1, phase)", "phase"),
+        ("mbarrier.wait(args.full.index(stage), phase)", "pass"),
+        ("mbarrier.arrive(args.empty.index(before), pred=t > 0)", "pass"),
+        ("(t >= 2 * BLOCK_T) & (refill < args.T)", "t >= 2 * BLOCK_T"),
+        ("& (o_n < N)[None, :]", "& (o_n < N + 4)[None, :]"),
+    ],
+)
+def test_what_is_broken_in_tiles_is_caught(line, instead, tmp_path):
+    """Negative control: each line left out is noticed."""
+    other = model.edited(hopper_tile, line, instead, tmp_path)
+    sizes = [(192, 260, 512, *tile, 16, 4) for tile in TILES]
+    [run_tiles(*s) for s in sizes]
+    with pytest.raises((model.Failure, AssertionError)):
+        [run_tiles(*s, kernels=other, seed=seed, resident=4) for seed in range(10) for s in sizes]

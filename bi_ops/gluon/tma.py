@@ -108,6 +108,12 @@ def compatible(t: torch.Tensor) -> torch.Tensor:
     return t if is_compatible(t) else t.clone(memory_format=torch.contiguous_format)
 
 
+def matrix_descriptor(t: torch.Tensor, tile: list[int]) -> TensorDescriptor:
+    """A matrix in tiles, swizzled by 128 bytes."""
+    bind_context()
+    return TensorDescriptor.from_tensor(t, tile, smem_layout(128, 8 * t.element_size(), 2))
+
+
 def head_descriptor(t: torch.Tensor, block: int) -> TensorDescriptor:
     """t [T, H, D] as rows of H * D values, in tiles of `block` rows and one head."""
     bind_context()

@@ -98,12 +98,39 @@ def padded_decode_config(m: int, n: int, k: int) -> DecodeConfig:
 
 @dataclass(frozen=True)
 class WgradConfig:
-    """Tiles of `hopper.wgrad_kernel`: 128 rows by `block_n` columns; `stages` steps of `block_t` tokens in flight."""
+    """Tiles of `hopper.wgrad_kernel`: 128 rows by `block_n` columns; `stages` steps of `block_t` tokens in flight.
+
+    prefetch: tokens by which G and X are brought to L2 ahead of them, a multiple of `block_t`; 0: not at all.
+    """
 
     block_n: int
     block_t: int
     stages: int
     group_m: int
+    prefetch: int = 0
+
+
+@dataclass(frozen=True)
+class WgradTileConfig:
+    """Tiles of `hopper_tile.wgrad_tile_kernel`: rows of 2 or 3 `warp_groups`, 64 each, by `block_n` columns.
+
+    transposed: the rows of a tile are columns of C. `stages` steps of `block_t` tokens in flight.
+    """
+
+    warp_groups: int
+    block_n: int
+    block_t: int
+    stages: int
+    transposed: bool = False
+
+    @property
+    def block_m(self) -> int:
+        return 64 * self.warp_groups
+
+    def tiles(self, m: int, n: int) -> int:
+        """Of an [m, n] gradient."""
+        rows, columns = (n, m) if self.transposed else (m, n)
+        return -(-rows // self.block_m) * -(-columns // self.block_n)
 
 
 #: What fits beside the accumulators, which take half a KiB of shared memory per column.
@@ -131,8 +158,12 @@ def split_along_tokens(tiles: int, tokens: int, step: int, num_sms: int) -> tupl
     return tiles - left, -(-tokens // (pieces * step)) * step
 
 
+#: Time of a wave of tiles, one for each CTA, over that of wide ones, for the configs that may be chosen.
+ONE_WAVE: dict[WgradTileConfig, float] = {}
+
+
 @functools.lru_cache
-def wgrad_config(m: int, n: int, tokens: int, num_sms: int) -> WgradConfig:
+def wgrad_config(m: int, n: int, tokens: int, num_sms: int) -> WgradConfig | WgradTileConfig:
     """The tile of an [m, n] weight gradient that is accumulated in fp32: the one that takes fewer waves of time.
 
     A wave is one tile on every SM.
@@ -143,4 +174,6 @@ def wgrad_config(m: int, n: int, tokens: int, num_sms: int) -> WgradConfig:
         whole, slice_tokens = split_along_tokens(tiles, tokens, c.block_t, num_sms)
         return -(-whole // num_sms) + slice_tokens / tokens
 
-    return NARROW if waves(NARROW) * NARROW_COST < waves(WIDE) else WIDE
+    costs: dict[WgradConfig | WgradTileConfig, float] = {WIDE: waves(WIDE), NARROW: waves(NARROW) * NARROW_COST}
+    costs |= {c: cost for c, cost in ONE_WAVE.items() if c.tiles(m, n) <= num_sms}
+    return min(costs, key=costs.__getitem__)

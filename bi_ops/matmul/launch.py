@@ -10,7 +10,7 @@ from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import GRID_YZ, SMALL, is_large
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
-from bi_ops.matmul.config import GemmConfig, WgradConfig, gemm_config, wgrad_config
+from bi_ops.matmul.config import GemmConfig, WgradConfig, WgradTileConfig, gemm_config, wgrad_config
 from bi_ops.matmul.kernels import matmul_kernel
 from bi_ops.matmul.order import GemmOrder, Problem
 from bi_ops.matmul.order import order as order_of
@@ -103,7 +103,7 @@ def launch_wgrad(
     g: torch.Tensor,
     x: torch.Tensor,
     out: torch.Tensor,
-    config: WgradConfig | None = None,
+    config: WgradConfig | WgradTileConfig | None = None,
     accumulate: bool = True,
 ) -> None:
     """out[M, N] += g[T, M].T @ x[T, N], out fp32 and contiguous: the sum over T goes on from what out holds.
@@ -113,9 +113,12 @@ def launch_wgrad(
     if not hopper_serves(g, x, out):
         launch_triton(g.t()[None], x[None], None, out[None], accumulate=accumulate, over_tokens=True)
         return
-    from bi_ops.matmul import hopper
+    from bi_ops.matmul import hopper, hopper_tile
 
     (tokens, m), n, num_sms = g.shape, x.shape[1], runtime.multiprocessors(out.device)
     config = config or wgrad_config(m, n, tokens, num_sms)
     assert config.block_t % TOKEN_STEP == 0  # the order's step: `order.order` over tokens
-    hopper.launch(g, x, out, config, num_sms, accumulate)
+    if isinstance(config, WgradTileConfig):
+        hopper_tile.launch(g, x, out, config, accumulate)
+    else:
+        hopper.launch(g, x, out, config, num_sms, accumulate)
