@@ -1,32 +1,36 @@
-"""Carries csrc/ in the wheel, and builds the cuBLASLt binding into it where torch with CUDA and cuBLAS's headers are.
+"""Carries csrc/ in the wheel, and compiles it into the wheel where a C++ compiler is.
 
-A build that pip isolates sees no torch: `pip install --no-build-isolation .` builds the binding, `pip install .` leaves
-it to the first use. So does a build that fails: the package works, and `bi-ops doctor` says what is missing.
+The library needs neither torch nor CUDA to be compiled and serves every release of them that bi_ops supports
+(bi_ops/matmul/recipe.py), so a build that pip isolates has it too. Without a compiler the wheel is one of Python alone,
+and a failure fails no install. `bi-ops doctor` says what is missing then.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted((ROOT / "csrc").glob("*.cpp"))
+CSRC = ROOT / "csrc"
+recipe = SimpleNamespace(**runpy.run_path(str(ROOT / "bi_ops" / "matmul" / "recipe.py")))
 
 
 class BuildPy(build_py):
-    """Copies csrc/ to bi_ops/csrc, so that an installed package can build the binding on first use."""
+    """Copies csrc/ to bi_ops/csrc: what a library was compiled from is known, and one can be compiled on first use."""
 
     def _copies(self) -> dict[str, str]:
         """Where each source goes. An editable install needs none: it finds csrc/ beside the package."""
         if self.editable_mode:
             return {}
         folder = Path(self.build_lib) / "bi_ops" / "csrc"
-        return {str(folder / source.name): str(source) for source in SOURCES}
+        return {str(folder / source.name): str(source) for source in recipe.files(CSRC)}
 
     def run(self) -> None:
         super().run()
@@ -38,26 +42,24 @@ class BuildPy(build_py):
         return [*super().get_outputs(include_bytecode), *self._copies()]
 
 
-def binding() -> dict[str, Any]:
-    """What setup() needs to build the binding; nothing where it cannot be built."""
-    try:
-        import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-
-        if torch.version.cuda is None:
-            return {}
-        sys.path.insert(0, str(ROOT))
-        from bi_ops.matmul import cublaslt
-    except ImportError:
+def library() -> dict[str, Any]:
+    """What setup() needs to compile the library; nothing where it cannot be compiled."""
+    if sys.platform != "linux" or recipe.unsupported_reason(CSRC):
         return {}
-    how, _ = cublaslt.recipe()
-    if how is None:
-        return {}
-    how["sources"] = [os.path.relpath(source, ROOT) for source in how["sources"]]
-    extension = CppExtension(f"bi_ops.matmul.{cublaslt.name()}", **how, optional=True)
-    # Without ninja: a failure is then one that `optional` forgives.
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)}}
+    extension = Extension(
+        f"bi_ops.matmul.{recipe.NAME}",
+        sources=["csrc/cublaslt.cpp"],
+        depends=[os.path.relpath(path, ROOT) for path in recipe.files(CSRC)],
+        define_macros=recipe.macros(CSRC),
+        extra_compile_args=recipe.COMPILE,
+        extra_link_args=recipe.LINK,
+        py_limited_api=True,
+        optional=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "options": {"bdist_wheel": {"py_limited_api": "cp" + "".join(map(str, recipe.PYTHON))}},
+    }
 
 
-built = binding()
-setup(**{**built, "cmdclass": {"build_py": BuildPy, **built.get("cmdclass", {})}})
+setup(cmdclass={"build_py": BuildPy}, **library())

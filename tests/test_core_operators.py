@@ -256,13 +256,6 @@ def test_what_is_plain(device):
     assert [what for what, t, plain in judged(device) if is_plain(t) is not plain] == []
 
 
-@pytest.mark.gpu
-def test_the_binding_has_the_same_rule_of_what_is_plain(device):
-    """csrc/cublaslt.cpp mirrors `is_plain`: its `linear` reads the memory of what it takes."""
-    lt = cublaslt.extension()
-    assert [what for what, t, _ in judged(device) if lt.is_plain(t) is not is_plain(t)] == []
-
-
 def test_shapes_alone_are_enough_to_trace(device):
     with torch._subclasses.FakeTensorMode():
         assert scaled(torch.empty(3, 4), None, 1.0)[0].shape == (3, 4)

@@ -444,16 +444,16 @@ def test_verification_refuses_split_k(shape):
 
 @pytest.mark.gpu
 def test_a_first_call_runs_triton_and_a_warmup_changes_no_bit(shape, device):
-    """Forward and gradients before, when nothing is verified, and after, through the C++ binding."""
+    """Forward and gradients before, when nothing is verified, and after, through the binding."""
     x, weight = randn(100, 3072, device=device).requires_grad_(), randn(1024, 3072, device=device).requires_grad_()
     g, found = randn(100, 1024, device=device), []
     for _ in range(2):
         out = matmul.linear(x, weight)
         found.append((out, *torch.autograd.grad(out, (x, weight), g)))
-        through_cpp = type(out.grad_fn).__name__
+        node = type(out.grad_fn).__name__
         summary = matmul.warmup()
     assert summary.verified == 0  # the second call met nothing new
-    assert through_cpp == "CppFunction"
+    assert node == "_ServedBackward"
     assert all(map(torch.equal, *found))
 
 

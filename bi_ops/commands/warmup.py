@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 HELP = "compile a model's training step ahead of time"
 
 DESCRIPTION = """\
-Compile all kernels of a model's training step in parallel, build the cuBLASLt binding, and verify which of the model's
+Compile all kernels of a model's training step in parallel, compile the cuBLASLt binding where no installed one
+fits, and verify which of the model's
 GEMMs it may compute. Without it the first step compiles kernels as it comes to them, and GEMMs run in Triton: the same
 bits, more slowly. Results are kept per GPU, driver and versions; weights are not read."""
 
@@ -21,7 +22,7 @@ examples:
   bi-ops warmup ./Qwen3-1.7B --kernel-cache /shared/bi_ops-kernels
 
 exit codes:
-  0  warm     2  bad usage or bad input     3  a kernel does not compile, or the binding cannot be built"""
+  0  warm     2  bad usage or bad input     3  a kernel does not compile, or the binding cannot be compiled"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel-cache", metavar="DIR", help="where kernels are kept, such as a folder that a cluster shares"
     )
-    parser.add_argument("--no-build", action="store_true", help="do not build the cuBLASLt binding where it is missing")
+    parser.add_argument("--no-build", action="store_true", help="do not compile cuBLASLt's binding where it is missing")
 
 
 def _small(fields: dict[str, Any]) -> CausalLM:

@@ -49,7 +49,6 @@ def is_plain(t: Any) -> bool:
     Nor a wrapper of torch.func, which may outlive its transform in what a backward saved.
 
     The others are resolved by the dispatcher, so that a kernel that is launched without it would read something else.
-    `is_plain` in csrc/cublaslt.cpp is the same rule.
     """
     return type(t) in _PLAIN and not (t.is_meta or t.is_neg() or _is_wrapped(t))
 

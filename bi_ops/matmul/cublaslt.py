@@ -1,182 +1,225 @@
-"""The cuBLASLt binding, one shared library per torch and CUDA version: installed with the package (setup.py), or built
-from csrc/ by `warmup`. No ordinary call builds it: until it is there the Triton kernel of the same bits serves."""
+"""The cuBLASLt binding: which shared library serves, and its functions on tensors.
+
+One library, compiled from csrc/, serves every torch from 2.11 on, CUDA 12 and 13, and every Python from 3.10 on: it
+links to none of them. Which one is loaded:
+
+1. the one installed with the package (setup.py), if it loads and was compiled from the source beside it;
+2. else the one that `bi-ops warmup` has compiled from that source on this machine;
+3. else none: the Triton kernel of the same bits serves until `bi-ops warmup` compiles one, which takes seconds.
+
+No ordinary call compiles.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import importlib
 import importlib.util
-import os
-import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from bi_ops.core import runtime
 from bi_ops.core.backends import Support
 from bi_ops.core.files import cache_folder
+from bi_ops.matmul import recipe, tuning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_CUDA = 2  # DLPack's name of the device
+_UNRESTRICTED_WORKSPACE = 32 << 20  # bytes; for the negative control, which may split K
+
+_ABSENT = "is not there"
+
+#: What compiling needs, for people.
+REQUIREMENTS = "a C++ compiler and Python's headers (apt install g++ python3-dev), then bi-ops warmup MODEL"
 
 
-def find_source(package: Path) -> Path:
-    """The binding's source: inside an installed package, else beside it, in a checkout."""
-    installed = package / "csrc" / "cublaslt.cpp"
-    return installed if installed.exists() else package.parent / "csrc" / "cublaslt.cpp"
+def find_sources(package: Path) -> Path:
+    """csrc/: inside an installed package, else beside it, in a checkout."""
+    installed = package / "csrc"
+    return installed if installed.exists() else package.parent / "csrc"
 
 
-_SOURCE = find_source(_PACKAGE)
-
-#: What building needs, for people.
-REQUIREMENTS = (
-    "a C++ compiler (apt install g++), ninja (pip install ninja) and cuBLAS's headers and library (a CUDA toolkit, or "
-    "pip install nvidia-cublas)"
-)
+_SOURCES = find_sources(_PACKAGE)
 
 
-def _first(paths: list[Path], name: str) -> Path | None:
-    return next((p for p in paths if (p / name).exists()), None)
+class Binding:
+    """cuBLASLt's GEMMs of two-dimensional bf16 and fp16 tensors on the current GPU, by a library that is open.
+
+    linear(x, weight): x [..., K] @ weight[N, K].T of plain tensors, without a gradient; None where `run` has to be
+    called, with the same result. serves(x, weight): is it a weight on the allowlist, in the layout that was verified?
+    """
+
+    def __init__(self, library: ModuleType) -> None:
+        self._library = library
+        self.linear, self.serves = library.linear, library.serves
+        #: Algorithms of a GEMM that may come to run.
+        self.CANDIDATES: int = library.CANDIDATES
+
+    def version(self) -> int:
+        """cuBLASLt's version, such as 130100."""
+        found: int = self._library.version()
+        return found
+
+    def allow(self, device: int, dtype: torch.dtype, n: int, k: int) -> None:
+        """Let `linear` serve weights [n, k] of this dtype, whose GEMM is verified."""
+        self._library.allow(device, dtype == torch.bfloat16, n, k)
+
+    def run(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+        index: int,
+        restricted: bool,
+    ) -> bool:
+        """out[M, N] = a[M, K] @ b[K, N] (+ bias[N]) by candidate `index`, or the fastest for -1, which is timed once.
+
+        False, and nothing done, if there is no such candidate. restricted: False lifts the ban on split-K.
+
+        Raises:
+            RuntimeError: shapes, dtypes, strides or devices that it cannot compute.
+        """
+        workspace = None if restricted else a.new_empty(_UNRESTRICTED_WORKSPACE, dtype=torch.uint8)
+        ran: bool | None = self._library.run(a, b, out, bias, index, workspace)
+        return self._tune(a, b, out, bias) if ran is None else ran
+
+    def _tune(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """`run` of a GEMM whose algorithms are not timed yet. A captured graph times nothing: the first one runs."""
+
+        def launch(index: int) -> bool:
+            ran: bool = self._library.run(a, b, out, bias, index, None)
+            return ran
+
+        if torch.cuda.is_current_stream_capturing():
+            return launch(0)
+        index = tuning.fastest(launch, self._library.tunable(a, b, out, bias))
+        self._library.choose(a, b, out, bias, index)
+        return launch(index)
 
 
-def _wheels() -> list[Path]:
-    """Folders of NVIDIA's wheels, which torch brings along."""
-    return sorted((Path(torch.__file__).resolve().parents[1] / "nvidia").glob("*"))
+class Found(NamedTuple):
+    """binding: None where none serves. library: was there one that fits? why: where it is from, or why it is none."""
+
+    binding: Binding | None
+    library: bool
+    why: str
 
 
-def _include_folder() -> Path | None:
-    homes = [Path(h) for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
-    return _first([*(h / "include" for h in homes), *(w / "include" for w in _wheels())], "cublasLt.h")
+def installed() -> Path:
+    """The library that a wheel carries."""
+    return _PACKAGE / "matmul" / recipe.FILE
 
 
-def _library_folder(name: str) -> Path | None:
-    homes = [Path(h) for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
-    return _first([*(w / "lib" for w in _wheels()), *(h / "lib64" for h in homes)], name)
+def built() -> Path:
+    """The library that `bi-ops warmup` compiles; another source has another folder."""
+    return cache_folder() / "bindings" / recipe.digest(_SOURCES) / recipe.FILE
 
 
-@contextlib.contextmanager
-def _environments_ninja() -> Iterator[None]:
-    """Find the ninja installed beside this Python also where its virtual environment is not activated."""
-    before, beside = os.environ.get("PATH", ""), Path(sys.executable).parent
-    if shutil.which("ninja") is None and (beside / "ninja").exists():
-        os.environ["PATH"] = f"{beside}{os.pathsep}{before}"
+def _import_library(path: Path) -> tuple[ModuleType | None, str]:
+    """(the library at `path` if it fits, why not)."""
+    if not path.exists():
+        return None, _ABSENT
     try:
-        yield
-    finally:
-        os.environ["PATH"] = before
+        spec = importlib.util.spec_from_file_location(f"bi_ops.matmul.{recipe.NAME}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        library = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(library)
+    except (ImportError, OSError) as e:  # for another machine, or not whole
+        return None, f"does not load ({e})"
+    if recipe.digest(_SOURCES) != library.SOURCE:
+        return None, "was compiled from another source"
+    return library, ""
 
 
-def name() -> str:
-    """The shared library's name; one built for another torch or CUDA has another and is never loaded."""
-    return "bi_ops_cublaslt_" + "".join(
-        c if c.isalnum() else "_" for c in f"{torch.__version__}_cu{torch.version.cuda}"
-    )
+def unsupported_reason() -> str:
+    """Why no library can serve this torch; empty if one can."""
+    if runtime.INTERPRET:
+        return "no GPU"
+    if torch.version.cuda is None:
+        return "torch without CUDA"
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return f"torch {torch.__version__} has no __dlpack_c_exchange_api__"
+    return ""
 
 
-def recipe() -> tuple[dict[str, Any] | None, str]:
-    """(sources, include_dirs, extra_compile_args and extra_link_args of the extension, why not)."""
-    include = _include_folder()
-    library = f"libcublasLt.so.{str(torch.version.cuda).split('.')[0]}"
-    folder = _library_folder(library)
-    if include is None or folder is None:
-        return None, f"no cublasLt.h or no {library}"
-    compiler = (os.environ.get("CXX") or "c++").split()[0]
-    if shutil.which(compiler) is None:
-        return None, f"no C++ compiler ({compiler}) to build the binding with"
-    torch_lib = Path(torch.__file__).parent / "lib"
-    links = [f"-L{torch_lib}", "-lc10_cuda", "-ltorch_cuda", f"-L{folder}", f"-l:{library}", f"-Wl,-rpath,{folder}"]
-    return {
-        "sources": [str(_SOURCE)],
-        "include_dirs": [str(include)],
-        "extra_compile_args": ["-O2", "-g0"],
-        "extra_link_args": links,
-    }, ""
-
-
-def folder() -> Path:
-    """Where `_build` leaves the library; another source has another folder."""
-    digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
-    return cache_folder() / "bindings" / f"{name()}_{digest}"
+def _open(library: ModuleType) -> Binding:
+    """Raises RuntimeError if the libraries that torch has loaded are not those that it knows."""
+    soname = f"libcublasLt.so.{str(torch.version.cuda).split('.')[0]}"
+    api = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
+    library.open(soname, api, _CUDA, torch.cuda.current_device, torch.cuda.current_blas_handle)
+    return Binding(library)
 
 
 @functools.cache
-def _loaded() -> tuple[ModuleType | None, str]:
-    """(the extension as it was installed or built by an earlier process, which of both)."""
-    if runtime.INTERPRET:
-        return None, "no GPU"
-    if name() in sys.modules:  # this process has built it
-        return sys.modules[name()], ""
-    with contextlib.suppress(ImportError):
-        return importlib.import_module(f"bi_ops.matmul.{name()}"), ", installed"
-    with contextlib.suppress(ImportError, OSError):  # not there, or not whole
-        path = folder() / f"{name()}.so"
-        spec = importlib.util.spec_from_file_location(name(), path) if path.exists() else None
-        if spec is not None and spec.loader is not None:
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            return module, ""
-    return None, ""
-
-
-def loaded() -> ModuleType | None:
-    """The binding where it is there already; None, and nothing built, elsewhere."""
-    return _loaded()[0]
-
-
-@functools.cache
-def _build() -> tuple[ModuleType | None, str]:
-    """(the extension, why not). Compiling takes about a minute, once; later calls load what is there."""
-    if runtime.INTERPRET:
-        return None, "no GPU"
-    module, how_come = _loaded()
-    if module is not None:
-        return module, f"cuBLASLt {module.version()}{how_come}"
-    how, reason = recipe()
-    if how is None:
-        return None, reason
-    from torch.utils import cpp_extension
-
+def _find() -> Found:
+    """By the rule above; nothing is compiled."""
+    reason = unsupported_reason()
+    if reason:
+        return Found(None, False, reason)
+    library, why_not = _import_library(installed())
+    where = "installed with bi_ops"
+    if library is None:
+        reason = "" if why_not == _ABSENT else f"the installed library {why_not}"
+        library, _ = _import_library(built())
+        where = f"compiled on this machine{reason and f'; {reason}'}"
+    if library is None:
+        return Found(None, False, reason)
     try:
-        folder().mkdir(parents=True, exist_ok=True)
-        with _environments_ninja():
-            module = cpp_extension.load(
-                build_directory=str(folder()),
-                name=name(),
-                sources=how["sources"],
-                extra_include_paths=how["include_dirs"],
-                extra_cflags=how["extra_compile_args"],
-                extra_ldflags=how["extra_link_args"],
-                with_cuda=False,
-            )
-    except (RuntimeError, OSError, ImportError) as e:
-        lines = [line for line in str(e).splitlines() if "error" in line.lower()] or str(e).splitlines()
-        return None, f"building {_SOURCE.name} failed: {'; '.join(lines[-3:])}"
-    sys.modules[name()] = module
-    _loaded.cache_clear()
-    return module, f"cuBLASLt {module.version()}"
+        return Found(_open(library), True, where)
+    except RuntimeError as e:
+        return Found(None, True, str(e))
+
+
+def loaded() -> Binding | None:
+    """The binding where its library is there already; None, and nothing compiled, elsewhere."""
+    return _find().binding
+
+
+def _why_none_can_be() -> str:
+    """Why there is no binding, and none can be compiled here; empty if one can, or is there."""
+    found = _find()
+    if found.binding is not None:
+        return ""
+    if found.library or unsupported_reason():  # another one would find the same
+        return found.why
+    reason = recipe.unsupported_reason(_SOURCES)
+    return f"{reason}; {found.why}" if reason and found.why else reason
+
+
+def extension() -> Binding:
+    """The binding, its library compiled where there is none yet, which takes seconds.
+
+    Raises:
+        RuntimeError: there is none and none can be compiled; the reason says why.
+    """
+    binding = loaded()
+    if binding is None:
+        reason = _why_none_can_be() or _compile()
+        binding = loaded()
+        if binding is None:
+            raise RuntimeError(f"matmul: cuBLASLt is not available: {reason or _find().why}")
+    return binding
+
+
+def _compile() -> str:
+    """Compile the library for this process and later ones; returns why that failed, or an empty string."""
+    try:
+        recipe.compile_library(_SOURCES, built())
+    except (RuntimeError, OSError) as e:
+        return f"compiling {_SOURCES / 'cublaslt.cpp'} failed: {e}"
+    _find.cache_clear()
+    return ""
 
 
 def availability() -> Support:
-    """Whether the binding can be had here; nothing is built to know it."""
-    module, how_come = _loaded()
-    if module is not None:
-        return Support(True, f"cuBLASLt {module.version()}{how_come}")
-    how, reason = recipe()
-    return Support(how is not None, reason or "not built yet, so Triton serves: bi-ops warmup builds it")
-
-
-def extension() -> ModuleType:
-    """The binding, built where it is not there yet: count, run, describe, version, CANDIDATES; linear, allow.
-
-    Raises:
-        RuntimeError: it cannot be built here; the reason says why.
-    """
-    module, reason = _build()
-    if module is None:
-        raise RuntimeError(f"matmul: cuBLASLt is not available: {reason}")
-    return module
+    """Whether the binding can be had here, and which library serves; nothing is compiled to know it."""
+    found = _find()
+    if found.binding is not None:
+        return Support(True, f"cuBLASLt {found.binding.version()}, {found.why}")
+    reason = _why_none_can_be()
+    why = f"; {found.why}" if found.why else ""
+    return Support(not reason, reason or f"not compiled yet, so Triton serves: bi-ops warmup compiles it{why}")

@@ -2,8 +2,8 @@
 
 A call is one autograd node. Which one, is decided by what has to be differentiated:
 
-    plain tensors, a verified shape      the C++ binding: a node without Python, because its way through Python would
-                                         take the host longer than a small GEMM takes the GPU (bench/products.py)
+    plain tensors, a verified shape      `_Served`: the C++ binding, because the operator's way through Python takes the
+                                         host longer than a small GEMM takes the GPU (bench/products.py)
     a bias, or a main_grad               `_Linear`
     everything else                      `mm`'s custom operator: torch.compile, transforms, modes and subclasses
 """
@@ -60,15 +60,41 @@ def _(main_grad, g, x, weight, need_x, need_weight, backend="", accumulate=True)
     return g.new_empty(x.shape if need_x else 0)
 
 
-def through_binding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """x @ weight.T in C++, without Python's cost per call, gradient included. None: the operator has to be called.
+class _Served(torch.autograd.Function):
+    """x [..., K] @ weight[N, K].T of plain tensors on the allowlist, no transform active."""
 
-    That is where the shape is not verified or not for cuBLASLt, or where an `Operator` goes through the dispatcher.
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        binding = cublaslt.loaded()
+        out = None if binding is None else binding.linear(x, weight)
+        if out is None:  # no algorithm for this row count, or none timed yet
+            out = _mm(x.reshape(-1, x.shape[-1]), weight.t(), None, "").view(*x.shape[:-1], weight.shape[0])
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad
+        rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, weight.shape[0])
+        dx, dweight = _mm_grad(g, rows, weight.t(), need_x, need_weight, "")
+        return dx.view(x.shape) if need_x else None, dweight.t() if need_weight else None
+
+
+def through_binding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """x @ weight.T by cuBLASLt's binding, without the operator's cost per call, gradient included.
+
+    None: the operator has to be called. That is where the shape is not verified or not for cuBLASLt, or where an
+    `Operator` goes through the dispatcher.
     """
     if dispatcher_is_watched() or not (is_plain(x) and is_plain(weight)):
         return None
     binding = cublaslt.loaded() if select(x.dtype, x.device).name == "cublaslt" else None
-    return None if binding is None else binding.linear(x, weight)
+    if binding is None:
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Served.apply(x, weight) if binding.serves(x, weight) else None
+    return binding.linear(x, weight)
 
 
 class _Linear(Node):

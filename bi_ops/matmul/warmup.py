@@ -57,7 +57,7 @@ def warmup(
     Args:
         module: a model on a GPU; None: the shapes that have run unverified in this process.
         dtype: of the activations over fp32 weights, bf16 or fp16. progress: called with (done, total, next shape).
-        build: False verifies nothing where the binding would have to be built first, which takes a minute.
+        build: False verifies nothing where the binding would have to be compiled first, which takes seconds.
 
     Raises:
         TypeError: another dtype, or what is no module. RuntimeError: a CUDA graph is being captured.
@@ -75,7 +75,7 @@ def warmup(
     if not found:
         none = "no GEMM has run unverified" if module is None else "the model has no two-dimensional weight on a GPU"
         return Warmup(0, (), none)
-    cublaslt.extension()  # a minute where it has to be built
+    cublaslt.extension()  # seconds where it has to be compiled
     verified, refused = 0, []
     for i, shape in enumerate(found):
         progress(i, len(found), shape.key())

@@ -89,7 +89,7 @@ def warmup_step(
 
     Args:
         model: on a GPU; in the interpreter nothing is to be done. jobs: threads; None: as many as there are cores.
-        build: build the cuBLASLt binding where it is missing, which takes a minute; False leaves GEMMs to Triton.
+        build: build the cuBLASLt binding where it is missing, which takes seconds; False leaves GEMMs to Triton.
     """
     start = time.perf_counter()
     kernels = compile_step(model, jobs, progress)

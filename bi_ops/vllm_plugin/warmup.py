@@ -87,10 +87,10 @@ def _progress() -> Iterator[compile_ahead.Progress]:
 
 
 def _verify_and_run(gemms: list[Gemm]) -> None:
-    """Without cuBLASLt's binding (installed, or built by `bi-ops warmup`) Triton serves: the same bits."""
+    """Without cuBLASLt's binding (installed, or compiled by `bi-ops warmup`) Triton serves: the same bits."""
     for gemm in gemms:
         gemm.run(gemm.most)  # few rows are the decode backend's, which needs no verification
-    # The shapes that have just run unverified; an engine's start is no time to build the binding.
+    # The shapes that have just run unverified; an engine's start is no time to compile the binding.
     found = matmul.warmup(build=False)
     if found.verified or found.refused:
         layers.logger.info("bi_ops: verified %d GEMMs of cuBLASLt, refused %d", found.verified, len(found.refused))
