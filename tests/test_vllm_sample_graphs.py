@@ -40,6 +40,7 @@ class Batch:
     input_ids: torch.Tensor
     positions: torch.Tensor
     seq_lens: torch.Tensor
+    num_tokens: int
     num_draft_tokens: int = 0
 
 
@@ -110,12 +111,13 @@ class Runner:
     def dummy(self, n: int) -> Batch:
         at, buffers = torch.arange(n, dtype=torch.int32), self.input_buffers
         more = (buffers.input_ids[:n], buffers.positions[:n], buffers.seq_lens[:n])
-        return Batch(n, at, at.numpy(), at, at.clone(), *more)
+        return Batch(n, at, at.numpy(), at, at.clone(), *more, num_tokens=n)
 
     def batch(self, slots: list[int], rows: list[int]) -> Batch:
         at, buffers = torch.tensor(slots, dtype=torch.int32), self.input_buffers
         more = (buffers.input_ids, buffers.positions, buffers.seq_lens[: len(slots)])
-        return Batch(len(slots), at, at.numpy(), at, torch.tensor(rows), *more)
+        tokens = len(rows) if rows == list(range(len(rows))) else 2 * len(rows)  # of a prompt there are several
+        return Batch(len(slots), at, at.numpy(), at, torch.tensor(rows), *more, num_tokens=tokens)
 
     def sample(self, hidden_states: torch.Tensor, input_batch: Batch, grammar_output: Any) -> Any:
         self.eager += 1
@@ -207,6 +209,15 @@ def test_every_number_of_requests_is_sampled_as_vllm_does(runner, logprobs):
         found.append(sampled(runner, batch))
     assert len(found[0]) == (6 if logprobs == 0 else 3)
     assert not same(found[1], found[-1])  # negative control
+
+
+def test_inputs_that_stay_are_not_copied_again(runner):
+    add(runner, {i: {"seeds": i} for i in range(4)})
+    for slots, rows in (([0, 1, 2], [0, 1, 2]), ([0, 1, 2], [0, 1, 2]), ([0, 2, 1], [0, 1, 2]), ([0, 2, 1], [5, 1, 9])):
+        sampled(runner, runner.batch(slots, rows))
+    for slots, rows in (([0, 2], [0, 1]), ([0, 2, 1, 3], [0, 1, 2, 3]), ([3], [7]), ([3], [0])):
+        runner.input_buffers.positions += 1
+        sampled(runner, runner.batch(slots, rows))
 
 
 def test_a_request_that_is_added_is_seen(runner):

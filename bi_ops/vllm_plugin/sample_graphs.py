@@ -168,6 +168,9 @@ class SampleGraphs:
         self._columns = [Column(column, column.gpu.clone(), [None]) for column in columns]
         batch = dummy(self._sizes[-1])
         self._requests, self._rows = batch.idx_mapping.clone(), batch.logits_indices.long()
+        self._first_rows = self._rows.clone()
+        self._held: np.ndarray | None = None  # the requests that the inputs hold; None: of no batch
+        self._holds_first = True
         with torch.inference_mode(), self._read_copies(sampling):
             for size in reversed(self._sizes):  # the largest first: smaller ones fit into its memory
                 for scored in (True, False):
@@ -214,13 +217,24 @@ class SampleGraphs:
         torch.cuda.current_stream().wait_stream(copies)
         for column in self._columns:
             column.refresh()
-        self._requests[:n].copy_(batch.idx_mapping)
-        self._rows[:n].copy_(batch.logits_indices)
+        self._hold(batch, n)
         replay, view = self._calls[size, scored], (size, scored, n)
         found = replay()
         if view not in self._views:
             self._views[view] = first(found, n)
         return self._views[view]
+
+    def _hold(self, batch: Any, n: int) -> None:
+        """Have the inputs hold what this batch's are. A decoding step's are mostly those of the step before."""
+        if self._held is None or not np.array_equal(self._held, batch.idx_mapping_np):
+            self._requests[:n].copy_(batch.idx_mapping)
+            self._held = batch.idx_mapping_np.copy()
+        if batch.num_tokens != n:  # some of its requests have several tokens
+            self._rows[:n].copy_(batch.logits_indices)
+            self._holds_first = False
+        elif not self._holds_first:
+            self._rows.copy_(self._first_rows)
+            self._holds_first = True
 
 
 def first(found: Sampled, n: int) -> Sampled:
