@@ -290,7 +290,7 @@ def test_every_file_that_is_no_module_is_package_data():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = declared["tool"]["setuptools"]["package-data"]["bi_ops"]
     package = ROOT / "bi_ops"
-    others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", ".so")}
     assert others == {p for pattern in patterns for p in package.glob(pattern)}
     assert package / "py.typed" in others
 
