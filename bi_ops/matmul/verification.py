@@ -9,12 +9,14 @@ itself: until `warmup` has, the Triton kernel serves. Results are kept in a file
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import triton
 
+from bi_ops.core import compile_ahead, runtime
 from bi_ops.core.files import cache_folder, write_json
 from bi_ops.matmul import cublaslt
 
@@ -107,11 +109,27 @@ def _keep(key: str, record: dict[str, object]) -> None:
         pass
 
 
-def _stored_as(rows: int, cols: int, transposed: bool, s: GemmShape) -> torch.Tensor:
-    """A random [rows, cols] operand in the layout of the GEMM."""
-    shape = (cols, rows) if transposed else (rows, cols)
-    t = torch.randn(shape, device=torch.device("cuda", s.device), dtype=s.dtype)
-    return t.t() if transposed else t
+def _operands(s: GemmShape, length: int, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """a [M, K] and b [K, N] in the layout of the GEMM, filled by `make`: `torch.randn` or `torch.empty`."""
+
+    def stored(rows: int, cols: int, transposed: bool) -> torch.Tensor:
+        t = make((cols, rows) if transposed else (rows, cols), device=torch.device("cuda", s.device), dtype=s.dtype)
+        return t.t() if transposed else t
+
+    m, k = (length, s.other) if s.batch_axis == "m" else (s.other, length)
+    return stored(m, k, s.a_transposed), stored(k, s.n, s.b_transposed)
+
+
+def _judge(
+    s: GemmShape, a: torch.Tensor, b: torch.Tensor, make: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """a @ b by the Triton kernel, and the bias that was added, if there is one."""
+    from bi_ops.matmul.launch import launch_triton
+
+    bias = make(s.n, device=a.device, dtype=s.out_dtype) if s.bias else None
+    out = torch.empty(a.shape[0], s.n, device=a.device, dtype=s.out_dtype)
+    launch_triton(a[None], b[None], bias, out[None])
+    return out, bias
 
 
 def lengths(s: GemmShape) -> list[int]:
@@ -139,20 +157,34 @@ def differing(s: GemmShape, *, restricted: bool = True) -> list[int]:
     Args:
         restricted: False lifts the ban on split-K; the negative control.
     """
-    from bi_ops.matmul.launch import launch_triton
-
     broken = []
     with torch.random.fork_rng(devices=[s.device]), torch.cuda.device(s.device):
         torch.cuda.manual_seed(0)
-        bias = torch.randn(s.n, device="cuda", dtype=s.out_dtype) if s.bias else None
         for length in lengths(s):
-            m, k = (length, s.other) if s.batch_axis == "m" else (s.other, length)
-            a, b = _stored_as(m, k, s.a_transposed, s), _stored_as(k, s.n, s.b_transposed, s)
-            ours = torch.empty(m, s.n, device="cuda", dtype=s.out_dtype)
-            launch_triton(a[None], b[None], bias, ours[None])
+            a, b = _operands(s, length, torch.randn)
+            ours, bias = _judge(s, a, b, torch.randn)
             if not _all_equal(ours, a, b, bias, restricted):
                 broken.append(length)
     return broken
+
+
+def compile_kernels(
+    shapes: Iterable[GemmShape], progress: compile_ahead.Progress = lambda done, total: None
+) -> list[str]:
+    """Compile in parallel what judges the shapes that are not known yet; returns the kernels' names.
+
+    A sweep meets every tile of the Triton kernel, in each layout: tens of kernels, a second or more each.
+    """
+    if runtime.INTERPRET:
+        return []
+    with compile_ahead.compile_only(progress=progress) as found:
+        for s in shapes:
+            if s in _known.verified or _record(s) is not None:
+                continue
+            with torch.cuda.device(s.device):
+                for length in lengths(s):
+                    _judge(s, *_operands(s, length, torch.empty), torch.empty)
+    return found.kernels
 
 
 def is_verified(s: GemmShape) -> bool:

@@ -12,7 +12,7 @@ from bi_ops.matmul.backends import backends
 from bi_ops.matmul.launch import TENSOR_CORE_DTYPES
 from bi_ops.matmul.verification import GemmShape
 
-#: Called with (shapes done, shapes in all, the shape that comes next).
+#: Called with (shapes done, shapes in all, what comes next: a shape, or a kernel that is compiled before all).
 Progress = Callable[[int, int, str], None]
 
 
@@ -56,7 +56,7 @@ def warmup(
 
     Args:
         module: a model on a GPU; None: the shapes that have run unverified in this process.
-        dtype: of the activations over fp32 weights, bf16 or fp16. progress: called with (done, total, next shape).
+        dtype: of the activations over fp32 weights, bf16 or fp16. progress: called with (done, total, what comes next).
         build: False verifies nothing where the binding would have to be compiled first, which takes seconds.
 
     Raises:
@@ -77,6 +77,7 @@ def warmup(
         return Warmup(0, (), none)
     cublaslt.extension()  # seconds where it has to be compiled
     verified, refused = 0, []
+    verification.compile_kernels(found, lambda done, total: progress(0, len(found), f"kernel {done} of {total}"))
     for i, shape in enumerate(found):
         progress(i, len(found), shape.key())
         if verification.verify(shape):
