@@ -40,7 +40,9 @@ def run(n_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """
     forks = runtime.INTERPRET
     if forks:
-        forkserver.set_forkserver_preload(["bi_ops.rl", "torch._dynamo"])  # which every optimizer imports
+        forkserver.set_forkserver_preload(
+            ["bi_ops.rl", "bi_ops.parallel.fsdp", "torch._dynamo"]
+        )  # which every optimizer imports
     registers = {"ATEN_CPU_CAPABILITY": torch.backends.cpu.get_cpu_capability().lower()}
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, registers):
         torch.multiprocessing.start_processes(

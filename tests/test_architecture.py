@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "models": FAMILIES | {"core", "nn"},
     "verify": FAMILIES | {"", "core", "models", "nn"},
     "rollout": FAMILIES | {"core", "nn", "models", "vllm_plugin"},
-    "parallel": frozenset({"core"}),
+    "parallel": frozenset({"core", "nn", "optim"}),
     "rl": frozenset({"core", "models", "optim", "parallel", "rollout", "verify"}),
     "commands": FAMILIES | {"", "core", "models", "nn", "parallel", "rollout", "rl", "verify"},
     "cli": frozenset({"", "commands"}),

@@ -116,6 +116,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dp", type=int, metavar="N", help="data-parallel ranks; as many as torchrun starts, which it must be"
     )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="each data-parallel rank keeps a shard of weights, gradients and AdamW's states; changes no bit",
+        **given,
+    )
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode", **given)
     parser.add_argument(
         "--step-graphs",
@@ -171,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
             f"train: --dp {args.dp}, but {ranks.size} processes were started; use torchrun --nproc-per-node {args.dp} "
             "-m bi_ops train ..."
         )
-    parallel.GradientTree(parallel.order(config.atoms), ranks)  # before a model is made
+    parallel.check_ranks(parallel.order(config.atoms), ranks, config.fsdp)  # before a model is made
     if args.kernel_cache:
         from bi_ops.core import compile_ahead
 

@@ -11,10 +11,60 @@ from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.ranks import ALONE, Ranks
 
 #: Renamed in torch 2.13.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 #: Elements that travel together: 256 MiB of fp32.
 ELEMENTS = 1 << 26
+
+
+def check_ranks(tree: AtomTree, ranks: Ranks, fsdp: bool = False) -> None:
+    """Raise ValueError unless as many ranks can share the atoms of `tree` evenly; with `fsdp`, if there is but one."""
+    if fsdp and ranks.size == 1:
+        raise ValueError("fsdp: one rank has nothing to share; start several with torchrun, or leave fsdp out")
+    if tree.atoms % ranks.size:
+        raise ValueError(
+            f"parallel: {ranks.size} ranks cannot share atoms={tree.atoms} evenly; declare as many atoms as "
+            "ranks, or a multiple (another number has other bits), and start 1, 2, 4, ... ranks"
+        )
+
+
+def sum_over_ranks(flat: torch.Tensor, size: int, group: object) -> torch.Tensor:
+    """This rank's part, of `size`, of the pairwise sum of `flat` over the ranks: neighbours first, no library sums.
+
+    flat: [n], n a multiple of size. Returns [n / size], a view of memory that holds the parts of all ranks.
+    """
+    parts = torch.empty_like(flat)
+    dist.all_to_all_single(parts, flat, group=group)
+    level = list(parts.chunk(size))
+    while len(level) > 1:
+        level = [a.add_(b) for a, b in zip(level[::2], level[1::2], strict=True)]
+    return level[0]
+
+
+class Subtrees:
+    """The upper levels of a tree over `steps` leaves, a power of two, that come one after the other.
+
+    At most log2(steps) + 1 sums are held: of every subtree that is whole and whose neighbour is not.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.done = steps, 0
+        self._stack: list[list[torch.Tensor]] = []
+
+    def add(self, sums: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Add the next leaf; the largest subtree that ends with it, in the memory of its first leaf."""
+        self.done += 1
+        for _ in range((self.done & -self.done).bit_length() - 1):  # as many subtrees end here
+            left = self._stack.pop()
+            torch._foreach_add_(left, sums)
+            sums = left
+        self._stack.append(sums)
+        return sums
+
+    def total(self) -> list[torch.Tensor]:
+        """The root, when every leaf was added; the tree can be used again."""
+        [sums], self._stack, self.done = self._stack, [], 0
+        return sums
 
 
 def _buckets(sizes: Sequence[int]) -> Iterator[slice]:
@@ -41,15 +91,9 @@ class GradientTree:
     """
 
     def __init__(self, tree: AtomTree, ranks: Ranks = ALONE) -> None:
-        if tree.atoms % ranks.size:
-            raise ValueError(
-                f"parallel: {ranks.size} ranks cannot share atoms={tree.atoms} evenly; declare as many atoms as "
-                "ranks, or a multiple (another number has other bits), and start 1, 2, 4, ... ranks"
-            )
+        check_ranks(tree, ranks)
         self.tree, self.ranks = tree, ranks
-        self.steps = tree.atoms // ranks.size
-        self._done = 0
-        self._stack: list[list[torch.Tensor]] = []
+        self._sums = Subtrees(tree.atoms // ranks.size)
         self._shapes: list[torch.Size] = []
 
     @torch.no_grad()
@@ -61,21 +105,16 @@ class GradientTree:
         Raises:
             TypeError: another dtype. ValueError: other shapes than before, or more atoms than there are.
         """
-        shapes = [g.shape for g in gradients]
+        shapes, steps = [g.shape for g in gradients], self._sums.steps
         for i, g in enumerate(gradients):
             if g.dtype != torch.float32:
                 raise TypeError(f"parallel: gradient {i} {list(g.shape)} is {g.dtype}; sums over atoms are fp32")
-        if self._done == self.steps:
-            raise ValueError(f"parallel: rank {self.ranks.rank} has {self.steps} atoms, and all are added")
-        if self._done and shapes != self._shapes:
+        if self._sums.done == steps:
+            raise ValueError(f"parallel: rank {self.ranks.rank} has {steps} atoms, and all are added")
+        if self._sums.done and shapes != self._shapes:
             raise ValueError("parallel: an atom's gradients have other shapes than those before")
-        self._shapes, self._done = shapes, self._done + 1
-        sums = list(gradients) if self.ranks.size == 1 else self._across(gradients)
-        for _ in range((self._done & -self._done).bit_length() - 1):  # as many subtrees end here
-            left = self._stack.pop()
-            torch._foreach_add_(left, sums)
-            sums = left
-        self._stack.append(sums)
+        self._shapes = shapes
+        self._sums.add(list(gradients) if self.ranks.size == 1 else self._across(gradients))
 
     @torch.no_grad()
     def total(self) -> list[torch.Tensor]:
@@ -84,16 +123,18 @@ class GradientTree:
         Raises:
             ValueError: atoms are missing.
         """
-        if self._done != self.steps:
-            raise ValueError(f"parallel: {self._done} of rank {self.ranks.rank}'s {self.steps} atoms are added")
-        [sums], self._stack, self._done = self._stack, [], 0
+        if self._sums.done != self._sums.steps:
+            raise ValueError(
+                f"parallel: {self._sums.done} of rank {self.ranks.rank}'s {self._sums.steps} atoms are added"
+            )
+        sums = self._sums.total()
         if self.ranks.size == 1:
             return sums
         out: list[torch.Tensor] = []
         for bucket, shard in zip(_buckets([s.numel() for s in self._shapes]), sums, strict=True):
             shapes = self._shapes[bucket]
             flat = shard.new_empty(shard.numel() * self.ranks.size)
-            _all_gather(flat, shard, group=self.ranks.group)
+            all_gather(flat, shard, group=self.ranks.group)
             sizes = [s.numel() for s in shapes]
             parts = flat[: sum(sizes)].split(sizes)
             out += [p.view(s) for p, s in zip(parts, shapes, strict=True)]
@@ -105,10 +146,5 @@ class GradientTree:
         for bucket in _buckets([g.numel() for g in gradients]):
             flat = torch.cat([g.reshape(-1) for g in gradients[bucket]])
             flat = torch.nn.functional.pad(flat, (0, -flat.numel() % (4 * self.ranks.size)))  # shards start at 16 bytes
-            shards = torch.empty_like(flat)
-            dist.all_to_all_single(shards, flat, group=self.ranks.group)
-            level = list(shards.chunk(self.ranks.size))
-            while len(level) > 1:
-                level = [a.add_(b) for a, b in zip(level[::2], level[1::2], strict=True)]
-            sums.append(level[0].clone())  # not a view, which would keep all shards
+            sums.append(sum_over_ranks(flat, self.ranks.size, self.ranks.group).clone())  # not a view of all shards
         return sums

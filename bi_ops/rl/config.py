@@ -27,6 +27,7 @@ FREE_ON_RESUME = (
     "sleep",
     "max_tokens_per_microbatch",
     "tensor_parallel_size",
+    "fsdp",
     "recompute",
     "offload",
     "step_graphs",
@@ -86,6 +87,8 @@ class TrainConfig:
     atoms: into how many parts each batch is cut for sums over tokens, a power of two, and so the most data-parallel
     ranks that can share it (`bi_ops.parallel.AtomTree`). Another number has other bits; how many ranks there are
     changes none. 1 is one sum from the first token to the last, in one process.
+    fsdp: each data-parallel rank keeps a shard of the weights, gradients and AdamW's states
+    (`bi_ops.parallel.fsdp.FullySharded`), instead of all of them. It changes no bit.
     tensor_parallel_size: vllm: GPUs that share the model that samples. It changes no bit.
     recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
     offload: what waits in host memory between updates, nothing, AdamW's states, or these and the fp32 master weights
@@ -129,6 +132,7 @@ class TrainConfig:
     save_every: int = 10
     max_tokens_per_microbatch: int | None = None
     atoms: int = 1
+    fsdp: bool = False
     tensor_parallel_size: int = 1
     recompute: Recompute = "selective"
     offload: Offload = "none"
@@ -178,6 +182,8 @@ class TrainConfig:
         room = "false with step_graphs, whose memory stays taken while the engine samples"
         need(not (self.sleep and self.step_graphs), "sleep", room)
         need(self.atoms >= 1 and not self.atoms & (self.atoms - 1), "atoms", "a power of two")
+        need(not (self.fsdp and self.step_graphs), "fsdp", "false with step_graphs, which cannot gather weights")
+        need(not (self.fsdp and self.offload == "masters"), "fsdp", "false with offload='masters'; use 'states'")
         need(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1")
         need(self.tensor_parallel_size == 1 or self.engine == "vllm", "tensor_parallel_size", "1, except for vllm")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")

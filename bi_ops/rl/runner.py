@@ -194,8 +194,8 @@ def orders_of(trainer: Trainer) -> dict[str, Any]:
     """The record of a run: the orders of its rollouts, and those of training, gradients included."""
     assert trainer.engine.orders is not None  # or there was no trainer
     training = trainer.model.orders(training=True)
-    if trainer.tree.tree.atoms > 1:  # one atom is the order that runs had before there were atoms
-        tree = OrderRecord.of(training.arch, {"gradients": trainer.tree.tree})
+    if trainer.layout.tree.atoms > 1:  # one atom is the order that runs had before there were atoms
+        tree = OrderRecord.of(training.arch, {"gradients": trainer.layout.tree})
         training = OrderRecord(training.arch, {**training.orders, **tree.orders})
     return {"rollout": trainer.engine.orders.as_dict(), "training": training.as_dict()}
 
@@ -231,7 +231,7 @@ def restore(trainer: Trainer, output: Path) -> int:
     state = checkpoint.load(latest, trainer.model, trainer.optimizer)
     if "orders" in state:  # a checkpoint of an earlier release has none
         check_orders(trainer, state["orders"], latest)
-    trainer.engine.update_weights(trainer.model)
+    trainer.update_engine()
     return int(state["step"])
 
 

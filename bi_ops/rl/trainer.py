@@ -6,7 +6,7 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from bi_ops.verify.parity import ParityReport, compare, joined
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
+    from bi_ops.parallel.fsdp import FullySharded
 
 
 class DifferenceFound(RuntimeError):
@@ -100,13 +101,15 @@ class Trainer:
     Args:
         reference: the frozen model of the KL term; needed where config.kl is not 0.
         on_difference: called with the difference when config.on_difference is "warn".
-        ranks: the processes that share each batch, each with the whole model; all do the same step and end in the same
-            bytes. Their number changes no bit (`config.atoms`).
+        ranks: the processes that share each batch; all do the same step and end in the same bytes. Their number changes
+            no bit (`config.atoms`), nor does it whether each has the whole model or, with `config.fsdp`, a shard: then
+            `model` is sharded here.
 
     Raises:
         ValueError: a KL coefficient without a reference, an engine that states no orders, or one that should sleep and
             cannot, master weights offloaded from a model that does not compute in bf16, or ranks that do not divide
-            the atoms or fill engines. With config.step_graphs as `bi_ops.models.graphs.StepGraphs`.
+            the atoms or fill engines. With config.step_graphs as `bi_ops.models.graphs.StepGraphs`, with config.fsdp as
+            `bi_ops.parallel.fsdp.FullySharded`.
         RuntimeError: the model cannot compute in the engine's orders here; what differs is listed.
     """
 
@@ -137,7 +140,7 @@ class Trainer:
         for m in (model, *([] if reference is None else [reference])):
             m.adopt(engine.orders)
         model.recompute = config.recompute
-        self.ranks, self.tree = ranks, parallel.GradientTree(parallel.order(config.atoms), ranks)
+        self.ranks = ranks
         self._ranks_of_an_engine: int = getattr(engine, "tensor_parallel_size", 1)
         if ranks.size > 1 and ranks.size % self._ranks_of_an_engine:
             raise ValueError(
@@ -146,18 +149,32 @@ class Trainer:
             )
         self.config, self.model, self.engine, self.task, self.reference = config, model, engine, task, reference
         self.on_difference = on_difference
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         others = [] if reference is None else [reference]
         self.graphs = StepGraphs(model, self._microbatch, others) if config.step_graphs else None
+        self.layout = self._layout()
+        self.parameters = list(self.layout.parameters.values())
         # An engine that lets the optimizer write its weights has them rounded in the pass that updates the masters.
         self.optimizer = self._optimizer()
+
+    def _layout(self) -> parallel.Whole | FullySharded:
+        """Where weights, gradients and states are."""
+        tree = parallel.order(self.config.atoms)
+        if self.config.fsdp:
+            from bi_ops.parallel.fsdp import FullySharded
+
+            return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype)
+        if self.graphs is None:
+            return parallel.Whole(self.model, tree, self.ranks)
+        return parallel.Whole(self.model, tree, self.ranks, self.graphs.begin, keeps_memory=True)
 
     def _optimizer(self) -> optim.AdamW:
         config = self.config
         given = (self.parameters, config.lr, config.betas)
         if config.offload == "masters":  # the kernel writes the model's own bf16 weights, and the engine reads these
             return optim.OffloadedAdamW(*given, weight_decay=config.weight_decay, masters=True)
-        copies: dict[torch.nn.Parameter, torch.Tensor] = getattr(self.engine, "weight_copies", lambda m: {})(self.model)
+        copies: dict[torch.nn.Parameter, torch.Tensor] = {}
+        if not config.fsdp:  # a rank updates its shard, and the engine has whole weights
+            copies = getattr(self.engine, "weight_copies", lambda m: {})(self.model)
         return (optim.OffloadedAdamW if config.offload == "states" else optim.AdamW)(
             *given,
             weight_decay=config.weight_decay,
@@ -193,10 +210,7 @@ class Trainer:
         for _ in range(config.updates_per_rollout - 1):  # from here on the ratio is not 1, and the clip has work
             result = self.backward(completions, advantages)
             self.optimizer.step(grad_scale=result.clip_scale)
-        if self.optimizer.bf16_copies:
-            self.engine.update_weights(self.model, written=self.optimizer.bf16_copies)  # type: ignore[call-arg]
-        else:
-            self.engine.update_weights(self.model)
+        self.update_engine(self.optimizer.bf16_copies)
 
         mean = sum(rewards) / len(rewards)
         return StepMetrics(
@@ -214,6 +228,14 @@ class Trainer:
             response_length=sum(len(c.tokens) for c in completions) / len(completions),
             seconds=time.perf_counter() - started,
         )
+
+    def update_engine(self, written: Collection[torch.Tensor] = ()) -> None:
+        """Hand the weights to the engine; `written`: those that it has already."""
+        with self.layout.gathered():
+            if written:
+                self.engine.update_weights(self.model, written=written)  # type: ignore[call-arg]
+            else:
+                self.engine.update_weights(self.model)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Completion]:
         """Completions of all requests on every rank. Each engine samples a share, whose bits depend on no other."""
@@ -274,10 +296,10 @@ class Trainer:
         # All copies to the GPU come first: each of them waits for what was launched before.
         rollout, per_token, weights = (t.to(device) for t in (rollout, per_token, weights))
         atoms: list[list[tuple[slice, PackedBatch, Callable[[], tuple[torch.Tensor, ...]]]]] = []
-        for atom in parallel.cut(totals, config.atoms)[ranks.rank :: ranks.size]:
+        cuts = [self._cut(totals, atom) for atom in parallel.cut(totals, config.atoms)]
+        for cut in cuts[ranks.rank :: ranks.size]:
             atoms.append([])
-            for within in microbatches(totals[atom], config.max_tokens_per_microbatch, unit):
-                part = slice(atom.start + within.start, atom.start + within.stop)
+            for part in cut:
                 prompts, tokens = [c.prompt for c in completions[part]], [c.tokens for c in completions[part]]
                 distributions = common_distributions([c.distribution for c in completions[part]])
                 batch = pack(prompts, tokens, device, TOKEN_STEP, distributions, unit)
@@ -291,25 +313,21 @@ class Trainer:
 
         found: list[torch.Tensor] = []
         losses: list[Loss] = []
-        for atom_batches in atoms:
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.graphs is None:
-                self.model.allocate_main_grads()
-            else:
-                self.graphs.begin()
-            for *_, launch in atom_batches:
+        for i, atom_batches in enumerate(atoms):
+            self.layout.begin_atom()
+            passes = [launch for *_, launch in atom_batches]
+            if config.fsdp:  # all ranks gather weights as often
+                most = max(len(cut) for cut in cuts[i * ranks.size :][: ranks.size])
+                idle = functools.partial(self._idle, completions, rollout)
+                passes = [idle] * (most - len(passes)) + passes
+            for n, launch in enumerate(passes, 1):
+                self.layout.before_backward(last=n == len(passes))
                 own, *parts = launch()
-                found.append(own)
-                losses.append(Terms(*parts).sum())
-            self.model.collect_main_grads()
-            if config.atoms > 1:
-                zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)
-                grads = [zeros(p.shape) if p.grad is None else p.grad for p in self.parameters]
-                self.tree.add(grads if self.graphs is None else [g.clone() for g in grads])  # it keeps them
-        if config.atoms > 1:
-            for p, total in zip(self.parameters, self.tree.total(), strict=True):
-                p.grad = total
-        norm = optim.global_norm([p.grad for p in self.parameters if p.grad is not None])
+                if n > len(passes) - len(atom_batches):
+                    found.append(own)
+                    losses.append(Terms(*parts).sum())
+            self.layout.end_atom()
+        norm = self.layout.finish()
         numbers = torch.stack([t for terms in losses for t in (terms.value, terms.kl, terms.clip_fraction)] + [norm])
         every = torch.cat([*found, numbers]).cpu()  # the one wait
 
@@ -334,6 +352,24 @@ class Trainer:
             raise RuntimeError(f"train: ranks have other gradients, of norms {[norm for _, norm in shared]}")
         loss, kl, clip_fraction = (sum(getattr(p, n) for p in packs) for n in ("loss", "kl", "clip_fraction"))
         return _Pass(loss, kl, clip_fraction, grad_norm, optim.clip_scale(norm, config.max_grad_norm))
+
+    def _cut(self, totals: Sequence[int], atom: slice) -> list[slice]:
+        """The micro-batches of an atom; totals: the tokens of each sequence of the batch."""
+        within = microbatches(totals[atom], self.config.max_tokens_per_microbatch, self.model.unit_tokens)
+        return [slice(atom.start + part.start, atom.start + part.stop) for part in within]
+
+    def _idle(self, completions: Sequence[Completion], rollout: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A pass over the batch's shortest sequence that adds zeros, which change no sum; rollout: of the whole batch.
+
+        A rank makes it where others have a micro-batch more: all gather weights together.
+        """
+        at = min(range(len(completions)), key=lambda i: len(completions[i].prompt) + len(completions[i].tokens))
+        c = completions[at]
+        distributions = common_distributions([c.distribution])
+        batch = pack([c.prompt], [c.tokens], rollout.device, TOKEN_STEP, distributions, self.model.unit_tokens)
+        start = sum(len(c.tokens) for c in completions[:at])
+        own = rollout[start : start + len(c.tokens)]
+        return self._microbatch(batch, own, torch.zeros_like(own), torch.zeros_like(own))
 
     def _microbatch(
         self, batch: PackedBatch, rollout: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor

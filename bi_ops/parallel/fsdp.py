@@ -1,0 +1,221 @@
+"""Weights, gradients and optimizer states in shards: torch's FSDP2 moves them, the tree over atoms adds them.
+
+FSDP2 gathers the weights of a layer when a forward or backward needs them, and hands the layer's gradients to a
+reduce-scatter when its backward is through. Here that is `TreeReduceScatter`: no library sums. The fp32 sums that
+layers carry from one micro-batch to the next (`main_grad`) become gradients behind the last micro-batch of an atom.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from bi_ops import nn, optim
+from bi_ops.core.integers import cdiv
+from bi_ops.nn.main_grad import without_main_grad
+from bi_ops.parallel.gradients import Subtrees, all_gather, check_ranks, sum_over_ranks
+from bi_ops.parallel.order import AtomTree
+from bi_ops.parallel.ranks import Ranks
+
+
+class TreeReduceScatter:
+    """The gradients of one FSDP module, added over ranks and atoms as `AtomTree` says.
+
+    torch calls it once an atom, on a stream of its own. Behind the last atom the output is the sum of all.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._sums = Subtrees(steps)
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """As torch's own reduce-scatter does."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        """output_tensor: fp32 [n]. input_tensor: fp32 [ranks * n]. op: a sum; what torch would divide by is one."""
+        output_tensor.copy_(sum_over_ranks(input_tensor, dist.get_world_size(group), group))
+        # The tree keeps the output, whose other reader, the parameter's gradient, is dropped before the next atom.
+        [total] = self._sums.add([output_tensor])
+        if self._sums.done == self._sums.steps:
+            self._sums.total()
+            if total is not output_tensor:
+                output_tensor.copy_(total)
+
+
+class _Behind(torch.autograd.Function):
+    """Hands tensors on; in the backward calls `action` when the gradients of all of them are there."""
+
+    @staticmethod
+    def forward(ctx: Any, action: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.action = action
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        ctx.action()
+        return None, *grads
+
+
+class FullySharded:
+    """As `Whole`, but a rank keeps a shard of every parameter's rows, of its gradient and of what an optimizer keeps.
+
+    Rank r of d has rows r * c to (r + 1) * c of n, with c = n / d rounded up. Layers (what stands in a
+    `torch.nn.ModuleList`) are gathered one by one, in `compute_dtype`; what stands outside of them is gathered once for
+    forward and backward. A rank makes as many forwards and backwards as every other: `TrainConfig.fsdp`.
+
+    While an atom has several micro-batches, their sums are whole: 4 bytes a parameter. With one, a layer's gradients
+    leave when its backward is through.
+
+    Args:
+        model: whose parameters are sharded in place; on every rank the same values.
+        compute_dtype: what weights are rounded to before they are gathered; gradients are fp32.
+        reduce_scatter: called with the number of steps for each FSDP module; None leaves torch its own, which sums in
+            whatever order, to compare with.
+
+    Raises:
+        ValueError: one rank, ranks that do not divide the atoms, or parameters whose gradient has no `main_grad`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tree: AtomTree,
+        ranks: Ranks,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        reduce_scatter: Callable[[int], Any] | None = TreeReduceScatter,
+    ) -> None:
+        check_ranks(tree, ranks, fsdp=True)
+        if left := without_main_grad(model):
+            raise ValueError(
+                f"fsdp: {', '.join(left[:4])}{' and others' * (len(left) > 4)} would be summed by autograd, in another "
+                "order; freeze them, or train without fsdp"
+            )
+        self.model, self.tree, self.ranks = model, tree, ranks
+        self.steps = tree.atoms // ranks.size
+        self._collects = False
+        _shard(model, ranks, compute_dtype)
+        for module in self._modules():
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            if reduce_scatter is not None:
+                module.set_custom_reduce_scatter(reduce_scatter(self.steps))
+            if module is not model:
+                cast(torch.nn.Module, module).register_forward_pre_hook(self._before_layer)
+        # Before torch's own hook, so that the root's sums are collected before torch looks for its gradients.
+        model.register_forward_hook(self._after_model, prepend=True)
+        self._sharded = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        #: What the optimizer updates, by the names of the model: this rank's rows.
+        self.parameters = {n: local_rows(p).requires_grad_() for n, p in self._sharded.items()}
+
+    def _modules(self) -> list[FSDPModule]:
+        return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+
+    def _reshard(self) -> None:
+        for module in self._modules():
+            module.reshard()
+
+    # Gradients.
+
+    def begin_atom(self) -> None:
+        """See `Whole`."""
+        self._reshard()  # a forward without a backward leaves the root's weights of that time
+        for name, p in self._sharded.items():
+            p.grad = self.parameters[name].grad = None
+        nn.allocate_main_grads(self.model)
+
+    def before_backward(self, last: bool) -> None:
+        """See `Whole`. Called before the forward, which is gathered for."""
+        self._collects = last
+        for module in self._modules():
+            module.set_requires_gradient_sync(last, recurse=False)
+
+    def end_atom(self) -> None:
+        """See `Whole`."""
+        self._collects = False
+
+    def finish(self) -> torch.Tensor:
+        """See `Whole`; every parameter is this rank's rows. The norm is that of whole gradients, bit for bit."""
+        for name, p in self._sharded.items():
+            assert p.grad is not None
+            self.parameters[name].grad = local_rows(p.grad)
+        return self._norm()
+
+    def _norm(self) -> torch.Tensor:
+        """The norm from the sums of squares of all rows, which the ranks gather."""
+        n_rows = [len(p) for p in self._sharded.values()]
+        chunks = [cdiv(n, self.ranks.size) for n in n_rows]
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        own = [g.new_zeros(c) for g, c in zip(grads, chunks, strict=True)]
+        for rows, sums in zip(own, optim.row_sums(grads), strict=True):
+            rows[: len(sums)] = sums
+        flat = torch.cat(own)
+        every = flat.new_empty(self.ranks.size * len(flat))
+        all_gather(every, flat, group=self.ranks.group)
+        parts = every.view(self.ranks.size, -1).split(chunks, dim=1)
+        return optim.norm_of_row_sums([part.reshape(-1)[:n] for part, n in zip(parts, n_rows, strict=True)])
+
+    def _collect(self, module: torch.nn.Module) -> None:
+        """The finished sums of the layers in `module`, whose weights are gathered, become their gradients."""
+        for p in module.parameters():
+            p.grad_dtype = torch.float32  # of weights that were rounded
+        nn.collect_main_grads(module)
+
+    def _before_layer(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Behind the backward of everything in a layer, and before torch's own hook on the same inputs."""
+        at = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad]
+        if not (self._collects and at and torch.is_grad_enabled()):
+            return None
+        handed = list(args)
+        for i, t in zip(at, _Behind.apply(lambda: self._collect(module), *(args[i] for i in at)), strict=True):
+            handed[i] = t
+        return tuple(handed)
+
+    def _after_model(self, model: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        """Behind the whole backward: what is outside of layers, or was not reached."""
+
+        def queue(grad: torch.Tensor) -> None:
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._collect(model))
+
+        if self._collects and output.requires_grad:
+            output.register_hook(queue)
+
+    # Whole weights.
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """While this is entered, the model's parameters are whole, in the compute dtype."""
+        self._reshard()
+        for module in self._modules():
+            module.unshard()
+        try:
+            yield
+        finally:
+            self._reshard()
+
+
+def local_rows(t: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a sharded tensor, the same memory; a whole one as it is. Without a gradient."""
+    return cast(DTensor, t.detach()).to_local() if isinstance(t, DTensor) else t.detach()
+
+
+def _shard(model: torch.nn.Module, ranks: Ranks, compute_dtype: torch.dtype) -> None:
+    """Each layer, and what is left, becomes an FSDP module of its own."""
+    device = next(model.parameters()).device.type
+    mesh = DeviceMesh.from_group(cast(Any, dist.group.WORLD if ranks.group is None else ranks.group), device)
+    # Inputs stay as they are: a rotation's table or positions are no weights.
+    precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.ModuleList):
+            for layer in module:
+                fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)

@@ -1,0 +1,197 @@
+"""Shards of weights, gradients and optimizer states end in the bytes of one process; on ranks that talk over gloo."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+from unittest import mock
+
+import pytest
+import ranks
+import torch
+from test_microbatches import Lengths, Replay, small_model
+from test_parallel import equal
+
+from bi_ops import nn, optim, parallel
+from bi_ops.core import runtime
+from bi_ops.parallel.fsdp import FullySharded
+from bi_ops.rl.config import TrainConfig
+from bi_ops.rl.trainer import Trainer
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    """All rows of a parameter or a gradient, on every rank."""
+    return cast(Any, t).full_tensor() if hasattr(t, "full_tensor") else t.detach().clone()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# a few layers: order, shards, what is refused
+
+
+class Layers(torch.nn.Module):
+    """What a language model has: a tied head outside of the forward, 11 rows that no number of ranks divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        device = runtime.default_device()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(11, 16, device=device)
+            self.layers = torch.nn.ModuleList(nn.Linear(16, 16, bias=False, device=device) for _ in range(2))
+            self.head = nn.Linear(16, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids, torch.bfloat16)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+#: Micro-batches of each of eight atoms: none, one, or several.
+MICROBATCHES = (1, 2, 0, 1, 1, 3, 1, 0)
+
+
+def backward(model: Layers, i: int, j: int, scale: float = 1.0) -> None:
+    """That of micro-batch j of atom i; with scale 0 it adds zeros."""
+    generator = torch.Generator().manual_seed(10 * i + j)
+    ids = torch.randint(0, 11, (16,), generator=generator).to(model.embed.weight.device)
+    wanted = torch.randn(16, 11, generator=generator).to(ids.device)
+    (model.head(model(ids)).float() * (scale * wanted)).sum().backward()
+
+
+def update(layout: parallel.Whole | FullySharded, optimizer: torch.optim.Optimizer, idle: bool) -> torch.Tensor:
+    """A step over the atoms; `idle`: every rank makes as many passes."""
+    here, model = layout.ranks, cast(Layers, layout.model)
+    for step in range(layout.steps):
+        atoms = range(step * here.size, (step + 1) * here.size)
+        mine, most = atoms[here.rank], max(MICROBATCHES[i] for i in atoms) or 1
+        passes = [(mine, j, 1.0) for j in range(MICROBATCHES[mine])]
+        if idle:
+            passes = [(0, 0, 0.0)] * (most - len(passes)) + passes
+        layout.begin_atom()
+        for n, args in enumerate(passes, 1):
+            layout.before_backward(last=n == len(passes))
+            backward(model, *args)
+        layout.end_atom()
+    norm = layout.finish()
+    cast(Any, optimizer).step(grad_scale=optim.clip_scale(norm, 1.0))
+    return norm
+
+
+def two_updates(layout: parallel.Whole | FullySharded) -> dict[str, Any]:
+    optimizer = optim.AdamW(list(layout.parameters.values()), lr=0.1)
+    norms = [update(layout, optimizer, isinstance(layout, FullySharded)) for _ in range(2)]
+    named = dict(layout.model.named_parameters())
+    grads = [whole(p.grad) for p in named.values() if p.grad is not None]
+    found: dict[str, Any] = {"norms": norms, "grads": grads, "weights": [whole(p) for p in named.values()]}
+    if isinstance(layout, FullySharded):
+        with layout.gathered():
+            found["gathered"] = [p.detach().clone() for p in layout.model.parameters()]
+        found["rows"] = {n: list(p.shape) for n, p in layout.parameters.items()}
+        found["state"] = [list(optimizer.state[p]["exp_avg"].shape) for p in layout.parameters.values()]
+    return found
+
+
+class Accumulating(FullySharded):
+    """FSDP2 as it is: its own reduce-scatter, and gradients added to those of earlier atoms."""
+
+    def begin_atom(self) -> None:
+        nn.allocate_main_grads(self.model)
+
+
+def layers_on_a_rank() -> dict[str, Any]:
+    here, tree = parallel.Ranks.of(), parallel.order(8)
+    found = two_updates(FullySharded(Layers(), tree, here))
+    model = Layers()
+    library = Accumulating(model, tree, here, reduce_scatter=None)
+    update(library, optim.AdamW(list(library.parameters.values())), idle=True)
+    found["library"] = [whole(cast(Any, p.grad)) for p in model.parameters()]
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_shards_have_the_bits_of_one_process(size):
+    found = ranks.run(size, layers_on_a_rank)
+    one = two_updates(parallel.Whole(Layers(), parallel.order(8)))
+    first = parallel.Whole(Layers(), parallel.order(8))
+    update(first, optim.AdamW(list(first.parameters.values())), idle=False)
+    for rank, result in enumerate(found):
+        for what in ("norms", "grads", "weights"):
+            assert equal(result[what], one[what]), what
+        rounded = [w.bfloat16() for w in one["weights"]]
+        assert all(torch.equal(a, b) for a, b in zip(result["gathered"], rounded, strict=True))
+        assert result["rows"]["embed.weight"] == [{2: (6, 5), 4: (3, 3, 3, 2)}[size][rank], 16]
+        assert result["rows"]["layers.0.weight"] == [16 // size, 16]
+        assert result["state"] == list(result["rows"].values())
+        # The control: a library sums.
+        assert not equal(result["library"], [cast(torch.Tensor, p.grad) for p in first.parameters.values()])
+
+
+def refusals_on_a_rank() -> list[str]:
+    here, said = parallel.Ranks.of(), []
+    with_bias = torch.nn.ModuleDict({"a": nn.Linear(8, 8), "b": torch.nn.Linear(8, 8)})
+    for make in (
+        lambda: FullySharded(Layers(), parallel.order(1), here),
+        lambda: FullySharded(with_bias, parallel.order(2), here),
+    ):
+        with pytest.raises(ValueError, match=r"fsdp|parallel") as error:
+            make()
+        said.append(str(error.value))
+    return said
+
+
+def test_what_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="fsdp: one rank has nothing to share; start several with torchrun"):
+        FullySharded(Layers(), parallel.order(2), parallel.ALONE)
+    for said in ranks.run(2, refusals_on_a_rank):
+        assert said[0].startswith("parallel: 2 ranks cannot share atoms=1 evenly")
+        assert said[1].startswith("fsdp: a.bias, b.weight, b.bias would be summed by autograd")
+    for other in ({"step_graphs": True}, {"offload": "masters"}):
+        with pytest.raises(ValueError, match="fsdp is True; it must be false with"):
+            TrainConfig(fsdp=True, **other)
+    TrainConfig(fsdp=True).check_resumes(TrainConfig())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# a model, through the trainer
+
+#: Four sequences, two in each atom: in two micro-batches of the first, and in one of the second.
+CONFIG = {"prompts_per_step": 2, "group_size": 2, "atoms": 2, "max_tokens_per_microbatch": 21}
+UPDATES = 3
+
+
+class Copy(Replay):
+    """An engine with a whole model of its own."""
+
+    @torch.no_grad()
+    def update_weights(self, model):
+        for own, new in zip(self.model.parameters(), model.parameters(), strict=True):
+            own.copy_(new)
+
+
+def trained(here: parallel.Ranks = parallel.ALONE, **changes: Any) -> dict[str, Any]:
+    """Three updates on sequences that are given."""
+    model, engine = small_model(), cast(Any, Copy(small_model()))
+    trainer = Trainer(TrainConfig(**(CONFIG | changes)), model, engine, cast(Any, Lengths()), ranks=here)
+    trainer.generate = lambda prompts, params: trainer.engine.generate(prompts, params)  # type: ignore[method-assign]
+    with mock.patch.object(type(model), "unit_tokens", 1):
+        steps = [trainer.step(step) for step in range(1, UPDATES + 1)]
+    return {
+        "metrics": [(s.loss, s.grad_norm, s.tokens_checked, s.tokens_different, s.clip_fraction) for s in steps],
+        "grads": [whole(cast(Any, p.grad)) for p in model.parameters()],
+        "weights": [whole(p) for p in model.parameters()],
+        "engine": [p.detach().bfloat16() for p in engine.model.parameters()],
+    }
+
+
+def trained_on_a_rank() -> dict[str, Any]:
+    return trained(parallel.Ranks.of(), fsdp=True)
+
+
+def test_a_model_in_shards_ends_in_the_bytes_of_one_process():
+    found, one = ranks.run(2, trained_on_a_rank), trained()
+    for result in found:
+        assert result["metrics"] == one["metrics"]
+        assert equal(result["grads"], one["grads"])
+        assert equal(result["weights"], one["weights"])
+        assert all(torch.equal(a, b) for a, b in zip(result["engine"], one["engine"], strict=True))
