@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: In a process of its own, which forks: one that runs tests has threads.
 SCRIPT = """
-import json, random, sys, time
+import json, random, sys
 from pathlib import Path
 import faults
 import torch._dynamo  # every optimizer imports it
@@ -26,21 +26,30 @@ if runtime.INTERPRET:
 root = Path(sys.argv[1])
 config = TrainConfig(steps=4, symbols=4, prompts_per_step=3, group_size=4, lr=0.1, save_every=1, **TABLE)
 with fresh_settings():
-    start = time.monotonic()
-    assert faults.together([faults.live(config, root / "whole")]) == [0]
-    length = time.monotonic() - start
+    watch = faults.Watch(faults.PHASES)
+    assert faults.together([faults.live(config, root / "whole", watch=watch)]) == [0]
     expected, rng = faults.weights(root / "whole"), random.Random(0)
-    found, control = faults.Faults(length), faults.Faults(length)
+    found, control = faults.Faults(watch.age), faults.Faults(watch.age)
+    draw = faults.uniform(found, rng)
     while sum(found.kills.values()) < 4:  # two at a time, as on two GPUs
         names = [f"run{found.runs}", f"other{found.runs}"]
-        faults.together(faults.one_run(config, root / name, expected, rng, found) for name in names)
+        faults.together(faults.one_run(config, root / name, expected, draw, found) for name in names)
+    for phase in faults.SHORT:
+        draw = faults.aimed(phase, watch.length(phase), rng)
+        while not found.aimed[phase]:
+            faults.together([faults.one_run(config, root / f"at{found.runs}", expected, draw, found)])
     while not control.kills:
-        faults.together([faults.one_run(config, root / f"control{control.runs}", "other bytes", rng, control)])
+        faults.together([faults.one_run(config, root / f"control{control.runs}", "other bytes", draw, control)])
+    found.control_changed = faults.together([faults.control(config, root / "bit", expected)])[0]
     failing = faults.Faults(60.0)
     (root / "failing").mkdir()
     (root / "failing" / "notes.txt").write_text("somebody's")
-    faults.together([faults.one_run(config, root / "failing", expected, rng, failing)])
-print(json.dumps([found.as_dict(), control.as_dict(), failing.as_dict()]))
+    faults.together([faults.one_run(config, root / "failing", expected, faults.uniform(failing, rng), failing)])
+half = root / "half"
+(half / ".step_000001.tmp").mkdir(parents=True)
+for name in ("config.json", ".step_000001.tmp/state.json", "model.safetensors"):
+    (half / name).write_text("{")
+print(json.dumps([found.as_dict(), control.as_dict(), failing.as_dict(), faults.half_files(half), found.wrong()]))
 """
 
 
@@ -53,10 +62,14 @@ def test_a_killed_run_ends_in_the_same_bytes_and_other_bytes_are_counted(tmp_pat
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found, control, failing = json.loads(done.stdout.splitlines()[-1])
-    assert found["kills"] >= 4
+    found, control, failing, half, wrong = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] >= 7
+    assert {k["kind"] for k in found["kinds"]} >= {"while the engine starts", "while a checkpoint is written"}
     assert sum(k["cycles"] for k in found["kinds"]) == found["kills"]
-    assert (found["changed"], found["failed"]) == (0, [])
+    assert sum(found["after_step"].values()) == found["kills"]
+    assert (found["changed"], found["failed"], found["half_files"], wrong) == (0, [], [], False)
+    assert found["control_changed"] is True
+    assert [name.partition(":")[0] for name in half] == ["config.json", "model.safetensors"]
     assert control["changed"] == control["runs"] >= 1
     assert [k["changed"] for k in control["kinds"]] == [k["cycles"] for k in control["kinds"]]
     assert all(k["changed"] == 0 for k in found["kinds"])
