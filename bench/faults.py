@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from killed import Moment, Phases, Waiting, Watch, forked, together
-from record import provenance
+from record import provenance, take_shortcuts
 
 import bi_ops  # noqa: F401  # isort: skip  (before triton)
 import torch
@@ -246,11 +246,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     args = parser.parse_args()
+    take_shortcuts()
     if runtime.INTERPRET:
-        sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-        import fast_interpreter
-
-        fast_interpreter.install()  # it changes no bit
         for name in ("torch._dynamo", "torch.utils.tensorboard"):  # or each fork would
             importlib.import_module(name)
     preset, small = PRESETS[args.preset], {**SMALL} if args.preset == "demo" else {"save_every": 1}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import random
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,70 +13,32 @@ import torch
 from sweeps import sweep
 from tiny import tiny_model
 
-from bi_ops import cli, norm
+from bi_ops import cli
 from bi_ops.models import orders
-from bi_ops.models.base import CausalLM
 from bi_ops.rollout.base import SamplingParams
 from bi_ops.rollout.embedded import EmbeddedEngine
-from bi_ops.verify.bisect import bisect, first_difference, of_rollout, of_training
+from bi_ops.verify.bisect import FUSED, TOKENS, bisect, first_difference, of_rollout, of_training
 
-PROMPT = [5, 1, 7, 2]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+import planted_bits
+from planted_bits import PROMPT, Flip, planted
+
 IN_A_LAYER = (
     *("input_layernorm", "self_attn.qkv_proj", "self_attn.qkv", "self_attn.attn", "self_attn.o_proj"),
     *("post_attention_layernorm", "mlp.gate_up_proj", "mlp.act_fn", "mlp.down_proj"),
 )
 SITES = (
-    *("model.embed_tokens", "model.norm", "lm_head"),
+    "model.embed_tokens",
     *(f"model.layers.{layer}.{name}" for layer in (0, 1) for name in IN_A_LAYER),
+    *("model.norm", "lm_head", TOKENS, FUSED),
 )
+PARAMS = SamplingParams(max_new_tokens=1, seed=3)
 
 
 @pytest.fixture(scope="module")
 def sides():
     model = tiny_model()
     return EmbeddedEngine(model), model
-
-
-def flipped(t: torch.Tensor) -> torch.Tensor:
-    """`t` with the last bit of one element flipped, in the row of the prompt's last token."""
-    out = t.clone()
-    row = out.reshape(out.shape[0], -1)[min(len(PROMPT), len(out)) - 1]
-    row[:1] = torch.bitwise_xor(row[:1].view(torch.int16), 1).view(t.dtype)
-    return out
-
-
-@contextlib.contextmanager
-def planted(model: Any, site: str):
-    """One bit of what `site` gives, inside the block."""
-    stem, _, last = site.rpartition(".")
-    if last == "qkv":
-        weight, rotate = model.get_submodule(f"{stem}.q_norm").weight, norm.qk_norm_rope
-
-        def rotated(*given, **options):
-            q, k, v = rotate(*given, **options)
-            return (flipped(q) if given[1] is weight else q), k, v
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(norm, "qk_norm_rope", rotated)
-            yield
-        return
-
-    def after(module, args, out):
-        return flipped(out) if isinstance(out, torch.Tensor) else (flipped(out[0]), *out[1:])
-
-    def before(module, args):
-        def attention_fn(layer, *qkv):
-            out = args[-1](layer, *qkv)
-            return flipped(out) if f"layers.{layer}." in site else out
-
-        return (*args[:-1], attention_fn)
-
-    own = last == "attn" and isinstance(model, CausalLM)  # attention is no module there
-    where = model.register_forward_pre_hook(before) if own else model.get_submodule(site).register_forward_hook(after)
-    try:
-        yield
-    finally:
-        where.remove()
 
 
 def found(sides, **options):
@@ -89,34 +54,62 @@ def test_nothing_is_found_where_nothing_differs(sides):
 def traces(sides):
     """Of both sides, with nothing planted."""
     engine, model = sides
-    rollout, tokens = of_rollout(engine, PROMPT, SamplingParams(max_new_tokens=1, seed=3))
-    return rollout, of_training(model, PROMPT, tokens), tokens
+    rollout, completion = of_rollout(engine, PROMPT, PARAMS)
+    return rollout, of_training(model, completion), completion
+
+
+def test_every_operator_of_both_sides_is_a_site(traces):
+    rollout, training, _ = traces
+    assert list(dict.fromkeys(site for site, _ in planted_bits.places(rollout, training))) == list(SITES)
 
 
 EVERY = list(enumerate(SITES))
 
 
-@sweep(("i", "site"), EVERY, EVERY[:12:2] + EVERY[15::3])
+@sweep(("i", "site"), EVERY, EVERY[:12:2] + EVERY[13::3] + EVERY[-3:])
 def test_a_planted_bit_is_found_at_its_operator(i, site, sides, traces):
     engine, model = sides
-    rollout, training, tokens = traces
-    if i % 2:
-        with planted(model, site):
-            training = of_training(model, PROMPT, tokens)
+    rollout, training, completion = traces
+    flip = Flip(random.Random(i))
+    if i % 2 or site == FUSED:
+        with planted(model, site, flip):
+            training = of_training(model, completion)
     else:
-        with planted(engine.model, site):
-            rollout, _ = of_rollout(engine, PROMPT, SamplingParams(max_new_tokens=1, seed=3))
+        with planted(engine.model, site, flip, engine):
+            rollout, _ = of_rollout(engine, PROMPT, PARAMS)
     difference = first_difference(rollout, training)
     assert difference is not None
     assert (difference.site, difference.kind) == (site, "operator"), str(difference)
     assert difference.elements == 1
     assert difference.values[0] != difference.values[1]
-    assert difference.row == (0 if site == "lm_head" else len(PROMPT) - 1)
+    assert flip.place is not None
+    assert (difference.row, difference.column) == flip.place[:2]
+
+
+def test_the_table_of_planted_bits_tells_what_is_missed(sides, monkeypatch):
+    engine, model = sides
+    chosen = [(SITES[2], "rollout"), (FUSED, "training")]
+    monkeypatch.setattr(planted_bits, "places", lambda rollout, training: chosen)
+    rows = planted_bits.examine(engine, model, seed=0)
+    assert [row["found"] for row in rows] == [True] * 3
+    monkeypatch.setattr(planted_bits.bisect, "first_difference", lambda rollout, training: None)
+    assert [row["found"] for row in planted_bits.examine(engine, model, seed=0)] == [True, False, False]
+
+
+def test_scores_of_a_sampled_distribution_are_compared_as_sampled(sides):
+    engine, model = sides
+    sampler = EmbeddedEngine(engine.model, logprobs_mode="processed_logprobs")
+    params = dataclasses.replace(PARAMS, temperature=0.7, top_k=5)
+    assert bisect(sampler, model, PROMPT, params) is None
+    with planted(engine.model, TOKENS, Flip(random.Random(0)), sampler):
+        difference = bisect(sampler, model, PROMPT, params)
+    assert difference is not None
+    assert difference.site == TOKENS
 
 
 def test_the_order_and_backend_of_each_side_are_told(sides):
     engine, model = sides
-    with planted(engine.model, "model.layers.1.mlp.down_proj"):
+    with planted(engine.model, "model.layers.1.mlp.down_proj", Flip(random.Random(0))):
         text = str(found(sides))
     assert "model.layers.1.mlp.down_proj: its inputs are equal, its output is not" in text
     assert "order GemmOrder" in text
@@ -159,10 +152,10 @@ def test_a_planted_bit_is_found_in_vllm(tmp_path):
     engine = VllmEngine(tmp_path, cuda_graphs=False, gpu_memory_utilization=0.1, kv_cache_memory_bytes=1 << 30)
     try:
         assert bisect(engine, model, PROMPT, SamplingParams(max_new_tokens=4, seed=3)) is None
-        for name in ("self_attn.qkv_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj"):
-            site = f"model.layers.1.{name}"
+        layer = ("self_attn.qkv_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
+        for site in (*(f"model.layers.1.{name}" for name in layer), "lm_head", TOKENS):
             for where in (engine.model, model):
-                with planted(where, site):
+                with planted(where, site, Flip(random.Random(0)), engine if where is engine.model else None):
                     difference = bisect(engine, model, PROMPT, SamplingParams(max_new_tokens=4, seed=3))
                 assert difference is not None
                 assert difference.site == site, str(difference)

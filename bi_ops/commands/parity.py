@@ -111,24 +111,30 @@ def sampling(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(args.new_tokens, args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
 
 
-def _sample(
-    args: argparse.Namespace, path: Path
-) -> tuple[CausalLM, list[Completion], RolloutEngine, dict[str, object]]:
-    """The training model, the completions, the engine, closed so that it leaves room for scoring, and it in words."""
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the engine is started with, besides the model and its attention."""
     from bi_ops.logprob import Distribution
-    from bi_ops.models import load_config, load_model
-    from bi_ops.rl.seeds import SAMPLE, derive_seed
-    from bi_ops.rollout import factory
 
-    vocab_size = load_config(path).vocab_size
-    model = load_model(path) if factory.lookup(args.engine).needs_model else None
     options: dict[str, Any] = {}
     if args.engine == "vllm":
         options = {"plugin": args.plugin, "cuda_graphs": args.cuda_graphs}
         options |= {} if args.tp == 1 else {"tensor_parallel_size": args.tp}
     if sampling(args).distribution != Distribution():
         options["logprobs_mode"] = "processed_logprobs"
-    engine = factory.make_engine(args.engine, path, model, attention=args.attention, **options)
+    return options
+
+
+def _sample(
+    args: argparse.Namespace, path: Path
+) -> tuple[CausalLM, list[Completion], RolloutEngine, dict[str, object]]:
+    """The training model, the completions, the engine, closed so that it leaves room for scoring, and it in words."""
+    from bi_ops.models import load_config, load_model
+    from bi_ops.rl.seeds import SAMPLE, derive_seed
+    from bi_ops.rollout import factory
+
+    vocab_size = load_config(path).vocab_size
+    model = load_model(path) if factory.lookup(args.engine).needs_model else None
+    engine = factory.make_engine(args.engine, path, model, attention=args.attention, **engine_options(args))
     try:
         longest = args.max_prompt_tokens or max(1, min(engine.max_model_len - args.new_tokens, 512) // 2)
         prompts = random_prompts(args.prompts, longest, vocab_size, args.seed)
@@ -148,14 +154,13 @@ def first_operator(
     from bi_ops.models import load_model
     from bi_ops.rl.seeds import SAMPLE, derive_seed
     from bi_ops.rollout import factory
-    from bi_ops.rollout.base import SamplingParams
     from bi_ops.verify.bisect import bisect
 
-    options = {"plugin": args.plugin, "cuda_graphs": False} if args.engine == "vllm" else {}
+    options = engine_options(args) | ({"cuda_graphs": False} if args.engine == "vllm" else {})
     own = load_model(path) if factory.lookup(args.engine).needs_model else None
     engine = factory.make_engine(args.engine, path, own, attention=args.attention, **options)
     try:
-        params = SamplingParams(args.new_tokens, seed=derive_seed(args.seed, SAMPLE, at))
+        params = dataclasses.replace(sampling(args), seed=derive_seed(args.seed, SAMPLE, at))
         return bisect(engine, model, list(completions[at].prompt), params)
     finally:
         engine.close()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bi_ops import logprob
 from bi_ops.core.orders import OrderRecord
 from bi_ops.models import orders as model_orders
 from bi_ops.models.packing import pack
@@ -16,9 +17,12 @@ from bi_ops.verify.properties import bits_equal
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
-    from bi_ops.rollout.base import SamplingParams
+    from bi_ops.rollout.base import Completion, SamplingParams
 
 Tensor = torch.Tensor
+
+#: Sites of scores, which are no modules: of logits that both sides have; and of hidden states, as training scores them.
+TOKENS, FUSED = "token_logprobs", "linear_token_logprobs"
 
 #: The last part of a site's name to the operator whose order it has.
 OPERATORS = {
@@ -28,6 +32,7 @@ OPERATORS = {
     "layernorm": "norm",
     "proj": "matmul",
     "lm_head": "matmul",
+    TOKENS: "logprob",
     "qkv": "rope",
     "gate": "matmul",
     "experts": "moe",
@@ -59,10 +64,11 @@ class Trace:
 class FirstDifference:
     """Where two sides first differ.
 
-    site: module of the model, or ``...qkv`` for the rotated queries, keys and values. kind: "operator" (its inputs are
-    equal, its output is not), "weights" (it has others), "between" (its inputs differ already, though all before it
-    is equal). row: the token. column: in the row. values: of the rollout and of training. shape, dtype: of the
-    rollout's output. order: the reduction order of each side.
+    site: module of the model; ``...qkv`` for the rotated queries, keys and values; ``token_logprobs`` for the scores of
+    logits, and ``linear_token_logprobs`` where training's fused head alone differs from them. kind: "operator" (its
+    inputs are equal, its output is not), "weights" (it has others), "between" (its inputs differ already, though all
+    before it is equal). row: the token. column: in the row. values: of the rollout and of training. shape, dtype: of
+    the rollout's output. order: the reduction order of each side.
     """
 
     site: str
@@ -224,26 +230,42 @@ def first_difference(
     return None
 
 
-def of_rollout(engine: Any, prompt: list[int], params: SamplingParams) -> tuple[Trace, tuple[int, ...]]:
-    """(what the engine's model computes, the tokens) of one sequence."""
+def _add_scores(trace: Trace, of_logits: Tensor, of_hidden: Tensor) -> None:
+    """The sites that follow the head: log-probabilities, fp32 [S], made of its logits and of its inputs."""
+    head = trace.sites.get("lm_head")
+    if head is not None:
+        trace.sites[TOKENS] = Site(head.outputs, [[of_logits[:, None]]])
+        trace.sites[FUSED] = Site(head.inputs, [[of_hidden[:, None]]])
+
+
+def of_rollout(engine: Any, prompt: list[int], params: SamplingParams) -> tuple[Trace, Completion]:
+    """What the engine's model computes of one sequence, sampled now."""
     with recording(engine.model) as trace:
         (completion,) = engine.generate([prompt], [params])
-    return trace, completion.tokens
+    if "logits_processor" in trace.sites:  # vLLM's calls the head's GEMM, not its module
+        trace.sites["lm_head"] = trace.sites.pop("logits_processor")
+    _add_scores(trace, completion.logprobs, completion.logprobs)
+    return trace, completion
 
 
-def of_training(model: CausalLM, prompt: list[int], tokens: tuple[int, ...]) -> Trace:
-    """What the model computes of one sequence, whole, and the logits that it scores."""
-    batch = pack([prompt], [tokens], model.device)
+def of_training(model: CausalLM, completion: Completion) -> Trace:
+    """What the model computes of one sequence, whole; its scores, and the logits that these are of."""
+    distributions = None if completion.distribution is None else [completion.distribution]
+    batch = pack([completion.prompt], [completion.tokens], model.device, distributions=distributions)
+    found: list[Tensor] = []
 
     def call_head(_: torch.nn.Module, args: tuple[Any, ...], hidden: Tensor) -> None:
-        model.logits(hidden[batch.logit_indices])  # scoring takes the head's weight and calls no module
+        found.append(model.logits(hidden[batch.logit_indices]))  # scoring takes the head's weight and calls no module
 
     with torch.no_grad(), recording(model) as trace:
         handle = model.register_forward_hook(call_head)
         try:
-            model.token_logprobs(batch)
+            scores = model.token_logprobs(batch)
         finally:
             handle.remove()
+        (logits,), options = found, dict(batch.sampling or {})
+        score: Any = logprob.sampled_logprobs if options else logprob.token_logprobs
+        _add_scores(trace, score(logits, batch.targets, **options), scores)
     return trace
 
 
@@ -257,8 +279,8 @@ def bisect(engine: Any, model: CausalLM, prompt: list[int], params: SamplingPara
     Raises:
         ValueError: the two models have no module of one name.
     """
-    rollout, tokens = of_rollout(engine, prompt, params)
-    training = of_training(model, prompt, tokens)
+    rollout, completion = of_rollout(engine, prompt, params)
+    training = of_training(model, completion)
     chosen = model_orders.chosen_backends(model.attention_backend, model.shapes(), model.device)
     theirs = {("matmul" if n == "linear" else n): b for n, b in dict(engine.describe())["backends"].items()}
     return first_difference(rollout, training, (engine.orders, model.orders()), (theirs, chosen))
