@@ -42,11 +42,16 @@ class Watch:
         return self.numbers[3 + self.names.index(phase)]
 
     def begin(self, phase: str) -> None:
-        now, at = time.monotonic(), self.names.index(phase)
+        at = self.names.index(phase)
         if at != self.numbers[0]:
-            self.numbers[3 + int(self.numbers[0])] = now - self.numbers[2]
-            self.numbers[2] = now
+            self.numbers[2] = self.end()
             self.numbers[0] = at
+
+    def end(self) -> float:
+        """Note the length of the phase, as of now."""
+        now = time.monotonic()
+        self.numbers[3 + int(self.numbers[0])] = now - self.numbers[2]
+        return now
 
     def install(self) -> None:
         """In the process that is watched."""
@@ -117,6 +122,7 @@ def forked(
                 os.dup2(log.fileno(), 2)
                 watch.install()
                 work()
+                watch.end()
             os._exit(0)
         except BaseException:
             errors.write_text(traceback.format_exc())

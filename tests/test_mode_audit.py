@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import sys
 from pathlib import Path
@@ -12,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sweeps import sweep
 
 import bi_ops
 from bi_ops import cli
 from bi_ops.mode.audit import OutsideTheContract
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def line_of(text: str) -> int:
@@ -47,6 +49,19 @@ def test_each_stray_is_told_with_its_line_forward_and_backward(device):
     assert not any(op == "aten::relu" for op, *_ in strays)
     assert {s.calls for s in found.strays if s.operator == "aten::mm" and s.backward} == {2}
     assert "hidden = F.gelu(x @ w)" in str(found)
+
+
+def test_gradients_of_operators_in_place_have_their_line(device):
+    x, w = torch.randn(3, 4, device=device, requires_grad=True), torch.ones(1, device=device, requires_grad=True)
+    with bi_ops.audit() as found:
+        y = x * 2
+        y /= y.sum(-1, keepdim=True)  # audited: a divisor
+        z = y + 1
+        z[:, :2] *= w  # audited: a slice
+        z = z.tanh()
+        z.backward(torch.ones_like(z))
+    gradients = {line for op, line, backward in found_in(found) if backward and op == "aten::sum"}
+    assert gradients == {line_of("# audited: a divisor"), line_of("# audited: a slice")}
 
 
 def test_nothing_is_changed(device):
@@ -115,50 +130,47 @@ def test_strict_is_a_bool():
 @pytest.fixture(scope="module")
 def families():
     pytest.importorskip("transformers", minversion="5.0")
-    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+    sys.path.insert(0, str(ROOT / "bench"))
     try:
         yield importlib.import_module("families")
     finally:
-        sys.path.remove(str(Path(__file__).parents[1] / "bench"))
+        sys.path.remove(str(ROOT / "bench"))
 
 
-class Planted(torch.nn.Module):
-    """A module with operators behind it that the contract does not have."""
-
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, **kwargs):
-        out = self.inner(*args, **kwargs)
-        return out + out.double().cumsum(-1).to(out.dtype) * 1e-3  # audited: planted
+@pytest.fixture(scope="module")
+def planted_operators(families):
+    return importlib.import_module("planted_operators")
 
 
-FAMILIES = (
+EVERY = (
     *("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", "Phi3", "OLMo2", "Granite"),
-    *("GPT-2", "GPT-NeoX", "Falcon", "Mixtral"),
+    *("GPT-2", "GPT-NeoX", "Falcon", "Qwen3-MoE", "Mixtral", "DeepSeek-V3"),
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_planted_operator_is_found_in_a_model(family, families, device):
-    model = families.make(family, "eager").float().to(device)
-    owner, name = next(
-        (m, n)
-        for m in model.modules()
-        for n, c in m.named_children()
-        if n in ("mlp", "feed_forward", "block_sparse_moe")
-    )
-    setattr(owner, name, Planted(getattr(owner, name)))
-    with bi_ops.audit() as found:
-        inputs = {name: t.to(device) for name, t in families.batch(False).items()}
-        logits = model(**inputs, use_cache=False).logits
-        logits.float().pow(2).mean().backward()
-    planted = [s for s in found.strays if s.where == f"{__file__}:{line_of('# audited: planted')}"]
-    assert {(s.operator, s.backward) for s in planted} >= {("aten::cumsum", False), ("aten::cumsum", True)}
-    modeling = inspect.getfile(type(model))
-    assert any(s.where.startswith(modeling) and s.backward for s in found.strays)
-    assert {"aten::mm", "aten::addmm", "aten::bmm"} & {s.operator for s in found.strays}
+@sweep("family", EVERY, ("Llama", "Gemma3", "GPT-2", "DeepSeek-V3"))
+def test_every_planted_operator_is_found_in_a_model(family, planted_operators):
+    rows = planted_operators.examine(family)
+    assert [row["planted"] for row in rows] == [0] + 5 * [len(planted_operators.STRAYS)]
+    assert [row for row in rows if row["missed"]] == []
+
+
+def test_a_planted_operator_that_is_not_listed_is_missed(planted_operators, monkeypatch):
+    audit = sys.modules["bi_ops.mode.audit"]
+    keeps: Any = audit.keeps  # type: ignore[attr-defined]
+    monkeypatch.setattr(audit, "keeps", lambda op, *given: "cumsum" in op._schema.name or keeps(op, *given))
+    rows = planted_operators.examine("Llama")
+    line = planted_operators.line(planted_operators.running_sum)
+    both = [("aten::cumsum", line, False), ("aten::cumsum", line, True)]
+    assert [row["missed"] for row in rows] == [[]] + 5 * [both]
+
+
+def test_nothing_in_the_table_was_missed(planted_operators):
+    rows = json.loads((ROOT / "bench" / "results" / "cpu" / "audit.json").read_text(encoding="utf-8"))["rows"]
+    assert all(row["missed"] == [] for row in rows)
+    places = {"": 0} | dict.fromkeys(("embedding", "norm", "attention", "MLP", "head"), len(planted_operators.STRAYS))
+    expected = {(family, place): planted for family in EVERY for place, planted in places.items()}
+    assert {(row["family"], row["place"]): row["planted"] for row in rows} == expected
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -208,7 +220,11 @@ def test_what_the_mode_refuses_is_1(checkpoint, capsys, monkeypatch):
     assert "REFUSED" in captured.out
 
 
-class Refused(Planted):
+class Refused(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
     def forward(self, x):
         out = self.inner(x)
         return out + torch.linalg.svdvals(out)[..., :1, None]

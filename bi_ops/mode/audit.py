@@ -119,6 +119,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self._audit, self._strict = audit, strict
         self._lines: dict[int, tuple[str, str]] = {}  # a node's sequence number to a line
+        self._last = -1  # the newest node that has one
         self._places: dict[tuple[str, str, bool], int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -127,14 +128,27 @@ class _Watch(TorchDispatchMode):
             return NotImplemented  # a tensor subclass unwraps itself first
         node = torch._C._current_autograd_node()
         if node is None:
-            # The first operator after a node was made is the node's own; later ones have no gradient.
-            self._lines.setdefault(torch.autograd._get_sequence_nr() - 1, user_line())
+            self._remember_line(func)
         if not is_batch_invariant_backward_mode_enabled() and not keeps(func, args, kwargs):
             if func not in SERVED and func not in COMPOSED and func._can_decompose():
                 with self:
                     return func.decompose(*args, **kwargs)
             self._found(func, args, kwargs, node)
         return func(*args, **kwargs)
+
+    def _remember_line(self, op: OpOverload) -> None:
+        """Of the nodes that were made since the last operator.
+
+        The first operator after a node was made is the node's own; later ones have no gradient. Nodes between are those
+        of an operator in place: its own, where it saves a clone of what it overwrites, else those that are made after
+        it ran, when it wrote to a view.
+        """
+        newest, line = torch.autograd._get_sequence_nr() - 1, user_line()
+        between = line if op is torch.ops.aten.clone.default else self._lines.get(self._last, line)
+        for node in range(self._last + 1, newest):
+            self._lines[node] = between
+        self._lines.setdefault(newest, line)
+        self._last = newest
 
     def _found(self, op: OpOverload, args: Any, kwargs: Any, node: Any) -> None:
         line = user_line() if node is None else self._lines.get(node._sequence_nr(), None) or user_line()
