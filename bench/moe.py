@@ -7,15 +7,18 @@ outside its batch-invariant mode, where vLLM is there. TFLOP/s count the (token,
 of a row are timed in this process, in turns, as CUDA graphs; medians. Hidden states, weights and routing are random.
 
 bits_equal_vllm: with vLLM's kernels in its batch-invariant mode. batch_invariant: rows alone have the bits that they
-have among others, and an expert's rows those of `bi_ops.matmul.mm`.
+have among others, and an expert's rows those of `bi_ops.matmul.mm`. A gradient that is accumulated in fp32 stands
+beside `torch._grouped_mm` and the addition of its result.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -186,7 +189,11 @@ def gemm_sides(layer: Layer, name: str) -> Iterator[tuple[str, int, Sides, Calla
         main.zero_()
         return by_expert(carried().to(BF16), lambda e, s: mm(g[s].t(), x[s]), False)
 
-    yield f"{name} dw, fp32 accumulated", flop, {"ours": carried, "grouped_mm": theirs}, from_zero
+    sides: Sides = {
+        "ours": carried,
+        "grouped_mm": lambda: main.add_(torch._grouped_mm(dense_g.t(), dense_x, offs=layer.ends)),
+    }
+    yield f"{name} dw, fp32 accumulated", flop, sides, from_zero
 
 
 def layer_sides(layer: Layer) -> Iterator[tuple[str, int, Sides, Callable[[], bool]]]:
@@ -254,15 +261,18 @@ def bits_equal_vllm(layer: Layer, name: str) -> object:
         return torch.equal(theirs, moe.experts(layer.hidden, layer.gate_up, layer.down, layer.weights, layer.experts))
 
 
-def rows(layer: Layer, rounds: int) -> Iterator[dict[str, object]]:
+def rows(layer: Layer, rounds: int, passes: str) -> Iterator[dict[str, object]]:
     empty: dict[str, object] = dict.fromkeys(
         ("ours_tflops", "grouped_mm_tflops", "vllm_tflops", "best_tflops", "best"), ""
     )
     common: dict[str, object] = {"tokens": layer.tokens, "routing": layer.routing}
     equal = {"bits_equal_vllm": bits_equal_vllm(layer, "router"), "reruns_equal": "", "batch_invariant": ""}
-    yield {"pass": "router", **common, **empty, **equal}
+    if re.search(passes, "router"):
+        yield {"pass": "router", **common, **empty, **equal}
     for part in (layer_sides(layer), gemm_sides(layer, "gate_up"), gemm_sides(layer, "down")):
         for name, flop, sides, is_invariant in part:
+            if not re.search(passes, name):
+                continue
             invariant = is_invariant()
             if "accumulated" in name:  # another sum each time
                 rerun: object = ""
@@ -284,24 +294,35 @@ def rows(layer: Layer, rounds: int) -> Iterator[dict[str, object]]:
             torch.cuda.empty_cache()
 
 
+def kept(path: Path, found: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The rows of an existing file that `found` does not replace."""
+    if not path.exists():
+        return []
+    new = {(r["pass"], str(r["tokens"]), r["routing"]) for r in found}
+    with path.open(newline="") as file:
+        return [dict(r) for r in csv.DictReader(file) if (r["pass"], r["tokens"], r["routing"]) not in new]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 1024, 32768])
     parser.add_argument("--routing", nargs="+", default=["balanced", "zipf"], choices=["balanced", "zipf"])
+    parser.add_argument("--passes", default="", help="a pattern of the passes that are timed; rows of others stay")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further pass after as many")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     given = parser.parse_args()
     began, found, where = time.monotonic(), list[dict[str, object]](), row_provenance(given.commit)
+    path = given.out / "moe.csv"
     # Captures need another stream than the default one, and a backward runs on its forward's.
     with torch.cuda.stream(torch.cuda.Stream()):
         for tokens in given.tokens:
             for routing in given.routing:
                 torch.manual_seed(0)
-                for row in rows(Layer(tokens, routing), given.rounds):
+                for row in rows(Layer(tokens, routing), given.rounds, given.passes):
                     found.append(row | where)
-                    write_csv(given.out / "moe.csv", found)
+                    write_csv(path, [*kept(path, found), *found])
                     print(*row.values(), sep="  ", flush=True)
                     if time.monotonic() - began > given.seconds:
                         print("out of time")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import limit_tables
+import speed_tables
 
 # --------------------------------------------------------------------------------------------------------------
 # what blocks are made of
@@ -218,6 +219,22 @@ def decode_layer(results: Path) -> str:
     ]
     head = ("Qwen3", "bi_ops, us", "stock vLLM, us", "times as fast", "bits of calls one by one")
     return table(head, cells) + "\n" + csv_provenance(rows, "h200/decode_layer.csv")
+
+
+def rollout(results: Path) -> str:
+    """Whole engines: decoding and first tokens, beside stock vLLM and its batch-invariant mode."""
+    rows = load_csv(results, "h200/rollout.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    return speed_tables.rollout(rows, table, geometric_mean) + csv_provenance(rows, "h200/rollout.csv")
+
+
+def experts(results: Path) -> str:
+    """A layer of experts, pass by pass, beside the fastest inexact ones."""
+    rows = load_csv(results, "h200/moe.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    return speed_tables.experts(rows, table) + csv_provenance(rows, "h200/moe.csv")
 
 
 def composed(side: dict[str, Any] | None) -> str:
@@ -565,5 +582,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "conditions": conditions,
     "models": models,
     "decode_layer": decode_layer,
+    "rollout": rollout,
+    "experts": experts,
     "families": families,
 }
