@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +127,20 @@ def test_an_import_leaves_the_compiler_alone():
     assert out.stdout.split() == ["False", "True"]
 
 
+@pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itself for a GPU's process")
+def test_the_warmup_compiles_what_first_steps_launch():
+    """Packs of many sequences and of one, from graphs and not. Negative control: a warm-up of equal sequences alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("traced_first_steps.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["compiled"] > 20
+    assert {name: kernels for name, kernels in found["missing"].items() if kernels} == {}
+    assert len(found["missing"]) == 11
+    assert "attention_backward_kernel" in found["control"]
+
+
 @pytest.mark.gpu
 def test_after_a_warmup_a_step_compiles_nothing(tmp_path, monkeypatch, device):
     """And the warm-up has changed no weight."""
@@ -134,7 +151,7 @@ def test_after_a_warmup_a_step_compiles_nothing(tmp_path, monkeypatch, device):
     from bi_ops.models.packing import pack
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    model = tiny_model(hidden_size=256, intermediate_size=512)
+    model = tiny_model(hidden_size=256, intermediate_size=512, max_position_embeddings=1024)
     before = {n: p.clone() for n, p in model.named_parameters()}
     assert compile_step(model) > 5
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -146,8 +163,9 @@ def test_after_a_warmup_a_step_compiles_nothing(tmp_path, monkeypatch, device):
         return real(self, *args, **options)
 
     monkeypatch.setattr(JITFunction, "_do_compile", counted)
-    batch = pack([[1] * 8] * 4, [[2] * 200] * 4, device, align=TOKEN_STEP)
-    model.allocate_main_grads()
-    model.token_logprobs(batch).sum().backward()
-    model.collect_main_grads()
-    assert missing == []
+    for lengths in ((200,) * 4, (10, 900, 200)):
+        batch = pack([[1] * 8] * len(lengths), [[2] * n for n in lengths], device, TOKEN_STEP, None, model.unit_tokens)
+        model.allocate_main_grads()
+        model.token_logprobs(batch).sum().backward()
+        model.collect_main_grads()
+        assert missing == []

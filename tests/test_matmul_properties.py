@@ -14,6 +14,7 @@ from bi_ops.core import runtime
 from bi_ops.core.backends import Support
 from bi_ops.matmul import reference, verification
 from bi_ops.matmul.backends import CublasLt
+from bi_ops.matmul.kernels import matmul_kernel
 from bi_ops.verify import ROW_COUNTS, gradient_errors, order_variant, rerun_variant, row_variant
 
 # The interpreter pays milliseconds per tile; a GPU takes the sizes that matter.
@@ -433,6 +434,35 @@ def test_a_shape_is_compared_once_and_kept(shape):
     assert list(verification.stored()) == [shape.key()]
     verification.forget()
     assert verification.is_verified(shape) is True
+
+
+@pytest.mark.gpu
+def test_a_verification_compiles_nothing_that_was_not_compiled_ahead(shape, tmp_path, monkeypatch):
+    """Negative control: without it, it compiles the same kernels one after the other."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    late: list[str] = []
+    real = JITFunction._do_compile
+
+    def counted(self, *args, **options):
+        late.append(self.fn.__name__)
+        return real(self, *args, **options)
+
+    found = {}
+    for ahead in (True, False):
+        late.clear()
+        monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / str(ahead)))
+        matmul_kernel.device_caches.clear()
+        compiled = verification.compile_kernels([shape]) if ahead else []
+        with monkeypatch.context() as patched:
+            patched.setattr(JITFunction, "_do_compile", counted)
+            assert verification.differing(shape) == []
+        found[ahead] = len(compiled), len(late)
+    several, none = found[True]
+    assert several > 2
+    assert none == 0
+    assert found[False] == (0, several)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
 #: (what is being done, done, in all)
 Progress = Callable[[str, int, int], None]
 
-#: Sequences of each step, prompt and completion: many tokens and few, which norms have other kernels for, and short
-#: sequences, which attention has other kernels for.
-SEQUENCES = (((8, 1016),) * 16, ((8, 1016),) * 4, ((8, 24),) * 32)
-#: Rows of the parameter that AdamW and the norm are compiled with: the tree of a large embedding, and of few rows.
-ROWS = (1 << 17, 8)
+#: Sequences of each step, prompt and completion: many tokens and few, which norms have other kernels for; short
+#: sequences and unequal ones, which attention has; few tokens, which the head and experts have.
+SEQUENCES = (
+    ((8, 1016),) * 16,
+    ((8, 1016),) * 4,
+    ((8, 24),) * 32,
+    ((8, 1016), (8, 504), (8, 136)),
+    ((8, 120), (40, 24)),
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,10 @@ class StepWarmup:
 def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = lambda what, done, total: None) -> int:
     """Compile the kernels of a training step of `model` in parallel; returns how many. Weights do not change.
 
-    Forward, log-probabilities and backward of up to 16,384 tokens with gradients in `main_grad`, whole layers run again
-    for the sake of memory (the kernels are the same), then clip and AdamW. Kernels for other features, such as windows
-    and sampling options, and those of a step that the memory does not hold compile when they are first launched.
+    Forward, log-probabilities and backward of up to 16,384 tokens, packed as training does, with gradients in
+    `main_grad`, whole layers run again for the sake of memory (the kernels are the same), then clip and AdamW. Kernels
+    for other features, such as windows and sampling options, and those of a step that the memory does not hold compile
+    when they are first launched.
     """
     if runtime.INTERPRET:
         return 0
@@ -58,25 +64,33 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
             for sequences in SEQUENCES:
                 lengths = [(a, min(b, longest - a)) for a, b in sequences]
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    batch = pack([[0] * a for a, _ in lengths], [[0] * b for _, b in lengths], model.device, TOKEN_STEP)
+                    prompts, completions = [[0] * a for a, _ in lengths], [[0] * b for _, b in lengths]
+                    batch = pack(prompts, completions, model.device, TOKEN_STEP, None, model.unit_tokens)
                     model.allocate_main_grads()
                     for _ in range(2):  # a first sum begins from zero, a second one goes on from memory
                         loss = model.token_logprobs(batch).sum()
                         if requires_grad:
                             loss.backward()
                 model.collect_main_grads()
+                _norm(list(model.parameters()))  # its tree is that of the largest parameter
                 model.zero_grad(set_to_none=True)
         finally:
             model.recompute = recompute
             model.collect_main_grads()
             model.zero_grad(set_to_none=True)
-        for rows in ROWS:
-            p = torch.nn.Parameter(torch.zeros(rows, 16, device=model.device))
-            p.grad = torch.zeros_like(p)
-            for copies in ({}, {p: torch.zeros_like(p, dtype=torch.bfloat16)}):
-                optimizer = optim.AdamW([p], betas=(0.9, 0.95), weight_decay=0.0, bf16_copies=copies)
-                optimizer.step(grad_scale=optim.clip_scale(optim.global_norm([p.grad]), 1.0))
+        p = torch.nn.Parameter(torch.zeros(8, 16, device=model.device))
+        p.grad = torch.zeros_like(p)
+        copies = {p: torch.zeros_like(p, dtype=torch.bfloat16)}
+        for written, decay in itertools.product(({}, copies), (0.0, 0.1)):
+            optimizer = optim.AdamW([p], betas=(0.9, 0.95), weight_decay=decay, bf16_copies=written)
+            optimizer.step(grad_scale=_norm([p]))
     return len(found.kernels)
+
+
+def _norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor | None:
+    """The scale that clips their gradients; None where there are none."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return optim.clip_scale(optim.global_norm(grads), 1.0) if grads else None
 
 
 def warmup_step(
