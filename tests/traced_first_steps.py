@@ -4,8 +4,8 @@
 
 The process takes itself for one with a GPU of sm_90 whose memory is the CPU's. A launch is recorded by what Triton
 would compile it for and does not run, so tensors hold anything. Prints JSON: how many kernels `compile_step` has
-"compiled", those "missing" from it in each of several steps, and as the "control" those missing after a warm-up of equal
-sequences alone.
+"compiled", those "missing" from it in each of several steps, and as the "control" those missing after a warm-up of
+equal sequences alone.
 """
 
 from __future__ import annotations
