@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 import pytest
 import ranks
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from stack_fakes import STACK, StackModel
 from test_microbatches import Lengths, Replay, small_model
-from test_parallel import equal
+from test_parallel import equal, metrics
 
-from bi_ops import nn, optim, parallel
-from bi_ops.core import runtime
+from bi_ops import nn, optim, parallel, rl
+from bi_ops.core import tensor_files
 from bi_ops.parallel.fsdp import FullySharded
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.trainer import Trainer
@@ -27,41 +31,21 @@ def whole(t: torch.Tensor) -> torch.Tensor:
 # a few layers: order, shards, what is refused
 
 
-class Layers(torch.nn.Module):
-    """What a language model has: a tied head outside of the forward, 11 rows that no number of ranks divides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        device = runtime.default_device()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.embed = nn.Embedding(11, 16, device=device)
-            self.layers = torch.nn.ModuleList(nn.Linear(16, 16, bias=False, device=device) for _ in range(2))
-            self.head = nn.Linear(16, 11, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids, torch.bfloat16)
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
 #: Micro-batches of each of eight atoms: none, one, or several.
 MICROBATCHES = (1, 2, 0, 1, 1, 3, 1, 0)
 
 
-def backward(model: Layers, i: int, j: int, scale: float = 1.0) -> None:
+def backward(model: StackModel, i: int, j: int, scale: float = 1.0) -> None:
     """That of micro-batch j of atom i; with scale 0 it adds zeros."""
     generator = torch.Generator().manual_seed(10 * i + j)
     ids = torch.randint(0, 11, (16,), generator=generator).to(model.embed.weight.device)
     wanted = torch.randn(16, 11, generator=generator).to(ids.device)
-    (model.head(model(ids)).float() * (scale * wanted)).sum().backward()
+    (model.head(0.25 * model(ids)).float() * (scale * wanted)).sum().backward()
 
 
 def update(layout: parallel.Whole | FullySharded, optimizer: torch.optim.Optimizer, idle: bool) -> torch.Tensor:
     """A step over the atoms; `idle`: every rank makes as many passes."""
-    here, model = layout.ranks, cast(Layers, layout.model)
+    here, model = layout.ranks, cast(StackModel, layout.model)
     for step in range(layout.steps):
         atoms = range(step * here.size, (step + 1) * here.size)
         mine, most = atoms[here.rank], max(MICROBATCHES[i] for i in atoms) or 1
@@ -101,8 +85,8 @@ class Accumulating(FullySharded):
 
 def layers_on_a_rank() -> dict[str, Any]:
     here, tree = parallel.Ranks.of(), parallel.order(8)
-    found = two_updates(FullySharded(Layers(), tree, here))
-    model = Layers()
+    found = two_updates(FullySharded(StackModel(), tree, here))
+    model = StackModel()
     library = Accumulating(model, tree, here, reduce_scatter=None)
     update(library, optim.AdamW(list(library.parameters.values())), idle=True)
     found["library"] = [whole(cast(Any, p.grad)) for p in model.parameters()]
@@ -112,8 +96,8 @@ def layers_on_a_rank() -> dict[str, Any]:
 @pytest.mark.parametrize("size", [2, 4])
 def test_shards_have_the_bits_of_one_process(size):
     found = ranks.run(size, layers_on_a_rank)
-    one = two_updates(parallel.Whole(Layers(), parallel.order(8)))
-    first = parallel.Whole(Layers(), parallel.order(8))
+    one = two_updates(parallel.Whole(StackModel(), parallel.order(8)))
+    first = parallel.Whole(StackModel(), parallel.order(8))
     update(first, optim.AdamW(list(first.parameters.values())), idle=False)
     for rank, result in enumerate(found):
         for what in ("norms", "grads", "weights"):
@@ -131,7 +115,7 @@ def refusals_on_a_rank() -> list[str]:
     here, said = parallel.Ranks.of(), []
     with_bias = torch.nn.ModuleDict({"a": nn.Linear(8, 8), "b": torch.nn.Linear(8, 8)})
     for make in (
-        lambda: FullySharded(Layers(), parallel.order(1), here),
+        lambda: FullySharded(StackModel(), parallel.order(1), here),
         lambda: FullySharded(with_bias, parallel.order(2), here),
     ):
         with pytest.raises(ValueError, match=r"fsdp|parallel") as error:
@@ -142,7 +126,7 @@ def refusals_on_a_rank() -> list[str]:
 
 def test_what_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="fsdp: one rank has nothing to share; start several with torchrun"):
-        FullySharded(Layers(), parallel.order(2), parallel.ALONE)
+        FullySharded(StackModel(), parallel.order(2), parallel.ALONE)
     for said in ranks.run(2, refusals_on_a_rank):
         assert said[0].startswith("parallel: 2 ranks cannot share atoms=1 evenly")
         assert said[1].startswith("fsdp: a.bias, b.weight, b.bias would be summed by autograd")
@@ -150,6 +134,79 @@ def test_what_cannot_be_shared_is_refused():
         with pytest.raises(ValueError, match="fsdp is True; it must be false with"):
             TrainConfig(fsdp=True, **other)
     TrainConfig(fsdp=True).check_resumes(TrainConfig())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# runs and their checkpoints
+
+RUN = TrainConfig.from_dict(
+    {"steps": 4, "save_every": 1, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 3}
+    | {"symbols": 4, "lr": 0.05, "atoms": 4}
+    | STACK
+)
+
+
+def layout(steps: int, **changes: Any) -> TrainConfig:
+    return TrainConfig.from_dict(RUN.to_dict() | {"steps": steps} | changes)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    rl.run(RUN, folder)
+    return folder
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    """Every file of tensors in a run's folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+def goes_on(folder: str, *configs: TrainConfig) -> None:
+    for config in configs:
+        rl.run(config, folder, resume=True, ranks=parallel.Ranks.of())
+
+
+def test_a_run_goes_on_in_another_layout_to_the_same_bytes(alone, tmp_path):
+    folder = tmp_path / "run"
+    rl.run(layout(1), folder)
+    ranks.run(2, goes_on, str(folder), layout(2, fsdp=True), layout(3))
+    ranks.run(4, goes_on, str(folder), layout(4, fsdp=True))
+    assert metrics(folder) == metrics(alone)
+    wanted, found = saved(alone), saved(folder)
+    assert len([name for name in wanted if name.startswith("checkpoints/")]) == 2 * RUN.steps
+    assert found == wanted  # weights and states of every step, and the final weights
+    # The files are those of safetensors itself.
+    path = alone / "checkpoints" / "step_000004" / "optimizer.safetensors"
+    save_file(load_file(path), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_rows_are_written_and_read_where_they_belong(tmp_path):
+    """One process plays ranks of other numbers: what two or three wrote is what one writes, and each reads its own."""
+    model = StackModel()
+    named = dict(model.named_parameters())
+    for size in (1, 2, 3, 16):
+        path = tmp_path / f"{size}.safetensors"
+        parts = []
+        for rank in range(size):
+            rows = {n: part_of(p, rank, size) for n, p in named.items()}
+            if rank == 0:
+                tensor_files.create(path, rows)
+            tensor_files.write(path, rows, rows)
+            parts.append(rows)
+        with safe_open(path, framework="pt") as file:
+            for rows in parts:
+                for n, part in rows.items():
+                    assert torch.equal(tensor_files.read(file, n, part), part.tensor), (size, n)
+        assert path.read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+
+
+def part_of(p: torch.Tensor, rank: int, size: int) -> tensor_files.Rows:
+    chunk = -(-len(p) // size)
+    start = min(rank * chunk, len(p))
+    return tensor_files.Rows(p.detach()[start : start + chunk], tuple(p.shape), start)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -341,13 +341,13 @@ def test_a_checkpoint_of_either_optimizer_goes_on_in_ours(tmp_path, make):
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     model, optimizer = stepped_model()
     before = checkpoint.save(tmp_path, 1, model, optimizer, {})
-    for moment in ("save_file", "write_json", "write_atomically"):
+    for moment in ("tensor_files.create", "tensor_files.write", "write_json", "write_atomically"):
 
         def crash(*args, **kwargs):
             raise OSError("no space left on device")
 
         with monkeypatch.context() as m:
-            m.setattr(checkpoint, moment, crash)
+            m.setattr(f"bi_ops.rl.checkpoint.{moment}", crash)
             with pytest.raises(OSError, match="no space"):
                 checkpoint.save(tmp_path, 2, model, optimizer, {})
         assert checkpoint.latest(tmp_path) == before

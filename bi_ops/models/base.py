@@ -267,7 +267,12 @@ class CausalLM(torch.nn.Module):
         checkpoint.load(model, Path(path))
         return model
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        parameters: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Write a Hugging Face checkpoint folder, in shards above 5 GiB. Files of an earlier one in it are deleted.
 
         An interrupted call leaves the earlier checkpoint, the new one, or a folder without config.json, which is none.
@@ -275,8 +280,9 @@ class CausalLM(torch.nn.Module):
         Args:
             path: created if it does not exist. dtype: of the stored tensors; None takes the config's dtype where that
                 loses nothing (so reading and saving gives the same bytes), else the master weights' own.
+            parameters: whole values by name, where the model has shards; None: its own.
 
         Raises:
             ValueError: `path` holds another safetensors file with tensors of these names. Nothing is written then.
         """
-        checkpoint.save(self, Path(path), dtype)
+        checkpoint.save(self, Path(path), dtype, parameters)

@@ -168,9 +168,8 @@ def _shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     return {f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors": names for i, names in enumerate(parts)}
 
 
-def _lossless_dtype(model: CausalLM) -> torch.dtype:
-    parameters = [p.detach() for p in model.parameters()]
-    stored = model.config.dtype
+def _lossless_dtype(stored: torch.dtype, parameters: Iterable[torch.Tensor]) -> torch.dtype:
+    parameters = list(parameters)
     exact = all(torch.equal(p, p.to(stored).to(p.dtype)) for p in parameters)
     return stored if exact else parameters[0].dtype
 
@@ -220,15 +219,17 @@ def _is_there(file: Path, value: Any) -> bool:
 
 
 @torch.no_grad()
-def save(model: CausalLM, path: Path, dtype: torch.dtype | None) -> None:
+def save(
+    model: CausalLM, path: Path, dtype: torch.dtype | None, parameters: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Write config.json, model.safetensors, or its shards, and the companions of the folder `model` was read from.
 
     What `path` held before stays whole until the new weights are on the disk. If the weights are all that changes, one
     rename puts them in place. Otherwise config.json goes first and comes back last, so that a folder in which a crash
     left parts of two checkpoints is none to any reader. Raises as `CausalLM.save_pretrained`.
     """
-    dtype = dtype or _lossless_dtype(model)
-    parameters = dict(model.named_parameters())
+    parameters = {n: p.detach() for n, p in (parameters or dict(model.named_parameters())).items()}
+    dtype = dtype or _lossless_dtype(model.config.dtype, parameters.values())
     views = {s.name: s.of(parameters[s.parameter]).detach() for s in model.weight_slices(model.has_fused_experts)}
     if model.has_tied_copy:
         views[HEAD] = views[EMBEDDING]

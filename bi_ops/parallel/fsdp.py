@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from bi_ops import nn, optim
 from bi_ops.core.integers import cdiv
+from bi_ops.core.tensor_files import Rows
 from bi_ops.nn.main_grad import without_main_grad
 from bi_ops.parallel.gradients import Subtrees, all_gather, check_ranks, sum_over_ranks
 from bi_ops.parallel.order import AtomTree
@@ -189,7 +190,25 @@ class FullySharded:
         if self._collects and output.requires_grad:
             output.register_hook(queue)
 
-    # Whole weights.
+    # Rows, and whole weights.
+
+    def rows(self) -> dict[str, tuple[Rows, torch.Tensor]]:
+        """Of every parameter this rank's rows, and what the optimizer updates."""
+        found = {}
+        for name, p in self.model.named_parameters():
+            start = min(self.ranks.rank * cdiv(len(p), self.ranks.size), len(p))
+            own = self.parameters.get(name, local_rows(p))
+            found[name] = Rows(own.detach(), tuple(p.shape), start), own
+        return found
+
+    def collected(self) -> dict[str, torch.Tensor]:
+        """On the first rank every whole parameter, in the host's memory: 4 bytes a parameter. Every rank calls it."""
+        found = {}
+        for name, p in self.model.named_parameters():
+            every = cast(DTensor, p.detach()).full_tensor()
+            if self.ranks.rank == 0:
+                found[name] = every.cpu()
+        return found
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:

@@ -47,6 +47,24 @@ class Ranks:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def each(self, function: Callable[[], object]) -> None:
+        """Call `function` on every rank; where it raises on one, every rank raises.
+
+        Raises:
+            RuntimeError: it raised on other ranks, which are named. A rank on which it raised raises that.
+        """
+        error: Exception | None = None
+        try:
+            function()
+        except Exception as e:
+            error = e
+        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = [f"rank {rank}: {what}" for rank, what in enumerate(said) if what is not None]
+        if failed:
+            raise RuntimeError("parallel: not every rank could go on; " + "; ".join(failed))
+
     def on_first(self, function: Callable[[], _T]) -> _T:
         """What rank 0 gets from `function`, which runs nowhere else; where it raises, every rank does."""
         if self.size == 1:

@@ -68,6 +68,12 @@ class Whole:
                 p.grad = total
         return optim.global_norm([p.grad for p in self.parameters.values() if p.grad is not None])
 
+    def rows(self) -> None:
+        """None: this rank has every parameter whole."""
+
+    def collected(self) -> None:
+        """None: they are where they are."""
+
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """While this is entered, the model's parameters are whole."""

@@ -27,6 +27,8 @@ from bi_ops.rollout import factory
 from bi_ops.rollout.base import RolloutEngine
 
 if TYPE_CHECKING:
+    import torch
+
     from bi_ops.models.base import CausalLM
 
 #: Names inside a run's folder.
@@ -153,17 +155,21 @@ def run(
         ranks.on_first(lambda: keep_orders(trainer, output))
         done = restore(trainer, output) if resume else 0
         train(trainer, output, done, on_step)
-        summary = ranks.on_first(lambda: finish(trainer, output))
+        weights = trainer.layout.collected()
+        summary = ranks.on_first(lambda: finish(trainer, output, weights))
     finally:
         trainer.engine.close()
     return summary
 
 
-def finish(trainer: Trainer, output: Path) -> Summary:
-    """Write the final weights and the summary."""
+def finish(trainer: Trainer, output: Path, weights: dict[str, torch.Tensor] | None = None) -> Summary:
+    """Write the final weights and the summary. weights: whole ones, where the model has shards."""
     if isinstance(trainer.optimizer, OffloadedAdamW):
         trainer.optimizer.restore()  # the masters are what is saved
-    trainer.model.save_pretrained(output / FINAL)
+    if weights is None:
+        trainer.model.save_pretrained(output / FINAL)
+    else:
+        trainer.model.save_pretrained(output / FINAL, parameters=weights)
     summary = summarize(output, trainer.engine)
     write_json(output / SUMMARY, dataclasses.asdict(summary))
     return summary
@@ -225,14 +231,22 @@ def keep_orders(trainer: Trainer, output: Path) -> None:
 
 def restore(trainer: Trainer, output: Path) -> int:
     """Put the latest checkpoint into the trainer and its engine; returns the last step done (0: none saved)."""
-    latest = checkpoint.latest(output / CHECKPOINTS)
+    latest = trainer.ranks.on_first(lambda: checkpoint.latest(output / CHECKPOINTS))
     if latest is None:
         return 0
-    state = checkpoint.load(latest, trainer.model, trainer.optimizer)
+    state = checkpoint.load(latest, trainer.model, trainer.optimizer, trainer.layout.rows())
     if "orders" in state:  # a checkpoint of an earlier release has none
         check_orders(trainer, state["orders"], latest)
     trainer.update_engine()
     return int(state["step"])
+
+
+def save(trainer: Trainer, output: Path, step: int) -> None:
+    """Write the checkpoint of a step, each rank what it has."""
+    config = trainer.config
+    extra = {"config": config.to_dict(), "seed": config.seed, "orders": orders_of(trainer)}
+    where = output / CHECKPOINTS, step, trainer.model, trainer.optimizer, extra, trainer.ranks
+    checkpoint.save(*where, trainer.layout.rows())
 
 
 def train(trainer: Trainer, output: Path, done: int, on_step: Callable[[StepMetrics], None]) -> None:
@@ -245,13 +259,12 @@ def train(trainer: Trainer, output: Path, done: int, on_step: Callable[[StepMetr
     try:
         for step in range(done + 1, config.steps + 1):
             record = trainer.step(step)
-            if metrics is None:
-                continue
-            metrics.write(record)
+            if metrics is not None:
+                metrics.write(record)
             if config.save_every and step % config.save_every == 0:
-                extra = {"config": config.to_dict(), "seed": config.seed, "orders": orders_of(trainer)}
-                checkpoint.save(output / CHECKPOINTS, step, trainer.model, trainer.optimizer, extra)
-            on_step(record)
+                save(trainer, output, step)
+            if metrics is not None:
+                on_step(record)
     except DifferenceFound as difference:
         if writes:
             write_json(output / DIFFERENCE, difference.record)
