@@ -6,12 +6,15 @@ Three questions, each a job in processes of its own, several at once where GPUs 
 
     sample   vLLM with the plugin at tensor-parallel sizes 1, 2, 4 (torchrun), and 2 in processes that vLLM starts:
              tokens and log-probabilities of the same requests
-    train    three updates on what was sampled at that size, by 1, 2 and 4 ranks, each with two cuts into micro-batches:
-             log-probabilities against the rollout's; gradients of every update and weights against one rank's
-    loop     `bi_ops train` of a tiny model, sampling and training on the same ranks: the final weights
+    train    three updates on what was sampled at that size, by 1, 2 and 4 ranks, whole on each or in shards (fsdp),
+             each with two cuts into micro-batches: log-probabilities against the rollout's; gradients of every update
+             and weights against one rank's
+    loop     `bi_ops train` of a tiny model, sampling and training on the same ranks, whole or in shards: the final
+             weights
 
-Controls, which have to differ: partial outputs that vLLM adds over ranks; gradients that NCCL adds over ranks. Exit
-status 0 only if all of that held. The model has random weights. Jobs that the time did not allow are named.
+Controls, which have to differ: partial outputs that vLLM adds over ranks; gradients that NCCL adds over ranks, in
+shards by FSDP2's own reduce-scatter. Exit status 0 only if all of that held. The model has random weights. Jobs that
+the time did not allow are named.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ LOOP = ["--preset", "h100", "--steps", "3", "--atoms", "4", "--save-every", "0"]
 
 @dataclass(frozen=True)
 class Job:
-    """tp: of the rollout. dp: ranks that train. needs: jobs that must have ended well."""
+    """tp: of the rollout. dp: ranks that train. fsdp: in shards. needs: jobs that must have ended well."""
 
     kind: str
     tp: int = 1
@@ -51,12 +54,14 @@ class Job:
     executor: str | None = None
     control: bool = False
     needs: tuple[str, ...] = ()
+    fsdp: bool = False
 
     @property
     def name(self) -> str:
         """As `--only` takes it."""
         parts = [self.kind, f"tp{self.tp}", f"dp{self.dp}" if self.dp else "", self.executor or ""]
-        return "-".join([*filter(None, parts), *(["control"] if self.control else [])])
+        parts += ["fsdp" if self.fsdp else "", "control" if self.control else ""]
+        return "-".join(filter(None, parts))
 
     @property
     def gpus(self) -> int:
@@ -72,12 +77,16 @@ JOBS = (
     Job("sample", 4),
     Job("sample", 2, control=True),
     Job("train", 2, 2, needs=("sample-tp2",)),
+    Job("train", 2, 2, needs=("sample-tp2",), fsdp=True),
     Job("train", 4, 4, needs=("sample-tp4",)),
+    Job("train", 4, 4, needs=("sample-tp4",), fsdp=True),
     Job("loop", 1, 1),
     Job("loop", 2, 2),
+    Job("loop", 2, 2, fsdp=True),
     Job("loop", 4, 4),
     Job("sample", 2, executor="mp"),
     Job("loop", 2, 4),
+    Job("loop", 2, 4, fsdp=True),
 )
 
 
@@ -110,7 +119,8 @@ class Bench:
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.gpus}"] if torchrun else []
         if job.kind == "loop":
             out = str(self.scratch / job.name)
-            return [sys.executable, *start, "-m", "bi_ops", "train", *LOOP, f"--tp-rollout={job.tp}", "--output", out]
+            loop = [*LOOP, *(["--fsdp"] if job.fsdp else []), f"--tp-rollout={job.tp}", "--output", out]
+            return [sys.executable, *start, "-m", "bi_ops", "train", *loop]
         out = str(self.scratch / f"{job.name}.{'pt' if job.kind == 'sample' else 'json'}")
         options = [
             "--checkpoint",
@@ -127,6 +137,7 @@ class Bench:
             options += ["--rollout", str(self.scratch / f"sample-tp{job.tp}.pt")]
         options += ["--executor", job.executor] if job.executor else []
         options += ["--control"] if job.control else []
+        options += ["--fsdp"] if job.fsdp else []
         return [sys.executable, *start, str(HERE / "layouts_worker.py"), job.kind, *options]
 
     def environment(self, devices: list[str]) -> dict[str, str]:
@@ -206,7 +217,14 @@ class Bench:
     def base(self, job: Job, **found: Any) -> dict[str, Any]:
         return {
             **{"what": job.kind, "model": self.args.model, "engine": self.args.engine, "executor": job.executor},
-            **{"rollout_tp": job.tp, "train_tp": 1, "dp": job.dp, "fsdp": False, "segments": 1, "control": job.control},
+            **{
+                "rollout_tp": job.tp,
+                "train_tp": 1,
+                "dp": job.dp,
+                "fsdp": job.fsdp,
+                "segments": 1,
+                "control": job.control,
+            },
             **found,
         }
 
@@ -284,7 +302,7 @@ class Bench:
             equal = not row["tokens_different"] and row.get("gradients_equal", True) and row.get("weights_equal", True)
             differs = row["tokens_different"] if row["what"] == "sample" else not row.get("gradients_equal", True)
             ok = differs if row["control"] else equal and row.get("ranks_agree", True)
-            keys = ("what", "rollout_tp", "dp", "executor", "microbatches", "control")
+            keys = ("what", "rollout_tp", "dp", "fsdp", "executor", "microbatches", "control")
             where = {k: row[k] for k in keys if row.get(k) is not None}
             numbers = {k: row.get(k) for k in ("tokens_different", "gradients_equal", "weights_equal")}
             print("ok   " if ok else "WRONG", where, numbers, flush=True)

@@ -8,17 +8,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import bi_ops  # noqa: F401  (before triton)
 from bi_ops import parallel
 from bi_ops.core.files import write_atomically, write_json
 from bi_ops.models import load_config, load_model
+from bi_ops.parallel.fsdp import FullySharded
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.loss import group_advantages
 from bi_ops.rl.trainer import Trainer
@@ -93,17 +95,34 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
 class NaiveSum(parallel.GradientTree):
     """The control: each rank adds its atoms, then a library adds the ranks."""
 
+    added: list[torch.Tensor] | None = None
+
     def add(self, gradients: Sequence[torch.Tensor]) -> None:
-        if self._stack:
-            torch._foreach_add_(self._stack[0], list(gradients))
+        if self.added is None:
+            self.added = list(gradients)
         else:
-            self._stack = [list(gradients)]
+            torch._foreach_add_(self.added, list(gradients))
 
     def total(self) -> list[torch.Tensor]:
-        [sums], self._stack = self._stack, []
+        sums, self.added = self.added or [], None
         for t in sums:
             dist.all_reduce(t)
         return sums
+
+
+class LibraryShards(Trainer):
+    """The control in shards: FSDP2's own reduce-scatter."""
+
+    def _layout(self) -> FullySharded:
+        tree = parallel.order(self.config.atoms)
+        return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype, reduce_scatter=None)
+
+
+def whole(tensors: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor]:
+    """Those that there are, one at a time; all ranks ask for it."""
+    for t in tensors:
+        if t is not None:
+            yield cast(DTensor, t.detach()).full_tensor() if isinstance(t, DTensor) else t
 
 
 def train(args: argparse.Namespace) -> None:
@@ -121,16 +140,22 @@ def train(args: argparse.Namespace) -> None:
     found: list[dict[str, Any]] = []
     cuts: tuple[int | str | None, ...] = (*CUTS, "control") if ranks.size > 1 else CUTS
     for cut in cuts:
+        control = cut == "control"
         config = TrainConfig(
-            lr=LEARNING_RATE, atoms=ATOMS, max_tokens_per_microbatch=cut if isinstance(cut, int) else None
+            lr=LEARNING_RATE,
+            # FSDP2 itself adds a rank's micro-batches before it adds ranks: one atom for each.
+            atoms=ranks.size if control and args.fsdp else ATOMS,
+            fsdp=args.fsdp,
+            max_tokens_per_microbatch=cut if isinstance(cut, int) else None,
         )
         model = load_model(args.checkpoint)
         if not found:
             model.warmup()
         engine: Any = Sampled(model.orders())
-        trainer = Trainer(config, model, engine, task=None, ranks=ranks)  # type: ignore[arg-type]
-        if cut == "control":
-            trainer.tree = NaiveSum(trainer.tree.tree, ranks)
+        make = LibraryShards if control and args.fsdp else Trainer
+        trainer = make(config, model, engine, task=None, ranks=ranks)  # type: ignore[arg-type]
+        if control and isinstance(trainer.layout, parallel.Whole):
+            trainer.layout.sums = NaiveSum(trainer.layout.tree, ranks)
         reports: list[Any] = []
 
         def check(part: slice, logprobs: Sequence[torch.Tensor], reports: list[Any] = reports) -> None:
@@ -146,7 +171,7 @@ def train(args: argparse.Namespace) -> None:
             trainer.optimizer.step(grad_scale=result.clip_scale)
             float(trainer.parameters[-1].detach().view(-1)[0])  # waits
             times.append(time.perf_counter() - began)
-            gradients.append(fingerprint(p.grad for p in trainer.parameters if p.grad is not None))
+            gradients.append(fingerprint(whole(p.grad for p in model.parameters())))
         report = joined(reports)
         found.append(
             {
@@ -155,7 +180,7 @@ def train(args: argparse.Namespace) -> None:
                 "tokens_different": report.tokens_different,
                 "gradients": gradients,
                 "grad_norm": result.grad_norm,
-                "weights": fingerprint(trainer.parameters),
+                "weights": fingerprint(whole(model.parameters())),
                 "update_ms": round(1e3 * min(times), 1),
                 "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else None,
             }
@@ -164,7 +189,7 @@ def train(args: argparse.Namespace) -> None:
         found[-1]["ranks_agree"] = all(each == every[0] for each in every)
         if ranks.rank == 0:
             write_json(args.out, found)
-        del trainer, model, engine
+        del trainer, model, engine, result
         free()
 
 
@@ -189,6 +214,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--executor")
     parser.add_argument("--control", action="store_true")
+    parser.add_argument("--fsdp", action="store_true", help="train: in shards")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--prompt", type=int, default=PROMPT)

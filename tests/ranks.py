@@ -32,20 +32,37 @@ def _rank(rank: int, n_ranks: int, folder: str, function: Callable[..., Any], ar
         dist.destroy_process_group()
 
 
+def _start(n_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    forks = runtime.INTERPRET
+    if forks:  # every optimizer imports torch._dynamo
+        forkserver.set_forkserver_preload(["bi_ops.rl", "bi_ops.parallel.fsdp", "torch._dynamo"])
+    registers = {"ATEN_CPU_CAPABILITY": torch.backends.cpu.get_cpu_capability().lower()}
+    with mock.patch.dict(os.environ, registers):
+        method = "forkserver" if forks else "spawn"
+        return torch.multiprocessing.start_processes(
+            _rank, (n_ranks, folder, function, args), nprocs=n_ranks, start_method=method, join=False
+        )
+
+
+def start(n_ranks: int, function: Callable[..., Any], *args: Any) -> tuple[list[Any], list[int | None]]:
+    """As `run`, but ranks may be killed: what each returns, None of those that did not, and their exit codes."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = _start(n_ranks, folder, function, args)
+        for process in started.processes:
+            process.join()
+        found = [Path(folder) / f"{rank}.pt" for rank in range(n_ranks)]
+        results = [torch.load(path, weights_only=False) if path.exists() else None for path in found]
+        return results, [process.exitcode for process in started.processes]
+
+
 def run(n_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)`, a function of a module, returns on each rank of a new group of processes.
 
     They take this process's vector registers, whatever the environment says since it began: torch's random numbers have
     other bits with others. Without a GPU, ranks are forks of a process that has imported what they need once.
     """
-    forks = runtime.INTERPRET
-    if forks:
-        forkserver.set_forkserver_preload(
-            ["bi_ops.rl", "bi_ops.parallel.fsdp", "torch._dynamo"]
-        )  # which every optimizer imports
-    registers = {"ATEN_CPU_CAPABILITY": torch.backends.cpu.get_cpu_capability().lower()}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, registers):
-        torch.multiprocessing.start_processes(
-            _rank, (n_ranks, folder, function, args), nprocs=n_ranks, start_method="forkserver" if forks else "spawn"
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        started = _start(n_ranks, folder, function, args)
+        while not started.join():
+            pass
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(n_ranks)]

@@ -85,7 +85,7 @@ class StackModel(torch.nn.Module):
 
 
 class StackEngine(TableEngine):
-    """`kills` a rank: its process ends, as by the kernel's out-of-memory killer, in the call of `generate` so named."""
+    """As `TableEngine`."""
 
     def __init__(self, model: StackModel) -> None:
         self.model = cast(Any, StackModel(model.config))

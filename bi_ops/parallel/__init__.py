@@ -6,6 +6,7 @@
 from bi_ops.parallel.gradients import GradientTree, check_ranks
 from bi_ops.parallel.order import AtomTree, cut, order
 from bi_ops.parallel.ranks import ALONE, Ranks
+from bi_ops.parallel.watch import RankLost, watched
 from bi_ops.parallel.whole import Whole
 
-__all__ = ["ALONE", "AtomTree", "GradientTree", "Ranks", "Whole", "check_ranks", "cut", "order"]
+__all__ = ["ALONE", "AtomTree", "GradientTree", "RankLost", "Ranks", "Whole", "check_ranks", "cut", "order", "watched"]

@@ -142,8 +142,21 @@ def run(
         FileExistsError, FileNotFoundError, ValueError: as `prepare_folder`, `initial_model`; bad settings; a run that
             is resumed in other orders than it was computed in.
         FloatingPointError: a reward, the loss or a gradient is not finite.
+        RankLost: another rank has ended, or raised (`bi_ops.parallel.watched`).
     """
-    output = Path(output)
+    with parallel.watched(ranks):
+        return _run(config, Path(output), resume, on_step, on_difference, ranks)
+
+
+def _run(
+    config: TrainConfig,
+    output: Path,
+    resume: bool,
+    on_step: Callable[[StepMetrics], None],
+    on_difference: Callable[[DifferenceFound], None],
+    ranks: parallel.Ranks,
+) -> Summary:
+    """`run`, of ranks that are watched."""
     ranks.on_first(lambda: prepare_folder(output, config, resume))
     try:
         trainer = set_up(config, output, on_difference, ranks)
