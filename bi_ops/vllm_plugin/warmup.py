@@ -87,11 +87,13 @@ def _progress() -> Iterator[compile_ahead.Progress]:
 
 
 def _verify_and_run(gemms: list[Gemm]) -> None:
-    """Without cuBLASLt's binding (installed, or compiled by `bi-ops warmup`) Triton serves: the same bits."""
+    """Without cuBLASLt's binding, compiled here in seconds where none is installed, Triton serves: the same bits."""
     for gemm in gemms:
         gemm.run(gemm.most)  # few rows are the decode backend's, which needs no verification
-    # The shapes that have just run unverified; an engine's start is no time to compile the binding.
-    found = matmul.warmup(build=False)
+    try:
+        found = matmul.warmup()  # the shapes that have just run unverified
+    except RuntimeError as error:  # no compiler, for instance
+        found = matmul.Warmup(0, (), str(error))
     if found.verified or found.refused:
         layers.logger.info("bi_ops: verified %d GEMMs of cuBLASLt, refused %d", found.verified, len(found.refused))
     if gemms and cublaslt.loaded() is None:
