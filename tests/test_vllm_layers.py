@@ -26,7 +26,6 @@ from fake_vllm import (
 from bi_ops import activation, matmul, norm, vllm_plugin
 from bi_ops.core import runtime
 from bi_ops.core import vllm as releases
-from bi_ops.matmul.warmup import Warmup
 from bi_ops.vllm_plugin import layers
 from bi_ops.vllm_plugin.warmup import row_counts
 
@@ -212,7 +211,7 @@ def test_quantized_layers_are_left_to_vllm_or_refused_by_name(vllm, caplog):
     assert is_stock(loaded(vllm, Model(), OWN).plain(x))
 
 
-def test_every_gemm_runs_before_the_profile_run_and_never_for_the_first_time_later(vllm, monkeypatch):
+def test_every_gemm_runs_before_the_profile_run_and_never_for_the_first_time_later(vllm, monkeypatch, caplog):
     """Verification and compilation happen at the first call of a shape."""
     ran, verified, stock = [], [], matmul.inference_linear
 
@@ -220,10 +219,9 @@ def test_every_gemm_runs_before_the_profile_run_and_never_for_the_first_time_lat
         ran.append((*x.shape, len(weight)))
         return stock(x, weight, *args, **kwargs)
 
-    def warmup(build):
-        assert not build
+    def warmup():
         verified.append(len(ran))
-        return Warmup(0, ())
+        raise RuntimeError("no compiler is here")
 
     monkeypatch.setattr(matmul, "inference_linear", linear)
     monkeypatch.setattr(matmul, "warmup", warmup)
@@ -234,6 +232,7 @@ def test_every_gemm_runs_before_the_profile_run_and_never_for_the_first_time_lat
     runner = wrapper.worker.model_runner
     runner.profile_run(randomize_inputs=True)
     assert runner.profiled == [True]
+    assert "GEMMs of many rows run in Triton, more slowly: no compiler is here" in caplog.text
     sweep = len(row_counts(4)) * 2 + len(row_counts(2))
     assert verified == [sweep + 3]  # compiled; then each shape once, before the sweep over rows
     assert sorted(r for r, *_ in ran[sweep : sweep + 3]) == [2, 4, 4]  # of the most rows: few are never cuBLASLt's
