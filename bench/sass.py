@@ -218,35 +218,27 @@ def dkv_launches() -> Iterator[Launch]:
 def wgrad_launches() -> Iterator[Launch]:
     from bi_ops.matmul import config, hopper
 
-    def launch(name, dtype, accumulate, **changes):
-        c = replace(getattr(config, name), **changes)
+    def launch(name, dtype, accumulate):
         g, x = torch.zeros((256, 512), dtype=dtype), torch.zeros((256, 1024), dtype=dtype)
         dw = torch.zeros((512, 1024))
-        text = _text(dtype=dtype, **changes) if accumulate else _text(dtype=dtype, accumulate=False)
-        return f"{name} {text}", lambda: hopper.launch(g, x, dw, c, 132, accumulate)
+        text = _text(dtype=dtype) if accumulate else _text(dtype=dtype, accumulate=False)
+        return f"{name} {text}", lambda: hopper.launch(g, x, dw, getattr(config, name), 132, accumulate)
 
     for options in itertools.product(("WIDE", "NARROW"), (BF16, FP16), (True, False)):
         yield launch(*options)
-    for name in ("WIDE", "NARROW"):
-        yield launch(name, BF16, True, prefetch=512)
 
 
 def wgrad_tile_launches() -> Iterator[Launch]:
     from bi_ops.matmul import config, hopper_tile
 
-    def launch(warp_groups, block_n, block_t, stages, transposed, dtype=BF16, accumulate=True):
+    def launch(c, dtype, accumulate):
         g, x = torch.zeros((256, 512), dtype=dtype), torch.zeros((256, 1024), dtype=dtype)
-        dw, c = torch.zeros((512, 1024)), config.WgradTileConfig(warp_groups, block_n, block_t, stages, transposed)
+        dw = torch.zeros((512, 1024))
         name = _text(**asdict(c), dtype=dtype) + ("" if accumulate else " accumulate=False")
         return name, lambda: hopper_tile.launch(g, x, dw, c, accumulate)
 
-    for transposed in (False, True):
-        yield launch(2, 128, 64, 7, transposed)
-        yield launch(2, 256, 64, 4, transposed)
-        yield launch(3, 128, 64, 5, transposed)
-        yield launch(3, 256, 64, 4, transposed)
-    yield launch(3, 256, 64, 4, False, FP16)
-    yield launch(3, 256, 64, 4, False, accumulate=False)
+    for options in itertools.product(config.ONE_WAVE, (BF16, FP16), (True, False)):
+        yield launch(*options)
 
 
 def decode_matmul_launches() -> Iterator[Launch]:

@@ -30,14 +30,13 @@ from bi_ops.matmul.launch import launch_wgrad
 
 Config = WgradConfig | WgradTileConfig
 
-#: Of the persistent kernel: deeper pipelines, and G and X brought to L2 ahead.
+#: Of the persistent kernel.
 PERSISTENT: tuple[WgradConfig, ...] = (
     WIDE,
     NARROW,
     replace(WIDE, block_t=32, stages=4),
-    replace(NARROW, stages=5),
+    replace(NARROW, stages=4),
     replace(NARROW, block_t=32, stages=10),
-    *(replace(c, prefetch=p) for c in (WIDE, replace(NARROW, stages=5)) for p in (256, 512, 1024)),
 )
 #: A CTA for each tile.
 ONE_WAVE: tuple[WgradTileConfig, ...] = (
@@ -143,7 +142,7 @@ def main() -> int:
             m, n = 64, 128
         g, x, before = operands(tokens, m, n, device)
         chosen = wgrad_config(m, n, tokens, num_sms)
-        configs = [c for c in candidates(m, n, num_sms) if product != "lm_head" or c in (WIDE, PERSISTENT[5])]
+        configs = [c for c in candidates(m, n, num_sms) if product != "lm_head" or c in (WIDE, NARROW)]
         configs = [chosen, *(c for c in configs if c != chosen)]
         equal = {c: same_bits(g, x, before, c, chosen) for c in configs}
         calls: dict[str, list[Callable[[], object]]] = {"cublas": [partial(torch.mm, g.t(), x)] * 2}

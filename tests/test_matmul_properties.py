@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import functools
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -295,12 +299,44 @@ def test_a_cta_for_each_tile_has_the_bits_of_the_triton_kernel(warp_groups, bloc
 
 
 def test_a_weight_gradient_takes_the_tile_that_needs_less_time():
-    from bi_ops.matmul.config import NARROW, WIDE, wgrad_config
+    from bi_ops.matmul.config import NARROW, WIDE, WgradTileConfig, wgrad_config
 
-    assert wgrad_config(4096, 12288, 8192, 132) == WIDE  # 1,536 wide tiles, 12 rounds, against 24
-    assert wgrad_config(1024, 2048, 8192, 132) == NARROW  # one round of either
-    assert wgrad_config(6144, 1024, 8192, 132) == WIDE  # one round and a half, its tiles cut, against 3 short ones
-    assert wgrad_config(6144, 1024, 1024, 132) == NARROW  # too few tokens to cut: 3 short rounds against 2 long ones
+    assert wgrad_config(4096, 2048, 8192, 132) == WIDE  # two rounds against 4 short ones
+    assert wgrad_config(4096, 12288, 8192, 132) == NARROW  # 23 short rounds and a third against 12
+    assert wgrad_config(2560, 4096, 8192, 132) == NARROW  # 5 short rounds against two and a half, its tiles cut
+    assert wgrad_config(2560, 4096, 1024, 132) == NARROW  # too few tokens to cut: 5 against 3
+    # 128 tiles of each, a CTA for each.
+    assert wgrad_config(1024, 2048, 8192, 132) == WgradTileConfig(2, 128, 64, 7)
+    assert wgrad_config(4096, 1024, 8192, 132) == WgradTileConfig(2, 256, 64, 4)
+    assert wgrad_config(6144, 1024, 8192, 132) == WgradTileConfig(3, 256, 32, 8)
+    assert wgrad_config(1024, 3072, 8192, 132) == WgradTileConfig(3, 128, 64, 5, True)
+    assert wgrad_config(1024, 3072, 8192, 78) == NARROW  # none of these is one round there
+
+
+def test_a_weight_gradients_tile_is_among_the_fastest_of_those_measured():
+    from bi_ops.matmul.config import WIDE, WgradConfig, wgrad_config
+
+    results = Path(__file__).resolve().parents[1] / "bench" / "results" / "h200" / "dw_fp32_exploration.csv"
+    cells: dict[tuple[str, str, int, int, int], dict[str, tuple[float, float]]] = defaultdict(dict)
+    with open(results, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            assert row["same_bits"] == "True"
+            cell = row["model"], row["product"], int(row["n"]), int(row["k"]), int(row["tokens"])
+            cells[cell][row["config"]] = float(row["us"]), float(row["cublas_us"])
+    assert len(cells) == 30
+
+    def time(measured, config):
+        """Microseconds; G and X were not brought to L2 ahead, which was measured as well."""
+        fields = " ".join(f"{k}={v}" for k, v in asdict(config).items())
+        return measured[f"{type(config).__name__} {fields}" + " prefetch=0" * isinstance(config, WgradConfig)][0]
+
+    wide_is_slower = False
+    for (model, product, n, k, tokens), measured in cells.items():
+        ours, (fastest, cublas) = time(measured, wgrad_config(n, k, tokens, 132)), min(measured.values())
+        assert ours <= 1.02 * fastest, (model, product)
+        assert ours <= cublas / 0.9, (model, product)
+        wide_is_slower |= time(measured, WIDE) > 1.02 * fastest
+    assert wide_is_slower  # negative control: one tile for all is not among the fastest
 
 
 def test_tiles_are_cut_where_a_last_round_would_not_be_full():

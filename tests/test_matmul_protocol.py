@@ -17,7 +17,7 @@ from bi_ops.matmul import hopper, hopper_tile
 ROWS, BLOCK_N, BLOCK_T = 128, 128, 64
 
 
-def run_wgrad(m, n, t, programs, n_split, slices, kernels=hopper, stages=4, accumulate=True, prefetch=0, **options):
+def run_wgrad(m, n, t, programs, n_split, slices, kernels=hopper, stages=4, accumulate=True, **options):
     """The last `n_split` tiles of C are split into slices of the tokens, at most one slice for each program.
 
     accumulate: C holds a sum, else nothing that may be read but what a slice before left.
@@ -28,8 +28,7 @@ def run_wgrad(m, n, t, programs, n_split, slices, kernels=hopper, stages=4, accu
     c = Descriptor([-(-m // ROWS) * ROWS, n], [64, BLOCK_N // 2], 4)  # rows past the last are left out by TMA
     semaphores = Pointer([0] * (2 * n_split))
     unused = model.launch(
-        *(kernels.wgrad_kernel, programs, g, x, c, semaphores, m, n, t, n_whole, slice_tokens),
-        *(Pointer(range(t * m)), Pointer(range(t * n)), m, n, stages, 8, accumulate, prefetch),
+        *(kernels.wgrad_kernel, programs, g, x, c, semaphores, m, n, t, n_whole, slice_tokens, stages, 8, accumulate),
         **options,
     )
     assert unused == (0 if accumulate or slice_tokens < t else 2)  # a first sum of whole tiles waits for no C
@@ -59,7 +58,7 @@ def test_any_size(seed):
         resident = r.choice([1, 2, programs])
         how = {"stages": r.choice([2, 4]), "resident": resident, "seed": seed}
         run_wgrad(m, n, t, programs, n_split, slices, **how)
-        run_wgrad(m, n, t, programs, n_split, slices, accumulate=False, prefetch=2 * BLOCK_T, **how)
+        run_wgrad(m, n, t, programs, n_split, slices, accumulate=False, **how)
 
 
 BROKEN = [
@@ -67,7 +66,6 @@ BROKEN = [
     ("acquire(p_semaphore, work.n_before * WARPS)", "pass"),
     ("tma.store_wait(0)  #", "pass  #"),
     ("mbarrier.wait(c_full, c_phase, pred=is_sum)", "pass"),
-    ("(row < T) & (column < n_columns)", "(row < T + 1)"),
 ]
 #: What a first sum would go wrong by.
 BROKEN_FIRST = [
@@ -88,9 +86,8 @@ def test_what_is_broken_is_caught(broken, accumulate, tmp_path):
     line, instead = broken
     other = model.edited(hopper, line, instead, tmp_path)
     some = [(256, 640, 1024, 4, 2, 2), (256, 640, BLOCK_T, 2, 0, 1), (384, 384, 1024, 3, 1, 3)]
-    how = {"accumulate": accumulate, "prefetch": 2 * BLOCK_T}
-    [run_wgrad(*sizes, **how) for sizes in some]
-    how |= {"kernels": other, "resident": 4}
+    [run_wgrad(*sizes, accumulate=accumulate) for sizes in some]
+    how = {"kernels": other, "accumulate": accumulate, "resident": 4}
     with pytest.raises((model.Failure, AssertionError)):
         [run_wgrad(*sizes, seed=seed, **how) for seed in range(10) for sizes in some]
 

@@ -48,14 +48,8 @@ BOUNDED = {
         attention.kernels.common.clear_outside: tl.program_id(0) * tl.num_programs(1)
         attention.kernels.common.clear_outside: tl.num_programs(0) * tl.num_programs(1)
     """,
-    "tiles of 2**14 sums or more, two semaphores each; tokens, rows and columns that TMA counts": """
+    "tiles of 2**14 sums or more, two semaphores each": """
         matmul.hopper.wgrad_kernel: gl.cdiv(M, 2 * HALF) * gl.cdiv(N, BLOCK_N)
-        matmul.hopper._corner: (2 * (first_m + within % rows) + WARP_GROUP) * HALF
-        matmul.hopper._corner: 2 * (first_m + within % rows)
-        matmul.hopper._corner: tile // (GROUP_M * n_n) * GROUP_M
-        matmul.hopper._corner: within // rows * BLOCK_N
-        matmul.hopper._get_item: (i - (i > work.slice_item).to(gl.int32)) * gl.num_programs(0)
-        matmul.hopper._get_work: n_before * slice_tokens
         matmul.hopper._consumer: (work.tile - args.n_whole) * 2
     """,
     "an expert's weight, and tiles of a GEMM over rows that `moe.checks` counts": """

@@ -98,16 +98,12 @@ def padded_decode_config(m: int, n: int, k: int) -> DecodeConfig:
 
 @dataclass(frozen=True)
 class WgradConfig:
-    """Tiles of `hopper.wgrad_kernel`: 128 rows by `block_n` columns; `stages` steps of `block_t` tokens in flight.
-
-    prefetch: tokens by which G and X are brought to L2 ahead of them, a multiple of `block_t`; 0: not at all.
-    """
+    """Tiles of `hopper.wgrad_kernel`: 128 rows by `block_n` columns; `stages` steps of `block_t` tokens in flight."""
 
     block_n: int
     block_t: int
     stages: int
     group_m: int
-    prefetch: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,10 +131,7 @@ class WgradTileConfig:
 
 #: What fits beside the accumulators, which take half a KiB of shared memory per column.
 WIDE = WgradConfig(256, 16, 8, 8)
-NARROW = WgradConfig(128, 64, 4, 8)
-
-#: Time of a narrow tile over that of a wide one. More than half: it reads 4/3 of the bytes per multiply-add.
-NARROW_COST = 0.545
+NARROW = WgradConfig(128, 64, 5, 8)
 
 #: Below as many tokens a tile is computed faster than a partial sum is passed on.
 SPLIT_TOKENS = 2048
@@ -158,22 +151,39 @@ def split_along_tokens(tiles: int, tokens: int, step: int, num_sms: int) -> tupl
     return tiles - left, -(-tokens // (pieces * step)) * step
 
 
-#: Time of a wave of tiles, one for each CTA, over that of wide ones, for the configs that may be chosen.
-ONE_WAVE: dict[WgradTileConfig, float] = {}
+# Times in waves of whole wide tiles (bench/results/h200/dw_fp32_exploration.csv).
+
+#: Of a wave of wide tiles where some are split; of narrow ones no more. CTAs are then at two places of the tokens, so
+#: probably fewer loads hit L2, which the 128 tokens in flight of a wide tile bridge less well than the 320 of a narrow.
+WIDE_AMONG_SPLIT = 1.03
+#: Of a wave of narrow tiles, and once: a start and an end that nothing hides.
+NARROW_WAVE, NARROW_ENDS = 0.5, 0.04
+#: Of one wave with a CTA for each tile.
+ONE_WAVE: dict[WgradTileConfig, float] = {
+    WgradTileConfig(2, 128, 64, 7): 0.521,
+    WgradTileConfig(3, 128, 64, 5, True): 0.785,
+    WgradTileConfig(2, 256, 64, 4): 0.985,
+    WgradTileConfig(3, 256, 32, 8): 1.429,
+}
 
 
 @functools.lru_cache
 def wgrad_config(m: int, n: int, tokens: int, num_sms: int) -> WgradConfig | WgradTileConfig:
-    """The tile of an [m, n] weight gradient that is accumulated in fp32: the one that takes fewer waves of time.
+    """The tile of an [m, n] weight gradient that is accumulated in fp32: the one that takes less time.
 
     A wave is one tile on every SM.
     """
 
-    def waves(c: WgradConfig) -> float:
+    def waves(c: WgradConfig) -> tuple[float, bool]:
+        """(how many, are tiles split)"""
         tiles = -(-m // 128) * -(-n // c.block_n)
         whole, slice_tokens = split_along_tokens(tiles, tokens, c.block_t, num_sms)
-        return -(-whole // num_sms) + slice_tokens / tokens
+        return -(-whole // num_sms) + slice_tokens / tokens, slice_tokens > 0
 
-    costs: dict[WgradConfig | WgradTileConfig, float] = {WIDE: waves(WIDE), NARROW: waves(NARROW) * NARROW_COST}
+    (wide, split), (narrow, _) = waves(WIDE), waves(NARROW)
+    costs: dict[WgradConfig | WgradTileConfig, float] = {
+        WIDE: wide * (WIDE_AMONG_SPLIT if split else 1),
+        NARROW: narrow * NARROW_WAVE + NARROW_ENDS,
+    }
     costs |= {c: cost for c, cost in ONE_WAVE.items() if c.tiles(m, n) <= num_sms}
     return min(costs, key=costs.__getitem__)

@@ -72,17 +72,6 @@ class PartitionArgs:
     ACCUMULATE: gl.constexpr
 
 
-@aggregate
-class Operands:
-    """G and X for prefetches; not read where PREFETCH, the tokens they are ahead of the loads, is 0."""
-
-    g: Scalar
-    x: Scalar
-    g_stride: Scalar
-    x_stride: Scalar
-    PREFETCH: gl.constexpr
-
-
 @gluon.jit
 def _get_work(n_tiles, n_whole, slice_tokens, T):
     """A CTA's `Work`. Tiles from `n_whole` on are split.
@@ -124,34 +113,10 @@ def _corner(args, tile, WARP_GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _prefetch(p, stride, t, T, column, n_columns, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Bring a tile [BLOCK_T, BLOCK_N] of a 16-bit matrix from memory to L2, a line of 128 bytes a lane."""
-    LINES: gl.constexpr = BLOCK_N // 64
-    o = gl.arange(0, BLOCK_T * LINES, gl.BlockedLayout([1], [32], [1], [0]))
-    row = t + o // LINES
-    column = column + o % LINES * 64
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred %inside;
-        setp.ne.s32 %inside, $2, 0;
-        @%inside prefetch.global.L2 [$1];
-        mov.b32 $0, 0;
-        }""",
-        "=r,l,r",
-        [p + row.to(gl.int64) * stride + column, ((row < T) & (column < n_columns)).to(gl.int32)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _producer(args, given):
+def _producer(args):
     """Tiles of G and X, in the order in which both warp groups need them."""
     STAGES: gl.constexpr = args.x_smem.type.shape[0]
     BLOCK_T: gl.constexpr = args.x_smem.type.shape[1]
-    BLOCK_N: gl.constexpr = args.x_smem.type.shape[2]
-    PREFETCH: gl.constexpr = given.PREFETCH
     g_smem, x_smem = args.g_smem, args.x_smem
     stage = 0
     phase = 1  # a stage that was never filled counts as empty
@@ -159,13 +124,6 @@ def _producer(args, given):
         tile, begin, end = _get_item(args.work, i, args.T)
         m, n = _corner(args, tile, 0)
         for t in range(begin, end, BLOCK_T):
-            if PREFETCH > 0:
-                # As many CTAs as a group has tile rows need the same X, about as many the same G: they alternate.
-                i_step, ahead = t // BLOCK_T, t + PREFETCH
-                if (i_step + n // BLOCK_N) % args.GROUP_M == 0:
-                    _prefetch(given.g, given.g_stride, ahead, end, m, args.M, BLOCK_T, 2 * HALF)
-                if (i_step + m // (2 * HALF)) % args.GROUP_M == 0:
-                    _prefetch(given.x, given.x_stride, ahead, end, n, args.N, BLOCK_T, BLOCK_N)
             mbarrier.wait(args.empty.index(stage), phase)
             full = args.full.index(stage)
             mbarrier.expect(full, 2 * args.g_desc.block_type.nbytes + args.x_desc.block_type.nbytes)
@@ -242,7 +200,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "T", "n_whole", "slice_tokens", "g_stride", "x_stride"])
+@gluon.jit(do_not_specialize=["M", "N", "T", "n_whole", "slice_tokens"])
 def wgrad_kernel(
     d_g,  # descriptor of G [T, M] with tiles [BLOCK_T, 64]
     d_x,  # descriptor of X [T, N] with tiles [BLOCK_T, BLOCK_N]
@@ -253,14 +211,9 @@ def wgrad_kernel(
     T,
     n_whole,  # tiles that one CTA computes; the others are split along the tokens
     slice_tokens,  # tokens of a split tile that a CTA takes, a multiple of BLOCK_T
-    p_g,  # G and X; None, as their strides, without PREFETCH
-    p_x,
-    g_stride,
-    x_stride,
     STAGES: gl.constexpr,  # of G and X
     GROUP_M: gl.constexpr,
     ACCUMULATE: gl.constexpr,  # C holds a sum; else what it holds is not read
-    PREFETCH: gl.constexpr,  # tokens by which G and X are brought to L2 before they are loaded; 0: not at all
 ):
     """C += G.T @ X in the canonical order; any number of CTAs, each with a whole tile at least.
 
@@ -286,11 +239,10 @@ def wgrad_kernel(
         *(d_g, d_x, d_c, p_semaphores, g_smem, x_smem, c_smem_0, c_smem_1, full, empty, c_full_0, c_full_1),
         *(work, M, N, T, n_whole, slice_tokens, GROUP_M, ACCUMULATE),
     )
-    operands = Operands(p_g, p_x, g_stride, x_stride, PREFETCH)
     gl.warp_specialize(
-        [(_consumer, (args, 0)), (_consumer, (args, 1)), (_producer, (args, operands))],
+        [(_consumer, (args, 0)), (_consumer, (args, 1)), (_producer, (args,))],
         [4, 1],
-        [240, 24] if PREFETCH == 0 else [232, 40],
+        [240, 24],
     )
 
 
@@ -317,11 +269,9 @@ def launch(
         t,
         n_whole,
         slice_tokens,
-        *((g, x, g.stride(0), x.stride(0)) if s.prefetch else (None,) * 4),
         STAGES=s.stages,
         GROUP_M=s.group_m,
         ACCUMULATE=accumulate,
-        PREFETCH=s.prefetch,
         num_warps=4,
         maxnreg=168,
         **PINNED,
