@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stack_fakes import STACK, StackModel
+from sweeps import sweep
 from test_microbatches import Lengths, Replay, small_model
 from test_parallel import equal, metrics
+from tiny import tiny_moe_model
 
 from bi_ops import nn, optim, parallel, rl
 from bi_ops.core import tensor_files
@@ -226,27 +228,34 @@ class Copy(Replay):
             own.copy_(new)
 
 
-def trained(here: parallel.Ranks = parallel.ALONE, **changes: Any) -> dict[str, Any]:
+def trained(here: parallel.Ranks = parallel.ALONE, moe: bool = False, **changes: Any) -> dict[str, Any]:
     """Three updates on sequences that are given."""
-    model, engine = small_model(), cast(Any, Copy(small_model()))
-    trainer = Trainer(TrainConfig(**(CONFIG | changes)), model, engine, cast(Any, Lengths()), ranks=here)
+    make = tiny_moe_model if moe else small_model
+    model, engine = make(), cast(Any, Copy(make()))
+    reference = make(seed=1).requires_grad_(False) if "kl" in changes else None
+    trainer = Trainer(TrainConfig(**(CONFIG | changes)), model, engine, cast(Any, Lengths()), reference, ranks=here)
     trainer.generate = lambda prompts, params: trainer.engine.generate(prompts, params)  # type: ignore[method-assign]
     with mock.patch.object(type(model), "unit_tokens", 1):
         steps = [trainer.step(step) for step in range(1, UPDATES + 1)]
     return {
-        "metrics": [(s.loss, s.grad_norm, s.tokens_checked, s.tokens_different, s.clip_fraction) for s in steps],
+        "metrics": [(s.loss, s.grad_norm, s.kl, s.tokens_checked, s.tokens_different, s.clip_fraction) for s in steps],
         "grads": [whole(cast(Any, p.grad)) for p in model.parameters()],
         "weights": [whole(p) for p in model.parameters()],
         "engine": [p.detach().bfloat16() for p in engine.model.parameters()],
     }
 
 
-def trained_on_a_rank() -> dict[str, Any]:
-    return trained(parallel.Ranks.of(), fsdp=True)
+def trained_on_a_rank(changes: dict[str, Any]) -> dict[str, Any]:
+    return trained(parallel.Ranks.of(), fsdp=True, **changes)
 
 
-def test_a_model_in_shards_ends_in_the_bytes_of_one_process():
-    found, one = ranks.run(2, trained_on_a_rank), trained()
+@sweep(
+    "changes",
+    [{}, {"kl": 0.1, "updates_per_rollout": 2, "recompute": "layer"}, {"offload": "states"}, {"moe": True}],
+    [{}],
+)
+def test_a_model_in_shards_ends_in_the_bytes_of_one_process(changes):
+    found, one = ranks.run(2, trained_on_a_rank, changes), trained(**changes)
     for result in found:
         assert result["metrics"] == one["metrics"]
         assert equal(result["grads"], one["grads"])

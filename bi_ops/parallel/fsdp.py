@@ -168,7 +168,8 @@ class FullySharded:
     def _collect(self, module: torch.nn.Module) -> None:
         """The finished sums of the layers in `module`, whose weights are gathered, become their gradients."""
         for p in module.parameters():
-            p.grad_dtype = torch.float32  # of weights that were rounded
+            if p.dtype != torch.float32:
+                p.grad_dtype = torch.float32  # of weights that were rounded
         nn.collect_main_grads(module)
 
     def _before_layer(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

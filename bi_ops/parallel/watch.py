@@ -27,6 +27,8 @@ from bi_ops.parallel.ranks import Ranks
 GRACE = 30.0
 #: Seconds in which a lost connection of torch.distributed is explained.
 EXPLAINED = 5.0
+#: Seconds in which ranks find one another.
+CONNECTED = 60.0
 #: Seconds until a machine that does not answer is gone: idle, between packets, and how many of them.
 KEEPALIVE = (5, 5, 3)
 #: The exit code of a process that is ended.
@@ -43,6 +45,13 @@ class RankLost(RuntimeError):
             "(--resume), on any number of ranks that divides the atoms, with shards or without"
         )
         self.rank, self.why = rank, why
+
+
+def _server(backlog: int) -> socket.socket:
+    """On a port that is free, of every address of this machine."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
+    return socket.create_server(("", 0), backlog=backlog)
 
 
 def _keep_alive(connection: socket.socket) -> None:
@@ -69,33 +78,47 @@ class _Watch:
         self._thread.start()
 
     def _connect(self) -> dict[int, socket.socket]:
-        """By rank: the first one's to all others, theirs to the first."""
-        first, address = self.ranks.rank == 0, None
+        """By rank: the first one's to all others, theirs to the first.
+
+        Raises:
+            RuntimeError: a rank cannot be reached.
+        """
         with contextlib.ExitStack() as stack:
-            if first:
+            server = address = None
+            if self.ranks.rank == 0:
                 # torchrun says where the first rank is; without it all are on one machine.
                 host = os.environ.get("MASTER_ADDR", "localhost")
-                server = stack.enter_context(socket.create_server(("", 0), backlog=self.ranks.size))
+                server = stack.enter_context(_server(self.ranks.size))
                 address = (host, server.getsockname()[1], secrets.token_hex(16))
             host, port, token = next(a for a in self.ranks.gather(address) if a is not None)
-            if not first:
-                connection = socket.create_connection((host, port), timeout=EXPLAINED * 12)
-                connection.sendall(f"{token} {self.ranks.rank:8d}".encode())
-                found = {0: connection}
-            else:
-                found = {}
-                server.settimeout(EXPLAINED * 12)
-                while len(found) < self.ranks.size - 1:
-                    connection, _ = server.accept()
-                    connection.settimeout(EXPLAINED)
-                    said = connection.recv(len(token) + 9, socket.MSG_WAITALL).decode(errors="replace")
-                    if not hmac.compare_digest(said[: len(token)].encode(), token.encode()):
-                        connection.close()  # somebody else's
-                        continue
-                    found[int(said[len(token) :])] = connection
+            try:
+                found = self._call(host, port, token) if server is None else self._answer(server, token)
+            except OSError as error:
+                raise RuntimeError(
+                    f"parallel: rank {self.ranks.rank} of {self.ranks.size} found no connection between the first rank "
+                    f"and the others at {host}, port {port} ({error}); every rank must reach MASTER_ADDR"
+                ) from error
         for connection in found.values():
             connection.settimeout(None)
             _keep_alive(connection)
+        return found
+
+    def _call(self, host: str, port: int, token: str) -> dict[int, socket.socket]:
+        connection = socket.create_connection((host, port), timeout=CONNECTED)
+        connection.sendall(f"{token} {self.ranks.rank:8d}".encode())
+        return {0: connection}
+
+    def _answer(self, server: socket.socket, token: str) -> dict[int, socket.socket]:
+        found: dict[int, socket.socket] = {}
+        server.settimeout(CONNECTED)
+        while len(found) < self.ranks.size - 1:
+            connection, _ = server.accept()
+            connection.settimeout(CONNECTED)
+            said = connection.recv(len(token) + 9, socket.MSG_WAITALL)
+            if hmac.compare_digest(said[: len(token)], token.encode()):
+                found[int(said[len(token) :])] = connection
+            else:
+                connection.close()  # somebody else's
         return found
 
     def _listen(self) -> None:
