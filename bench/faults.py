@@ -45,7 +45,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bi_ops.core import runtime
-from bi_ops.core.files import write_json
+from bi_ops.core.files import sha256_of_parts, write_json
 from bi_ops.rl import PRESETS, TrainConfig, checkpoint, run, runner
 from bi_ops.rl.runner import CHECKPOINTS, CONFIG, SUMMARY
 from bi_ops.rl.trainer import Trainer
@@ -192,12 +192,15 @@ def one_run(
 
 
 def flip_a_bit(folder: Path) -> None:
-    """The last one of a weight in the latest checkpoint, where there is one."""
+    """The last one of a weight in the latest checkpoint, where there is one, as if it had been written so."""
     latest = checkpoint.latest(folder / CHECKPOINTS)
     if latest is not None:
-        tensors = load_file(latest / "model.safetensors")
+        file, described = latest / "model.safetensors", latest / "state.json"
+        tensors, state = load_file(file), json.loads(described.read_text(encoding="utf-8"))
         next(iter(tensors.values())).view(torch.int32).view(-1)[-1:] ^= 1
-        save_file(tensors, latest / "model.safetensors")
+        save_file(tensors, file)
+        state["sha256"][file.name] = sha256_of_parts(file)
+        write_json(described, state)
 
 
 def control(config: TrainConfig, folder: Path, expected: str, gpu: str = "") -> Waiting[bool]:

@@ -6,7 +6,6 @@ They live where kernels run, for the optimizer's are real.
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,6 +16,7 @@ from torch import nn
 
 from bi_ops import models
 from bi_ops.core import runtime
+from bi_ops.core.files import write_json
 from bi_ops.core.orders import OrderRecord
 from bi_ops.models import packing
 from bi_ops.rollout import factory
@@ -75,9 +75,7 @@ class TableModel(nn.Module):
     def save_pretrained(self, path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
         save_file({"table": self.table.detach()}, Path(path) / "model.safetensors")
-        (Path(path) / "config.json").write_text(
-            json.dumps({"model_type": "table", "vocab_size": self.config.vocab_size})
-        )
+        write_json(Path(path) / "config.json", {"model_type": "table", "vocab_size": self.config.vocab_size})
 
     @classmethod
     def from_pretrained(cls, path, *dtypes_and_device) -> TableModel:

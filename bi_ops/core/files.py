@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+#: The file of a folder that says which process uses it.
+LOCK = ".lock"
 
 
 def cache_folder() -> Path:
@@ -23,6 +33,75 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sha256(*paths: Path) -> str:
+    """Over the bytes of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_parts(path: Path, part_bytes: int = 1 << 26) -> str:
+    """SHA-256 over the SHA-256 of each 64 MiB of a file, which threads compute side by side."""
+
+    def of_part(start: int) -> bytes:
+        digest, left = hashlib.sha256(), part_bytes
+        with path.open("rb") as file:
+            file.seek(start)
+            while left and (chunk := file.read(min(left, 1 << 20))):
+                digest.update(chunk)
+                left -= len(chunk)
+        return digest.digest()
+
+    with ThreadPoolExecutor() as threads:
+        parts = threads.map(of_part, range(0, path.stat().st_size, part_bytes))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+@contextlib.contextmanager
+def writing(op: str, folder: Path, hint: Callable[[], str]) -> Iterator[None]:
+    """What the disk refuses inside the block (full, read-only) is told with the folder and the way out.
+
+    Raises:
+        OSError: in place of one, or of safetensors' own error.
+    """
+    try:
+        yield
+    except FileExistsError:
+        raise  # it says who has the folder
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
+        raise OSError(f"{op}: cannot write into {folder}: {cause}; {hint()}") from error
+
+
+@contextlib.contextmanager
+def locked(op: str, folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process, in `folder`/.lock; the end of the process lets go of it, a kill too.
+
+    A file system without locks is warned of.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise FileExistsError(
+                f"{op}: {folder} is in use by another run (process {file.read().strip() or 'unknown'}); let it end, or "
+                "choose another output folder"
+            ) from error
+        except OSError as error:
+            warnings.warn(f"{op}: {folder} cannot be locked ({error}); let no other run use it", stacklevel=3)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def write_atomically(

@@ -5,7 +5,6 @@ Each rank writes the bytes of its rows into one file of all (`core.tensor_files`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bi_ops.core import tensor_files
-from bi_ops.core.files import sync, write_atomically, write_json
+from bi_ops.core.files import sha256, sha256_of_parts, sync, write_atomically, write_json
 from bi_ops.core.tensor_files import Rows
 from bi_ops.optim import AdamW
 from bi_ops.parallel import ALONE, Ranks
@@ -93,7 +92,8 @@ def save(
                 tensor_files.write(fresh / name, tensors, own)
 
     def end() -> None:
-        write_json(fresh / "state.json", {"step": step, **extra})
+        digests = {name: sha256_of_parts(fresh / name) for name in files}
+        write_json(fresh / "state.json", {"step": step, "sha256": digests, **extra})
         sync(fresh)
         if final.exists():
             os.replace(final, aside)
@@ -104,9 +104,14 @@ def save(
         if aside.exists():
             shutil.rmtree(aside)
 
-    ranks.on_first(begin)
-    ranks.each(write)
-    ranks.on_first(end)
+    try:
+        ranks.on_first(begin)
+        ranks.each(write)
+        ranks.on_first(end)
+    except BaseException:
+        if ranks.rank == 0:
+            shutil.rmtree(fresh, ignore_errors=True)  # a full disk gets its room back
+        raise
     return final
 
 
@@ -152,6 +157,13 @@ def _open(path: Path) -> Any:
         raise _damaged(path, e) from e
 
 
+def _check_digests(path: Path, digests: Mapping[str, str]) -> None:
+    """Raises as `_open` where a file of the checkpoint has other bytes than were written."""
+    for name, written in digests.items():
+        if sha256_of_parts(path / name) != written:
+            raise _damaged(path / name, SafetensorError("its SHA-256 is not that of what was written"))
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     """The fields of `path`/state.json. Raises as `_open`."""
     file = path / "state.json"
@@ -162,11 +174,15 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def load(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parameters: Parameters | None = None
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: Parameters | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Put a checkpoint's tensors into `model` and `optimizer`; returns its state.json.
+    """Put a checkpoint's tensors into `model` and `optimizer`; returns what was saved in its state.json.
 
-    parameters: what this rank has of the model, and reads; None: all of it.
+    parameters: what this rank has of the model, and reads; None: all of it. ranks: all make this call.
 
     Raises:
         ValueError: tensors missing, extra or of another shape or dtype (all are listed), or a damaged file. Neither
@@ -192,6 +208,8 @@ def load(
         ]
         if wrong:
             raise ValueError(f"checkpoint: {path} does not fit the model: " + "; ".join(wrong))
+        digests = state.pop("sha256", {})  # a checkpoint of an earlier release has none
+        ranks.on_first(lambda: _check_digests(path, digests))
         kept: dict[str, dict[str, str]] = {}
         for n in states.keys():  # noqa: SIM118 (not a mapping)
             name, _, key = n.rpartition(".")
@@ -213,9 +231,4 @@ def load(
 
 def sha256_of_weights(folder: Path) -> str:
     """SHA-256 over the bytes of the folder's *.safetensors files, in name order."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return sha256(*sorted(folder.glob("*.safetensors")))

