@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fault_tables
 import limit_tables
 import speed_tables
 
@@ -565,6 +566,21 @@ def families(results: Path) -> str:
     return f"{made}\n{listed}\n{provenance([record], 'cpu/families.json')}"
 
 
+def faults(results: Path) -> str:
+    """Training killed and resumed."""
+    return fault_tables.faults(load, provenance, table, results)
+
+
+def bisect(results: Path) -> str:
+    """Bits that were planted."""
+    return fault_tables.bisect(load, provenance, table, results)
+
+
+def audit(results: Path) -> str:
+    """Operators that were planted."""
+    return fault_tables.audit(load, provenance, table, results)
+
+
 #: Every block that a page may have. A further benchmark adds a function above and its name here.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
@@ -585,4 +601,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "rollout": rollout,
     "experts": experts,
     "families": families,
+    "faults": faults,
+    "bisect": bisect,
+    "audit": audit,
 }

@@ -74,3 +74,14 @@ def test_a_killed_run_ends_in_the_same_bytes_and_other_bytes_are_counted(tmp_pat
     assert [k["changed"] for k in control["kinds"]] == [k["cycles"] for k in control["kinds"]]
     assert all(k["changed"] == 0 for k in found["kinds"])
     assert "already holds files" in failing["failed"][0]
+
+
+def test_no_kill_in_the_table_changed_a_bit():
+    record = json.loads((ROOT / "bench" / "results" / "cpu" / "faults.json").read_text(encoding="utf-8"))
+    kinds = {kind["kind"]: kind["cycles"] for kind in record["kinds"]}
+    assert sum(kinds.values()) == record["kills"] >= 200
+    assert record["kills"] - record["aimed"] >= 180  # uniform over the run
+    assert min(kinds.values()) >= 20
+    assert len(kinds) == 5
+    assert (record["changed"], record["failed"], record["half_files"]) == (0, [], [])
+    assert record["control_changed"] is True

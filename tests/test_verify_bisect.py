@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import planted_bits
 from planted_bits import PROMPT, Flip, planted
 
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 IN_A_LAYER = (
     *("input_layernorm", "self_attn.qkv_proj", "self_attn.qkv", "self_attn.attn", "self_attn.o_proj"),
     *("post_attention_layernorm", "mlp.gate_up_proj", "mlp.act_fn", "mlp.down_proj"),
@@ -94,6 +96,17 @@ def test_the_table_of_planted_bits_tells_what_is_missed(sides, monkeypatch):
     assert [row["found"] for row in rows] == [True] * 3
     monkeypatch.setattr(planted_bits.bisect, "first_difference", lambda rollout, training: None)
     assert [row["found"] for row in planted_bits.examine(engine, model, seed=0)] == [True, False, False]
+
+
+def test_nothing_in_the_table_was_missed():
+    record = json.loads((RESULTS / "cpu" / "bisect.json").read_text(encoding="utf-8"))
+    places = {(row["model"], row["site"], row["side"]) for row in record["rows"] if "side" in row}
+    assert len(places) == record["places"] >= 20
+    assert {("qwen3", site, side) for site in SITES for side in ("rollout", "training")} - places == {
+        ("qwen3", FUSED, "rollout")
+    }
+    assert all(row["found"] for row in record["rows"])
+    assert record["missed"] == 0
 
 
 def test_scores_of_a_sampled_distribution_are_compared_as_sampled(sides):

@@ -1,0 +1,83 @@
+"""Tables of what the tools that find faults were given to find."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: Folders of bench/results in which a run may be, and what they are called.
+PLACES = {"cpu": "CPU, interpreter", "h100": "H100", "h200": "H200"}
+
+Load = Callable[[Path, str], Any]
+Table = Callable[..., str]
+Provenance = Callable[..., str]
+
+
+def faults(load: Load, provenance: Provenance, table: Table, results: Path) -> str:
+    """Kills by kind, and what a run's bytes were in the end."""
+    rows, notes = [], []
+    for folder, name in PLACES.items():
+        record = load(results, f"{folder}/faults.json")
+        if record is None:
+            continue
+        for kind in record["kinds"]:
+            rows.append((name, record["engine"], kind["kind"], kind["cycles"], kind.get("aimed", 0), kind["changed"]))
+        after = ", ".join(
+            f"{n} {'before the first checkpoint' if step == '0' else f'after that of step {step}'}"
+            for step, n in record.get("after_step", {}).items()
+        )
+        parts = [
+            f"{name}: {record['kills']} kills in {record['runs']} runs of {record['steps']} steps",
+            f"{record['changed']} ended with other weights, {len(record['failed'])} did not end",
+        ]
+        if after:
+            parts.append(after)
+        if "half_files" in record:
+            parts.append(f"{len(record['half_files'])} files had their name and were not whole")
+        if record.get("control_changed"):
+            parts.append("with one bit of a checkpoint flipped, the weights were other ones")
+        notes.append(f"- {'; '.join(parts)}. {provenance([record], f'{folder}/faults.json')}")
+    head = ("where", "engine", "killed", "kills", "of these aimed", "with other weights")
+    return f"{table(head, rows)}\n{''.join(notes)}" if rows else ""
+
+
+def bisect(load: Load, provenance: Provenance, table: Table, results: Path) -> str:
+    """Bits flipped in one operator of one side, by model and side, and how many were named."""
+    rows, notes = [], []
+    for folder, name in PLACES.items():
+        record = load(results, f"{folder}/bisect.json")
+        if record is None:
+            continue
+        planted = [row for row in record["rows"] if "side" in row]
+        groups = dict.fromkeys((row["model"], row["engine"], row["side"]) for row in planted)
+        for group in groups:
+            own = [row for row in planted if (row["model"], row["engine"], row["side"]) == group]
+            operators = len({row["site"].rpartition(".")[2] for row in own})
+            rows.append((name, *group, operators, len(own), sum(row["found"] for row in own)))
+        clean = all(row["found"] for row in record["rows"] if "side" not in row)
+        notes.append(
+            f"With nothing planted, {'nothing was' if clean else 'SOMETHING WAS'} found. "
+            + provenance([record], f"{folder}/bisect.json")
+        )
+    head = ("where", "model", "engine", "side", "operators", "places", "named")
+    return f"{table(head, rows)}\n{''.join(notes)}" if rows else ""
+
+
+def audit(load: Load, provenance: Provenance, table: Table, results: Path) -> str:
+    """Operators planted in families of transformers, and how often each was listed with its line."""
+    record = load(results, "cpu/audit.json")
+    if record is None:
+        return ""
+    planted = [row for row in record["rows"] if row["planted"]]
+    missed = Counter((line, backward) for row in planted for _, line, backward in row["missed"])
+    rows = []
+    for stray in record["strays"]:
+        found = (len(planted) - missed[stray["line"], backward] for backward in (False, True))
+        rows.append((f"`{stray['operator']}`", f"`{stray['of_backward']}`", len(planted), *found))
+    head = ("operator", "of its gradient", "planted", "listed in the forward", "listed in the backward")
+    families = list(dict.fromkeys(row["family"] for row in record["rows"]))
+    places = list(dict.fromkeys(row["place"] for row in planted))
+    note = f"{len(families)} families ({', '.join(families)}), behind each one's {', '.join(places)}. "
+    return f"{table(head, rows)}\n{note}{provenance([record], 'cpu/audit.json')}"
