@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test demo lint docs clean
+.PHONY: test verify demo lint docs clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -14,6 +14,10 @@ $(VENV)/.ready: pyproject.toml
 # Two processes for two cores: more threads in each would wait for one another.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every operator against the contract, at the quick level; without a GPU in the interpreter.
+verify: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/bi-ops verify
 
 # A tiny Qwen3 learns to repeat a symbol, every rollout log-probability compared with training's, bit for bit.
 demo: $(VENV)/.ready

@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+from pictures import PICTURES
 from plots import FIGURES, fingerprint, write_plot
 from tables import BLOCKS
 
@@ -50,6 +51,10 @@ def stale() -> list[str]:
         path = PLOTS / name
         if not path.exists() or fingerprint(collect(RESULTS), draw) not in path.read_text(encoding="utf-8"):
             found.append(str(path.relative_to(ROOT)))
+    for name, make in PICTURES.items():
+        path = PLOTS / name
+        if not path.exists() or path.read_text(encoding="utf-8") != make(RESULTS):
+            found.append(str(path.relative_to(ROOT)))
     return found
 
 
@@ -68,6 +73,8 @@ def main() -> int:
         path = PLOTS / name
         if str(path.relative_to(ROOT)) in wanted:  # another matplotlib would only change bytes
             write_plot(path, collect(RESULTS), draw)
+    for name, make in PICTURES.items():
+        (PLOTS / name).write_text(make(RESULTS), encoding="utf-8")
     return 0
 
 

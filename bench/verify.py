@@ -30,15 +30,17 @@ LEFT_OUT = ("results", "control_results")
 def summary(found: suite.Report, commit: str) -> dict[str, Any]:
     """What `bi-ops verify --json` says, without a line for each check.
 
-    operators: by name and property, the checks. failures: likewise, how many failed, and the first. slowest: the units
-    of work that took longest, in seconds.
+    operators: by name and property, the checks; compared: likewise, the pairs of results. failures: likewise, how many
+    failed, and the first. slowest: the units of work that took longest, in seconds.
     """
     whole = {k: v for k, v in report.as_dict(found).items() if k not in LEFT_OUT}
     operators: dict[str, Counter[str]] = {}
+    compared: dict[str, Counter[str]] = {}
     failed: dict[str, dict[str, list[str]]] = {}
     slowest: Counter[str] = Counter()
     for check in found.checks:
         operators.setdefault(check.subject, Counter())[check.property] += 1
+        compared.setdefault(check.subject, Counter())[check.property] += check.comparisons
         slowest[f"{check.subject} {check.dtype} {check.size[0]}"] += round(check.seconds)
         if not check.ok():
             where = f"{check.dtype} {check.size[0]}, {check.values} values"
@@ -46,7 +48,8 @@ def summary(found: suite.Report, commit: str) -> dict[str, Any]:
     failures = {s: {p: f"{len(all_)} failed; {all_[0]}" for p, all_ in of.items()} for s, of in failed.items()}
     missed = [f"{c.property}: {c.subject}: {c.message}" for c in found.missed]
     more = {"slowest": dict(slowest.most_common(8)), "failures": failures, "controls_missed": missed}
-    return {**whole, "commit": commit, **more, "digests": len(found.digests), "operators": operators}
+    by_operator = {"operators": operators, "compared": compared}
+    return {**whole, "commit": commit, **more, "digests": len(found.digests), **by_operator}
 
 
 def file_name(subject: str, versions: dict[str, Any]) -> str:

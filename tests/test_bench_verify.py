@@ -38,6 +38,7 @@ def test_a_summary_counts_and_keeps_the_first_failure_of_each_property(bench_ver
     data = bench_verify.summary(found, "abc")
     assert (data["checks"], data["failed"], data["controls"], data["controls_caught"]) == (3, 2, 2, 1)
     assert data["operators"] == {"mm": {"rerun": 1, "padding": 2}}
+    assert data["compared"].keys() == {"mm"}
     assert data["failures"] == {"mm": {"padding": "2 failed; bfloat16 64, normal values: one"}}
     assert data["controls_missed"] == ["padding: other: why"]
     assert {"seconds", "level", "versions", "commit", "date", "device"} <= data.keys()

@@ -64,7 +64,8 @@ def test_the_readme_is_a_front_door():
 def test_every_result_is_shown(report):
     text = "".join(page.read_text(encoding="utf-8") for page in report.PAGES)
     assert [name for name in report.BLOCKS if f"<!-- begin: {name} -->" not in text] == []
-    assert [name for name in report.FIGURES if f"](plots/{name})" not in text] == []
+    text += (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")
+    assert [name for name in (*report.FIGURES, *report.PICTURES) if f"](plots/{name})" not in text] == []
 
 
 def test_blocks_and_plots_are_made_from_the_committed_results(report):
@@ -84,12 +85,14 @@ def test_a_stale_block_is_noticed(report, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PAGES", tuple(pages))
     monkeypatch.setattr(report, "PLOTS", tmp_path / "plots")
     monkeypatch.setattr(report, "FIGURES", {"train.svg": report.FIGURES["train.svg"]})
+    monkeypatch.setattr(report, "PICTURES", {"verify.svg": lambda results: "other"})
     collect, draw = report.FIGURES["train.svg"]
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "train.svg").write_text(report.fingerprint({"rewards": []}, draw))
-    assert report.stale() == ["README.md", "results.md", "plots/train.svg"]
+    (tmp_path / "plots" / "verify.svg").write_text("drawn")
+    assert report.stale() == ["README.md", "results.md", "plots/train.svg", "plots/verify.svg"]
     (tmp_path / "plots" / "train.svg").write_text(report.fingerprint(collect(report.RESULTS), draw))
-    assert report.stale() == ["README.md", "results.md"]
+    assert report.stale() == ["README.md", "results.md", "plots/verify.svg"]
 
 
 def test_results_with_older_names_stay_readable(report, tmp_path):

@@ -88,7 +88,7 @@ def _colour(checks: Sequence[Check]) -> str:
 def heat_map(report: Report) -> str:
     """An SVG of operators by properties."""
     subjects, properties, cells = grid(report)
-    width, height = _LEFT + _CELL * len(properties) + 60, _TOP + _CELL * len(subjects) + 10
+    width, height = _LEFT + max(_CELL * len(properties) + 60, 510), _TOP + _CELL * (len(subjects) + 2)
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12" role="img" aria-label="operators by properties">'
@@ -118,7 +118,29 @@ def heat_map(report: Report) -> str:
                 out.append(
                     f'<text x="{x + 12}" y="{y + 17}" text-anchor="middle" pointer-events="none">{len(bad)}</text>'
                 )
-    return "\n".join([*out, "</svg>"])
+    return "\n".join([*out, *_legend(_TOP + _CELL * len(subjects) + 16), "</svg>"])
+
+
+def _legend(y: int) -> list[str]:
+    """What the colours mean, in a line at height y."""
+
+    def of(comparisons: int, failed: int = 0) -> str:
+        checks = [Check("", "", "", (0, 0), "", comparisons, "x" if i < failed else "", 0.0) for i in range(8)]
+        return _colour(checks)
+
+    parts = (
+        ([of(1), of(2), of(13)], "equal: few results, more, over 100"),
+        ([of(1, 1), of(1, 8)], "failed: an eighth of the checks, all"),
+        ([_colour(())], "does not apply"),
+    )
+    out, x = [], 12
+    for colours, text in parts:
+        for colour in colours:
+            out.append(f'<rect x="{x}" y="{y}" width="14" height="14" rx="3" fill="{colour}"/>')
+            x += 17
+        out.append(f'<text x="{x + 4}" y="{y + 12}">{text}</text>')
+        x += 30 + 6 * len(text)
+    return out
 
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#212529}
