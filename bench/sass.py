@@ -168,15 +168,19 @@ def backward_launches() -> Iterator[Launch]:
     from bi_ops.attention import config
     from bi_ops.attention.hopper import backward
 
-    def launch(head_dim, causal, lengths):
-        order, chosen = _order(head_dim, BF16).backward, config.one_pass(1, head_dim, 132)
+    def launch(head_dim, causal, lengths, **changes):
+        order, chosen = _order(head_dim, BF16).backward, replace(config.one_pass(1, head_dim, 132), **changes)
         q, k, cu, _ = _backward_tensors(head_dim)
         lse, longest = torch.zeros((32, 256)), LENGTHS[lengths]
-        name = _text(head_dim=head_dim, causal=causal, lengths=lengths)
+        name = _text(head_dim=head_dim, causal=causal, lengths=lengths, **changes)
         return name, lambda: backward.launch(q, q, k, k, q, lse, None, cu, cu, longest, causal, 0.1, order, chosen)
 
     for options in itertools.product((64, 128), (True, False), LENGTHS):
         yield launch(*options)
+    for three, held, s_first in itertools.product((2, 3), (False, True), (False, True)):
+        if (three, held, s_first) != (2, False, False):
+            yield launch(64, True, "equal", dq_stages=three, kv_registers=held, s_first=s_first)
+    yield launch(128, True, "equal", s_first=True)
 
 
 def dq_launches() -> Iterator[Launch]:

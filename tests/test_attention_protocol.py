@@ -150,6 +150,7 @@ def run_backward(
     lens_q, lens_k, kernels=backward, hkv=2, heads=2, d=64, stages=2, together=4, side_by_side=2, **options
 ):
     causal, tokens, keys, n_seqs = options.pop("causal", True), sum(lens_q), sum(lens_k), len(lens_q)
+    config = options.pop("dq_stages", 2), options.pop("kv_registers", False), options.pop("s_first", False)
     programs, equal = grid(lens_k, options.pop("longest", 0) or max(lens_k), 128)
     h, n_tiles = hkv * heads, tokens // 64 + n_seqs
     n_slots = backward.n_slots(tokens, keys, n_seqs, OnePass(64, 128))
@@ -162,7 +163,7 @@ def run_backward(
     unused = model.launch(
         *(kernels.attention_backward_kernel, programs * hkv, d_q, d_q, d_k, d_k, numbers, numbers, sums, turns),
         *(dq, dk, dv, cu_q, cu_k, order, 1.0, n_seqs, together, last, n_tiles, n_slots),
-        *(hkv, heads, d, 64, 128, stages, causal, equal),
+        *(hkv, heads, d, 64, 128, stages, causal, equal, *config),
         **options,
     )
     assert once(dk, dv)
@@ -232,6 +233,7 @@ RUNS = {
         *(q, k),
         **{"hkv": r.choice([1, 3]), "heads": r.choice([1, 2, 3]), "d": r.choice([64, 128])},
         **{"stages": r.choice([2, 3]), "together": r.choice([1, 2, 5, 8]), "side_by_side": r.choice([0, 1, 3, 100])},
+        **{"dq_stages": r.choice([2, 3]), "kv_registers": r.random() < 0.5, "s_first": r.random() < 0.5},
         **options,
     ),
     "dq": lambda r, q, k, **options: run_dq(q, k, h=r.choice([1, 6]), heads=1, **options),

@@ -40,7 +40,6 @@ from bi_ops.gluon.semaphore import acquire, release
 from bi_ops.gluon.tile_scheduler import cta_pairs, lpt_order
 
 WARP_GROUPS = gl.constexpr(2)
-DQ_STAGES = gl.constexpr(2)  # steps between dS and its dQ; stages of dS and of dQ; reduce warps
 
 
 @aggregate
@@ -103,6 +102,8 @@ class PartitionArgs:
     BLOCK_N: gl.constexpr
     D: gl.constexpr
     CAUSAL: gl.constexpr
+    KV_REGISTERS: gl.constexpr
+    S_FIRST: gl.constexpr
 
 
 @gluon.jit
@@ -143,6 +144,7 @@ def _reduce(args, WARP: gl.constexpr):
     tile = args.tile
     HEADS: gl.constexpr = args.HEADS
     dq_desc, dq_smem = args.dq_desc, args.dq_smem
+    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
     DQ_ROWS: gl.constexpr = dq_smem.shape[1]
     i_n, n_open = tile.i_n, tile.n_open
     n_steps = (tile.end - tile.first) * HEADS
@@ -213,49 +215,52 @@ def _issue_dq(args, step, zeros, WARP_GROUP: gl.constexpr):
     """Issue the GEMM of a warp group's half of a step's dQ."""
     COLS: gl.constexpr = zeros.shape[1]
     wait_full(args.ds_full, step)
+    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
     k = args.k_smem.index(opaque_zero(step)).slice(WARP_GROUP * COLS, COLS, 1)
     ds = args.ds_smem.index(step % DQ_STAGES).permute((1, 0))
     return warpgroup_mma(ds, k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _issue_s(args, q, step, zeros, WARP_GROUP: gl.constexpr):
-    k = args.k_smem.index(opaque_zero(step)).slice(WARP_GROUP * ROWS, ROWS)
-    return warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+def _issue_by_key(args, held, smem, rows, step, zeros, WARP_GROUP: gl.constexpr):
+    """Issue S or dP: the GEMM of a warp group's K or V, in shared memory or `held` in registers, and a step's rows."""
+    if args.KV_REGISTERS:
+        return warpgroup_mma(held, rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    else:
+        keys = smem.index(opaque_zero(step)).slice(WARP_GROUP * ROWS, ROWS)
+        return warpgroup_mma(keys, rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _ds_dk_dv(
-    args,
-    rows,
-    b_s,
-    acc_k,
-    acc_v,
-    step,
-    scale2,
-    first_q,
-    o_q,
-    zeros,
-    WARP_GROUP: gl.constexpr,
-    MASKED: gl.constexpr,
+def _p_dv(
+    args, rows, held_v, b_s, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP: gl.constexpr, MASKED: gl.constexpr
 ):
-    """From a step's S, in flight, to dS in shared memory, dV and dK. Nothing is in flight afterwards."""
-    q, g = rows.q, rows.g
+    """From a step's S, in flight, to P; dP and dV are in flight then, after what else was issued behind S."""
+    PENDING: gl.constexpr = 2 if args.S_FIRST and MASKED == 0 else 1
+    g = rows.g
     l_s: gl.constexpr = zeros.type.layout
     l_p: gl.constexpr = gl.DotOperandLayout(0, acc_v.type.layout, 2)
     b_neg_lse = rows.neg_lse.load(gl.SliceLayout(0, l_s))
     wait_full(args.g_full, step)
-    v = args.v_smem.index(opaque_zero(step)).slice(WARP_GROUP * ROWS, ROWS)
-    b_dp = warpgroup_mma(v, g.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    b_s = warpgroup_mma_wait(1, deps=(b_s,))
+    b_dp = _issue_by_key(args, held_v, args.v_smem, g, step, zeros, WARP_GROUP)
+    b_s = warpgroup_mma_wait(PENDING, deps=(b_s,))
     b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_neg_lse[None, :], b_s)[0]))
     if MASKED:
         b_p = gl.where(first_q[:, None] <= o_q[None, :], b_p, 0.0)
     b_pt = gl.convert_layout(b_p.to(g.dtype), l_p)
     acc_v = warpgroup_mma(b_pt, g, acc_v, is_async=True)
-    b_delta = rows.delta.load(gl.SliceLayout(0, l_s))
+    return b_p, b_dp, acc_v
+
+
+@gluon.jit
+def _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, step, WARP_GROUP: gl.constexpr):
+    """From P and dP, in flight, to dS in shared memory, and dK. Nothing is in flight afterwards."""
+    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
+    q = rows.q
+    l_p: gl.constexpr = gl.DotOperandLayout(0, acc_k.type.layout, 2)
+    b_delta = rows.delta.load(gl.SliceLayout(0, b_p.type.layout))
     b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
-    b_ds = (b_p * (b_dp - b_delta[None, :])).to(g.dtype)
+    b_ds = (b_p * (b_dp - b_delta[None, :])).to(q.dtype)
     acc_k = warpgroup_mma(gl.convert_layout(b_ds, l_p), q, acc_k, is_async=True)
     wait_empty(args.ds_empty, step)
     args.ds_smem.index(step % DQ_STAGES).slice(WARP_GROUP * ROWS, ROWS).store(b_ds)
@@ -284,6 +289,7 @@ def _by_row(x, COLS: gl.constexpr):
 @gluon.jit
 def _store_smem(args, b_dq, step, WARP_GROUP: gl.constexpr):
     """A part of dQ to shared memory, for the reduce warp."""
+    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
     i = WARP_GROUP * DQ_STAGES + step % DQ_STAGES
     mbarrier.wait(args.dq_ready.index(i), step // DQ_STAGES & 1)
     args.dq_smem.index(i).store(_by_thread(b_dq))
@@ -302,6 +308,7 @@ def _epilogue(args, b_dq, step, WARP_GROUP: gl.constexpr):
     BLOCK_M: gl.constexpr = b_dq.shape[0]
     COLS: gl.constexpr = b_dq.shape[1]
     l_dq: gl.constexpr = b_dq.type.layout
+    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
     i = WARP_GROUP * DQ_STAGES + step % DQ_STAGES
     mbarrier.wait(args.dq_ready.index(i), step // DQ_STAGES & 1)
     b_last = _by_thread(b_dq)
@@ -342,6 +349,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     l_s: gl.constexpr = wgmma_layout(BLOCK_M)
     l_kv: gl.constexpr = wgmma_layout(D)
     l_dq: gl.constexpr = wgmma_layout(D // WARP_GROUPS)
+    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
     q_len, n_keys, end, n_open = tile.q_len, tile.n_keys, tile.end, tile.n_open
     scale2 = LOG2E * args.scale
     zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, l_s)
@@ -361,15 +369,22 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         clear_rows(args.k_smem.index(0), n_keys, 4)
         clear_rows(args.v_smem.index(0), n_keys, 4)
         fence_async_shared()
+    held_k = zeros  # not used
+    held_v = zeros
+    if args.KV_REGISTERS:
+        l_kv_s: gl.constexpr = gl.DotOperandLayout(0, l_s, 2)
+        held_k = args.k_smem.index(0).slice(WARP_GROUP * ROWS, ROWS).load(l_kv_s)
+        held_v = args.v_smem.index(0).slice(WARP_GROUP * ROWS, ROWS).load(l_kv_s)
     n_steps = (end - tile.first) * HEADS
     for i in gl.static_range(DQ_STAGES):
         if n_steps > i:
             m = end - 1 - i // HEADS
             step = n_steps * 0 + i
             rows = _wait_rows(args, i, q_len - m * BLOCK_M)
-            b_s = _issue_s(args, rows.q, step, zeros, WARP_GROUP)
+            b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
             o_q = m * BLOCK_M + o_m
-            acc_k, acc_v = _ds_dk_dv(args, rows, b_s, acc_k, acc_v, i, scale2, first_q, o_q, zeros, WARP_GROUP, True)
+            b_p, b_dp, acc_v = _p_dv(args, rows, held_v, b_s, acc_v, i, scale2, first_q, o_q, zeros, WARP_GROUP, True)
+            acc_k, acc_v = _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, i, WARP_GROUP)
     for MASKED in gl.static_range(2):
         if MASKED == 0:
             begin = n_steps * 0 + DQ_STAGES
@@ -380,17 +395,25 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         for step in range(begin, stop):
             m = end - 1 - step // HEADS
             rows = _wait_rows(args, step, q_len - m * BLOCK_M)
-            b_dq = _issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
-            b_s = _issue_s(args, rows.q, step, zeros, WARP_GROUP)
-            b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
-            if MASKED and step - DQ_STAGES >= n_open:
-                _epilogue(args, b_dq, step - DQ_STAGES, WARP_GROUP)
+            if args.S_FIRST and MASKED == 0:
+                b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
+                b_dq = _issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
             else:
-                _store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
+                b_dq = _issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
+                b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
+                b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
+                if MASKED and step - DQ_STAGES >= n_open:
+                    _epilogue(args, b_dq, step - DQ_STAGES, WARP_GROUP)
+                else:
+                    _store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
             o_q = m * BLOCK_M + o_m
-            acc_k, acc_v = _ds_dk_dv(
-                args, rows, b_s, acc_k, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP, MASKED
+            b_p, b_dp, acc_v = _p_dv(
+                args, rows, held_v, b_s, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP, MASKED
             )
+            if args.S_FIRST and MASKED == 0:
+                b_dq = warpgroup_mma_wait(2, deps=(b_dq,))
+                _store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
+            acc_k, acc_v = _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, step, WARP_GROUP)
     for step in range(gl.maximum(n_steps - DQ_STAGES, 0), n_steps):
         b_dq = warpgroup_mma_wait(0, deps=(_issue_dq(args, step, zeros_q, WARP_GROUP),))
         if step >= n_open:
@@ -455,6 +478,9 @@ def attention_backward_kernel(
     STAGES: gl.constexpr,  # of Q and dO
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,  # all sequences have as many keys
+    DQ_STAGES: gl.constexpr,  # steps between dS and its dQ; stages of dS and of dQ; reduce warps: 2 or 3
+    KV_REGISTERS: gl.constexpr,  # consumers hold K and V in registers for S and dP
+    S_FIRST: gl.constexpr,  # S is issued before the dQ of an earlier step
 ):
     # A CTA waits only for CTAs with a lower id, which run or are done: no deadlock on any number of SMs.
     i_b, i_h, i_n = _rasterize(p_cu_k, p_order, n_seqs, swizzle, last_group, HKV, BLOCK_N, EQUAL)
@@ -521,19 +547,33 @@ def attention_backward_kernel(
         *(d_q, d_g, d_k, d_v, d_neg_lse, d_delta, d_dq, p_semaphores, p_dq, p_dk, p_dv),
         *(q_smem, g_smem, k_smem, v_smem, ds_smem, dq_smem, neg_lse_smem, delta_smem),
         *(q_full, g_full, empty, kv_full, ds_full, ds_empty, dq_full, dq_ready),
-        *(tile, scale, q_offset, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL),
+        *(tile, scale, q_offset, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL, KV_REGISTERS, S_FIRST),
     )
-    gl.warp_specialize(
-        [
-            (_consumer, (args, 0)),
-            (_consumer, (args, 1)),
-            (_producer, (args,)),
-            (_reduce, (args, 0)),
-            (_reduce, (args, 1)),
-        ],
-        [4, 1, 1, 1],
-        [240, 24, 24, 24],
-    )
+    if DQ_STAGES == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (args, 0)),
+                (_consumer, (args, 1)),
+                (_producer, (args,)),
+                (_reduce, (args, 0)),
+                (_reduce, (args, 1)),
+            ],
+            [4, 1, 1, 1],
+            [240, 24, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (args, 0)),
+                (_consumer, (args, 1)),
+                (_producer, (args,)),
+                (_reduce, (args, 0)),
+                (_reduce, (args, 1)),
+                (_reduce, (args, 2)),
+            ],
+            [4, 1, 1, 1, 1],
+            [240, 24, 24, 24, 24],
+        )
 
 
 def n_slots(n_tokens: int, n_keys: int, n_seqs: int, order: OnePass) -> int:
@@ -627,6 +667,9 @@ def launch(
         STAGES=config.stages,
         CAUSAL=causal,
         EQUAL=equal,
+        DQ_STAGES=config.dq_stages,
+        KV_REGISTERS=config.kv_registers,
+        S_FIRST=config.s_first,
         num_warps=4,
         **PINNED,
     )
