@@ -167,6 +167,7 @@ def test_neighbours_full_of_nan_do_not_leak(head_dim):
 KERNELS_64: tuple[dict[str, Any], ...] = (
     {"kv_registers": True},
     {"dq_stages": 3},
+    {"dq_stages": 4},
     {"kv_registers": True, "s_first": True, "dq_stages": 3},
 )
 
