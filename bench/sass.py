@@ -130,6 +130,8 @@ def forward_launches() -> Iterator[Launch]:
     yield launch(128, True, "packed", hkv=32)
     yield launch(128, True, "packed", other="no ping-pong", ping_pong=False)
     yield launch(128, True, "packed", other="not persistent", persistent=False)
+    for head_dim in (64, 128, 256):
+        yield launch(head_dim, True, "packed", other="consumers clear", consumers_clear=True)
     yield launch(64, True, "packed", other="ping-pong", ping_pong=True, overlap=False, stages=4)
 
 

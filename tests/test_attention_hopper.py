@@ -97,6 +97,7 @@ def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal):
         dataclasses.replace(used, warp_groups=groups, ping_pong=ping_pong, persistent=persistent)
         for groups, ping_pong, persistent in itertools.product(any_groups, (True, False), (True, False))
     ]
+    any_config.append(dataclasses.replace(used, consumers_clear=not used.consumers_clear))
     order = KeySteps(block_n)
     for dtype, hq, hkv, configs in (
         (torch.bfloat16, 8, 2, any_config if causal else [used]),
@@ -125,8 +126,8 @@ def test_forward_with_overlap_equals_triton_bit_for_bit(dtype, causal):
         order = own_order(q, given[-1]).forward
         want = triton_forward(*given)
         some = itertools.product((2, 3), (3, 8), (True, False)) if dtype == torch.bfloat16 else []
-        for groups, stages, persistent in (*some, (used.warp_groups, used.stages, used.persistent)):
-            c = dataclasses.replace(used, warp_groups=groups, stages=stages, persistent=persistent)
+        any_config = [dataclasses.replace(used, warp_groups=g, stages=s, persistent=p) for g, s, p in some]
+        for c in (*any_config, dataclasses.replace(used, consumers_clear=not used.consumers_clear), used):
             for _ in range(100 if c == used else 10):
                 assert equal(launch.forward(*given, None, order, arches.of(q.device), c), want), c
 

@@ -69,6 +69,7 @@ def run_forward(
     queries=2,
     turns=True,
     ahead=False,
+    consumers_clear=False,
     **options,
 ):
     causal, stay, page = options.pop("causal", True), options.pop("stay", True), options.pop("page", 0)
@@ -88,7 +89,7 @@ def run_forward(
     unused = model.launch(
         *(kernels.attention_forward_kernel, programs, d_q, d_k, d_k, out, lse, *numbers, 1.0),
         *(t, len(lens_q), n_tiles, *layout, h, heads, d, block_n, teams, stages, queries),
-        *(causal, turns, ahead, stay, equal, page),
+        *(causal, turns, ahead, stay, equal, page, consumers_clear),
         **options,
     )
     assert once(out, lse)
@@ -217,6 +218,8 @@ WAYS = [
     {"teams": 2, "stages": 3, "turns": False},
     {"teams": 3, "stages": 8, "turns": False, "ahead": True},
     {"teams": 2, "stages": 3, "turns": False, "ahead": True},
+    {"teams": 2, "stages": 2, "consumers_clear": True},
+    {"teams": 3, "stages": 3, "turns": False, "ahead": True, "consumers_clear": True},
 ]
 RUNS = {
     "forward": lambda r, q, k, **options: run_forward(

@@ -39,7 +39,8 @@ class ForwardConfig:
     of queries in it, so that the next one is there when a tile is done. ping_pong: warp groups issue their GEMMs in
     turns, so that one multiplies while the others take exponentials. persistent: as many CTAs as SMs take tile after
     tile, else one CTA runs for each tile. overlap: a step's S is issued before the exponentials of the step before,
-    within a warp group; then without ping_pong, and from 3 stages on.
+    within a warp group; then without ping_pong, and from 3 stages on. consumers_clear: they clear what the last V has
+    past the end of a sequence, else the producer, which loads nothing meanwhile.
     """
 
     warp_groups: int
@@ -48,6 +49,7 @@ class ForwardConfig:
     ping_pong: bool = True
     persistent: bool = True
     overlap: bool = False
+    consumers_clear: bool = False
 
     @staticmethod
     def computes(order: Order) -> bool:

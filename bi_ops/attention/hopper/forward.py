@@ -70,6 +70,7 @@ class PartitionArgs:
     PERSISTENT: gl.constexpr
     EQUAL: gl.constexpr
     PAGE: gl.constexpr  # 0: packed
+    CONSUMERS_CLEAR: gl.constexpr
 
 
 @gluon.jit
@@ -98,8 +99,8 @@ def _load_tile(args, desc, tile, column, n, full, smem):
 def _load_keys(args, step, tails, tile, n_steps):
     """(next step, next tail) after K and V of a tile, in the order in which consumers wait: V comes a step after its K.
 
-    The rows of the last V past the end of the sequence are cleared before consumers see them: P is 0 there, but 0 * NaN
-    would be NaN.
+    The rows of the last V past the end of the sequence are cleared before consumers see them, or by consumers: P is 0
+    there, but 0 * NaN would be NaN.
     """
     STAGES: gl.constexpr = args.k_smem.shape[0]
     BLOCK_N: gl.constexpr = args.k_smem.shape[1]
@@ -116,7 +117,9 @@ def _load_keys(args, step, tails, tile, n_steps):
             n = (i - 1) * BLOCK_N
             if not args.OVERLAP:  # then K has waited for the stage, for both
                 wait_empty(args.v_empty, step - 1)
-            if tile.k_len - n < BLOCK_N:
+            if args.CONSUMERS_CLEAR:
+                _load_tile(args, args.v_desc, tile, column, n, args.v_full.index(stage), args.v_smem.index(stage))
+            elif tile.k_len - n < BLOCK_N:
                 _load_tile(args, args.v_desc, tile, column, n, args.v_tail, args.v_smem.index(stage))
                 mbarrier.wait(args.v_tail, tails & 1)
                 tails += 1
@@ -220,6 +223,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         n_loaded = n_steps
         if args.OVERLAP:  # the steps of the warp group's own rows: without ping-pong it need not keep pace
             n_steps, n_full = key_steps(m + WARP_GROUP * ROWS, q_len, k_len, ROWS, BLOCK_N, args.CAUSAL)
+        n_valid = k_len - (n_steps - 1) * BLOCK_N
         n_seen = lane * 0 + k_len
         if args.CAUSAL:
             n_seen = gl.minimum(gl.maximum(m + lane + (k_len - q_len) + 1, 0), k_len)
@@ -230,10 +234,12 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         row_max = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
         if n_steps > 0:
             if args.OVERLAP:
-                acc, row_max, row_sum = mainloop_overlap(args, q, q_empty, n_seen, scale2, step, n_steps, n_full, l_o)
+                acc, row_max, row_sum = mainloop_overlap(
+                    args, q, q_empty, n_seen, scale2, step, n_steps, n_full, n_valid, l_o
+                )
             else:
                 acc, row_max, row_sum, step = mainloop(
-                    args, q, q_empty, n_seen, scale2, step, n_steps, n_full, l_o, WARP_GROUP
+                    args, q, q_empty, n_seen, scale2, step, n_steps, n_full, n_valid, l_o, WARP_GROUP
                 )
         else:
             mbarrier.arrive(q_empty)
@@ -287,6 +293,7 @@ def attention_forward_kernel(
     PERSISTENT: gl.constexpr,  # a CTA takes tiles until none is left, else one
     EQUAL: gl.constexpr,  # all sequences have as many queries
     PAGE: gl.constexpr,  # tokens of a page; 0: packed
+    CONSUMERS_CLEAR: gl.constexpr,  # of the last V what is past the end of its sequence; else the producer does
 ):
     DTYPE: gl.constexpr = d_q.dtype
     SLOTS: gl.constexpr = 4 if WARP_GROUPS == 3 else WARP_GROUPS
@@ -308,7 +315,10 @@ def attention_forward_kernel(
         scheduler = allocate_barriers(SLOTS)
     else:
         scheduler = q_full
-    v_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    if CONSUMERS_CLEAR:
+        v_tail = q_full
+    else:
+        v_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     init_barriers(q_full, 1)
     init_barriers(q_empty, WARP_GROUPS)
     if PINGPONG:
@@ -320,14 +330,15 @@ def attention_forward_kernel(
         mbarrier.init(v_empty.index(i), count=WARP_GROUPS)
         if not OVERLAP:
             mbarrier.init(k_empty.index(i), count=WARP_GROUPS)
-    mbarrier.init(v_tail, count=1)
+    if not CONSUMERS_CLEAR:
+        mbarrier.init(v_tail, count=1)
     fence_async_shared()
 
     sequences = Sequences(p_cu_q, p_cu_k, p_order, p_counter, p_tile_ids, n_seqs, n_tiles)
     args = PartitionArgs(
         *(d_q, d_k, d_v, p_out, p_lse, q_smem, k_smem, v_smem, q_full, k_full, v_full, q_empty, k_empty, v_empty),
         *(v_tail, scheduler, sequences, p_table, stride_table, page_rows, head_rows, head_columns, scale, n_tokens),
-        *(H, HEADS, WARP_GROUPS, CAUSAL, PINGPONG, OVERLAP, PERSISTENT, EQUAL, PAGE),
+        *(H, HEADS, WARP_GROUPS, CAUSAL, PINGPONG, OVERLAP, PERSISTENT, EQUAL, PAGE, CONSUMERS_CLEAR),
     )
     if WARP_GROUPS == 2:
         gl.warp_specialize(
@@ -405,6 +416,7 @@ def launch(
         PERSISTENT=config.persistent,
         EQUAL=equal,
         PAGE=page,
+        CONSUMERS_CLEAR=config.consumers_clear,
         num_warps=4,
         **PINNED,
     )

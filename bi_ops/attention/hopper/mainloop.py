@@ -8,11 +8,24 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from bi_ops.attention.hopper.common import ROWS
+from bi_ops.attention.hopper.common import ROWS, clear_rows
 from bi_ops.attention.hopper.softmax import exponents, online_softmax
 from bi_ops.gluon.pipeline import arrive, stage_and_phase, wait_full
+
+
+@gluon.jit
+def _clear_tail(args, v, n_valid):
+    """The last V of a sequence without the rows past its end, if the producer has not cleared them: P is 0 there."""
+    if args.CONSUMERS_CLEAR and n_valid < v.shape[0]:
+        clear_rows(v, n_valid, 4)
+        fence_async_shared()
 
 
 @gluon.jit
@@ -25,12 +38,14 @@ def mainloop(
     step,
     n_steps,
     n_full,
+    n_valid,
     l_o: gl.constexpr,
     WARP_GROUP: gl.constexpr,
 ):
     """(O before it is divided, row_max, row_sum, next step of the pipeline) of a tile that sees keys from `step` on.
 
-    args: `forward.PartitionArgs`. q_empty: where the warp group arrives when Q has been read.
+    args: `forward.PartitionArgs`. q_empty: where the warp group arrives when Q has been read. n_valid: keys from the
+    last step's first to the sequence's last.
     """
     k_smem, v_smem = args.k_smem, args.v_smem
     STAGES: gl.constexpr = k_smem.shape[0]
@@ -92,6 +107,7 @@ def mainloop(
     mbarrier.arrive(q_empty)
     v_stage = (step - 1) % STAGES
     wait_full(args.v_full, step - 1)
+    _clear_tail(args, v_smem.index(v_stage), n_valid)
     b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
     b_o = warpgroup_mma(b_pt, v_smem.index(v_stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(b_o,))
@@ -100,7 +116,7 @@ def mainloop(
 
 
 @gluon.jit
-def mainloop_overlap(args, q, q_empty, n_seen, scale2, step, n_steps, n_full, l_o: gl.constexpr):
+def mainloop_overlap(args, q, q_empty, n_seen, scale2, step, n_steps, n_full, n_valid, l_o: gl.constexpr):
     """`mainloop` with S further ahead: the next step's S runs while this step's exponentials are taken, as P V does.
 
     Without ping-pong. K and V of a step leave their stage together. (O before it is divided, row_max, row_sum)
@@ -159,6 +175,7 @@ def mainloop_overlap(args, q, q_empty, n_seen, scale2, step, n_steps, n_full, l_
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, l_o))[:, None]
     mbarrier.arrive(q_empty)
     last, _ = stage_and_phase(step + n_steps - 1, STAGES)
+    _clear_tail(args, v_smem.index(last), n_valid)
     b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
     b_o = warpgroup_mma(b_pt, v_smem.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(b_o,))
