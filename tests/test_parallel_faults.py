@@ -112,8 +112,8 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path):
     assert codes == [0, 0]
     assert found[1]["type"] == "OSError"
     assert found[0]["type"] == "RankLost"
-    assert "rank 1 of 2 failed with OSError: train: cannot write into" in found[0]["said"]
-    assert "no space left on device" in found[0]["said"]
+    assert "rank 1 of 2 failed with OSError: train: cannot write into " in found[0]["said"]
+    assert "no space left on device; make room there, then --resume goes on from " in found[0]["said"]
 
 
 def waits_for_ever(folder: str, victim: int) -> None:
