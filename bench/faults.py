@@ -1,13 +1,13 @@
 """Training killed with SIGKILL at random moments and resumed, against a run that nothing disturbed. Writes faults.json.
 
     python bench/faults.py --out bench/results/cpu [--kills 60] [--aimed 20] [--preset demo] [--steps 4] [--minutes 10]
-    python bench/faults.py --out bench/results/h200 --preset h100 --eager --kills 24 --aimed 0 --minutes 2.5
+    python bench/faults.py --out bench/results/h200 --preset h100 --eager --kills 20 --of-a-run 10 --preload vllm
 
-A run is killed up to three times, each at a moment drawn uniformly from the length of an undisturbed run, and resumed;
-then it goes on to its end, whose weights must be the same bytes. A kill counts when its run has come to its end. A
-killed process is a fork of this one, so that it need not import torch again. Without a GPU, lengths and moments are in
-processor time, so that other work on the machine moves none. Every visible GPU has a run of its own, at the same time.
-A process says what it is doing in a page that it shares with this one: that is the kind of a kill.
+A run is killed up to three times (`--of-a-run`), each at a moment drawn uniformly from the length of an undisturbed
+run, and resumed; then it goes on to its end, whose weights must be the same bytes. A kill counts when its run has come
+to its end. A killed process is a fork of this one, so that it need not import torch again. Without a GPU, lengths and
+moments are in processor time, so that other work on the machine moves none. Every visible GPU has a run of its own, at
+the same time. A process says what it is doing in a page that it shares with this one: that is the kind of a kill.
 
 Some phases are short: `--aimed` more kills go to each of the start, a checkpoint's writing and that of the final
 weights, at moments drawn uniformly from the length of that phase. After each kill every file that has its name must be
@@ -50,7 +50,6 @@ from bi_ops.rl import PRESETS, TrainConfig, checkpoint, run, runner
 from bi_ops.rl.runner import CHECKPOINTS, CONFIG, SUMMARY
 from bi_ops.rl.trainer import Trainer
 
-KILLS_OF_A_RUN = 3
 SMALL: dict[str, Any] = {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 2, "save_every": 1}
 
 #: Each lasts until another one begins.
@@ -159,12 +158,13 @@ def one_run(
     gpu: str = "",
     until: float = float("inf"),
     meddle: Callable[[Path], object] = lambda folder: None,
+    most: int = 3,
 ) -> Waiting[None]:
-    """Kill, resume, and compare. draw: the next moment. until: of `time.monotonic`; nothing is killed after it.
-    meddle: is called with the folder after each kill."""
+    """Kill, at most so often, resume, and compare. draw: the next moment. until: of `time.monotonic`; nothing is killed
+    after it. meddle: is called with the folder after each kill."""
     kinds, at_phase, after_step = Counter[str](), Counter[str](), Counter[int]()
-    for life in range(KILLS_OF_A_RUN + 1):
-        watch, moment = Watch(PHASES), draw() if life < KILLS_OF_A_RUN and time.monotonic() < until else None
+    for life in range(most + 1):
+        watch, moment = Watch(PHASES), draw() if life < most and time.monotonic() < until else None
         status = yield from live(config, folder, moment, gpu, watch)
         if status is None:
             assert moment is not None
@@ -207,7 +207,7 @@ def control(config: TrainConfig, folder: Path, expected: str, gpu: str = "") -> 
     """Whether a run ends with other weights, one bit of whose checkpoint was flipped."""
     seen = Faults(0.0)
     final = Moment(0.0, SHORT[-1])  # the last checkpoint is there by then
-    yield from one_run(config, folder, expected, lambda: final, seen, gpu, meddle=flip_a_bit)
+    yield from one_run(config, folder, expected, lambda: final, seen, gpu, meddle=flip_a_bit, most=1)
     return bool(seen.changed and not seen.failed)
 
 
@@ -241,7 +241,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder that faults.json is written to")
     parser.add_argument("--kills", type=int, default=60, help="at least so many, uniform (default: %(default)s)")
     parser.add_argument("--aimed", type=int, default=0, help="at least so many more at each short phase (%(default)s)")
+    parser.add_argument("--of-a-run", type=int, default=3, help="a run is killed at most so often (%(default)s)")
     parser.add_argument("--minutes", type=float, default=60, help="nothing is killed after so many (%(default)s)")
+    preload = ["torch._dynamo", "torch.utils.tensorboard"] if runtime.INTERPRET else []
+    parser.add_argument("--preload", nargs="+", metavar="MODULE", default=preload, help="or each fork imports them")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="demo")
     parser.add_argument("--engine", choices=("embedded", "vllm"), help="the preset's by default")
     parser.add_argument("--eager", action="store_true", help="vLLM without CUDA graphs: the same bits, started sooner")
@@ -250,9 +253,8 @@ def main() -> int:
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     args = parser.parse_args()
     take_shortcuts()
-    if runtime.INTERPRET:
-        for name in ("torch._dynamo", "torch.utils.tensorboard"):  # or each fork would
-            importlib.import_module(name)
+    for name in args.preload:
+        importlib.import_module(name)
     preset, small = PRESETS[args.preset], {**SMALL} if args.preset == "demo" else {"save_every": 1}
     small |= {"cuda_graphs": False} if args.eager else {}
     config = dataclasses.replace(preset, steps=args.steps, engine=args.engine or preset.engine, **small)
@@ -279,7 +281,7 @@ def main() -> int:
             while wanted() > 0 and time.monotonic() < until:
                 number[0] += 1
                 of_run = root / f"run{number[0]}"
-                yield from one_run(config, of_run, expected, draw, found, gpu, until)
+                yield from one_run(config, of_run, expected, draw, found, gpu, until, most=args.of_a_run)
                 shutil.rmtree(of_run, ignore_errors=True)
                 record()
 
