@@ -113,3 +113,15 @@ def test_one_for_another_weight_is_refused(shape, where, message, device):
     main_grad = MainGrad(torch.Size(shape), device if where is None else torch.device(where))
     with pytest.raises(ValueError, match=message):
         matmul.linear(drawn(device, 16, 40), drawn(device, 24, 40), main_grad=main_grad)
+
+
+def test_buffers_that_are_tensors_share_no_memory(device):
+    """Inductor of torch 2.11 reads a slice of a larger buffer, if it copies one, from twice its offset."""
+    layers = torch.nn.Sequential(
+        bi_ops.nn.Linear(32, 16, bias=False, device=device), bi_ops.nn.RMSNorm(16, device=device)
+    )
+    bi_ops.nn.allocate_main_grads(layers, tensors=True)
+    for layer in layers:
+        assert layer.main_grad.shape == layer.weight.shape
+        assert layer.main_grad.untyped_storage().nbytes() == 4 * layer.weight.numel()
+        assert not layer.main_grad.any()

@@ -77,7 +77,10 @@ def allocate_main_grads(
     """
     layers = [layer for layer in _layers("allocate_main_grads", module) if layer.weight.requires_grad]
     filled = [layer for layer in layers if tensors or isinstance(layer, RMSNorm)]
-    if memory is None:
+    if memory is None and tensors:
+        # Apart: Inductor of torch 2.11 reads a slice of a larger buffer, if it copies one, from twice its offset.
+        buffers = [torch.zeros_like(layer.weight, dtype=torch.float32) for layer in filled]
+    elif memory is None:
         buffers = zeros([layer.weight for layer in filled])
     else:
         buffers = [memory[layer] for layer in filled]
