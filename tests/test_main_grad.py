@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,7 @@ def test_buffers_that_are_tensors_share_no_memory(device):
         bi_ops.nn.Linear(32, 16, bias=False, device=device), bi_ops.nn.RMSNorm(16, device=device)
     )
     bi_ops.nn.allocate_main_grads(layers, tensors=True)
+    layer: Any
     for layer in layers:
         assert layer.main_grad.shape == layer.weight.shape
         assert layer.main_grad.untyped_storage().nbytes() == 4 * layer.weight.numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ def check_ranks(tree: AtomTree, ranks: Ranks, fsdp: bool = False) -> None:
         )
 
 
-def sum_over_ranks(flat: torch.Tensor, size: int, group: object) -> torch.Tensor:
+def sum_over_ranks(flat: torch.Tensor, size: int, group: Any) -> torch.Tensor:
     """This rank's part, of `size`, of the pairwise sum of `flat` over the ranks: neighbours first, no library sums.
 
     flat: [n], n a multiple of size. Returns [n / size], a view of memory that holds the parts of all ranks.
