@@ -441,11 +441,16 @@ def headline(results: Path) -> str:
             rows.append((f"attention, {PASSES[kind]}, head_dim {MAIN_HEAD_DIM}", name, f"{speed:.2f}x"))
     for model, speed in step_speed(results, "torch, compiled").items():
         rows.append((f"a training step of Qwen3-{model}", "transformers, `torch.compile`, bf16", f"{speed:.2f}x"))
-    for few, label in ((True, "1 and 8"), (False, "64 and 256")):
-        layers = load_csv(results, "h200/decode_layer.csv")
-        if speeds := [float(r["speedup"]) for r in layers if (int(r["batch"]) <= 8) is few]:
-            what = f"a decoder layer of Qwen3 while decoding, {label} sequences (H200)"
-            rows.append((what, "vLLM 0.26's kernels, not batch-invariant", f"{geometric_mean(speeds):.2f}x"))
+    engines = speed_tables.beside_stock(load_csv(results, "h200/rollout.csv"))
+    if faster := [r for of_release in engines.values() for r in of_release]:
+        label = f"vLLM {', '.join(engines)} decoding Qwen3, models by batch sizes: {len(faster)} (H200)"
+        rows.append((label, "the same vLLM, not batch-invariant", f"{geometric_mean(faster):.2f}x"))
+    for name in ("forward", "backward"):
+        layers = [r for r in load_csv(results, "h200/moe.csv") if r["pass"] == f"layer {name}"]
+        if faster := [float(r["ours_tflops"]) / float(r["best_tflops"]) for r in layers]:
+            best = {"grouped_mm": "torch._grouped_mm", "vllm": "vLLM's tuned MoE"}
+            beside = " or ".join(best[b] for b in dict.fromkeys(r["best"] for r in layers))
+            rows.append((f"a layer of 128 experts, {name} (H200)", beside, f"{geometric_mean(faster):.2f}x"))
     what = "\nNVIDIA H100. Above 1x, bi_ops is faster. Operators and layers: geometric means over shapes.\n"
     return table(("bi_ops, bitwise batch-invariant", "baseline", "speed"), rows) + what
 
