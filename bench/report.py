@@ -19,7 +19,10 @@ from plots import FIGURES, fingerprint, write_plot
 from tables import BLOCKS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "limits", "operators", "vllm")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "limits", "operators", "vllm", "parallel")),
+)
 RESULTS, PLOTS = ROOT / "bench" / "results", ROOT / "docs" / "plots"
 
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cost_tables
 import fault_tables
 import limit_tables
 import speed_tables
@@ -585,6 +586,11 @@ def audit(results: Path) -> str:
     return fault_tables.audit(load, provenance, table, results)
 
 
+def tree_cost(results: Path) -> str:
+    """The sum of gradients across hosts."""
+    return cost_tables.tree_cost(load_csv, table, results)
+
+
 #: Every block that a page may have. A further benchmark adds a function above and its name here.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
@@ -608,4 +614,5 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "faults": faults,
     "bisect": bisect,
     "audit": audit,
+    "tree_cost": tree_cost,
 }

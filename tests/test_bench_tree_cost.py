@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,17 @@ def test_a_rank_that_holds_a_subtree_may_add_it_first(monkeypatch, ranks):
     assert torch.equal(torch.cat(summed(monkeypatch, consecutive)), tree)
     dealt = [own_first(r, ranks) for r in range(ranks)]
     assert not torch.equal(torch.cat(summed(monkeypatch, dealt)), tree)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the committed file
+
+
+def test_the_committed_file_is_what_the_script_calculates():
+    with open(ROOT / "bench/results/offline/tree_cost.csv", newline="", encoding="utf-8") as file:
+        committed = [{k: v for k, v in r.items() if k not in ("commit", "date")} for r in csv.DictReader(file)]
+    found = tree_cost.cases(list(tree_cost.MODELS), tree_cost.NETWORKS, tree_cost.LAYOUTS, tree_cost.ATOMS_PER_RANK)
+    assert committed == [{k: str(v) for k, v in r.items()} for r in found], "run bench/tree_cost.py --csv"
 
 
 @pytest.mark.parametrize(
