@@ -134,18 +134,22 @@ def added(links: Links, n: float, parts: int, launches: int) -> Cost:
     return Cost(memory_s=links.memory_s(3 * n * (parts - 1) / parts, launches))
 
 
+def levels(parts: int) -> int:
+    return parts.bit_length() - 1
+
+
 def all_to_all(links: Links, ranks: int, n: float) -> Cost:
-    """Shards of all ranks at once, added by one kernel for each pair."""
+    """Shards of all ranks at once, added by a kernel for each level of the tree."""
     near, far = min(ranks, links.gpus) - 1, max(ranks - links.gpus, 0)
-    return sent(links, n * near / ranks, n * far / ranks, near, far) + added(links, n, ranks, ranks - 1)
+    return sent(links, n * near / ranks, n * far / ranks, near, far) + added(links, n, ranks, levels(ranks))
 
 
 def host_first(links: Links, ranks: int, n: float) -> Cost:
-    """An all-to-all in each host, then of an eighth over hosts. Adding takes a kernel for each pair."""
+    """An all-to-all in each host, then of an eighth over hosts. Adding takes a kernel for each level."""
     gpus = min(ranks, links.gpus)
     hosts, part = ranks // gpus, n / gpus
-    inside = sent(links, n - part, 0.0, gpus - 1, 0) + added(links, n, gpus, gpus - 1)
-    return inside + sent(links, 0.0, part - part / hosts, 0, hosts - 1) + added(links, part, hosts, hosts - 1)
+    inside = sent(links, n - part, 0.0, gpus - 1, 0) + added(links, n, gpus, levels(gpus))
+    return inside + sent(links, 0.0, part - part / hosts, 0, hosts - 1) + added(links, part, hosts, levels(hosts))
 
 
 def halving(links: Links, ranks: int, n: float) -> Cost:

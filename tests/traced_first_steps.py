@@ -25,6 +25,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from bi_ops import optim  # noqa: E402
 from bi_ops.core import arch, checks, compile_ahead, runtime  # noqa: E402
+from bi_ops.core.backends import Support  # noqa: E402
+from bi_ops.matmul import cublaslt  # noqa: E402
 from bi_ops.models import make_model, packing, warmup  # noqa: E402
 from bi_ops.models.base import CausalLM  # noqa: E402
 from bi_ops.models.graphs import StepGraphs  # noqa: E402
@@ -61,6 +63,9 @@ def pretend() -> None:
     lenient = SimpleNamespace(**{k: v for k, v in vars(runtime).items() if not k.startswith("_")} | {"INTERPRET": True})
     checks.runtime = optim_ops.runtime = lenient  # type: ignore[assignment]  # tensors of the CPU are welcome
     torch.cuda.is_current_stream_capturing = lambda: False  # type: ignore[assignment]
+    # Where torch brings CUDA's libraries, the binding would be found, and ask for a GPU.
+    cublaslt.loaded = lambda: None  # type: ignore[assignment]
+    cublaslt.availability = lambda: Support(False, "no GPU")  # type: ignore[assignment]
     compile_ahead.compile_only = only_recorded  # type: ignore[assignment]
     JITFunction.run = record  # type: ignore[method-assign]
 

@@ -36,9 +36,10 @@ def sum_over_ranks(flat: torch.Tensor, size: int, group: Any) -> torch.Tensor:
     """
     parts = torch.empty_like(flat)
     dist.all_to_all_single(parts, flat, group=group)
-    level = list(parts.chunk(size))
-    while len(level) > 1:
-        level = [a.add_(b) for a, b in zip(level[::2], level[1::2], strict=True)]
+    level = parts.view(size, -1)
+    while len(level) > 1:  # one kernel for all pairs
+        level[::2].add_(level[1::2])
+        level = level[::2]
     return level[0]
 
 
