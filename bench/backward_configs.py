@@ -48,11 +48,10 @@ def variants(one: BackwardConfig, case: Case) -> list[BackwardConfig]:
     if case.head_dim == 128:  # registers and shared memory are full
         return [one, first]
     held, both = replace(one, kv_registers=True), replace(first, kv_registers=True)
-    three = replace(both, dq_stages=3)
+    four = replace(both, dq_stages=4)
     if case.packed:
-        return [one, both, three]
-    others = (replace(one, dq_stages=3), replace(both, dq_stages=4), replace(both, stages=4))
-    return [one, held, first, both, three, *others]
+        return [one, both, four]
+    return [one, held, first, both, four, replace(one, dq_stages=4), replace(both, stages=4)]
 
 
 def in_use(case: Case, num_sms: int) -> BackwardConfig:

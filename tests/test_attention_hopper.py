@@ -167,9 +167,9 @@ def test_neighbours_full_of_nan_do_not_leak(head_dim):
 #: What only head_dim 64 has registers and shared memory for.
 KERNELS_64: tuple[dict[str, Any], ...] = (
     {"kv_registers": True},
-    {"dq_stages": 3},
     {"dq_stages": 4},
-    {"kv_registers": True, "s_first": True, "dq_stages": 3},
+    {"kv_registers": True, "s_first": True, "dq_stages": 4},
+    {"kv_registers": True, "s_first": True, "stages": 4},
 )
 
 

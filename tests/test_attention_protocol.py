@@ -236,7 +236,7 @@ RUNS = {
         *(q, k),
         **{"hkv": r.choice([1, 3]), "heads": r.choice([1, 2, 3]), "d": r.choice([64, 128])},
         **{"stages": r.choice([2, 3]), "together": r.choice([1, 2, 5, 8]), "side_by_side": r.choice([0, 1, 3, 100])},
-        **{"dq_stages": r.choice([2, 3, 4]), "kv_registers": r.random() < 0.5, "s_first": r.random() < 0.5},
+        **{"dq_stages": r.choice([2, 4]), "kv_registers": r.random() < 0.5, "s_first": r.random() < 0.5},
         **options,
     ),
     "dq": lambda r, q, k, **options: run_dq(q, k, h=r.choice([1, 6]), heads=1, **options),

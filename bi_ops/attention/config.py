@@ -99,7 +99,7 @@ class BackwardConfig:
     they lose their dQ from L2 in between. tail_bytes: the last pairs, those whose fp32 dQ fits into so many bytes, are
     all side by side, so that SMs end together.
 
-    dq_stages: steps between dS and its dQ, stages of both, and reduce warps, 2 to 4. kv_registers: consumers hold K and
+    dq_stages: steps between dS and its dQ, stages of both, and reduce warps, 2 or 4. kv_registers: consumers hold K and
     V in registers for S and dP, which reads less shared memory. s_first: S is issued before the dQ of an earlier step,
     so that exponentials start earlier. At head_dim 128 there is room for s_first alone.
     """

@@ -79,7 +79,8 @@ def allocate_main_grads(
     filled = [layer for layer in layers if tensors or isinstance(layer, RMSNorm)]
     if memory is None and tensors:
         # Apart: Inductor of torch 2.11 reads a slice of a larger buffer, if it copies one, from twice its offset.
-        buffers = [torch.zeros_like(layer.weight, dtype=torch.float32) for layer in filled]
+        weights = [layer.weight for layer in filled]
+        buffers = [torch.zeros(w.shape, dtype=torch.float32, device=w.device) for w in weights]
     elif memory is None:
         buffers = zeros([layer.weight for layer in filled])
     else:

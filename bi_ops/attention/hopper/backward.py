@@ -478,7 +478,7 @@ def attention_backward_kernel(
     STAGES: gl.constexpr,  # of Q and dO
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,  # all sequences have as many keys
-    DQ_STAGES: gl.constexpr,  # steps between dS and its dQ; stages of dS and of dQ; reduce warps: 2 to 4
+    DQ_STAGES: gl.constexpr,  # steps between dS and its dQ; stages of dS and of dQ; reduce warps: 2 or 4
     KV_REGISTERS: gl.constexpr,  # consumers hold K and V in registers for S and dP
     S_FIRST: gl.constexpr,  # S is issued before the dQ of an earlier step
 ):
@@ -561,20 +561,8 @@ def attention_backward_kernel(
             [4, 1, 1, 1],
             [240, 24, 24, 24],
         )
-    elif DQ_STAGES == 3:
-        gl.warp_specialize(
-            [
-                (_consumer, (args, 0)),
-                (_consumer, (args, 1)),
-                (_producer, (args,)),
-                (_reduce, (args, 0)),
-                (_reduce, (args, 1)),
-                (_reduce, (args, 2)),
-            ],
-            [4, 1, 1, 1, 1],
-            [240, 24, 24, 24, 24],
-        )
     else:
+        gl.static_assert(DQ_STAGES == 4)  # there is a reduce warp for each stage
         gl.warp_specialize(
             [
                 (_consumer, (args, 0)),
