@@ -596,16 +596,34 @@ def launch(kernel, programs, *args, resident=2, seed=0, **kwargs):
     return sum(bool(ring) and not any(b.used for b in ring) for ring in rings)
 
 
-def edited(module: types.ModuleType, line: str, instead: str, folder: Path) -> types.ModuleType:
-    """A copy of a module in which its one occurrence of `line` is replaced: for negative controls."""
+def edited(
+    module: types.ModuleType, line: str, instead: str, folder: Path, used_by: types.ModuleType | None = None
+) -> types.ModuleType:
+    """A copy of a module in which its one occurrence of `line` is replaced: for negative controls.
+
+    used_by: the module of the kernel, where that is another one; a copy of it, which uses the first copy, is returned.
+    """
     assert module.__file__ is not None
     source = Path(module.__file__).read_text(encoding="utf-8")
     assert source.count(line) == 1
     (folder / "edited.py").write_text(source.replace(line, instead), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("edited", folder / "edited.py")
+    made = _loaded("edited", folder / "edited.py")
+    if used_by is None:
+        return made
+    assert used_by.__file__ is not None
+    user, before, after = _loaded("user_of_edited", Path(used_by.__file__)), vars(module), vars(made)
+    for name in vars(user).keys() & before.keys():
+        if vars(user)[name] is before[name]:
+            setattr(user, name, after[name])
+    return user
+
+
+def _loaded(name: str, path: Path) -> types.ModuleType:
+    """The module in a file, under another name than its own."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
-    sys.modules["edited"] = made
+    sys.modules[name] = made
     spec.loader.exec_module(made)
     return made

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from gluon_model import Descriptor, Pointer
 
-from bi_ops.attention.hopper import backward, decode, dkv, dq, forward
+from bi_ops.attention.hopper import backward, backward_consumer, decode, dkv, dq, forward
 from bi_ops.attention.order import OnePass
 
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 192, 193, 257, 300)
@@ -336,7 +336,7 @@ BROKEN = [
     (forward, run_forward, "wait_empty(empty, step)", "pass"),
     (forward, run_forward, "return step - 1, tails", "return step, tails"),
     (backward, run_backward, "last_group = (HKV - 1) // swizzle * swizzle", "last_group = n_pairs * 100"),
-    (backward, run_backward, "wait_empty(args.ds_empty, step)", "pass"),
+    (backward_consumer, run_backward, "wait_empty(args.ds_empty, step)", "pass"),
     (backward, run_backward, "// BLOCK_M, end)\n    if n_keys", "// BLOCK_M + 1, end)\n    if n_keys"),
     (dkv, run_dkv, "wait_empty(args.empty, step)", "pass"),
     (dq, run_dq, "mbarrier.wait(args.v_empty, (step & 1) ^ 1)", "pass"),
@@ -352,7 +352,8 @@ BROKEN = [
 def test_what_is_broken_is_caught(broken, tmp_path):
     """Negative control: each line left out or changed is noticed."""
     module, run, line, instead = broken
-    other = model.edited(module, line, instead, tmp_path)
+    kernel = backward if module is backward_consumer else None
+    other = model.edited(module, line, instead, tmp_path, kernel)
     first = [1, 3] if module is decode else [128, 640]
     second = [0, 128] if run is run_ahead else [128, 640]
     with pytest.raises((model.Failure, AssertionError)):

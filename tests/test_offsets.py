@@ -20,10 +20,10 @@ ROOT = Path(bi_ops.__file__).parent
 #: are less than 2**31 (`attention.checks.check_rows`), and so is a grid.
 BOUNDED = {
     "rows of a sequence, or tiles of them": """
-        attention.hopper.backward._epilogue: (tile.end - 1 - step // HEADS) * BLOCK_M
-        attention.hopper.backward._consumer: (end - tile.first) * HEADS
-        attention.hopper.backward._consumer: (end - tile.full) * HEADS
-        attention.hopper.backward._reduce: (tile.end - tile.first) * HEADS
+        attention.hopper.backward_consumer._epilogue: (tile.end - 1 - step // HEADS) * BLOCK_M
+        attention.hopper.backward_consumer.consumer: (end - tile.first) * HEADS
+        attention.hopper.backward_consumer.consumer: (end - tile.full) * HEADS
+        attention.hopper.backward_copies.reduce: (tile.end - tile.first) * HEADS
         attention.hopper.dkv._producer: (tile.first + step) * BLOCK_R
         attention.hopper.dkv.attention_dkv_hopper_kernel: q_len * HEADS
         attention.hopper.dkv.attention_dkv_hopper_kernel: gl.maximum(q_offset, 0) * HEADS
@@ -33,7 +33,7 @@ BOUNDED = {
         attention.kernels.common.find_tile: (tl.load(p_cu + low) - start) * PER_TOKEN
     """,
     "tiles or sequences, times heads": """
-        attention.hopper.backward._dq_tile: (tile.kv_head * HEADS + step % HEADS) * tile.n_slots
+        attention.hopper.backward_copies._dq_tile: (tile.kv_head * HEADS + step % HEADS) * tile.n_slots
         attention.hopper.forward._producer: n_tiles * args.H
         gluon.tile_scheduler.cta_pairs: n_seqs * HKV
         gluon.tile_scheduler.cta_pairs: first * HKV

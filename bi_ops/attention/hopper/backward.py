@@ -18,409 +18,20 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.attention.config import BackwardConfig, check_order
-from bi_ops.attention.hopper.common import ROWS, clear_rows, wgmma_layout
+from bi_ops.attention.hopper.backward_args import WARP_GROUPS, KeyTile, PartitionArgs
+from bi_ops.attention.hopper.backward_consumer import consumer
+from bi_ops.attention.hopper.backward_copies import producer, reduce
 from bi_ops.attention.kernels.backward import attention_prepare_kernel
-from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.attention.order import OnePass
 from bi_ops.core.integers import cdiv
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
-from bi_ops.gluon.aggregate import Scalar, aggregate
-from bi_ops.gluon.pipeline import allocate_barriers, arrive, opaque_zero, wait_empty, wait_full
-from bi_ops.gluon.semaphore import acquire, release
+from bi_ops.gluon.pipeline import allocate_barriers
 from bi_ops.gluon.tile_scheduler import cta_pairs, lpt_order
-
-WARP_GROUPS = gl.constexpr(2)
-
-
-@aggregate
-class KeyTile:
-    """A CTA's tile of keys, and the steps of queries that see it: heads of a query tile, query tiles last to first."""
-
-    q_start: gl.tensor
-    q_len: gl.tensor
-    n_tiles: Scalar  # query tiles of all sequences
-    first_tile: gl.tensor  # the sequence's first among them
-    n_slots: Scalar  # of tiles of dQ in global memory
-    first_slot: gl.tensor  # the sequence's first among them, if it has more than one tile of keys
-    k_row: gl.tensor  # the tile's first key
-    n_keys: gl.tensor  # from there to the sequence's last
-    kv_head: gl.tensor
-    i_n: gl.tensor  # which tile of the sequence
-    first: gl.tensor  # query tiles from `first` to `end` see a key of it, and from `full` on all
-    full: gl.tensor
-    end: gl.tensor
-    n_open: gl.tensor  # steps whose dQ takes later key tiles too; this CTA closes the sums of the others
-
-
-@aggregate
-class PartitionArgs:
-    """What every partition is given."""
-
-    q_desc: tma.tensor_descriptor
-    g_desc: tma.tensor_descriptor
-    k_desc: tma.tensor_descriptor
-    v_desc: tma.tensor_descriptor
-    neg_lse_desc: tma.tensor_descriptor
-    delta_desc: tma.tensor_descriptor
-    dq_desc: tma.tensor_descriptor
-    semaphores: gl.tensor
-    dq: gl.tensor
-    dk: gl.tensor
-    dv: gl.tensor
-    q_smem: gl.shared_memory_descriptor
-    g_smem: gl.shared_memory_descriptor
-    k_smem: gl.shared_memory_descriptor
-    v_smem: gl.shared_memory_descriptor
-    ds_smem: gl.shared_memory_descriptor
-    dq_smem: gl.shared_memory_descriptor
-    neg_lse_smem: gl.shared_memory_descriptor
-    delta_smem: gl.shared_memory_descriptor
-    q_full: gl.shared_memory_descriptor  # Q and neg_lse
-    g_full: gl.shared_memory_descriptor  # dO and delta
-    empty: gl.shared_memory_descriptor  # of both
-    kv_full: gl.shared_memory_descriptor
-    ds_full: gl.shared_memory_descriptor
-    ds_empty: gl.shared_memory_descriptor
-    dq_full: gl.shared_memory_descriptor  # a warp group's part of dQ is in its stage
-    dq_ready: gl.shared_memory_descriptor  # its stage is empty; or, where the sum is closed, holds the parts before
-    tile: KeyTile
-    scale: Scalar
-    q_offset: gl.tensor  # the first query that sees the tile's first key
-    HKV: gl.constexpr
-    HEADS: gl.constexpr
-    BLOCK_M: gl.constexpr
-    BLOCK_N: gl.constexpr
-    D: gl.constexpr
-    CAUSAL: gl.constexpr
-    KV_REGISTERS: gl.constexpr
-    S_FIRST: gl.constexpr
-
-
-@gluon.jit
-def _producer(args):
-    tile = args.tile
-    HEADS: gl.constexpr = args.HEADS
-    D: gl.constexpr = args.D
-    STAGES: gl.constexpr = args.q_smem.shape[0]
-    mbarrier.expect(args.kv_full, args.k_desc.block_type.nbytes + args.v_desc.block_type.nbytes)
-    tma.async_load(args.k_desc, [tile.k_row, tile.kv_head * D], args.kv_full, args.k_smem.index(0))
-    tma.async_load(args.v_desc, [tile.k_row, tile.kv_head * D], args.kv_full, args.v_smem.index(0))
-    for step in range(0, (tile.end - tile.first) * HEADS):
-        i_m = tile.end - 1 - step // HEADS
-        row = tile.q_start + i_m * args.BLOCK_M
-        head = tile.kv_head * HEADS + step % HEADS
-        stat = (head * tile.n_tiles + tile.first_tile + i_m) * args.BLOCK_M
-        i = step % STAGES
-        wait_empty(args.empty, step)
-        q_full = args.q_full.index(i)
-        mbarrier.expect(q_full, args.q_desc.block_type.nbytes + args.neg_lse_desc.block_type.nbytes)
-        tma.async_load(args.q_desc, [row, head * D], q_full, args.q_smem.index(i))
-        tma.async_load(args.neg_lse_desc, [stat], q_full, args.neg_lse_smem.index(i))
-        g_full = args.g_full.index(i)
-        mbarrier.expect(g_full, args.g_desc.block_type.nbytes + args.delta_desc.block_type.nbytes)
-        tma.async_load(args.g_desc, [row, head * D], g_full, args.g_smem.index(i))
-        tma.async_load(args.delta_desc, [stat], g_full, args.delta_smem.index(i))
-
-
-@gluon.jit
-def _dq_tile(tile, step, HEADS: gl.constexpr):
-    """The slot of the tile of dQ, among those of all heads and sequences, that a step adds to."""
-    return (tile.kv_head * HEADS + step % HEADS) * tile.n_slots + tile.first_slot + tile.end - 1 - step // HEADS
-
-
-@gluon.jit
-def _reduce(args, WARP: gl.constexpr):
-    """Serves every second step: adds dQ of both warp groups to global memory, or loads the sum that the step closes."""
-    tile = args.tile
-    HEADS: gl.constexpr = args.HEADS
-    dq_desc, dq_smem = args.dq_desc, args.dq_smem
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
-    DQ_ROWS: gl.constexpr = dq_smem.shape[1]
-    i_n, n_open = tile.i_n, tile.n_open
-    n_steps = (tile.end - tile.first) * HEADS
-    seen = n_steps * 0 - 1
-    if n_open > WARP:
-        for group in gl.static_range(WARP_GROUPS):
-            mbarrier.arrive(args.dq_ready.index(group * DQ_STAGES + WARP))
-    for step in range(WARP, n_steps, DQ_STAGES):
-        i_tile = _dq_tile(tile, step, HEADS)
-        if step < n_open:
-            if seen != i_n:
-                acquire(args.semaphores + i_tile, i_n)
-            for group in gl.static_range(WARP_GROUPS):
-                i = group * DQ_STAGES + WARP
-                mbarrier.wait(args.dq_full.index(i), step // DQ_STAGES & 1)
-                if i_n == 0:
-                    tma.async_store(dq_desc, [(i_tile * WARP_GROUPS + group) * DQ_ROWS, 0], dq_smem.index(i))
-                else:
-                    tma.async_atomic_add(dq_desc, [(i_tile * WARP_GROUPS + group) * DQ_ROWS, 0], dq_smem.index(i))
-            tma.store_wait(0)
-            if step + DQ_STAGES < n_open:
-                for group in gl.static_range(WARP_GROUPS):
-                    mbarrier.arrive(args.dq_ready.index(group * DQ_STAGES + WARP))
-            next_tile = _dq_tile(tile, gl.minimum(step + DQ_STAGES, n_steps - 1), HEADS)
-            seen = release(args.semaphores + i_tile, args.semaphores + next_tile)
-        else:
-            if i_n > 0:
-                acquire(args.semaphores + i_tile, i_n)
-            for group in gl.static_range(WARP_GROUPS):
-                i = group * DQ_STAGES + WARP
-                if step - DQ_STAGES >= n_open:
-                    mbarrier.wait(args.dq_full.index(i), (step - DQ_STAGES) // DQ_STAGES & 1)
-                if i_n == 0:
-                    mbarrier.arrive(args.dq_ready.index(i))
-                else:
-                    ready = args.dq_ready.index(i)
-                    mbarrier.expect(ready, dq_desc.block_type.nbytes)
-                    tma.async_load(dq_desc, [(i_tile * WARP_GROUPS + group) * DQ_ROWS, 0], ready, dq_smem.index(i))
-
-
-@aggregate
-class StepRows:
-    """The query rows of a step, in shared memory."""
-
-    q: gl.shared_memory_descriptor
-    g: gl.shared_memory_descriptor
-    neg_lse: gl.shared_memory_descriptor
-    delta: gl.shared_memory_descriptor
-
-
-@gluon.jit
-def _wait_rows(args, step, n_valid):
-    """Wait for the Q of a step, and clear rows past the end of the sequence: `StepRows`, of which dO may yet come."""
-    STAGES: gl.constexpr = args.q_smem.shape[0]
-    i = step % STAGES
-    q, g = args.q_smem.index(i), args.g_smem.index(i)
-    wait_full(args.q_full, step)
-    if n_valid < args.BLOCK_M:
-        wait_full(args.g_full, step)
-        clear_rows(q, n_valid, 4)
-        clear_rows(g, n_valid, 4)
-        fence_async_shared()
-    return StepRows(q, g, args.neg_lse_smem.index(i), args.delta_smem.index(i))
-
-
-@gluon.jit
-def _issue_dq(args, step, zeros, WARP_GROUP: gl.constexpr):
-    """Issue the GEMM of a warp group's half of a step's dQ."""
-    COLS: gl.constexpr = zeros.shape[1]
-    wait_full(args.ds_full, step)
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
-    k = args.k_smem.index(opaque_zero(step)).slice(WARP_GROUP * COLS, COLS, 1)
-    ds = args.ds_smem.index(step % DQ_STAGES).permute((1, 0))
-    return warpgroup_mma(ds, k, zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _issue_by_key(args, held, smem, rows, step, zeros, WARP_GROUP: gl.constexpr):
-    """Issue S or dP: the GEMM of a warp group's K or V, in shared memory or `held` in registers, and a step's rows."""
-    if args.KV_REGISTERS:
-        return warpgroup_mma(held, rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    else:
-        keys = smem.index(opaque_zero(step)).slice(WARP_GROUP * ROWS, ROWS)
-        return warpgroup_mma(keys, rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _p_dv(
-    args, rows, held_v, b_s, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP: gl.constexpr, MASKED: gl.constexpr
-):
-    """From a step's S, in flight, to P; dP and dV are in flight then, after what else was issued behind S."""
-    PENDING: gl.constexpr = 2 if args.S_FIRST and MASKED == 0 else 1
-    g = rows.g
-    l_s: gl.constexpr = zeros.type.layout
-    l_p: gl.constexpr = gl.DotOperandLayout(0, acc_v.type.layout, 2)
-    b_neg_lse = rows.neg_lse.load(gl.SliceLayout(0, l_s))
-    wait_full(args.g_full, step)
-    b_dp = _issue_by_key(args, held_v, args.v_smem, g, step, zeros, WARP_GROUP)
-    b_s = warpgroup_mma_wait(PENDING, deps=(b_s,))
-    b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_neg_lse[None, :], b_s)[0]))
-    if MASKED:
-        b_p = gl.where(first_q[:, None] <= o_q[None, :], b_p, 0.0)
-    b_pt = gl.convert_layout(b_p.to(g.dtype), l_p)
-    acc_v = warpgroup_mma(b_pt, g, acc_v, is_async=True)
-    return b_p, b_dp, acc_v
-
-
-@gluon.jit
-def _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, step, WARP_GROUP: gl.constexpr):
-    """From P and dP, in flight, to dS in shared memory, and dK. Nothing is in flight afterwards."""
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
-    q = rows.q
-    l_p: gl.constexpr = gl.DotOperandLayout(0, acc_k.type.layout, 2)
-    b_delta = rows.delta.load(gl.SliceLayout(0, b_p.type.layout))
-    b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
-    b_ds = (b_p * (b_dp - b_delta[None, :])).to(q.dtype)
-    acc_k = warpgroup_mma(gl.convert_layout(b_ds, l_p), q, acc_k, is_async=True)
-    wait_empty(args.ds_empty, step)
-    args.ds_smem.index(step % DQ_STAGES).slice(WARP_GROUP * ROWS, ROWS).store(b_ds)
-    fence_async_shared()
-    arrive(args.ds_full, step)
-    acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
-    arrive(args.empty, step)
-    return acc_k, acc_v
-
-
-@gluon.jit
-def _by_thread(x):
-    """An accumulator [64, COLS] in the order in which threads hold it, four values each: no bank conflicts."""
-    COLS: gl.constexpr = x.shape[1]
-    x = gl.permute(x.reshape([4, 2, 8, COLS // 16, 2, 4, 2]), (3, 1, 0, 2, 5, 4, 6))
-    return x.reshape([COLS // 4, 256])
-
-
-@gluon.jit
-def _by_row(x, COLS: gl.constexpr):
-    """What `_by_thread` was given."""
-    x = gl.permute(x.reshape([COLS // 16, 2, 4, 8, 4, 2, 2]), (2, 1, 3, 0, 5, 4, 6))
-    return x.reshape([64, COLS])
-
-
-@gluon.jit
-def _store_smem(args, b_dq, step, WARP_GROUP: gl.constexpr):
-    """A part of dQ to shared memory, for the reduce warp."""
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
-    i = WARP_GROUP * DQ_STAGES + step % DQ_STAGES
-    mbarrier.wait(args.dq_ready.index(i), step // DQ_STAGES & 1)
-    args.dq_smem.index(i).store(_by_thread(b_dq))
-    fence_async_shared()
-    mbarrier.arrive(args.dq_full.index(i))
-    arrive(args.ds_empty, step)
-
-
-@gluon.jit
-def _epilogue(args, b_dq, step, WARP_GROUP: gl.constexpr):
-    """Add the last part of a tile of dQ to the sum of those before, which the reduce warp has loaded; round, store."""
-    tile = args.tile
-    HKV: gl.constexpr = args.HKV
-    HEADS: gl.constexpr = args.HEADS
-    D: gl.constexpr = args.D
-    BLOCK_M: gl.constexpr = b_dq.shape[0]
-    COLS: gl.constexpr = b_dq.shape[1]
-    l_dq: gl.constexpr = b_dq.type.layout
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
-    i = WARP_GROUP * DQ_STAGES + step % DQ_STAGES
-    mbarrier.wait(args.dq_ready.index(i), step // DQ_STAGES & 1)
-    b_last = _by_thread(b_dq)
-    b_sum = args.dq_smem.index(i).load(b_last.type.layout)
-    mbarrier.arrive(args.dq_full.index(i))
-    arrive(args.ds_empty, step)
-    # Of the first tile of keys there is no part before.
-    b_sum = gl.where(tile.i_n > 0, b_sum + b_last, b_last)
-    b_sum = gl.convert_layout(_by_row(b_sum, COLS), l_dq, assert_trivial=True)
-    row = (tile.end - 1 - step // HEADS) * BLOCK_M
-    o_q = (tile.q_start + row).to(gl.int64) * HKV * HEADS + tile.kv_head * HEADS + step % HEADS
-    p_tile = args.dq + o_q * D + WARP_GROUP * COLS
-    o_r = gl.arange(0, BLOCK_M, gl.SliceLayout(1, l_dq))
-    o_d = gl.arange(0, COLS, gl.SliceLayout(0, l_dq))
-    mask = (row + o_r < tile.q_len)[:, None]
-    DTYPE: gl.constexpr = args.dq.dtype.element_ty
-    gl.store(p_tile + o_r[:, None] * (HKV * HEADS * D) + o_d[None, :], (b_sum * args.scale).to(DTYPE), mask)
-
-
-@gluon.jit
-def _store_dk_dv(args, acc_k, acc_v, WARP_GROUP: gl.constexpr):
-    D: gl.constexpr = args.D
-    l_kv: gl.constexpr = acc_k.type.layout
-    o_k = (args.tile.k_row + WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_kv))).to(gl.int64)
-    o_d = gl.arange(0, D, gl.SliceLayout(0, l_kv))
-    o_out = ((o_k * args.HKV + args.tile.kv_head) * D)[:, None] + o_d[None, :]
-    m_k = (WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_kv)) < args.tile.n_keys)[:, None]
-    gl.store(args.dv + o_out, acc_v.to(args.k_smem.dtype), mask=m_k)
-    gl.store(args.dk + o_out, (acc_k * args.scale).to(args.k_smem.dtype), mask=m_k)
-
-
-@gluon.jit
-def _consumer(args, WARP_GROUP: gl.constexpr):
-    tile = args.tile
-    HEADS: gl.constexpr = args.HEADS
-    BLOCK_M: gl.constexpr = args.BLOCK_M
-    D: gl.constexpr = args.D
-    l_s: gl.constexpr = wgmma_layout(BLOCK_M)
-    l_kv: gl.constexpr = wgmma_layout(D)
-    l_dq: gl.constexpr = wgmma_layout(D // WARP_GROUPS)
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
-    q_len, n_keys, end, n_open = tile.q_len, tile.n_keys, tile.end, tile.n_open
-    scale2 = LOG2E * args.scale
-    zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, l_s)
-    zeros_q = gl.zeros((BLOCK_M, D // WARP_GROUPS), gl.float32, l_dq)
-    acc_k = gl.zeros((ROWS, D), gl.float32, l_kv)
-    acc_v = gl.zeros((ROWS, D), gl.float32, l_kv)
-    # The first query that sees each key; past the last key there is none.
-    o_n = WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_s))
-    first_q = o_n * 0
-    if args.CAUSAL:
-        first_q = o_n + args.q_offset
-    first_q = gl.where(o_n < n_keys, first_q, 2147483647)
-    o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, l_s))
-
-    mbarrier.wait(args.kv_full, 0)
-    if n_keys < args.BLOCK_N:
-        clear_rows(args.k_smem.index(0), n_keys, 4)
-        clear_rows(args.v_smem.index(0), n_keys, 4)
-        fence_async_shared()
-    held_k = zeros  # not used
-    held_v = zeros
-    if args.KV_REGISTERS:
-        l_kv_s: gl.constexpr = gl.DotOperandLayout(0, l_s, 2)
-        held_k = args.k_smem.index(0).slice(WARP_GROUP * ROWS, ROWS).load(l_kv_s)
-        held_v = args.v_smem.index(0).slice(WARP_GROUP * ROWS, ROWS).load(l_kv_s)
-    n_steps = (end - tile.first) * HEADS
-    for i in gl.static_range(DQ_STAGES):
-        if n_steps > i:
-            m = end - 1 - i // HEADS
-            step = n_steps * 0 + i
-            rows = _wait_rows(args, i, q_len - m * BLOCK_M)
-            b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
-            o_q = m * BLOCK_M + o_m
-            b_p, b_dp, acc_v = _p_dv(args, rows, held_v, b_s, acc_v, i, scale2, first_q, o_q, zeros, WARP_GROUP, True)
-            acc_k, acc_v = _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, i, WARP_GROUP)
-    for MASKED in gl.static_range(2):
-        if MASKED == 0:
-            begin = n_steps * 0 + DQ_STAGES
-            stop = (end - tile.full) * HEADS
-        else:
-            begin = gl.maximum((end - tile.full) * HEADS, DQ_STAGES)
-            stop = n_steps
-        for step in range(begin, stop):
-            m = end - 1 - step // HEADS
-            rows = _wait_rows(args, step, q_len - m * BLOCK_M)
-            if args.S_FIRST and MASKED == 0:
-                b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
-                b_dq = _issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
-            else:
-                b_dq = _issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
-                b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
-                b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
-                if MASKED and step - DQ_STAGES >= n_open:
-                    _epilogue(args, b_dq, step - DQ_STAGES, WARP_GROUP)
-                else:
-                    _store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
-            o_q = m * BLOCK_M + o_m
-            b_p, b_dp, acc_v = _p_dv(
-                args, rows, held_v, b_s, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP, MASKED
-            )
-            if args.S_FIRST and MASKED == 0:
-                b_dq = warpgroup_mma_wait(2, deps=(b_dq,))
-                _store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
-            acc_k, acc_v = _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, step, WARP_GROUP)
-    for step in range(gl.maximum(n_steps - DQ_STAGES, 0), n_steps):
-        b_dq = warpgroup_mma_wait(0, deps=(_issue_dq(args, step, zeros_q, WARP_GROUP),))
-        if step >= n_open:
-            _epilogue(args, b_dq, step, WARP_GROUP)
-        else:
-            _store_smem(args, b_dq, step, WARP_GROUP)
-    _store_dk_dv(args, acc_k, acc_v, WARP_GROUP)
 
 
 @gluon.jit
@@ -552,11 +163,11 @@ def attention_backward_kernel(
     if DQ_STAGES == 2:
         gl.warp_specialize(
             [
-                (_consumer, (args, 0)),
-                (_consumer, (args, 1)),
-                (_producer, (args,)),
-                (_reduce, (args, 0)),
-                (_reduce, (args, 1)),
+                (consumer, (args, 0)),
+                (consumer, (args, 1)),
+                (producer, (args,)),
+                (reduce, (args, 0)),
+                (reduce, (args, 1)),
             ],
             [4, 1, 1, 1],
             [240, 24, 24, 24],
@@ -565,13 +176,13 @@ def attention_backward_kernel(
         gl.static_assert(DQ_STAGES == 4)  # there is a reduce warp for each stage
         gl.warp_specialize(
             [
-                (_consumer, (args, 0)),
-                (_consumer, (args, 1)),
-                (_producer, (args,)),
-                (_reduce, (args, 0)),
-                (_reduce, (args, 1)),
-                (_reduce, (args, 2)),
-                (_reduce, (args, 3)),
+                (consumer, (args, 0)),
+                (consumer, (args, 1)),
+                (producer, (args,)),
+                (reduce, (args, 0)),
+                (reduce, (args, 1)),
+                (reduce, (args, 2)),
+                (reduce, (args, 3)),
             ],
             [4, 1, 1, 1, 1, 1],
             [232, 24, 24, 24, 24, 24],
