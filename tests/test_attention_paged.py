@@ -147,7 +147,7 @@ def launches(monkeypatch):
 
             return run
 
-    monkeypatch.setattr(launch, "attention_kernel", Kernel())
+    monkeypatch.setattr(launch.forwards, "attention_kernel", Kernel())
     return kept
 
 
