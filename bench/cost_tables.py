@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from table_parts import load_csv, table
 
 FILE = "offline/tree_cost.csv"
 #: What a page calls an exchange, in the order of its tables.
@@ -18,11 +20,9 @@ LAYOUTS = {"whole": "whole", "fsdp2": "FSDP2"}
 FAST, SLOW = "400 Gb/s a GPU", "100 Gb/s a GPU"
 
 Row = dict[str, str]
-LoadCsv = Callable[[Path, str], list[Row]]
-Table = Callable[..., str]
 
 
-def tree_cost(load_csv: LoadCsv, table: Table, results: Path) -> str:
+def tree_cost(results: Path) -> str:
     """One model's exchanges in parts; then seconds of an update of every model."""
     rows = load_csv(results, FILE)
     if not rows:

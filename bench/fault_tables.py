@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from table_parts import load, provenance, table
 
 #: Folders of bench/results in which a run may be, and what they are called.
 PLACES = {"cpu": "CPU, interpreter", "h100": "H100", "h200": "H200"}
 
-Load = Callable[[Path, str], Any]
-Table = Callable[..., str]
-Provenance = Callable[..., str]
 
-
-def faults(load: Load, provenance: Provenance, table: Table, results: Path) -> str:
+def faults(results: Path) -> str:
     """Kills by kind, and what a run's bytes were in the end."""
     rows, notes = [], []
     for folder, name in PLACES.items():
@@ -43,7 +39,7 @@ def faults(load: Load, provenance: Provenance, table: Table, results: Path) -> s
     return f"{table(head, rows)}\n{''.join(notes)}" if rows else ""
 
 
-def bisect(load: Load, provenance: Provenance, table: Table, results: Path) -> str:
+def bisect(results: Path) -> str:
     """Bits flipped in one operator of one side, by model and side, and how many were named."""
     rows, notes = [], []
     for folder, name in PLACES.items():
@@ -65,7 +61,7 @@ def bisect(load: Load, provenance: Provenance, table: Table, results: Path) -> s
     return f"{table(head, rows)}\n{''.join(notes)}" if rows else ""
 
 
-def audit(load: Load, provenance: Provenance, table: Table, results: Path) -> str:
+def audit(results: Path) -> str:
     """Operators planted in families of transformers, and how often each was listed with its line."""
     record = load(results, "cpu/audit.json")
     if record is None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Table = Callable[[Sequence[str], Any], str]
+from table_parts import load, provenance, table
 
 #: Where results may be, and how the tables call the place; details are of the first that has any.
 PLACES = {"h100": "H100", "h200": "H200", "cpu": "Triton's interpreter, CPU"}
@@ -18,7 +18,7 @@ NAMED = 8  # operators of a row that are named, at most
 _TENSORS = re.compile(r" on (\w+\[[\d, ]*\] on \w+(, )?)+")
 
 
-def records(load: Callable[[Path, str], Any], results: Path) -> dict[str, dict[str, Any]]:
+def records(results: Path) -> dict[str, dict[str, Any]]:
     """Place to what was found there; the pairs that torch computes nothing of are left out."""
     found = {place: load(results, f"{place}/limits.json") for place in PLACES}
     judged: dict[str, dict[str, Any]] = {}
@@ -35,7 +35,7 @@ def cause(message: str) -> str:
     return " ".join(text.split()).rstrip(".").replace("|", "\\|")[:120]
 
 
-def counts(found: dict[str, dict[str, Any]], table: Table) -> str:
+def counts(found: dict[str, dict[str, Any]]) -> str:
     """How many pairs have each verdict, by place."""
     rows = []
     for place, record in found.items():
@@ -45,7 +45,7 @@ def counts(found: dict[str, dict[str, Any]], table: Table) -> str:
     return table(("where", "release", *VERDICTS, "right in full"), rows)
 
 
-def causes(pairs: Sequence[dict[str, Any]], table: Table) -> str:
+def causes(pairs: Sequence[dict[str, Any]]) -> str:
     """What stands in the way of those that are not right, most frequent first."""
     by_cause: dict[tuple[str, str], list[str]] = defaultdict(list)
     for pair in pairs:
@@ -74,20 +74,20 @@ def by_commit(record: dict[str, Any]) -> str:
     return f"Of these verdicts {each}.\n" if len(number) > 1 else ""
 
 
-def limits(load: Callable[[Path, str], Any], provenance: Callable[..., str], table: Table, results: Path) -> str:
+def limits(results: Path) -> str:
     """Counts by place, and what stands in the way at the first one."""
-    found = records(load, results)
+    found = records(results)
     if not found:
         return "Not measured yet.\n"
     place, record = next(iter(found.items()))
     lines = "".join(provenance([r], f"{p}/limits.json") + by_commit(r) for p, r in found.items())
     total = f"{len(record['pairs']):,} pairs of an operator and a dtype on {PLACES[place]}"
-    return f"{counts(found, table)}\n{lines}\n{total}; why some are not right:\n\n{causes(record['pairs'], table)}"
+    return f"{counts(found)}\n{lines}\n{total}; why some are not right:\n\n{causes(record['pairs'])}"
 
 
-def operators(load: Callable[[Path, str], Any], table: Table, results: Path) -> str:
+def operators(results: Path) -> str:
     """Every operator: its verdicts, forward and gradient, by dtype, and what stands in its way."""
-    found = records(load, results)
+    found = records(results)
     if not found:
         return "Not measured yet.\n"
     place, record = next(iter(found.items()))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bi_ops  # noqa: F401  # isort: skip  (before triton)
-from tables import load
+from table_parts import load
 
 from bi_ops.verify import report, suite
 

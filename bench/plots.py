@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tables import load, load_csv
+from table_parts import load, load_csv
 
 
 def rewards(results: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from record import provenance
 from sanitize_drivers import DRIVERS, PLANTED, kernels_in_the_code, launches, plant
-from tables import load
+from table_parts import load
 
 from bi_ops.core import runtime
 from bi_ops.core.files import write_json

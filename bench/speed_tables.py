@@ -1,12 +1,13 @@
-"""Blocks of whole engines and of experts, each beside the fastest inexact one: from bench/results to Markdown."""
+"""Blocks of engines, experts and training steps beside the fastest inexact ones: from bench/results to Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from table_parts import csv_provenance, geometric_mean, load_csv, table
 
 Rows = Sequence[Mapping[str, str]]
-Table = Callable[[Sequence[str], Any], str]
 
 #: The modes of bench/rollout.py that bi_ops is compared with.
 STOCK, INVARIANT, OURS = ("stock", "stock graphs"), "invariant", "plugin"
@@ -23,8 +24,11 @@ def beside_stock(rows: Rows) -> dict[str, list[float]]:
     return found
 
 
-def rollout(rows: Rows, table: Table, geometric_mean: Callable[[Sequence[float]], float]) -> str:
+def rollout(results: Path) -> str:
     """Tokens a second while decoding, and how many times as many as vLLM without and in its batch-invariant mode."""
+    rows = load_csv(results, "h200/rollout.csv")
+    if not rows:
+        return "Not measured yet.\n"
     speed = {(r["release"], r["model"], int(r["batch"]), r["mode"]): float(r["decode_tok_s"]) for r in rows}
     first = {(r["release"], r["model"], r["mode"]): r["ttft_512_ms"] + " / " + r["ttft_8192_ms"] for r in rows}
     lines = []
@@ -41,11 +45,15 @@ def rollout(rows: Rows, table: Table, geometric_mean: Callable[[Sequence[float]]
     batches = sorted({int(r["batch"]) for r in rows})
     head = ("vLLM, Qwen3", *(f"batch {b}" for b in batches), "first token after 512 / 8,192, ms (stock)")
     means = [f"{release}: {geometric_mean(v):.2f} over {len(v)} cells" for release, v in beside_stock(rows).items()]
-    return table(head, lines) + f"\nTimes as fast as stock vLLM, geometric mean: {'; '.join(means)}.\n\n"
+    faster = f"\nTimes as fast as stock vLLM, geometric mean: {'; '.join(means)}.\n\n"
+    return table(head, lines) + faster + csv_provenance(rows, "h200/rollout.csv")
 
 
-def experts(rows: Rows, table: Table) -> str:
+def experts(results: Path) -> str:
     """TFLOP/s of every pass of a layer of experts, and the ratio to the fastest other one."""
+    rows = load_csv(results, "h200/moe.csv")
+    if not rows:
+        return "Not measured yet.\n"
     timed = [r for r in rows if r["ours_tflops"]]
     sizes = sorted({int(r["tokens"]) for r in timed})
     routings = list(dict.fromkeys(r["routing"] for r in timed))
@@ -62,4 +70,61 @@ def experts(rows: Rows, table: Table) -> str:
     head = ("pass", *(f"{tokens:,} tokens, {routing}" for routing in routings for tokens in sizes))
     checks = ("bits_equal_vllm", "reruns_equal", "batch_invariant")
     said = ", ".join(f"{c} {sum(r[c] == 'True' for r in rows)} of {sum(r[c] != '' for r in rows)}" for c in checks)
-    return table(head, lines) + f"\nBits: {said}.\n\n"
+    return table(head, lines) + f"\nBits: {said}.\n\n" + csv_provenance(rows, "h200/moe.csv")
+
+
+#: The sides of a training step's measurement, and what the table calls them.
+STEP_SIDES = {
+    "bi_ops": "bi_ops: batch-invariant, fp32 master weights, fp32 gradients",
+    "bi_ops, none": "the same, nothing recomputed",
+    "bi_ops, layer": "the same, whole layers recomputed",
+    "torch, compiled": "transformers, bf16 weights, `torch.compile`",
+    "torch": "transformers, bf16 weights, eager",
+    "torch, autocast": "transformers, fp32 master weights under autocast, eager",
+    "torch, checkpoint": "transformers, bf16 weights, `torch.compile`, layers checkpointed",
+    "liger": "transformers, bf16 weights, Liger's kernels",
+}
+
+
+#: The size of step that is compared in one line.
+STEP_TOKENS = 8192
+
+
+def step_speed(results: Path, side: str) -> dict[str, float]:
+    """The speed of bi_ops' training step relative to `side`'s, by model, where both ran."""
+    rows = [r for r in load_csv(results, "h100/step.csv") if int(r["tokens"]) == STEP_TOKENS]
+    ms = {(r["model"], r["side"]): float(r["step_ms"]) for r in rows}
+    return {m: t / ms[m, "bi_ops"] for (m, s), t in ms.items() if s == side and (m, "bi_ops") in ms}
+
+
+def step(results: Path) -> str:
+    """A training step beside plain PyTorch's."""
+    rows = load_csv(results, "h100/step.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    out = [
+        (
+            r["model"],
+            f"{int(r['tokens']):,}",
+            STEP_SIDES[r["side"]],
+            *(f"{float(r[f'{part}_ms']):.1f}" for part in ("forward", "backward", "step")),
+            f"{float(r['captured_ms']):.1f}" if r.get("captured_ms") else "-",
+            f"{int(r['tokens_per_s']):,}",
+            f"{int(r['peak_bytes']) / 2**30:.1f}",
+        )
+        for r in sorted(rows, key=lambda r: (r["model"], int(r["tokens"]), list(STEP_SIDES).index(r["side"])))
+    ]
+    head = (
+        "Qwen3",
+        "tokens",
+        "what",
+        "forward, ms",
+        "backward, ms",
+        "step, ms",
+        "in a CUDA graph, ms",
+        "tokens/s",
+        "peak, GiB",
+    )
+    seqlen = rows[0]["seqlen"]
+    what = f"Sequences {'as an RL step has them' if seqlen == 'rl' else f'of {int(seqlen):,} tokens'}, medians. "
+    return table(head, out) + "\n" + what + csv_provenance(rows, "h100/step.csv")

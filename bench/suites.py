@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 from record import provenance
-from tables import load
+from table_parts import load
 
 import bi_ops  # isort: skip  (before triton)
 import torch
