@@ -1,6 +1,7 @@
 """Has every layout on the GPUs of one host the bits of one GPU? Writes layouts.json, a row as soon as it is known.
 
     python bench/layouts.py --out bench/results/h100 [--gpus 4] [--model 0.6B] [--seconds 240] [--only NAME ...]
+    python bench/layouts.py --out bench/results/h200 --share-gpu 4       as many ranks on one GPU
 
 Three questions, each a job in processes of its own, several at once where GPUs are free:
 
@@ -13,7 +14,8 @@ Three questions, each a job in processes of its own, several at once where GPUs 
              weights
 
 Controls, which have to differ: partial outputs that vLLM adds over ranks; gradients that NCCL adds over ranks, in
-shards by FSDP2's own reduce-scatter. Exit status 0 only if all of that held. The model has random weights. Jobs that
+shards by FSDP2's own reduce-scatter. With --share-gpu rows say "shared": bench/share_gpu.py says what they are evidence
+of, and nothing in them is a time. Exit status 0 only if all of that held. The model has random weights. Jobs that
 the time did not allow are named.
 """
 
@@ -38,6 +40,7 @@ from record import provenance
 from step_sides import shape
 
 from bi_ops.core.files import write_json
+from bi_ops.parallel.ranks import SHARED_GPU
 from bi_ops.rollout.base import Completion
 
 HERE = Path(__file__).resolve().parent
@@ -108,6 +111,9 @@ class Bench:
         self.args, self.scratch, self.began = args, scratch, time.monotonic()
         self.checkpoint = scratch / "model"
         self.free = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.gpus)))).split(",")[: args.gpus]
+        if args.share_gpu:
+            self.free = self.free[:1] * args.share_gpu
+        self.ranks, self.devices = len(self.free), tuple(self.free)
         self.rows: list[dict[str, Any]] = []
         self.failed: dict[str, str] = {}
         self.done: set[str] = set()
@@ -120,7 +126,12 @@ class Bench:
         if job.kind == "loop":
             out = str(self.scratch / job.name)
             loop = [*LOOP, *(["--fsdp"] if job.fsdp else []), f"--tp-rollout={job.tp}", "--output", out]
-            return [sys.executable, *start, "-m", "bi_ops", "train", *loop]
+            if self.args.share_gpu:
+                program = [str(HERE / "share_gpu.py")]
+                loop += ["--no-cuda-graphs", "--gpu-memory-utilization", "0.1"]
+            else:
+                program = ["-m", "bi_ops"]
+            return [sys.executable, *start, *program, "train", *loop]
         out = str(self.scratch / f"{job.name}.{'pt' if job.kind == 'sample' else 'json'}")
         options = [
             "--checkpoint",
@@ -146,7 +157,8 @@ class Bench:
         return {
             **os.environ,
             **{"PYTHONPATH": path, "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
-            **{"CUDA_VISIBLE_DEVICES": ",".join(devices), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},
+            **({SHARED_GPU: "1"} if self.args.share_gpu else {}),
+            **{"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(devices)), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},
             **{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"), "VLLM_LOGGING_LEVEL": "WARNING"},
         }
 
@@ -202,8 +214,7 @@ class Bench:
             if self.left() < 0:
                 self.failed |= {job.name: "the time was over" for job in jobs}
                 break
-            lacking = [j for j in jobs if set(j.needs) & self.failed.keys() or j.gpus > self.args.gpus]
-            for job in lacking:
+            for job in [j for j in jobs if set(j.needs) & self.failed.keys() or j.gpus > self.ranks]:
                 self.failed[job.name] = f"needs {', '.join(job.needs) or 'more GPUs'}"
                 jobs.remove(job)
             if jobs and jobs[0].gpus <= len(self.free) and set(jobs[0].needs) <= self.done:
@@ -224,6 +235,7 @@ class Bench:
                 "fsdp": job.fsdp,
                 "segments": 1,
                 "control": job.control,
+                "shared": bool(self.args.share_gpu),
             },
             **found,
         }
@@ -292,7 +304,7 @@ class Bench:
     def write(self) -> None:
         """Everything that is known now."""
         self.rows = [*self.samples(), *self.trained(), *self.loops()]
-        record = {**self.provenance, "gpus": self.args.gpus, "rows": self.rows, "not_run": self.failed}
+        record = {**self.provenance, "gpus": len(set(self.devices)), "rows": self.rows, "not_run": self.failed}
         write_json(self.args.out / "layouts.json", record)
 
     def verdict(self) -> int:
@@ -316,6 +328,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that layouts.json is written to")
     parser.add_argument("--gpus", type=int, default=max(torch.cuda.device_count(), 1))
+    parser.add_argument("--share-gpu", type=int, metavar="RANKS", help="as many ranks on the first GPU, without graphs")
     parser.add_argument("--model", default="0.6B")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--engine", default="vllm", help="embedded: on a machine without vLLM, one rank")
@@ -329,7 +342,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args, Path(scratch))
         bench.prepare()
-        bench.run([job for job in JOBS if args.only is None or job.name in args.only])
+        # vLLM itself gives each of the processes that it starts a GPU.
+        jobs = [job for job in JOBS if not (args.share_gpu and job.executor)]
+        bench.run([job for job in jobs if args.only is None or job.name in args.only])
         (args.out / "layouts.log").write_text("\n\n".join(f"{n}\n{why}" for n, why in bench.failed.items()))
         return bench.verdict()
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import share_gpu
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -21,12 +22,15 @@ from bi_ops import parallel
 from bi_ops.core.files import write_atomically, write_json
 from bi_ops.models import load_config, load_model
 from bi_ops.parallel.fsdp import FullySharded
+from bi_ops.parallel.ranks import SHARED_GPU
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.loss import group_advantages
 from bi_ops.rl.trainer import Trainer
 from bi_ops.rollout.base import Completion, SamplingParams
 from bi_ops.verify.parity import compare, joined
 
+#: Do ranks share a GPU?
+SHARED = os.environ.get(SHARED_GPU) == "1"
 #: Sequences, group of one prompt, and tokens sampled for each: 10,240 in all.
 SEQUENCES, GROUP, NEW_TOKENS, PROMPT = 64, 4, 160, 200
 ATOMS, UPDATES, LEARNING_RATE = 4, 3, 1e-5
@@ -57,6 +61,11 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
         options = {"tensor_parallel_size": args.tp, "max_model_len": 1024, "gpu_memory_utilization": 0.4}
         if args.executor:
             options["distributed_executor_backend"] = args.executor
+        if SHARED:
+            # gloo is not captured; and others give memory back while vLLM would measure it
+            options |= {"cuda_graphs": False, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
+            if args.tp > 1:
+                share_gpu.tell_vllm()
     if args.control:
         from bi_ops.vllm_plugin import parallel as replaced
 

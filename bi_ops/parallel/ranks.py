@@ -12,6 +12,9 @@ import torch.distributed as dist
 
 _T = TypeVar("_T")
 
+#: Set to 1 in the environment, ranks share GPUs where there are fewer of them, and gloo moves data through the host.
+SHARED_GPU = "BI_OPS_SHARED_GPU"
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -30,13 +33,25 @@ class Ranks:
 
     @classmethod
     def of_torchrun(cls) -> Ranks:
-        """Those that torchrun has started, each on the GPU of its local rank; one alone outside of torchrun."""
+        """Those that torchrun has started, each on the GPU of its local rank; one alone outside of torchrun.
+
+        Raises:
+            RuntimeError: a host has fewer GPUs than ranks, and `SHARED_GPU` is not set.
+        """
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            backend = "gloo"
             if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-                dist.init_process_group("cpu:gloo,cuda:nccl")
-            else:
-                dist.init_process_group("gloo")
+                rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+                shared = os.environ.get(SHARED_GPU) == "1"
+                if rank >= n_gpus and not shared:
+                    raise RuntimeError(
+                        f"parallel: local rank {rank} has no GPU, for this host has {n_gpus}; start as many processes "
+                        f"as GPUs (torchrun --nproc-per-node {n_gpus}), or, to try a layout, set {SHARED_GPU}=1: ranks "
+                        "then share GPUs, slowly"
+                    )
+                torch.cuda.set_device(rank % n_gpus)
+                backend = "gloo" if shared else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend)
         return cls.of()
 
     def gather(self, value: _T) -> list[_T]:
