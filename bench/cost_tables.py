@@ -10,9 +10,9 @@ from table_parts import load_csv, table
 FILE = "offline/tree_cost.csv"
 #: What a page calls an exchange, in the order of its tables.
 EXCHANGES = {
-    "all-to-all": "all-to-all: today's",
+    "all-to-all": "all-to-all: used in a host",
     "host first": "host first: the same bits",
-    "halving": "halving: the same bits",
+    "halving": "halving: the same bits, used across hosts",
     "ring": "ring: other bits",
     "hierarchical ring": "hierarchical ring: other bits",
 }

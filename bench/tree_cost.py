@@ -8,14 +8,14 @@
 The calls are those of the code: `bi_ops.parallel.gradients` cuts gradients of the model's real shapes into buckets,
 FSDP2 has a call for each layer and one for the rest. The calls of an update follow one another. Five exchanges:
 
-    all-to-all         today's: each rank sends every other one its shard, and adds its own in the tree's order
+    all-to-all         used in a host: each rank sends every other one its shard, and adds its own in the tree's order
     host first         the same bits: all-to-all among the GPUs of a host, then among GPUs of one index over all hosts
-    halving            the same bits: level k of the tree is a swap of halves with the rank whose bit k differs
+    halving            across hosts, the same bits: level k is a swap of halves with the rank whose bit k differs
     ring               a library's reduce-scatter around all ranks; its order of sums depends on the ranks: other bits
     hierarchical ring  a ring in each host, then one over hosts; other bits
 
 Ranks 8h to 8h + 7 are those of host h. So a host holds a whole subtree of `AtomTree`, which fixes who is added to whom
-and not where: `host first` and `halving` have the bits of today's exchange (tests/test_bench_tree_cost.py).
+and not where: `host first` and `halving` have the bits of all-to-all (tests/test_bench_tree_cost.py).
 
 A phase takes a latency, and the longer of (bytes over NVLink / its speed) and, for the GPUs that share a NIC, (bytes /
 its speed + messages * message_us). A ring of d ranks on H hosts waits for d - H hops of NVLink and H - 1 of the

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rl_fakes import TABLE
 
 from bi_ops import parallel, rl
+from bi_ops.parallel.gradients import sum_over_ranks
 from bi_ops.rl.checkpoint import sha256_of_weights
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.trainer import Trainer
@@ -118,6 +119,8 @@ def on_a_rank(folder: str, with_model: bool) -> dict[str, Any]:
         naive = [a + b for a, b in zip(naive, atom(i), strict=True)]
     for n in naive:
         dist.all_reduce(n)
+    flat = torch.randn(8 * here.size, generator=torch.Generator().manual_seed(here.rank))
+    exchanges = [sum_over_ranks(flat, here.size, None, halving).clone() for halving in (False, True)]
     refused = []
     for fails in (lambda: 1 / 0, lambda: "value"):
         try:
@@ -138,6 +141,7 @@ def on_a_rank(folder: str, with_model: bool) -> dict[str, Any]:
     return {
         "total": tree.total(),
         "naive": naive,
+        "exchanges": exchanges,
         "on first": refused,
         "summary": summary,
         "stopped": stopped,
@@ -164,6 +168,7 @@ def test_every_number_of_ranks_ends_in_the_bytes_of_one_process(alone, tmp_path,
     for result in found:
         assert equal(result["total"], total)
         assert not equal(result["naive"], total)  # the control: each rank its sum, then a library's over ranks
+        assert torch.equal(*result["exchanges"])
         assert result["on first"] == ["division by zero", "value"]
         assert result["summary"] == found[0]["summary"]
         assert result["stopped"] == size - 1  # a flipped bit on one rank stops all, and is named alike

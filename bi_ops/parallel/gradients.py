@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,18 +30,46 @@ def check_ranks(tree: AtomTree, ranks: Ranks, fsdp: bool = False) -> None:
         )
 
 
-def sum_over_ranks(flat: torch.Tensor, size: int, group: Any) -> torch.Tensor:
+def spans_hosts() -> bool:
+    """Did torchrun start processes on more than one host?"""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sum_over_ranks(flat: torch.Tensor, size: int, group: Any, halving: bool | None = None) -> torch.Tensor:
     """This rank's part, of `size`, of the pairwise sum of `flat` over the ranks: neighbours first, no library sums.
 
-    flat: [n], n a multiple of size. Returns [n / size], a view of memory that holds the parts of all ranks.
+    flat: [n], n a multiple of size, a power of two. halving: how parts travel, `_swapped` or `_exchanged`, with the
+    same bits; None: the first across hosts. Returns [n / size], perhaps a view of memory that holds all parts.
     """
-    parts = torch.empty_like(flat)
-    dist.all_to_all_single(parts, flat, group=group)
-    level = parts.view(size, -1)
+    halving = spans_hosts() if halving is None else halving
+    return (_swapped if halving else _exchanged)(flat.view(size, -1), group)
+
+
+def _exchanged(parts: torch.Tensor, group: Any) -> torch.Tensor:
+    """Every rank sends each other one its part, and adds what it gets: one message from each to each."""
+    level = torch.empty_like(parts)
+    dist.all_to_all_single(level, parts, group=group)
     while len(level) > 1:  # one kernel for all pairs
         level[::2].add_(level[1::2])
         level = level[::2]
     return level[0]
+
+
+def _swapped(parts: torch.Tensor, group: Any) -> torch.Tensor:
+    """Level k of the tree is a swap with the rank whose bit k differs: each keeps the parts that end on its side.
+
+    Half of the sums travel at the first level, a half of these at the next: over a host's own links first.
+    """
+    rank, size = dist.get_rank(group), len(parts)
+    for k in range(size.bit_length() - 1):
+        upper = rank >> k & 1
+        pairs = parts.view(-1, 2, parts.shape[1])
+        kept, sent = pairs[:, upper], pairs[:, 1 - upper].contiguous()
+        received, rows = torch.empty_like(sent), [0] * size
+        rows[rank ^ 1 << k] = len(sent)
+        dist.all_to_all_single(received, sent, rows, rows, group=group)
+        parts = received.add_(kept) if upper else kept + received  # the lower subtree first
+    return parts[0]
 
 
 class Subtrees:
