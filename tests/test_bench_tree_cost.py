@@ -127,7 +127,7 @@ def summed(monkeypatch: pytest.MonkeyPatch, flats: list[torch.Tensor]) -> list[t
     """The shard of every rank, by the library's `sum_over_ranks` on ranks that come one after the other."""
 
     def exchange(out: torch.Tensor, flat: torch.Tensor, group: int) -> None:
-        out.copy_(torch.cat([f.chunk(len(flats))[group] for f in flats]))
+        out.copy_(torch.stack([f.chunk(len(flats))[group] for f in flats]))
 
     monkeypatch.setattr(gradients.dist, "all_to_all_single", exchange)
     return [gradients.sum_over_ranks(f, len(flats), r).clone() for r, f in enumerate(flats)]
