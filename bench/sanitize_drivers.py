@@ -13,13 +13,14 @@ from typing import Any
 import bi_ops  # isort: skip  (before torch and triton)
 import torch
 
-from bi_ops import attention, moe, optim
+from bi_ops import attention, moe, optim, parallel
 from bi_ops.attention.launch import clear_outside
 from bi_ops.core import runtime
 from bi_ops.logprob.config import SplitConfig
 from bi_ops.logprob.ops import launch_token_logprobs
 from bi_ops.matmul.config import WgradTileConfig
 from bi_ops.matmul.launch import launch_wgrad
+from bi_ops.parallel.peer import PeerAllReduce, PeerMemory
 from bi_ops.verify import configs, packs
 from bi_ops.verify.contract import Setting, microbatches
 from bi_ops.verify.subject import make_batch, results
@@ -107,6 +108,18 @@ def _experts() -> None:
     each("router", "router, not normalised", "grouped_linear", "experts", dtypes=(FP32,))()
     each("grouped_linear", "experts", dtypes=(BF16,), size=(72, 40))()
     moe.dispatch(torch.tensor([[0, 2], [1, 0]], dtype=torch.int32, device=runtime.default_device()), 3)
+
+
+def _peers() -> None:
+    """Ranks that are one process: phase after phase, for none could wait for another."""
+    device, size, n = runtime.default_device(), 4, 4096 * 5
+    memory = [torch.zeros(PeerAllReduce.n_bytes(size, n), dtype=torch.uint8, device=device) for _ in range(size)]
+    for one_shot in (0, n):
+        for phase in ("COPY", "ADD", "GATHER"):
+            for rank in range(size):
+                ranks = parallel.Ranks(rank, size)
+                reduce = PeerAllReduce(ranks, n, device, one_shot, PeerMemory.of_tensors(ranks, memory))
+                reduce.launch(torch.ones(n, device=device), torch.empty(n, dtype=BF16, device=device), (phase,))
 
 
 def _one_wave() -> None:
@@ -238,6 +251,7 @@ DRIVERS: dict[str, Driver] = {
         (*_named("attention", "", "_delta", "_dq", "_dkv", "_dsinks", "_add_chunks", "_clear"),),
         _featured_attention,
     ),
+    "sums over ranks": Driver(("ordered_sum_kernel",), _peers),
     "cache": Driver(("write_cache_kernel",), _written_cache),
     "masked attention": Driver((), each("masked_attention", dtypes=(BF16,), size=(64, 0))),
     "optimizer": Driver(("square_sums_kernel", "pairwise_sum_kernel", "scale_kernel", "adamw_kernel"), _optimizer),

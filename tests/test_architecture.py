@@ -104,6 +104,7 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         ),
         *("gather_rows_kernel", "combine_rows_kernel", "expert_activation_kernel", "tile_table_kernel"),
         *("grouped_matmul_hopper_kernel", "grouped_wgrad_hopper_kernel"),
+        "ordered_sum_kernel",  # a tree over ranks, which are subtrees of one whatever their number
     }
 )
 

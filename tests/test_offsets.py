@@ -38,6 +38,16 @@ BOUNDED = {
         gluon.tile_scheduler.cta_pairs: n_seqs * HKV
         gluon.tile_scheduler.cta_pairs: first * HKV
     """,
+    "elements of a call, at most 2**30, in tiles of a rank's share": """
+        parallel.peer.kernels.ordered_sum_kernel: n_fours * 4
+        parallel.peer.kernels.ordered_sum_kernel: rank * n_share
+        parallel.peer.kernels.ordered_sum_kernel: (first + i) * BLOCK
+        parallel.peer.kernels.ordered_sum_kernel: (share * n_share + i) * BLOCK
+        parallel.peer.kernels.ordered_sum_kernel: i * BLOCK
+    """,
+    "signals of a few ranks and programs": """
+        parallel.peer.kernels._meet: (ROW * N_RANKS + rank) * MAX_PROGRAMS
+    """,
     "programs of a grid": """
         attention.hopper.backward._rasterize: j // (n_of_pair * swizzle) * swizzle
         attention.hopper.backward._rasterize: n_of_pair * swizzle

@@ -1,0 +1,57 @@
+"""Memory that every rank of a host can read and write, the same size on each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from bi_ops.parallel.ranks import Ranks
+
+
+class PeerMemory:
+    """`n_bytes` of each rank, zeros at first; a kernel reaches all of them through a table of pointers.
+
+    Of torch's symmetric memory, over NVLink or PCIe, without multicast. Every rank makes this call, before a CUDA graph
+    that uses the memory is captured. The allocation lives as long as this object.
+
+    Args:
+        ranks: those of one host. n_bytes: of each; device: this rank's GPU.
+
+    Raises:
+        RuntimeError: ranks of several hosts, GPUs that cannot reach each other's memory, or a GPU that ranks share
+            without TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 in the environment.
+    """
+
+    def __init__(self, ranks: Ranks, n_bytes: int, device: torch.device) -> None:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        group = dist.group.WORLD if ranks.group is None else ranks.group
+        try:
+            own = symmetric.empty(n_bytes, dtype=torch.uint8, device=device)
+            handle = symmetric.rendezvous(own, cast(Any, group))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"parallel.peer: {ranks.size} ranks cannot share memory: {str(error).splitlines()[0]}. Take "
+                "GPUs of one host that reach each other (doctor shows them), or sums by collectives"
+            ) from error
+        own.zero_()
+        torch.cuda.synchronize(device)
+        dist.barrier(group)  # before a rank writes into what another one clears
+        self._set(ranks, n_bytes, [int(p) for p in handle.buffer_ptrs], device, (own, handle))
+
+    @classmethod
+    def of_tensors(cls, ranks: Ranks, tensors: Sequence[torch.Tensor]) -> PeerMemory:
+        """The memory of these tensors, one for each rank, which this process can reach, and which hold zeros."""
+        made = cls.__new__(cls)
+        made._set(ranks, tensors[0].nbytes, [t.data_ptr() for t in tensors], tensors[0].device, tuple(tensors))
+        return made
+
+    def _set(
+        self, ranks: Ranks, n_bytes: int, pointers: Sequence[int], device: torch.device, kept: tuple[Any, ...]
+    ) -> None:
+        self.ranks, self.n_bytes, self._kept = ranks, n_bytes, kept
+        #: int64 [ranks], where each rank's memory begins for this one.
+        self.pointers = torch.tensor(pointers, dtype=torch.int64, device=device)
