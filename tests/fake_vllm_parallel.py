@@ -172,7 +172,11 @@ def install(monkeypatch, modules: dict[str, Any], linear: types.ModuleType, embe
     def tensor_model_parallel_all_gather(input_, dim=-1):
         return group.all_gather(input_, dim)
 
+    def tensor_model_parallel_reduce_scatter(input_, dim=-1):
+        return group.reduce_scatter(input_, dim)
+
     modules[DISTRIBUTED].group = group
+    modules[DISTRIBUTED].tensor_model_parallel_reduce_scatter = tensor_model_parallel_reduce_scatter
     modules[DISTRIBUTED].get_tensor_model_parallel_world_size = n_ranks
     modules[DISTRIBUTED].tensor_model_parallel_all_gather = tensor_model_parallel_all_gather
     modules[DISTRIBUTED].tensor_model_parallel_all_reduce = tensor_model_parallel_all_reduce

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fake_vllm import WORKER, Head, Linear, Worker, installed
 from fake_vllm_moe import CutlassExperts, SparseMoeBlock, TritonExperts
-from tiny import tiny_moe_config, tiny_moe_model
+from tiny import tiny_config, tiny_moe_config, tiny_moe_model
 
 from bi_ops import matmul, moe, vllm_plugin
 from bi_ops.core import runtime
@@ -93,7 +93,7 @@ def test_quantized_experts_of_a_known_kernel_are_left_to_vllm_with_a_warning(vll
     assert "experts quantized with Fp8MoEMethod are left to vLLM" in caplog.text
 
 
-@pytest.mark.parametrize("change", [{"tp_size": 2}, {"swiglu_limit": 7.0}, {"apply_router_weight_on_input": True}])
+@pytest.mark.parametrize("change", [{"swiglu_limit": 7.0}, {"apply_router_weight_on_input": True}])
 def test_experts_that_bi_ops_does_not_compute_stay_vllms(vllm, change):
     model, found = loaded(vllm, SparseMoeBlock(Linear(32, 4), **change))
     assert found == {"linear": 2, "router": 1}
@@ -130,7 +130,15 @@ def test_weights_go_over_under_vllms_names():
     assert len(named) == len(list(model.parameters()))
 
 
-def test_experts_over_several_ranks_are_refused_before_vllm_starts():
-    check_tensor_parallel("VllmEngine", tiny_moe_config(), 1)
-    with pytest.raises(ValueError, match="tensor_parallel_size=2: experts are not shared by ranks"):
-        check_tensor_parallel("VllmEngine", tiny_moe_config(), 2)
+def test_experts_that_ranks_cannot_share_are_refused_before_vllm_starts():
+    config = tiny_moe_config()
+    for expert_parallel in (False, True):
+        for size in (1, 2):
+            check_tensor_parallel("VllmEngine", config, size, expert_parallel)
+    odd = {"num_experts": 3, "moe_intermediate_size": 17}
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 does not divide the model's moe_intermediate_size 17"):
+        check_tensor_parallel("VllmEngine", tiny_moe_config(**odd), 2)
+    with pytest.raises(ValueError, match="does not divide the model's num_experts 3"):
+        check_tensor_parallel("VllmEngine", tiny_moe_config(**odd), 2, True)
+    with pytest.raises(ValueError, match="Qwen3Config has no experts; leave it out"):
+        check_tensor_parallel("VllmEngine", tiny_config(), 2, True)

@@ -37,6 +37,11 @@ CALLED = [
     ("vllm.v1.worker.gpu_worker", "Worker.finish_weight_update", ("self",)),
     ("vllm.entrypoints.llm", "LLM.wake_up", ("self", "tags")),
     ("vllm.plugins", "load_general_plugins", ()),
+    *(
+        ("vllm.distributed", f"tensor_model_parallel_{what}", ("input_", "dim"))
+        for what in ("all_gather", "reduce_scatter")
+    ),
+    (f"{FUSED_MOE}.modular_kernel", "FusedMoEKernel.output_is_reduced", ("self",)),
     ("vllm.config.vllm", "VllmConfig.use_v2_model_runner", ("self",)),
     ("vllm.config.compilation", "CUDAGraphMode.has_full_cudagraphs", ("self",)),
     ("vllm.v1.attention.backends.fa_utils", "get_flash_attn_version", None),
@@ -117,7 +122,13 @@ FIELDS = {
         *("max_model_len", "max_num_seqs", "enable_prefix_caching", "generation_config", "logprobs_mode"),
         *("enforce_eager", "compilation_config", "attention_config", "speculative_config", "enable_lora"),
         *("additional_config", "distributed_executor_backend", "enable_sleep_mode", "weight_transfer_config"),
+        "enable_expert_parallel",
     },
+    (f"{FUSED_MOE}.config", "FusedMoEParallelConfig"): {
+        *("tp_size", "ep_size", "dp_size", "enable_eplb", "is_sequence_parallel"),
+    },
+    (f"{FUSED_MOE}.config", "FusedMoEConfig"): {"moe_parallel_config", "skip_final_all_reduce", "has_bias"},
+    (f"{FUSED_MOE}.routed_experts", "RoutedExperts"): {"expert_map", "_load_w2"},
     ("vllm.config.vllm", "VllmConfig"): {"additional_config", "scheduler_config", "model_config", "cache_config"},
     ("vllm.distributed.weight_transfer.ipc_engine", "IPCWeightTransferUpdateInfo"): {
         *("names", "dtype_names", "shapes", "ipc_handles"),
@@ -217,7 +228,7 @@ ATTRIBUTES = {
     (f"{FUSED_MOE}.router.base_router", "BaseRouter"): {"top_k"},
     (f"{FUSED_MOE}.router.fused_topk_router", "FusedTopKRouter"): {"renormalize", "scoring_func"},
     (f"{FUSED_MOE}.runner.moe_runner", "MoERunner"): {"gate", "router", "routed_experts"},
-    (f"{FUSED_MOE}.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"): {"experts_cls"},
+    (f"{FUSED_MOE}.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"): {"experts_cls", "moe_kernel"},
     **{
         (f"vllm.model_executor.models.{module}", owner): {
             *("head_dim", "num_heads", "qkv_proj", "o_proj", "attn", "rotary_emb", "q_norm", "k_norm"),

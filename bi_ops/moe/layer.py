@@ -14,11 +14,11 @@ from bi_ops.moe.ops import combine_op, dispatch, gather_op, grouped_matmul, weig
 
 
 @custom_op("bi_ops::moe_activation")
-def _activation(x: torch.Tensor) -> torch.Tensor:
+def activation_op(x: torch.Tensor) -> torch.Tensor:
     return launch_activation(x)
 
 
-@_activation.register_fake
+@activation_op.register_fake
 def _(x):
     return x.new_empty((x.shape[0], x.shape[1] // 2))
 
@@ -45,7 +45,7 @@ class _Experts(Node):
         rows, places, offsets = dispatch(experts, gate_up.shape[0], cu_units)
         w1, w2 = gate_up.to(hidden.dtype), down.to(hidden.dtype)
         x = grouped_matmul(gather_op(hidden, rows, places), w1, offsets)
-        out = combine_op(grouped_matmul(_activation(x), w2, offsets, weights, rows), rows, places)
+        out = combine_op(grouped_matmul(activation_op(x), w2, offsets, weights, rows), rows, places)
         # With a buffer the rounded weight stays in memory until the backward, so that a master is rounded once.
         kept = gate_up if gate_up_main_grad is None else w1, down if down_main_grad is None else w2
         ctx.save_for_backward(hidden, *kept, weights, x, rows, places, offsets)

@@ -61,20 +61,19 @@ def _prepare_environment() -> None:
             )
 
 
-def check_tensor_parallel(op: str, config: CausalLMConfig, size: int) -> None:
-    """Raise ValueError unless `size` ranks can share the model evenly; KV heads fewer than ranks are copied."""
+def check_tensor_parallel(op: str, config: CausalLMConfig, size: int, expert_parallel: bool = False) -> None:
+    """Raise ValueError unless `size` ranks can share the model evenly; KV heads fewer than ranks are copied.
+
+    expert_parallel: ranks have whole experts; else each has a slice of every expert.
+    """
     if size < 1:
         raise ValueError(f"{op}: tensor_parallel_size is {size}; it must be at least 1")
-    if size > 1 and hasattr(config, "num_experts"):
-        raise ValueError(
-            f"{op}: tensor_parallel_size={size}: experts are not shared by ranks here, and vLLM would add their "
-            "outputs over ranks, in an order of each size; take tensor_parallel_size=1"
-        )
-    uneven = [
-        f"{n} {getattr(config, n)}"
-        for n in ("num_attention_heads", "hidden_size", "intermediate_size")
-        if getattr(config, n) % size
-    ]
+    shared = ["num_attention_heads", "hidden_size", "intermediate_size"]
+    if hasattr(config, "num_experts"):
+        shared.append("num_experts" if expert_parallel else "moe_intermediate_size")
+    elif expert_parallel:
+        raise ValueError(f"{op}: enable_expert_parallel: {type(config).__name__} has no experts; leave it out")
+    uneven = [f"{n} {getattr(config, n)}" for n in shared if getattr(config, n) % size]
     if config.num_key_value_heads % size and size % config.num_key_value_heads:
         uneven.append(f"num_key_value_heads {config.num_key_value_heads}")
     if uneven:
@@ -120,6 +119,8 @@ class VllmEngine:
         seed: vLLM's own, with which it also reseeds this process's global generators; requests bring theirs.
         tensor_parallel_size: GPUs that share the model. With the plugin each size has the bits of one GPU, since no
             output is a sum over ranks (`vllm_plugin.parallel`); without it the sizes differ.
+        enable_expert_parallel: the GPUs have whole experts of a mixture of experts; else each has a slice of every
+            one. Same bits.
         distributed_executor_backend: vLLM's: "external_launcher", where torchrun has started a process for each GPU and
             all make the same calls, so that every rank hands over its own weights; or "mp", where vLLM starts the
             processes itself: `update_weights` reaches one of them, by CUDA IPC, but not several. None: the first under
@@ -154,6 +155,7 @@ class VllmEngine:
         max_num_seqs: int = 256,
         seed: int = 0,
         tensor_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
         distributed_executor_backend: str | None = None,
         logprobs_mode: LogprobsMode = "raw_logprobs",
         sleep_mode: bool = False,
@@ -165,7 +167,7 @@ class VllmEngine:
         config = load_config(path)
         attention = attention or (ATTENTION[0] if plugin else "vllm")
         check_attention(attention, config.head_dim, plugin)
-        check_tensor_parallel("VllmEngine", config, tensor_parallel_size)
+        check_tensor_parallel("VllmEngine", config, tensor_parallel_size, enable_expert_parallel)
         vllm_plugin.check_kernels("VllmEngine", kernels)
         if distributed_executor_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             distributed_executor_backend = "external_launcher"
@@ -197,6 +199,7 @@ class VllmEngine:
                 dtype=dtype,
                 seed=seed,
                 tensor_parallel_size=tensor_parallel_size,
+                enable_expert_parallel=enable_expert_parallel,
                 distributed_executor_backend=distributed_executor_backend,
                 weight_transfer_config=weight_transfer.CONFIG if elsewhere else None,
                 gpu_memory_utilization=gpu_memory_utilization,

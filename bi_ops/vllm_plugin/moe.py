@@ -13,6 +13,7 @@ import torch
 
 from bi_ops import moe
 from bi_ops.core.vllm import Release
+from bi_ops.vllm_plugin import parallel_experts
 
 #: Below vLLM's own logger, so that the lines are in the server's log.
 logger = logging.getLogger("vllm.bi_ops")
@@ -41,19 +42,22 @@ def router_of(layer: Any, release: Release) -> Any:
     return compute_routing
 
 
-def experts_of(layer: Any, release: Release) -> Any:
-    """`apply` of unquantized experts on one GPU, with silu; None where bi_ops does not compute what they do."""
-    config, stock = layer.moe_config, type(layer.quant_method).apply
-    plain = (
+def _is_plain(layer: Any) -> bool:
+    """Does a layer compute what `moe.experts` does?"""
+    return (
         getattr(layer.activation, "value", layer.activation) == "silu"
-        and not config.has_bias
+        and not layer.moe_config.has_bias
         and not layer.apply_router_weight_on_input
-        and layer.expert_map is None
-        and config.moe_parallel_config.tp_size == 1
         and all(getattr(layer, name, None) is None for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"))
     )
-    if not plain:
+
+
+def experts_of(layer: Any, release: Release) -> Any:
+    """`apply` of unquantized experts with silu; None where bi_ops does not compute what they do."""
+    stock = type(layer.quant_method).apply
+    if not _is_plain(layer):
         return None
+    shared = parallel_experts.apply_of(layer) if parallel_experts.ranks_of(layer) > 1 else None
 
     def apply(
         layer: Any,
@@ -63,6 +67,10 @@ def experts_of(layer: Any, release: Release) -> Any:
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
+        if shared is not None and shared_experts is not None:
+            raise ValueError(f"vllm_plugin: experts {list(x.shape)} with shared experts need tensor_parallel_size=1")
+        if shared is not None:
+            return shared(x, topk_weights, topk_ids)
         if shared_experts is not None:  # which vLLM's kernel runs beside the others
             return stock(layer.quant_method, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
         return moe.experts(x, layer.w13_weight.data, layer.w2_weight.data, topk_weights, topk_ids)
@@ -70,9 +78,10 @@ def experts_of(layer: Any, release: Release) -> Any:
     return apply
 
 
-def refuse_experts(model: torch.nn.Module) -> None:
+def refuse_experts(model: torch.nn.Module, kernels: str = "bi_ops") -> None:
     """Raise ValueError for experts that vLLM computes with something else than the kernel whose order is known.
 
+    So for experts that ranks share, and that bi_ops does not compute, or in a way of which it does not know the bits.
     Quantized experts of that kernel are left to vLLM, with a warning.
     """
     quantized = set()
@@ -90,6 +99,14 @@ def refuse_experts(model: torch.nn.Module) -> None:
             )
         if kind != "UnquantizedFusedMoEMethod":
             quantized.add(kind)
+        n_ranks = parallel_experts.ranks_of(layer)
+        if n_ranks > 1:
+            parallel_experts.refuse(name, layer)
+        if n_ranks > 1 and (kind in quantized or kernels != "bi_ops" or not _is_plain(layer)):
+            raise ValueError(
+                f"vllm_plugin: {name} leaves its experts to vLLM, which adds outputs of {n_ranks} ranks in an order of "
+                "each size; take unquantized experts with silu and kernels 'bi_ops', or tensor_parallel_size=1"
+            )
     for kind in sorted(quantized):
         logger.warning("bi_ops: experts quantized with %s are left to vLLM; bi_ops has not examined them", kind)
 

@@ -13,7 +13,7 @@ import torch
 
 from bi_ops import logprob
 from bi_ops.core.vllm import Release
-from bi_ops.vllm_plugin import parallel, sampling
+from bi_ops.vllm_plugin import parallel, parallel_experts, sampling
 from bi_ops.vllm_plugin.backend import choose_backend
 from bi_ops.vllm_plugin.compilation import without_inductor
 from bi_ops.vllm_plugin.points import Point
@@ -126,5 +126,5 @@ def patches_of(release: Release) -> tuple[Patch, ...]:
             with_own_kernels,
             "the layers of a loaded model compute with bi_ops' kernels, which have the same bits and are faster",
         ),
-        *(LeadingPatch(*replaced) for replaced in (*sampling.REPLACED, *parallel.REPLACED)),
+        *(LeadingPatch(*replaced) for replaced in (*sampling.REPLACED, *parallel.REPLACED, *parallel_experts.REPLACED)),
     )

@@ -62,7 +62,7 @@ def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], kernels: str
     stock(worker, **kwargs)
     release, model = vllm.require("vllm_plugin"), worker.model_runner.get_model()
     moe.refuse_routers(model)
-    moe.refuse_experts(model)
+    moe.refuse_experts(model, kernels)
     layers.attach(model, release, needed_alone=kernels == "vllm")
     found = layers.operators_of(model, release)
     if found or kernels == "bi_ops":
