@@ -2,6 +2,7 @@
 
     python bench/layouts.py --out bench/results/h100 [--gpus 4] [--model 0.6B] [--seconds 240] [--only NAME ...]
     python bench/layouts.py --out bench/results/h200 --share-gpu 4       as many ranks on one GPU
+    python bench/layouts.py --out bench/results/h200 --model 30B-A3B --layers 4       with experts: moe_layouts.json
 
 Three questions, each a job in processes of its own, several at once where GPUs are free:
 
@@ -37,7 +38,7 @@ from typing import Any
 
 import torch
 from record import provenance
-from step_sides import shape
+from step_sides import EXPERTS, SHAPES, expert_shape, shape
 
 from bi_ops.core.files import write_json
 from bi_ops.parallel.ranks import SHARED_GPU
@@ -49,7 +50,10 @@ LOOP = ["--preset", "h100", "--steps", "3", "--atoms", "4", "--save-every", "0"]
 
 @dataclass(frozen=True)
 class Job:
-    """tp: of the rollout. dp: ranks that train. fsdp: in shards. needs: jobs that must have ended well."""
+    """tp: of the rollout. dp: ranks that train. fsdp: in shards. ep: ranks have whole experts while sampling.
+
+    needs: jobs that must have ended well.
+    """
 
     kind: str
     tp: int = 1
@@ -58,12 +62,13 @@ class Job:
     control: bool = False
     needs: tuple[str, ...] = ()
     fsdp: bool = False
+    ep: bool = False
 
     @property
     def name(self) -> str:
         """As `--only` takes it."""
         parts = [self.kind, f"tp{self.tp}", f"dp{self.dp}" if self.dp else "", self.executor or ""]
-        parts += ["fsdp" if self.fsdp else "", "control" if self.control else ""]
+        parts += ["fsdp" if self.fsdp else "", "ep" if self.ep else "", "control" if self.control else ""]
         return "-".join(filter(None, parts))
 
     @property
@@ -91,6 +96,18 @@ JOBS = (
     Job("loop", 2, 4),
     Job("loop", 2, 4, fsdp=True),
 )
+#: Of mixtures of experts, which training has whole on every rank.
+EXPERT_JOBS = (
+    Job("sample", 1),
+    Job("sample", 2),
+    Job("sample", 2, ep=True),
+    Job("train", 1, 1, needs=("sample-tp1",)),
+    Job("sample", 2, ep=True, control=True),
+    Job("sample", 2, control=True),
+    Job("train", 2, 2, needs=("sample-tp2-ep",), ep=True),
+    Job("sample", 4, ep=True),
+    Job("sample", 4),
+)
 
 
 @dataclass
@@ -109,6 +126,8 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self.args, self.scratch, self.began = args, scratch, time.monotonic()
+        self.file = "moe_layouts" if args.model in EXPERTS else "layouts"
+        self.jobs: tuple[Job, ...] = EXPERT_JOBS if args.model in EXPERTS else JOBS
         self.checkpoint = scratch / "model"
         self.free = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.gpus)))).split(",")[: args.gpus]
         if args.share_gpu:
@@ -145,7 +164,8 @@ class Bench:
         ]
         options += ["--sequences", str(self.args.sequences), "--new-tokens", str(self.args.new_tokens)]
         if job.kind == "train":
-            options += ["--rollout", str(self.scratch / f"sample-tp{job.tp}.pt")]
+            options += ["--rollout", str(self.scratch / f"{(job.needs or ('sample-tp1',))[0]}.pt")]
+        options += ["--ep"] if job.ep and job.kind == "sample" else []
         options += ["--executor", job.executor] if job.executor else []
         options += ["--control"] if job.control else []
         options += ["--fsdp"] if job.fsdp else []
@@ -168,7 +188,7 @@ class Bench:
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bi-ops\nVersion: 0\n")
         (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbi_ops = bi_ops.vllm_plugin:register\n")
-        config = json.dumps(shape(self.args.model, self.args.layers))
+        config = json.dumps((shape if self.file == "layouts" else expert_shape)(self.args.model, self.args.layers))
         make = [str(HERE / "layouts_worker.py"), "checkpoint", "--checkpoint", str(self.checkpoint), "--config", config]
         subprocess.run([sys.executable, *make], check=True, env=self.environment(self.free[:1]), timeout=120)
 
@@ -233,6 +253,7 @@ class Bench:
                 "train_tp": 1,
                 "dp": job.dp,
                 "fsdp": job.fsdp,
+                "ep": job.tp if job.ep else 1,
                 "segments": 1,
                 "control": job.control,
                 "shared": bool(self.args.share_gpu),
@@ -245,7 +266,7 @@ class Bench:
         if "sample-tp1" not in self.done:
             return
         alone = self.load("sample-tp1")
-        for job in JOBS:
+        for job in self.jobs:
             if job.kind == "sample" and job.name in self.done:
                 checked = different = other_tokens = 0
                 for a, b in zip(alone, self.load(job.name), strict=True):
@@ -269,7 +290,7 @@ class Bench:
         if not path.exists():
             return
         first = json.loads(path.read_text())[0]
-        for job in JOBS:
+        for job in self.jobs:
             path = self.scratch / f"{job.name}.json"
             if job.kind == "train" and path.exists():
                 for found in json.loads(path.read_text()):
@@ -286,7 +307,7 @@ class Bench:
         """The final weights of each layout against those of one process."""
         found = {
             j: json.loads((self.scratch / j.name / "summary.json").read_text())
-            for j in JOBS
+            for j in self.jobs
             if j.kind == "loop" and j.name in self.done
         }
         alone = next((s for j, s in found.items() if j.dp == 1), None)
@@ -305,7 +326,7 @@ class Bench:
         """Everything that is known now."""
         self.rows = [*self.samples(), *self.trained(), *self.loops()]
         record = {**self.provenance, "gpus": len(set(self.devices)), "rows": self.rows, "not_run": self.failed}
-        write_json(self.args.out / "layouts.json", record)
+        write_json(self.args.out / f"{self.file}.json", record)
 
     def verdict(self) -> int:
         """0 where equal rows are equal and controls are not."""
@@ -314,7 +335,7 @@ class Bench:
             equal = not row["tokens_different"] and row.get("gradients_equal", True) and row.get("weights_equal", True)
             differs = row["tokens_different"] if row["what"] == "sample" else not row.get("gradients_equal", True)
             ok = differs if row["control"] else equal and row.get("ranks_agree", True)
-            keys = ("what", "rollout_tp", "dp", "fsdp", "executor", "microbatches", "control")
+            keys = ("what", "rollout_tp", "ep", "dp", "fsdp", "executor", "microbatches", "control")
             where = {k: row[k] for k in keys if row.get(k) is not None}
             numbers = {k: row.get(k) for k in ("tokens_different", "gradients_equal", "weights_equal")}
             print("ok   " if ok else "WRONG", where, numbers, flush=True)
@@ -325,17 +346,18 @@ class Bench:
 
 
 def main() -> int:
+    named = dict.fromkeys(job.name for job in (*JOBS, *EXPERT_JOBS))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that layouts.json is written to")
     parser.add_argument("--gpus", type=int, default=max(torch.cuda.device_count(), 1))
     parser.add_argument("--share-gpu", type=int, metavar="RANKS", help="as many ranks on the first GPU, without graphs")
-    parser.add_argument("--model", default="0.6B")
+    parser.add_argument("--model", default="0.6B", choices=[*SHAPES, *EXPERTS])
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--engine", default="vllm", help="embedded: on a machine without vLLM, one rank")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=160)
     parser.add_argument("--seconds", type=float, default=240, help="jobs are ended then")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=" ".join(job.name for job in JOBS))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=" ".join(named))
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -343,9 +365,9 @@ def main() -> int:
         bench = Bench(args, Path(scratch))
         bench.prepare()
         # vLLM itself gives each of the processes that it starts a GPU.
-        jobs = [job for job in JOBS if not (args.share_gpu and job.executor)]
+        jobs = [job for job in bench.jobs if not (args.share_gpu and job.executor)]
         bench.run([job for job in jobs if args.only is None or job.name in args.only])
-        (args.out / "layouts.log").write_text("\n\n".join(f"{n}\n{why}" for n, why in bench.failed.items()))
+        (args.out / f"{bench.file}.log").write_text("\n\n".join(f"{n}\n{why}" for n, why in bench.failed.items()))
         return bench.verdict()
 
 

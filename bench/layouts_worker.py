@@ -61,15 +61,18 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
         options = {"tensor_parallel_size": args.tp, "max_model_len": 1024, "gpu_memory_utilization": 0.4}
         if args.executor:
             options["distributed_executor_backend"] = args.executor
+        if args.ep:
+            options["enable_expert_parallel"] = True
         if SHARED:
             # gloo is not captured; and others give memory back while vLLM would measure it
             options |= {"cuda_graphs": False, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
             if args.tp > 1:
                 share_gpu.tell_vllm()
     if args.control:
-        from bi_ops.vllm_plugin import parallel as replaced
+        from bi_ops.vllm_plugin import moe, parallel, parallel_experts
 
-        replaced.REPLACED = ()  # type: ignore[assignment]
+        parallel.REPLACED = parallel_experts.REPLACED = ()  # type: ignore[assignment]
+        moe._is_plain = parallel_experts.ranks_of = lambda layer: False  # experts are vLLM's own
     began = time.perf_counter()
     engine = make_engine(args.engine, args.checkpoint, **options)
     start_s = time.perf_counter() - began
@@ -147,7 +150,9 @@ def train(args: argparse.Namespace) -> None:
             self.orders = orders
 
     found: list[dict[str, Any]] = []
-    cuts: tuple[int | str | None, ...] = (*CUTS, "control") if ranks.size > 1 else CUTS
+    # An atom of a mixture of experts is smaller than its unit here, which is the smallest micro-batch.
+    cuts: tuple[int | str | None, ...] = (None,) if hasattr(load_config(args.checkpoint), "num_experts") else CUTS
+    cuts = (*cuts, "control") if ranks.size > 1 else cuts
     for cut in cuts:
         control = cut == "control"
         config = TrainConfig(
@@ -223,6 +228,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--executor")
     parser.add_argument("--control", action="store_true")
+    parser.add_argument("--ep", action="store_true", help="sample: whole experts on a rank")
     parser.add_argument("--fsdp", action="store_true", help="train: in shards")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)

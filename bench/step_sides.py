@@ -53,6 +53,24 @@ def shape(model: str, layers: int | None = None) -> dict[str, Any]:
     }
 
 
+#: hidden, intermediate of an expert, layers, heads, KV heads, experts.
+EXPERTS = {"30B-A3B": (2048, 768, 48, 32, 4, 128), "dry-moe": (64, 64, 2, 4, 2, 8)}
+
+
+def expert_shape(model: str, layers: int | None = None) -> dict[str, Any]:
+    """As `shape`, of a Qwen3 with experts in every layer."""
+    hidden, size, every, heads, kv_heads, experts = EXPERTS[model]
+    dense = shape("dry" if model.startswith("dry") else "8B", layers or every)
+    return dense | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        **{"hidden_size": hidden, "intermediate_size": 8 * size, "moe_intermediate_size": size},
+        **{"num_attention_heads": heads, "num_key_value_heads": kv_heads},
+        **{"num_experts": experts, "num_experts_per_tok": min(8, experts // 2), "norm_topk_prob": True},
+        **{"decoder_sparse_step": 1, "mlp_only_layers": []},
+    }
+
+
 class Step(NamedTuple):
     """forward to the mean log-probability; what comes before and after a backward; clip, then optimizer; the weights.
 
