@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bi_ops.moe.shared import owned_experts, sliced_experts
+from bi_ops.moe import shared
 from bi_ops.vllm_plugin.parallel import check_sizes
 from bi_ops.vllm_plugin.points import Replaced
 
@@ -119,13 +119,13 @@ def apply_of(layer: Any) -> Callable[..., torch.Tensor]:
 
         def sliced(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             own = layer.w13_weight.data, layer.w2_weight.data
-            return sliced_experts(x, *own, weights, ids, tensor_model_parallel_all_gather)
+            return shared.sliced_experts(x, *own, weights, ids, tensor_model_parallel_all_gather)
 
         return sliced
 
     def owned(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         local = layer.expert_map[ids.long()].to(torch.int32)  # -1: another rank's
-        return owned_experts(x, layer.w13_weight.data, layer.w2_weight.data, weights, local, exchange)
+        return shared.owned_experts(x, layer.w13_weight.data, layer.w2_weight.data, weights, local, exchange)
 
     return owned
 
