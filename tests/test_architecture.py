@@ -45,6 +45,7 @@ ORDER_MAY_TAKE = frozenset(
         "over_tokens",
         "bias",
         "num_experts",
+        "segments",
     }
 )
 
@@ -56,7 +57,7 @@ FROM_ORDER: dict[str, frozenset[str]] = {
     "rms_norm_dweight_kernel": frozenset({"CHUNK"}),
     "rms_norm_backward_kernel": frozenset({"BLOCK", "CHUNK", "num_warps"}),
     "qk_norm_rope_kernel": frozenset({"BLOCK", "num_warps"}),
-    "qk_norm_rope_backward_kernel": frozenset({"BLOCK", "CHUNK", "num_warps"}),
+    "qk_norm_rope_backward_kernel": frozenset({"BLOCK", "CHUNK", "SEGMENTS", "num_warps"}),
     "softmax_kernel": frozenset({"BLOCK", "num_warps"}),
     "softmax_dx_kernel": frozenset({"BLOCK", "num_warps"}),
     "token_logprobs_kernel": frozenset({"BLOCK", "num_warps"}),

@@ -199,6 +199,53 @@ def test_the_config_changes_no_bit(device):
         assert all_equal((*out, dqkv, dwq, dwk), expected), rows
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_segments_of_heads_are_summed_apart_wherever_they_are(ranks, device):
+    """A rank with some of the heads, the same sums: one process has all of them, or ranks have some each."""
+    segments, hq, hk, d, t = 4, 8, 4, 32, 40
+    given, (gq, gk, gv) = inputs(t, hq, hk, d, device)
+    whole = [torch.zeros(segments, d, device=device) for _ in range(2)]
+    out = qk_norm_rope(*given, 1e-6, *whole, segments=segments)
+    (dqkv,) = torch.autograd.grad(out, given[0], (gq, gk, gv))
+    plain = with_gradients(qk_norm_rope, given, (gq, gk, gv))
+    assert all_equal((*out, dqkv), plain[:4])  # a weight's gradient alone depends on the segments
+    *_, dwq, dwk = with_gradients(lambda *a: qk_norm_rope(*a, segments=segments), given, (gq, gk, gv))
+    for buffer, dw, unsegmented in zip(whole, (dwq, dwk), plain[4:], strict=True):
+        assert bits_equal(dw, (buffer[0] + buffer[1]) + (buffer[2] + buffer[3]))
+        assert not bits_equal(dw, unsegmented)  # the control: another order
+
+    def part(x, rank):  # of [T, heads, D]
+        return x.tensor_split(ranks, dim=1)[rank]
+
+    q, k, v = given[0].detach().unflatten(1, (-1, d)).split([hq, hk, hk], 1)
+    dq, dk, dv = dqkv.unflatten(1, (-1, d)).split([hq, hk, hk], 1)
+    for rank in range(ranks):
+        own = torch.cat([part(x, rank) for x in (q, k, v)], 1).flatten(1).requires_grad_()
+        buffers = [torch.zeros(segments // ranks, d, device=device) for _ in range(2)]
+        if ranks == segments:
+            buffers = [b[0] for b in buffers]
+        some = (own, *given[1:5], hq // ranks)
+        found = qk_norm_rope(*some, 1e-6, *buffers, segments=segments // ranks)
+        assert all_equal(found, [part(x, rank) for x in out])
+        (grad,) = torch.autograd.grad(found, own, [part(g, rank) for g in (gq, gk, gv)])
+        assert bits_equal(grad, torch.cat([part(x, rank) for x in (dq, dk, dv)], 1).flatten(1))
+        for buffer, all_of_it in zip(buffers, whole, strict=True):
+            assert bits_equal(buffer.view(-1, d), all_of_it.view(ranks, -1, d)[rank])
+
+
+def test_segments_go_on_from_one_micro_batch_to_the_next(device):
+    given, g = inputs(48, 4, 2, 32, device)
+    sums = []
+    for cuts in ((0, 48), (0, 16, 48)):
+        buffers = [torch.zeros(2, 32, device=device) for _ in range(2)]
+        for a, b in itertools.pairwise(cuts):
+            rows = given[0].detach()[a:b].requires_grad_()
+            out = qk_norm_rope(rows, *given[1:3], given[3][a:b], *given[4:], 1e-6, *buffers, segments=2)
+            torch.autograd.grad(out, rows, [x[a:b] for x in g])
+        sums.append(buffers)
+    assert all_equal(*sums)
+
+
 def test_gradients_are_the_same_on_every_run(device):
     given, g = inputs(T, HQ, HK, D, device)
     assert rerun_variant(lambda: with_gradients(qk_norm_rope, given, g), RERUNS) == []
@@ -261,6 +308,8 @@ def test_one_graph_serves_every_number_of_tokens(device):
         ({"cos_sin": lambda t: t.half()}, TypeError, "cos_sin"),
         ({"num_heads": lambda _: 4}, ValueError, "does not hold 4 query heads"),
         ({"eps": lambda _: -1.0}, ValueError, "eps"),
+        ({"segments": lambda _: 2}, ValueError, "segments is 2; .* divides the 2 query heads and the 1 key heads"),
+        ({"segments": lambda _: 2.0}, TypeError, "segments"),
         ({"q_main_grad": lambda _: torch.zeros(16)}, TypeError, "k_main_grad must be a tensor"),
         ({"q_main_grad": lambda _: torch.zeros(16).half()}, TypeError, "q_main_grad"),
         ({"q_main_grad": lambda _: torch.zeros(8)}, ValueError, "q_main_grad must be contiguous"),
@@ -275,6 +324,7 @@ def test_bad_input_is_named(change, error, message, device):
         "cos_sin": cos_sin_cache(16, 4, device=device),
         "num_heads": 2,
         "eps": 1e-6,
+        "segments": 1,
         "q_main_grad": None,
     }
     ((name, f),) = change.items()

@@ -17,10 +17,11 @@ from bi_ops.core.rows import ALIGNMENT, TOKEN_STEP
 
 
 class Problem(NamedTuple):
-    """What the order of a norm may depend on: the length of a row, and its dtype."""
+    """What the order of a norm may depend on: the length of a row, its dtype, and declared segments of heads."""
 
     hidden_size: int
     dtype: torch.dtype
+    segments: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,29 @@ class TokenOrder(Order):
 
 
 @dataclass(frozen=True)
+class HeadsOrder(Order):
+    """dweight of a norm per head: the heads of a token are cut into `segments` of as many, consecutive ones.
+
+    A segment's rows, its heads of each token, are added as `TokenOrder` says; then segments are added pairwise,
+    neighbours first. So a rank that has some of the heads, a whole subtree, sums what it has.
+    """
+
+    segments: int = 1
+
+
+@dataclass(frozen=True)
 class NormOrder(Order):
-    """`rows`: of y and dX. `tokens`: of dweight."""
+    """`rows`: of y and dX. `tokens`: of dweight; `heads`: where a token has several rows."""
 
     rows: RowOrder = RowOrder()
     tokens: TokenOrder = TokenOrder()
+    heads: HeadsOrder = HeadsOrder()
 
 
 @functools.lru_cache
 def order(problem: Problem, arch: Arch) -> NormOrder:
     """The order of a norm: vLLM's, the same for every row length."""
-    return NormOrder(RowOrder(thread_sums=arch.thread_sums))
+    return NormOrder(RowOrder(thread_sums=arch.thread_sums), heads=HeadsOrder(problem.segments))
 
 
 def order_of(hidden_size: int, dtype: torch.dtype) -> NormOrder:

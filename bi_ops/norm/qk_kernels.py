@@ -151,6 +151,7 @@ def _backward(
     stride_dxt,
     H: tl.constexpr,
     HALF: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -163,7 +164,14 @@ def _backward(
     b_w = load_weight(p_w, o_1, N, 0.0, dtype)[None, :]
     acc = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     for step in tl.range(0, CHUNK):
-        o_r = o_i * CHUNK + step
+        if SEGMENTS == 1:
+            o_r = o_i * CHUNK + step
+        else:  # a chunk has rows of one segment's heads, token by token
+            own: tl.constexpr = H // SEGMENTS
+            chunks = C // SEGMENTS
+            o_s = (o_i % chunks) * CHUNK + step
+            o_r = (o_s // own) * H + (o_i // chunks) * own + o_s % own
+            o_r = tl.where(o_i < C, o_r, R)
         m = (o_r < R)[:, None] & (o_c < N)
         p_row = p_g + row_start(o_r, 1, stride_g, 0)
         b_g = tl.load(p_row + o_c, mask=m, other=0.0).to(tl.float32)
@@ -205,6 +213,7 @@ def qk_norm_rope_backward_kernel(
     HQ: tl.constexpr,
     HK: tl.constexpr,
     HALF: tl.constexpr,
+    SEGMENTS: tl.constexpr,  # of consecutive heads, each with a dweight of its own
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -230,6 +239,7 @@ def qk_norm_rope_backward_kernel(
             stride_dt,
             HQ,
             HALF,
+            SEGMENTS,
             CHUNK,
             ROWS,
             BLOCK,
@@ -256,6 +266,7 @@ def qk_norm_rope_backward_kernel(
                 stride_dt,
                 HK,
                 HALF,
+                SEGMENTS,
                 CHUNK,
                 ROWS,
                 BLOCK,
@@ -273,18 +284,22 @@ def qk_norm_rope_backward_kernel(
 @triton.jit(do_not_specialize=["CQ", "CK"])
 def qk_add_chunks_kernel(
     p_partial,  # [(CQ + CK) / GROUP, N, GROUP] fp32
-    p_dwq,  # [N]
-    p_dwk,  # [N]
-    CQ,
+    p_dwq,  # [SEGMENTS, N]
+    p_dwk,  # [SEGMENTS, N]
+    CQ,  # of one segment
     CK,
     N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # both are fp32 and where the sums start
     COLS: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dweight of the queries and of the keys side by side, for a chain of adds is long and fills no GPU."""
+    segment = tl.program_id(2)
     if tl.program_id(1) == 0:
-        add_chunks(p_partial, p_dwq, CQ, N, ACCUMULATE, COLS, UNROLL, STAGES, False)
+        p_partial += segment * CQ.to(tl.int64) * N
+        add_chunks(p_partial, p_dwq + segment * N, CQ, N, ACCUMULATE, COLS, UNROLL, STAGES, False)
     else:
-        add_chunks(p_partial + CQ.to(tl.int64) * N, p_dwk, CK, N, ACCUMULATE, COLS, UNROLL, STAGES, False)
+        p_partial += (SEGMENTS * CQ.to(tl.int64) + segment * CK) * N
+        add_chunks(p_partial, p_dwk + segment * N, CK, N, ACCUMULATE, COLS, UNROLL, STAGES, False)

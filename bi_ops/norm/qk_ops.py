@@ -25,8 +25,15 @@ def _heads(qkv: torch.Tensor, weight: torch.Tensor, num_heads: int) -> tuple[int
     return num_heads, (qkv.shape[1] // dim - num_heads) // 2, dim
 
 
-def _order(qkv: torch.Tensor, dim: int) -> orders.NormOrder:
-    return orders.order(orders.Problem(dim, qkv.dtype), arches.of(qkv.device))
+def pairwise(parts: torch.Tensor) -> torch.Tensor:
+    """[...], the sum of parts [a power of two, ...], neighbours first."""
+    while len(parts) > 1:
+        parts = parts[::2] + parts[1::2]
+    return parts[0]
+
+
+def _order(qkv: torch.Tensor, dim: int, segments: int = 1) -> orders.NormOrder:
+    return orders.order(orders.Problem(dim, qkv.dtype, segments), arches.of(qkv.device))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -103,18 +110,20 @@ def launch_backward(
     rstd: torch.Tensor,
     num_heads: int,
     config: tuple[RowConfig, TokenConfig] | None = None,
+    segments: int = 1,
 ) -> torch.Tensor:
     """The gradient of qkv. The weights' are left in the first two, or added to these, fp32, if `accumulate`.
 
-    config: None for the one of this size.
+    config: None for the one of this size. segments: the weights' gradients are [segments, D].
     """
     dqkv = qkv.new_empty(qkv.shape)
     if qkv.numel() == 0:
         return dqkv
     hq, hk, dim = _heads(qkv, q_weight, num_heads)
-    n_tokens, order = len(qkv), _order(qkv, dim)
+    n_tokens, order = len(qkv), _order(qkv, dim, segments)
     add = config[1] if config else token_config(cdiv(n_tokens * hq, order.tokens.chunk), dim)
-    chunks = [padded_chunks(n_tokens * h, order.tokens.chunk, add) for h in (hq, hk)]
+    own = [padded_chunks(n_tokens * h // order.heads.segments, order.tokens.chunk, add) for h in (hq, hk)]
+    chunks = [order.heads.segments * n for n in own]
     partial = qkv.new_empty((sum(chunks), dim), dtype=torch.float32)
     c = config[0] if config else row_config(max(chunks), dim, qkv.itemsize, order.rows)
     g_rows = [aligned_rows(g) for g in (gq, gk, gv)]
@@ -139,6 +148,7 @@ def launch_backward(
         HQ=hq,
         HK=hk,
         HALF=dim // 2,
+        SEGMENTS=order.heads.segments,
         CHUNK=order.tokens.chunk,
         ROWS=c.rows,
         BLOCK=order.rows.tile(dim, c.chunks > 0),
@@ -146,12 +156,13 @@ def launch_backward(
         num_warps=order.rows.num_warps,
         **PINNED,
     )
-    qk_add_chunks_kernel[(cdiv(dim, add.add_cols), 2)](
+    qk_add_chunks_kernel[(cdiv(dim, add.add_cols), 2, order.heads.segments)](
         partial,
         q_weight_grad,
         k_weight_grad,
-        *chunks,
+        *own,
         dim,
+        SEGMENTS=order.heads.segments,
         ACCUMULATE=accumulate,
         COLS=add.add_cols,
         UNROLL=add.unroll,
@@ -176,13 +187,14 @@ def _qk_norm_rope(
     num_heads: int,
     eps: float,
     constant_weight: bool = False,
+    segments: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     given = (qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps)
     return launch_forward(*given, constant_weight=constant_weight)
 
 
 @_qk_norm_rope.register_fake
-def _(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps, constant_weight=False):
+def _(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps, constant_weight=False, segments=1):
     hq, hk, dim = _heads(qkv, q_weight, num_heads)
     n_tokens = qkv.shape[0]  # not len(qkv), which under torch.compile makes a graph for each number of tokens
     rstd = qkv.new_empty(n_tokens * (hq + hk), dtype=torch.float32)
@@ -204,10 +216,12 @@ def _qk_norm_rope_backward(
     cos_sin: torch.Tensor,
     rstd: torch.Tensor,
     num_heads: int,
+    segments: int = 1,
 ) -> torch.Tensor:
     return launch_backward(
         *(q_weight_grad, k_weight_grad, accumulate, gq, gk, gv, qkv, q_weight, k_weight, positions, cos_sin, rstd),
         num_heads,
+        segments=segments,
     )
 
 
@@ -217,17 +231,20 @@ def _(q_weight_grad, k_weight_grad, accumulate, gq, gk, gv, qkv, *_):
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.num_heads, _, _ = inputs
+    *tensors, ctx.num_heads, _, _, ctx.segments = inputs
     ctx.save_for_backward(*tensors, output[3])
     ctx.mark_non_differentiable(output[3])
 
 
 def _backward(ctx, gq, gk, gv, _):
     saved = ctx.saved_tensors
-    weight_grads = [torch.zeros_like(w) for w in saved[1:3]]
-    dqkv = _qk_norm_rope_backward(*weight_grads, False, gq, gk, gv, *saved, ctx.num_heads)
+    weights, n = saved[1:3], ctx.segments
+    weight_grads = [torch.zeros_like(w) if n == 1 else w.new_zeros((n, len(w)), dtype=torch.float32) for w in weights]
+    dqkv = _qk_norm_rope_backward(*weight_grads, False, gq, gk, gv, *saved, ctx.num_heads, n)
+    if n > 1:
+        weight_grads = [pairwise(g).to(w.dtype) for g, w in zip(weight_grads, weights, strict=True)]
     grads = zip((dqkv, *weight_grads), ctx.needs_input_grad, strict=False)
-    return *(g if needed else None for g, needed in grads), *[None] * 5
+    return *(g if needed else None for g, needed in grads), *[None] * 6
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_setup)
@@ -240,8 +257,8 @@ class _IntoBuffers(Node):
 
     @staticmethod
     def forward(ctx, q_main_grad, k_main_grad, *inputs):
-        *out, rstd = _qk_norm_rope(*inputs)
-        *tensors, ctx.num_heads, _ = inputs
+        *tensors, ctx.num_heads, eps, ctx.segments = inputs
+        *out, rstd = _qk_norm_rope(*tensors, ctx.num_heads, eps)
         ctx.save_for_backward(*tensors, rstd)
         ctx.main_grads = q_main_grad, k_main_grad
         return tuple(out)
@@ -251,9 +268,10 @@ class _IntoBuffers(Node):
         saved = ctx.saved_tensors  # once: a checkpoint hands them out no second time
         # A weight that is frozen keeps its buffer, if it has one, as it is.
         each = zip(ctx.main_grads, saved[1:3], ctx.needs_input_grad[3:5], strict=True)
-        buffers = [b if needed else torch.zeros_like(w, dtype=torch.float32) for b, w, needed in each]
-        dqkv = _qk_norm_rope_backward(*buffers, True, gq, gk, gv, *saved, ctx.num_heads)
-        return None, None, dqkv if ctx.needs_input_grad[2] else None, *[None] * 6
+        shape = (ctx.segments, saved[1].shape[0])
+        buffers = [b if needed else w.new_zeros(shape, dtype=torch.float32) for b, w, needed in each]
+        dqkv = _qk_norm_rope_backward(*buffers, True, gq, gk, gv, *saved, ctx.num_heads, ctx.segments)
+        return None, None, dqkv if ctx.needs_input_grad[2] else None, *[None] * 7
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -296,6 +314,20 @@ def _check(op: str, qkv: Any, weights: dict[str, Any], positions: Any, cos_sin: 
     )
 
 
+def _check_segments(op: str, segments: int, num_heads: int, all_heads: int) -> None:
+    checks.integer(op, "segments", segments)
+    kv_heads = (all_heads - num_heads) // 2
+    fits = segments > 0 and segments & (segments - 1) == 0 and num_heads % segments == 0 == kv_heads % segments
+    checks.shape(
+        op,
+        fits,
+        lambda: (
+            f"segments is {segments}; it must be a power of two that divides the {num_heads} query heads and the "
+            f"{kv_heads} key heads"
+        ),
+    )
+
+
 def qk_norm_rope(
     qkv: torch.Tensor,
     q_weight: torch.Tensor,
@@ -308,6 +340,7 @@ def qk_norm_rope(
     k_main_grad: torch.Tensor | None = None,
     *,
     constant_weight: bool = False,
+    segments: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries and keys of a fused projection, normalised per head, then turned by their positions' angles; and values.
 
@@ -323,6 +356,9 @@ def qk_norm_rope(
         q_main_grad, k_main_grad: fp32 [D], contiguous; as `main_grad` of `rms_norm`. If one is given, so is the other,
             unless its weight is frozen.
         constant_weight: as `rms_norm`; positions and cos_sin too are then not written by the graph.
+        segments: a power of two that divides the heads. Each segment of consecutive heads has a sum of its own in the
+            weights' gradients (`HeadsOrder`), so that ranks that share the heads can add theirs; the buffers are then
+            fp32 [segments, D]. Another number has other bits; nothing else depends on it.
 
     Returns:
         q [T, Hq, D], k and v [T, Hkv, D], contiguous, in the dtype of qkv.
@@ -336,10 +372,12 @@ def qk_norm_rope(
     checks.shape(op, checks.real(op, "eps", eps) >= 0, lambda: f"eps must not be negative, got {eps}")
     checks.boolean(op, "constant_weight", constant_weight)
     constant_weight = constant_weight and positions.is_contiguous() and cos_sin.is_contiguous()  # else: a new copy
+    _check_segments(op, segments, num_heads, qkv.shape[1] // q_weight.shape[0])
     inputs = (qkv, q_weight, k_weight, positions.contiguous(), cos_sin.contiguous(), num_heads, eps)
     if q_main_grad is None and k_main_grad is None:
-        return _qk_norm_rope(*inputs, constant_weight)[:3]
+        return _qk_norm_rope(*inputs, constant_weight, segments)[:3]
     for name, buffer, weight in (("q_main_grad", q_main_grad, q_weight), ("k_main_grad", k_main_grad, k_weight)):
         if buffer is not None or weight.requires_grad:
-            checks.main_grad(op, name, buffer, weight.shape, qkv.device)
-    return _IntoBuffers.apply(q_main_grad, k_main_grad, *inputs)
+            shape = weight.shape if segments == 1 else torch.Size((segments, *weight.shape))
+            checks.main_grad(op, name, buffer, shape, qkv.device)
+    return _IntoBuffers.apply(q_main_grad, k_main_grad, *inputs, segments)
