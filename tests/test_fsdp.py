@@ -205,6 +205,38 @@ def test_rows_are_written_and_read_where_they_belong(tmp_path):
         assert path.read_bytes() == (tmp_path / "1.safetensors").read_bytes()
 
 
+def pieces_of(p: torch.Tensor, rank: int, size: int) -> tensor_files.Rows:
+    """Columns of a matrix, or its part of each half of the rows."""
+    if p.ndim == 2 and p.shape[1] % size == 0:
+        width = p.shape[1] // size
+        return tensor_files.Rows(p[:, rank * width :][:, :width], tuple(p.shape), column=rank * width)
+    n = len(p) // 2 // size
+    runs = ((rank * n, n), (len(p) // 2 + rank * n, n)) if size > 1 else ()
+    own = torch.cat([p[first : first + n] for first, n in runs]) if runs else p
+    return tensor_files.Rows(own, tuple(p.shape), runs=runs)
+
+
+def test_columns_and_several_runs_of_rows_are_written_and_read_where_they_belong(tmp_path):
+    named = {"a": torch.randn(6, 8), "b": torch.randn(8, 3), "c": torch.randn(16).bfloat16(), "d": torch.tensor(3)}
+    for size in (1, 2, 4):
+        path, parts = tmp_path / f"{size}.safetensors", []
+        for rank in range(size):
+            rows = {n: pieces_of(p, rank, size) if p.ndim else tensor_files.whole(p) for n, p in named.items()}
+            if rank == 0:
+                tensor_files.create(path, rows)
+            tensor_files.write(path, rows, rows)
+            parts.append(rows)
+        assert load_file(path).keys() == named.keys()
+        for name, t in load_file(path).items():
+            assert torch.equal(t, named[name]), (size, name)
+        with safe_open(path, framework="pt") as file:
+            for rows in parts:
+                for n, part in rows.items():
+                    assert torch.equal(tensor_files.read(file, n, part), part.tensor), (size, n)
+                    assert torch.equal(part.of(named[n]) if named[n].ndim else named[n], part.tensor), (size, n)
+        assert path.read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+
+
 def part_of(p: torch.Tensor, rank: int, size: int) -> tensor_files.Rows:
     chunk = -(-len(p) // size)
     start = min(rank * chunk, len(p))

@@ -1,8 +1,8 @@
-"""Safetensors files of which several processes each write, or read, some rows.
+"""Safetensors files of which several processes each write, or read, some rows or columns.
 
 The format is a header of names, dtypes, shapes and places, then the bytes of the tensors in row-major order. So rows
-that follow one another are consecutive bytes, whose place follows from the header alone: a file has the same bytes
-whoever wrote which rows. https://github.com/huggingface/safetensors#format
+that follow one another are consecutive bytes, whose place follows from the header alone, and so are the columns of one
+row: a file has the same bytes whoever wrote which. https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -31,16 +31,43 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 class Rows(NamedTuple):
-    """Rows `start` to `start + len(tensor)` of a tensor of `shape`, or all of it."""
+    """Rows `start` to `start + len(tensor)` of a tensor of `shape`, or all of it.
+
+    runs: (first row, number of rows) of each part of `tensor`, in turn, where its rows do not all follow one another;
+    empty: one run from `start`. column: the first of the columns, if it has but some of a matrix.
+    """
 
     tensor: torch.Tensor
     shape: tuple[int, ...]
     start: int = 0
+    runs: tuple[tuple[int, int], ...] = ()
+    column: int = 0
 
     @property
     def is_shard(self) -> bool:
-        """Are there rows that this is not?"""
+        """Are there elements that this has not?"""
         return self.shape != tuple(self.tensor.shape)
+
+    def each_run(self) -> tuple[tuple[int, int], ...]:
+        """(first row, number of rows), in the order of `tensor`."""
+        return self.runs or ((self.start, math.prod(self.tensor.shape[:1])),)
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """(first element of the whole tensor, number of elements), in the order of `tensor`: consecutive bytes."""
+        whole, own = math.prod(self.shape[1:]), math.prod(self.tensor.shape[1:])
+        for first, n in self.each_run():
+            if own == whole:
+                yield first * whole, n * whole
+            else:
+                yield from ((row * whole + self.column, own) for row in range(first, first + n))
+
+    def of(self, whole: Any) -> torch.Tensor:
+        """The same rows and columns of `whole`, of `shape`: a tensor, or a slice of `safetensors.safe_open`."""
+        columns: tuple[slice, ...] = ()
+        if self.tensor.shape[1:] != self.shape[1:]:
+            columns = (slice(self.column, self.column + self.tensor.shape[1]),)
+        parts = [whole[(slice(first, first + n), *columns)] for first, n in self.each_run()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def whole(t: torch.Tensor) -> Rows:
@@ -83,21 +110,22 @@ def write(path: Path, tensors: Mapping[str, Rows], names: Iterable[str]) -> None
         for name in names:
             rows = tensors[name]
             flat = rows.tensor.detach().cpu().contiguous().reshape(-1)
-            data = memoryview(cast(Any, flat.view(torch.uint8).numpy()))
-            at = starts[name] + rows.start * math.prod(rows.shape[1:]) * rows.tensor.element_size()
-            while data:
-                n = os.pwrite(fd, data, at)
-                data, at = data[n:], at + n
+            data, size = memoryview(cast(Any, flat.view(torch.uint8).numpy())), rows.tensor.element_size()
+            for first, count in rows.spans():
+                span, data, at = data[: count * size], data[count * size :], starts[name] + first * size
+                while span:
+                    n = os.pwrite(fd, span, at)
+                    span, at = span[n:], at + n
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
 def read(file: Any, name: str, like: Rows) -> torch.Tensor:
-    """Of the tensor `name` in `file`, of `safetensors.safe_open`, the rows of `like`; of another shape all of it."""
+    """Of the tensor `name` in `file`, of `safetensors.safe_open`, what `like` has; of another shape all of it."""
     part = file.get_slice(name)
     if not like.is_shard or tuple(part.get_shape()) != like.shape:
         return file.get_tensor(name)  # type: ignore[no-any-return]
-    if (n := len(like.tensor)) == 0:
+    if len(like.tensor) == 0:
         return like.tensor.new_empty(like.tensor.shape, dtype=DTYPES[part.get_dtype()], device="cpu")
-    return part[like.start : like.start + n]  # type: ignore[no-any-return]
+    return like.of(part)

@@ -11,6 +11,7 @@ from bi_ops.core import checks, pdl
 from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
+from bi_ops.core.pairwise import pairwise_
 from bi_ops.core.rows import ALIGNMENT, aligned_rows
 from bi_ops.core.transforms import Node
 from bi_ops.core.triton_helpers import PINNED
@@ -23,13 +24,6 @@ def _heads(qkv: torch.Tensor, weight: torch.Tensor, num_heads: int) -> tuple[int
     """Query heads, key heads, head_dim."""
     dim = weight.shape[0]
     return num_heads, (qkv.shape[1] // dim - num_heads) // 2, dim
-
-
-def pairwise(parts: torch.Tensor) -> torch.Tensor:
-    """[...], the sum of parts [a power of two, ...], neighbours first."""
-    while len(parts) > 1:
-        parts = parts[::2] + parts[1::2]
-    return parts[0]
 
 
 def _order(qkv: torch.Tensor, dim: int, segments: int = 1) -> orders.NormOrder:
@@ -242,7 +236,7 @@ def _backward(ctx, gq, gk, gv, _):
     weight_grads = [torch.zeros_like(w) if n == 1 else w.new_zeros((n, len(w)), dtype=torch.float32) for w in weights]
     dqkv = _qk_norm_rope_backward(*weight_grads, False, gq, gk, gv, *saved, ctx.num_heads, n)
     if n > 1:
-        weight_grads = [pairwise(g).to(w.dtype) for g, w in zip(weight_grads, weights, strict=True)]
+        weight_grads = [pairwise_(g).to(w.dtype) for g, w in zip(weight_grads, weights, strict=True)]
     grads = zip((dqkv, *weight_grads), ctx.needs_input_grad, strict=False)
     return *(g if needed else None for g, needed in grads), *[None] * 6
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bi_ops.core.pairwise import pairwise_
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.ranks import ALONE, Ranks
 
@@ -49,10 +50,7 @@ def _exchanged(parts: torch.Tensor, group: Any) -> torch.Tensor:
     """Every rank sends each other one its part, and adds what it gets: one message from each to each."""
     level = torch.empty_like(parts)
     dist.all_to_all_single(level, parts, group=group)
-    while len(level) > 1:  # one kernel for all pairs
-        level[::2].add_(level[1::2])
-        level = level[::2]
-    return level[0]
+    return pairwise_(level)
 
 
 def _swapped(parts: torch.Tensor, group: Any) -> torch.Tensor:

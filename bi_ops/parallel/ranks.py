@@ -54,6 +54,27 @@ class Ranks:
             dist.init_process_group(backend)
         return cls.of()
 
+    def split(self, size: int) -> tuple[Ranks, Ranks]:
+        """This process among `size` neighbours, and among those that stand at its place in the other neighbourhoods.
+
+        The first share a model (tensor parallelism), the second a batch (data parallelism). Every rank calls it.
+
+        Raises:
+            ValueError: a size that does not divide the ranks.
+        """
+        if size < 1 or self.size % size:
+            raise ValueError(
+                f"parallel: {self.size} ranks are not groups of {size}; start a multiple of {size} with torchrun"
+            )
+        if size in (1, self.size):
+            return (self, ALONE) if size > 1 else (ALONE, self)
+        every = dist.get_process_group_ranks(dist.group.WORLD if self.group is None else self.group)
+        near = [every[i : i + size] for i in range(0, self.size, size)]
+        groups = [
+            dist.new_subgroups_by_enumeration(some)[0] for some in (near, [list(r) for r in zip(*near, strict=True)])
+        ]
+        return Ranks.of(groups[0]), Ranks.of(groups[1])
+
     def gather(self, value: _T) -> list[_T]:
         """The values of all ranks, in their order, on each of them. Tensors in them must be on the CPU."""
         if self.size == 1:

@@ -56,6 +56,7 @@ def save(
     extra: dict[str, Any],
     ranks: Ranks = ALONE,
     parameters: Parameters | None = None,
+    writes: bool = True,
 ) -> Path:
     """Write `folder`/step_NNNNNN (model, optimizer, state.json) and point `folder`/latest at it.
 
@@ -64,7 +65,7 @@ def save(
     until then, and comes back (see `latest`) if the new one never got its name.
 
     ranks: all make this call, and `folder` is one that all of them see. parameters: what each has; None: all of it, so
-    the first rank writes.
+    the first rank writes. writes: False where another rank has, and writes, the same shards.
 
     Raises:
         RuntimeError: another rank could not write its rows; it is named.
@@ -87,7 +88,7 @@ def save(
 
     def write() -> None:
         for name, tensors in files.items():
-            own = [n for n, rows in tensors.items() if ranks.rank == 0 or (shared and rows.is_shard)]
+            own = [n for n, rows in tensors.items() if ranks.rank == 0 or (writes and shared and rows.is_shard)]
             if own:
                 tensor_files.write(fresh / name, tensors, own)
 
