@@ -4,7 +4,9 @@
 # mypy: disable-error-code="arg-type, call-arg"
 from __future__ import annotations
 
+import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -202,14 +204,15 @@ def test_the_config_changes_no_bit(device):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_segments_of_heads_are_summed_apart_wherever_they_are(ranks, device):
     """A rank with some of the heads, the same sums: one process has all of them, or ranks have some each."""
+    op: Any = qk_norm_rope
     segments, hq, hk, d, t = 4, 8, 4, 32, 40
     given, (gq, gk, gv) = inputs(t, hq, hk, d, device)
     whole = [torch.zeros(segments, d, device=device) for _ in range(2)]
-    out = qk_norm_rope(*given, 1e-6, *whole, segments=segments)
+    out = op(*given, 1e-6, *whole, segments=segments)
     (dqkv,) = torch.autograd.grad(out, given[0], (gq, gk, gv))
     plain = with_gradients(qk_norm_rope, given, (gq, gk, gv))
     assert all_equal((*out, dqkv), plain[:4])  # a weight's gradient alone depends on the segments
-    *_, dwq, dwk = with_gradients(lambda *a: qk_norm_rope(*a, segments=segments), given, (gq, gk, gv))
+    *_, dwq, dwk = with_gradients(functools.partial(op, segments=segments), given, (gq, gk, gv))
     for buffer, dw, unsegmented in zip(whole, (dwq, dwk), plain[4:], strict=True):
         assert bits_equal(dw, (buffer[0] + buffer[1]) + (buffer[2] + buffer[3]))
         assert not bits_equal(dw, unsegmented)  # the control: another order
@@ -225,7 +228,7 @@ def test_segments_of_heads_are_summed_apart_wherever_they_are(ranks, device):
         if ranks == segments:
             buffers = [b[0] for b in buffers]
         some = (own, *given[1:5], hq // ranks)
-        found = qk_norm_rope(*some, 1e-6, *buffers, segments=segments // ranks)
+        found = op(*some, q_main_grad=buffers[0], k_main_grad=buffers[1], segments=segments // ranks)
         assert all_equal(found, [part(x, rank) for x in out])
         (grad,) = torch.autograd.grad(found, own, [part(g, rank) for g in (gq, gk, gv)])
         assert bits_equal(grad, torch.cat([part(x, rank) for x in (dq, dk, dv)], 1).flatten(1))
@@ -235,12 +238,13 @@ def test_segments_of_heads_are_summed_apart_wherever_they_are(ranks, device):
 
 def test_segments_go_on_from_one_micro_batch_to_the_next(device):
     given, g = inputs(48, 4, 2, 32, device)
+    op: Any = qk_norm_rope
     sums = []
     for cuts in ((0, 48), (0, 16, 48)):
         buffers = [torch.zeros(2, 32, device=device) for _ in range(2)]
         for a, b in itertools.pairwise(cuts):
             rows = given[0].detach()[a:b].requires_grad_()
-            out = qk_norm_rope(rows, *given[1:3], given[3][a:b], *given[4:], 1e-6, *buffers, segments=2)
+            out = op(rows, *given[1:3], given[3][a:b], *given[4:], 1e-6, *buffers, segments=2)
             torch.autograd.grad(out, rows, [x[a:b] for x in g])
         sums.append(buffers)
     assert all_equal(*sums)

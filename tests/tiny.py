@@ -26,8 +26,8 @@ def tiny_config(**changes) -> Qwen3Config:
     return Qwen3Config(**(sizes | changes))
 
 
-def tiny_model(seed: int = 0, recompute: Any = "selective", **changes) -> Qwen3ForCausalLM:
-    model = Qwen3ForCausalLM(tiny_config(**changes), recompute=recompute)
+def tiny_model(seed: int = 0, recompute: Any = "selective", segments: int = 1, **changes) -> Qwen3ForCausalLM:
+    model = Qwen3ForCausalLM(tiny_config(**changes), recompute=recompute, segments=segments)
     model.init_weights(seed)
     return model
 

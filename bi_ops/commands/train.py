@@ -59,6 +59,7 @@ _PLAIN: tuple[tuple[str, type, str], ...] = (
     ("save_every", int, "steps between checkpoints, 0 for none"),
     ("max_tokens_per_microbatch", int, "cut the training pass into packs of at most this many tokens"),
     ("atoms", int, "parts of each batch whose gradients are added by a tree; the most data-parallel ranks"),
+    ("segments", int, "pieces of sums over features, added by a tree; the most ranks that can share the model"),
     ("gpu_memory_utilization", float, "vllm: the part of the GPU's memory that vLLM takes; the trainer needs the rest"),
 )
 
@@ -114,7 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         **given,
     )
     parser.add_argument(
-        "--dp", type=int, metavar="N", help="data-parallel ranks; as many as torchrun starts, which it must be"
+        "--tp",
+        type=int,
+        help="neighbouring ranks that share the model in training, a divisor of --segments; changes no bit",
+        **given,
+    )
+    parser.add_argument(
+        "--dp", type=int, metavar="N", help="data-parallel ranks; torchrun must start as many, times --tp"
     )
     parser.add_argument(
         "--fsdp",
@@ -172,12 +179,15 @@ def run(args: argparse.Namespace) -> int:
 
     config = make_config(args)
     ranks = parallel.Ranks.of_torchrun()
-    if args.dp not in (None, ranks.size):
+    if ranks.size % config.tp or args.dp not in (None, ranks.size // config.tp):
+        wanted, times = (args.dp or 1) * config.tp, f" --tp {config.tp}" if config.tp > 1 else ""
+        asked = (f" --dp {args.dp}" if args.dp else "") + times
         raise ValueError(
-            f"train: --dp {args.dp}, but {ranks.size} processes were started; use torchrun --nproc-per-node {args.dp} "
+            f"train:{asked}, but {ranks.size} processes were started; use torchrun --nproc-per-node {wanted} "
             "-m bi_ops train ..."
         )
-    parallel.check_ranks(parallel.order(config.atoms), ranks, config.fsdp)  # before a model is made
+    data = dataclasses.replace(ranks, rank=ranks.rank // config.tp, size=ranks.size // config.tp)
+    parallel.check_ranks(parallel.order(config.atoms), data, config.fsdp)  # before a model is made
     if args.kernel_cache:
         from bi_ops.core import compile_ahead
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -63,11 +63,27 @@ class Rows(NamedTuple):
 
     def of(self, whole: Any) -> torch.Tensor:
         """The same rows and columns of `whole`, of `shape`: a tensor, or a slice of `safetensors.safe_open`."""
-        columns: tuple[slice, ...] = ()
-        if self.tensor.shape[1:] != self.shape[1:]:
-            columns = (slice(self.column, self.column + self.tensor.shape[1]),)
-        parts = [whole[(slice(first, first + n), *columns)] for first, n in self.each_run()]
+        rows = [slice(first, first + n) for first, n in self.each_run()]
+        if self.tensor.shape[1:] == self.shape[1:]:
+            parts = [whole[some] for some in rows]
+        else:
+            columns = slice(self.column, self.column + self.tensor.shape[1])
+            parts = [whole[some, columns] for some in rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def joined(parts: Sequence[Rows]) -> torch.Tensor:
+    """The whole tensor, of parts that have all of it between them."""
+    out = parts[0].tensor.new_empty(parts[0].shape)
+    for rows in parts:
+        width = rows.tensor.shape[1:2]
+        runs = rows.each_run()
+        for (first, n), part in zip(runs, rows.tensor.split([n for _, n in runs]), strict=True):
+            if width == rows.shape[1:2]:
+                out[first : first + n] = part
+            else:
+                out[first : first + n, rows.column : rows.column + width[0]] = part
+    return out
 
 
 def whole(t: torch.Tensor) -> Rows:

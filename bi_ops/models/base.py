@@ -38,6 +38,8 @@ class CausalLM(torch.nn.Module):
         recompute: what a decoder layer does for memory, the same bits in each. "selective": norms, rotation and
             silu-and-mul run again in the backward. "layer": the whole layer does, and the residual stream alone is
             kept. "none": everything is kept. Also an attribute.
+        segments: pieces of the sums that tensor-parallel ranks share (`bi_ops.nn.parallel_linear`), a power of two and
+            the most ranks. A part of the order: another number has other bits.
 
     Raises:
         TypeError: another dtype. ValueError: another `recompute`. RuntimeError: no such device.
@@ -64,6 +66,7 @@ class CausalLM(torch.nn.Module):
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         recompute: Recompute = "selective",
+        segments: int = 1,
     ) -> None:
         super().__init__()
         for dtype in (param_dtype, compute_dtype):
@@ -71,6 +74,7 @@ class CausalLM(torch.nn.Module):
         device = torch.device(device) if device is not None else runtime.default_device()
         self.config, self.compute_dtype = config, compute_dtype
         self.recompute: Recompute = check_recompute(type(self).__name__, recompute)
+        self.segments = self.check_segments(segments)
         self.head_chunk_rows: int | None = None
         self.attention_backend: str | None = None
         self.source: Path | None = None
@@ -104,7 +108,20 @@ class CausalLM(torch.nn.Module):
         """
         return {}
 
+    def unsegmented(self, segments: int) -> str | None:
+        """Why the model's sums over features cannot have so many segments; None: they can."""
+        return "this model has none"
+
     # What follows from it.
+
+    def check_segments(self, segments: int) -> int:
+        """`segments`. Raises ValueError unless the model's sums can have as many."""
+        name = type(self).__name__
+        if segments < 1 or segments & (segments - 1):
+            raise ValueError(f"{name}: segments is {segments}; it must be a power of two, for they are added pairwise")
+        if segments > 1 and (why := self.unsegmented(segments)):
+            raise ValueError(f"{name}: segments={segments}: {why}")
+        return segments
 
     @property
     def unit_tokens(self) -> int:
@@ -256,6 +273,7 @@ class CausalLM(torch.nn.Module):
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         recompute: Recompute = "selective",
+        segments: int = 1,
     ) -> Self:
         """Read a Hugging Face checkpoint folder (config.json, safetensors in one file or in shards).
 
@@ -263,7 +281,7 @@ class CausalLM(torch.nn.Module):
             FileNotFoundError: no config or weights there. ValueError: an unsupported model; two checkpoints in one
                 folder; or tensors that are missing, twice there, unknown or of another shape (listed at once).
         """
-        model = cls(cls.config_class.from_pretrained(path), param_dtype, compute_dtype, device, recompute)
+        model = cls(cls.config_class.from_pretrained(path), param_dtype, compute_dtype, device, recompute, segments)
         checkpoint.load(model, Path(path))
         return model
 

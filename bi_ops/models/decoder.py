@@ -15,6 +15,7 @@ from bi_ops import nn, norm, rope
 from bi_ops.models.base import AttentionFn, CausalLM
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.models.packing import PackedBatch
+from bi_ops.nn.parallel_linear import ColumnParallelLinear, RowParallelLinear
 from bi_ops.nn.recompute import Recompute, checkpointed, recomputed
 
 
@@ -31,13 +32,21 @@ class DecoderConfig(CausalLMConfig):
 
 
 class SelfAttention(torch.nn.Module):
-    def __init__(self, config: CausalLMConfig, layer: int, **factory: Any) -> None:
+    def __init__(self, config: CausalLMConfig, layer: int, segments: int = 1, **factory: Any) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.qkv_proj = nn.Linear(config.hidden_size, config.q_size + 2 * config.kv_size, bias=False, **factory)
-        self.o_proj = nn.Linear(config.q_size, config.hidden_size, bias=False, **factory)
+        parts = config.q_size, config.kv_size, config.kv_size
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, segments, **factory)
+        self.o_proj = RowParallelLinear(config.q_size, config.hidden_size, segments, **factory)
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps, **factory)
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps, **factory)
+        self.q_norm.segments = self.k_norm.segments = segments
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads: all, or those of a tensor-parallel rank, which has as many of the outputs of `qkv_proj`."""
+        c = self.config
+        return c.num_attention_heads * self.qkv_proj.out_features // (c.q_size + 2 * c.kv_size)
 
     def forward(
         self,
@@ -54,9 +63,10 @@ class SelfAttention(torch.nn.Module):
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             return norm.qk_norm_rope(
                 *(qkv, self.q_norm.weight, self.k_norm.weight, positions, cos_sin),
-                self.config.num_attention_heads,
+                self.num_heads,
                 self.config.rms_norm_eps,
                 *main_grads,
+                segments=self.q_norm.segments,
             )
 
         heads, kept = heads_of(qkv, self.q_norm.main_grad, self.k_norm.main_grad), qkv.detach()
@@ -68,10 +78,11 @@ class SelfAttention(torch.nn.Module):
 class MLP(torch.nn.Module):
     """``down(silu(gate(x)) * up(x))`` with the first two fused; `cu_units` is for those that need it."""
 
-    def __init__(self, config: CausalLMConfig, **factory: Any) -> None:
+    def __init__(self, config: CausalLMConfig, segments: int = 1, **factory: Any) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False, **factory)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False, **factory)
+        size = config.intermediate_size
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, (size, size), segments, **factory)
+        self.down_proj = RowParallelLinear(size, config.hidden_size, segments, **factory)
         self.act_fn = nn.SiluAndMul()
 
     def forward(self, x: torch.Tensor, cu_units: torch.Tensor | None = None, selective: bool = False) -> torch.Tensor:
@@ -84,9 +95,11 @@ class MLP(torch.nn.Module):
 class DecoderLayer(torch.nn.Module):
     """mlp: called with x [T, hidden], `cu_units` and whether to recompute selectively; returns [T, hidden]."""
 
-    def __init__(self, config: CausalLMConfig, layer: int, mlp: torch.nn.Module, **factory: Any) -> None:
+    def __init__(
+        self, config: CausalLMConfig, layer: int, mlp: torch.nn.Module, segments: int = 1, **factory: Any
+    ) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config, layer, **factory)
+        self.self_attn = SelfAttention(config, layer, segments, **factory)
         self.mlp = mlp
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
@@ -122,10 +135,13 @@ def _norm_again(layer: nn.RMSNorm, total: torch.Tensor) -> Callable[[], tuple[to
 class Decoder(torch.nn.Module):
     """mlps: what each layer has as its `mlp`, in order."""
 
-    def __init__(self, config: CausalLMConfig, mlps: Iterable[torch.nn.Module], **factory: Any) -> None:
+    def __init__(
+        self, config: CausalLMConfig, mlps: Iterable[torch.nn.Module], segments: int = 1, **factory: Any
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
-        self.layers = torch.nn.ModuleList(DecoderLayer(config, i, mlp, **factory) for i, mlp in enumerate(mlps))
+        layers = (DecoderLayer(config, i, mlp, segments, **factory) for i, mlp in enumerate(mlps))
+        self.layers = torch.nn.ModuleList(layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
 
@@ -142,8 +158,9 @@ class DecoderForCausalLM(CausalLM):
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         recompute: Recompute = "selective",
+        segments: int = 1,
     ) -> None:
-        super().__init__(config, param_dtype, compute_dtype, device, recompute)
+        super().__init__(config, param_dtype, compute_dtype, device, recompute, segments)
         cos_sin = rope.cos_sin_cache(
             config.head_dim, config.max_position_embeddings, config.rope_theta, compute_dtype, self.device
         )
@@ -151,11 +168,11 @@ class DecoderForCausalLM(CausalLM):
 
     def mlp(self, layer: int, **factory: Any) -> torch.nn.Module:
         """What stands between a layer's second norm and the residual stream, as `DecoderLayer` calls it."""
-        return MLP(self.config, **factory)
+        return MLP(self.config, self.segments, **factory)
 
     def decoder(self, **factory: Any) -> Decoder:
         mlps = (self.mlp(i, **factory) for i in range(self.config.num_hidden_layers))
-        return Decoder(self.config, mlps, **factory)
+        return Decoder(self.config, mlps, self.segments, **factory)
 
     def packed_modules(self) -> Mapping[str, Mapping[str, int]]:
         c = self.config
@@ -163,6 +180,14 @@ class DecoderForCausalLM(CausalLM):
             "qkv_proj": {"q_proj": c.q_size, "k_proj": c.kv_size, "v_proj": c.kv_size},
             "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
         }
+
+    def unsegmented(self, segments: int) -> str | None:
+        c = self.config
+        if c.num_key_value_heads % segments:
+            return f"{c.num_key_value_heads} key and value heads are not cut into as many; take a number that divides"
+        if c.intermediate_size % (16 * segments):
+            return f"intermediate_size {c.intermediate_size} is not cut into multiples of 16; take fewer"
+        return None
 
     def hidden_states(self, batch: PackedBatch, attention_fn: AttentionFn) -> torch.Tensor:
         units = batch.cu_units if torch.is_grad_enabled() else None  # no sum over tokens needs them

@@ -84,7 +84,8 @@ def load_model(
     compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     recompute: Recompute = "selective",
+    segments: int = 1,
 ) -> CausalLM:
     """The model in the checkpoint folder `path`, whatever it is. Raises as `load_config` and `from_pretrained`."""
     entry = lookup(read_config(path), str(path))
-    return entry.model_class.from_pretrained(path, param_dtype, compute_dtype, device, recompute)
+    return entry.model_class.from_pretrained(path, param_dtype, compute_dtype, device, recompute, segments)

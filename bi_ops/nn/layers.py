@@ -40,9 +40,12 @@ class RMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` under the contract, alone or after a residual add.
 
     main_grad: fp32 [the product of normalized_shape], as `Linear`'s.
+    segments: of the heads that it normalises, where its weight's gradient is summed by segments (`norm.qk_norm_rope`);
+    main_grad is then [segments, D].
     """
 
     main_grad: torch.Tensor | None = None
+    segments: int = 1
 
     @overload
     def forward(self, x: torch.Tensor, residual: None = None) -> torch.Tensor: ...

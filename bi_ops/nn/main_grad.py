@@ -13,6 +13,7 @@ import torch
 
 from bi_ops.core.integers import cdiv
 from bi_ops.core.main_grad import MainGrad
+from bi_ops.core.pairwise import pairwise_
 from bi_ops.nn.experts import GroupedLinear
 from bi_ops.nn.layers import Embedding, Linear, RMSNorm
 
@@ -47,13 +48,20 @@ def zeros(weights: Sequence[torch.Tensor], elements: int = ELEMENTS) -> list[tor
     return buffers
 
 
+def _summed(layer: Layer) -> torch.Tensor:
+    """A view of the weight of the shape of its sums; of a norm per head [segments, D]."""
+    if isinstance(layer, RMSNorm) and layer.segments > 1:
+        return layer.weight.expand(layer.segments, *layer.weight.shape)
+    return layer.weight
+
+
 def main_grad_memory(module: torch.nn.Module) -> dict[torch.nn.Module, torch.Tensor]:
     """fp32 memory for the sum of every layer of `module` that gets one, for `allocate_main_grads` of many steps.
 
     Raises TypeError for what is no module.
     """
     layers = [layer for layer in _layers("main_grad_memory", module) if layer.weight.requires_grad]
-    return dict(zip(layers, zeros([layer.weight for layer in layers]), strict=True))
+    return dict(zip(layers, zeros([_summed(layer) for layer in layers]), strict=True))
 
 
 def allocate_main_grads(
@@ -79,16 +87,16 @@ def allocate_main_grads(
     filled = [layer for layer in layers if tensors or isinstance(layer, RMSNorm)]
     if memory is None and tensors:
         # Apart: Inductor of torch 2.11 reads a slice of a larger buffer, if it copies one, from twice its offset.
-        weights = [layer.weight for layer in filled]
+        weights = [_summed(layer) for layer in filled]
         buffers = [torch.zeros(w.shape, dtype=torch.float32, device=w.device) for w in weights]
     elif memory is None:
-        buffers = zeros([layer.weight for layer in filled])
+        buffers = zeros([_summed(layer) for layer in filled])
     else:
         buffers = [memory[layer] for layer in filled]
         if buffers:
             torch._foreach_zero_(buffers)
     for layer, buffer in zip(filled, buffers, strict=True):
-        layer.main_grad = buffer.view(-1) if isinstance(layer, RMSNorm) else buffer
+        layer.main_grad = buffer.view(-1) if isinstance(layer, RMSNorm) and layer.segments == 1 else buffer
     for layer in layers:
         if not (tensors or isinstance(layer, RMSNorm)):
             own = None if memory is None else memory[layer]
@@ -112,6 +120,8 @@ def collect_main_grads(module: torch.nn.Module) -> None:
         if layer.main_grad is None:
             continue
         found = layer.main_grad.collect() if isinstance(layer.main_grad, MainGrad) else layer.main_grad
+        if isinstance(layer, RMSNorm) and layer.segments > 1:
+            found = pairwise_(found)
         if layer.weight in sums:
             sums[layer.weight] += found
         else:

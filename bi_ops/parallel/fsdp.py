@@ -87,6 +87,9 @@ class FullySharded:
         ValueError: one rank, ranks that do not divide the atoms, or parameters whose gradient has no `main_grad`.
     """
 
+    #: See `Whole`.
+    writes = True
+
     def __init__(
         self,
         model: torch.nn.Module,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bi_ops import nn, optim
+from bi_ops.core.tensor_files import Rows
 from bi_ops.parallel.gradients import GradientTree
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.ranks import ALONE, Ranks
@@ -26,6 +27,9 @@ class Whole:
     Raises:
         ValueError: a number of ranks that does not divide the atoms.
     """
+
+    #: Does this rank write its shards into a checkpoint? Else another rank has the same ones.
+    writes = True
 
     def __init__(
         self,
@@ -54,25 +58,34 @@ class Whole:
 
     def end_atom(self) -> None:
         """The atom's last backward was launched. Nothing waits for the GPU."""
-        nn.collect_main_grads(self.model)
+        self._collect()
         if self.tree.atoms == 1:
             return
         parameters = self.parameters.values()
         each = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters]
         self.sums.add([g.clone() for g in each] if self._keeps_memory else each)
 
+    def _collect(self) -> None:
+        """Every parameter gets its gradient of the atom."""
+        nn.collect_main_grads(self.model)
+
     def finish(self) -> torch.Tensor:
         """Every parameter gets its gradient of the whole batch; the norm of all, fp32 []."""
         if self.tree.atoms > 1:
             for p, total in zip(self.parameters.values(), self.sums.total(), strict=True):
                 p.grad = total
+        return self._norm()
+
+    def _norm(self) -> torch.Tensor:
         return optim.global_norm([p.grad for p in self.parameters.values() if p.grad is not None])
 
-    def rows(self) -> None:
+    def rows(self) -> dict[str, tuple[Rows, torch.Tensor]] | None:
         """None: this rank has every parameter whole."""
+        return None
 
-    def collected(self) -> None:
+    def collected(self) -> dict[str, torch.Tensor] | None:
         """None: they are where they are."""
+        return None
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:

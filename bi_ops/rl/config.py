@@ -27,6 +27,7 @@ FREE_ON_RESUME = (
     "sleep",
     "max_tokens_per_microbatch",
     "tensor_parallel_size",
+    "tp",
     "fsdp",
     "recompute",
     "offload",
@@ -89,6 +90,11 @@ class TrainConfig:
     changes none. 1 is one sum from the first token to the last, in one process.
     fsdp: each data-parallel rank keeps a shard of the weights, gradients and AdamW's states
     (`bi_ops.parallel.fsdp.FullySharded`), instead of all of them. It changes no bit.
+    segments: of the sums over features that tensor-parallel ranks may share, a power of two, and the most such ranks
+    (`bi_ops.nn.parallel_linear`). Another number has other bits, in log-probabilities too, so the engine samples with
+    the same. 1 is one sum from front to back.
+    tp: how many neighbouring ranks share the model in training (`bi_ops.parallel.tensor.TensorParallel`); as many
+    groups share each batch. It changes no bit.
     tensor_parallel_size: vllm: GPUs that share the model that samples. It changes no bit.
     recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
     offload: what waits in host memory between updates, nothing, AdamW's states, or these and the fp32 master weights
@@ -133,6 +139,8 @@ class TrainConfig:
     max_tokens_per_microbatch: int | None = None
     atoms: int = 1
     fsdp: bool = False
+    segments: int = 1
+    tp: int = 1
     tensor_parallel_size: int = 1
     recompute: Recompute = "selective"
     offload: Offload = "none"
@@ -184,6 +192,12 @@ class TrainConfig:
         need(self.atoms >= 1 and not self.atoms & (self.atoms - 1), "atoms", "a power of two")
         need(not (self.fsdp and self.step_graphs), "fsdp", "false with step_graphs, which cannot gather weights")
         need(not (self.fsdp and self.offload == "masters"), "fsdp", "false with offload='masters'; use 'states'")
+        need(self.segments >= 1 and not self.segments & (self.segments - 1), "segments", "a power of two")
+        fits = self.tp >= 1 and self.segments % self.tp == 0
+        need(fits, "tp", f"a divisor of segments={self.segments}: declare as many segments as ranks share the model")
+        for name in ("fsdp", "step_graphs"):
+            need(not (self.segments > 1 and getattr(self, name)), name, "false with segments above 1, or tp")
+        need(self.tp == 1 or self.offload != "masters", "offload", "none or states with tp")
         need(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1")
         need(self.tensor_parallel_size == 1 or self.engine == "vllm", "tensor_parallel_size", "1, except for vllm")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
@@ -193,6 +207,10 @@ class TrainConfig:
         """Whose log-probabilities the rollout reports: the sampled distribution's wherever that is not the logits'."""
         plain = (self.temperature, self.top_k, self.top_p, self.min_p) == (1.0, 0, 1.0, 0.0)
         return "raw_logprobs" if plain else "processed_logprobs"
+
+    def model_options(self) -> dict[str, Any]:
+        """What `load_model` takes besides the checkpoint."""
+        return {} if self.segments == 1 else {"segments": self.segments}
 
     def engine_options(self) -> dict[str, Any]:
         """What `factory.make_engine` takes besides the name and the checkpoint."""

@@ -120,9 +120,9 @@ def load_model_and_engine(config: TrainConfig, path: Path) -> tuple[CausalLM, Ro
     """The trained model (fp32 master weights) and the engine that samples from it."""
     from bi_ops.models import load_model
 
-    model = load_model(path) if factory.lookup(config.engine).needs_model else None
+    model = load_model(path, **config.model_options()) if factory.lookup(config.engine).needs_model else None
     engine = factory.make_engine(config.engine, path, model, **config.engine_options())
-    return load_model(path) if model is None else model, engine
+    return load_model(path, **config.model_options()) if model is None else model, engine
 
 
 def make_alphabet(config: TrainConfig, path: Path, vocab_size: int) -> Alphabet:
@@ -221,7 +221,7 @@ def set_up(
         model.warmup()
         reference = None
         if config.kl != 0:
-            reference = type(model).from_pretrained(path).requires_grad_(False)
+            reference = type(model).from_pretrained(path, **config.model_options()).requires_grad_(False)
         task = make_task(config.task, make_alphabet(config, path, model.config.vocab_size), config.max_new_tokens)
         return Trainer(config, model, engine, task, reference, on_difference, ranks)
     except BaseException:
@@ -279,7 +279,7 @@ def save(trainer: Trainer, output: Path, step: int) -> None:
     config = trainer.config
     extra = {"config": config.to_dict(), "seed": config.seed, "orders": orders_of(trainer)}
     where = output / CHECKPOINTS, step, trainer.model, trainer.optimizer, extra, trainer.ranks
-    checkpoint.save(*where, trainer.layout.rows())
+    checkpoint.save(*where, trainer.layout.rows(), trainer.layout.writes)
 
 
 def train(trainer: Trainer, output: Path, done: int, on_step: Callable[[StepMetrics], None]) -> None:

@@ -109,6 +109,17 @@ def naming_memory(step: int, doing: str, settings: str) -> Iterator[None]:
         ) from error
 
 
+def _check_equal(packs: Sequence[_Pack], others: Sequence[_Pack], rank: int) -> None:
+    """Raise RuntimeError unless tensor-parallel rank `rank` found the same bits as the first."""
+    for mine, theirs in zip(packs, others, strict=True):
+        for i, (a, b) in enumerate(zip(mine.scores, theirs.scores, strict=True)):
+            if not torch.equal(a.view(torch.int32), b.view(torch.int32)):
+                raise RuntimeError(
+                    f"train: tensor-parallel ranks 0 and {rank} have other log-probabilities for sequence "
+                    f"{mine.part.start + i}, though both have the same hidden states; a GPU or a link is faulty"
+                )
+
+
 class Trainer:
     """Trains `model` on what `engine` samples from it, in the orders that the engine samples in.
 
@@ -116,14 +127,15 @@ class Trainer:
         reference: the frozen model of the KL term; needed where config.kl is not 0.
         on_difference: called with the difference when config.on_difference is "warn".
         ranks: the processes that share each batch; all do the same step and end in the same bytes. Their number changes
-            no bit (`config.atoms`), nor does it whether each has the whole model or, with `config.fsdp`, a shard: then
-            `model` is sharded here.
+            no bit (`config.atoms`), nor does it whether each has the whole model or, with `config.fsdp`, a shard, or,
+            of `config.tp` neighbours, a slice: then `model` is cut here.
 
     Raises:
         ValueError: a KL coefficient without a reference, an engine that states no orders, or one that should sleep and
-            cannot, master weights offloaded from a model that does not compute in bf16, or ranks that do not divide
-            the atoms or fill engines. With config.step_graphs as `bi_ops.models.graphs.StepGraphs`, with config.fsdp as
-            `bi_ops.parallel.fsdp.FullySharded`.
+            cannot, master weights offloaded from a model that does not compute in bf16, a model of other segments than
+            config.segments, or ranks that do not divide the atoms, share the model or fill engines. With
+            config.step_graphs as `bi_ops.models.graphs.StepGraphs`, with config.fsdp as
+            `bi_ops.parallel.fsdp.FullySharded`, with segments as `bi_ops.parallel.tensor.TensorParallel`.
         RuntimeError: the model cannot compute in the engine's orders here; what differs is listed.
     """
 
@@ -154,7 +166,11 @@ class Trainer:
         for m in (model, *([] if reference is None else [reference])):
             m.adopt(engine.orders)
         model.recompute = config.recompute
+        if (segments := getattr(model, "segments", 1)) != config.segments:
+            raise ValueError(f"train: segments={config.segments}, but the model was made with {segments}")
         self.ranks = ranks
+        #: Those that share the model, and those that share the batch.
+        self.tensor, self.data = ranks.split(config.tp)
         self._ranks_of_an_engine: int = getattr(engine, "tensor_parallel_size", 1)
         if ranks.size > 1 and ranks.size % self._ranks_of_an_engine:
             raise ValueError(
@@ -173,6 +189,10 @@ class Trainer:
     def _layout(self) -> parallel.Whole | FullySharded:
         """Where weights, gradients and states are."""
         tree = parallel.order(self.config.atoms)
+        if self.config.segments > 1:
+            from bi_ops.parallel.tensor import TensorParallel
+
+            return TensorParallel(self.model, tree, self.data, self.tensor, self.model.compute_dtype)
         if self.config.fsdp:
             from bi_ops.parallel.fsdp import FullySharded
 
@@ -187,7 +207,7 @@ class Trainer:
         if config.offload == "masters":  # the kernel writes the model's own bf16 weights, and the engine reads these
             return optim.OffloadedAdamW(*given, weight_decay=config.weight_decay, masters=True)
         copies: dict[torch.nn.Parameter, torch.Tensor] = {}
-        if not config.fsdp:  # a rank updates its shard, and the engine has whole weights
+        if not config.fsdp and config.tp == 1:  # a rank updates its shard, and the engine has whole weights
             copies = getattr(self.engine, "weight_copies", lambda m: {})(self.model)
         return (optim.OffloadedAdamW if config.offload == "states" else optim.AdamW)(
             *given,
@@ -304,7 +324,7 @@ class Trainer:
         sequences are padded to the step in which tokens are summed, and every sum is carried on from one pack to the
         next. Nor do they depend on the number of ranks: each has some of the atoms, whose sums are added by the tree.
         """
-        config, ranks, device = self.config, self.ranks, self.parameters[0].device
+        config, ranks, device = self.config, self.data, self.parameters[0].device
         lengths = [len(c.tokens) for c in completions]
         weights = token_weights(lengths, config.mean)
         per_token = advantages.repeat_interleave(torch.tensor(lengths))
@@ -358,10 +378,14 @@ class Trainer:
             value, kl, clip_fraction = sums[3 * i : 3 * i + 3]
             n_bad = 0 if math.isfinite(value) else int(terms.bad)
             mine.append(_Pack(part, batch.split(own), value, kl, clip_fraction, n_bad, terms.n_tokens))
-        shared = ranks.gather((mine, grad_norm))
-        packs = sorted((each for theirs, _ in shared for each in theirs), key=lambda each: each.part.start)
+        shared = self.ranks.gather((mine, grad_norm))
+        # Ranks that share the model have the same packs, neighbours one after the other: the check sees one of each.
+        found_by = [[each for theirs, _ in shared[i :: config.tp] for each in theirs] for i in range(config.tp)]
+        packs = sorted(found_by[0], key=lambda each: each.part.start)
         for each in packs:
             check(each.part, each.scores)
+        for i, others in enumerate(found_by[1:], 1):
+            _check_equal(found_by[0], others, i)
         for each in packs:
             check_finite(each.loss, each.n_bad, each.n_tokens)
         if not math.isfinite(grad_norm):

@@ -127,7 +127,7 @@ class EmbeddedEngine:
         if max_batch_tokens < self.max_model_len:
             max_batch_tokens = self.max_model_len
         self.device, self.block_size = model.device, block_size
-        self.model = type(model)(config, model.compute_dtype, model.compute_dtype, self.device)
+        self.model = type(model)(config, model.compute_dtype, model.compute_dtype, self.device, segments=model.segments)
         self.model.attention_backend = attention
         #: See `RolloutEngine`.
         self.orders: OrderRecord | None = self.model.orders()

@@ -38,6 +38,9 @@ class Qwen3MoeForCausalLM(DecoderForCausalLM):
         sizes = (c.num_experts, c.num_experts_per_tok, c.hidden_size, c.moe_intermediate_size)
         return SparseMoeBlock(*sizes, c.norm_topk_prob, **factory)
 
+    def unsegmented(self, segments: int) -> str | None:
+        return "experts are not shared by tensor-parallel ranks"
+
     @property
     def unit_tokens(self) -> int:
         c = self.config

@@ -1,0 +1,166 @@
+"""Linear layers that tensor-parallel ranks can share: a sum over features has segments, of which a rank has a subtree.
+
+Shoeybi et al., "Megatron-LM" (2019), section 3: a column-parallel layer has some of the outputs on each rank, and a
+row-parallel one behind it some of the inputs. The first needs a sum over ranks for dX, the second for its output; dW,
+and the dX of the second, are a rank's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from bi_ops import matmul
+from bi_ops.core.main_grad import MainGrad
+from bi_ops.core.pairwise import pairwise_
+from bi_ops.core.tensor_files import Rows
+from bi_ops.core.transforms import Node
+from bi_ops.nn.layers import Linear
+
+#: Adds fp32 [M, N], a subtree, over the ranks in the order of the tree; the sum is rounded to the dtype.
+AllReduce = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+
+
+class _ParallelLinear(Node):
+    """x[T, K] @ weight[N, K].T, of which the result or the gradient of x is summed by segments."""
+
+    operator = "linear with segments"
+
+    @staticmethod
+    def forward(ctx, x, weight, main_grad, layer):
+        rounded = weight.to(x.dtype)
+        ctx.save_for_backward(x, rounded)
+        ctx.main_grad, ctx.layer, ctx.weight_dtype = main_grad, layer, weight.dtype
+        return layer.product(x, rounded)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        g = g.contiguous()
+        dweight = None
+        if need_weight:
+            own = MainGrad(weight.shape, weight.device) if ctx.main_grad is None else ctx.main_grad
+            matmul.accumulate_weight_grad(own, g, x)
+            dweight = own.collect().to(ctx.weight_dtype) if ctx.main_grad is None else None
+        return ctx.layer.gradient(g, weight) if need_x else None, dweight, None, None
+
+
+def _subtree(x: torch.Tensor, weight: torch.Tensor, segments: int) -> torch.Tensor:
+    """x [M, K] @ weight [N, K].T, fp32 [M, N]: each of so many segments of K front to back, then these pairwise."""
+    parts = torch.empty(segments, len(x), len(weight), device=x.device)
+    for out, a, b in zip(parts, x.chunk(segments, 1), weight.chunk(segments, 1), strict=True):
+        matmul.accumulate_weight_grad(out.zero_(), a.t().contiguous(), b.t().contiguous())
+    return pairwise_(parts)
+
+
+class ParallelLinear(Linear):
+    """A linear layer without a bias, or a rank's slice of it.
+
+    segments: of the axis that ranks may share, a power of two: pieces that are summed each for itself in fp32, then
+        pairwise, and rounded once. Of a slice those of the rank. 1: the order of `nn.Linear`.
+    all_reduce: of a slice, goes on with the sum over ranks.
+    """
+
+    segments: int = 1
+    all_reduce: AllReduce | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As `nn.Linear`. Of a slice every rank makes the call, and its backward."""
+        if self.segments == 1 and self.all_reduce is None:
+            return super().forward(input)
+        return _ParallelLinear.apply(input, self.weight, self.main_grad, self)  # type: ignore[no-any-return]
+
+    def _rounded(self, subtree: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return subtree.to(dtype) if self.all_reduce is None else self.all_reduce(subtree, dtype)
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T; weight: rounded."""
+        return matmul.linear(x, weight)
+
+    def gradient(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """g @ weight; weight: rounded."""
+        return matmul.mm(g, weight)
+
+    def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
+        """Where `own` lies in the whole, if it is what rank `rank` of `size` has of the weight, or of each of its rows.
+
+        own: [out_features of the rank, any columns].
+        """
+        raise NotImplementedError
+
+    def slice_of(self, weight: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        """What rank `rank` of `size` has of the whole weight; memory of its own."""
+        raise NotImplementedError
+
+    def cut(self, rank: int, size: int, all_reduce: AllReduce) -> None:
+        """Keep the slice of rank `rank` of `size` alone.
+
+        Raises:
+            ValueError: as many ranks cannot share the segments.
+        """
+        own = self.slice_of(self.weight.detach(), rank, size)
+        self.weight = torch.nn.Parameter(own, self.weight.requires_grad)
+        self.out_features, self.in_features = self.weight.shape
+        self.segments, self.all_reduce = self.segments // size, all_reduce
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """Ranks share the outputs: of each of `parts`, the sizes of queries, keys and values or of gate and up, a piece.
+
+    The gradient of the input sums over the outputs, so its segments are those: the s-th of each part, one behind the
+    other.
+    """
+
+    def __init__(self, in_features: int, parts: Sequence[int], segments: int = 1, **factory: Any) -> None:
+        super().__init__(in_features, sum(parts), bias=False, **factory)
+        self.parts, self.segments = tuple(parts), segments
+
+    def gradient(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See `ParallelLinear`."""
+        if self.segments > 1 and len(self.parts) > 1:
+            order = self._segment_major(g.device)
+            g, weight = g[:, order], weight[order]
+        return self._rounded(_subtree(g, weight.t(), self.segments), g.dtype)
+
+    def _segment_major(self, device: torch.device) -> torch.Tensor:
+        """The outputs, segment by segment."""
+        at = torch.arange(self.out_features, device=device)
+        own = [n * self.out_features // sum(self.parts) for n in self.parts]
+        return torch.cat([part.view(self.segments, -1) for part in at.split(own)], 1).view(-1)
+
+    def _runs(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:
+        starts = itertools.accumulate(self.parts[:-1], initial=0)
+        return tuple((at + rank * n // size, n // size) for at, n in zip(starts, self.parts, strict=True))
+
+    def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
+        """See `ParallelLinear`."""
+        return Rows(own, (sum(self.parts), own.shape[1]), runs=self._runs(rank, size))
+
+    def slice_of(self, weight: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        """See `ParallelLinear`."""
+        return torch.cat([weight[first : first + n] for first, n in self._runs(rank, size)])
+
+
+class RowParallelLinear(ParallelLinear):
+    """Ranks share the inputs, so the output is a sum over segments of them."""
+
+    def __init__(self, in_features: int, out_features: int, segments: int = 1, **factory: Any) -> None:
+        super().__init__(in_features, out_features, bias=False, **factory)
+        self.segments = segments
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See `ParallelLinear`."""
+        return self._rounded(_subtree(x, weight, self.segments), x.dtype)
+
+    def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
+        """See `ParallelLinear`."""
+        rows, columns = own.shape
+        return Rows(own, (rows, columns * size), column=rank * columns)
+
+    def slice_of(self, weight: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        """See `ParallelLinear`."""
+        return weight.chunk(size, 1)[rank].clone(memory_format=torch.contiguous_format)
