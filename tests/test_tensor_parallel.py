@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
@@ -9,27 +13,36 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_fsdp import Copy
+from test_fsdp import Copy, saved
 from test_microbatches import Lengths
-from test_parallel import equal
-from tiny import tiny_model
+from test_parallel import equal, metrics
+from tiny import tiny_model, tiny_moe_config
 
-from bi_ops import parallel
+from bi_ops import optim, parallel, rl
+from bi_ops.core.tensor_files import joined
+from bi_ops.models.qwen3_moe import Qwen3MoeForCausalLM
+from bi_ops.models.tiny import TINY
+from bi_ops.nn.parallel_linear import ColumnParallelLinear, RowParallelLinear
 from bi_ops.parallel.tensor import OrderedAllReduce, TensorParallel
+from bi_ops.rl import checkpoint
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.trainer import Trainer
 
-SEGMENTS, UPDATES = 4, 3
+SEGMENTS, UPDATES = 4, 2
 #: Four sequences in two atoms.
 CONFIG = {"prompts_per_step": 2, "group_size": 2, "atoms": 2}
-#: Micro-batches: each atom in one, or the first in two.
-CUTS: tuple[dict[str, Any], ...] = ({}, {"max_tokens_per_microbatch": 21})
+#: The first atom in two micro-batches.
+CUT = {"max_tokens_per_microbatch": 21}
+#: Every rank has a group of a key head and two query heads.
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+RUN = TrainConfig.from_dict(
+    {"steps": 3, "save_every": 1, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 2, "symbols": 2}
+    | {"lr": 0.05, "atoms": 2, "segments": SEGMENTS, "architecture": TINY | HEADS}
+)
 
 
 def shared_model(segments: int = SEGMENTS, **changes: Any) -> Any:
-    """With as many heads as there are segments."""
-    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 1}
-    return tiny_model(segments=segments, **(sizes | changes))
+    return tiny_model(segments=segments, **(HEADS | {"num_hidden_layers": 1} | changes))
 
 
 class Library(OrderedAllReduce):
@@ -41,48 +54,220 @@ class Library(OrderedAllReduce):
         return rounded
 
 
-def trained(here: parallel.Ranks = parallel.ALONE, library: bool = False, **changes: Any) -> dict[str, Any]:
-    """Three updates on sequences that are given: what every rank reports, and whole weights on the first."""
+def trained(here: parallel.Ranks = parallel.ALONE, updates: int = UPDATES, **changes: Any) -> dict[str, Any]:
+    """Updates on sequences that are given: what a rank reports, its gradients whole, and whole weights on the first."""
     config = TrainConfig.from_dict({"segments": SEGMENTS} | CONFIG | changes)
     model, engine = shared_model(config.segments), cast(Any, Copy(shared_model(config.segments)))
-    sum_of = Library if library else OrderedAllReduce
-    with mock.patch("bi_ops.parallel.tensor.layout.OrderedAllReduce", sum_of):
-        trainer = Trainer(config, model, engine, cast(Any, Lengths()), ranks=here)
+    engine.describe = dict
+    trainer = Trainer(config, model, engine, cast(Any, Lengths()), ranks=here)
     trainer.generate = lambda prompts, params: trainer.engine.generate(prompts, params)  # type: ignore[method-assign]
-    if library:
-        trainer.check = lambda *args: mock.MagicMock(tokens_checked=1, identical=True)  # type: ignore
-    layout = cast(TensorParallel, trainer.layout)
     with mock.patch.object(type(model), "unit_tokens", 1):
-        steps = [trainer.step(step) for step in range(1, UPDATES + 1)]
-    grads = {}
-    if isinstance(layout, TensorParallel):
-        for name, p in model.named_parameters():
-            layer = layout._layers.get(name.removesuffix(".weight"))
-            g = p.grad
-            grads[name] = g if layer is None else layout._joined(layer, list(layout._gathered(g)))
-    else:
-        grads = {n: p.grad for n, p in model.named_parameters()}
+        steps = [trainer.step(step) for step in range(1, updates + 1)]
+    grads = {n: cast(torch.Tensor, p.grad) for n, p in model.named_parameters()}
+    if isinstance(layout := trainer.layout, TensorParallel):
+        for name, layer in layout.layers.items():
+            grads[name] = layout.joined(layer, grads[name])
     return {
         # The loss that is reported is added up micro-batch by micro-batch.
         "metrics": [(s.grad_norm, s.kl, s.tokens_checked, s.tokens_different, s.clip_fraction) for s in steps],
         "grads": list(grads.values()),
-        "weights": list((layout.collected() or dict(model.named_parameters())).values()),
+        "weights": list((trainer.layout.collected() or dict(model.named_parameters())).values()),
         "engine": [p.detach().bfloat16() for p in engine.model.parameters()],
     }
 
 
-def on_a_rank(tp: int) -> list[dict[str, Any]]:
+# --------------------------------------------------------------------------------------------------------------
+# sums and slices
+
+
+def partial_output(rank: int) -> torch.Tensor:
+    return torch.randn(7, 5, generator=torch.Generator().manual_seed(rank))
+
+
+def sums_on_a_rank(here: parallel.Ranks) -> dict[str, torch.Tensor]:
+    """One-shot, two-shot, and the control."""
+    own = partial_output(here.rank)
+    sums = {"one-shot": OrderedAllReduce(here), "two-shot": OrderedAllReduce(here, 0), "library": Library(here)}
+    return {name: add(own.clone(), torch.bfloat16) for name, add in sums.items()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_slices_are_all_of_a_layer(size):
+    """Ranks played by one process: products and gradients of the slices, added in order, are those of the whole."""
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(20, n, generator=generator).bfloat16() for n in (64, 128))
+    for make in (lambda: ColumnParallelLinear(64, (64, 32, 32), 4), lambda: RowParallelLinear(64, 128, 4)):
+        whole, parts = make(), []
+        subtrees: list[torch.Tensor] = []
+
+        def added(subtree: torch.Tensor, dtype: torch.dtype, seen: list[torch.Tensor] = subtrees) -> torch.Tensor:
+            seen.append(subtree.clone())
+            return subtree.to(dtype)
+
+        with torch.no_grad():
+            whole.weight.copy_(torch.randn(whole.weight.shape, generator=generator))
+        is_row = isinstance(whole, RowParallelLinear)
+        rounded = whole.weight.detach().bfloat16()
+        out, dx = whole.product(x, rounded), whole.gradient(g, rounded)
+        for rank in range(size):
+            part = make()
+            part.weight = torch.nn.Parameter(whole.weight.detach().clone())
+            part.cut(rank, size, added)
+            parts.append(part.place(part.weight.detach(), rank, size))
+            own = part.weight.detach().bfloat16()
+            inputs = x.chunk(size, 1)[rank] if is_row else x
+            found = part.product(inputs, own)
+            if is_row:
+                assert torch.equal(part.gradient(g, own), dx.chunk(size, 1)[rank])
+            else:
+                runs = part.place(own, rank, size).each_run()
+                columns = torch.cat([torch.arange(first, first + n) for first, n in runs])
+                assert torch.equal(found, out[:, columns])
+                part.gradient(g[:, columns], own)
+        assert torch.equal(joined(parts), whole.weight.detach())
+        while len(subtrees) > 1:
+            subtrees = [a + b for a, b in zip(subtrees[::2], subtrees[1::2], strict=True)]
+        assert torch.equal(subtrees[0].bfloat16(), out if is_row else dx)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# training
+
+
+def go_on(folder: str, here: parallel.Ranks, tp: int, steps: int) -> None:
+    rl.run(TrainConfig.from_dict(RUN.to_dict() | {"steps": steps, "tp": tp}), folder, resume=True, ranks=here)
+
+
+def on_a_rank(folder: str) -> dict[str, Any]:
+    """Everything that is asked of four ranks, at once: to start them takes longer."""
     here = parallel.Ranks.of()
-    return [trained(here, tp=tp, **cut) for cut in CUTS]
+    pair = dist.new_group([0, 1])
+    found: dict[str, Any] = {"sums": sums_on_a_rank(here)}
+    found["2 x 2"] = trained(here, tp=2, **CUT)
+    found["4 x 1"] = trained(here, tp=4, recompute="layer")
+    if here.rank < 2:
+        found["2 x 1"] = trained(parallel.Ranks.of(pair), tp=2, updates=1, recompute="none", **CUT)
+    with mock.patch("bi_ops.parallel.tensor.layout.OrderedAllReduce", Library), pytest.raises(rl.DifferenceFound):
+        trained(here, tp=4, updates=1)
+    go_on(folder, here, tp=2, steps=2)
+    go_on(folder, here, tp=4, steps=3)
+    return found
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (2, 2), (4, 1)])
-def test_ranks_that_share_a_model_end_in_the_bytes_of_one_process(tp, dp):
-    one = trained()
-    for rank, found in enumerate(ranks.run(tp * dp, on_a_rank, tp)):
-        for result in found:
-            assert result["metrics"] == one["metrics"]
-            assert equal(result["grads"], one["grads"])
-            assert all(torch.equal(a, b) for a, b in zip(result["engine"], one["engine"], strict=True))
-            if rank == 0:
-                assert equal(result["weights"], one["weights"])
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    rl.run(RUN, folder)
+    return folder
+
+
+def test_ranks_that_share_a_model_end_in_the_bytes_of_one_process(alone, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(alone, folder)  # as it was after the first step
+    for path in [*(folder / "checkpoints").glob("step_00000[23]"), folder / "final"]:
+        shutil.rmtree(path)
+    (folder / "checkpoints" / checkpoint.LATEST).write_text("step_000001\n")
+    found = ranks.run(4, on_a_rank, str(folder))
+
+    a, b, c, d = map(partial_output, range(4))
+    total = ((a + b) + (c + d)).bfloat16()
+    one, first = trained(), trained(updates=1)
+    for rank, result in enumerate(found):
+        assert torch.equal(result["sums"]["one-shot"], total)
+        assert torch.equal(result["sums"]["two-shot"], total)
+        assert not torch.equal(result["sums"]["library"], total)
+        for layout, wanted in (("2 x 2", one), ("4 x 1", one), ("2 x 1", first)):
+            if layout in result:
+                assert result[layout]["metrics"] == wanted["metrics"], layout
+                assert equal(result[layout]["grads"], wanted["grads"]), layout
+                assert all(map(torch.equal, result[layout]["engine"], wanted["engine"])), layout
+                assert rank > 0 or equal(result[layout]["weights"], wanted["weights"]), layout
+    assert not equal(trained(segments=1, updates=1)["grads"], first["grads"])  # segments are a part of the order
+
+    assert metrics(folder) == metrics(alone)
+    assert any(m["grad_norm"] > 0 for m in metrics(alone)[1:])
+    assert saved(folder) == saved(alone)  # weights and states of every step, and the final weights
+
+
+def killed_in_a_sum() -> str:
+    """Rank 1 ends in the backward of the first update."""
+    here, calls = parallel.Ranks.of(), []
+    real = OrderedAllReduce.__call__
+
+    def counted(self: OrderedAllReduce, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        if here.rank == 1 and len(calls) == 3:  # behind o_proj's and down_proj's output
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *args)
+
+    with mock.patch.object(OrderedAllReduce, "__call__", counted):
+        try:
+            with parallel.watched(here):
+                trained(here, tp=2)
+        except parallel.RankLost as error:
+            return str(error)
+    return "nothing"
+
+
+def test_a_rank_that_ends_in_a_sum_is_named():
+    found, codes = ranks.start(2, killed_in_a_sum)
+    assert codes[1] == -signal.SIGKILL
+    assert "rank 1 of 2 was killed, or its machine is gone; this run is over. Resume it" in found[0]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what is refused
+
+
+def test_what_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="segments=8: 4 key and value heads are not cut into as many"):
+        shared_model(8)
+    with pytest.raises(ValueError, match="segments=4: intermediate_size 48 is not cut into multiples of 16"):
+        shared_model(4, intermediate_size=48)
+    with pytest.raises(ValueError, match="segments is 3; it must be a power of two"):
+        shared_model(3)
+    with pytest.raises(ValueError, match="segments=2: experts are not shared by tensor-parallel ranks"):
+        Qwen3MoeForCausalLM(tiny_moe_config(), segments=2)
+    with pytest.raises(ValueError, match=r"4 ranks cannot share sums of segments=2; declare as many segments as ranks"):
+        TensorParallel(shared_model(2), parallel.order(1), tensor=parallel.Ranks(0, 4))
+    with pytest.raises(ValueError, match="tp is 4; it must be a divisor of segments=2: declare as many segments"):
+        TrainConfig(segments=2, tp=4)
+    with pytest.raises(ValueError, match="segments is 6; it must be a power of two"):
+        TrainConfig(segments=6)
+    for other in ({"fsdp": True}, {"step_graphs": True}):
+        with pytest.raises(ValueError, match=r"is True; it must be false with segments above 1, or tp"):
+            TrainConfig(segments=2, **other)
+    with pytest.raises(ValueError, match="offload is 'masters'; it must be none or states with tp"):
+        TrainConfig(segments=2, tp=2, offload="masters")
+    with pytest.raises(ValueError, match="3 ranks are not groups of 2; start a multiple of 2 with torchrun"):
+        parallel.Ranks(0, 3).split(2)
+    model = shared_model(1)
+    with pytest.raises(ValueError, match="segments=4, but the model was made with 1"):
+        Trainer(TrainConfig(segments=4), model, cast(Any, Copy(model)), cast(Any, Lengths()))
+
+
+def test_a_run_may_be_resumed_on_other_ranks_but_not_with_other_segments():
+    TrainConfig(segments=4, tp=2).check_resumes(TrainConfig(segments=4))
+    with pytest.raises(ValueError, match="segments was 4, now 2"):
+        TrainConfig(segments=2).check_resumes(TrainConfig(segments=4))
+
+
+def test_the_orders_of_other_segments_differ():
+    whole, shared = shared_model(1).orders(), shared_model(4).orders()
+    assert shared.differences(whole) == ["segments: {'kind': 'Segments', 'segments': 4} and None"]
+    with pytest.raises(RuntimeError, match="segments"):
+        shared_model(4).adopt(whole)
+
+
+def test_the_norm_has_the_rows_of_segments():
+    """With segments the squares of a row whose columns are shared are added by segments first."""
+    layout = TensorParallel(shared_model(), parallel.order(1))
+    generator = torch.Generator().manual_seed(0)
+    for p in layout.parameters.values():
+        p.grad = torch.randn(p.shape, generator=generator)
+    grads = [cast(torch.Tensor, p.grad) for p in layout.parameters.values()]
+    shared = [isinstance(layout.layers.get(n), RowParallelLinear) for n in layout.parameters]
+    viewed = [g.view(len(g) * SEGMENTS, -1) if s else g for g, s in zip(grads, shared, strict=True)]
+    assert any(shared)
+    assert torch.equal(layout.norm(), optim.global_norm(viewed))

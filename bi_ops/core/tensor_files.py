@@ -62,14 +62,17 @@ class Rows(NamedTuple):
                 yield from ((row * whole + self.column, own) for row in range(first, first + n))
 
     def of(self, whole: Any) -> torch.Tensor:
-        """The same rows and columns of `whole`, of `shape`: a tensor, or a slice of `safetensors.safe_open`."""
+        """The same rows and columns of `whole`, of `shape`: a tensor, or a slice of `safetensors.safe_open`.
+
+        Contiguous.
+        """
         rows = [slice(first, first + n) for first, n in self.each_run()]
         if self.tensor.shape[1:] == self.shape[1:]:
             parts = [whole[some] for some in rows]
         else:
             columns = slice(self.column, self.column + self.tensor.shape[1])
             parts = [whole[some, columns] for some in rows]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
 def joined(parts: Sequence[Rows]) -> torch.Tensor:

@@ -219,7 +219,7 @@ class CausalLM(torch.nn.Module):
 
     def shapes(self) -> orders.Shapes:
         """What the model's orders depend on."""
-        return orders.shapes_of(self.config, self.compute_dtype)
+        return orders.shapes_of(self.config, self.compute_dtype, self.segments)
 
     def orders(self, training: bool = False) -> OrderRecord:
         """The orders that the model computes in; with `training` those of its gradients too.

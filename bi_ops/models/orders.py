@@ -19,7 +19,8 @@ from bi_ops.models.config import CausalLMConfig
 class Shapes(NamedTuple):
     """What the orders of a causal LM depend on besides the architecture.
 
-    dtype: of its weights and activations. num_experts: of a layer that has experts; 0: none has.
+    dtype: of its weights and activations. num_experts: of a layer that has experts; 0: none has. segments: of sums that
+    tensor-parallel ranks may share.
     """
 
     hidden_size: int
@@ -27,6 +28,7 @@ class Shapes(NamedTuple):
     vocab_size: int
     dtype: torch.dtype
     num_experts: int = 0
+    segments: int = 1
 
 
 #: Sizes of Qwen3 and Qwen3-MoE, for those who ask about no model.
@@ -40,10 +42,19 @@ class ComputeDtype(Order):
     dtype: torch.dtype
 
 
-def shapes_of(config: CausalLMConfig, dtype: torch.dtype) -> Shapes:
+@dataclass(frozen=True)
+class Segments(Order):
+    """Sums over features that ranks may share (`bi_ops.nn.parallel_linear`): so many equal pieces, each in the order of
+    the operator, in fp32; then pairwise, neighbours first; rounded once. The squares of a row too, in the norm that
+    clips."""
+
+    segments: int
+
+
+def shapes_of(config: CausalLMConfig, dtype: torch.dtype, segments: int = 1) -> Shapes:
     """What the orders of a model of this config depend on, computed in `dtype`."""
     experts = getattr(config, "num_experts", 0)
-    return Shapes(config.hidden_size, config.head_dim, config.vocab_size, dtype, experts)
+    return Shapes(config.hidden_size, config.head_dim, config.vocab_size, dtype, experts, segments)
 
 
 def record(
@@ -106,10 +117,12 @@ def chosen_backends(backend: str | None, shapes: Shapes, device: torch.device) -
 
 def operator_orders(shapes: Shapes, backend: str | None, device: torch.device) -> dict[str, Order]:
     """The order of each operator in a forward pass, by its name."""
-    hidden, head_dim, vocabulary, dtype, num_experts = shapes
+    hidden, head_dim, vocabulary, dtype, num_experts, segments = shapes
+    shared = {"segments": Segments(segments)} if segments > 1 else {}
     experts = {"moe": moe.order_of(dtype, num_experts)} if num_experts else {}
     return {
         **experts,
+        **shared,
         "matmul": matmul.order_of(dtype, device=device),
         "norm": norm.order_of(hidden, dtype).rows,
         "attention": attention.order_of(head_dim, dtype, backend=backend, device=device).forward,

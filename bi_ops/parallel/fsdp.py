@@ -152,9 +152,9 @@ class FullySharded:
         for name, p in self._sharded.items():
             assert p.grad is not None
             self.parameters[name].grad = local_rows(p.grad)
-        return self._norm()
+        return self.norm()
 
-    def _norm(self) -> torch.Tensor:
+    def norm(self) -> torch.Tensor:
         """The norm from the sums of squares of all rows, which the ranks gather."""
         n_rows = [len(p) for p in self._sharded.values()]
         chunks = [cdiv(n, self.ranks.size) for n in n_rows]

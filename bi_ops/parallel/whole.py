@@ -74,9 +74,9 @@ class Whole:
         if self.tree.atoms > 1:
             for p, total in zip(self.parameters.values(), self.sums.total(), strict=True):
                 p.grad = total
-        return self._norm()
+        return self.norm()
 
-    def _norm(self) -> torch.Tensor:
+    def norm(self) -> torch.Tensor:
         return optim.global_norm([p.grad for p in self.parameters.values() if p.grad is not None])
 
     def rows(self) -> dict[str, tuple[Rows, torch.Tensor]] | None:

@@ -49,9 +49,10 @@ class TensorParallel(Whole):
         all_reduce: AllReduce | None = None,
     ) -> None:
         self.tensor = tensor
-        self._layers = {n: m for n, m in model.named_modules() if isinstance(m, ParallelLinear)}
+        #: Layers that the ranks share, by the names of their weights.
+        self.layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, ParallelLinear)}
         self._head_norms = [m for m in model.modules() if isinstance(m, nn.RMSNorm) and m.segments > 1]
-        self.segments = min((m.segments for m in self._layers.values()), default=1)
+        self.segments = min((m.segments for m in self.layers.values()), default=1)
         check_tensor_ranks(self.segments, tensor)
         if left := without_main_grad(model):
             raise ValueError(
@@ -60,7 +61,7 @@ class TensorParallel(Whole):
             )
         if tensor.size > 1:
             add = OrderedAllReduce(tensor) if all_reduce is None else all_reduce
-            for layer in self._layers.values():
+            for layer in self.layers.values():
                 layer.cut(tensor.rank, tensor.size, add)
             for head_norm in self._head_norms:
                 head_norm.segments //= tensor.size
@@ -79,32 +80,34 @@ class TensorParallel(Whole):
 
     def _gathered(self, t: torch.Tensor) -> torch.Tensor:
         """[ranks, *t.shape]: what each tensor rank has."""
-        if self.tensor.size == 1:
-            return t[None]
         t = t.contiguous()
         out = t.new_empty((self.tensor.size * len(t), *t.shape[1:]))
         all_gather(out, t, group=self.tensor.group)
         return out.view(self.tensor.size, *t.shape)
 
-    def _norm(self) -> torch.Tensor:
+    def norm(self) -> torch.Tensor:
         """From the sums of squares of all rows, in segments where a row is shared; ranks gather those of their own."""
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
-        shared = {f"{n}.weight": m for n, m in self._layers.items() if f"{n}.weight" in grads}
-        spans = {n: m.segments if isinstance(m, RowParallelLinear) else 1 for n, m in shared.items()}
-        viewed = [g.view(g.shape[0] * spans[n], -1) if n in spans else g for n, g in grads.items()]
+        shared = {n: layer for n, layer in self.layers.items() if n in grads}
+        spans = {n: layer.segments if isinstance(layer, RowParallelLinear) else 1 for n, layer in shared.items()}
+        viewed = [g.view(len(g) * spans[n], -1) if n in spans else g for n, g in grads.items()]
         if self.tensor.size == 1:
             return optim.global_norm(viewed)
         sums = dict(zip(grads, optim.row_sums(viewed), strict=True))
         every = self._gathered(torch.cat([sums[n] for n in shared]))
-        for (n, layer), parts in zip(shared.items(), every.split([len(sums[n]) for n in shared], 1), strict=True):
-            sums[n] = self._joined(layer, [part.view(-1, spans[n]) for part in parts]).view(-1)
+        for n, parts in zip(shared, every.split([len(sums[n]) for n in shared], 1), strict=True):
+            sums[n] = self._placed(shared[n], [part.view(-1, spans[n]) for part in parts]).view(-1)
         return optim.norm_of_row_sums(sums.values())
 
     # Slices, and whole weights.
 
-    def _joined(self, layer: ParallelLinear, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _placed(self, layer: ParallelLinear, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The whole of what each tensor rank has."""
         return tensor_files.joined([layer.place(part, rank, len(parts)) for rank, part in enumerate(parts)])
+
+    def joined(self, layer: ParallelLinear, own: torch.Tensor) -> torch.Tensor:
+        """The whole, on each tensor rank, of which `own` is this rank's slice; every rank asks for it."""
+        return own if self.tensor.size == 1 else self._placed(layer, list(self._gathered(own)))
 
     def rows(self) -> dict[str, tuple[Rows, torch.Tensor]] | None:
         """Of every parameter what this rank has of it, and what the optimizer updates; None: all of each."""
@@ -112,7 +115,7 @@ class TensorParallel(Whole):
             return None
         found: dict[str, tuple[Rows, torch.Tensor]] = {}
         for name, p in self.model.named_parameters():
-            layer, own = self._layers.get(name.removesuffix(".weight")), p.detach()
+            layer, own = self.layers.get(name), p.detach()
             placed = whole(own) if layer is None else layer.place(own, self.tensor.rank, self.tensor.size)
             found[name] = placed, p
         return found
@@ -123,8 +126,8 @@ class TensorParallel(Whole):
             return None
         found = {}
         for name, p in self.model.named_parameters():
-            layer = self._layers.get(name.removesuffix(".weight"))
-            every = p.detach() if layer is None else self._joined(layer, list(self._gathered(p.detach())))
+            layer, own = self.layers.get(name), p.detach()
+            every = own if layer is None else self.joined(layer, own)
             if self.tensor.rank == 0 == self.data.rank:
                 found[name] = every.cpu()
         return found
@@ -135,11 +138,11 @@ class TensorParallel(Whole):
         if self.tensor.size == 1:
             yield
             return
-        own = {layer: layer.weight for layer in self._layers.values()}
+        own = {layer: layer.weight for layer in self.layers.values()}
         try:
             for layer, weight in own.items():
-                parts = list(self._gathered(weight.detach().to(self.compute_dtype)))
-                layer.weight = torch.nn.Parameter(self._joined(layer, parts), requires_grad=False)
+                every = self.joined(layer, weight.detach().to(self.compute_dtype))
+                layer.weight = torch.nn.Parameter(every, requires_grad=False)
             yield
         finally:
             for layer, weight in own.items():
