@@ -237,7 +237,7 @@ def test_what_cannot_be_shared_is_refused():
         TrainConfig(segments=6)
     for other in ({"fsdp": True}, {"step_graphs": True}):
         with pytest.raises(ValueError, match=r"is True; it must be false with segments above 1, or tp"):
-            TrainConfig(segments=2, **other)
+            TrainConfig.from_dict({"segments": 2, **other})
     with pytest.raises(ValueError, match="offload is 'masters'; it must be none or states with tp"):
         TrainConfig(segments=2, tp=2, offload="masters")
     with pytest.raises(ValueError, match="3 ranks are not groups of 2; start a multiple of 2 with torchrun"):
