@@ -11,13 +11,15 @@ Three questions, each a job in processes of its own, several at once where GPUs 
     train    three updates on what was sampled at that size, by 1, 2 and 4 ranks, whole on each or in shards (fsdp),
              each with two cuts into micro-batches: log-probabilities against the rollout's; gradients of every update
              and weights against one rank's
+             with segments: the same, a model shared by 1, 2 and 4 ranks (train_tp), 1 or 2 groups of them; against one
+             rank of as many segments, log-probabilities too
     loop     `bi_ops train` of a tiny model, sampling and training on the same ranks, whole or in shards: the final
              weights
 
 Controls, which have to differ: partial outputs that vLLM adds over ranks; gradients that NCCL adds over ranks, in
-shards by FSDP2's own reduce-scatter. With --share-gpu rows say "shared": bench/share_gpu.py says what they are evidence
-of, and nothing in them is a time. Exit status 0 only if all of that held. The model has random weights. Jobs that
-the time did not allow are named.
+shards by FSDP2's own reduce-scatter; partial outputs that NCCL adds over the ranks of a model. With --share-gpu rows
+say "shared": bench/share_gpu.py says what they are evidence of, and nothing in them is a time. Exit status 0 only if
+all of that held. The model has random weights. Jobs that the time did not allow are named.
 """
 
 from __future__ import annotations
@@ -50,9 +52,9 @@ LOOP = ["--preset", "h100", "--steps", "3", "--atoms", "4", "--save-every", "0"]
 
 @dataclass(frozen=True)
 class Job:
-    """tp: of the rollout. dp: ranks that train. fsdp: in shards. ep: ranks have whole experts while sampling.
+    """tp: of the rollout. dp x train_tp: ranks that train. fsdp: in shards. needs: jobs that must have ended well.
 
-    needs: jobs that must have ended well.
+    ep: ranks have whole experts while sampling.
     """
 
     kind: str
@@ -63,19 +65,25 @@ class Job:
     needs: tuple[str, ...] = ()
     fsdp: bool = False
     ep: bool = False
+    train_tp: int = 1
+    segments: int = 1
 
     @property
     def name(self) -> str:
         """As `--only` takes it."""
         parts = [self.kind, f"tp{self.tp}", f"dp{self.dp}" if self.dp else "", self.executor or ""]
         parts += ["fsdp" if self.fsdp else "", "ep" if self.ep else "", "control" if self.control else ""]
+        parts += [f"segments{self.segments}-shared{self.train_tp}" if self.segments > 1 else ""]
         return "-".join(filter(None, parts))
 
     @property
     def gpus(self) -> int:
         """That it occupies."""
-        return max(self.tp, self.dp) if self.kind != "train" else self.dp
+        return max(self.tp, self.dp) if self.kind != "train" else self.dp * self.train_tp
 
+
+#: What those that share a model are compared with.
+SHARED = "train-tp1-dp1-segments4-shared1"
 
 #: In the order in which they start.
 JOBS = (
@@ -88,6 +96,10 @@ JOBS = (
     Job("train", 2, 2, needs=("sample-tp2",), fsdp=True),
     Job("train", 4, 4, needs=("sample-tp4",)),
     Job("train", 4, 4, needs=("sample-tp4",), fsdp=True),
+    Job("train", 1, 1, needs=("sample-tp1",), segments=4),
+    Job("train", 1, 1, needs=(SHARED,), segments=4, train_tp=2),
+    Job("train", 1, 2, needs=(SHARED,), segments=4, train_tp=2),
+    Job("train", 1, 1, needs=(SHARED,), segments=4, train_tp=4),
     Job("loop", 1, 1),
     Job("loop", 2, 2),
     Job("loop", 2, 2, fsdp=True),
@@ -164,7 +176,10 @@ class Bench:
         ]
         options += ["--sequences", str(self.args.sequences), "--new-tokens", str(self.args.new_tokens)]
         if job.kind == "train":
-            options += ["--rollout", str(self.scratch / f"{(job.needs or ('sample-tp1',))[0]}.pt")]
+            sampled = next((n for n in job.needs if n.startswith("sample")), f"sample-tp{job.tp}")
+            options += ["--rollout", str(self.scratch / f"{sampled}.pt")]
+            options += ["--train-tp", str(job.train_tp), "--segments", str(job.segments)]
+            options += ["--scores", str(self.scratch / f"{SHARED}.pt")]
         options += ["--ep"] if job.ep and job.kind == "sample" else []
         options += ["--executor", job.executor] if job.executor else []
         options += ["--control"] if job.control else []
@@ -250,11 +265,11 @@ class Bench:
             **{"what": job.kind, "model": self.args.model, "engine": self.args.engine, "executor": job.executor},
             **{
                 "rollout_tp": job.tp,
-                "train_tp": 1,
+                "train_tp": job.train_tp,
                 "dp": job.dp,
                 "fsdp": job.fsdp,
                 "ep": job.tp if job.ep else 1,
-                "segments": 1,
+                "segments": job.segments,
                 "control": job.control,
                 "shared": bool(self.args.share_gpu),
             },
@@ -286,13 +301,11 @@ class Bench:
 
     def trained(self) -> Iterator[dict[str, Any]]:
         """Each number of ranks against one, at its first cut."""
-        path = self.scratch / "train-tp1-dp1.json"
-        if not path.exists():
-            return
-        first = json.loads(path.read_text())[0]
+        firsts = {1: self.scratch / "train-tp1-dp1.json", 4: self.scratch / f"{SHARED}.json"}
         for job in self.jobs:
             path = self.scratch / f"{job.name}.json"
-            if job.kind == "train" and path.exists():
+            if job.kind == "train" and path.exists() and firsts[job.segments].exists():
+                first = json.loads(firsts[job.segments].read_text())[0]
                 for found in json.loads(path.read_text()):
                     gradients, weights = found.pop("gradients"), found.pop("weights")
                     yield self.base(
@@ -335,8 +348,19 @@ class Bench:
             equal = not row["tokens_different"] and row.get("gradients_equal", True) and row.get("weights_equal", True)
             differs = row["tokens_different"] if row["what"] == "sample" else not row.get("gradients_equal", True)
             ok = differs if row["control"] else equal and row.get("ranks_agree", True)
-            keys = ("what", "rollout_tp", "ep", "dp", "fsdp", "executor", "microbatches", "control")
-            where = {k: row[k] for k in keys if row.get(k) is not None}
+            keys = (
+                "what",
+                "rollout_tp",
+                "ep",
+                "train_tp",
+                "segments",
+                "dp",
+                "fsdp",
+                "executor",
+                "microbatches",
+                "control",
+            )
+            where = {k: row[k] for k in (*keys, "control") if row.get(k) is not None}
             numbers = {k: row.get(k) for k in ("tokens_different", "gradients_equal", "weights_equal")}
             print("ok   " if ok else "WRONG", where, numbers, flush=True)
             wrong += [] if ok else [str(where)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from bi_ops.core.files import write_atomically, write_json
 from bi_ops.models import load_config, load_model
 from bi_ops.parallel.fsdp import FullySharded
 from bi_ops.parallel.ranks import SHARED_GPU
+from bi_ops.parallel.tensor import OrderedAllReduce, TensorParallel
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.loss import group_advantages
 from bi_ops.rl.trainer import Trainer
@@ -130,11 +132,32 @@ class LibraryShards(Trainer):
         return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype, reduce_scatter=None)
 
 
-def whole(tensors: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor]:
-    """Those that there are, one at a time; all ranks ask for it."""
-    for t in tensors:
-        if t is not None:
-            yield cast(DTensor, t.detach()).full_tensor() if isinstance(t, DTensor) else t
+class LibraryAllReduce(OrderedAllReduce):
+    """The control where ranks share a model: rounded partial outputs that a library adds."""
+
+    def __call__(self, partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rounded = partial.to(dtype)
+        dist.all_reduce(rounded, group=self.ranks.group)
+        return rounded
+
+
+class SharedByLibrary(Trainer):
+    """With that control."""
+
+    def _layout(self) -> TensorParallel:
+        tree, add = parallel.order(self.config.atoms), LibraryAllReduce(self.tensor)
+        return TensorParallel(self.model, tree, self.data, self.tensor, self.model.compute_dtype, add)
+
+
+def whole(trainer: Trainer, gradients: bool) -> Iterator[torch.Tensor]:
+    """Weights, or the gradients that there are, one at a time; all ranks ask for it."""
+    layers = trainer.layout.layers if isinstance(trainer.layout, TensorParallel) else {}
+    for name, p in trainer.model.named_parameters():
+        t = p.grad if gradients else p.detach()
+        if isinstance(t, DTensor):
+            yield t.full_tensor()
+        elif t is not None:
+            yield cast(TensorParallel, trainer.layout).joined(layers[name], t) if name in layers else t
 
 
 def train(args: argparse.Namespace) -> None:
@@ -149,6 +172,12 @@ def train(args: argparse.Namespace) -> None:
         def __init__(self, orders: Any) -> None:
             self.orders = orders
 
+    if args.segments > 1 and args.scores.exists():  # the rollout has other segments
+        completions = [
+            dataclasses.replace(c, logprobs=own)
+            for c, own in zip(completions, torch.load(args.scores, weights_only=False), strict=True)
+        ]
+    kept: dict[int, torch.Tensor] = {}
     found: list[dict[str, Any]] = []
     # An atom of a mixture of experts is smaller than its unit here, which is the smallest micro-batch.
     cuts: tuple[int | str | None, ...] = (None,) if hasattr(load_config(args.checkpoint), "num_experts") else CUTS
@@ -160,21 +189,28 @@ def train(args: argparse.Namespace) -> None:
             # FSDP2 itself adds a rank's micro-batches before it adds ranks: one atom for each.
             atoms=ranks.size if control and args.fsdp else ATOMS,
             fsdp=args.fsdp,
+            segments=args.segments,
+            tp=args.train_tp,
             max_tokens_per_microbatch=cut if isinstance(cut, int) else None,
         )
-        model = load_model(args.checkpoint)
+        model = load_model(args.checkpoint, **config.model_options())
         if not found:
             model.warmup()
         engine: Any = Sampled(model.orders())
-        make = LibraryShards if control and args.fsdp else Trainer
+        make = Trainer
+        if control and (args.fsdp or args.train_tp > 1):
+            make = LibraryShards if args.fsdp else SharedByLibrary
         trainer = make(config, model, engine, task=None, ranks=ranks)  # type: ignore[arg-type]
-        if control and isinstance(trainer.layout, parallel.Whole):
+        if control and args.train_tp == 1 and isinstance(trainer.layout, parallel.Whole):
             trainer.layout.sums = NaiveSum(trainer.layout.tree, ranks)
         reports: list[Any] = []
 
         def check(part: slice, logprobs: Sequence[torch.Tensor], reports: list[Any] = reports) -> None:
             members = completions[part]
-            wanted, tokens = [c.logprobs for c in members], [c.tokens for c in members]
+            first = {i: own for i, own in enumerate(logprobs, part.start) if i not in kept}
+            kept.update(first if args.segments > 1 and not args.scores.exists() else {})
+            wanted = [kept.get(i, c.logprobs) for i, c in enumerate(members, part.start)]
+            tokens = [c.tokens for c in members]
             reports.append(compare(wanted, logprobs, tokens, part.start))
 
         gradients: list[str] = []
@@ -185,7 +221,7 @@ def train(args: argparse.Namespace) -> None:
             trainer.optimizer.step(grad_scale=result.clip_scale)
             float(trainer.parameters[-1].detach().view(-1)[0])  # waits
             times.append(time.perf_counter() - began)
-            gradients.append(fingerprint(whole(p.grad for p in model.parameters())))
+            gradients.append(fingerprint(whole(trainer, gradients=True)))
         report = joined(reports)
         found.append(
             {
@@ -194,7 +230,7 @@ def train(args: argparse.Namespace) -> None:
                 "tokens_different": report.tokens_different,
                 "gradients": gradients,
                 "grad_norm": result.grad_norm,
-                "weights": fingerprint(whole(model.parameters())),
+                "weights": fingerprint(whole(trainer, gradients=False)),
                 "update_ms": round(1e3 * min(times), 1),
                 "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else None,
             }
@@ -205,6 +241,8 @@ def train(args: argparse.Namespace) -> None:
             write_json(args.out, found)
         del trainer, model, engine, result
         free()
+    if kept:
+        write_atomically(args.scores, lambda partial: torch.save([kept[i] for i in sorted(kept)], partial))
 
 
 def free() -> None:
@@ -230,6 +268,9 @@ def main() -> int:
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--ep", action="store_true", help="sample: whole experts on a rank")
     parser.add_argument("--fsdp", action="store_true", help="train: in shards")
+    parser.add_argument("--train-tp", type=int, default=1, help="train: ranks that share the model")
+    parser.add_argument("--segments", type=int, default=1)
+    parser.add_argument("--scores", type=Path, help="train, with segments: one rank's log-probabilities, kept there")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--prompt", type=int, default=PROMPT)

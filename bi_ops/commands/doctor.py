@@ -19,8 +19,8 @@ HELP = "what runs here, and what is missing"
 
 DESCRIPTION = """\
 Say what this machine has: GPU, versions, whether kernels are compiled or interpreted, which backend computes each
-operator, in which order and why, how many GEMMs of cuBLASLt are verified, and what is missing with the command that
-gets it."""
+operator, in which order and why, how many GEMMs of cuBLASLt are verified, which layouts of several GPUs have the bits
+of one, and what is missing with the command that gets it."""
 
 EPILOG = """\
 examples:
@@ -126,6 +126,19 @@ def missing(gpu: str | None) -> list[dict[str, str]]:
     return out
 
 
+def layouts() -> list[dict[str, str]]:
+    """Layouts of several GPUs whose bits are those of one: what is spread, on how many ranks, how it is asked for."""
+    return [
+        {"what": "sampling", "ranks": "every size that vLLM accepts", "how": "--tp-rollout"},
+        {"what": "training, a batch shared", "ranks": "1, 2, 4, ... up to --atoms", "how": "--dp, --fsdp"},
+        {
+            "what": "training, a dense model shared",
+            "ranks": "1, 2, 4, ... up to --segments, at most the key and value heads",
+            "how": "--tp, sampled with the embedded engine",
+        },
+    ]
+
+
 def diagnose() -> dict[str, Any]:
     """Everything that `bi-ops doctor` says, as JSON can hold it."""
     import torch
@@ -138,6 +151,7 @@ def diagnose() -> dict[str, Any]:
     return {
         "bi_ops": bi_ops.__version__,
         "gpu": gpu,
+        "gpus": torch.cuda.device_count(),
         "architecture": here.name,
         "orders": here.orders,
         "why_these_orders": here.reason or f"the table of architectures has {here.name}",
@@ -154,6 +168,7 @@ def diagnose() -> dict[str, Any]:
         "operators": operators(),
         "verified_gemms": verified_gemms(),
         "warm_kernels": compile_ahead.records(),
+        "layouts": layouts(),
         "missing": missing(gpu),
     }
 
@@ -199,6 +214,9 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"  {old}: bi_ops.warmup verifies GEMMs anew; it can be deleted", soft_wrap=True, markup=False)
     for key, lengths in kept["refused"].items():
         console.print(f"  refused, so Triton computes it: {key}: other bits at {lengths}", soft_wrap=True, markup=False)
+    console.print(f"several GPUs ({found['gpus']} here): the bits of one")
+    for layout in found["layouts"]:
+        console.print(f"  {layout['what']}: {layout['ranks']} ({layout['how']})", soft_wrap=True, markup=False)
     for item in found["missing"]:
         console.print(
             f"missing: {item['what']}: {item['means']}. To get it: {item['how']}", soft_wrap=True, markup=False

@@ -30,6 +30,7 @@ examples:
   bi-ops train --model ./Qwen3-0.6B --engine vllm --task sort --max-new-tokens 8 --output runs/sort
   bi-ops train --output runs/first --steps 60 --resume    go on where the run stopped
   torchrun --nproc-per-node 4 -m bi_ops train --atoms 4 --tp-rollout 2 --preset h100 --output runs/4
+  torchrun --nproc-per-node 4 -m bi_ops train --model ./Qwen3-0.6B --segments 4 --tp 4 --output runs/tp
 
 exit codes:
   0  trained     1  a log-probability differed (OUTPUT/difference.json says where)
