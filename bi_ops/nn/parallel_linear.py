@@ -15,9 +15,9 @@ import torch
 
 from bi_ops import matmul
 from bi_ops.core.main_grad import MainGrad
-from bi_ops.core.pairwise import pairwise_
 from bi_ops.core.tensor_files import Rows
 from bi_ops.core.transforms import Node
+from bi_ops.matmul.segments import subtree
 from bi_ops.nn.layers import Linear
 
 #: Adds fp32 [M, N], a subtree, over the ranks in the order of the tree; the sum is rounded to the dtype.
@@ -49,14 +49,6 @@ class _ParallelLinear(Node):
         return ctx.layer.gradient(g, weight) if need_x else None, dweight, None, None
 
 
-def _subtree(x: torch.Tensor, weight: torch.Tensor, segments: int) -> torch.Tensor:
-    """x [M, K] @ weight [N, K].T, fp32 [M, N]: each of so many segments of K front to back, then these pairwise."""
-    parts = torch.empty(segments, len(x), len(weight), device=x.device)
-    for out, a, b in zip(parts, x.chunk(segments, 1), weight.chunk(segments, 1), strict=True):
-        matmul.accumulate_weight_grad(out.zero_(), a.t().contiguous(), b.t().contiguous())
-    return pairwise_(parts)
-
-
 class ParallelLinear(Linear):
     """A linear layer without a bias, or a rank's slice of it.
 
@@ -74,8 +66,8 @@ class ParallelLinear(Linear):
             return super().forward(input)
         return _ParallelLinear.apply(input, self.weight, self.main_grad, self)  # type: ignore[no-any-return]
 
-    def _rounded(self, subtree: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return subtree.to(dtype) if self.all_reduce is None else self.all_reduce(subtree, dtype)
+    def _rounded(self, own: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return own.to(dtype) if self.all_reduce is None else self.all_reduce(own, dtype)
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x @ weight.T; weight: rounded."""
@@ -97,11 +89,7 @@ class ParallelLinear(Linear):
         raise NotImplementedError
 
     def cut(self, rank: int, size: int, all_reduce: AllReduce) -> None:
-        """Keep the slice of rank `rank` of `size` alone.
-
-        Raises:
-            ValueError: as many ranks cannot share the segments.
-        """
+        """Keep the slice of rank `rank` alone, of `size` ranks, a divisor of the segments."""
         own = self.slice_of(self.weight.detach(), rank, size)
         self.weight = torch.nn.Parameter(own, self.weight.requires_grad)
         self.out_features, self.in_features = self.weight.shape
@@ -121,16 +109,8 @@ class ColumnParallelLinear(ParallelLinear):
 
     def gradient(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `ParallelLinear`."""
-        if self.segments > 1 and len(self.parts) > 1:
-            order = self._segment_major(g.device)
-            g, weight = g[:, order], weight[order]
-        return self._rounded(_subtree(g, weight.t(), self.segments), g.dtype)
-
-    def _segment_major(self, device: torch.device) -> torch.Tensor:
-        """The outputs, segment by segment."""
-        at = torch.arange(self.out_features, device=device)
         own = [n * self.out_features // sum(self.parts) for n in self.parts]
-        return torch.cat([part.view(self.segments, -1) for part in at.split(own)], 1).view(-1)
+        return self._rounded(subtree(g, weight.t(), self.segments, own), g.dtype)
 
     def _runs(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:
         starts = itertools.accumulate(self.parts[:-1], initial=0)
@@ -154,7 +134,7 @@ class RowParallelLinear(ParallelLinear):
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `ParallelLinear`."""
-        return self._rounded(_subtree(x, weight, self.segments), x.dtype)
+        return self._rounded(subtree(x, weight, self.segments), x.dtype)
 
     def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
         """See `ParallelLinear`."""
