@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -19,6 +21,7 @@ from test_parallel import equal, metrics
 from tiny import tiny_model, tiny_moe_config
 
 from bi_ops import matmul, optim, parallel, rl
+from bi_ops.cli import main
 from bi_ops.core.tensor_files import joined
 from bi_ops.matmul.segments import subtree
 from bi_ops.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -27,7 +30,7 @@ from bi_ops.nn.parallel_linear import ColumnParallelLinear, RowParallelLinear
 from bi_ops.parallel.tensor import OrderedAllReduce, TensorParallel
 from bi_ops.rl import checkpoint
 from bi_ops.rl.config import TrainConfig
-from bi_ops.rl.trainer import Trainer
+from bi_ops.rl.trainer import Trainer, _check_equal, _Pack
 
 SEGMENTS = 4
 #: Four sequences in two atoms.
@@ -111,11 +114,14 @@ def test_segments_are_summed_apart_and_one_is_the_gemm(device):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_slices_are_all_of_a_layer(size):
+def test_slices_are_all_of_a_layer(size, device):
     """Ranks played by one process: products and gradients of the slices, added in order, are those of the whole."""
     generator = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(20, n, generator=generator).bfloat16() for n in (64, 128))
-    for make in (lambda: ColumnParallelLinear(64, (64, 32, 32), 4), lambda: RowParallelLinear(64, 128, 4)):
+    x, g = (torch.randn(20, n, generator=generator).bfloat16().to(device) for n in (64, 128))
+    for make in (
+        lambda: ColumnParallelLinear(64, (64, 32, 32), 4, device=device),
+        lambda: RowParallelLinear(64, 128, 4, device=device),
+    ):
         whole, parts = make(), []
         subtrees: list[torch.Tensor] = []
 
@@ -258,11 +264,39 @@ def test_what_cannot_be_shared_is_refused():
             TrainConfig.from_dict({"segments": 2, **other})
     with pytest.raises(ValueError, match="offload is 'masters'; it must be none or states with tp"):
         TrainConfig(segments=2, tp=2, offload="masters")
+    with pytest.raises(ValueError, match="peer_memory is True; it must be false without tp above 1"):
+        TrainConfig(segments=2, peer_memory=True)
     with pytest.raises(ValueError, match="3 ranks are not groups of 2; start a multiple of 2 with torchrun"):
         parallel.Ranks(0, 3).split(2)
     model = shared_model(1)
     with pytest.raises(ValueError, match="segments=4, but the model was made with 1"):
         Trainer(TrainConfig(segments=4), model, cast(Any, Copy(model)), cast(Any, Lengths()))
+
+
+def test_ranks_that_share_a_model_and_find_other_bits_are_named():
+    def found(*scores: float) -> list[_Pack]:
+        return [_Pack(slice(2, 4), [torch.tensor([s]) for s in scores], 0.0, 0.0, 0.0, 0, 2)]
+
+    _check_equal(found(-1.0, math.nan), found(-1.0, math.nan), 1)
+    with pytest.raises(RuntimeError, match="tensor-parallel ranks 0 and 1 have other log-probabilities for sequence 3"):
+        _check_equal(found(-1.0, 0.0), found(-1.0, -0.0), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--segments", "2", "--tp", "2"],
+            "train: --tp 2, but 1 processes were started; use torchrun --nproc-per-node 2",
+        ),
+        (["--segments", "2", "--tp", "2", "--dp", "2"], "train: --dp 2 --tp 2, but 1 processes .* --nproc-per-node 4"),
+        (["--dp", "2"], "train: --dp 2, but 1 processes were started; use torchrun --nproc-per-node 2"),
+    ],
+)
+def test_a_command_on_too_few_processes_says_how_many_it_needs(options, message, tmp_path, capsys):
+    assert main(["train", "--output", str(tmp_path / "run"), *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_may_be_resumed_on_other_ranks_but_not_with_other_segments():
@@ -283,7 +317,7 @@ def test_the_norm_has_the_rows_of_segments():
     layout = TensorParallel(shared_model(), parallel.order(1))
     generator = torch.Generator().manual_seed(0)
     for p in layout.parameters.values():
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device)
     grads = [cast(torch.Tensor, p.grad) for p in layout.parameters.values()]
     shared = [isinstance(layout.layers.get(n), RowParallelLinear) for n in layout.parameters]
     viewed = [g.view(len(g) * SEGMENTS, -1) if s else g for g, s in zip(grads, shared, strict=True)]

@@ -122,6 +122,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         **given,
     )
     parser.add_argument(
+        "--peer-memory",
+        action="store_true",
+        help="with --tp, on one host: partial outputs are added by a kernel that reads the other GPUs' memory; changes "
+        "no bit",
+        **given,
+    )
+    parser.add_argument(
         "--dp", type=int, metavar="N", help="data-parallel ranks; torchrun must start as many, times --tp"
     )
     parser.add_argument(

@@ -17,7 +17,7 @@ from bi_ops import matmul
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.tensor_files import Rows
 from bi_ops.core.transforms import Node
-from bi_ops.matmul.segments import subtree
+from bi_ops.matmul import subtree
 from bi_ops.nn.layers import Linear
 
 #: Adds fp32 [M, N], a subtree, over the ranks in the order of the tree; the sum is rounded to the dtype.

@@ -301,5 +301,5 @@ def qk_add_chunks_kernel(
         p_partial += segment * CQ.to(tl.int64) * N
         add_chunks(p_partial, p_dwq + segment * N, CQ, N, ACCUMULATE, COLS, UNROLL, STAGES, False)
     else:
-        p_partial += (SEGMENTS * CQ.to(tl.int64) + segment * CK) * N
+        p_partial += (SEGMENTS * CQ.to(tl.int64) + segment * CK.to(tl.int64)) * N
         add_chunks(p_partial, p_dwk + segment * N, CK, N, ACCUMULATE, COLS, UNROLL, STAGES, False)

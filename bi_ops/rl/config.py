@@ -28,6 +28,7 @@ FREE_ON_RESUME = (
     "max_tokens_per_microbatch",
     "tensor_parallel_size",
     "tp",
+    "peer_memory",
     "fsdp",
     "recompute",
     "offload",
@@ -95,6 +96,8 @@ class TrainConfig:
     the same. 1 is one sum from front to back.
     tp: how many neighbouring ranks share the model in training (`bi_ops.parallel.tensor.TensorParallel`); as many
     groups share each batch. It changes no bit.
+    peer_memory: ranks that share the model add partial outputs by a kernel that reads the other GPUs' memory
+    (`bi_ops.parallel.peer.PeerAllReduce`), not by collectives; all are on one host. It changes no bit.
     tensor_parallel_size: vllm: GPUs that share the model that samples. It changes no bit.
     recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
     offload: what waits in host memory between updates, nothing, AdamW's states, or these and the fp32 master weights
@@ -141,6 +144,7 @@ class TrainConfig:
     fsdp: bool = False
     segments: int = 1
     tp: int = 1
+    peer_memory: bool = False
     tensor_parallel_size: int = 1
     recompute: Recompute = "selective"
     offload: Offload = "none"
@@ -197,6 +201,7 @@ class TrainConfig:
         need(fits, "tp", f"a divisor of segments={self.segments}: declare as many segments as ranks share the model")
         for name in ("fsdp", "step_graphs"):
             need(not (self.segments > 1 and getattr(self, name)), name, "false with segments above 1, or tp")
+        need(self.tp > 1 or not self.peer_memory, "peer_memory", "false without tp above 1")
         need(self.tp == 1 or self.offload != "masters", "offload", "none or states with tp")
         need(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1")
         need(self.tensor_parallel_size == 1 or self.engine == "vllm", "tensor_parallel_size", "1, except for vllm")

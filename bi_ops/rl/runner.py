@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bi_ops import parallel
 from bi_ops.core.files import LOCK, locked, write_json, writing
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from bi_ops.models.base import CausalLM
+    from bi_ops.parallel.tensor import TensorParallel
 
 #: Names inside a run's folder.
 CONFIG, METRICS, CHECKPOINTS = "config.json", "metrics.jsonl", "checkpoints"
@@ -218,12 +219,16 @@ def set_up(
     path = ranks.on_first(lambda: initial_model(config, output))
     model, engine = load_model_and_engine(config, path)
     try:
-        model.warmup()
+        if config.tp == 1:
+            model.warmup()
         reference = None
         if config.kl != 0:
             reference = type(model).from_pretrained(path, **config.model_options()).requires_grad_(False)
         task = make_task(config.task, make_alphabet(config, path, model.config.vocab_size), config.max_new_tokens)
-        return Trainer(config, model, engine, task, reference, on_difference, ranks)
+        trainer = Trainer(config, model, engine, task, reference, on_difference, ranks)
+        if config.tp > 1:
+            cast("TensorParallel", trainer.layout).warmup()  # of slices
+        return trainer
     except BaseException:
         engine.close()
         raise

@@ -28,6 +28,11 @@ from bi_ops.verify.parity import ParityReport, compare, joined
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
     from bi_ops.parallel.fsdp import FullySharded
+    from bi_ops.parallel.peer import PeerAllReduce
+
+
+#: Tokens whose partial outputs peer memory holds at once; those of more are added one part after the other.
+PEER_TOKENS = 8192
 
 
 class DifferenceFound(RuntimeError):
@@ -192,7 +197,8 @@ class Trainer:
         if self.config.segments > 1:
             from bi_ops.parallel.tensor import TensorParallel
 
-            return TensorParallel(self.model, tree, self.data, self.tensor, self.model.compute_dtype)
+            add = self._peer_sums() if self.config.peer_memory else None
+            return TensorParallel(self.model, tree, self.data, self.tensor, self.model.compute_dtype, add)
         if self.config.fsdp:
             from bi_ops.parallel.fsdp import FullySharded
 
@@ -200,6 +206,12 @@ class Trainer:
         if self.graphs is None:
             return parallel.Whole(self.model, tree, self.ranks)
         return parallel.Whole(self.model, tree, self.ranks, self.graphs.begin, keeps_memory=True)
+
+    def _peer_sums(self) -> PeerAllReduce:
+        """Sums over the ranks that share the model, by a kernel."""
+        from bi_ops.parallel.peer import PeerAllReduce
+
+        return PeerAllReduce(self.tensor, PEER_TOKENS * self.model.config.hidden_size, self.model.device)
 
     def _optimizer(self) -> optim.AdamW:
         config = self.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 
@@ -32,7 +33,7 @@ class TensorParallel(Whole):
         model: whole, with the same values on every rank; it is cut in place. data: ranks that share a batch, each with
             the same slice; tensor: those that share the model, and see the same batch.
         compute_dtype: of the whole weights that an engine is given. all_reduce: adds partial outputs over the tensor
-            ranks; None: `OrderedAllReduce`. Another one to compare with.
+            ranks; None: `OrderedAllReduce`. `parallel.peer.PeerAllReduce` has its bits; another one is a control.
 
     Raises:
         ValueError: tensor ranks that do not divide the segments, a model that has no layers to share, or parameters
@@ -67,6 +68,17 @@ class TensorParallel(Whole):
                 head_norm.segments //= tensor.size
         super().__init__(model, tree, data)
         self.data, self.compute_dtype, self.writes = data, compute_dtype, data.rank == 0
+
+    def warmup(self) -> None:
+        """The model's `warmup` of this rank's slices; it waits for no other rank."""
+        add = {layer: layer.all_reduce for layer in self.layers.values()}
+        try:
+            for layer in add:
+                layer.all_reduce = _rounded
+            cast(Any, self.model).warmup()
+        finally:
+            for layer, all_reduce in add.items():
+                layer.all_reduce = all_reduce
 
     def _collect(self) -> None:
         """As `Whole`; the gradients of the heads' norms are then added over the ranks that share the heads."""
@@ -147,6 +159,11 @@ class TensorParallel(Whole):
         finally:
             for layer, weight in own.items():
                 layer.weight = weight
+
+
+def _rounded(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In place of a sum over ranks."""
+    return partial.to(dtype)
 
 
 def check_tensor_ranks(segments: int, tensor: Ranks) -> None:
