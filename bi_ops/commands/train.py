@@ -129,6 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         **given,
     )
     parser.add_argument(
+        "--ep",
+        type=int,
+        help="neighbouring ranks that share the experts of a mixture in training; changes no bit",
+        **given,
+    )
+    parser.add_argument(
         "--dp", type=int, metavar="N", help="data-parallel ranks; torchrun must start as many, times --tp"
     )
     parser.add_argument(

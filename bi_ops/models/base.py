@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -255,8 +255,10 @@ class CausalLM(torch.nn.Module):
             if parameter.ndim == 3 and fused_experts:
                 yield checkpoint.WeightSlice(module, name)
                 continue
-            # One matrix, or one of each expert.
-            places: list[tuple[int, ...]] = [()] if parameter.ndim < 3 else [(i,) for i in range(len(parameter))]
+            # One matrix, or one of each expert, those of other ranks too.
+            places: list[tuple[int, ...]] = [()]
+            if parameter.ndim == 3:
+                places = [(i,) for i in range(cast(nn.Experts, self.get_submodule(parent)).num_experts)]
             parts = packed.get(last if parameter.ndim < 3 else f"experts.{last}", {last: parameter.shape[-2:][0]})
             for place in places:
                 start = 0

@@ -24,13 +24,13 @@ def _(x):
 
 
 @custom_op("bi_ops::moe_activation_backward")
-def _activation_grad(
+def activation_grad_op(
     g: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return launch_activation_backward(g, x, weights, rows)
 
 
-@_activation_grad.register_fake
+@activation_grad_op.register_fake
 def _(g, x, weights, rows):
     return x.new_empty(x.shape), x.new_empty(g.shape), weights.new_empty(weights.shape)
 
@@ -60,7 +60,7 @@ class _Experts(Node):
         dhidden = dgate_up = ddown = None
         g_rows = gather_op(g, rows, places)
         dy = grouped_matmul(g_rows, down.to(g.dtype).mT, offsets)
-        dx, y, dweights = _activation_grad(dy, x, weights, rows)
+        dx, y, dweights = activation_grad_op(dy, x, weights, rows)
         del dy
         if need_down:
             ddown = weight_grad(g_rows, y, offsets, ctx.dtypes[1], ctx.main_grads[1], aligned=True)

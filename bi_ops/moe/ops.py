@@ -136,13 +136,13 @@ def _(g, x, offsets, dtype, aligned):
 
 
 @custom_op("bi_ops::accumulate_grouped_weight_grad", mutates_args={"main_grad"})
-def _accumulate(
+def accumulate_grad_op(
     main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, accumulate: bool, aligned: bool
 ) -> None:
     launch_grouped_wgrad(g, x, offsets, main_grad, accumulate, aligned)
 
 
-@_accumulate.register_fake
+@accumulate_grad_op.register_fake
 def _(main_grad, g, x, offsets, accumulate, aligned):
     return None
 
@@ -162,7 +162,7 @@ def weight_grad(
     if main_grad is None:
         return grouped_weight_grad(g, x, offsets, dtype, aligned)
     buffer, holds_sum = open_buffer(main_grad)
-    _accumulate(buffer, g, x, offsets, holds_sum, aligned)
+    accumulate_grad_op(buffer, g, x, offsets, holds_sum, aligned)
     return None
 
 

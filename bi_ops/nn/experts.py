@@ -9,6 +9,7 @@ import torch
 from bi_ops import moe
 from bi_ops.core import checks
 from bi_ops.core.main_grad import MainGrad
+from bi_ops.moe import exchanged
 from bi_ops.nn.layers import Linear
 
 
@@ -22,10 +23,12 @@ class GroupedLinear(torch.nn.Module):
         TypeError: a size that is no whole number. ValueError: one below 1.
 
     Attributes:
-        weight: [num_groups, out_features, in_features]. main_grad: fp32 of that shape, as `Linear`'s.
+        weight: [num_groups, out_features, in_features]. main_grad: fp32 of that shape, as `Linear`'s; [sources, *shape]
+            where `sources` ranks send rows, whose sums stay apart until `collect_main_grads` adds them pairwise.
     """
 
     main_grad: torch.Tensor | MainGrad | None = None
+    sources: int = 1
 
     def __init__(
         self,
@@ -65,9 +68,12 @@ class Experts(torch.nn.Module):
         TypeError: a size that is no whole number. ValueError: one below 1.
 
     Attributes:
+        num_experts: of all ranks, where they share them (`share`); a rank's weights are then those of its own.
         gate_up_proj: `GroupedLinear` [num_experts, 2 * intermediate_size, hidden_size], gate before up.
         down_proj: `GroupedLinear` [num_experts, hidden_size, intermediate_size].
     """
+
+    _exchange: exchanged.Exchange | None = None
 
     def __init__(
         self,
@@ -84,6 +90,7 @@ class Experts(torch.nn.Module):
             ("intermediate_size", intermediate_size),
         ):
             checks.size("Experts", name, value)
+        self.num_experts = num_experts
         self.gate_up_proj = GroupedLinear(num_experts, hidden_size, 2 * intermediate_size, device, dtype)
         self.down_proj = GroupedLinear(num_experts, intermediate_size, hidden_size, device, dtype)
 
@@ -96,11 +103,40 @@ class Experts(torch.nn.Module):
     ) -> torch.Tensor:
         """x [T, hidden_size] -> the same shape. Arguments and errors as `bi_ops.moe.experts`."""
         gate_up, down = self.gate_up_proj, self.down_proj
+        if self._exchange is not None and len(gate_up.weight) < self.num_experts:
+            return self._exchanged(x, weights, experts, cu_units)
         return moe.experts(
             *(x, gate_up.weight, down.weight, weights, experts),
             cu_units=cu_units,
             gate_up_main_grad=gate_up.main_grad,
             down_main_grad=down.main_grad,
+        )
+
+    def share(self, rank: int, size: int, exchange: exchanged.Exchange) -> None:
+        """Keep the experts of rank `rank` of `size`, a divisor of their number; rows then travel by `exchange`."""
+        for layer in (self.gate_up_proj, self.down_proj):
+            own = layer.weight.detach().chunk(size)[rank].clone()
+            layer.weight = torch.nn.Parameter(own, layer.weight.requires_grad)
+            layer.num_groups, layer.sources = len(own), size
+        self._exchange = exchange
+
+    def _exchanged(
+        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, cu_units: torch.Tensor | None
+    ) -> torch.Tensor:
+        gate_up, down = self.gate_up_proj, self.down_proj
+        mains = [m if isinstance(m := layer.main_grad, MainGrad) else None for layer in (gate_up, down)]
+        if torch.is_grad_enabled() and None in mains and gate_up.weight.requires_grad:
+            raise RuntimeError(
+                f"Experts: {len(gate_up.weight)} of {self.num_experts} experts are this rank's, whose gradients are "
+                "carried in main_grad alone; call bi_ops.nn.allocate_main_grads first, or use torch.no_grad()"
+            )
+        assert self._exchange is not None
+        return exchanged.exchanged_experts(
+            *(x, gate_up.weight, down.weight, weights, experts),
+            num_experts=self.num_experts,
+            exchange=self._exchange,
+            main_grads=(mains[0], mains[1]),
+            cu_units=cu_units,
         )
 
 

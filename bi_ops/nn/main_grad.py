@@ -49,10 +49,16 @@ def zeros(weights: Sequence[torch.Tensor], elements: int = ELEMENTS) -> list[tor
 
 
 def _summed(layer: Layer) -> torch.Tensor:
-    """A view of the weight of the shape of its sums; of a norm per head [segments, D]."""
-    if isinstance(layer, RMSNorm) and layer.segments > 1:
-        return layer.weight.expand(layer.segments, *layer.weight.shape)
-    return layer.weight
+    """A view of the weight of the shape of its sums; several stay apart until they are collected."""
+    n = _sums(layer)
+    return layer.weight if n == 1 else layer.weight.expand(n, *layer.weight.shape)
+
+
+def _sums(layer: Layer) -> int:
+    """Of a layer: segments of a norm per head, or ranks that send rows to experts."""
+    if isinstance(layer, RMSNorm):
+        return layer.segments
+    return layer.sources if isinstance(layer, GroupedLinear) else 1
 
 
 def main_grad_memory(module: torch.nn.Module) -> dict[torch.nn.Module, torch.Tensor]:
@@ -100,7 +106,7 @@ def allocate_main_grads(
     for layer in layers:
         if not (tensors or isinstance(layer, RMSNorm)):
             own = None if memory is None else memory[layer]
-            layer.main_grad = MainGrad(layer.weight.shape, layer.weight.device, own)
+            layer.main_grad = MainGrad(_summed(layer).shape, layer.weight.device, own)
 
 
 def without_main_grad(module: torch.nn.Module) -> list[str]:
@@ -120,7 +126,7 @@ def collect_main_grads(module: torch.nn.Module) -> None:
         if layer.main_grad is None:
             continue
         found = layer.main_grad.collect() if isinstance(layer.main_grad, MainGrad) else layer.main_grad
-        if isinstance(layer, RMSNorm) and layer.segments > 1:
+        if _sums(layer) > 1:
             found = pairwise_(found)
         if layer.weight in sums:
             sums[layer.weight] += found

@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "tensor_parallel_size",
     "tp",
     "peer_memory",
+    "ep",
     "fsdp",
     "recompute",
     "offload",
@@ -98,6 +99,8 @@ class TrainConfig:
     groups share each batch. It changes no bit.
     peer_memory: ranks that share the model add partial outputs by a kernel that reads the other GPUs' memory
     (`bi_ops.parallel.peer.PeerAllReduce`), not by collectives; all are on one host. It changes no bit.
+    ep: how many neighbouring ranks share the experts in training (`bi_ops.parallel.experts.ExpertParallel`), while each
+    has its own part of the batch. It changes no bit.
     tensor_parallel_size: vllm: GPUs that share the model that samples. It changes no bit.
     recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
     offload: what waits in host memory between updates, nothing, AdamW's states, or these and the fp32 master weights
@@ -145,6 +148,7 @@ class TrainConfig:
     segments: int = 1
     tp: int = 1
     peer_memory: bool = False
+    ep: int = 1
     tensor_parallel_size: int = 1
     recompute: Recompute = "selective"
     offload: Offload = "none"
@@ -203,6 +207,11 @@ class TrainConfig:
             need(not (self.segments > 1 and getattr(self, name)), name, "false with segments above 1, or tp")
         need(self.tp > 1 or not self.peer_memory, "peer_memory", "false without tp above 1")
         need(self.tp == 1 or self.offload != "masters", "offload", "none or states with tp")
+        need(self.ep >= 1 and not self.ep & (self.ep - 1), "ep", "a power of two")
+        for name in ("fsdp", "step_graphs"):
+            need(not (self.ep > 1 and getattr(self, name)), name, "false with ep above 1")
+        need(self.ep == 1 or self.segments == 1, "ep", "1 with segments above 1")
+        need(self.ep == 1 or self.offload != "masters", "offload", "none or states with ep")
         need(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1")
         need(self.tensor_parallel_size == 1 or self.engine == "vllm", "tensor_parallel_size", "1, except for vllm")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")

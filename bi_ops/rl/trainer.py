@@ -133,14 +133,15 @@ class Trainer:
         on_difference: called with the difference when config.on_difference is "warn".
         ranks: the processes that share each batch; all do the same step and end in the same bytes. Their number changes
             no bit (`config.atoms`), nor does it whether each has the whole model or, with `config.fsdp`, a shard, or,
-            of `config.tp` neighbours, a slice: then `model` is cut here.
+            of `config.tp` neighbours, a slice, or of `config.ep` neighbours some experts: then `model` is cut here.
 
     Raises:
         ValueError: a KL coefficient without a reference, an engine that states no orders, or one that should sleep and
             cannot, master weights offloaded from a model that does not compute in bf16, a model of other segments than
             config.segments, or ranks that do not divide the atoms, share the model or fill engines. With
             config.step_graphs as `bi_ops.models.graphs.StepGraphs`, with config.fsdp as
-            `bi_ops.parallel.fsdp.FullySharded`, with segments as `bi_ops.parallel.tensor.TensorParallel`.
+            `bi_ops.parallel.fsdp.FullySharded`, with config.ep as `bi_ops.parallel.experts.ExpertParallel`, with
+            segments as `bi_ops.parallel.tensor.TensorParallel`.
         RuntimeError: the model cannot compute in the engine's orders here; what differs is listed.
     """
 
@@ -199,6 +200,11 @@ class Trainer:
 
             add = self._peer_sums() if self.config.peer_memory else None
             return TensorParallel(self.model, tree, self.data, self.tensor, self.model.compute_dtype, add)
+        if self.config.ep > 1:
+            from bi_ops.parallel.experts import ExpertParallel
+
+            near, far = self.ranks.split(self.config.ep)
+            return ExpertParallel(self.model, tree, self.ranks, near, far, self.model.compute_dtype)
         if self.config.fsdp:
             from bi_ops.parallel.fsdp import FullySharded
 
@@ -219,7 +225,7 @@ class Trainer:
         if config.offload == "masters":  # the kernel writes the model's own bf16 weights, and the engine reads these
             return optim.OffloadedAdamW(*given, weight_decay=config.weight_decay, masters=True)
         copies: dict[torch.nn.Parameter, torch.Tensor] = {}
-        if not config.fsdp and config.tp == 1:  # a rank updates its shard, and the engine has whole weights
+        if not config.fsdp and config.tp == config.ep == 1:  # else a rank updates a part, and the engine has all
             copies = getattr(self.engine, "weight_copies", lambda m: {})(self.model)
         return (optim.OffloadedAdamW if config.offload == "states" else optim.AdamW)(
             *given,
@@ -366,7 +372,7 @@ class Trainer:
         for i, atom_batches in enumerate(atoms):
             self.layout.begin_atom()
             passes = [launch for *_, launch in atom_batches]
-            if config.fsdp:  # all ranks gather weights as often
+            if config.fsdp or config.ep > 1:  # all ranks gather weights, or exchange rows, as often
                 most = max(len(cut) for cut in cuts[i * ranks.size :][: ranks.size])
                 idle = functools.partial(self._idle, completions, rollout)
                 passes = [idle] * (most - len(passes)) + passes
