@@ -26,6 +26,7 @@ def _rank(rank: int, n_ranks: int, folder: str, function: Callable[..., Any], ar
     store = dist.FileStore(f"{folder}/store", n_ranks)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timeout)
+    dist.barrier()  # a rank that ends at once would close connections that others still make
     try:
         torch.save(function(*args), f"{folder}/{rank}.pt")
     finally:

@@ -32,7 +32,7 @@ class PeerAllReduce:
 
     Args:
         ranks: 2, 4 or 8 of one host. elements: of the largest partial output; larger ones are cut. device: this rank's
-            GPU. one_shot: elements from which on each adds a share.
+            GPU. one_shot: elements up to which each adds all.
         memory: at least `n_bytes` of each rank; None: allocated.
 
     Raises:
