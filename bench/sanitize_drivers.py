@@ -18,6 +18,7 @@ from bi_ops.attention.launch import clear_outside
 from bi_ops.core import runtime
 from bi_ops.logprob.config import SplitConfig
 from bi_ops.logprob.ops import launch_token_logprobs
+from bi_ops.matmul import subtree
 from bi_ops.matmul.config import WgradTileConfig
 from bi_ops.matmul.launch import launch_wgrad
 from bi_ops.parallel.peer import PeerAllReduce, PeerMemory
@@ -101,6 +102,8 @@ def _gemms() -> None:
         call("mm", dtype, backend="triton")
         call("linear", dtype, backend="triton")
         call("bmm", dtype)
+        x, weight = (torch.randn(n, 192, device=runtime.default_device()).to(dtype) for n in (21, 40))
+        subtree(x, weight, 2, [128, 64])
 
 
 def _experts() -> None:
@@ -216,7 +219,7 @@ DRIVERS: dict[str, Driver] = {
     "qk norm and rope": Driver(
         (*_named("qk_norm_rope", "", "_backward"), "qk_add_chunks_kernel"), each("qk_norm_rope")
     ),
-    "matmul": Driver(("matmul_kernel",), _gemms),
+    "matmul": Driver(("matmul_kernel", "matmul_segments_kernel"), _gemms),
     "weight gradient on Hopper": Driver(("wgrad_kernel",), each("linear", dtypes=(BF16,)), gpu=True),
     "weight gradient of one wave on Hopper": Driver(("wgrad_tile_kernel",), _one_wave, gpu=True),
     "few rows on Hopper": Driver(("decode_matmul_kernel",), _few_rows, gpu=True),

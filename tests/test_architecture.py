@@ -52,6 +52,7 @@ ORDER_MAY_TAKE = frozenset(
 #: Kernels, and the constants of each that shape a sum. A launch takes them from an order.
 FROM_ORDER: dict[str, frozenset[str]] = {
     "matmul_kernel": frozenset({"BLOCK_K"}),
+    "matmul_segments_kernel": frozenset({"BLOCK_K", "SEGMENTS"}),
     "rms_norm_kernel": frozenset({"BLOCK", "num_warps"}),
     "rms_norm_dx_kernel": frozenset({"BLOCK", "num_warps"}),
     "rms_norm_dweight_kernel": frozenset({"CHUNK"}),
@@ -207,7 +208,7 @@ def launches(source: str) -> list[tuple[str, dict[str | None, ast.expr]]]:
 
 
 #: The functions that give a problem its order.
-ORDER_FUNCTIONS = frozenset({"order", "order_of", "_order", "sampled_order"})
+ORDER_FUNCTIONS = frozenset({"order", "order_of", "_order", "sampled_order", "segmented_order"})
 
 
 def is_made_by_order(value: ast.expr) -> bool:
@@ -447,7 +448,7 @@ def test_operators_run_on_the_gpu_of_their_tensors():
 
 #: Numbers that a kernel may be compiled for: sizes of the model, or always a multiple of 16 (C, chunks of norm). In
 #: `reduction` N is what the caller sums over, tokens too, and C follows from it.
-SIZES = {"C", "D", "E", "H", "K", "N", "P", "V", "eps", "scale", "softcap"}
+SIZES = {"C", "D", "E", "H", "K", "K_0", "K_1", "K_2", "N", "P", "V", "eps", "scale", "softcap"}
 
 
 def specialised(source: str) -> dict[str, set[str]]:

@@ -149,6 +149,13 @@ OPERATORS = {
         args=lambda: {"x": rand(3, 4), "weight": rand(5, 4), "bias": rand(5), "constant_weight": True},
         reference=lambda x, weight, bias=None, **rest: product(x, weight.t(), bias),
     ),
+    "matmul.subtree": named(
+        "subtree",
+        call=matmul.subtree,
+        args=lambda: {"x": rand(3, 32), "weight": rand(5, 32), "segments": 2},
+        reference=lambda x, weight, segments, **rest: product(x, weight.t()),
+        counts=("segments",),
+    ),
     "matmul.accumulate_weight_grad": named(
         "accumulate_weight_grad",
         call=matmul.accumulate_weight_grad,

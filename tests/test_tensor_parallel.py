@@ -23,7 +23,7 @@ from tiny import tiny_model, tiny_moe_config
 from bi_ops import matmul, optim, parallel, rl
 from bi_ops.cli import main
 from bi_ops.core.tensor_files import joined
-from bi_ops.matmul.segments import subtree
+from bi_ops.matmul import subtree
 from bi_ops.models.qwen3_moe import Qwen3MoeForCausalLM
 from bi_ops.models.tiny import TINY
 from bi_ops.nn.parallel_linear import ColumnParallelLinear, RowParallelLinear
@@ -117,10 +117,10 @@ def test_segments_are_summed_apart_and_one_is_the_gemm(device):
 def test_slices_are_all_of_a_layer(size, device):
     """Ranks played by one process: products and gradients of the slices, added in order, are those of the whole."""
     generator = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(20, n, generator=generator).bfloat16().to(device) for n in (64, 128))
+    x, g = (torch.randn(20, n, generator=generator).bfloat16().to(device) for n in (64, 256))
     for make in (
-        lambda: ColumnParallelLinear(64, (64, 32, 32), 4, device=device),
-        lambda: RowParallelLinear(64, 128, 4, device=device),
+        lambda: ColumnParallelLinear(64, (128, 64, 64), 4, device=device),
+        lambda: RowParallelLinear(64, 256, 4, device=device),
     ):
         whole, parts = make(), []
         subtrees: list[torch.Tensor] = []

@@ -5,7 +5,7 @@ from bi_ops.matmul.backends import backends
 from bi_ops.matmul.inference import inference_linear
 from bi_ops.matmul.linear import accumulate_weight_grad, linear
 from bi_ops.matmul.ops import addmm, backend_of, bmm, matmul, mm, order_of
-from bi_ops.matmul.segments import subtree as subtree  # for nn's layers; no operator of its own
+from bi_ops.matmul.segments import subtree
 from bi_ops.matmul.warmup import Warmup, warmup
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "matmul",
     "mm",
     "order_of",
+    "subtree",
     "warmup",
 ]

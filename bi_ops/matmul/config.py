@@ -46,6 +46,20 @@ def gemm_config(m: int, n: int, dtype: torch.dtype, arch: Arch) -> GemmConfig:
     return GemmConfig(128, 256, 64, 8, 8, 3)
 
 
+@functools.lru_cache(maxsize=4096)  # asked in every launch
+def segments_config(m: int, n: int, segments: int, dtype: torch.dtype, arch: Arch) -> GemmConfig:
+    """The tile of an [m, n] result whose K has segments: room for log2(segments) + 1 accumulators.
+
+    Not timed. On Hopper the compiler spills no register in the loops of these tiles (bench/LOG.md).
+    """
+    config = gemm_config(m, n, dtype, arch)
+    if segments == 1 or arch.interpreted or dtype == torch.float32 or m <= 128:
+        return config
+    if segments == 4 or m <= 512:
+        return GemmConfig(64, 128, 64, 8, 8, 4)
+    return GemmConfig(128, 128, 64, 8, 8, 4) if segments == 2 else GemmConfig(128, 128, 32, 8, 8, 6)
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """Tiles of `decode.decode_matmul_kernel`: `stages` steps of `block_k` elements of K in flight.

@@ -86,3 +86,103 @@ def matmul_kernel(
     if HAS_BIAS:
         acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     tl.store(p_out, cast(acc, p_c.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def _segments(
+    p_a,
+    p_b,
+    m_a,
+    m_b,
+    K_0,
+    K_1,
+    K_2,
+    stride_ak,
+    stride_bk,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    LARGE: tl.constexpr,
+):
+    """The sum of the COUNT segments from FIRST on, a whole subtree. m_a: [BLOCK_M, 1], m_b: [1, BLOCK_N], offsets."""
+    if COUNT > 1:
+        HALF: tl.constexpr = COUNT // 2
+        left = _segments(
+            *(p_a, p_b, m_a, m_b, K_0, K_1, K_2, stride_ak, stride_bk),
+            *(FIRST, HALF, SEGMENTS, PARTS, BLOCK_K, EVEN_K, LARGE),
+        )
+        right = _segments(
+            *(p_a, p_b, m_a, m_b, K_0, K_1, K_2, stride_ak, stride_bk),
+            *(FIRST + HALF, HALF, SEGMENTS, PARTS, BLOCK_K, EVEN_K, LARGE),
+        )
+        return left + right
+    else:
+        acc = tl.zeros((m_a.shape[0], m_b.shape[1]), dtype=tl.float32)
+        start = 0
+        for part in tl.static_range(PARTS):
+            if part == 0:
+                n_k = K_0
+            elif part == 1:
+                n_k = K_1
+            else:
+                n_k = K_2
+            # The trip count is no constant, so the compiler keeps the loop: of a single step it would make `left` the
+            # accumulator.
+            for k in range(0, widen(n_k, LARGE), BLOCK_K):
+                o_k = k + widen(tl.arange(0, BLOCK_K), LARGE)
+                at = start + FIRST * widen(n_k, LARGE) + o_k
+                p_at = p_a + m_a + at[None, :] * stride_ak
+                p_bt = p_b + at[:, None] * stride_bk + m_b
+                if EVEN_K:
+                    b_a = tl.load(p_at)
+                    b_b = tl.load(p_bt)
+                else:
+                    b_a = tl.load(p_at, mask=o_k[None, :] < n_k, other=0.0)
+                    b_b = tl.load(p_bt, mask=o_k[:, None] < n_k, other=0.0)
+                acc = dot(b_a, b_b, acc)
+            start += SEGMENTS * widen(n_k, LARGE)
+        return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def matmul_segments_kernel(
+    p_a,  # [M, K]
+    p_b,  # [K, N]
+    p_c,  # [M, N], contiguous
+    M,
+    N,
+    K_0,
+    K_1,
+    K_2,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SEGMENTS: tl.constexpr,  # a power of two
+    PARTS: tl.constexpr,  # of K, up to 3: a segment has K_0, K_1, K_2 elements of each
+    EVEN_K: tl.constexpr,  # these are multiples of BLOCK_K: no mask
+    EVEN_N: tl.constexpr,  # N is a multiple of BLOCK_N, and B is loaded along it
+    LARGE: tl.constexpr,  # of some operand offsets need 64 bits
+):
+    """Each segment of K in an accumulator of its own, from zero; these are added pairwise and rounded once."""
+    pid = tl.program_id(0)
+    i_m, i_n = _tile_of(pid, tl.cdiv(widen(M, LARGE), BLOCK_M), tl.cdiv(widen(N, LARGE), BLOCK_N), GROUP_M)
+    o_m = widen(i_m, LARGE) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = widen(i_n, LARGE) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m = o_m < M
+    m_n = o_n < N
+    a_m = tl.where(m_m, o_m, 0)  # as in `matmul_kernel`
+    b_n = o_n if EVEN_N else tl.where(m_n, o_n, 0)
+    total = _segments(
+        *(p_a, p_b, a_m[:, None] * stride_am, b_n[None, :] * stride_bn, K_0, K_1, K_2, stride_ak, stride_bk),
+        *(0, SEGMENTS, SEGMENTS, PARTS, BLOCK_K, EVEN_K, LARGE),
+    )
+    p_out = p_c + o_m[:, None] * widen(N, LARGE) + o_n[None, :]
+    tl.store(p_out, cast(total, p_c.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])

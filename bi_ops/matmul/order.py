@@ -45,8 +45,27 @@ class GemmOrder(Order):
         return wanted if self.any_tile else self.k_step
 
 
+@dataclass(frozen=True)
+class SegmentedOrder(Order):
+    """K is cut into `segments` equal pieces, or each of its parts is, of which a segment has a piece one behind the
+    other. Each is summed as `each` says, from zero, in fp32; then these pairwise, neighbours first; rounded once."""
+
+    segments: int
+    each: GemmOrder
+
+    def block_k(self, wanted: int) -> int:
+        """As `GemmOrder.block_k`."""
+        return self.each.block_k(wanted)
+
+
 @functools.lru_cache(maxsize=4096)  # asked in every launch
 def order(problem: Problem, arch: Arch) -> GemmOrder:
     """The order of a GEMM. Takes no count of rows: that is the contract."""
     k_step = TOKEN_STEP if problem.over_tokens else arch.gemm_step
     return GemmOrder(k_step, any_tile=not arch.interpreted, bias=problem.bias)
+
+
+@functools.lru_cache(maxsize=4096)
+def segmented_order(dtype: torch.dtype, segments: int, arch: Arch) -> SegmentedOrder:
+    """The order of a GEMM whose K has so many segments, a power of two."""
+    return SegmentedOrder(segments, order(Problem(dtype), arch))

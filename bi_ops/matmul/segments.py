@@ -6,26 +6,105 @@ from collections.abc import Sequence
 
 import torch
 
-from bi_ops.core.pairwise import pairwise_
-from bi_ops.matmul.launch import launch_triton
+from bi_ops.core import arch as arches
+from bi_ops.core import checks
+from bi_ops.core.integers import cdiv
+from bi_ops.core.limits import is_large
+from bi_ops.core.triton_helpers import PINNED
+from bi_ops.matmul.config import GemmConfig, segments_config
+from bi_ops.matmul.kernels import matmul_segments_kernel
+from bi_ops.matmul.launch import along
+from bi_ops.matmul.ops import check_operands
+from bi_ops.matmul.order import segmented_order
+
+#: Of K: queries, keys and values.
+MOST_PARTS = 3
 
 
-def subtree(x: torch.Tensor, weight: torch.Tensor, segments: int, parts: Sequence[int] | None = None) -> torch.Tensor:
-    """``x @ weight.T`` unrounded: `segments` equal pieces of K, each summed as `mm` does, then pairwise in fp32.
+def check_segments(op: str, k: int, segments: int, parts: Sequence[int]) -> None:
+    """Raise ValueError unless `parts` are those of K and each can be cut into so many segments; TypeError: no int."""
+    checks.integer(op, "segments", segments)
+    checks.shape(
+        op,
+        segments > 0 and not segments & (segments - 1),
+        lambda: f"segments is {segments}; it must be a power of two, for they are added pairwise",
+    )
+    fits = sum(parts) == k and 0 < len(parts) <= MOST_PARTS
+    checks.shape(op, fits, lambda: f"parts {list(parts)} of K = {k}; give up to {MOST_PARTS} that add up to it")
+    even = segments == 1 or all(part % (16 * segments) == 0 for part in parts)
+    checks.shape(
+        op,
+        even,
+        lambda: (
+            f"{segments} segments of K = {k} in parts {list(parts)}: each part must be a multiple of 16 * {segments}, "
+            "for tensor cores add 16 elements at a time; take fewer segments"
+        ),
+    )
 
-    A batch of GEMMs, one for each segment, in the Triton kernel. So fp32 [segments, M, N] are written, and read again.
+
+def subtree(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    segments: int,
+    parts: Sequence[int] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """``x @ weight.T``: `segments` equal pieces of K, each summed as `mm` does, then pairwise in fp32; rounded once.
 
     Args:
-        x: [M, K], weight: [N, K], of one dtype, any strides. segments: a power of two that divides K.
-        parts: sizes of consecutive parts of K, each a multiple of segments. A segment then has a piece of each part,
-            one behind the other, in one accumulator. None: K is one part.
+        x: [M, K], weight: [N, K], of one dtype, any strides. segments: a power of two.
+        parts: sizes of up to three consecutive parts of K. A segment then has a piece of each part, one behind the
+            other, in one accumulator. None: K is one part. With several segments they are multiples of 16 * segments.
+        dtype: of the result. fp32 is unrounded, what ranks add.
+        config: None for that of `config.segments_config`; changes no bit.
 
     Returns:
-        fp32 [M, N], contiguous.
+        [M, N] in `dtype`, contiguous.
+
+    Raises:
+        TypeError: dtypes that are unsupported or differ. ValueError: shapes that do not fit, or K, or a part of it, has
+            no such segments.
     """
-    sums = x.new_empty((segments, len(x), len(weight)), dtype=torch.float32)
-    parts = [x.shape[1]] if parts is None else list(parts)
-    for i, (a, b) in enumerate(zip(x.split(parts, 1), weight.split(parts, 1), strict=True)):
-        pieces = a.unflatten(1, (segments, -1)).transpose(0, 1), b.unflatten(1, (segments, -1)).permute(1, 2, 0)
-        launch_triton(*pieces, None, sums, accumulate=i > 0)
-    return pairwise_(sums)
+    op = "subtree"
+    check_operands(op, x, weight, ("x", "weight"))
+    checks.same_dtype(op, x=x, weight=weight)
+    checks.result_dtype(op, dtype)
+    fits = x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1]
+    checks.shape(op, fits, lambda: f"needs [M, K] and [N, K], got {list(x.shape)} and {list(weight.shape)}")
+    (m, k), n = x.shape, len(weight)
+    parts = [k] if parts is None else list(parts)
+    check_segments(op, k, segments, parts)
+    out = x.new_empty((m, n), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    arch = arches.of(x.device)
+    order = segmented_order(x.dtype, segments, arch)
+    config = config or segments_config(m, n, segments, x.dtype, arch)
+    block_k = order.block_k(config.block_k)
+    sizes = [part // segments for part in parts]
+    matmul_segments_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
+        x,
+        weight.t(),
+        out,
+        m,
+        n,
+        *sizes,
+        *[0] * (MOST_PARTS - len(sizes)),
+        *x.stride(),
+        *weight.t().stride(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=order.block_k(config.block_k),
+        GROUP_M=config.group_m,
+        SEGMENTS=order.segments,
+        PARTS=len(sizes),
+        EVEN_K=all(size % block_k == 0 for size in sizes),
+        EVEN_N=along(weight.t()[None], 2) and n % config.block_n == 0,
+        LARGE=is_large(x, weight, out),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **PINNED,
+    )
+    return out

@@ -17,7 +17,6 @@ from bi_ops import matmul
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.tensor_files import Rows
 from bi_ops.core.transforms import Node
-from bi_ops.matmul import subtree
 from bi_ops.nn.layers import Linear
 
 #: Adds fp32 [M, N], a subtree, over the ranks in the order of the tree; the sum is rounded to the dtype.
@@ -66,8 +65,11 @@ class ParallelLinear(Linear):
             return super().forward(input)
         return _ParallelLinear.apply(input, self.weight, self.main_grad, self)  # type: ignore[no-any-return]
 
-    def _rounded(self, own: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return own.to(dtype) if self.all_reduce is None else self.all_reduce(own, dtype)
+    def _summed(self, x: torch.Tensor, weight: torch.Tensor, parts: Sequence[int] | None = None) -> torch.Tensor:
+        """x @ weight.T by segments, over the ranks if they share it."""
+        if self.all_reduce is None:
+            return matmul.subtree(x, weight, self.segments, parts, dtype=x.dtype)
+        return self.all_reduce(matmul.subtree(x, weight, self.segments, parts), x.dtype)
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x @ weight.T; weight: rounded."""
@@ -110,7 +112,7 @@ class ColumnParallelLinear(ParallelLinear):
     def gradient(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `ParallelLinear`."""
         own = [n * self.out_features // sum(self.parts) for n in self.parts]
-        return self._rounded(subtree(g, weight.t(), self.segments, own), g.dtype)
+        return self._summed(g, weight.t(), own)
 
     def _runs(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:
         starts = itertools.accumulate(self.parts[:-1], initial=0)
@@ -134,7 +136,7 @@ class RowParallelLinear(ParallelLinear):
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `ParallelLinear`."""
-        return self._rounded(subtree(x, weight, self.segments), x.dtype)
+        return self._summed(x, weight)
 
     def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
         """See `ParallelLinear`."""
