@@ -72,6 +72,15 @@ def test_rows_have_their_bits_alone_and_in_any_layout(device):
     assert subtree(x[:0], weight, 4).shape == (0, 80)
 
 
+def test_one_segment_is_an_ordinary_gemm(device):
+    """By any backend, which the kernel of several agrees with."""
+    x, weight = operands(70, 80, 512, device)
+    config = segments_config(70, 80, 1, BF16, arches.of(x.device))
+    assert torch.equal(subtree(x, weight, 1), subtree(x, weight, 1, config=config))
+    parts = [256, 128, 128]
+    assert torch.equal(subtree(x, weight, 1, parts), subtree(x, weight, 1, parts, config=config))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_subtrees_of_ranks_add_up_to_the_whole(ranks, device):
     x, weight = operands(21, 48, 512, device)

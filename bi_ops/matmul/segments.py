@@ -10,7 +10,9 @@ from bi_ops.core import arch as arches
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import is_large
+from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
+from bi_ops.matmul.backends import gemm
 from bi_ops.matmul.config import GemmConfig, segments_config
 from bi_ops.matmul.kernels import matmul_segments_kernel
 from bi_ops.matmul.launch import along
@@ -31,7 +33,7 @@ def check_segments(op: str, k: int, segments: int, parts: Sequence[int]) -> None
     )
     fits = sum(parts) == k and 0 < len(parts) <= MOST_PARTS
     checks.shape(op, fits, lambda: f"parts {list(parts)} of K = {k}; give up to {MOST_PARTS} that add up to it")
-    even = segments == 1 or all(part % (16 * segments) == 0 for part in parts)
+    even = segments == 1 or all(part % (TOKEN_STEP * segments) == 0 for part in parts)
     checks.shape(
         op,
         even,
@@ -52,6 +54,8 @@ def subtree(
     config: GemmConfig | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T``: `segments` equal pieces of K, each summed as `mm` does, then pairwise in fp32; rounded once.
+
+    One segment is a GEMM of the backend that is selected, as a rank has of as many as there are ranks.
 
     Args:
         x: [M, K], weight: [N, K], of one dtype, any strides. segments: a power of two.
@@ -76,11 +80,14 @@ def subtree(
     (m, k), n = x.shape, len(weight)
     parts = [k] if parts is None else list(parts)
     check_segments(op, k, segments, parts)
+    arch = arches.of(x.device)
+    order = segmented_order(x.dtype, segments, arch)
+    in_steps = len(parts) == 1 or (order.each.any_tile and all(part % TOKEN_STEP == 0 for part in parts))
+    if segments == 1 and config is None and in_steps:
+        return gemm(x, weight.t(), out_dtype=dtype)
     out = x.new_empty((m, n), dtype=dtype)
     if out.numel() == 0:
         return out
-    arch = arches.of(x.device)
-    order = segmented_order(x.dtype, segments, arch)
     config = config or segments_config(m, n, segments, x.dtype, arch)
     block_k = order.block_k(config.block_k)
     sizes = [part // segments for part in parts]
