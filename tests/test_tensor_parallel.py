@@ -113,6 +113,17 @@ def test_segments_are_summed_apart_and_one_is_the_gemm(device):
     assert (joint - exact).abs().max() <= 2 * (x.float() @ weight.float().t() - exact).abs().max()
 
 
+def test_a_layer_takes_what_a_linear_one_takes():
+    """Axes before the last; other widths are refused."""
+    layer, x = RowParallelLinear(128, 16, 2), torch.randn(6, 128).bfloat16()
+    out = layer(x)
+    assert torch.equal(layer(x.view(2, 3, 128)), out.view(2, 3, 16))
+    assert not torch.equal(RowParallelLinear.forward(layer, x.flip(1)), out)
+    for width in (64, 256):
+        with pytest.raises(ValueError, match=rf"needs \[M, K\] and \[N, K\], got \[4, {width}\] and \[16, 128\]"):
+            layer(torch.zeros(4, width).bfloat16())
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_slices_are_all_of_a_layer(size, device):
     """Ranks played by one process: products and gradients of the slices, added in order, are those of the whole."""

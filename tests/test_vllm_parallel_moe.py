@@ -118,7 +118,7 @@ def on_a_rank(version: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("version", "size"), [("0.26.0", 2), ("0.33.0", 4)])
+@pytest.mark.parametrize(("version", "size"), [pytest.param("0.26.0", 2, marks=pytest.mark.slow), ("0.33.0", 4)])
 def test_every_placement_has_the_bits_of_one_gpu(version, size):
     each, wanted = ranks.run(size, on_a_rank, version), [alone(seed) for seed in range(2)]
     for result in each:

@@ -63,7 +63,9 @@ class ParallelLinear(Linear):
         """As `nn.Linear`. Of a slice every rank makes the call, and its backward."""
         if self.segments == 1 and self.all_reduce is None:
             return super().forward(input)
-        return _ParallelLinear.apply(input, self.weight, self.main_grad, self)  # type: ignore[no-any-return]
+        rows = input.reshape(-1, input.shape[-1])
+        out = _ParallelLinear.apply(rows, self.weight, self.main_grad, self)
+        return out.view(*input.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def _summed(self, x: torch.Tensor, weight: torch.Tensor, parts: Sequence[int] | None = None) -> torch.Tensor:
         """x @ weight.T by segments, over the ranks if they share it."""
