@@ -133,8 +133,20 @@ def test_what_ranks_cannot_share_is_refused_by_name():
             TrainConfig.from_dict(wrong)
 
 
-def test_a_backward_without_main_grads_is_refused():
+@pytest.mark.parametrize("frozen", [None, "gate_up_proj", "down_proj"])
+def test_a_backward_without_main_grads_is_refused(frozen):
     experts = nn.Experts(4, 16, 16)
     experts.share(0, 2, cast(Any, object()))
+    if frozen:
+        experts.get_submodule(frozen).requires_grad_(False)
     with pytest.raises(RuntimeError, match="2 of 4 experts are this rank's"):
         experts(torch.zeros(1, 16), torch.ones(1, 2), torch.tensor([[0, 1]], dtype=torch.int32))
+
+
+def test_of_frozen_experts_a_rank_has_its_rows_too():
+    ranks_, made = parallel.Ranks(1, 2), tiny_moe_model()
+    name = "model.layers.0.mlp.experts.gate_up_proj.weight"
+    whole = made.get_parameter(name).requires_grad_(False).shape
+    rows, own = ExpertParallel(made, parallel.order(2), ranks_, ranks_).rows()[name]
+    assert (rows.shape, rows.start) == (whole, 2)
+    assert len(own) == 2

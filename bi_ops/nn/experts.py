@@ -125,7 +125,8 @@ class Experts(torch.nn.Module):
     ) -> torch.Tensor:
         gate_up, down = self.gate_up_proj, self.down_proj
         mains = [m if isinstance(m := layer.main_grad, MainGrad) else None for layer in (gate_up, down)]
-        if torch.is_grad_enabled() and None in mains and gate_up.weight.requires_grad:
+        lost = [m is None and layer.weight.requires_grad for m, layer in zip(mains, (gate_up, down), strict=True)]
+        if torch.is_grad_enabled() and any(lost):
             raise RuntimeError(
                 f"Experts: {len(gate_up.weight)} of {self.num_experts} experts are this rank's, whose gradients are "
                 "carried in main_grad alone; call bi_ops.nn.allocate_main_grads first, or use torch.no_grad()"

@@ -103,8 +103,9 @@ class ExpertParallel(Whole):
             block.share(near.rank, near.size, exchange)
         super().__init__(model, tree, ranks)
         mine = {p for block in blocks.values() for p in block.parameters()}
-        #: Those of which this rank has some, by the names of the model.
-        self.owned = {n: p for n, p in self.parameters.items() if p in mine}
+        #: Those of which this rank has some, frozen ones too, by the names of the model.
+        self.owned = {n: p for n, p in model.named_parameters() if p in mine}
+        self._learned = {n: p for n, p in self.parameters.items() if p in mine}
         self._every = {n: p for n, p in self.parameters.items() if p not in mine}
         # A step's neighbours are a subtree, which an expert's rank has added by itself.
         self._expert_sums = GradientTree(order(max(tree.atoms // near.size, 1)), far)
@@ -113,13 +114,13 @@ class ExpertParallel(Whole):
     def end_atom(self) -> None:
         """See `Whole`."""
         self._collect()
-        for sums, parameters in ((self.sums, self._every), (self._expert_sums, self.owned)):
+        for sums, parameters in ((self.sums, self._every), (self._expert_sums, self._learned)):
             each = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters.values()]
             sums.add(each)
 
     def finish(self) -> torch.Tensor:
         """See `Whole`; an expert's gradient is on its rank."""
-        for sums, parameters in ((self.sums, self._every), (self._expert_sums, self.owned)):
+        for sums, parameters in ((self.sums, self._every), (self._expert_sums, self._learned)):
             for p, total in zip(parameters.values(), sums.total(), strict=True):
                 p.grad = total
         return self.norm()
@@ -129,9 +130,10 @@ class ExpertParallel(Whole):
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         sums = dict(zip(grads, optim.row_sums(list(grads.values())), strict=True))
         owned = [n for n in self.owned if n in grads]
-        every = self._gathered(torch.cat([sums[n] for n in owned]))
-        for n, parts in zip(owned, every.split([len(sums[n]) for n in owned], 1), strict=True):
-            sums[n] = parts.contiguous().view(-1)
+        if owned:
+            every = self._gathered(torch.cat([sums[n] for n in owned]))
+            for n, parts in zip(owned, every.split([len(sums[n]) for n in owned], 1), strict=True):
+                sums[n] = parts.contiguous().view(-1)
         return optim.norm_of_row_sums(sums.values())
 
     def _gathered(self, t: torch.Tensor) -> torch.Tensor:
