@@ -54,7 +54,7 @@ LOOP = ["--preset", "h100", "--steps", "3", "--atoms", "4", "--save-every", "0"]
 class Job:
     """tp: of the rollout. dp x train_tp: ranks that train. fsdp: in shards. needs: jobs that must have ended well.
 
-    ep: ranks have whole experts while sampling.
+    ep: ranks have whole experts while sampling. train_ep: neighbours that share experts in training.
     """
 
     kind: str
@@ -65,6 +65,7 @@ class Job:
     needs: tuple[str, ...] = ()
     fsdp: bool = False
     ep: bool = False
+    train_ep: int = 1
     train_tp: int = 1
     segments: int = 1
 
@@ -73,6 +74,7 @@ class Job:
         """As `--only` takes it."""
         parts = [self.kind, f"tp{self.tp}", f"dp{self.dp}" if self.dp else "", self.executor or ""]
         parts += ["fsdp" if self.fsdp else "", "ep" if self.ep else "", "control" if self.control else ""]
+        parts += [f"experts{self.train_ep}" if self.train_ep > 1 else ""]
         parts += [f"segments{self.segments}-shared{self.train_tp}" if self.segments > 1 else ""]
         return "-".join(filter(None, parts))
 
@@ -108,7 +110,7 @@ JOBS = (
     Job("loop", 2, 4),
     Job("loop", 2, 4, fsdp=True),
 )
-#: Of mixtures of experts, which training has whole on every rank.
+#: Of mixtures of experts.
 EXPERT_JOBS = (
     Job("sample", 1),
     Job("sample", 2),
@@ -116,6 +118,7 @@ EXPERT_JOBS = (
     Job("train", 1, 1, needs=("sample-tp1",)),
     Job("sample", 2, ep=True, control=True),
     Job("sample", 2, control=True),
+    Job("train", 2, 2, needs=("sample-tp2-ep",), ep=True, train_ep=2),
     Job("train", 2, 2, needs=("sample-tp2-ep",), ep=True),
     Job("sample", 4, ep=True),
     Job("sample", 4),
@@ -179,6 +182,7 @@ class Bench:
             sampled = next((n for n in job.needs if n.startswith("sample")), f"sample-tp{job.tp}")
             options += ["--rollout", str(self.scratch / f"{sampled}.pt")]
             options += ["--train-tp", str(job.train_tp), "--segments", str(job.segments)]
+            options += ["--train-ep", str(job.train_ep)]
             options += ["--scores", str(self.scratch / f"{SHARED}.pt")]
         options += ["--ep"] if job.ep and job.kind == "sample" else []
         options += ["--executor", job.executor] if job.executor else []
@@ -269,6 +273,7 @@ class Bench:
                 "dp": job.dp,
                 "fsdp": job.fsdp,
                 "ep": job.tp if job.ep else 1,
+                "train_ep": job.train_ep,
                 "segments": job.segments,
                 "control": job.control,
                 "shared": bool(self.args.share_gpu),
@@ -352,6 +357,7 @@ class Bench:
                 "what",
                 "rollout_tp",
                 "ep",
+                "train_ep",
                 "train_tp",
                 "segments",
                 "dp",

@@ -22,6 +22,7 @@ import bi_ops  # noqa: F401  (before triton)
 from bi_ops import parallel
 from bi_ops.core.files import write_atomically, write_json
 from bi_ops.models import load_config, load_model
+from bi_ops.parallel.experts import ExpertParallel
 from bi_ops.parallel.fsdp import FullySharded
 from bi_ops.parallel.ranks import SHARED_GPU
 from bi_ops.parallel.tensor import OrderedAllReduce, TensorParallel
@@ -151,13 +152,16 @@ class SharedByLibrary(Trainer):
 
 def whole(trainer: Trainer, gradients: bool) -> Iterator[torch.Tensor]:
     """Weights, or the gradients that there are, one at a time; all ranks ask for it."""
-    layers = trainer.layout.layers if isinstance(trainer.layout, TensorParallel) else {}
+    layout = trainer.layout
+    layers = layout.layers if isinstance(layout, TensorParallel) else {}
     for name, p in trainer.model.named_parameters():
         t = p.grad if gradients else p.detach()
         if isinstance(t, DTensor):
             yield t.full_tensor()
+        elif t is not None and isinstance(layout, ExpertParallel) and name in layout.owned:
+            yield layout.whole(t)
         elif t is not None:
-            yield cast(TensorParallel, trainer.layout).joined(layers[name], t) if name in layers else t
+            yield cast(TensorParallel, layout).joined(layers[name], t) if name in layers else t
 
 
 def train(args: argparse.Namespace) -> None:
@@ -191,6 +195,7 @@ def train(args: argparse.Namespace) -> None:
             fsdp=args.fsdp,
             segments=args.segments,
             tp=args.train_tp,
+            ep=args.train_ep,
             max_tokens_per_microbatch=cut if isinstance(cut, int) else None,
         )
         model = load_model(args.checkpoint, **config.model_options())
@@ -269,6 +274,7 @@ def main() -> int:
     parser.add_argument("--ep", action="store_true", help="sample: whole experts on a rank")
     parser.add_argument("--fsdp", action="store_true", help="train: in shards")
     parser.add_argument("--train-tp", type=int, default=1, help="train: ranks that share the model")
+    parser.add_argument("--train-ep", type=int, default=1, help="train: ranks that share the experts")
     parser.add_argument("--segments", type=int, default=1)
     parser.add_argument("--scores", type=Path, help="train, with segments: one rank's log-probabilities, kept there")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)

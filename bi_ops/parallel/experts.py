@@ -13,7 +13,7 @@ from bi_ops import nn, optim
 from bi_ops.core.tensor_files import Rows
 from bi_ops.core.tensor_files import whole as all_rows
 from bi_ops.nn.main_grad import without_main_grad
-from bi_ops.parallel.gradients import GradientTree, all_gather
+from bi_ops.parallel.gradients import GradientTree, all_gather, check_ranks
 from bi_ops.parallel.order import AtomTree, order
 from bi_ops.parallel.ranks import ALONE, Ranks
 from bi_ops.parallel.whole import Whole
@@ -98,6 +98,7 @@ class ExpertParallel(Whole):
                 f"expert parallel: {', '.join(left[:4])}{' and others' * (len(left) > 4)} would be summed by autograd, "
                 "in another order; freeze them, or train without ep"
             )
+        check_ranks(tree, ranks)
         exchange = RowExchange(near)
         for block in blocks.values():
             block.share(near.rank, near.size, exchange)
