@@ -197,3 +197,9 @@ def test_a_run_is_not_resumed_with_other_atoms_and_may_be_on_other_ranks():
     with pytest.raises(ValueError, match="tensor_parallel_size is 2; it must be 1, except for vllm"):
         TrainConfig(tensor_parallel_size=2)
     TrainConfig(engine="vllm", tensor_parallel_size=2).check_resumes(TrainConfig(engine="vllm"))
+    with pytest.raises(ValueError, match="enable_expert_parallel is True; it must be false for tensor_parallel_size=1"):
+        TrainConfig(engine="vllm", enable_expert_parallel=True)
+    owned = TrainConfig(engine="vllm", tensor_parallel_size=2, enable_expert_parallel=True)
+    owned.check_resumes(TrainConfig(engine="vllm"))
+    assert owned.engine_options()["enable_expert_parallel"] is True
+    assert "enable_expert_parallel" not in TrainConfig(engine="vllm").engine_options()

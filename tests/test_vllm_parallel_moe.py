@@ -89,6 +89,7 @@ def refused(version: str) -> list[str]:
             {"parallel": {"enable_eplb": True}},
             {"parallel": {"dp_size": 2, "is_sequence_parallel": True}},
             {"swiglu_limit": 7.0},
+            {"parallel": {"pcp_size": 2}},
         ):
             with pytest.raises(ValueError, match="vllm_plugin") as error:
                 built(modules, True, **options)
@@ -130,8 +131,9 @@ def test_every_placement_has_the_bits_of_one_gpu(version, size):
             assert not torch.equal(control[0][-1], wanted[0][-1]), kind
             differ = (control[0][-1].float() - wanted[0][-1].float()).norm()
             assert differ < 0.01 * wanted[0][-1].float().norm(), kind
-    moved, beside, clamped, odd, other = each[0]["refused"]
+    moved, beside, clamped, prefill, odd, other = each[0]["refused"]
     name = "mlp.experts.routed_experts"
+    assert f"{name} is shared by {size} ranks with prefill context parallelism" in prefill
     assert f"{name} is shared by {size} ranks with load balancing that moves experts" in moved
     assert "with data parallelism beside tensor parallelism and sequence parallelism" in beside
     assert f"{name} leaves its experts to vLLM, which adds outputs of {size} ranks" in clamped

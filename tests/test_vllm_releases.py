@@ -125,7 +125,7 @@ FIELDS = {
         "enable_expert_parallel",
     },
     (f"{FUSED_MOE}.config", "FusedMoEParallelConfig"): {
-        *("tp_size", "ep_size", "dp_size", "enable_eplb", "is_sequence_parallel"),
+        *("tp_size", "ep_size", "dp_size", "pcp_size", "enable_eplb", "is_sequence_parallel"),
     },
     (f"{FUSED_MOE}.config", "FusedMoEConfig"): {"moe_parallel_config", "skip_final_all_reduce", "has_bias"},
     (f"{FUSED_MOE}.routed_experts", "RoutedExperts"): {"expert_map", "_load_w2"},

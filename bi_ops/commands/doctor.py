@@ -136,6 +136,7 @@ def layouts() -> list[dict[str, str]]:
             "ranks": "1, 2, 4, ... up to --segments, at most the key and value heads",
             "how": "--tp, sampled with the embedded engine",
         },
+        {"what": "training, experts shared", "ranks": "1, 2, 4, ... that divide experts and ranks", "how": "--ep"},
     ]
 
 

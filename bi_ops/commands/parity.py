@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bisect", action="store_true", help="where a sequence differs, name the first operator that does"
     )
     parser.add_argument("--tp", type=int, default=1, help="vllm: GPUs that share the model; the plugin keeps every bit")
+    parser.add_argument(
+        "--enable-expert-parallel", action="store_true", help="vllm, with --tp: GPUs have whole experts of a mixture"
+    )
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode")
     parser.add_argument("--no-plugin", dest="plugin", action="store_false", help="vllm: without bi_ops' plugin")
     parser.add_argument(
@@ -119,6 +122,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.engine == "vllm":
         options = {"plugin": args.plugin, "cuda_graphs": args.cuda_graphs}
         options |= {} if args.tp == 1 else {"tensor_parallel_size": args.tp}
+        options |= {"enable_expert_parallel": True} if args.enable_expert_parallel else {}
     if sampling(args).distribution != Distribution():
         options["logprobs_mode"] = "processed_logprobs"
     return options

@@ -151,6 +151,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         **given,
     )
     parser.add_argument(
+        "--enable-expert-parallel",
+        action="store_true",
+        help="vllm, with --tp-rollout: GPUs have whole experts, not a slice of each; changes no bit",
+        **given,
+    )
+    parser.add_argument(
         "--sleep", action="store_true", help="vllm: its weights and KV cache leave the GPU while training runs", **given
     )
     for name, kind, text in _PLAIN:

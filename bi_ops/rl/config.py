@@ -27,6 +27,7 @@ FREE_ON_RESUME = (
     "sleep",
     "max_tokens_per_microbatch",
     "tensor_parallel_size",
+    "enable_expert_parallel",
     "tp",
     "peer_memory",
     "ep",
@@ -102,6 +103,7 @@ class TrainConfig:
     ep: how many neighbouring ranks share the experts in training (`bi_ops.parallel.experts.ExpertParallel`), while each
     has its own part of the batch. It changes no bit.
     tensor_parallel_size: vllm: GPUs that share the model that samples. It changes no bit.
+    enable_expert_parallel: vllm: these GPUs have whole experts, not a slice of each. It changes no bit.
     recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
     offload: what waits in host memory between updates, nothing, AdamW's states, or these and the fp32 master weights
     (`bi_ops.optim.OffloadedAdamW`); no bit depends on it.
@@ -150,6 +152,7 @@ class TrainConfig:
     peer_memory: bool = False
     ep: int = 1
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     recompute: Recompute = "selective"
     offload: Offload = "none"
     on_difference: Literal["stop", "warn"] = "stop"
@@ -214,6 +217,8 @@ class TrainConfig:
         need(self.ep == 1 or self.offload != "masters", "offload", "none or states with ep")
         need(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1")
         need(self.tensor_parallel_size == 1 or self.engine == "vllm", "tensor_parallel_size", "1, except for vllm")
+        several = self.tensor_parallel_size > 1
+        need(several or not self.enable_expert_parallel, "enable_expert_parallel", "false for tensor_parallel_size=1")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
 
     @property
@@ -237,6 +242,8 @@ class TrainConfig:
             options |= {"cuda_graphs": self.cuda_graphs, "gpu_memory_utilization": self.gpu_memory_utilization}
             if self.tensor_parallel_size > 1:
                 options |= {"tensor_parallel_size": self.tensor_parallel_size}
+            if self.enable_expert_parallel:
+                options |= {"enable_expert_parallel": True}
         return options
 
     def to_dict(self) -> dict[str, Any]:

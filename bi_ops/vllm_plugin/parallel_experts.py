@@ -36,6 +36,7 @@ def refuse(name: str, layer: Any) -> None:
     parallel = config.moe_parallel_config
     wrong = {
         "data parallelism beside tensor parallelism": getattr(parallel, "dp_size", 1) > 1,
+        "prefill context parallelism": getattr(parallel, "pcp_size", 1) > 1,
         "load balancing that moves experts": getattr(parallel, "enable_eplb", False),
         "sequence parallelism": getattr(parallel, "is_sequence_parallel", False),
         "a sum that is left to the caller": getattr(config, "skip_final_all_reduce", False),
@@ -113,21 +114,26 @@ def apply_of(layer: Any) -> Callable[..., torch.Tensor]:
     """(x, topk_weights, topk_ids) -> the layer's output, whole on every rank; vLLM then adds nothing."""
     from vllm.distributed import tensor_model_parallel_all_gather
 
-    # What vLLM asks whether its own kernel has added the ranks' outputs.
-    layer.quant_method.moe_kernel.output_is_reduced = lambda: True
     if layer.moe_config.moe_parallel_config.tp_size > 1:
 
         def sliced(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            _adds_nothing(layer)
             own = layer.w13_weight.data, layer.w2_weight.data
             return shared.sliced_experts(x, *own, weights, ids, tensor_model_parallel_all_gather)
 
         return sliced
 
     def owned(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        _adds_nothing(layer)
         local = layer.expert_map[ids.long()].to(torch.int32)  # -1: another rank's
         return shared.owned_experts(x, layer.w13_weight.data, layer.w2_weight.data, weights, local, exchange)
 
     return owned
+
+
+def _adds_nothing(layer: Any) -> None:
+    """Say what vLLM asks its own kernel, of which an update may make a new one: have the ranks' outputs been added?"""
+    layer.quant_method.moe_kernel.output_is_reduced = lambda: True
 
 
 def exchange(rows: torch.Tensor, k: int, combine: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
