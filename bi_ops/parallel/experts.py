@@ -106,8 +106,8 @@ class ExpertParallel(Whole):
         mine = {p for block in blocks.values() for p in block.parameters()}
         #: Those of which this rank has some, frozen ones too, by the names of the model.
         self.owned = {n: p for n, p in model.named_parameters() if p in mine}
-        self._learned = {n: p for n, p in self.parameters.items() if p in mine}
-        self._every = {n: p for n, p in self.parameters.items() if p not in mine}
+        self._expert_parameters = {n: p for n, p in self.parameters.items() if p in mine}
+        self._other_parameters = {n: p for n, p in self.parameters.items() if p not in mine}
         # A step's neighbours are a subtree, which an expert's rank has added by itself.
         self._expert_sums = GradientTree(order(max(tree.atoms // near.size, 1)), far)
         self.writes = far.rank == 0
@@ -115,13 +115,13 @@ class ExpertParallel(Whole):
     def end_atom(self) -> None:
         """See `Whole`."""
         self._collect()
-        for sums, parameters in ((self.sums, self._every), (self._expert_sums, self._learned)):
+        for sums, parameters in ((self.sums, self._other_parameters), (self._expert_sums, self._expert_parameters)):
             each = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters.values()]
             sums.add(each)
 
     def finish(self) -> torch.Tensor:
         """See `Whole`; an expert's gradient is on its rank."""
-        for sums, parameters in ((self.sums, self._every), (self._expert_sums, self._learned)):
+        for sums, parameters in ((self.sums, self._other_parameters), (self._expert_sums, self._expert_parameters)):
             for p, total in zip(parameters.values(), sums.total(), strict=True):
                 p.grad = total
         return self.norm()
