@@ -21,8 +21,9 @@ from bi_ops.rl.trainer import Trainer
 
 #: Four sequences in four atoms.
 CONFIG = {"prompts_per_step": 2, "group_size": 2, "atoms": 4}
-#: Atoms in micro-batches of a sequence, where two are in one.
-CUT = {"max_tokens_per_microbatch": 21}
+#: Two atoms, of one micro-batch and of two where the second is cut: the first rank idles once a step.
+UNCUT = {"atoms": 2}
+CUT = UNCUT | {"max_tokens_per_microbatch": 17}
 RUN = TrainConfig.from_dict(
     {"steps": 2, "save_every": 1, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 2, "symbols": 2}
     | {"lr": 0.05, "atoms": 2, "architecture": TINY_MOE}
@@ -62,7 +63,8 @@ def trained(here: parallel.Ranks = parallel.ALONE, updates: int = 2, layout: Any
     with mock.patch("bi_ops.parallel.experts.ExpertParallel", layout or ExpertParallel):
         trainer = Trainer(config, own, engine, cast(Any, Lengths()), ranks=here)
     trainer.generate = lambda prompts, params: trainer.engine.generate(prompts, params)  # type: ignore[method-assign]
-    with mock.patch.object(type(own), "unit_tokens", 16):
+    idles = mock.patch.object(Trainer, "_idle", autospec=True, side_effect=Trainer._idle)
+    with mock.patch.object(type(own), "unit_tokens", 16), idles as idle:
         steps = [trainer.step(step) for step in range(1, updates + 1)]
     grads = {n: cast(torch.Tensor, p.grad) for n, p in own.named_parameters()}
     if isinstance(shared := trainer.layout, ExpertParallel):
@@ -72,6 +74,7 @@ def trained(here: parallel.Ranks = parallel.ALONE, updates: int = 2, layout: Any
         "grads": list(grads.values()),
         "weights": list((trainer.layout.collected() or dict(own.named_parameters())).values()),
         "engine": [p.detach().bfloat16() for p in engine.model.parameters()],
+        "idles": idle.call_count,
     }
 
 
@@ -91,7 +94,7 @@ def on_a_rank(folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return {"trained": trained(updates=1), "cut": trained(parallel.ALONE, 2, None, **CUT)}
+    return {"trained": trained(updates=1), "cut": trained(parallel.ALONE, 2, None, **UNCUT)}
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -113,6 +116,7 @@ def test_every_layout_has_the_bits_of_one_process(size, alone, tmp_path):
     for ep, each in found[0]["trained"].items():
         assert equal(each["weights"], alone["trained"]["weights"]), ep
     if size == 2:
+        assert [result["cut"]["idles"] for result in found] == [2, 0]
         assert metrics(tmp_path / "run") == metrics(one)
         assert saved(tmp_path / "run") == saved(one)
 
