@@ -248,6 +248,7 @@ def main() -> int:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="demo")
     parser.add_argument("--engine", choices=("embedded", "vllm"), help="the preset's by default")
     parser.add_argument("--eager", action="store_true", help="vLLM without CUDA graphs: the same bits, started sooner")
+    parser.add_argument("--kv-cache-memory-bytes", type=int, help="vLLM's, where other processes use the GPU too")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
@@ -256,7 +257,7 @@ def main() -> int:
     for name in args.preload:
         importlib.import_module(name)
     preset, small = PRESETS[args.preset], {**SMALL} if args.preset == "demo" else {"save_every": 1}
-    small |= {"cuda_graphs": False} if args.eager else {}
+    small |= {"cuda_graphs": not args.eager, "kv_cache_memory_bytes": args.kv_cache_memory_bytes}
     config = dataclasses.replace(preset, steps=args.steps, engine=args.engine or preset.engine, **small)
     rng, until, gpus = random.Random(args.seed), time.monotonic() + 60 * args.minutes, visible_gpus()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -162,7 +162,8 @@ class Bench:
             loop = [*LOOP, *(["--fsdp"] if job.fsdp else []), f"--tp-rollout={job.tp}", "--output", out]
             if self.args.share_gpu:
                 program = [str(HERE / "share_gpu.py")]
-                loop += ["--no-cuda-graphs", "--gpu-memory-utilization", "0.1"]
+                # Not measured: others give memory back meanwhile.
+                loop += ["--no-cuda-graphs", "--gpu-memory-utilization", "0.1", f"--kv-cache-memory-bytes={1 << 30}"]
             else:
                 program = ["-m", "bi_ops"]
             return [sys.executable, *start, *program, "train", *loop]

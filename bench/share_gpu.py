@@ -36,11 +36,6 @@ def main() -> int:
     """`bi-ops` with the arguments of this process."""
     from bi_ops import parallel
     from bi_ops.cli import main as command
-    from bi_ops.rollout.vllm_engine import VllmEngine
-
-    # Not measured: others give memory back meanwhile.
-    defaults = VllmEngine.__init__.__kwdefaults__ or {}
-    defaults["kv_cache_memory_bytes"] = 1 << 30
 
     os.environ[SHARED_GPU] = "1"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

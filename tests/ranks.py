@@ -23,6 +23,8 @@ def _rank(rank: int, n_ranks: int, folder: str, function: Callable[..., Any], ar
         import fast_interpreter
 
         fast_interpreter.install()
+    else:
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     store = dist.FileStore(f"{folder}/store", n_ranks)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timeout)

@@ -62,6 +62,7 @@ _PLAIN: tuple[tuple[str, type, str], ...] = (
     ("atoms", int, "parts of each batch whose gradients are added by a tree; the most data-parallel ranks"),
     ("segments", int, "pieces of sums over features, added by a tree; the most ranks that can share the model"),
     ("gpu_memory_utilization", float, "vllm: the part of the GPU's memory that vLLM takes; the trainer needs the rest"),
+    ("kv_cache_memory_bytes", int, "vllm: the KV cache's size, where other processes use the GPU too"),
 )
 
 

@@ -24,6 +24,7 @@ FREE_ON_RESUME = (
     "save_every",
     "on_difference",
     "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
     "sleep",
     "max_tokens_per_microbatch",
     "tensor_parallel_size",
@@ -110,6 +111,7 @@ class TrainConfig:
     step_graphs: run forward, log-probabilities and backward of each micro-batch from a CUDA graph
     (`bi_ops.models.graphs.StepGraphs`): no time lost around the kernels of a small model. No bit depends on it.
     cuda_graphs: vllm: of the model that samples.
+    kv_cache_memory_bytes: vllm: of its KV cache, whatever else is on the GPU; None: what gpu_memory_utilization leaves.
     on_difference: what a log-probability that differs between rollout and training does to the run.
     save_every: steps between checkpoints, 0 for none but the final weights.
     sleep: the engine gives the memory of its weights and KV cache to training after each rollout, and takes it again
@@ -157,6 +159,7 @@ class TrainConfig:
     offload: Offload = "none"
     on_difference: Literal["stop", "warn"] = "stop"
     gpu_memory_utilization: float = 0.4
+    kv_cache_memory_bytes: int | None = None
     cuda_graphs: bool = True
     step_graphs: bool = False
     sleep: bool = False
@@ -220,6 +223,9 @@ class TrainConfig:
         several = self.tensor_parallel_size > 1
         need(several or not self.enable_expert_parallel, "enable_expert_parallel", "false for tensor_parallel_size=1")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
+        need(
+            self.kv_cache_memory_bytes is None or self.kv_cache_memory_bytes >= 1, "kv_cache_memory_bytes", "at least 1"
+        )
 
     @property
     def logprobs_mode(self) -> LogprobsMode:
@@ -240,6 +246,8 @@ class TrainConfig:
             options |= {"sleep_mode": True}
         if self.engine == "vllm":
             options |= {"cuda_graphs": self.cuda_graphs, "gpu_memory_utilization": self.gpu_memory_utilization}
+            if self.kv_cache_memory_bytes is not None:
+                options |= {"kv_cache_memory_bytes": self.kv_cache_memory_bytes}
             if self.tensor_parallel_size > 1:
                 options |= {"tensor_parallel_size": self.tensor_parallel_size}
             if self.enable_expert_parallel:
