@@ -160,12 +160,12 @@ class Bench:
         if job.kind == "loop":
             out = str(self.scratch / job.name)
             loop = [*LOOP, *(["--fsdp"] if job.fsdp else []), f"--tp-rollout={job.tp}", "--output", out]
+            # Not measured: others give memory back meanwhile.
+            loop += ["--gpu-memory-utilization", "0.1", f"--kv-cache-memory-bytes={1 << 30}"]
+            program = ["-m", "bi_ops"]
             if self.args.share_gpu:
                 program = [str(HERE / "share_gpu.py")]
-                # Not measured: others give memory back meanwhile.
-                loop += ["--no-cuda-graphs", "--gpu-memory-utilization", "0.1", f"--kv-cache-memory-bytes={1 << 30}"]
-            else:
-                program = ["-m", "bi_ops"]
+                loop += ["--no-cuda-graphs"]
             return [sys.executable, *start, *program, "train", *loop]
         out = str(self.scratch / f"{job.name}.{'pt' if job.kind == 'sample' else 'json'}")
         options = [

@@ -61,14 +61,15 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
     config = load_config(args.checkpoint)
     options: dict[str, Any] = {}
     if args.engine == "vllm":
-        options = {"tensor_parallel_size": args.tp, "max_model_len": 1024, "gpu_memory_utilization": 0.4}
+        # The cache's size is given: other jobs give memory back meanwhile.
+        options = {"tensor_parallel_size": args.tp, "max_model_len": 1024}
+        options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
         if args.executor:
             options["distributed_executor_backend"] = args.executor
         if args.ep:
             options["enable_expert_parallel"] = True
         if SHARED:
-            # gloo is not captured; and others give memory back while vLLM would measure it
-            options |= {"cuda_graphs": False, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
+            options |= {"cuda_graphs": False}  # gloo is not captured
             if args.tp > 1:
                 share_gpu.tell_vllm()
     if args.control:
