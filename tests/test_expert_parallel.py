@@ -147,6 +147,14 @@ def test_a_backward_without_main_grads_is_refused(frozen):
         experts(torch.zeros(1, 16), torch.ones(1, 2), torch.tensor([[0, 1]], dtype=torch.int32))
 
 
+def test_one_sum_for_all_ranks_is_refused():
+    experts = nn.Experts(4, 16, 16)
+    experts.share(0, 2, cast(Any, object()))
+    experts.gate_up_proj.main_grad = torch.zeros_like(experts.gate_up_proj.weight)
+    with pytest.raises(TypeError, match=r"main_grad is a tensor \[2, 32, 16\], one sum; .* one for each rank"):
+        experts(torch.zeros(1, 16), torch.ones(1, 2), torch.tensor([[0, 1]], dtype=torch.int32))
+
+
 def test_of_frozen_experts_a_rank_has_its_rows_too():
     ranks_, made = parallel.Ranks(1, 2), tiny_moe_model()
     name = "model.layers.0.mlp.experts.gate_up_proj.weight"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 
@@ -124,19 +125,24 @@ class Experts(torch.nn.Module):
         self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, cu_units: torch.Tensor | None
     ) -> torch.Tensor:
         gate_up, down = self.gate_up_proj, self.down_proj
-        mains = [m if isinstance(m := layer.main_grad, MainGrad) else None for layer in (gate_up, down)]
-        lost = [m is None and layer.weight.requires_grad for m, layer in zip(mains, (gate_up, down), strict=True)]
-        if torch.is_grad_enabled() and any(lost):
-            raise RuntimeError(
-                f"Experts: {len(gate_up.weight)} of {self.num_experts} experts are this rank's, whose gradients are "
-                "carried in main_grad alone; call bi_ops.nn.allocate_main_grads first, or use torch.no_grad()"
-            )
+        mains = [layer.main_grad for layer in (gate_up, down)]
+        for layer, main in zip((gate_up, down), mains, strict=True):
+            if isinstance(main, torch.Tensor):
+                raise TypeError(
+                    f"Experts: main_grad is a tensor {list(main.shape)}, one sum; of experts that ranks share there is "
+                    "one for each rank: bi_ops.nn.allocate_main_grads makes them"
+                )
+            if torch.is_grad_enabled() and main is None and layer.weight.requires_grad:
+                raise RuntimeError(
+                    f"Experts: {len(gate_up.weight)} of {self.num_experts} experts are this rank's, whose gradients "
+                    "are carried in main_grad alone; call bi_ops.nn.allocate_main_grads first, or use torch.no_grad()"
+                )
         assert self._exchange is not None
         return exchanged.exchanged_experts(
             *(x, gate_up.weight, down.weight, weights, experts),
             num_experts=self.num_experts,
             exchange=self._exchange,
-            main_grads=(mains[0], mains[1]),
+            main_grads=cast(tuple[MainGrad | None, MainGrad | None], tuple(mains)),
             cu_units=cu_units,
         )
 
