@@ -300,12 +300,12 @@ def attention_dq_kernel(
                 m_there = o_key[None, :] < n_seen[:, None]
                 b_s = add_mask(b_s, scale, p_mask, o_at, m_there)
                 b_p = tl.exp2(tl.fma(b_s + neg_max[:, None], LOG2E, neg_lse[:, None]))
-            if PART != 1:
-                b_p = tl.where(visible(n + tl.arange(0, BLOCK_N), first, n_seen, left), b_p, 0.0)
             if softcap is not None:
                 b_p = b_p * tl.fma(-b_s, b_s, 1.0)  # the derivative of tanh
             b_dp = dot_nt(b_g, b_v, BLOCK_M, BLOCK_N, BLOCK_D, GROUPS)
             b_ds = b_p * (b_dp - b_delta[:, None])
+            if PART != 1:  # last: dP of a key that is not seen may be infinite, and 0 times that is NaN
+                b_ds = tl.where(visible(n + tl.arange(0, BLOCK_N), first, n_seen, left), b_ds, 0.0)
             if p_dmask is not None:
                 tl.store(
                     p_dmask + o_dmask[:, None] + o_key[None, :], cast(b_ds, p_dmask.dtype.element_ty), mask=m_there
@@ -448,6 +448,11 @@ def attention_dkv_kernel(
                 b_p = b_p * tl.fma(-b_s, b_s, 1.0)
             b_dp = dot_nt(b_v, b_g, BLOCK_N, BLOCK_R, BLOCK_D, GROUPS)
             b_ds = b_p * (b_dp - _across(b_delta, BLOCK_N, BLOCK_R, GROUPS))
+            # Again: dP of a query that does not see the key may be infinite, and 0 times that is NaN.
+            if PART == 0:
+                b_ds = tl.where(first_q[:, None] <= o_query[None, :], b_ds, 0.0)
+            if left is not None and PART != 1:
+                b_ds = tl.where(o_query[None, :] < end_q[:, None], b_ds, 0.0)
             acc_k = dot_nn(cast(b_ds, p_k.dtype.element_ty), b_q, acc_k, BLOCK_N, BLOCK_D, BLOCK_R, GROUPS)
 
     o_out = (o_k * HKV + i_h) * D
