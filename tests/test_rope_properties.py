@@ -114,6 +114,21 @@ def test_the_operator_is_registered_and_compiles(device):
     assert bits_equal(torch.autograd.grad(y, x, g)[0], torch.autograd.grad(ours, x, g)[0])
 
 
+def test_a_compiler_computes_no_angles(device):
+    """Its cosines have other bits than torch's."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x * cache(16, torch.float32, device), backend=keep, fullgraph=True)
+    x = torch.ones(1, device=device)
+    assert torch.equal(compiled(x), cache(16, torch.float32, device))
+    assert "bi_ops.cos_sin" in graphs[0]
+    assert "call_method[target=cos]" not in graphs[0]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

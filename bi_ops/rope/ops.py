@@ -84,6 +84,21 @@ def _backward(ctx, g):
 _rope.register_autograd(_backward, setup_context=_setup)
 
 
+@custom_op("bi_ops::cos_sin")
+def _cos_sin(like: torch.Tensor, head_dim: int, max_position: int, theta: float) -> torch.Tensor:
+    """An operator, for a compiler has cosines and sines of its own. like: of the dtype, on the device."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
+    inv_freq = 1.0 / (theta**exponents)
+    # vLLM writes an einsum; an outer product has one product per element whichever way it is spelled.
+    angles = torch.arange(max_position, dtype=torch.float32, device=like.device)[:, None] * inv_freq
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(like.dtype)
+
+
+@_cos_sin.register_fake
+def _(like, head_dim, max_position, theta):
+    return like.new_empty((max_position, head_dim))
+
+
 # --------------------------------------------------------------------------------------------------------------
 # public functions
 
@@ -119,11 +134,7 @@ def cos_sin_cache(
     checks.shape(op, head_dim > 0 and head_dim % 2 == 0, lambda: f"head_dim must be even and positive, got {head_dim}")
     checks.shape(op, max_position > 0, lambda: f"max_position must be positive, got {max_position}")
     checks.shape(op, 0 < theta < math.inf, lambda: f"theta must be positive and finite, got {theta}")
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    inv_freq = 1.0 / (theta**exponents)
-    # vLLM writes an einsum; an outer product has one product per element whichever way it is spelled.
-    angles = torch.arange(max_position, dtype=torch.float32, device=device)[:, None] * inv_freq
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
+    return _cos_sin(torch.empty(0, dtype=dtype, device=device), head_dim, max_position, theta)
 
 
 def apply_rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
