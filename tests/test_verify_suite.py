@@ -7,6 +7,7 @@ import importlib
 import json
 import multiprocessing
 import os
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,38 @@ def test_a_process_that_dies_is_a_failed_check(monkeypatch):
     monkeypatch.setattr(suite.pool, "outcomes", died)
     found = suite.verify(["bi_ops:sum"], properties=("rerun",))
     assert "raised RuntimeError: gone" in {c.message for c in found.failed}
+
+
+def doubled(n: int) -> int:
+    if n == 0:
+        os._exit(1)
+    return 2 * n
+
+
+def test_what_ran_beside_a_process_that_dies_runs_again():
+    found = dict(pool.outcomes(doubled, [0, 1, 2], jobs=2))
+    assert isinstance(found.pop(0), BrokenProcessPool)
+    assert found == {1: 2, 2: 4}
+
+
+def test_after_an_error_of_its_gpu_a_process_finds_nothing_more(monkeypatch):
+    class Lost(RuntimeError):
+        pass
+
+    def illegal(x):
+        if len(x) < 37:  # a batch of another size
+            raise Lost("an illegal instruction")
+        return x.cumsum(-1)
+
+    monkeypatch.setattr(torch, "AcceleratorError", Lost, raising=False)
+    monkeypatch.setattr(suite, "_lost", [])
+    broken = dataclasses.replace(packs.find("bi_ops:softmax"), name="broken", call=illegal)
+    monkeypatch.setattr(packs, "find", lambda spec: broken)
+    unit = next(u for u in suite.units(["broken"], "quick", ("batch size", "rerun")) if u.spec == "broken")
+    report = suite.run_unit(unit)
+    assert [(c.property, c.message) for c in report.checks] == [("batch size", "raised Lost: an illegal instruction")]
+    with pytest.raises(Lost):
+        suite.run_unit(unit)
 
 
 def test_processes_take_the_gpus_in_turn(monkeypatch):

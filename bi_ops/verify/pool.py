@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +51,7 @@ def outcomes(
 
     Args:
         run: a module's function. jobs: processes; 1: this one. until: of `time.monotonic`; what has not begun then is
-            given with None. An item whose process died is given with the exception.
+            given with None. An item whose process died is given with the exception; what ran beside it is run again.
     """
 
     def late() -> bool:
@@ -60,9 +61,29 @@ def outcomes(
         for item in work:
             yield item, None if late() else run(item)
         return
+    left, most = list(work), jobs
+    while left:
+        lost: list[tuple[Item, BaseException]] = []
+        for item, found in _of_a_pool(run, left, min(most, len(left)), late):
+            if isinstance(found, BrokenProcessPool):
+                lost.append((item, found))  # one of them did it, which nobody says
+            else:
+                yield item, found
+        if most == 1:
+            yield from lost[:1]
+            lost = lost[1:]
+        elif len(lost) == len(left):
+            most = 1  # one after the other, so that it is known who did
+        left = [item for item, _ in lost]
+
+
+def _of_a_pool(
+    run: Callable[[Item], Found], work: Sequence[Item], jobs: int, late: Callable[[], bool]
+) -> Iterator[tuple[Item, Found | BaseException | None]]:
+    """As `outcomes`; all that had not ended when a process died has that exception."""
     context = multiprocessing.get_context("spawn")
     arguments = (context.Value("i", 0), [] if runtime.INTERPRET else _visible())
-    with ProcessPoolExecutor(min(jobs, len(work)), context, initializer=_start, initargs=arguments) as pool:
+    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=arguments) as pool:
         futures = {pool.submit(run, item): item for item in work}
         for future in as_completed(futures):
             if late():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -125,7 +127,13 @@ class Report:
         return [c for c in self.controls if not c.caught]
 
 
+#: An error of this process's GPU, after which every call of CUDA fails: nothing that it would find is true.
+_lost: list[BaseException] = []
+
+
 def _raised(error: BaseException) -> str:
+    if isinstance(error, getattr(torch, "AcceleratorError", ())) and not isinstance(error, torch.OutOfMemoryError):
+        _lost.append(error)
     return f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -192,6 +200,8 @@ def _at_size(
         if check.comparisons or not check.ok():
             report.checks.append(check)
             applying.append(name)
+        if _lost:
+            return
     if "batch size" in applying or "rerun" in applying:
         hard = make_batch(s, lengths, size, dtype, device, kind="assorted")
         hard_base = results(s, hard)
@@ -233,7 +243,11 @@ def run_control(control: Control) -> ControlResult:
 
 
 def run_unit(unit: Unit) -> Report:
-    """The checks of one unit, in this process."""
+    """The checks of one unit, in this process; if an earlier unit cost it the GPU it ends, and another goes on."""
+    if _lost and multiprocessing.parent_process() is None:
+        raise _lost[0]
+    if _lost:
+        os._exit(1)
     level, report = levels()[unit.level], Report("")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of the values that are meant to overflow
@@ -242,7 +256,7 @@ def run_unit(unit: Unit) -> Report:
         subject, dtype = packs.find(unit.spec), getattr(torch, unit.dtype)
         if unit.properties:
             _at_size(subject, dtype, level, unit.properties, unit.size, runtime.default_device(), report)
-        if unit.digests:
+        if unit.digests and not _lost:
             try:
                 report.digests = golden.digests_of(subject, dtype, unit.size)
             except Exception as error:
