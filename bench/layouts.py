@@ -314,12 +314,16 @@ class Bench:
                 first = json.loads(firsts[job.segments].read_text())[0]
                 for found in json.loads(path.read_text()):
                     gradients, weights = found.pop("gradients"), found.pop("weights")
+                    # Of the first update, in the order of a backward: where the first one is, bits are lost.
+                    ones = first["gradients"][0]
+                    differ = [n for n, bits in reversed(gradients[0].items()) if bits != ones.get(n)]
                     yield self.base(
                         job,
                         **found
                         | {"control": found["microbatches"] == "control", "atoms": 4, "updates": len(gradients)},
                         gradients_equal=gradients == first["gradients"],
                         weights_equal=weights == first["weights"],
+                        differ=f"{len(differ)} of {len(ones)}: {', '.join(differ[:8])}" if differ else "",
                     )
 
     def loops(self) -> Iterator[dict[str, Any]]:
@@ -367,8 +371,8 @@ class Bench:
                 "microbatches",
                 "control",
             )
-            where = {k: row[k] for k in (*keys, "control") if row.get(k) is not None}
-            numbers = {k: row.get(k) for k in ("tokens_different", "gradients_equal", "weights_equal")}
+            where = {k: row[k] for k in keys if row.get(k) is not None}
+            numbers = {k: row.get(k) for k in ("tokens_different", "gradients_equal", "weights_equal", "differ")}
             print("ok   " if ok else "WRONG", where, numbers, flush=True)
             wrong += [] if ok else [str(where)]
         for name, why in self.failed.items():

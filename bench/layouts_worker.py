@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,16 +95,13 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
     return {"start_s": round(start_s, 1), "generate_s": round(generate_s, 2)}
 
 
-def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
-    """Of all bits, position by position, in whole numbers."""
-    found = []
-    for t in tensors:
-        total = 0
-        for at, part in enumerate(t.detach().reshape(-1).view(torch.int32).split(1 << 24)):
-            weights = torch.arange(part.numel(), device=t.device) * 2654435761 + (2 * at + 1)
-            total += int((part.long() * (2 * weights + 1)).sum())
-        found.append(total & (2**64 - 1))
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+def fingerprint(t: torch.Tensor) -> str:
+    """Of all bits and their places, in whole numbers."""
+    total = 0
+    for at, part in enumerate(t.detach().reshape(-1).view(torch.int32).split(1 << 24)):
+        weights = torch.arange(part.numel(), device=t.device) * 2654435761 + (2 * at + 1)
+        total += int((part.long() * (2 * weights + 1)).sum())
+    return f"{total & (2**64 - 1):016x}"
 
 
 class NaiveSum(parallel.GradientTree):
@@ -151,18 +147,18 @@ class SharedByLibrary(Trainer):
         return TensorParallel(self.model, tree, self.data, self.tensor, self.model.compute_dtype, add)
 
 
-def whole(trainer: Trainer, gradients: bool) -> Iterator[torch.Tensor]:
-    """Weights, or the gradients that there are, one at a time; all ranks ask for it."""
+def whole(trainer: Trainer, gradients: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights, or the gradients that there are, by name, one at a time; all ranks ask for it."""
     layout = trainer.layout
     layers = layout.layers if isinstance(layout, TensorParallel) else {}
     for name, p in trainer.model.named_parameters():
         t = p.grad if gradients else p.detach()
         if isinstance(t, DTensor):
-            yield t.full_tensor()
+            yield name, t.full_tensor()
         elif t is not None and isinstance(layout, ExpertParallel) and name in layout.owned:
-            yield layout.whole(t)
+            yield name, layout.whole(t)
         elif t is not None:
-            yield cast(TensorParallel, layout).joined(layers[name], t) if name in layers else t
+            yield name, cast(TensorParallel, layout).joined(layers[name], t) if name in layers else t
 
 
 def train(args: argparse.Namespace) -> None:
@@ -219,7 +215,7 @@ def train(args: argparse.Namespace) -> None:
             tokens = [c.tokens for c in members]
             reports.append(compare(wanted, logprobs, tokens, part.start))
 
-        gradients: list[str] = []
+        gradients: list[dict[str, str]] = []
         times: list[float] = []
         for _ in range(UPDATES):
             began = time.perf_counter()
@@ -227,7 +223,7 @@ def train(args: argparse.Namespace) -> None:
             trainer.optimizer.step(grad_scale=result.clip_scale)
             float(trainer.parameters[-1].detach().view(-1)[0])  # waits
             times.append(time.perf_counter() - began)
-            gradients.append(fingerprint(whole(trainer, gradients=True)))
+            gradients.append({name: fingerprint(t) for name, t in whole(trainer, gradients=True)})
         report = joined(reports)
         found.append(
             {
@@ -236,7 +232,7 @@ def train(args: argparse.Namespace) -> None:
                 "tokens_different": report.tokens_different,
                 "gradients": gradients,
                 "grad_norm": result.grad_norm,
-                "weights": fingerprint(whole(trainer, gradients=False)),
+                "weights": {name: fingerprint(t) for name, t in whole(trainer, gradients=False)},
                 "update_ms": round(1e3 * min(times), 1),
                 "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else None,
             }

@@ -1,4 +1,4 @@
-"""Several ranks on one machine: processes that talk over gloo."""
+"""Several ranks on one machine: processes that talk over gloo, or over NCCL where each has a GPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -19,20 +20,35 @@ from bi_ops.core import runtime
 
 def _rank(rank: int, n_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    backend = "gloo"
     if runtime.INTERPRET:
         import fast_interpreter
 
         fast_interpreter.install()
     else:
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        n_gpus = torch.cuda.device_count()
+        torch.cuda.set_device(rank % n_gpus)
+        backend = "cpu:gloo,cuda:nccl" if n_ranks <= n_gpus else "gloo"
     store = dist.FileStore(f"{folder}/store", n_ranks)
     timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=timeout)
     dist.barrier()  # a rank that ends at once would close connections that others still make
     try:
         torch.save(function(*args), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def need_gpus(n: int) -> None:
+    """Skip the test where kernels run on GPUs and there are fewer: FSDP2 moves no GPU's tensors over gloo."""
+    if not runtime.INTERPRET and torch.cuda.device_count() < n:
+        pytest.skip(f"needs {n} GPUs")
+
+
+def _loaded(path: Path) -> Any:
+    """What a rank returned, its tensors on this process's GPU if they were on the rank's."""
+    places = {f"cuda:{i}": "cuda:0" for i in range(0 if runtime.INTERPRET else torch.cuda.device_count())}
+    return torch.load(path, map_location=places, weights_only=False)
 
 
 def _start(n_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -54,7 +70,7 @@ def start(n_ranks: int, function: Callable[..., Any], *args: Any) -> tuple[list[
         for process in started.processes:
             process.join()
         found = [Path(folder) / f"{rank}.pt" for rank in range(n_ranks)]
-        results = [torch.load(path, weights_only=False) if path.exists() else None for path in found]
+        results = [_loaded(path) if path.exists() else None for path in found]
         return results, [process.exitcode for process in started.processes]
 
 
@@ -68,4 +84,4 @@ def run(n_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         started = _start(n_ranks, folder, function, args)
         while not started.join():
             pass
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(n_ranks)]
+        return [_loaded(Path(folder) / f"{rank}.pt") for rank in range(n_ranks)]

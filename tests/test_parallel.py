@@ -27,7 +27,8 @@ def atom(i: int) -> list[torch.Tensor]:
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(a, b, strict=True))
+    """Bit for bit, wherever they are."""
+    return all(torch.equal(x.cpu().view(torch.int32), y.cpu().view(torch.int32)) for x, y in zip(a, b, strict=True))
 
 
 def pairwise(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
