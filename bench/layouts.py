@@ -25,10 +25,8 @@ all of that held. The model has random weights. Jobs that the time did not allow
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +39,7 @@ from typing import Any
 import torch
 from record import provenance
 from step_sides import EXPERTS, SHAPES, expert_shape, shape
+from torchrun import environment, launcher, stop
 
 from bi_ops.core.files import write_json
 from bi_ops.parallel.ranks import SHARED_GPU
@@ -156,7 +155,7 @@ class Bench:
     def command(self, job: Job) -> list[str]:
         """What a job runs."""
         torchrun = job.gpus > 1 and job.executor is None
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.gpus}"] if torchrun else []
+        start = launcher(job.gpus) if torchrun else []
         if job.kind == "loop":
             out = str(self.scratch / job.name)
             loop = [*LOOP, *(["--fsdp"] if job.fsdp else []), f"--tp-rollout={job.tp}", "--output", out]
@@ -192,15 +191,8 @@ class Bench:
         return [sys.executable, *start, str(HERE / "layouts_worker.py"), job.kind, *options]
 
     def environment(self, devices: list[str]) -> dict[str, str]:
-        """NVLink multicast stays off. The plugin's entry point is there for processes that vLLM starts."""
-        path = os.pathsep.join(filter(None, [str(HERE.parent), str(self.scratch), os.environ.get("PYTHONPATH")]))
-        return {
-            **os.environ,
-            **{"PYTHONPATH": path, "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"},
-            **({SHARED_GPU: "1"} if self.args.share_gpu else {}),
-            **{"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(devices)), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},
-            **{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"), "VLLM_LOGGING_LEVEL": "WARNING"},
-        }
+        """The plugin's entry point is there for processes that vLLM starts."""
+        return environment(devices, self.scratch) | ({SHARED_GPU: "1"} if self.args.share_gpu else {})
 
     def prepare(self) -> None:
         """The checkpoint, and metadata by which vLLM's processes find the plugin where it is not installed."""
@@ -223,13 +215,7 @@ class Bench:
 
     def end(self, run: Run, why: str | None = None) -> None:
         """Take its GPUs back, and its rows if it ended well."""
-        if run.process.poll() is None:
-            run.process.terminate()  # torchrun then ends its processes, which are in sessions of their own
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.process.wait(timeout=5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.process.pid, signal.SIGKILL)
-        run.process.wait()
+        stop(run.process)
         self.free += run.devices
         if why is None and run.process.returncode == 0:
             self.done.add(run.job.name)
