@@ -53,73 +53,100 @@ def cache_bytes(model: str, batches: list[int]) -> int:
     return int(1.1 * tokens * LAYERS[model] * kv_heads * 128 * 2 * 2)
 
 
-def rounds(mode: str, model: str, batches: list[int], n: int, turn: Path | None) -> Iterator[list[dict[str, Any]]]:
-    """A row per batch size of one mode in this process, after every round: medians of the rounds so far.
+class Sampler:
+    """vLLM with random weights of a model's shape, in this process or on the ranks that torchrun has started.
 
-    turn: a folder; the engine is ready when this process writes `ready` there, and does round i when `go<i>` appears.
+    Ranks share the model, and all make the same calls. mode: one of bench/rollout.py. requests: at once, at most.
+    tokens: of the longest request. options: of vLLM's `LLM`.
     """
-    plugin = mode.startswith("plugin")
-    if mode == "invariant" or plugin:
-        os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import bi_ops  # noqa: F401  # isort: skip  (before triton)
-    from vllm import LLM, SamplingParams
-    from vllm.config import CompilationConfig
 
-    from bi_ops import vllm_plugin
-    from bi_ops.matmul import cublaslt
+    def __init__(self, mode: str, model: str, requests: int, tokens: int, **options: Any) -> None:
+        plugin = mode.startswith("plugin")
+        if mode == "invariant" or plugin:
+            os.environ["VLLM_BATCH_INVARIANT"] = "1"
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        import bi_ops  # noqa: F401  # isort: skip  (before triton)
+        from vllm import LLM
+        from vllm.config import CompilationConfig
 
-    if plugin:
-        vllm_plugin.register()
-    graphs = CompilationConfig(mode=0, cudagraph_mode="FULL") if mode == "stock graphs" or plugin else None
-    kernels = {"additional_config": {"bi_ops": {"kernels": "bi_ops" if mode == "plugin" else "vllm"}}} if plugin else {}
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        llm = LLM(
-            model=str(checkpoint(Path(folder), model)),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            gpu_memory_utilization=0.05 if turn else 0.85,
-            kv_cache_memory_bytes=cache_bytes(model, batches) if turn else None,
-            max_model_len=max(FIRST_TOKEN) + 64,
-            max_num_seqs=max(batches),
-            enable_prefix_caching=False,
-            generation_config="vllm",
-            **({} if graphs is None else {"compilation_config": graphs}),
-            **kernels,
-        )
+        from bi_ops import vllm_plugin
 
-    def sample(prompts: list[list[int]], new_tokens: int) -> float:
+        if plugin:
+            vllm_plugin.register()
+            options |= {"additional_config": {"bi_ops": {"kernels": "bi_ops" if mode == "plugin" else "vllm"}}}
+        if mode == "stock graphs" or plugin:
+            options |= {"compilation_config": CompilationConfig(mode=0, cudagraph_mode="FULL")}
+        if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            options |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher", "seed": 0}
+        #: When its start began, by `time.perf_counter`.
+        self.began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            self._llm = LLM(
+                model=str(checkpoint(Path(folder), model)),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype="bfloat16",
+                max_model_len=tokens,
+                max_num_seqs=requests,
+                enable_prefix_caching=False,
+                generation_config="vllm",
+                **options,
+            )
+
+    def sample(self, prompts: list[list[int]], new_tokens: int) -> float:
+        """Seconds."""
+        from vllm import SamplingParams
+
         params = SamplingParams(
             **{"max_tokens": new_tokens, "temperature": 1.0, "seed": 0, "ignore_eos": True, "detokenize": False},
             **{"logprobs": 0, "flat_logprobs": True},  # as `VllmEngine` asks for them
         )
         start = time.perf_counter()
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         took = time.perf_counter() - start
         assert all(len(o.outputs[0].token_ids) == new_tokens for o in outputs)
         return took
 
-    def prompt(i: int, length: int) -> list[int]:
-        return [(7919 * (i + 1) + 104729 * j) % 151936 for j in range(length)]
+    def step_s(self, batch: int) -> float:
+        """Seconds of a token step of so many requests."""
+        prompts = [prompt(10 + i, PROMPT) for i in range(batch)]
+        few = self.sample(prompts, FEW)
+        return (self.sample(prompts, MANY) - few) / (MANY - FEW)
+
+    def warm(self, batches: list[int]) -> None:
+        """Nothing is compiled or allocated while it is timed."""
+        for batch in batches:
+            self.sample([prompt(10 + i, PROMPT) for i in range(batch)], FEW)
+
+
+def prompt(i: int, length: int) -> list[int]:
+    """Tokens of the i-th prompt."""
+    return [(7919 * (i + 1) + 104729 * j) % 151936 for j in range(length)]
+
+
+def rounds(mode: str, model: str, batches: list[int], n: int, turn: Path | None) -> Iterator[list[dict[str, Any]]]:
+    """A row per batch size of one mode in this process, after every round: medians of the rounds so far.
+
+    turn: a folder; the engine is ready when this process writes `ready` there, and does round i when `go<i>` appears.
+    """
+    engine = Sampler(
+        *(mode, model, max(batches), max(FIRST_TOKEN) + 64),
+        gpu_memory_utilization=0.05 if turn else 0.85,
+        kv_cache_memory_bytes=cache_bytes(model, batches) if turn else None,
+    )
+    from bi_ops.matmul import cublaslt
 
     def timed() -> dict[str, float]:
         """Milliseconds to the first token of each prompt, and decoded tokens a second of each batch."""
         found = {}
         for length in FIRST_TOKEN:
-            sample([prompt(1, length)], 1)
-            found[f"ttft_{length}_ms"] = 1e3 * sample([prompt(2, length)], 1)
-        for batch in batches:
-            prompts = [prompt(10 + i, PROMPT) for i in range(batch)]
-            few = sample(prompts, FEW)
-            found[f"decode {batch}"] = batch * (MANY - FEW) / (sample(prompts, MANY) - few)
-        return found
+            engine.sample([prompt(1, length)], 1)
+            found[f"ttft_{length}_ms"] = 1e3 * engine.sample([prompt(2, length)], 1)
+        return found | {f"decode {batch}": batch / engine.step_s(batch) for batch in batches}
 
-    sample([prompt(0, PROMPT)], 1)
-    start_s = "" if turn else round(time.perf_counter() - began, 2)
-    for batch in batches:  # nothing is compiled or allocated while it is timed
-        sample([prompt(10 + i, PROMPT) for i in range(batch)], FEW)
+    engine.sample([prompt(0, PROMPT)], 1)
+    start_s = "" if turn else round(time.perf_counter() - engine.began, 2)
+    engine.warm(batches)
     if turn:
         (turn / "ready").touch()
     seen: list[dict[str, float]] = []
