@@ -111,11 +111,12 @@ def lengths_of(tokens: int, seqlen: int | None) -> list[int]:
     return lengths
 
 
-def made_network(model: str, layers: int | None, recompute: str) -> Qwen3ForCausalLM:
+def made_network(model: str, layers: int | None, recompute: str, segments: int = 1) -> Qwen3ForCausalLM:
     """bi_ops' Qwen3 with random weights."""
     from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
-    network = Qwen3ForCausalLM(Qwen3Config.from_dict(shape(model, layers)), recompute=recompute)  # type: ignore[arg-type]
+    config = Qwen3Config.from_dict(shape(model, layers))
+    network = Qwen3ForCausalLM(config, recompute=recompute, segments=segments)  # type: ignore[arg-type]
     torch.manual_seed(SEED)
     with torch.no_grad():
         for name, p in network.named_parameters():
@@ -192,8 +193,17 @@ def ours(
     return made._replace(whole=whole)
 
 
-def theirs(model: str, rows: list[torch.Tensor], layers: int | None, side: str) -> Step:
-    """Sequences of unequal lengths are padded to the longest."""
+def theirs(
+    model: str,
+    rows: list[torch.Tensor],
+    layers: int | None,
+    side: str,
+    arrange: Callable[[torch.nn.Module], Callable[..., Any]] | None = None,
+) -> Step:
+    """Sequences of unequal lengths are padded to the longest.
+
+    arrange: lays the network out over ranks, compiles its parts, and returns what is called.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(SEED)
@@ -224,7 +234,11 @@ def theirs(model: str, rows: list[torch.Tensor], layers: int | None, side: str) 
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_math_sdp(False)
-    call, mean = (torch.compile(network), torch.compile(value)) if compiled else (network, value)
+    mean = torch.compile(value) if compiled else value
+    if arrange is not None:
+        call = arrange(network)
+    else:
+        call = torch.compile(network) if compiled else network
     parameters = list(network.parameters())
     optimizer: list[torch.optim.AdamW] = []
 

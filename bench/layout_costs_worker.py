@@ -1,0 +1,355 @@
+"""One side of one job of bench/layout_costs.py, on the ranks that torchrun has started: milliseconds, as they come."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layouts_worker import LibraryAllReduce, NaiveSum, free
+from record import take_shortcuts
+from rollout_worker import FIRST_TOKEN, Sampler, prompt
+from step_sides import LR, MAX_NORM, SEED, made_network, shape, theirs, wait
+
+import bi_ops  # noqa: F401  (before triton)  # isort: skip
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from bi_ops import optim, parallel
+from bi_ops.core import runtime
+from bi_ops.core.files import write_json
+from bi_ops.core.rows import TOKEN_STEP
+from bi_ops.models.packing import PackedBatch, pack
+from bi_ops.parallel.fsdp import FullySharded, TreeReduceScatter, local_rows
+from bi_ops.parallel.peer import PeerAllReduce
+from bi_ops.parallel.tensor import OrderedAllReduce, TensorParallel
+
+#: Of decoding, and prompts that are prefilled together.
+BATCHES, PROMPTS = (1, 8, 64, 256), (1, 4)
+WARM = 2
+#: Renamed in torch 2.14.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class NoSum(parallel.GradientTree):
+    """Nothing is added: a rank goes on with its own gradients."""
+
+    def add(self, gradients: Sequence[torch.Tensor]) -> None:
+        self._own = list(gradients)
+
+    def total(self) -> list[torch.Tensor]:
+        own, self._own = self._own, []
+        return own
+
+
+class LibraryReduceScatter(TreeReduceScatter):
+    """As FSDP2's own: a library adds."""
+
+    @torch.no_grad()
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        reduce_scatter(output_tensor, input_tensor, op=op, group=group)
+
+
+class NoReduceScatter(TreeReduceScatter):
+    """Nothing is added: a rank's part of its own gradients."""
+
+    @torch.no_grad()
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        output_tensor.copy_(input_tensor.view(dist.get_world_size(group), -1)[dist.get_rank(group)])
+
+
+def no_all_reduce(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Nothing is added."""
+    return partial.to(dtype)
+
+
+class Found:
+    """Milliseconds of each side and of each of its measures, written whenever there are new ones; why a side failed."""
+
+    def __init__(self, path: Path, ranks: parallel.Ranks) -> None:
+        self._path, self._first = path, ranks.rank == 0
+        self._ms: dict[str, dict[str, float]] = {}
+        self._failed: dict[str, str] = {}
+
+    def add(self, side: str, measure: str, seconds: Sequence[float]) -> None:
+        self._ms.setdefault(side, {})[measure] = round(1e3 * statistics.median(seconds), 4)
+        self._write()
+
+    def fails(self, side: str, why: str) -> None:
+        self._failed[side] = why
+        self._write()
+
+    def _write(self) -> None:
+        if self._first:
+            write_json(self._path, {"ms": self._ms, "failed": self._failed})
+
+
+def in_turn(steps: Mapping[str, Callable[[], None]], n: int, ranks: parallel.Ranks) -> dict[str, list[float]]:
+    """Seconds of `n` steps of each side, of the slowest rank, after some that warm up; sides take turns."""
+    times: dict[str, list[float]] = {side: [] for side in steps}
+    for i in range(WARM + n):
+        for side, step in steps.items():
+            wait()
+            ranks.gather(None)  # all begin together
+            began = wait()
+            step()
+            times[side].append(wait() - began)
+        if i == WARM - 1:
+            gc.freeze()  # or the time of a step depends on how many objects there are to look at
+    every = ranks.gather(times)
+    return {side: [max(each) for each in zip(*(t[side] for t in every), strict=True)][WARM:] for side in steps}
+
+
+def rows_of(args: argparse.Namespace, rank: int) -> list[torch.Tensor]:
+    """Random tokens, others on each rank that shares the batch."""
+    generator = torch.Generator().manual_seed(SEED + rank)
+    n = args.tokens // args.seqlen
+    rows = torch.randint(shape(args.model)["vocab_size"], (n, args.seqlen), generator=generator)
+    return list(rows.to(runtime.default_device()))
+
+
+def packed(rows: Sequence[torch.Tensor], device: torch.device) -> PackedBatch:
+    """Every token but a sequence's first is scored."""
+    ids = [row.tolist() for row in rows]
+    return pack([row[:1] for row in ids], [row[1:] for row in ids], device, align=TOKEN_STEP)
+
+
+def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
+    """Steps of bi_ops' layouts: sums in the order, by a library, and none."""
+    tensor, data = ranks.split(args.tp)
+    network = made_network(args.model, args.layers, "selective", args.tp)
+    tree = parallel.order(data.size)
+    if args.tp == 1:
+        network.warmup()
+    layout: parallel.Whole | FullySharded
+    if args.tp > 1:
+        layout = TensorParallel(network, tree, data, tensor, network.compute_dtype)
+        layout.warmup()
+        sums = tensor_sums(layout, args, found)
+    elif args.fsdp:
+        layout = FullySharded(network, tree, ranks, network.compute_dtype)
+        sums = shard_sums(network)
+    else:
+        layout = parallel.Whole(network, tree, ranks)
+        sums = whole_sums(layout)
+    batch = packed(rows_of(args, data.rank), network.device)
+    optimizer = optim.AdamW(list(layout.parameters.values()), lr=LR)
+
+    def step(take: Callable[[], None]) -> None:
+        take()
+        layout.begin_atom()
+        layout.before_backward(last=True)
+        network.token_logprobs(batch).mean().backward()
+        layout.end_atom()
+        optimizer.step(grad_scale=optim.clip_scale(layout.finish(), MAX_NORM))
+
+    steps = {side: lambda take=take: step(take) for side, take in sums.items()}  # type: ignore[misc]
+    for side, seconds in in_turn(steps, args.steps, ranks).items():
+        found.add(side, "step", seconds)
+
+
+def tensor_sums(layout: TensorParallel, args: argparse.Namespace, found: Found) -> dict[str, Callable[[], None]]:
+    """How partial outputs are added over the ranks that share the model."""
+    tensor, network = layout.tensor, layout.model
+    sums: dict[str, Any] = {"ordered": OrderedAllReduce(tensor), "library sums": LibraryAllReduce(tensor)}
+    sums["no sums"] = no_all_reduce
+    if not runtime.INTERPRET:
+        try:
+            sums["peer memory"] = PeerAllReduce(
+                tensor,
+                args.tokens * network.config.hidden_size,  # type: ignore[union-attr, operator]
+                runtime.default_device(),
+            )
+        except RuntimeError as error:
+            found.fails("peer memory", str(error))
+
+    def take(add: Any) -> None:
+        for layer in layout.layers.values():
+            layer.all_reduce = add
+
+    return {side: lambda add=add: take(add) for side, add in sums.items()}  # type: ignore[misc]
+
+
+def shard_sums(network: torch.nn.Module) -> dict[str, Callable[[], None]]:
+    """How shards of gradients are added; a rank has one atom."""
+    modules = [m for m in network.modules() if isinstance(m, FSDPModule)]
+    kinds = {"ordered": TreeReduceScatter, "library sums": LibraryReduceScatter, "no sums": NoReduceScatter}
+
+    def take(kind: type[TreeReduceScatter]) -> None:
+        for module in modules:
+            module.set_custom_reduce_scatter(kind(1))  # type: ignore[arg-type]
+
+    return {side: lambda kind=kind: take(kind) for side, kind in kinds.items()}  # type: ignore[misc]
+
+
+def whole_sums(layout: parallel.Whole) -> dict[str, Callable[[], None]]:
+    """How whole gradients are added."""
+    kinds = {"ordered": parallel.GradientTree, "library sums": NaiveSum, "no sums": NoSum}
+
+    def take(kind: type[parallel.GradientTree]) -> None:
+        layout.sums = kind(layout.tree, layout.ranks)
+
+    return {side: lambda kind=kind: take(kind) for side, kind in kinds.items()}  # type: ignore[misc]
+
+
+def segments(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
+    """Forward and backward on one GPU, of one segment and of more."""
+    for n in (1, *args.segments):
+        network = made_network(args.model, args.layers, "selective", n)
+        network.warmup()
+        layout = parallel.Whole(network, parallel.order())
+        batch = packed(rows_of(args, 0), network.device)
+
+        def step(layout: parallel.Whole = layout, network: Any = network, batch: PackedBatch = batch) -> None:
+            layout.begin_atom()
+            network.token_logprobs(batch).mean().backward()
+            layout.end_atom()
+
+        side = f"segments {n}"
+        found.add(side, "forward and backward", in_turn({side: step}, args.steps, ranks)[side])
+        del network, layout, batch, step
+        gc.unfreeze()
+        free()
+
+
+def transformers(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
+    """Steps of transformers' model in bf16, laid out by torch."""
+    tensor, data = ranks.split(args.tp)
+    device = runtime.default_device()
+    compiled = args.part == "transformers, compiled" and not runtime.INTERPRET
+    head_norms: list[torch.nn.Parameter] = []
+
+    def arrange(network: torch.nn.Module) -> Callable[..., Any]:
+        mesh = init_device_mesh(device.type, (ranks.size,))
+        layers: Sequence[torch.nn.Module] = network.model.layers  # type: ignore[union-attr, assignment]
+        for layer in layers:
+            if tensor.size > 1:
+                share(layer, mesh)
+            if compiled:
+                layer.compile()
+            if args.fsdp:
+                fully_shard(layer, mesh=mesh)
+        if args.fsdp:
+            fully_shard(network, mesh=mesh)
+        if tensor.size > 1:  # each rank has the gradient of its heads
+            head_norms.extend(p for name, p in network.named_parameters() if "q_norm" in name or "k_norm" in name)
+        if data.size > 1 and not args.fsdp:
+            return DistributedDataParallel(network, gradient_as_bucket_view=True)
+        return network
+
+    made = theirs(
+        args.model, rows_of(args, data.rank), args.layers, "torch, compiled" if compiled else "torch", arrange
+    )
+    # Of memory that is the parameters' own: an optimizer of DTensors spends its time on the host.
+    own = [torch.nn.Parameter(local_rows(p)) for p in made.parameters]
+    optimizer = torch.optim.AdamW(own, lr=LR, fused=device.type == "cuda")
+
+    def step() -> None:
+        for p in made.parameters:
+            p.grad = None
+        made.forward().backward()
+        if head_norms:
+            grads = [p.grad for p in head_norms if p.grad is not None]
+            flat = torch.cat(grads)
+            dist.all_reduce(flat)
+            torch._foreach_copy_(grads, list(flat.split([len(g) for g in grads])))
+        for leaf, p in zip(own, made.parameters, strict=True):
+            leaf.grad = None if p.grad is None else local_rows(p.grad)
+        clip(own, [isinstance(p, DTensor) for p in made.parameters])
+        optimizer.step()
+
+    found.add(args.part, "step", in_turn({args.part: step}, args.steps, ranks)[args.part])
+
+
+def share(layer: torch.nn.Module, mesh: Any) -> None:
+    """Tensor parallelism as torch has it, with one sum over ranks in each direction of attention and of the MLP."""
+    column, row, whole = ColwiseParallel(), RowwiseParallel(), Replicate()
+    plan = {
+        "self_attn": PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": whole}, desired_input_kwarg_layouts={"hidden_states": whole}
+        ),
+        "mlp": PrepareModuleInput(input_layouts=(whole,), desired_input_layouts=(whole,)),
+        **{f"self_attn.{name}_proj": column for name in "qkv"},
+        **{f"mlp.{name}_proj": column for name in ("gate", "up")},
+        **{"self_attn.o_proj": row, "mlp.down_proj": row},
+    }
+    parallelize_module(layer, mesh, plan)
+
+
+def clip(parameters: Sequence[torch.nn.Parameter], shared: Sequence[bool]) -> None:
+    """As `torch.nn.utils.clip_grad_norm_`, where of some parameters each rank has a part."""
+    total = torch.zeros((), device=parameters[0].device)
+    for of_a_part in (True, False):
+        grads = [p.grad for p, s in zip(parameters, shared, strict=True) if s == of_a_part and p.grad is not None]
+        if grads:
+            square = torch.nn.utils.get_total_norm(grads).float() ** 2
+            if of_a_part:
+                dist.all_reduce(square)
+            total += square
+    torch.nn.utils.clip_grads_with_norm_(parameters, MAX_NORM, total.sqrt())
+
+
+def engine(args: argparse.Namespace, found: Found) -> None:
+    """vLLM: a token step of each batch, and the first token of long prompts."""
+    sampler = Sampler(args.part, args.model, max(BATCHES), max(FIRST_TOKEN) + 64, gpu_memory_utilization=0.85)
+    sampler.warm(list(BATCHES))
+    measures: dict[str, Callable[[], float]] = {}
+    for batch in BATCHES:
+        measures[f"decode {batch}"] = lambda batch=batch: sampler.step_s(batch)  # type: ignore[misc]
+    for n in PROMPTS:
+        prompts = [prompt(i, max(FIRST_TOKEN)) for i in range(n)]
+        measures[f"prefill {n}"] = lambda prompts=prompts: sampler.sample(prompts, 1)  # type: ignore[misc]
+        sampler.sample(prompts, 1)
+    seen: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(args.steps):
+        for name, measure in measures.items():
+            seen[name].append(measure())
+            found.add(args.part, name, seen[name])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--segments", type=int, nargs="*", default=[])
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--seqlen", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    args = parser.parse_args()
+    take_shortcuts()
+    if args.part.startswith(("plugin", "stock")):  # vLLM makes its groups itself
+        engine(args, Found(args.out, parallel.Ranks(int(os.environ.get("RANK", "0")))))
+        return 0
+    ranks = parallel.Ranks.of_torchrun()
+    parts = {"ours": ours, "segments": segments}
+    parts.get(args.part, transformers)(args, Found(args.out, ranks), ranks)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
