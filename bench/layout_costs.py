@@ -23,8 +23,9 @@ Every part of a job (our sides; each baseline of other code) is a process on eac
 parts follow one another. Times are wall clock, all ranks waited for, medians; the slowest rank counts, for vLLM the
 first. Weights and tokens are random. A model that does not fit is tried again with half its layers, every side then;
 vLLM has all layers. If compiled layers fail, eager ones are the baseline, and say so. Rows are written after every
-part; a job that fails or takes too long is named in layout_costs.log and stops no other. `--dry` runs a tiny model on
-the CPU over gloo, without vLLM; its figures mean nothing.
+part, and those of other layouts in an existing file stay. A job that fails or takes too long is named in
+layout_costs.log and stops no other. `--dry` runs a tiny model on the CPU over gloo, without vLLM; its figures mean
+nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from record import row_provenance, write_csv
-from rollout import build_binding
+from rollout import build_binding, kept
 from rollout_worker import FIRST_TOKEN
 from step_sides import SHAPES
 from torchrun import environment, launcher, stop
@@ -241,7 +242,8 @@ class Bench:
     def write(self) -> None:
         """Everything that is known now."""
         if self.rows:
-            write_csv(self.args.out / "layouts.csv", [row | self.record for row in self.rows])
+            path, keys = self.args.out / "layouts.csv", ("what", "model", "tp", "dp", "fsdp")
+            write_csv(path, [*kept(path, self.rows, keys), *(row | self.record for row in self.rows)])
         log = "\n\n".join(f"{name}\n{why}" for name, why in self.failed.items())
         (self.args.out / "layout_costs.log").write_text(log)
 

@@ -51,13 +51,15 @@ def build_binding() -> bool:
     return done.returncode == 0
 
 
-def kept(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of an existing file that `rows` do not replace."""
+def kept(
+    path: Path, rows: list[dict[str, Any]], keys: tuple[str, ...] = ("release", "model", "mode")
+) -> list[dict[str, Any]]:
+    """The rows of an existing file that `rows` do not replace: those with other values of `keys`."""
     if not path.exists():
         return []
-    new = {(str(r["release"]), r["model"], r["mode"]) for r in rows}
+    new = {tuple(str(row[key]) for key in keys) for row in rows}
     with path.open(newline="") as file:
-        return [r for r in csv.DictReader(file) if (r["release"], r["model"], r["mode"]) not in new]
+        return [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in new]
 
 
 class Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ def test_less_memory_halves_the_layers_and_a_failure_has_a_baseline_all_the_same
     written = (tmp_path / "layouts.csv").read_text().splitlines()
     assert len(written) == 2
     assert "transfer_share" in written[0]
+
+    again = costs.Bench(args, tmp_path)
+    again.run(costs.Job("step", "8B", dp=2))
+    again.run(costs.Job("step", "8B", tp=2))
+    with (tmp_path / "layouts.csv").open(newline="") as file:
+        assert [(row["tp"], row["dp"], row["batch"]) for row in csv.DictReader(file)] == [
+            ("1", "2", "4"),
+            ("2", "1", "2"),
+        ]
 
     bench.end = 0.0
     bench.run(costs.Job("step", "8B", dp=2))
