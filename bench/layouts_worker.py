@@ -15,6 +15,7 @@ from typing import Any, cast
 import share_gpu
 import torch
 import torch.distributed as dist
+from step_sides import draw_weights
 from torch.distributed.tensor import DTensor
 
 import bi_ops  # noqa: F401  (before triton)
@@ -45,12 +46,16 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     from bi_ops.models import make_model
 
     model = make_model(config)
-    generator = torch.Generator(device=model.device).manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            is_norm = name.endswith("norm.weight")
-            p.normal_(1.0 if is_norm else 0.0, 0.1 if is_norm else 0.02, generator=generator)
+    draw_weights(model)
     model.save_pretrained(folder, torch.bfloat16)
+
+
+def requests(sequences: int, vocabulary: int, longest: int = PROMPT) -> list[list[int]]:
+    """Prompts of many lengths, each for `GROUP` requests."""
+    return [
+        [(7919 * (i // GROUP + 1) + 104729 * j) % vocabulary for j in range(1 + (i // GROUP) * 37 % longest)]
+        for i in range(sequences)
+    ]
 
 
 def sample(args: argparse.Namespace) -> dict[str, Any]:
@@ -80,10 +85,7 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
     engine = make_engine(args.engine, args.checkpoint, **options)
     start_s = time.perf_counter() - began
     vocabulary = min(config.vocab_size, 150000)
-    prompts = [
-        [(7919 * (i // GROUP + 1) + 104729 * j) % vocabulary for j in range(1 + (i // GROUP) * 37 % args.prompt)]
-        for i in range(args.sequences)
-    ]
+    prompts = requests(args.sequences, vocabulary, args.prompt)
     params = [SamplingParams(args.new_tokens, seed=i) for i in range(args.sequences)]
     engine.generate(prompts[:2], [SamplingParams(2)] * 2)  # compiles what is left
     began = time.perf_counter()

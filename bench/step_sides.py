@@ -71,6 +71,16 @@ def expert_shape(model: str, layers: int | None = None) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module) -> None:
+    """Random weights in place, the same at every call: norms about 1, what is not a norm about 0."""
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator(device=next(iter(parameters.values())).device).manual_seed(SEED)
+    for name, p in parameters.items():
+        is_norm = name.endswith("norm.weight")
+        p.normal_(1.0 if is_norm else 0.0, 0.1 if is_norm else 0.02, generator=generator)
+
+
 class Step(NamedTuple):
     """forward to the mean log-probability; what comes before and after a backward; clip, then optimizer; the weights.
 

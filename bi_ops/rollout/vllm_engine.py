@@ -128,6 +128,8 @@ class VllmEngine:
         logprobs_mode: "raw_logprobs", of the logits as they are, or "processed_logprobs", of the distribution that was
             sampled: with the plugin training has these bits too.
         sleep_mode: allocate weights and KV cache so that `sleep` can give their memory back. Same bits.
+        load_format: vLLM's: "auto" reads the checkpoint; "dummy" needs its config.json alone, and the weights have
+            values that are of use from `update_weights` on.
 
     Raises:
         RuntimeError: no GPU, no supported vLLM, another mode already set, vLLM chose another attention kernel, or
@@ -159,6 +161,7 @@ class VllmEngine:
         distributed_executor_backend: str | None = None,
         logprobs_mode: LogprobsMode = "raw_logprobs",
         sleep_mode: bool = False,
+        load_format: str = "auto",
     ) -> None:
         check_logprobs_mode("VllmEngine", logprobs_mode)
         if runtime.INTERPRET:
@@ -196,6 +199,7 @@ class VllmEngine:
             self._llm: Any = LLM(
                 model=str(path),
                 skip_tokenizer_init=True,
+                load_format=load_format,
                 dtype=dtype,
                 seed=seed,
                 tensor_parallel_size=tensor_parallel_size,

@@ -1,0 +1,84 @@
+"""Benchmarks of whole mixtures of experts, on tiny ones without vLLM or a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bi_ops.core import runtime
+from bi_ops.models import make_model
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+@pytest.fixture
+def whole(bench):
+    return bench("moe_whole")
+
+
+def as_vllm(model: torch.nn.Module, padding: int) -> SimpleNamespace:
+    """Something with vLLM's names for the parameters, and a vocabulary that is padded."""
+    found = []
+    for name, p in model.named_parameters():
+        for own, theirs in (("gate_up_proj.weight", "w13_weight"), ("down_proj.weight", "w2_weight")):
+            name = name.replace(f".experts.{own}", f".experts.routed_experts.{theirs}")
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            p = torch.nn.Parameter(torch.cat([p.detach(), p.new_zeros(padding, p.shape[1])]))
+        found.append((name, p))
+    return SimpleNamespace(named_parameters=lambda: iter(found))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_model_that_scores_has_the_engines_memory(whole, tied):
+    config = whole.expert_shape("dry-moe") | {"tie_word_embeddings": tied}
+    own = make_model(config, param_dtype=torch.bfloat16)
+    whole.draw_weights(own)
+    engine_model = as_vllm(own, padding=3)
+    model = whole.sharing(config, engine_model)
+    of_engine = {p.data_ptr() for _, p in engine_model.named_parameters()}
+    assert {p.data_ptr() for p in model.parameters()} == of_engine
+    wanted = own.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.get_buffer("cos_sin"), own.get_buffer("cos_sin"))
+
+
+def test_weights_are_drawn_alike_in_every_process_and_none_is_constant(whole):
+    one, two = (make_model(whole.expert_shape("dry-moe")) for _ in range(2))
+    for model in (one, two):
+        whole.draw_weights(model)
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+        centre = 1.0 if name.endswith("norm.weight") else 0.0
+        assert 0 < float((a.detach().float() - centre).abs().mean()) < 0.2, name
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU runs the benchmark itself")
+def test_what_the_engine_samples_has_the_bits_of_training_until_one_weight_has_others(whole):
+    args = argparse.Namespace(model="dry-moe", layers=1, dry=True, sequences=3, new_tokens=3, prompt=20)
+    rows = list(whole.one(args, plugin=True))
+    assert [(r["side"], r["composition"]) for r in rows] == [
+        ("plugin", "together"),
+        ("plugin", "shuffled"),
+        ("one bit", "together"),
+    ]
+    assert [r["tokens_checked"] for r in rows] == [9, 9, 9]
+    assert [r["tokens_different"] > 0 for r in rows] == [False, False, True]
+    assert all(map(whole.right, rows))
+
+
+def test_a_row_is_right_only_where_it_shows_something(whole):
+    row = {"tokens_different": 0, "control": False, "inconclusive": ""}
+    assert whole.right(row)
+    wrong = ({"tokens_different": 1}, {"control": True}, {"inconclusive": "constant logits"})
+    assert not any(whole.right(row | change) for change in wrong)
