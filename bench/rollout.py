@@ -1,6 +1,7 @@
 """How fast does vLLM sample: stock, stock batch-invariant, and with the bi_ops plugin? Writes rollout.csv.
 
     python bench/rollout.py --out bench/results/h100 [--models 1.7B] [--modes ...] [--batches 1 8 64 256]
+    python bench/rollout.py --out bench/results/h200 --models 30B-A3B --modes "stock graphs" plugin       with experts
 
 Every engine is a process of its own on the same GPU, with the same prompts, random weights of the model's shape and
 log-probabilities on. Decoding is timed between two lengths of the same requests, so that prefill does not count; the
@@ -74,6 +75,7 @@ class Engine:
         folder.mkdir()
         command = [sys.executable, str(WORKER), mode, model, "--rounds", str(args.rounds)]
         command += ["--batches", *map(str, args.batches)]
+        command += ["--layers", str(args.layers)] if args.layers else []
         command += [] if self._alone else ["--turn", str(folder)]
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             self.process = subprocess.Popen(command, stdout=out, stderr=err)
@@ -146,6 +148,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=list(LAYERS), default=["1.7B"])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--layers", type=int, help="fewer than each model has; a row's model then says so")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions, of which the median counts (5)")
     parser.add_argument("--together", action="store_true", help="start all engines at the same time")
     parser.add_argument("--ready-s", type=float, default=240, help="with --together: seconds until all must be ready")

@@ -14,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from products import MODELS
+from step_sides import EXPERTS, draw_weights, expert_shape
 
-LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
+MIXTURES = {name: sizes[2] for name, sizes in EXPERTS.items() if name != "dry-moe"}
+LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64, **MIXTURES}
 TIED = ("0.6B", "1.7B", "4B")
 PROMPT, FEW, MANY = 32, 16, 144  # tokens of a prompt; tokens sampled, and sampled again
 FIRST_TOKEN = (512, 8192)  # prompts whose first token is timed
 
 
-def checkpoint(folder: Path, model: str) -> Path:
-    """A folder with the config.json of a Qwen3 of this shape; its weights are drawn by vLLM."""
+def shape(model: str, layers: int | None = None) -> dict[str, Any]:
+    """The config.json of a Qwen3 of this shape; layers: fewer than it has."""
+    if model in MIXTURES:
+        return expert_shape(model, layers) | {"max_position_embeddings": 40960, "torch_dtype": "bfloat16"}
     hidden, intermediate, heads, kv_heads = MODELS[model]
-    config = {
+    return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "hidden_act": "silu",
@@ -32,7 +36,7 @@ def checkpoint(folder: Path, model: str) -> Path:
         "vocab_size": 151936,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
-        "num_hidden_layers": LAYERS[model],
+        "num_hidden_layers": layers or LAYERS[model],
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": 128,
@@ -42,25 +46,24 @@ def checkpoint(folder: Path, model: str) -> Path:
         "tie_word_embeddings": model in TIED,
         "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
-def cache_bytes(model: str, batches: list[int]) -> int:
+def cache_bytes(config: dict[str, Any], batches: list[int]) -> int:
     """The KV cache that the longest batch and prompt need, and a tenth more."""
-    kv_heads = MODELS[model][3]
     tokens = max(batches) * (PROMPT + MANY + 16) + max(FIRST_TOKEN) + 64
-    return int(1.1 * tokens * LAYERS[model] * kv_heads * 128 * 2 * 2)
+    return int(1.1 * tokens * config["num_hidden_layers"] * config["num_key_value_heads"] * 128 * 2 * 2)
 
 
 class Sampler:
     """vLLM with random weights of a model's shape, in this process or on the ranks that torchrun has started.
 
     Ranks share the model, and all make the same calls. mode: one of bench/rollout.py. requests: at once, at most.
-    tokens: of the longest request. options: of vLLM's `LLM`.
+    tokens: of the longest request. layers: fewer than the model has. options: of vLLM's `LLM`.
     """
 
-    def __init__(self, mode: str, model: str, requests: int, tokens: int, **options: Any) -> None:
+    def __init__(
+        self, mode: str, model: str, requests: int, tokens: int, layers: int | None = None, **options: Any
+    ) -> None:
         plugin = mode.startswith("plugin")
         if mode == "invariant" or plugin:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
@@ -81,8 +84,9 @@ class Sampler:
         #: When its start began, by `time.perf_counter`.
         self.began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(shape(model, layers)))
             self._llm = LLM(
-                model=str(checkpoint(Path(folder), model)),
+                model=folder,
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 dtype="bfloat16",
@@ -92,6 +96,8 @@ class Sampler:
                 generation_config="vllm",
                 **options,
             )
+        if model in MIXTURES:  # vLLM's own draw is so small that all tokens meet the same experts
+            self._llm.apply_model(draw_weights)
 
     def sample(self, prompts: list[list[int]], new_tokens: int) -> float:
         """Seconds."""
@@ -124,15 +130,18 @@ def prompt(i: int, length: int) -> list[int]:
     return [(7919 * (i + 1) + 104729 * j) % 151936 for j in range(length)]
 
 
-def rounds(mode: str, model: str, batches: list[int], n: int, turn: Path | None) -> Iterator[list[dict[str, Any]]]:
+def rounds(
+    mode: str, model: str, batches: list[int], n: int, turn: Path | None, layers: int | None = None
+) -> Iterator[list[dict[str, Any]]]:
     """A row per batch size of one mode in this process, after every round: medians of the rounds so far.
 
     turn: a folder; the engine is ready when this process writes `ready` there, and does round i when `go<i>` appears.
+    layers: fewer than the model has, which its name then says.
     """
     engine = Sampler(
-        *(mode, model, max(batches), max(FIRST_TOKEN) + 64),
+        *(mode, model, max(batches), max(FIRST_TOKEN) + 64, layers),
         gpu_memory_utilization=0.05 if turn else 0.85,
-        kv_cache_memory_bytes=cache_bytes(model, batches) if turn else None,
+        kv_cache_memory_bytes=cache_bytes(shape(model, layers), batches) if turn else None,
     )
     from bi_ops.matmul import cublaslt
 
@@ -158,7 +167,7 @@ def rounds(mode: str, model: str, batches: list[int], n: int, turn: Path | None)
         yield [
             {
                 "mode": mode,
-                "model": model,
+                "model": f"{model}, {layers} layers" if layers else model,
                 "batch": batch,
                 "decode_tok_s": round(middle[f"decode {batch}"], 1),
                 "decode_low": round(min(s[f"decode {batch}"] for s in seen), 1),
@@ -179,8 +188,9 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--turn", type=Path)
+    parser.add_argument("--layers", type=int)
     args = parser.parse_args()
-    for i, rows in enumerate(rounds(args.mode, args.model, args.batches, args.rounds, args.turn)):
+    for i, rows in enumerate(rounds(args.mode, args.model, args.batches, args.rounds, args.turn, args.layers)):
         print(json.dumps(rows), flush=True)
         if args.turn:
             (args.turn / f"done{i}").touch()

@@ -32,17 +32,22 @@ def rollout(results: Path) -> str:
     speed = {(r["release"], r["model"], int(r["batch"]), r["mode"]): float(r["decode_tok_s"]) for r in rows}
     first = {(r["release"], r["model"], r["mode"]): r["ttft_512_ms"] + " / " + r["ttft_8192_ms"] for r in rows}
     lines = []
+    batches = sorted({int(r["batch"]) for r in rows})
     for release, model in dict.fromkeys((r["release"], r["model"]) for r in rows):
         of = {(batch, mode): rate for (*it, batch, mode), rate in speed.items() if it == [release, model]}
         cells = []
-        for batch in sorted({b for b, mode in of if mode == OURS}):
-            ours = of[batch, OURS]
+        for batch in batches:
+            if (ours := of.get((batch, OURS))) is None:
+                cells.append("-")
+                continue
             best = max((of[batch, mode] for mode in STOCK if (batch, mode) in of), default=None)
-            ratio = {"stock": best and ours / best, "invariant": ours / of.get((batch, INVARIANT), float("nan"))}
+            ratio = {
+                "stock": best and ours / best,
+                "invariant": ours / of[batch, INVARIANT] if (batch, INVARIANT) in of else None,
+            }
             cells.append(f"{ours:,.0f} ({', '.join(f'{v:.2f}' if v else '-' for v in ratio.values())})")
         tokens = [first[release, model, mode] for mode in (OURS, "stock graphs") if (release, model, mode) in first]
         lines.append((f"{release}, {model}", *cells, "; ".join(tokens)))
-    batches = sorted({int(r["batch"]) for r in rows})
     head = ("vLLM, Qwen3", *(f"batch {b}" for b in batches), "first token after 512 / 8,192, ms (stock)")
     means = [f"{release}: {geometric_mean(v):.2f} over {len(v)} cells" for release, v in beside_stock(rows).items()]
     faster = f"\nTimes as fast as stock vLLM, geometric mean: {'; '.join(means)}.\n\n"

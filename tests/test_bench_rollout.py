@@ -44,7 +44,7 @@ def rollout(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("record", "products", "rollout_worker"):
+    for name in ("record", "products", "rollout_worker", "step_sides"):
         sys.modules.pop(name, None)
 
 
@@ -52,7 +52,7 @@ def test_engines_start_together_and_do_their_rounds_in_turn(rollout, tmp_path, m
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "WORKER", script)
-    options = {"models": ["1.7B"], "modes": ["a", "broken", "dies", "b"], "batches": [1], "rounds": 2}
+    options = {"models": ["1.7B"], "modes": ["a", "broken", "dies", "b"], "batches": [1], "rounds": 2, "layers": None}
     args = argparse.Namespace(together=True, ready_s=60, **options)
     found = [(e.mode, e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)]
     newest = {mode: rows for mode, rows, _ in found}
@@ -74,13 +74,32 @@ def test_an_engine_that_is_not_ready_in_time_is_killed_and_said_so(rollout, tmp_
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "WORKER", script)
-    args = argparse.Namespace(models=["1.7B"], modes=["stuck"], batches=[1], rounds=2, together=True, ready_s=0.1)
+    args = argparse.Namespace(
+        models=["1.7B"], modes=["stuck"], batches=[1], rounds=2, layers=8, together=True, ready_s=0.1
+    )
     assert [(e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)] == [([], "killed")]
     assert "1.7B stuck: not ready in time" in capsys.readouterr().err
 
 
-def test_the_cache_of_an_engine_holds_its_batch(rollout):
-    token = 28 * 8 * 128 * 2 * 2  # layers, KV heads, head size, keys and values, bytes
+@pytest.mark.parametrize(
+    ("model", "layers", "token"),
+    [("1.7B", None, 28 * 8), ("30B-A3B", None, 48 * 4), ("30B-A3B", 8, 8 * 4)],  # layers, KV heads
+)
+def test_the_cache_of_an_engine_holds_its_batch(rollout, model, layers, token):
     worker = sys.modules["rollout_worker"]
-    assert worker.cache_bytes("1.7B", [1, 8]) > token * (8 * (worker.PROMPT + worker.MANY) + 8192)
-    assert worker.cache_bytes("1.7B", [256]) > token * 256 * (worker.PROMPT + worker.MANY)
+    config = worker.shape(model, layers)
+    token *= 128 * 2 * 2  # head size, keys and values, bytes
+    assert worker.cache_bytes(config, [1, 8]) > token * (8 * (worker.PROMPT + worker.MANY) + 8192)
+    assert token * 256 * (worker.PROMPT + worker.MANY) < worker.cache_bytes(config, [256]) < token * 70_000
+
+
+def test_every_model_that_is_timed_is_one_of_bi_ops(rollout):
+    """A mixture has the shape of Qwen3-30B-A3B."""
+    from bi_ops.models.registry import config_from
+
+    worker = sys.modules["rollout_worker"]
+    for model, layers in worker.LAYERS.items():
+        assert config_from(worker.shape(model)).num_hidden_layers == layers
+    config = worker.shape("30B-A3B", 24)
+    assert (config["num_experts"], config["num_experts_per_tok"], config["moe_intermediate_size"]) == (128, 8, 768)
+    assert (config["num_hidden_layers"], config["tie_word_embeddings"], config["vocab_size"]) == (24, False, 151936)

@@ -121,7 +121,13 @@ FIELDS = {
         "kv_cache_memory_bytes",
         *("max_model_len", "max_num_seqs", "enable_prefix_caching", "generation_config", "logprobs_mode"),
         *("enforce_eager", "compilation_config", "attention_config", "speculative_config", "enable_lora"),
-        *("additional_config", "distributed_executor_backend", "enable_sleep_mode", "weight_transfer_config", "load_format"),
+        *(
+            "additional_config",
+            "distributed_executor_backend",
+            "enable_sleep_mode",
+            "weight_transfer_config",
+            "load_format",
+        ),
         "enable_expert_parallel",
     },
     (f"{FUSED_MOE}.config", "FusedMoEParallelConfig"): {
