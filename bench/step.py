@@ -2,6 +2,8 @@
 
     python bench/step.py --out bench/results/h100 [--models 0.6B 1.7B] [--tokens 8192 32768] [--seqlen 2048 | rl]
         [--sides ...] [--seconds 300]
+    python bench/step.py --out bench/results/h200 --models 30B-A3B --layers 8 --tokens 8192 16384
+        --sides bi_ops "torch, compiled"       with experts: moe_step.csv
 
 A step is forward, log-probabilities of every next token, their mean, backward. Sides, all on the same tokens, in bf16:
 
@@ -16,15 +18,16 @@ A step is forward, log-probabilities of every next token, their mean, backward. 
     torch, checkpoint as torch, compiled, with torch's activation checkpointing of every layer
     liger             transformers with Liger's fused kernels, fused linear cross-entropy included
 
-torch's sides are not batch-invariant, and round weight gradients to bf16. Sequences of unequal lengths are packed for
-bi_ops and padded to the longest for torch. Every side runs in a process of its own and is timed by wall clock, the GPU
-waited for after each half of a step; medians. Making and handing over the buffers of gradients counts; going through
-the objects of the model for garbage does not. Then the whole step is captured in a CUDA graph and replayed: what it
-takes where the GPU never waits for Python. `first_step_s` is from the loaded weights to the end of the first step,
-compiling included, with the caches that are there. `--update` adds clip and AdamW, `--offload` keeps AdamW's states in
-host memory. `--profile` writes step_profile.csv, the GPU time by kernel. A model that does not fit the memory is tried
-again with half its layers, all its sides then (`layers` says so). Rows are written as they come; `--seconds` ends it,
-and names what was left out. `--dry` runs it all on a tiny model on the CPU; its figures mean nothing.
+torch's sides are not batch-invariant, and round weight gradients to bf16; experts are `torch._grouped_mm`'s. Sequences
+of unequal lengths are packed for bi_ops and padded to the longest for torch. Every side runs in a process of its own
+and is timed by wall clock, the GPU waited for after each half of a step; medians. Making and handing over the buffers
+of gradients counts; going through the objects of the model for garbage does not. Then the whole step is captured in a
+CUDA graph and replayed: what it takes where the GPU never waits for Python. `first_step_s` is from the loaded weights
+to the end of the first step, compiling included, with the caches that are there. `--update` adds clip and AdamW,
+`--offload` keeps AdamW's states in host memory. `--profile` writes step_profile.csv, the GPU time by kernel. A model
+that does not fit the memory is tried again with half its layers, all its sides then (`layers` says so). Rows are
+written as they come; `--seconds` ends it, and names what was left out. `--dry` runs it all on a tiny model on the CPU;
+its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from record import provenance, write_csv
-from step_sides import SEED, SHAPES, Step, lengths_of, ours, shape, theirs, wait
+from step_sides import EXPERTS, SEED, SHAPES, Step, config_of, lengths_of, ours, theirs, wait
 
 import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
@@ -122,7 +125,7 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
     """Median milliseconds of forward, backward, both, and the update, after one or two steps that warm up."""
     torch.manual_seed(SEED)
     seqlen = None if args.seqlen == "rl" else min(int(args.seqlen), tokens)
-    vocabulary = shape(model)["vocab_size"]
+    vocabulary = config_of(model)["vocab_size"]
     rows = [torch.randint(vocabulary, (n,)).to(runtime.default_device()) for n in lengths_of(tokens, seqlen)]
     own = side in RECOMPUTE
     start = wait()
@@ -167,7 +170,7 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
     clip_ms, optimizer_ms, update_peak = updated(made, args.steps) if args.update else (None, None, None)
     return {
         "model": model,
-        "layers": args.layers or SHAPES[model][2],
+        "layers": config_of(model, args.layers)["num_hidden_layers"],
         "tokens": tokens,
         "seqlen": args.seqlen,
         "side": side,
@@ -217,7 +220,9 @@ def updated(made: Step, steps: int) -> tuple[float, float, int | None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that step.csv is written to")
-    parser.add_argument("--models", nargs="+", choices=[m for m in SHAPES if m != "dry"], default=["0.6B", "1.7B"])
+    parser.add_argument(
+        "--models", nargs="+", choices=[m for m in (*SHAPES, *EXPERTS) if "dry" not in m], default=["0.6B", "1.7B"]
+    )
     parser.add_argument("--sides", nargs="+", choices=(*SIDES, *OTHER_SIDES), default=SIDES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="of a step; each is a row")
     parser.add_argument("--seqlen", default="2048", help="of each sequence; rl: lengths as an RL step has them")
@@ -241,8 +246,11 @@ def main() -> int:
     args = parser.parse_args()
     if runtime.INTERPRET and not args.dry:
         parser.error("no GPU: give --dry to try this on the CPU")
+    if "liger" in args.sides and EXPERTS.keys() & set(args.models):
+        parser.error("liger: its kernels are put into the dense Qwen3 only; leave this side out")
     if args.dry:
-        args.models, args.tokens, args.steps = ["dry"], [32], 1
+        args.models = list(dict.fromkeys("dry-moe" if m in EXPERTS else "dry" for m in args.models))
+        args.tokens, args.steps = [32], 1
         args.seqlen = args.seqlen if args.seqlen == "rl" else "16"
     if args.one:
         side, model = args.one
@@ -254,7 +262,7 @@ def main() -> int:
         return 0
     table = Table(args)
     for model, tokens in itertools.product(args.models, args.tokens):
-        layers = args.layers or SHAPES[model][2]
+        layers = config_of(model, args.layers)["num_hidden_layers"]
         while not table.sides(model, tokens, layers) and layers > 1:
             layers //= 2
             print(f"{model} {tokens}: out of memory; again with {layers} layers", file=sys.stderr, flush=True)
@@ -318,9 +326,10 @@ class Table:
         of = {"model": row["model"], "side": row["side"]}
         self.profiles += [of | kernel | self.record for kernel in row.pop("kernels")]
         self.rows.append(row | self.record)
-        write_csv(self.args.out / "step.csv", self.rows)
-        if self.profiles:
-            write_csv(self.args.out / "step_profile.csv", self.profiles)
+        for name, found in (("step", self.rows), ("step_profile", self.profiles)):
+            for prefix, experts in (("", False), ("moe_", True)):
+                if rows := [r for r in found if (r["model"] in EXPERTS) == experts]:
+                    write_csv(self.args.out / f"{prefix}{name}.csv", rows)
         parts = "" if row["forward_ms"] is None else f" = {row['forward_ms']:.1f} + {row['backward_ms']:.1f}"
         print(
             f"{row['model']:5} {row['tokens']:6} {row['side']:17} {row['step_ms']:9.1f} ms{parts}; captured "

@@ -12,8 +12,8 @@ import torch
 from bi_ops.core import runtime
 
 if TYPE_CHECKING:
+    from bi_ops.models.base import CausalLM
     from bi_ops.models.packing import PackedBatch
-    from bi_ops.models.qwen3 import Qwen3ForCausalLM
 
 #: Clip and AdamW of the sides: betas and weight decay are torch's.
 LR, MAX_NORM = 1e-6, 1.0
@@ -106,6 +106,11 @@ def wait() -> float:
     return time.perf_counter()
 
 
+def config_of(model: str, layers: int | None = None) -> dict[str, Any]:
+    """`shape`, or `expert_shape` of a model with experts."""
+    return (expert_shape if model in EXPERTS else shape)(model, layers)
+
+
 def lengths_of(tokens: int, seqlen: int | None) -> list[int]:
     """Equal sequences; seqlen None: those of an RL step, many short and a few of the longest, 16 to 1."""
     if seqlen is not None:
@@ -121,12 +126,12 @@ def lengths_of(tokens: int, seqlen: int | None) -> list[int]:
     return lengths
 
 
-def made_network(model: str, layers: int | None, recompute: str, segments: int = 1) -> Qwen3ForCausalLM:
+def made_network(model: str, layers: int | None, recompute: str, segments: int = 1) -> CausalLM:
     """bi_ops' Qwen3 with random weights."""
-    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+    from bi_ops.models import make_model
 
-    config = Qwen3Config.from_dict(shape(model, layers))
-    network = Qwen3ForCausalLM(config, recompute=recompute, segments=segments)  # type: ignore[arg-type]
+    options = {"segments": segments} if segments > 1 else {}
+    network = make_model(config_of(model, layers), recompute=recompute, **options)
     torch.manual_seed(SEED)
     with torch.no_grad():
         for name, p in network.named_parameters():
@@ -142,7 +147,7 @@ def ours(
     verify: bool = True,
     offload: str = "none",
     graphs: bool = False,
-    network: Qwen3ForCausalLM | None = None,
+    network: CausalLM | None = None,
 ) -> Step:
     """graphs: `whole` replays forward and backward from a CUDA graph. network: of an earlier call; None: a new one."""
     from bi_ops import optim
@@ -155,7 +160,8 @@ def ours(
     if verify:
         warmup(network)
     ids = [row.tolist() for row in rows]
-    batch = pack([row[:1] for row in ids], [row[1:] for row in ids], network.device, align=TOKEN_STEP)
+    prompts, completions = [row[:1] for row in ids], [row[1:] for row in ids]
+    batch = pack(prompts, completions, network.device, TOKEN_STEP, unit_tokens=network.unit_tokens)
     parameters = list(network.parameters())
     optimizer: list[optim.AdamW] = []  # its states are there from the first update on
     if offload != "none":
@@ -210,14 +216,18 @@ def theirs(
     side: str,
     arrange: Callable[[torch.nn.Module], Callable[..., Any]] | None = None,
 ) -> Step:
-    """Sequences of unequal lengths are padded to the longest.
+    """Sequences of unequal lengths are padded to the longest. Experts are computed by `torch._grouped_mm`.
 
     arrange: lays the network out over ranks, compiles its parts, and returns what is called.
     """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     torch.manual_seed(SEED)
-    config = Qwen3Config(**shape(model, layers), attn_implementation="sdpa")
+    fields = config_of(model, layers) | {"attn_implementation": "sdpa"}
+    if experts := model in EXPERTS:
+        fields |= {"experts_implementation": "grouped_mm"}
+    kind = "Qwen3Moe" if experts else "Qwen3"
+    config = getattr(transformers, f"{kind}Config")(**fields)
     device = runtime.default_device()
     autocast, liger = "autocast" in side, side == "liger"
     if liger:
@@ -225,7 +235,9 @@ def theirs(
 
         apply_liger_kernel_to_qwen3(fused_linear_cross_entropy=True)
     with torch.device(device):
-        network = Qwen3ForCausalLM(config)
+        network = getattr(transformers, f"{kind}ForCausalLM")(config)
+    if experts and (found := network.config._experts_implementation) != "grouped_mm":
+        raise RuntimeError(f"transformers computes experts with {found!r}")
     network = network.to(device, torch.float32 if autocast else torch.bfloat16)
     network.config.use_cache = False
     if "checkpoint" in side:

@@ -6,12 +6,13 @@ import argparse
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from bi_ops.core import runtime
-from bi_ops.models import make_model
+from bi_ops.models import make_model, packing
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -82,3 +83,53 @@ def test_a_row_is_right_only_where_it_shows_something(whole):
     assert whole.right(row)
     wrong = ({"tokens_different": 1}, {"control": True}, {"inconclusive": "constant logits"})
     assert not any(whole.right(row | change) for change in wrong)
+
+
+@pytest.fixture
+def step(bench):
+    return bench("step")
+
+
+def test_rows_of_mixtures_have_files_of_their_own(step, tmp_path):
+    args = argparse.Namespace(out=tmp_path, seconds=1.0, commit="c")
+    table = step.Table(args)
+    numbers = dict.fromkeys(("forward_ms", "captured_ms", "first_step_s", "clip_ms", "optimizer_ms", "peak_bytes"))
+    numbers |= {"tokens": 8, "step_ms": 1.0, "tokens_per_s": 8, "update_peak_bytes": 0, "gemm": "", "bits": ""}
+    for model, kernels in (("0.6B", [{"kernel": "k"}]), ("30B-A3B", []), ("30B-A3B", [{"kernel": "k"}])):
+        table._add({"model": model, "side": "bi_ops", **numbers, "kernels": kernels})
+    lines = {path.name: len(path.read_text().splitlines()) - 1 for path in tmp_path.iterdir()}
+    assert lines == {"step.csv": 1, "step_profile.csv": 1, "moe_step.csv": 2, "moe_step_profile.csv": 1}
+
+
+def test_transformers_computes_the_same_mixture_with_grouped_gemms(step, monkeypatch):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    rows = [torch.arange(9).to(runtime.default_device())]
+    made = step.theirs("dry-moe", rows, 1, "torch")
+    value = made.forward()
+    value.backward()
+    ours = make_model(step.config_of("dry-moe", 1))
+    assert sum(p.numel() for p in made.parameters) == sum(p.numel() for p in ours.parameters())
+    assert -7 < float(value.detach()) < -3  # ln 128 is 4.9
+    assert all(p.grad is not None for p in made.parameters)
+    kept = transformers.Qwen3MoeForCausalLM.get_correct_experts_implementation
+    monkeypatch.setattr(
+        transformers.Qwen3MoeForCausalLM,
+        "get_correct_experts_implementation",
+        lambda self, requested: kept(self, "eager"),
+    )
+    with pytest.raises(RuntimeError, match="computes experts with 'eager'"):
+        step.theirs("dry-moe", rows, 1, "torch")
+
+
+def test_a_step_of_a_mixture_is_cut_into_the_units_of_training(step, monkeypatch):
+    batches = []
+    pack = packing.pack
+
+    def recorded(*args: Any, **options: Any) -> packing.PackedBatch:
+        batches.append(pack(*args, **options))
+        return batches[-1]
+
+    monkeypatch.setattr(packing, "pack", recorded)
+    rows = [torch.arange(n).to(runtime.default_device()) for n in (5, 7, 3, 9)]
+    step.ours("dry-moe", rows, 1, "selective", verify=False)
+    assert batches[0].cu_units.tolist() == [0, 32]  # 24 tokens, and not 16 for each of four sequences
