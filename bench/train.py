@@ -1,6 +1,7 @@
 """Does training on vLLM's samples learn, agree bit for bit, and repeat itself? Writes train.json.
 
     python bench/train.py --out bench/results/h100 [--steps 30] [--runs 2]
+    python bench/train.py --out bench/results/h200 --preset h100-moe       with experts: moe_train.json
 
 Runs `bi-ops train --preset h100` several times with one seed, each in a process of its own. Exit status 0 only if
 every step of every run had 0 tokens different, the reward at least doubled, and all final weights are the same bytes.
@@ -18,12 +19,13 @@ from pathlib import Path
 from record import provenance
 
 from bi_ops.core.files import write_json
+from bi_ops.rl import PRESETS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that train.json is written to")
-    parser.add_argument("--preset", default="h100")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="h100")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
@@ -48,7 +50,8 @@ def main() -> int:
         "runs": runs,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "train.json", record)
+    prefix = "moe_" if "num_experts" in PRESETS[args.preset].architecture else ""
+    write_json(args.out / f"{prefix}train.json", record)
     held = {
         "0 tokens different": all(r["tokens_different"] == 0 for r in runs),
         "reward doubled": all(r["reward_last"] >= 2 * r["reward_first"] for r in runs),

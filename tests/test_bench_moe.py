@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,3 +135,22 @@ def test_a_step_of_a_mixture_is_cut_into_the_units_of_training(step, monkeypatch
     rows = [torch.arange(n).to(runtime.default_device()) for n in (5, 7, 3, 9)]
     step.ours("dry-moe", rows, 1, "selective", verify=False)
     assert batches[0].cu_units.tolist() == [0, 32]  # 24 tokens, and not 16 for each of four sequences
+
+
+@pytest.mark.parametrize(("last", "status"), [(0.4, 0), (0.15, 1)])
+def test_a_mixture_that_learns_and_agrees_is_written_apart(bench, tmp_path, monkeypatch, last, status):
+    train = bench("train")
+
+    def run(command: list[str], check: bool) -> None:
+        assert command[command.index("--preset") + 1] == "h100-moe"
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir()
+        summary = {"weights_sha256": "a", "tokens_different": 0, "tokens_checked": 9, "reward_first": 0.1}
+        (folder / "summary.json").write_text(json.dumps(summary | {"reward_last": last}))
+        (folder / "metrics.jsonl").write_text("{}\n")
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(train.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--preset", "h100-moe", "--commit", "c"])
+    assert train.main() == status
+    assert len(json.loads((tmp_path / "moe_train.json").read_text())["runs"]) == 2
