@@ -55,7 +55,7 @@ def sharing(config: dict[str, Any], engine_model: torch.nn.Module) -> CausalLM:
     model = make_model(config, param_dtype=torch.bfloat16, device="meta")
     theirs = named_as_vllm(engine_model)
     # vLLM pads a vocabulary.
-    views = {p: theirs[name].detach()[: p.shape[0]] for name, p in named_as_vllm(model).items()}
+    views = {p: theirs[name].data[: p.shape[0]] for name, p in named_as_vllm(model).items()}
     model.load_state_dict({n: views[p] for n, p in model.named_parameters(remove_duplicate=False)}, assign=True)
     c = model.config  # the table of rotations is no part of a state dict
     model.cos_sin = rope.cos_sin_cache(
