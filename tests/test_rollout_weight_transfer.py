@@ -111,10 +111,10 @@ def test_a_package_that_vllms_transfer_imports_and_nobody_installed_is_named(tmp
         monkeypatch.delitem(sys.modules, name)
     try:
         with pytest.raises(RuntimeError, match=r"VllmEngine: .* pip install a_package_that_is_missing"):
-            weight_transfer.require("VllmEngine")
+            weight_transfer.require("VllmEngine", "ipc")
         engine.write_text("")
         importlib.invalidate_caches()
-        weight_transfer.require("VllmEngine")
+        weight_transfer.require("VllmEngine", "ipc")
     finally:
         for name in [n for n in sys.modules if n.split(".")[0] == "vllm"]:
             del sys.modules[name]

@@ -35,6 +35,19 @@ CALLED = [
     ("vllm.v1.worker.gpu_worker", "Worker.start_weight_update", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.update_weights", ("self", "update_info")),
     ("vllm.v1.worker.gpu_worker", "Worker.finish_weight_update", ("self",)),
+    ("vllm.distributed.weight_transfer.nccl_common", "trainer_init", None),
+    (
+        "vllm.distributed.weight_transfer.packed_tensor",
+        "packed_nccl_broadcast_producer",
+        ("iterator", "group", "src", "post_iter_func", "buffer_size_bytes", "num_buffers"),
+    ),
+    ("vllm.distributed.weight_transfer.nccl_engine", "NCCLWeightTransferEngine.receive_weights", None),
+    (
+        "vllm.distributed.device_communicators.pynccl",
+        "PyNcclCommunicator.broadcast",
+        ("self", "tensor", "src", "stream"),
+    ),
+    ("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator.destroy", ("self",)),
     ("vllm.entrypoints.llm", "LLM.wake_up", ("self", "tags")),
     ("vllm.plugins", "load_general_plugins", ()),
     *(
@@ -121,14 +134,8 @@ FIELDS = {
         "kv_cache_memory_bytes",
         *("max_model_len", "max_num_seqs", "enable_prefix_caching", "generation_config", "logprobs_mode"),
         *("enforce_eager", "compilation_config", "attention_config", "speculative_config", "enable_lora"),
-        *(
-            "additional_config",
-            "distributed_executor_backend",
-            "enable_sleep_mode",
-            "weight_transfer_config",
-            "load_format",
-        ),
-        "enable_expert_parallel",
+        *("additional_config", "distributed_executor_backend", "enable_sleep_mode", "weight_transfer_config"),
+        *("load_format", "enable_expert_parallel", "device_ids"),
     },
     (f"{FUSED_MOE}.config", "FusedMoEParallelConfig"): {
         *("tp_size", "ep_size", "dp_size", "pcp_size", "enable_eplb", "is_sequence_parallel"),
@@ -138,6 +145,12 @@ FIELDS = {
     ("vllm.config.vllm", "VllmConfig"): {"additional_config", "scheduler_config", "model_config", "cache_config"},
     ("vllm.distributed.weight_transfer.ipc_engine", "IPCWeightTransferUpdateInfo"): {
         *("names", "dtype_names", "shapes", "ipc_handles"),
+    },
+    ("vllm.distributed.weight_transfer.nccl_engine", "NCCLWeightTransferUpdateInfo"): {
+        *("names", "dtype_names", "shapes"),
+    },
+    ("vllm.distributed.weight_transfer.nccl_common", "NCCLWeightTransferInitInfo"): {
+        *("master_address", "master_port", "rank_offset", "world_size"),
     },
     ("vllm.config.model", "ModelConfig"): {"model", "quantization"},
     ("vllm.config.scheduler", "SchedulerConfig"): {"max_num_batched_tokens", "max_num_seqs"},
@@ -211,12 +224,26 @@ def test_what_bi_ops_reads_and_sets(release, module, owner):
     assert names_in(module, owner) >= FIELDS[module, owner]
 
 
+def test_how_weights_are_packed_is_told_once(release):
+    """At the start or with each update; `NcclTransfer` asks the first."""
+    folder = "vllm.distributed.weight_transfer"
+    told = [
+        {"packed", "packed_buffer_size_bytes", "packed_num_buffers"} <= names_in(f"{folder}.{module}", owner)
+        for module, owner in (
+            ("nccl_common", "NCCLWeightTransferInitInfo"),
+            ("nccl_engine", "NCCLWeightTransferUpdateInfo"),
+        )
+    ]
+    assert sorted(told) == [False, True]
+
+
 #: Class of vLLM to the attributes of its instances that a replaced method reads.
 ATTRIBUTES = {
     ("vllm.model_executor.layers.layernorm", "RMSNorm"): {
         *("weight", "variance_epsilon", "variance_size_override", "pass_weight", "pass_weight_add"),
     },
     ("vllm.model_executor.custom_op", "CustomOp"): {"_forward_method"},
+    ("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator"): {"disabled"},
     ("vllm.model_executor.layers.linear", "LinearBase"): {"quant_method", "skip_bias_add"},
     ("vllm.model_executor.layers.linear", "RowParallelLinear"): {
         *("tp_rank", "tp_size", "input_size_per_partition", "output_size_per_partition", "output_partition_sizes"),

@@ -66,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tp", type=int, default=1, help="vllm: GPUs that share the model; the plugin keeps every bit")
     parser.add_argument(
+        "--rollout-devices", type=int, nargs="+", metavar="GPU", help="vllm: GPUs of its own, as many as --tp"
+    )
+    parser.add_argument(
         "--enable-expert-parallel", action="store_true", help="vllm, with --tp: GPUs have whole experts of a mixture"
     )
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode")
@@ -122,6 +125,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.engine == "vllm":
         options = {"plugin": args.plugin, "cuda_graphs": args.cuda_graphs}
         options |= {} if args.tp == 1 else {"tensor_parallel_size": args.tp}
+        options |= {"device_ids": args.rollout_devices} if args.rollout_devices else {}
         options |= {"enable_expert_parallel": True} if args.enable_expert_parallel else {}
     if sampling(args).distribution != Distribution():
         options["logprobs_mode"] = "processed_logprobs"
@@ -185,6 +189,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--no-cuda-graphs and --no-plugin change what vLLM does; add --engine vllm")
     if args.engine != "vllm" and args.tp != 1:
         raise ValueError(f"--tp {args.tp} spreads vLLM over GPUs; add --engine vllm")
+    if args.engine != "vllm" and args.rollout_devices:
+        raise ValueError("--rollout-devices names vLLM's GPUs; add --engine vllm")
+    if args.bisect and args.rollout_devices:
+        raise ValueError("--bisect records operators in this process; leave --rollout-devices out")
     if args.bisect and args.tp != 1:
         raise ValueError("--bisect records operators of a whole model; leave --tp out")
     sampling(args)

@@ -28,6 +28,7 @@ examples:
   bi-ops train --output runs/first                        the defaults: a tiny model, the embedded engine
   bi-ops train --preset h100 --output runs/h100           vLLM, on one H100
   bi-ops train --model ./Qwen3-0.6B --engine vllm --task sort --max-new-tokens 8 --output runs/sort
+  bi-ops train --preset h100 --rollout-devices 1 --output runs/two     vLLM on the second GPU
   bi-ops train --output runs/first --steps 60 --resume    go on where the run stopped
   torchrun --nproc-per-node 4 -m bi_ops train --atoms 4 --tp-rollout 2 --preset h100 --output runs/4
   torchrun --nproc-per-node 4 -m bi_ops train --model ./Qwen3-0.6B --segments 4 --tp 4 --output runs/tp
@@ -114,6 +115,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="tensor_parallel_size",
         type=int,
         help="vllm: GPUs that share the model that samples; changes no bit",
+        **given,
+    )
+    parser.add_argument(
+        "--rollout-devices",
+        dest="device_ids",
+        type=int,
+        nargs="+",
+        metavar="GPU",
+        help="vllm: GPUs of its own, as many as --tp-rollout; weights go there by NCCL; changes no bit",
         **given,
     )
     parser.add_argument(

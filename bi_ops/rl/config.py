@@ -28,6 +28,7 @@ FREE_ON_RESUME = (
     "sleep",
     "max_tokens_per_microbatch",
     "tensor_parallel_size",
+    "device_ids",
     "enable_expert_parallel",
     "tp",
     "peer_memory",
@@ -60,6 +61,10 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int | None": ("a whole number or null", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool))),
     "float": ("a number", _number),
     "tuple[float, float]": ("a list of numbers", lambda v: isinstance(v, list | tuple) and all(map(_number, v))),
+    "tuple[int, ...]": (
+        "a list of whole numbers",
+        lambda v: isinstance(v, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in v),
+    ),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "str | None": ("a string or null", lambda v: v is None or isinstance(v, str)),
     "dict[str, Any]": ("an object", lambda v: isinstance(v, dict)),
@@ -104,6 +109,8 @@ class TrainConfig:
     ep: how many neighbouring ranks share the experts in training (`bi_ops.parallel.experts.ExpertParallel`), while each
     has its own part of the batch. It changes no bit.
     tensor_parallel_size: vllm: GPUs that share the model that samples. It changes no bit.
+    device_ids: vllm: which GPUs, none of them the trainer's, as many as tensor_parallel_size; empty: the trainer's own.
+    The weights go there by NCCL (`bi_ops.rollout.nccl_transfer`). It changes no bit.
     enable_expert_parallel: vllm: these GPUs have whole experts, not a slice of each. It changes no bit.
     recompute: what the backward computes again to save memory, as `bi_ops.models.base.CausalLM`; no bit depends on it.
     offload: what waits in host memory between updates, nothing, AdamW's states, or these and the fp32 master weights
@@ -154,6 +161,7 @@ class TrainConfig:
     peer_memory: bool = False
     ep: int = 1
     tensor_parallel_size: int = 1
+    device_ids: tuple[int, ...] = ()
     enable_expert_parallel: bool = False
     recompute: Recompute = "selective"
     offload: Offload = "none"
@@ -167,7 +175,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _check_type(f.name, str(f.type), getattr(self, f.name))
-        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("betas", "device_ids"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
         def need(ok: bool, name: str, rule: str) -> None:
             if not ok:
@@ -220,6 +229,14 @@ class TrainConfig:
         need(self.ep == 1 or self.offload != "masters", "offload", "none or states with ep")
         need(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1")
         need(self.tensor_parallel_size == 1 or self.engine == "vllm", "tensor_parallel_size", "1, except for vllm")
+        named, size = len(set(self.device_ids)), self.tensor_parallel_size
+        need(not named or self.engine == "vllm", "device_ids", "empty, except for vllm")
+        need(
+            not self.device_ids or named == len(self.device_ids) == size,
+            "device_ids",
+            f"as many different GPUs as tensor_parallel_size={size}, or empty",
+        )
+        need(not (self.sleep and named), "sleep", "false with device_ids, whose memory training does not use")
         several = self.tensor_parallel_size > 1
         need(several or not self.enable_expert_parallel, "enable_expert_parallel", "false for tensor_parallel_size=1")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
@@ -250,13 +267,15 @@ class TrainConfig:
                 options |= {"kv_cache_memory_bytes": self.kv_cache_memory_bytes}
             if self.tensor_parallel_size > 1:
                 options |= {"tensor_parallel_size": self.tensor_parallel_size}
+            if self.device_ids:
+                options |= {"device_ids": self.device_ids}
             if self.enable_expert_parallel:
                 options |= {"enable_expert_parallel": True}
         return options
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+        return {**dataclasses.asdict(self), "betas": list(self.betas), "device_ids": list(self.device_ids)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Rollouts with vLLM, in this process: its `LLM`, batch-invariant, with the bi_ops plugin."""
+"""Rollouts with vLLM: its `LLM`, batch-invariant, with the bi_ops plugin; on this GPU, or on others of the host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bi_ops.core.orders import OrderRecord
 from bi_ops.logprob import Distribution
 from bi_ops.models import load_config, orders
 from bi_ops.models.config import CausalLMConfig
-from bi_ops.rollout import weight_transfer
+from bi_ops.rollout import nccl_transfer, weight_transfer
 from bi_ops.rollout.base import Completion, LogprobsMode, SamplingParams, check_logprobs_mode, check_request
 from bi_ops.rollout.sleep import TAGS, SleepMode
 from bi_ops.rollout.vllm_weights import copy_weights, load_slices, named_as_vllm
@@ -123,8 +123,11 @@ class VllmEngine:
             one. Same bits.
         distributed_executor_backend: vLLM's: "external_launcher", where torchrun has started a process for each GPU and
             all make the same calls, so that every rank hands over its own weights; or "mp", where vLLM starts the
-            processes itself: `update_weights` reaches one of them, by CUDA IPC, but not several. None: the first under
-            torchrun, else vLLM's choice.
+            processes itself: `update_weights` reaches one of them, by CUDA IPC, but several only on `device_ids`. None:
+            the first under torchrun, else vLLM's choice.
+        device_ids: GPUs of vLLM's own, none of them the trainer's, as many as tensor_parallel_size, counted as torch
+            counts them: workers there are processes ("mp"), and `update_weights` goes by NCCL. Same bits. None: the
+            trainer's GPU.
         logprobs_mode: "raw_logprobs", of the logits as they are, or "processed_logprobs", of the distribution that was
             sampled: with the plugin training has these bits too.
         sleep_mode: allocate weights and KV cache so that `sleep` can give their memory back. Same bits.
@@ -133,14 +136,18 @@ class VllmEngine:
 
     Raises:
         RuntimeError: no GPU, no supported vLLM, another mode already set, vLLM chose another attention kernel, or
-            its processes would not find the plugin or what they import.
-        ValueError: a head size that cannot keep the contract, sizes that the ranks do not divide, or an unknown
-            attention, kernels or logprobs_mode.
+            its processes would not find the plugin or what they import, or did not join the trainer.
+        ValueError: a head size that cannot keep the contract, sizes that the ranks do not divide, device_ids that
+            cannot be, or an unknown attention, kernels or logprobs_mode.
     """
 
     name = "vllm"
     #: What vLLM raised when it failed.
     _died = ""
+    #: To GPUs of vLLM's own.
+    _transfer: nccl_transfer.NcclTransfer | None = None
+    #: What the last `update_weights` took, where it went to other GPUs.
+    last_transfer: nccl_transfer.Transfer | None = None
 
     def __init__(
         self,
@@ -159,6 +166,7 @@ class VllmEngine:
         tensor_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
         distributed_executor_backend: str | None = None,
+        device_ids: Sequence[int] | None = None,
         logprobs_mode: LogprobsMode = "raw_logprobs",
         sleep_mode: bool = False,
         load_format: str = "auto",
@@ -172,15 +180,24 @@ class VllmEngine:
         check_attention(attention, config.head_dim, plugin)
         check_tensor_parallel("VllmEngine", config, tensor_parallel_size, enable_expert_parallel)
         vllm_plugin.check_kernels("VllmEngine", kernels)
+        if device_ids is not None:
+            nccl_transfer.check_devices(
+                *("VllmEngine", device_ids, tensor_parallel_size, distributed_executor_backend, sleep_mode),
+                own=torch.cuda.current_device(),
+                count=torch.cuda.device_count(),
+            )
+            distributed_executor_backend = "mp"
         if distributed_executor_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             distributed_executor_backend = "external_launcher"
         alone = tensor_parallel_size == 1
-        elsewhere = alone and distributed_executor_backend == "mp"
-        if plugin and (elsewhere or (not alone and distributed_executor_backend != "external_launcher")):
+        transfer: dict[str, str] | None = None  # where workers in other processes can take weights
+        if distributed_executor_backend == "mp" and (alone or device_ids is not None):
+            transfer = weight_transfer.CONFIG if device_ids is None else nccl_transfer.CONFIG
+        if plugin and (transfer or (not alone and distributed_executor_backend != "external_launcher")):
             vllm_plugin.require_entry_point("VllmEngine")
         _prepare_environment()
-        if elsewhere:
-            weight_transfer.require("VllmEngine")
+        if transfer:
+            weight_transfer.require("VllmEngine", transfer["backend"])
         from vllm import LLM
         from vllm.config import CompilationConfig
         from vllm.plugins import load_general_plugins
@@ -205,7 +222,8 @@ class VllmEngine:
                 tensor_parallel_size=tensor_parallel_size,
                 enable_expert_parallel=enable_expert_parallel,
                 distributed_executor_backend=distributed_executor_backend,
-                weight_transfer_config=weight_transfer.CONFIG if elsewhere else None,
+                device_ids=None if device_ids is None else list(device_ids),
+                weight_transfer_config=transfer,
                 gpu_memory_utilization=gpu_memory_utilization,
                 kv_cache_memory_bytes=kv_cache_memory_bytes,
                 max_model_len=max_model_len,
@@ -227,8 +245,9 @@ class VllmEngine:
         self.plugin, self.cuda_graphs, self.dtype, self._kernel = plugin, cuda_graphs, dtype, attention
         self.kernels = kernels if plugin else "vllm"
         self.tensor_parallel_size, self._config = tensor_parallel_size, config
-        self._in_process = (alone and not elsewhere) or distributed_executor_backend == "external_launcher"
-        if elsewhere:
+        self.device_ids = None if device_ids is None else tuple(device_ids)
+        self._in_process = (alone and not transfer) or distributed_executor_backend == "external_launcher"
+        if transfer == weight_transfer.CONFIG:
             self._llm.init_weight_transfer_engine({"init_info": {}})
         self.logprobs_mode = logprobs_mode
         self._memory = SleepMode(self._llm, sleep_mode)
@@ -238,6 +257,8 @@ class VllmEngine:
         self._vocab_size = config.vocab_size
         try:
             self._check_choices()
+            if device_ids is not None:
+                self._transfer = nccl_transfer.NcclTransfer(self._llm, tensor_parallel_size)
         except RuntimeError:
             self.close()
             raise
@@ -327,7 +348,8 @@ class VllmEngine:
         if not self._in_process:
             raise RuntimeError(
                 "VllmEngine: vLLM's own processes hold the weights (distributed_executor_backend='mp'), out of "
-                "reach from here; start one process for each GPU with torchrun, for 'external_launcher'"
+                "reach from here; start one process for each GPU with torchrun, for 'external_launcher', or name GPUs "
+                "of vLLM's own in device_ids"
             )
         return llm.apply_model(lambda model: model)[0]
 
@@ -356,14 +378,20 @@ class VllmEngine:
 
         Raises:
             ValueError: the model does not fit; every tensor that does not is listed.
-            RuntimeError: the engine is closed or still generating, the weights are in several other processes, or
-                another process has other bits afterwards.
+            RuntimeError: the engine is closed or still generating, the weights are in several other processes on the
+                trainer's GPU, another process has other bits afterwards, or has failed, which ends the engine.
         """
         llm = self._open()
-        elsewhere = self.tensor_parallel_size == 1 and not self._in_process
+        elsewhere = self._transfer is not None or (self.tensor_parallel_size == 1 and not self._in_process)
         target = None if elsewhere else self.model
         self._memory.wake_up("weights")
-        if target is None:
+        if self._transfer is not None:
+            try:
+                self.last_transfer = self._transfer.update(model, llm.model_config.dtype)
+            except nccl_transfer.TransferFailed as error:
+                self._died = str(error)
+                raise
+        elif target is None:
             weight_transfer.update(llm, model, llm.model_config.dtype)
         elif self.tensor_parallel_size > 1:
             load_slices(model, target, self._config)
@@ -408,6 +436,7 @@ class VllmEngine:
             "logprobs": self.logprobs_mode,
             "plugin": self.plugin,
             "tensor_parallel_size": self.tensor_parallel_size,
+            "device_ids": self.device_ids,
             "model_runner": "v2" if config.use_v2_model_runner else "v1",
             "orders": None if self.orders is None else self.orders.digest,
             "bias_order": vllm.require("VllmEngine").bias_order,
@@ -433,6 +462,7 @@ class VllmEngine:
         for step in (
             lambda: self._memory.wake_up(*TAGS),  # vLLM would free what is not there
             lambda: self._llm.llm_engine.engine_core.shutdown(),
+            self._transfer.close if self._transfer else lambda: None,
         ):
             with contextlib.suppress(Exception) if self._died else contextlib.nullcontext():
                 step()  # of an engine that died, why it did is what counts

@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 #: vLLM's weight_transfer_config.
 CONFIG = {"backend": "ipc"}
 
-_WORDS = {2: torch.int16, 4: torch.int32}
-#: Elements whose checksum is taken at once: they become 64 bits wide.
+#: Words of 4 bytes whose checksum is taken at once: they become 64 bits wide.
 _CHUNK = 1 << 24
 
 
-def require(op: str) -> None:
-    """Raise RuntimeError if vLLM's transfer cannot be imported: some releases import what they do not install."""
+def require(op: str, backend: str) -> None:
+    """Raise RuntimeError if vLLM's transfer cannot be imported: some releases import what they do not install.
+
+    backend: of vLLM's weight_transfer_config.
+    """
     try:
-        importlib.import_module("vllm.distributed.weight_transfer.ipc_engine")
+        importlib.import_module(f"vllm.distributed.weight_transfer.{backend}_engine")
     except ModuleNotFoundError as e:
         raise RuntimeError(
             f"{op}: vLLM's transfer of weights to another process imports {e.name}, which is missing; "
@@ -38,20 +40,34 @@ def require(op: str) -> None:
 
 
 @torch.no_grad()
-def checksum(t: torch.Tensor) -> int:
-    """A number of the bits of a 2- or 4-byte tensor and of their places. Integers: no order of the sum changes it."""
-    words = t.detach().contiguous().view(-1).view(_WORDS[t.element_size()])
+def weighted_sum(t: torch.Tensor) -> torch.Tensor:
+    """A number of all bits of a tensor and of their places, int64 [], on its device.
+
+    Integers: no order of the sum changes it. Another bit, and two 4-byte words that change places, always change it.
+    """
+    data = t.detach().contiguous().view(-1).view(torch.uint8)
+    if len(data) % 4 or data.storage_offset() % 4:
+        data = torch.cat([data, data.new_zeros(-len(data) % 4)])
+    words = data.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=t.device)
     for start in range(0, len(words), _CHUNK):
-        part = words[start : start + _CHUNK].long()
-        places = torch.arange(start, start + len(part), device=t.device)
-        total += (part * (2 * places + 1)).sum()
-    return int(total)
+        part = words[start : start + _CHUNK]
+        total += (part * torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=t.device)).sum()
+    return total
 
 
-def checksums(model: torch.nn.Module, rows: Mapping[str, int]) -> dict[str, int]:
-    """`checksum` of the parameters that `rows` names, of their first rows: an engine may have padded them."""
-    return {n: checksum(p[: rows[n]]) for n, p in model.named_parameters() if n in rows}
+def checksum(t: torch.Tensor) -> int:
+    """`weighted_sum` as a number."""
+    return int(weighted_sum(t))
+
+
+def checksums(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """`checksum` of those parameters that have the shapes given; an engine may have added rows, which are left out."""
+    return {
+        n: checksum(p[: shapes[n][0]])
+        for n, p in model.named_parameters()
+        if n in shapes and p.shape[1:] == shapes[n][1:] and p.shape[0] >= shapes[n][0]
+    }
 
 
 def send(llm: Any, stored: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
@@ -87,7 +103,7 @@ def update(llm: Any, model: CausalLM, dtype: torch.dtype) -> None:
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     send(llm, ((w.name, w.of(parameters[w.parameter])) for w in model.weight_slices()), dtype)
     named = {n: p.detach() for n, p in named_as_vllm(model).items()}
-    [theirs] = llm.apply_model(functools.partial(checksums, rows={n: p.shape[0] for n, p in named.items()}))
+    [theirs] = llm.apply_model(functools.partial(checksums, shapes={n: tuple(p.shape) for n, p in named.items()}))
     differ = sorted(n for n, p in named.items() if theirs.get(n) != checksum(p.to(dtype)))
     if differ:
         raise RuntimeError(f"update_weights: vLLM has other bits than the trainer in {', '.join(differ)}")
