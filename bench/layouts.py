@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import provenance
+from record import offer_plugin, provenance
 from step_sides import EXPERTS, SHAPES, expert_shape, shape
 from torchrun import environment, launcher, stop
 
@@ -196,10 +196,7 @@ class Bench:
 
     def prepare(self) -> None:
         """The checkpoint, and metadata by which vLLM's processes find the plugin where it is not installed."""
-        info = self.scratch / "bi_ops-0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bi-ops\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbi_ops = bi_ops.vllm_plugin:register\n")
+        offer_plugin(self.scratch)
         config = json.dumps((shape if self.file == "layouts" else expert_shape)(self.args.model, self.args.layers))
         make = [str(HERE / "layouts_worker.py"), "checkpoint", "--checkpoint", str(self.checkpoint), "--config", config]
         subprocess.run([sys.executable, *make], check=True, env=self.environment(self.free[:1]), timeout=120)

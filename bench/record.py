@@ -49,6 +49,14 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     write_atomically(path, write)
 
 
+def offer_plugin(folder: Path) -> None:
+    """Metadata by which processes that have `folder` in their path find the vLLM plugin where it is not installed."""
+    info = folder / "bi_ops-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bi-ops\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbi_ops = bi_ops.vllm_plugin:register\n")
+
+
 def take_shortcuts() -> None:
     """Through Triton's interpreter, as tests do; they change no bit. Nothing on a GPU."""
     if runtime.INTERPRET:
