@@ -38,13 +38,14 @@ import torch
 
 from bi_ops.core.files import write_json
 from bi_ops.models import make_model
+from bi_ops.rollout import nccl_transfer
 from bi_ops.rollout.base import Completion, SamplingParams
 from bi_ops.rollout.nccl_transfer import Transfer, TransferFailed
 from bi_ops.verify.compositions import rescore
 
 REQUESTS, NEW_TOKENS = 20, 100
-#: Seconds that a worker which was killed may keep the trainer waiting.
-KILLED = 60.0
+#: Seconds that workers which are lost may keep the trainer waiting.
+LOST = 60.0
 #: vLLM's processes are begun anew, and NVLink multicast stays off.
 ENVIRONMENT = {
     **{"VLLM_BATCH_INVARIANT": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},
@@ -149,7 +150,6 @@ class Bench:
         return {**found, "held": found["tokens_different"] == 0}
 
     def killed(self) -> dict[str, Any]:
-        self.engine._transfer.timeout = KILLED
         os.kill(self.engine._llm.apply_model(pid)[-1], signal.SIGKILL)
         began = time.perf_counter()
         try:
@@ -181,6 +181,7 @@ def start(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
 
     from bi_ops.rollout.vllm_engine import VllmEngine
 
+    nccl_transfer.TIMEOUT = LOST
     vllm.LLM = functools.partial(vllm.LLM, load_format="dummy")
     engine = VllmEngine(
         folder / "model",
@@ -210,7 +211,12 @@ def main() -> int:
     began = time.monotonic()
     os.environ.update(ENVIRONMENT)
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {**provenance(args.commit), "model": args.model, "tp": args.tp, "cuda_graphs": args.cuda_graphs}
+    record: dict[str, Any] = {
+        **provenance(args.commit),
+        "model": args.model,
+        "tp": args.tp,
+        "cuda_graphs": args.cuda_graphs,
+    }
 
     def write(rows: list[dict[str, Any]], missing: list[str]) -> None:
         write_json(args.out / "weight_transfer.json", {**record, "rows": rows, "not_run": missing})
@@ -218,6 +224,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         engine, model = start(args, Path(folder))
         record["start_s"] = round(time.monotonic() - began, 1)
+        record["nccl"] = {"version": torch.cuda.nccl.version(), **engine._transfer.environment}
         try:
             held = Bench(engine, model, write, args.updates).run(lambda: args.seconds - (time.monotonic() - began))
         finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import queue
 import sys
 import threading
@@ -10,8 +12,6 @@ import types
 from typing import Any
 
 import torch
-
-from bi_ops.rollout import nccl_transfer
 
 
 class Trainer(torch.nn.Module):
@@ -131,31 +131,55 @@ class FakeLLM:
 
 
 def install(monkeypatch, at_start: bool) -> Any:
-    """The two modules of vLLM that the trainer calls; the first has to be given an `llm`.
+    """The modules of vLLM that the trainer calls; the one returned has to be given an `llm`.
 
-    at_start: how tensors are packed is told when the workers join, else with each update.
+    at_start: how tensors are packed is told when the workers join, else with each update; and a worker can undo what it
+    set of NCCL's variables, which the fake ones share with the trainer.
     """
+    monkeypatch.setenv("NCCL_PROTO", "Simple")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     common: Any = types.ModuleType("nccl_common")
     common.NCCLWeightTransferInitInfo = dataclasses.make_dataclass("Info", ["rank_offset", *["packed"] * at_start])
 
-    def trainer_init(info):
-        assert set(info) == {"master_address", "master_port", "world_size"}
+    def create(host, port, rank, world_size):
+        assert rank == 0
         assert common.llm.group.joined.acquire(timeout=5)
+        return (host, port, world_size)
+
+    def communicator(meeting, device):
+        told = common.llm.told[0]
+        assert meeting == (told["master_address"], told["master_port"], told["world_size"])
+        common.environment = {n: v for n, v in os.environ.items() if n.startswith("NCCL_")}
         return common.llm.group
 
-    common.trainer_init = trainer_init
+    @contextlib.contextmanager
+    def unpinned_nccl_env():
+        with monkeypatch.context() as patch:
+            patch.delenv("NCCL_PROTO")
+            yield
+
+    utils, nccl, pynccl = (types.ModuleType(name) for name in ("utils", "nccl", "pynccl"))
+    utils.StatelessProcessGroup = types.SimpleNamespace(create=create)  # type: ignore[attr-defined]
+    pynccl.PyNcclCommunicator = communicator  # type: ignore[attr-defined]
+    if at_start:
+        nccl.unpinned_nccl_env = unpinned_nccl_env  # type: ignore[attr-defined]
     packed: Any = types.ModuleType("packed_tensor")
 
     def producer(iterator, group, src, post_iter_func, buffer_size_bytes, num_buffers):
-        assert buffer_size_bytes == nccl_transfer.PACK_BYTES
-        assert num_buffers == (2 if at_start else 1)
+        common.packing = {"packed_buffer_size_bytes": buffer_size_bytes, "packed_num_buffers": num_buffers}
         for item in iterator:
             group.broadcast(post_iter_func(item).contiguous().view(-1).view(torch.uint8), src=src)
 
     packed.packed_nccl_broadcast_producer = producer
-    for name, module in (("nccl_common", common), ("packed_tensor", packed)):
-        monkeypatch.setitem(sys.modules, f"vllm.distributed.weight_transfer.{name}", module)
+    for name, module in (
+        ("distributed.weight_transfer.nccl_common", common),
+        ("distributed.weight_transfer.packed_tensor", packed),
+        ("distributed.utils", utils),
+        ("distributed.device_communicators.pynccl", pynccl),
+        ("utils.nccl", nccl),
+    ):
+        monkeypatch.setitem(sys.modules, f"vllm.{name}", module)
     return common

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import threading
 import types
 from typing import Any
@@ -45,7 +47,7 @@ def update(transfer: NcclTransfer, trainer: Trainer | None = None) -> nccl_trans
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_each_worker_has_its_slices_of_what_was_sent(workers, connect, at_start):
+def test_each_worker_has_its_slices_of_what_was_sent(workers, connect, vllm, at_start):
     transfer, llm = connect(workers)
     start = llm.told[0]
     assert (start["world_size"], start["rank_offset"]) == (workers + 1, 1)
@@ -61,6 +63,19 @@ def test_each_worker_has_its_slices_of_what_was_sent(workers, connect, at_start)
             assert torch.equal(worker.norm, trainer.norm.bfloat16())
     assert llm.log == ["init", *["start", "update", "finish"] * 2]
     assert [("packed" in info) for info in llm.told] == [at_start, not at_start, not at_start]
+    assert vllm.packing.items() <= llm.told[0 if at_start else 1].items()  # both sides agree
+
+
+def test_the_trainer_makes_its_communicator_under_the_workers_settings(connect, vllm, at_start, monkeypatch):
+    monkeypatch.setenv("NCCL_MAX_NCHANNELS", "8")  # the trainer's alone
+    theirs = {"NCCL_DEBUG": "INFO"} | ({} if at_start else {"NCCL_PROTO": "Simple"})
+    own = nccl_transfer.nccl_environment(torch.nn.Linear(1, 1))
+    assert ("NCCL_PROTO" in own) is not at_start
+    assert own.keys() >= {"NCCL_DEBUG", "NCCL_MAX_NCHANNELS"}
+    monkeypatch.setattr(nccl_transfer, "nccl_environment", lambda model: theirs)
+    connect(1)
+    assert vllm.environment == theirs
+    assert (os.environ["NCCL_MAX_NCHANNELS"], os.environ["NCCL_DEBUG"]) == ("8", "WARN")
 
 
 @pytest.mark.parametrize(("workers", "worker"), [(1, 0), (2, 0), (2, 1)])
@@ -99,12 +114,14 @@ def test_a_worker_that_fails_or_hangs_ends_the_update(call, connect):
         update(transfer)
 
 
-def test_a_worker_that_does_not_join_or_has_no_nccl_is_an_error(connect, vllm):
+def test_a_worker_that_does_not_join_or_has_no_nccl_is_an_error(connect, monkeypatch):
     with pytest.raises(TransferFailed, match=r"VllmEngine: the transfer .* did not start: RuntimeError: Worker failed"):
         connect(1, fails="init")
     with pytest.raises(TransferFailed, match=r"VllmEngine: .* no answer from vLLM's workers in 0 s"):
         connect(1, hangs="init", timeout=0.3)
-    vllm.trainer_init = lambda info: types.SimpleNamespace(disabled=True)
+    monkeypatch.setattr(nccl_transfer, "TIMEOUT", 20.0)
+    pynccl = sys.modules["vllm.distributed.device_communicators.pynccl"]
+    monkeypatch.setattr(pynccl, "PyNcclCommunicator", lambda meeting, device: types.SimpleNamespace(disabled=True))
     with pytest.raises(RuntimeError, match=r"vLLM found no NCCL; .*unset VLLM_DISABLE_PYNCCL"):
         connect(1)
 

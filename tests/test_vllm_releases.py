@@ -35,7 +35,12 @@ CALLED = [
     ("vllm.v1.worker.gpu_worker", "Worker.start_weight_update", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.update_weights", ("self", "update_info")),
     ("vllm.v1.worker.gpu_worker", "Worker.finish_weight_update", ("self",)),
-    ("vllm.distributed.weight_transfer.nccl_common", "trainer_init", None),
+    ("vllm.distributed.utils", "StatelessProcessGroup.create", None),
+    (
+        "vllm.distributed.device_communicators.pynccl",
+        "PyNcclCommunicator.__init__",
+        ("self", "group", "device", "library_path"),
+    ),
     (
         "vllm.distributed.weight_transfer.packed_tensor",
         "packed_nccl_broadcast_producer",

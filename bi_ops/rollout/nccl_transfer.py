@@ -6,6 +6,7 @@ Each worker takes its slices by vLLM's loaders, into the tensors that CUDA graph
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -14,7 +15,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,8 +31,9 @@ CONFIG = {"backend": "nccl"}
 
 #: Seconds that workers have to join, and to take new weights, before they count as lost.
 TIMEOUT = 300.0
-#: Tensors are sent in packs of at least this many bytes.
-PACK_BYTES = 1 << 30
+#: vLLM's names for packs of at least so many bytes, one at a time. With several in flight releases before 0.33 do not
+#: order the streams: a layer in two packs could be loaded before the first is there.
+PACKING = {"packed_buffer_size_bytes": 1 << 30, "packed_num_buffers": 1}
 
 
 class TransferFailed(RuntimeError):
@@ -113,6 +115,37 @@ def noted(model: Any) -> tuple[dict[str, int], list[str]]:
     return found, missing
 
 
+def nccl_environment(model: torch.nn.Module) -> dict[str, str]:
+    """The NCCL_* variables under which a worker makes communicators with other processes.
+
+    vLLM's batch-invariant mode sets some; releases that can undo it do so for such a communicator.
+    """
+    library = importlib.import_module("vllm.utils.nccl")
+    with getattr(library, "unpinned_nccl_env", contextlib.nullcontext)():
+        return _nccl_variables()
+
+
+def _nccl_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """These NCCL_* variables, and no others."""
+
+    def put(own: Mapping[str, str]) -> None:
+        for name in _nccl_variables():
+            del os.environ[name]
+        os.environ.update(own)
+
+    before = _nccl_variables()
+    put(variables)
+    try:
+        yield
+    finally:
+        put(before)
+
+
 def together(what: str, timeout: float, *steps: Callable[[], object]) -> None:
     """Run the steps at once, each in a thread, until all have ended.
 
@@ -156,38 +189,41 @@ class NcclTransfer:
     """The NCCL group of the trainer, rank 0, and the workers of an engine, made once.
 
     Args:
-        llm: vLLM's `LLM`, made with `CONFIG`; its workers are processes on other GPUs. workers: how many. timeout: as
-            `TIMEOUT`.
+        llm: vLLM's `LLM`, made with `CONFIG`; its workers are processes on other GPUs. workers: how many.
+            timeout: None: `TIMEOUT`.
 
     Raises:
         TransferFailed: a worker failed or did not join. RuntimeError: vLLM found no NCCL here.
     """
 
-    def __init__(self, llm: Any, workers: int, timeout: float = TIMEOUT) -> None:
+    def __init__(self, llm: Any, workers: int, timeout: float | None = None) -> None:
         common = importlib.import_module("vllm.distributed.weight_transfer.nccl_common")
-        self._llm, self.workers, self.timeout = llm, workers, timeout
+        stateless = importlib.import_module("vllm.distributed.utils").StatelessProcessGroup
+        communicator = importlib.import_module("vllm.distributed.device_communicators.pynccl").PyNcclCommunicator
+        self._llm, self.workers, self.timeout = llm, workers, timeout or TIMEOUT
         self._device = torch.cuda.current_device()
         #: vLLM's communicator; whatever `broadcast(tensor, src=0)` of this is called with goes over the wire.
         self.group: Any = None
-        # Some releases are told at the start how tensors are packed, others with each update. These do not order the
-        # streams of several packs, so that a layer in two packs could be loaded before it is there: they get one.
+        # Some releases are told at the start how tensors are packed, others with each update.
         at_start = "packed" in {f.name for f in dataclasses.fields(common.NCCLWeightTransferInitInfo)}
-        packing = {
-            "packed": True,
-            "packed_buffer_size_bytes": PACK_BYTES,
-            "packed_num_buffers": 2 if at_start else 1,
-        }
-        self._buffers = packing["packed_num_buffers"]
+        packing = {"packed": True, **PACKING}
         self._with_update: dict[str, Any] = {} if at_start else packing
-        meeting = {"master_address": "127.0.0.1", "master_port": _free_port(), "world_size": workers + 1}
-        told = {**meeting, "rank_offset": 1, **(packing if at_start else {})}
+        host, port = "127.0.0.1", _free_port()
+        told = {"master_address": host, "master_port": port, "world_size": workers + 1, "rank_offset": 1}
+        told |= packing if at_start else {}
+        theirs: list[dict[str, str]] = []
 
         def join() -> None:
             torch.cuda.set_device(self._device)  # a thread begins on the first GPU
-            self.group = common.trainer_init(meeting)
+            meeting = stateless.create(host=host, port=port, rank=0, world_size=workers + 1)
+            with _environment(theirs[0]):  # under other settings than its peers' NCCL would hang
+                self.group = communicator(meeting, device=self._device)
 
         what = "VllmEngine: the transfer of weights to other GPUs did not start"
-        together(what, timeout, lambda: llm.init_weight_transfer_engine({"init_info": told}), join)
+        together(what, self.timeout, lambda: theirs.extend(llm.apply_model(nccl_environment)))
+        together(what, self.timeout, lambda: llm.init_weight_transfer_engine({"init_info": told}), join)
+        #: The NCCL_* variables of the communicator, on both sides.
+        self.environment = theirs[0]
         if getattr(self.group, "disabled", True):  # it would send nothing, silently
             raise RuntimeError(f"{what}: vLLM found no NCCL; install nvidia-nccl, and unset VLLM_DISABLE_PYNCCL")
         llm.apply_model(watch)
@@ -253,8 +289,8 @@ class NcclTransfer:
             group=self.group,
             src=0,
             post_iter_func=lambda item: item[1],
-            buffer_size_bytes=PACK_BYTES,
-            num_buffers=self._buffers,
+            buffer_size_bytes=PACKING["packed_buffer_size_bytes"],
+            num_buffers=PACKING["packed_num_buffers"],
         )
         torch.cuda.synchronize()
 

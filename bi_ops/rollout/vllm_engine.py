@@ -182,7 +182,11 @@ class VllmEngine:
         vllm_plugin.check_kernels("VllmEngine", kernels)
         if device_ids is not None:
             nccl_transfer.check_devices(
-                *("VllmEngine", device_ids, tensor_parallel_size, distributed_executor_backend, sleep_mode),
+                "VllmEngine",
+                device_ids,
+                tensor_parallel_size,
+                distributed_executor_backend,
+                sleep_mode,
                 own=torch.cuda.current_device(),
                 count=torch.cuda.device_count(),
             )
