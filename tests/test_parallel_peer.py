@@ -1,4 +1,4 @@
-"""Sums over ranks that read each other's memory: the bits of the tree, whichever way and however often."""
+"""Sums over ranks that write into each other's memory: the bits of the tree, whichever way and however often."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_both_ways_have_the_bits_of_the_tree(size, dtype, device):
     for n in (4, 2044, 2048, 2052, 4092, 4096, 4100, 3 * 4096 + 8):
         parts = [partial(rank, n).to(device) for rank in range(size)]
         outs = [torch.full((n,), 7.0, dtype=dtype, device=device) for _ in range(size)]
-        for phase in ("COPY", "ADD", "GATHER"):
+        for phase in ("SEND", "ADD", "GATHER"):
             for reduce, part, out in zip(made, parts, outs, strict=True):
                 reduce.launch(part, out, (phase,))
         want = tree(parts, dtype)
@@ -85,7 +85,7 @@ def on_a_rank(memory: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Ten
     control = torch.empty(4096)
     if here.rank == here.size - 1:
         time.sleep(1.0)
-    reduce.launch(partial(here.rank, 4096), control, ("COPY", "ADD", "GATHER"))
+    reduce.launch(partial(here.rank, 4096), control, ("SEND", "ADD", "GATHER"))
     return outs, control
 
 

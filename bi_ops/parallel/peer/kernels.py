@@ -1,10 +1,11 @@
-"""The sum over ranks of partial outputs, in the order of a fixed tree, by kernels that read other ranks' memory.
+"""The sum over ranks of partial outputs, in the order of a fixed tree, by kernels that write into other ranks' memory.
 
-A rank's memory is, in turn: signals, int32 [2, N_RANKS, MAX_PROGRAMS]; partial outputs, fp32 [2, capacity]; rounded
-sums, [2, capacity] times 4 bytes, in the dtype of the result. A call uses one of two halves, and the next call the
-other: a rank that has met the others in a call knows that they have ended the one before, so nobody reads its half.
+A rank's memory is, in turn: signals, int32 [2, N_RANKS, MAX_PROGRAMS]; what each rank has sent it, fp32 [2, N_RANKS,
+slot]; rounded sums, [2, capacity] times 4 bytes, in the dtype of the result. A call uses one of two halves, and the
+next call the other: a rank that has met the others in a call knows that they have ended the one before, so nobody reads
+the half that it writes to. Ranks write to others and read their own: a store over a link waits for nothing.
 
-Program i of a rank meets program i of every other rank, and reads of them what those have written. The number of the
+Program i of a rank meets program i of every other rank, and reads of theirs what those have written. The number of the
 call lies on the GPU, so that a CUDA graph may be replayed.
 """
 
@@ -45,75 +46,81 @@ def _meet(p_peers, rank, call, ROW: tl.constexpr, N_RANKS: tl.constexpr, MAX_PRO
 
 
 @triton.jit
-def _pairwise(p_peers, o_bytes, o, mask, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of what COUNT ranks from FIRST on have at the offsets: halves first, which are subtrees."""
+def _pairwise(p_own, slot, o, mask, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of what COUNT ranks from FIRST on have sent, at the offsets: halves first, which are subtrees."""
     if COUNT == 1:
         return tl.load(
-            _row(_memory_of(p_peers, FIRST, o_bytes, tl.float32), o, BLOCK),
+            _row(p_own + FIRST * slot, o, BLOCK),
             mask=mask,
             cache_modifier=".cg",  # not in this SM's cache, which does not know what others write
         )
     else:
-        left = _pairwise(p_peers, o_bytes, o, mask, FIRST, COUNT // 2, BLOCK)
-        return left + _pairwise(p_peers, o_bytes, o, mask, FIRST + COUNT // 2, COUNT // 2, BLOCK)
+        left = _pairwise(p_own, slot, o, mask, FIRST, COUNT // 2, BLOCK)
+        return left + _pairwise(p_own, slot, o, mask, FIRST + COUNT // 2, COUNT // 2, BLOCK)
 
 
-@triton.jit(do_not_specialize=["n_fours", "capacity", "rank"])
+@triton.jit(do_not_specialize=["n_fours", "slot", "capacity", "rank"])
 def ordered_sum_kernel(
     p_partial,  # fp32 [n]: this rank's
     p_out,  # [n]: the sum
     p_peers,  # int64 [N_RANKS]: pointers to the memory of the ranks
     p_state,  # int32 [2]: calls that have ended, programs of this one that have
     n_fours,  # n / 4, at most 2**28: a mask then says nothing of single elements
+    slot,  # elements that a rank can send to another
     capacity,  # elements of a half
     rank,
     N_RANKS: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
     SHARES: tl.constexpr,  # 1: every rank adds all; N_RANKS: each adds a share, whose rounded sums all gather
-    COPY: tl.constexpr,  # which phases run: all of them, but in a test
+    SEND: tl.constexpr,  # which phases run: all of them, but in a test
     ADD: tl.constexpr,
     GATHER: tl.constexpr,
     MEET: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
-    n = n_fours * 4
+    n, slot = n_fours * 4, slot.to(tl.int64)
     call = tl.load(p_state)
-    half = (call % 2).to(tl.int64) * capacity
-    o_partial = 8 * N_RANKS * MAX_PROGRAMS + 4 * half  # bytes
-    o_sum = 8 * N_RANKS * MAX_PROGRAMS + 8 * capacity.to(tl.int64) + 4 * half
+    half = (call % 2).to(tl.int64)
+    o_sent = 8 * N_RANKS * MAX_PROGRAMS + 4 * half * N_RANKS * slot  # bytes
+    o_sum = 8 * N_RANKS * MAX_PROGRAMS + 8 * N_RANKS * slot + 4 * half * capacity
     n_share = tl.cdiv(tl.cdiv(n, BLOCK), SHARES)  # tiles
     o_b = tl.arange(0, BLOCK)
-    if COPY:
-        p_own = _memory_of(p_peers, rank, o_partial, tl.float32)
+    if SEND:
         for i in range(program, n_share, programs):
-            for share in tl.static_range(SHARES):
-                o = (share * n_share + i) * BLOCK + o_b
-                tl.store(_row(p_own, o, BLOCK), tl.load(p_partial + o, mask=o < n), mask=o < n)
+            for j in tl.static_range(N_RANKS):
+                to = (rank + j) % N_RANKS  # not all to one
+                p_theirs = _memory_of(p_peers, to, o_sent, tl.float32) + rank * slot
+                o = i * BLOCK + o_b
+                if SHARES > 1:
+                    o += to * n_share * BLOCK
+                b_partial = tl.load(p_partial + o, mask=o < n)
+                tl.store(_row(p_theirs, i * BLOCK + o_b, BLOCK), b_partial, mask=o < n)
     if MEET:
         _meet(p_peers, rank, call + 1, 0, N_RANKS, MAX_PROGRAMS)
     DTYPE: tl.constexpr = p_out.dtype.element_ty
     if ADD:
-        first = 0
-        if SHARES > 1:
-            first = rank * n_share
+        p_own = _memory_of(p_peers, rank, o_sent, tl.float32)
         for i in range(program, n_share, programs):
-            o = (first + i) * BLOCK + o_b
-            b_sum = cast(_pairwise(p_peers, o_partial, o, o < n, 0, N_RANKS, BLOCK), DTYPE)
+            o = i * BLOCK + o_b
             if SHARES > 1:
-                p_sum = _memory_of(p_peers, rank, o_sum, DTYPE)
-                tl.store(_row(p_sum, i * BLOCK + o_b, BLOCK), b_sum)
-            else:
-                tl.store(p_out + o, b_sum, mask=o < n)
+                o += rank * n_share * BLOCK
+            b_sum = cast(_pairwise(p_own, slot, i * BLOCK + o_b, o < n, 0, N_RANKS, BLOCK), DTYPE)
+            tl.store(p_out + o, b_sum, mask=o < n)
+            if SHARES > 1:
+                for j in tl.static_range(1, N_RANKS):
+                    p_sum = _memory_of(p_peers, (rank + j) % N_RANKS, o_sum, DTYPE)
+                    tl.store(_row(p_sum, o, BLOCK), b_sum, mask=o < n)
     if SHARES > 1:
         if MEET:
             _meet(p_peers, rank, call + 1, 1, N_RANKS, MAX_PROGRAMS)
         if GATHER:
-            for share in tl.static_range(SHARES):
-                p_sum = _memory_of(p_peers, share, o_sum, DTYPE)
+            p_sum = _memory_of(p_peers, rank, o_sum, DTYPE)
+            for j in tl.static_range(1, N_RANKS):
+                first = (rank + j) % N_RANKS * n_share
                 for i in range(program, n_share, programs):
-                    o = (share * n_share + i) * BLOCK + o_b
-                    b_sum = tl.load(_row(p_sum, i * BLOCK + o_b, BLOCK), cache_modifier=".cg")
+                    o = (first + i) * BLOCK + o_b
+                    b_sum = tl.load(_row(p_sum, o, BLOCK), mask=o < n, cache_modifier=".cg")
                     tl.store(p_out + o, b_sum, mask=o < n)
     if MEET:
         # The last program of a call, which all have read by then, counts it.

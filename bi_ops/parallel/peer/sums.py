@@ -14,7 +14,7 @@ from bi_ops.parallel.peer.memory import PeerMemory
 from bi_ops.parallel.ranks import Ranks
 
 #: Of the kernel, one after the other.
-PHASES = ("COPY", "MEET", "ADD", "GATHER")
+PHASES = ("SEND", "MEET", "ADD", "GATHER")
 #: Elements of a tile, and programs at most: all of them must run at once, on every rank.
 BLOCK, MAX_PROGRAMS = 2048, 128
 #: Of a launch: the kernel counts in 32 bits.
@@ -24,10 +24,10 @@ ONE_SHOT = 1 << 18
 
 
 class PeerAllReduce:
-    """As `parallel.tensor.OrderedAllReduce`, with the same bits: one kernel that reads the other ranks' memory.
+    """As `parallel.tensor.OrderedAllReduce`, with the same bits: one kernel that writes into the other ranks' memory.
 
-    Few elements are added by every rank (one-shot). Of many, each rank adds a share, and reads the rounded sums of the
-    others (two-shot). A CUDA graph may capture a call, and be replayed; all ranks make the same calls in the same
+    Few elements are sent to every rank, and added by each (one-shot). Of many, each rank adds a share, and sends the
+    rounded sums to the others (two-shot). A CUDA graph may capture a call, and be replayed; all ranks make the same calls in the same
     order, on one stream. While a rank waits for the others its programs keep their SMs.
 
     Args:
@@ -53,18 +53,24 @@ class PeerAllReduce:
         if elements < 1:
             raise ValueError(f"parallel.peer: elements is {elements}; it must be that of the largest partial output")
         self.ranks, self.one_shot = ranks, one_shot
-        self.capacity = min(cdiv(elements, BLOCK * ranks.size) * BLOCK * ranks.size, MAX_ELEMENTS)
-        needed = self.n_bytes(ranks.size, elements)
+        self.capacity, self._slot = self._sizes(ranks.size, elements, one_shot)
+        needed = self.n_bytes(ranks.size, elements, one_shot)
         self.memory = PeerMemory(ranks, needed, device) if memory is None else memory
         if self.memory.n_bytes < needed:
             raise ValueError(f"parallel.peer: {elements} elements need {needed} bytes, not {self.memory.n_bytes}")
         self._state = torch.zeros(2, dtype=torch.int32, device=device)
 
     @staticmethod
-    def n_bytes(size: int, elements: int) -> int:
-        """Of each of `size` ranks: signals, twice the partial outputs, and twice the sums."""
+    def _sizes(size: int, elements: int, one_shot: int) -> tuple[int, int]:
+        """Elements of the largest launch, and of what a rank sends to another in one."""
         capacity = min(cdiv(elements, BLOCK * size) * BLOCK * size, MAX_ELEMENTS)
-        return 8 * size * MAX_PROGRAMS + 2 * 4 * capacity + 2 * 4 * capacity
+        return capacity, max(capacity // size, min(cdiv(one_shot, BLOCK) * BLOCK, capacity))
+
+    @classmethod
+    def n_bytes(cls, size: int, elements: int, one_shot: int = ONE_SHOT) -> int:
+        """Of each of `size` ranks: signals, twice what each has sent, and twice the sums."""
+        capacity, slot = cls._sizes(size, elements, one_shot)
+        return 8 * size * MAX_PROGRAMS + 2 * 4 * size * slot + 2 * 4 * capacity
 
     @torch.no_grad()
     def __call__(self, partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -97,12 +103,13 @@ class PeerAllReduce:
         shares = 1 if partial.numel() <= self.one_shot else self.ranks.size
         programs = min(cdiv(cdiv(partial.numel(), BLOCK), shares), MAX_PROGRAMS)
         ordered_sum_kernel[(programs,)](
-            *(partial, out, self.memory.pointers, self._state, partial.numel() // 4, self.capacity, self.ranks.rank),
+            *(partial, out, self.memory.pointers, self._state, partial.numel() // 4),
+            *(self._slot, self.capacity, self.ranks.rank),
             N_RANKS=self.ranks.size,
             MAX_PROGRAMS=MAX_PROGRAMS,
             BLOCK=BLOCK,
             SHARES=shares,
-            COPY="COPY" in phases,
+            SEND="SEND" in phases,
             ADD="ADD" in phases,
             GATHER="GATHER" in phases,
             MEET="MEET" in phases,
