@@ -6,8 +6,9 @@
 A run is killed up to three times (`--of-a-run`), each at a moment drawn uniformly from the length of an undisturbed
 run, and resumed; then it goes on to its end, whose weights must be the same bytes. A kill counts when its run has come
 to its end. A killed process is a fork of this one, so that it need not import torch again. Without a GPU, lengths and
-moments are in processor time, so that other work on the machine moves none. Every visible GPU has a run of its own, at
-the same time. A process says what it is doing in a page that it shares with this one: that is the kind of a kill.
+moments are in processor time, so that other work on the machine moves none. Every visible GPU has a run of its own, or
+several (`--per-gpu`), at the same time. A process says what it is doing in a page that it shares with this one: that is
+the kind of a kill.
 
 Some phases are short: `--aimed` more kills go to each of the start, a checkpoint's writing and that of the final
 weights, at moments drawn uniformly from the length of that phase. After each kill every file that has its name must be
@@ -242,6 +243,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60, help="at least so many, uniform (default: %(default)s)")
     parser.add_argument("--aimed", type=int, default=0, help="at least so many more at each short phase (%(default)s)")
     parser.add_argument("--of-a-run", type=int, default=3, help="a run is killed at most so often (%(default)s)")
+    parser.add_argument("--per-gpu", type=int, default=1, help="runs at a time on a GPU (%(default)s)")
     parser.add_argument("--minutes", type=float, default=60, help="nothing is killed after so many (%(default)s)")
     preload = ["torch._dynamo", "torch.utils.tensorboard"] if runtime.INTERPRET else []
     parser.add_argument("--preload", nargs="+", metavar="MODULE", default=preload, help="or each fork imports them")
@@ -259,7 +261,7 @@ def main() -> int:
     preset, small = PRESETS[args.preset], {**SMALL} if args.preset == "demo" else {"save_every": 1}
     small |= {"cuda_graphs": not args.eager, "kv_cache_memory_bytes": args.kv_cache_memory_bytes}
     config = dataclasses.replace(preset, steps=args.steps, engine=args.engine or preset.engine, **small)
-    rng, until, gpus = random.Random(args.seed), time.monotonic() + 60 * args.minutes, visible_gpus()
+    rng, until, gpus = random.Random(args.seed), time.monotonic() + 60 * args.minutes, visible_gpus() * args.per_gpu
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -270,7 +272,9 @@ def main() -> int:
         print(f"{len(gpus)} at a time, {length:.1f} s undisturbed", flush=True)
         found, number = Faults(length), [0]
         where |= {"engine": config.engine, "steps": args.steps, "weights_sha256": expected}
-        (found.control_changed,) = together([control(config, root / "control", expected, gpus[0])])
+
+        def controlled() -> Waiting[None]:
+            found.control_changed = yield from control(config, root / "control", expected, gpus[0])
 
         def record() -> None:
             lengths = {name: round(watch.length(name), 4) for name in SHORT}
@@ -289,10 +293,8 @@ def main() -> int:
         for phase in SHORT:
             draw = aimed(phase, watch.length(phase), rng)
             together(runs_on(gpu, draw, lambda: args.aimed - found.aimed[phase]) for gpu in gpus)  # noqa: B023
-        together(
-            runs_on(g, uniform(found, rng), lambda: args.kills + found.aimed.total() - found.kills.total())
-            for g in gpus
-        )
+        left = lambda: args.kills + found.aimed.total() - found.kills.total()  # noqa: E731
+        together([controlled(), *(runs_on(gpu, uniform(found, rng), left) for gpu in gpus)])
         record()
     return int(found.wrong())
 

@@ -134,7 +134,7 @@ def cos_sin_cache(
     checks.shape(op, head_dim > 0 and head_dim % 2 == 0, lambda: f"head_dim must be even and positive, got {head_dim}")
     checks.shape(op, max_position > 0, lambda: f"max_position must be positive, got {max_position}")
     checks.shape(op, 0 < theta < math.inf, lambda: f"theta must be positive and finite, got {theta}")
-    return _cos_sin(torch.empty(0, dtype=dtype, device=device), head_dim, max_position, theta)
+    return _cos_sin(torch.zeros(0, dtype=dtype, device=device), head_dim, max_position, theta)
 
 
 def apply_rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:

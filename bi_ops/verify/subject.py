@@ -40,7 +40,7 @@ class Subject:
         backends: names that `call` takes as `backend=` and that compute the same bits; asked for when it runs.
         configs: other kernel configs, as context managers by name, of `call` with `config_options`.
         dtypes, sizes: of floating-point inputs; (k, n) by device type.
-        compiled: whether torch.compile can take it.
+        compiled: whether torch.compile can take it. strided: whether it takes inputs at any address and stride.
         step: where a sum over the batch may be cut, in items.
     """
 
@@ -61,6 +61,7 @@ class Subject:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     sizes: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=lambda: SIZES)
     compiled: bool = True
+    strided: bool = True
     step: int = 16
 
     def __post_init__(self) -> None:

@@ -27,8 +27,8 @@ class PeerAllReduce:
     """As `parallel.tensor.OrderedAllReduce`, with the same bits: one kernel that writes into the other ranks' memory.
 
     Few elements are sent to every rank, and added by each (one-shot). Of many, each rank adds a share, and sends the
-    rounded sums to the others (two-shot). A CUDA graph may capture a call, and be replayed; all ranks make the same calls in the same
-    order, on one stream. While a rank waits for the others its programs keep their SMs.
+    rounded sums to the others (two-shot). A CUDA graph may capture a call, and be replayed; all ranks make the same
+    calls in the same order, on one stream. While a rank waits for the others its programs keep their SMs.
 
     Args:
         ranks: 2, 4 or 8 of one host. elements: of the largest partial output; larger ones are cut. device: this rank's
