@@ -39,6 +39,22 @@ def faults(results: Path) -> str:
     return f"{table(head, rows)}\n{''.join(notes)}" if rows else ""
 
 
+def verify(results: Path) -> str:
+    """`bi-ops verify` on libraries of operators: how much was checked, and which properties failed."""
+    rows, notes = [], []
+    for folder, name in PLACES.items():
+        for path in sorted((results / folder).glob("verify*.json"), key=lambda p: (p.stem != "verify", p.stem)):
+            record = load(results, f"{folder}/{path.name}")
+            library = " ".join(path.stem.split("_")[1:]) or "bi_ops"
+            checked = (len(record["operators"]), record["checks"], f"{record['comparisons']:,}", record["failed"])
+            caught = f"{record['controls_caught']} of {record['controls']}"
+            rows.append((name, library, record["level"], *checked, caught, round(record["seconds"])))
+            failed = "; ".join(f"{op}: {', '.join(of)}" for op, of in record["failures"].items())
+            notes.append(f"- {library}: {failed or 'nothing failed'}. {provenance([record], f'{folder}/{path.name}')}")
+    head = ("where", "library", "level", "operators", "checks", "results compared", "failed", "controls caught", "s")
+    return f"{table(head, rows)}\n{''.join(notes)}" if rows else ""
+
+
 def bisect(results: Path) -> str:
     """Bits flipped in one operator of one side, by model and side, and how many were named."""
     rows, notes = [], []

@@ -259,7 +259,9 @@ def main() -> int:
     for name in args.preload:
         importlib.import_module(name)
     preset, small = PRESETS[args.preset], {**SMALL} if args.preset == "demo" else {"save_every": 1}
-    small |= {"cuda_graphs": not args.eager, "kv_cache_memory_bytes": args.kv_cache_memory_bytes}
+    small |= {"cuda_graphs": not args.eager}
+    if args.kv_cache_memory_bytes:
+        small |= {"kv_cache_memory_bytes": args.kv_cache_memory_bytes, "gpu_memory_utilization": 0.05}
     config = dataclasses.replace(preset, steps=args.steps, engine=args.engine or preset.engine, **small)
     rng, until, gpus = random.Random(args.seed), time.monotonic() + 60 * args.minutes, visible_gpus() * args.per_gpu
     args.out.mkdir(parents=True, exist_ok=True)

@@ -163,24 +163,40 @@ def whole(trainer: Trainer, gradients: bool) -> Iterator[tuple[str, torch.Tensor
             yield name, cast(TensorParallel, layout).joined(layers[name], t) if name in layers else t
 
 
+class Sampled:
+    """In the place of an engine: what it sampled is there."""
+
+    name = "sampled"
+
+    def __init__(self, model: Any) -> None:
+        self.orders = model.orders()
+
+
+def scored(args: argparse.Namespace, completions: list[Completion], advantages: torch.Tensor) -> list[torch.Tensor]:
+    """The log-probabilities of one rank with these segments."""
+    config = TrainConfig(segments=args.segments, atoms=ATOMS)
+    model = load_model(args.checkpoint, **config.model_options())
+    engine: Any = Sampled(model)
+    found: dict[int, torch.Tensor] = {}
+    trainer = Trainer(config, model, engine, task=None)  # type: ignore[arg-type]
+    trainer.backward(completions, advantages, lambda part, scores: found.update(enumerate(scores, part.start)))
+    del trainer, model, engine
+    free()
+    return [found[i] for i in range(len(completions))]
+
+
 def train(args: argparse.Namespace) -> None:
     """Updates on the rollout, for each cut into micro-batches: fingerprints of gradients and weights."""
     ranks = parallel.Ranks.of_torchrun()
     completions: list[Completion] = torch.load(args.rollout, weights_only=False)
     advantages = group_advantages([float(sum(c.tokens) % 97) for c in completions], GROUP)
 
-    class Sampled:
-        name = "sampled"
-
-        def __init__(self, orders: Any) -> None:
-            self.orders = orders
-
-    if args.segments > 1 and args.scores.exists():  # the rollout has other segments
-        completions = [
-            dataclasses.replace(c, logprobs=own)
-            for c, own in zip(completions, torch.load(args.scores, weights_only=False), strict=True)
-        ]
-    kept: dict[int, torch.Tensor] = {}
+    if args.segments > 1:  # the rollout has other bits, and importance ratios would be taken against them
+        if not args.scores.exists():
+            scores = scored(args, completions, advantages)
+            write_atomically(args.scores, lambda partial: torch.save(scores, partial))
+        own = torch.load(args.scores, weights_only=False)
+        completions = [dataclasses.replace(c, logprobs=s) for c, s in zip(completions, own, strict=True)]
     found: list[dict[str, Any]] = []
     # An atom of a mixture of experts is smaller than its unit here, which is the smallest micro-batch.
     cuts: tuple[int | str | None, ...] = (None,) if hasattr(load_config(args.checkpoint), "num_experts") else CUTS
@@ -200,7 +216,7 @@ def train(args: argparse.Namespace) -> None:
         model = load_model(args.checkpoint, **config.model_options())
         if not found:
             model.warmup()
-        engine: Any = Sampled(model.orders())
+        engine: Any = Sampled(model)
         make = Trainer
         if control and (args.fsdp or args.train_tp > 1):
             make = LibraryShards if args.fsdp else SharedByLibrary
@@ -211,11 +227,8 @@ def train(args: argparse.Namespace) -> None:
 
         def check(part: slice, logprobs: Sequence[torch.Tensor], reports: list[Any] = reports) -> None:
             members = completions[part]
-            first = {i: own for i, own in enumerate(logprobs, part.start) if i not in kept}
-            kept.update(first if args.segments > 1 and not args.scores.exists() else {})
-            wanted = [kept.get(i, c.logprobs) for i, c in enumerate(members, part.start)]
             tokens = [c.tokens for c in members]
-            reports.append(compare(wanted, logprobs, tokens, part.start))
+            reports.append(compare([c.logprobs for c in members], logprobs, tokens, part.start))
 
         gradients: list[dict[str, str]] = []
         times: list[float] = []
@@ -245,8 +258,6 @@ def train(args: argparse.Namespace) -> None:
             write_json(args.out, found)
         del trainer, model, engine, result
         free()
-    if kept:
-        write_atomically(args.scores, lambda partial: torch.save([kept[i] for i in sorted(kept)], partial))
 
 
 def free() -> None:

@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="h100")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--kv-cache-memory-bytes", help="vLLM's, where other processes use the GPU too")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     args = parser.parse_args()
 
@@ -36,6 +37,8 @@ def main() -> int:
         for i in range(args.runs):
             folder = Path(scratch) / str(i)
             options = ["--preset", args.preset, "--steps", str(args.steps), "--output", str(folder)]
+            if args.kv_cache_memory_bytes:
+                options += ["--kv-cache-memory-bytes", args.kv_cache_memory_bytes, "--gpu-memory-utilization", "0.1"]
             subprocess.run([sys.executable, "-m", "bi_ops.cli", "train", *options], check=True)
             summary = json.loads((folder / "summary.json").read_text())
             steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
