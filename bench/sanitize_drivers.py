@@ -118,7 +118,7 @@ def _peers() -> None:
     device, size, n = runtime.default_device(), 4, 4096 * 5
     memory = [torch.zeros(PeerAllReduce.n_bytes(size, n), dtype=torch.uint8, device=device) for _ in range(size)]
     for one_shot in (0, n):
-        for phase in ("COPY", "ADD", "GATHER"):
+        for phase in ("SEND", "ADD", "GATHER"):
             for rank in range(size):
                 ranks = parallel.Ranks(rank, size)
                 reduce = PeerAllReduce(ranks, n, device, one_shot, PeerMemory.of_tensors(ranks, memory))
