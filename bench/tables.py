@@ -18,6 +18,7 @@ from kernel_tables import (
     gemm,
     host,
 )
+from layout_tables import layouts, peer
 from limit_tables import limits, operators
 from speed_tables import beside_stock, experts, rollout, step, step_speed
 from table_parts import geometric_mean, load_csv, ratios, table
@@ -89,4 +90,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "bisect": bisect,
     "audit": audit,
     "tree_cost": tree_cost,
+    "layouts": layouts,
+    "peer": peer,
 }

@@ -1,0 +1,66 @@
+"""Tables of runs on several GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from table_parts import csv_provenance, load, load_csv, provenance, table
+
+FILES = ("layouts.json", "layouts_shared.json", "moe_layouts.json", "moe_whole.json")
+
+
+def _layout(row: dict[str, Any]) -> str:
+    """How ranks share the work of a row."""
+    parts = [f"vLLM at TP {row['rollout_tp']}" if row["what"] != "train" else ""]
+    parts += [f"{row['ep']} with whole experts" if row.get("ep", 1) > 1 else ""]
+    if row["what"] == "train":
+        ranks = row["dp"] * row["train_tp"]
+        shards = ", in shards" if row["fsdp"] else ""
+        parts.append(
+            f"training on {ranks} {'ranks' if ranks > 1 else 'rank'}{shards}, rollout at TP {row['rollout_tp']}"
+        )
+        parts += [f"{row['train_tp']} share the model" if row["train_tp"] > 1 else ""]
+        parts += [f"{row['train_ep']} share experts" if row.get("train_ep", 1) > 1 else ""]
+    parts += [f"{row['executor']} executor" if row.get("executor") else "", row.get("side") or ""]
+    return ", ".join(filter(None, parts))
+
+
+def layouts(results: Path) -> str:
+    """Bits of every layout against those of one GPU."""
+    rows, notes = [], []
+    for file in FILES:
+        record = load(results, f"h200/{file}")
+        if record is None:
+            continue
+        for row in record["rows"]:
+            same = [{True: "equal", False: "other", None: ""}[row.get(k)] for k in ("gradients_equal", "weights_equal")]
+            cut = row.get("microbatches")
+            cut = f"cut at {cut} tokens" if isinstance(cut, int) else row.get("composition", "")
+            control = "control" if row["control"] else ""
+            where = f"{record.get('gpus', 1)} GPU, shared" if row.get("shared") else f"{record.get('gpus', 1)} GPU"
+            counts = f"{row['tokens_different']:,} of {row['tokens_checked']:,}"
+            what = ", ".join(filter(None, (_layout(row), cut)))
+            rows.append((row["model"], where, what, row.get("segments", 1), counts, *same, control))
+        notes.append(f"- {provenance([record], f'h200/{file}')}")
+    head = ("model", "machine", "layout", "segments", "log-probabilities that differ", "gradients", "weights", "")
+    return f"{table(head, rows)}\n{''.join(notes)}" if rows else "Nothing was shown yet.\n"
+
+
+def peer(results: Path) -> str:
+    """Microseconds of a sum over ranks."""
+    found = load_csv(results, "h200/peer.csv")
+    rows = [
+        (r["ranks"], r["hidden"], r["rows"], r["peer_us"], r["collectives_us"], f"{_nccl(r):.2f}", _equal(r))
+        for r in found
+    ]
+    head = ("ranks", "hidden", "rows", "peer memory, us", "collectives, us", "NCCL in bf16, us", "bits of the tree")
+    return f"{table(head, rows)}\n{csv_provenance(found, 'h200/peer.csv')}" if rows else "Not measured yet.\n"
+
+
+def _nccl(row: dict[str, str]) -> float:
+    return float(row["nccl_us"]) - float(row["copy_us"])
+
+
+def _equal(row: dict[str, str]) -> str:
+    return "yes" if row["bits_equal"] == "True" else "NO"
