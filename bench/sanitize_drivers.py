@@ -19,7 +19,7 @@ from bi_ops.core import runtime
 from bi_ops.logprob.config import SplitConfig
 from bi_ops.logprob.ops import launch_token_logprobs
 from bi_ops.matmul import subtree
-from bi_ops.matmul.config import WgradTileConfig
+from bi_ops.matmul.config import NARROW, ONE_WAVE, WIDE, WgradConfig, WgradTileConfig
 from bi_ops.matmul.launch import launch_wgrad
 from bi_ops.parallel.peer import PeerAllReduce, PeerMemory
 from bi_ops.verify import configs, packs
@@ -125,11 +125,13 @@ def _peers() -> None:
                 reduce.launch(torch.ones(n, device=device), torch.empty(n, dtype=BF16, device=device), (phase,))
 
 
-def _one_wave() -> None:
-    for groups, block_n, transposed in ((2, 128, False), (3, 128, True), (3, 256, False)):
-        g, x = (torch.randn(200, d).to(runtime.default_device(), BF16) for d in (264, 520))
-        c = torch.randn(264, 520).to(g.device)
-        launch_wgrad(g, x, c, WgradTileConfig(groups, block_n, 32, 6, transposed))
+def _weight_gradients(*used: WgradConfig | WgradTileConfig) -> Callable[[], None]:
+    def run() -> None:
+        for config in used:
+            g, x = (torch.randn(200, d).to(runtime.default_device(), BF16) for d in (264, 520))
+            launch_wgrad(g, x, torch.randn(264, 520).to(g.device), config)
+
+    return run
 
 
 def _few_rows() -> None:
@@ -220,8 +222,8 @@ DRIVERS: dict[str, Driver] = {
         (*_named("qk_norm_rope", "", "_backward"), "qk_add_chunks_kernel"), each("qk_norm_rope")
     ),
     "matmul": Driver(("matmul_kernel", "matmul_segments_kernel"), _gemms),
-    "weight gradient on Hopper": Driver(("wgrad_kernel",), each("linear", dtypes=(BF16,)), gpu=True),
-    "weight gradient of one wave on Hopper": Driver(("wgrad_tile_kernel",), _one_wave, gpu=True),
+    "weight gradient on Hopper": Driver(("wgrad_kernel",), _weight_gradients(WIDE, NARROW), gpu=True),
+    "weight gradient of one wave on Hopper": Driver(("wgrad_tile_kernel",), _weight_gradients(*ONE_WAVE), gpu=True),
     "few rows on Hopper": Driver(("decode_matmul_kernel",), _few_rows, gpu=True),
     "mixture of experts": Driver(
         (

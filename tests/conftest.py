@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 
+import poisoned_memory
 import pytest
 import torch
 from torch.utils._device import _device_constructors
 
 import bi_ops  # noqa: F401  (before torch: decides how triton is imported)
 from bi_ops.core import runtime
-
-_empty, _empty_like, _new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-
 
 # `with torch.device(...)` keeps a list of the functions it redirects, made on first use: it has to hold torch's own.
 _device_constructors()
@@ -24,18 +22,10 @@ if runtime.INTERPRET:
     fast_interpreter.install()
 
 
-def _poison(t: torch.Tensor) -> torch.Tensor:
-    if t.is_floating_point() and t.device.type != "meta" and not isinstance(t, torch._subclasses.FakeTensor):
-        t.detach().fill_(float("nan"))
-    return t
-
-
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
     """`torch.empty` and its kin return NaN."""
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(_empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(_new_empty(*a, **k)))
+    poisoned_memory.install(monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import poisoned_memory
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ def _rank(rank: int, n_ranks: int, folder: str, function: Callable[..., Any], ar
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=timeout)
     dist.barrier()  # a rank that ends at once would close connections that others still make
+    poisoned_memory.install()
     try:
         torch.save(function(*args), f"{folder}/{rank}.pt")
     finally:

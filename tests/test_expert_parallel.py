@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
@@ -60,8 +61,11 @@ def trained(here: parallel.Ranks = parallel.ALONE, updates: int = 2, layout: Any
     config = TrainConfig.from_dict(CONFIG | changes)
     own, engine = model(), cast(Any, Copy(model()))
     engine.describe = dict
+    reference = model() if config.kl else None
+    if reference is not None:
+        reference.get_parameter("lm_head.weight").data *= 1.5
     with mock.patch("bi_ops.parallel.experts.ExpertParallel", layout or ExpertParallel):
-        trainer = Trainer(config, own, engine, cast(Any, Lengths()), ranks=here)
+        trainer = Trainer(config, own, engine, cast(Any, Lengths()), reference, ranks=here)
     trainer.generate = lambda prompts, params: trainer.engine.generate(prompts, params)  # type: ignore[method-assign]
     idles = mock.patch.object(Trainer, "_idle", autospec=True, side_effect=Trainer._idle)
     with mock.patch.object(type(own), "unit_tokens", 16), idles as idle:
@@ -119,6 +123,42 @@ def test_every_layout_has_the_bits_of_one_process(size, alone, tmp_path):
         assert [result["cut"]["idles"] for result in found] == [2, 0]
         assert metrics(tmp_path / "run") == metrics(one)
         assert saved(tmp_path / "run") == saved(one)
+
+
+#: What an update may have besides: a KL to the first model, two updates on a rollout, whole layers computed again.
+MORE: dict[str, Any] = {"kl": 0.1, "updates_per_rollout": 2, "recompute": "layer"}
+
+
+def more_on_a_rank() -> dict[str, Any]:
+    """On 4 ranks an atom is cut besides."""
+    here = parallel.Ranks.of()
+    cut: dict[str, Any] = {} if here.size == 2 else {"max_tokens_per_microbatch": 17}
+    return trained(here, 1, None, **(MORE | cut | {"ep": here.size}))
+
+
+def goes_on(folder: str, config: TrainConfig) -> None:
+    rl.run(config, folder, resume=Path(folder).exists(), ranks=parallel.Ranks.of())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_experts_are_shared_whatever_else_a_step_does(size, tmp_path):
+    """And a run that 2 ranks began goes on in one process, or on 4."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    run = TrainConfig.from_dict(RUN.to_dict() | {"steps": 3, "atoms": 4})
+    rl.run(run, one)
+    ranks.run(2, goes_on, str(other), TrainConfig.from_dict(run.to_dict() | {"steps": 1, "ep": 2}))
+    if size == 2:
+        rl.run(run, other, resume=True)
+    else:
+        ranks.run(4, goes_on, str(other), TrainConfig.from_dict(run.to_dict() | {"ep": 4}))
+    assert metrics(other) == metrics(one)
+    assert saved(other) == saved(one)
+    wanted = trained(updates=1, **MORE)
+    for result in ranks.run(size, more_on_a_rank):
+        assert result["metrics"] == wanted["metrics"]
+        for what in ("grads", "engine"):
+            assert all(torch.equal(a, b) for a, b in zip(result[what], wanted[what], strict=True)), what
 
 
 def test_what_ranks_cannot_share_is_refused_by_name():
