@@ -85,7 +85,8 @@ class Job:
     @property
     def parts(self) -> tuple[str, ...]:
         """What runs in processes of its own, one after the other."""
-        return {"step": ("ours", COMPILED), "segments": ("segments",), "engine": ("plugin", "stock graphs")}[self.kind]
+        engines = ("plugin", *(["plugin peer memory"] if self.tp > 1 else []), "stock graphs")
+        return {"step": ("ours", COMPILED), "segments": ("segments",), "engine": engines}[self.kind]
 
     @property
     def layers(self) -> int:
@@ -123,14 +124,14 @@ def rows_of(job: Job, layers: int, tokens: int, seqlen: int, times: Times) -> It
             given = {"what": "segments"} | layout | size
             yield from _beside("forward and backward", f"segments {n}", ("segments 1",), given, times)
     else:
-        for measure in times.get("plugin", {}):
+        for side, measure in [(s, m) for s in ("plugin", "plugin peer memory") for m in times.get(s, {})]:
             what, batch = measure.split()
             size = {
                 "segments": 1,
                 "batch": int(batch),
                 "tokens": int(batch) * (max(FIRST_TOKEN) if what == "prefill" else 1),
             }
-            yield from _beside(measure, "plugin", ("stock graphs",), {"what": what} | layout | size, times)
+            yield from _beside(measure, side, ("stock graphs",), {"what": what} | layout | size, times)
 
 
 def _beside(

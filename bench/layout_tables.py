@@ -23,6 +23,7 @@ def _layout(row: dict[str, Any]) -> str:
         parts += [f"{row['train_tp']} share the model" if row["train_tp"] > 1 else ""]
         parts += [f"{row['train_ep']} share experts" if row.get("train_ep", 1) > 1 else ""]
     parts += [f"{row['executor']} executor" if row.get("executor") else "", row.get("side") or ""]
+    parts += ["over peer memory" if row.get("peer_memory") else ""]
     return ", ".join(filter(None, parts))
 
 

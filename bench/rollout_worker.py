@@ -76,7 +76,9 @@ class Sampler:
 
         if plugin:
             vllm_plugin.register()
-            options |= {"additional_config": {"bi_ops": {"kernels": "bi_ops" if mode == "plugin" else "vllm"}}}
+            ours: dict[str, Any] = {"kernels": "vllm" if mode == "plugin vllm kernels" else "bi_ops"}
+            ours |= {"peer_memory": True} if mode == "plugin peer memory" else {}
+            options |= {"additional_config": {"bi_ops": ours}}
         if mode == "stock graphs" or plugin:
             options |= {"compilation_config": CompilationConfig(mode=0, cudagraph_mode="FULL")}
         if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:

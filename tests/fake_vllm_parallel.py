@@ -175,6 +175,8 @@ def install(monkeypatch, modules: dict[str, Any], linear: types.ModuleType, embe
     def tensor_model_parallel_reduce_scatter(input_, dim=-1):
         return group.reduce_scatter(input_, dim)
 
+    group.device_group = None
+    modules[GROUPS].get_tp_group = lambda: group
     modules[DISTRIBUTED].group = group
     modules[DISTRIBUTED].tensor_model_parallel_reduce_scatter = tensor_model_parallel_reduce_scatter
     modules[DISTRIBUTED].get_tensor_model_parallel_world_size = n_ranks

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     **dict.fromkeys(FAMILIES, frozenset({"core", "gluon"})),
     "nn": FAMILIES | {"core"},
     "mode": FAMILIES | {"core"},
-    "vllm_plugin": FAMILIES | {"core", "models"},
+    "vllm_plugin": FAMILIES | {"core", "models", "parallel"},
     "models": FAMILIES | {"core", "nn"},
     "verify": FAMILIES | {"", "core", "models", "nn"},
     "rollout": FAMILIES | {"core", "nn", "models", "vllm_plugin"},
@@ -107,6 +107,7 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         *("gather_rows_kernel", "combine_rows_kernel", "expert_activation_kernel", "tile_table_kernel"),
         *("grouped_matmul_hopper_kernel", "grouped_wgrad_hopper_kernel"),
         "ordered_sum_kernel",  # a tree over ranks, which are subtrees of one whatever their number
+        "gather_kernel",  # adds nothing
     }
 )
 

@@ -11,7 +11,7 @@ import torch
 
 from bi_ops import parallel
 from bi_ops.core import runtime
-from bi_ops.parallel.peer import PeerAllReduce, PeerMemory, sums
+from bi_ops.parallel.peer import PeerAllGather, PeerAllReduce, PeerMemory, sums
 
 #: Around a tile, and around the border between one-shot and two-shot, which is set to two tiles.
 SIZES = (1, 2047, 2048, 2049, 4095, 4096, 4097, 3 * 4096 + 5)
@@ -135,6 +135,73 @@ def test_ranks_on_gpus_or_on_one(size, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------------------
+# gathers
+
+#: Rows and columns around a tile, whole ones and not.
+SHAPES = [(1, 8), (1, 2048), (3, 2050), (5, 96), (64, 512), (17, 30)]
+
+
+def own_part(rank: int, m: int, k: int) -> torch.Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(1000 * rank + m * k)).bfloat16()
+
+
+def gathers_on_a_rank(memory: list[torch.Tensor] | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """As `on_a_rank`, of gathers; memory None: symmetric memory, and in the end a CUDA graph that is replayed."""
+    here = parallel.Ranks.of()
+    device = runtime.default_device() if memory else torch.device("cuda", torch.cuda.current_device())
+    gather = PeerAllGather(here, 1 << 18, device, None if memory is None else PeerMemory.of_tensors(here, memory))
+    outs = [gather(own_part(here.rank, *shape).to(device)) for shape in (*SHAPES, *SHAPES)]
+    control = torch.zeros(64, here.size * 512, dtype=torch.bfloat16, device=device)
+    if memory is not None:
+        if here.rank == here.size - 1:
+            time.sleep(1.0)
+        gather.launch((own_part(here.rank, 64, 512) + 1).view(torch.int32), control, ("SEND", "GATHER"))
+        return outs, control
+    given = own_part(here.rank, 64, 512).to(device)
+    gather(given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [gather(given) for _ in range(3)]
+    for _ in range(50):
+        given += 1
+        graph.replay()
+    want = torch.cat([own_part(rank, 64, 512).to(device) for rank in range(here.size)], 1)
+    for _ in range(50):
+        want += 1
+    return [out.cpu() for out in outs], torch.stack([(out != want).sum() for out in captured]).cpu()
+
+
+def check_gathers(found: list[tuple[list[torch.Tensor], torch.Tensor]]) -> None:
+    for outs, _ in found:
+        for out, (m, k) in zip(outs, (*SHAPES, *SHAPES), strict=True):
+            want = torch.cat([own_part(rank, m, k) for rank in range(len(found))], 1)
+            assert torch.equal(bits(out), bits(want)), (m, k)
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="memory of the host; on a GPU see the test below")
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_gather_what_each_has(size):
+    n_bytes = PeerAllGather.memory_bytes(size, 1 << 18)
+    found = ranks.run(
+        size, gathers_on_a_rank, [torch.zeros(n_bytes, dtype=torch.uint8).share_memory_() for _ in range(size)]
+    )
+    check_gathers(found)
+    want = torch.cat([own_part(rank, 64, 512) + 1 for rank in range(size)], 1)
+    assert [torch.equal(bits(control), bits(want)) for _, control in found] == [False] * (size - 1) + [True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(runtime.INTERPRET, reason="needs a GPU")
+@pytest.mark.parametrize("size", [2, 4])
+def test_gpus_gather_what_each_has(size, monkeypatch):
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    found = ranks.run(size, gathers_on_a_rank, None)
+    check_gathers(found)
+    assert all(not different.any() for _, different in found)
+
+
+# --------------------------------------------------------------------------------------------------------------
 # what it refuses
 
 
@@ -155,3 +222,15 @@ def test_what_does_not_fit_is_named(device):
         reduce(torch.zeros(2, 3, device=device).t(), torch.bfloat16)
     assert reduce(torch.zeros(0, 3, device=device), torch.bfloat16).shape == (0, 3)
     assert sums.ONE_SHOT % sums.BLOCK == 0
+    with pytest.raises(ValueError, match="1 rank has nothing to gather"):
+        PeerAllGather(parallel.Ranks(), 8, device)
+    with pytest.raises(ValueError, match="n_bytes is 0"):
+        PeerAllGather(two, 0, device)
+    with pytest.raises(ValueError, match=r"8 bytes a rank need \d+, not \d+"):
+        PeerAllGather(two, 8, device, PeerMemory.of_tensors(two, three[:2]))
+    some = [torch.zeros(PeerAllGather.memory_bytes(2, 8), dtype=torch.uint8, device=device)] * 2
+    gather = PeerAllGather(two, 8, device, PeerMemory.of_tensors(two, some))
+    for wrong in (torch.zeros(2, 3, device=device), torch.zeros(1, 3, device=device).bfloat16()):
+        with pytest.raises(ValueError, match=r"must have at most 8 bytes, rows of whole 4 bytes"):
+            gather(wrong)
+    assert gather(torch.zeros(0, 2, device=device)).shape == (0, 4)

@@ -275,7 +275,9 @@ def test_what_cannot_be_shared_is_refused():
             TrainConfig.from_dict({"segments": 2, **other})
     with pytest.raises(ValueError, match="offload is 'masters'; it must be none or states with tp"):
         TrainConfig(segments=2, tp=2, offload="masters")
-    with pytest.raises(ValueError, match="peer_memory is True; it must be false without tp above 1"):
+    with pytest.raises(
+        ValueError, match="peer_memory is True; it must be false without tp or tensor_parallel_size above 1"
+    ):
         TrainConfig(segments=2, peer_memory=True)
     with pytest.raises(ValueError, match="3 ranks are not groups of 2; start a multiple of 2 with torchrun"):
         parallel.Ranks(0, 3).split(2)

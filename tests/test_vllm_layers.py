@@ -97,7 +97,11 @@ def test_vllms_own_kernels_stay_where_they_are_asked_for(vllm):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"kernels": "cuda"}, "kernels is 'cuda'; it must be bi_ops or vllm"), ({"kernel": "vllm"}, "has kernel; it may")],
+    [
+        ({"kernels": "cuda"}, "kernels is 'cuda'; it must be bi_ops or vllm"),
+        ({"kernel": "vllm"}, "has kernel; it may"),
+        ({"peer_memory": 1}, "peer_memory is 1; it must be true or false"),
+    ],
 )
 def test_what_additional_config_may_hold(vllm, config, message):
     wrapper = vllm[WORKER].WorkerWrapperBase(Worker(Model(), {"bi_ops": config}))

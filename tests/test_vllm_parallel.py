@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from fake_vllm_parallel import DISTRIBUTED, GROUPS, n_ranks, rank
 
 from bi_ops import vllm_plugin
 from bi_ops.core import runtime, vllm
-from bi_ops.vllm_plugin import layers
+from bi_ops.parallel.peer import PeerAllGather, PeerMemory
+from bi_ops.vllm_plugin import layers, parallel
 
 pytestmark = pytest.mark.skipif(not runtime.INTERPRET, reason="the stand-in for vLLM computes on the CPU")
 
@@ -27,8 +29,15 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return made
 
 
-def mlp(version: str, plugin: bool, **options: Any) -> dict[str, torch.Tensor]:
-    """Embedding, column-parallel and row-parallel layer of vLLM's on this rank, before and after an update."""
+#: Bytes that a rank gathers over peer memory at most: the MLP's result, but not what it multiplies.
+PEER_BYTES = 256
+
+
+def mlp(version: str, plugin: bool, memory: list[torch.Tensor] | None = None, **options: Any) -> dict[str, Any]:
+    """Embedding, column-parallel and row-parallel layer of vLLM's on this rank, before and after an update.
+
+    memory: of each rank, over which they gather; None: by collectives.
+    """
     out: dict[str, torch.Tensor] = {}
     with pytest.MonkeyPatch.context() as patch, installed(patch, version) as modules:
         if plugin:
@@ -43,6 +52,17 @@ def mlp(version: str, plugin: bool, **options: Any) -> dict[str, torch.Tensor]:
         model.down = modules[LINEAR].RowParallelLinear(INNER, HIDDEN, prefix="model.layers.0.mlp.down_proj", **options)
         model.down.bias.data.copy_(first["bias"])
         layers.attach(model, vllm.RELEASES[version])
+        if memory is not None:
+            own = lambda ranks, n, device: PeerAllGather(ranks, n, device, PeerMemory.of_tensors(ranks, memory))  # noqa: E731
+            patch.setattr("bi_ops.parallel.peer.PeerAllGather", own)
+            patch.setattr(parallel, "PEER_BYTES", PEER_BYTES)
+            parallel.use_peer_memory(model)
+        gathers = Counter[str]()
+        launch, collective = PeerAllGather.launch, modules[DISTRIBUTED].group.all_gather
+        patch.setattr(PeerAllGather, "launch", lambda *a: (gathers.update(["peer"]), launch(*a))[1])
+        patch.setattr(
+            modules[DISTRIBUTED].group, "all_gather", lambda *a: (gathers.update(["collective"]), collective(*a))[1]
+        )
         x = model.embed(torch.tensor([0, 5, 63, 17, 32, 31, 5]))
         out["embedded"] = x
         for name, each in (("first", first), ("second", second)):
@@ -51,16 +71,17 @@ def mlp(version: str, plugin: bool, **options: Any) -> dict[str, torch.Tensor]:
             y, bias = model.down(model.up(x))
             assert (bias is None) is not options.get("skip_bias_add", False)
             out[name], out["weight"] = y, weight.data.clone()
-    return out
+    return out | {"gathers": dict(gathers)}
 
 
 CASES = [("0.26.0", 2), ("0.33.0", 4)]
 
 
-def on_a_rank(version: str) -> dict[str, Any]:
+def on_a_rank(version: str, memory: list[torch.Tensor]) -> dict[str, Any]:
     """Everything that is asked of the ranks, at once: to start them takes longer."""
     return {
         "ours": mlp(version, True),
+        "peers": mlp(version, True, memory),
         "handed on": mlp(version, True, skip_bias_add=True),
         "stock": mlp(version, False),
         "refused": refusals(version),
@@ -70,7 +91,9 @@ def on_a_rank(version: str) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=CASES, ids=["2 ranks, 0.26", "4 ranks, 0.33"])
 def found(request) -> tuple[str, list[dict[str, Any]]]:
     version, size = request.param
-    return version, ranks.run(size, on_a_rank, version)
+    n_bytes = PeerAllGather.memory_bytes(size, PEER_BYTES)
+    memory = [torch.zeros(n_bytes, dtype=torch.uint8).share_memory_() for _ in range(size)]
+    return version, ranks.run(size, on_a_rank, version, memory)
 
 
 def refusals(version: str) -> list[str]:
@@ -104,7 +127,10 @@ def test_every_size_has_the_bits_of_one_gpu(found):
     for index, result in enumerate(each):
         ours = result["ours"]
         for name in ("embedded", "first", "second"):
-            assert torch.equal(ours[name].view(torch.int16), alone[name].view(torch.int16))
+            for one in (ours, result["peers"]):
+                assert torch.equal(one[name].view(torch.int16), alone[name].view(torch.int16))
+        assert ours["gathers"] == {"collective": 4}
+        assert result["peers"]["gathers"] == {"collective": 2, "peer": 2}
         assert torch.equal(ours["weight"], down.chunk(len(each))[index])  # cut along the outputs, after an update too
     stock = each[0]["stock"]  # the control: partial outputs are added over ranks
     assert not torch.equal(stock["first"], alone["first"])
@@ -133,6 +159,14 @@ def test_what_cannot_have_the_bits_of_one_gpu_is_refused_by_name(found):
     assert reduced.startswith(f"RuntimeError: vllm_plugin: all_reduce of float32 [2, 4] over {n} ranks has bits")
     assert "reduce_scatter of float32 [2, 4]" in scattered
     assert all("tensor_parallel_size" in message for message in first)
+
+
+def test_peer_memory_of_one_gpu_is_refused(monkeypatch):
+    with installed(monkeypatch) as modules:
+        vllm_plugin.register()
+        layer = modules[LINEAR].RowParallelLinear(INNER, HIDDEN)
+        with pytest.raises(ValueError, match="no row-parallel layer is spread over several GPUs"):
+            parallel.use_peer_memory(layer)
 
 
 def test_one_gpu_keeps_vllms_own_layer(monkeypatch):

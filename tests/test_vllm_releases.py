@@ -102,6 +102,7 @@ CALLED = [
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.get_model", ("self",)),
     ("vllm.config.model", "ModelConfig.get_vocab_size", ("self",)),
     ("vllm.distributed", "get_tensor_model_parallel_world_size", ()),
+    ("vllm.distributed.parallel_state", "get_tp_group", ()),
     ("vllm.distributed", "tensor_model_parallel_all_gather", ("input_", "dim")),
     ("vllm.model_executor.parameter", "_ColumnvLLMParameter.load_column_parallel_weight", ("self", "loaded_weight")),
     ("vllm.model_executor.layers.linear", "LinearBase.update_param_tp_status", ("self",)),

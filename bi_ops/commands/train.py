@@ -135,8 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer-memory",
         action="store_true",
-        help="with --tp, on one host: partial outputs are added by a kernel that reads the other GPUs' memory; changes "
-        "no bit",
+        help="with --tp or --tp-rollout, on one host: ranks write into the other GPUs' memory and need no collectives; "
+        "changes no bit",
         **given,
     )
     parser.add_argument(

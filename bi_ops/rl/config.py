@@ -104,8 +104,8 @@ class TrainConfig:
     the same. 1 is one sum from front to back.
     tp: how many neighbouring ranks share the model in training (`bi_ops.parallel.tensor.TensorParallel`); as many
     groups share each batch. It changes no bit.
-    peer_memory: ranks that share the model add partial outputs by a kernel that reads the other GPUs' memory
-    (`bi_ops.parallel.peer.PeerAllReduce`), not by collectives; all are on one host. It changes no bit.
+    peer_memory: ranks that share the model, in training or in vLLM, write into the other GPUs' memory
+    (`bi_ops.parallel.peer`) and need no collectives; all are on one host. It changes no bit.
     ep: how many neighbouring ranks share the experts in training (`bi_ops.parallel.experts.ExpertParallel`), while each
     has its own part of the batch. It changes no bit.
     tensor_parallel_size: vllm: GPUs that share the model that samples. It changes no bit.
@@ -220,7 +220,6 @@ class TrainConfig:
         need(fits, "tp", f"a divisor of segments={self.segments}: declare as many segments as ranks share the model")
         for name in ("fsdp", "step_graphs"):
             need(not (self.segments > 1 and getattr(self, name)), name, "false with segments above 1, or tp")
-        need(self.tp > 1 or not self.peer_memory, "peer_memory", "false without tp above 1")
         need(self.tp == 1 or self.offload != "masters", "offload", "none or states with tp")
         need(self.ep >= 1 and not self.ep & (self.ep - 1), "ep", "a power of two")
         for name in ("fsdp", "step_graphs"):
@@ -238,6 +237,8 @@ class TrainConfig:
         )
         need(not (self.sleep and named), "sleep", "false with device_ids, whose memory training does not use")
         several = self.tensor_parallel_size > 1
+        shared = self.tp > 1 or several
+        need(shared or not self.peer_memory, "peer_memory", "false without tp or tensor_parallel_size above 1")
         need(several or not self.enable_expert_parallel, "enable_expert_parallel", "false for tensor_parallel_size=1")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
         need(
@@ -267,6 +268,7 @@ class TrainConfig:
                 options |= {"kv_cache_memory_bytes": self.kv_cache_memory_bytes}
             if self.tensor_parallel_size > 1:
                 options |= {"tensor_parallel_size": self.tensor_parallel_size}
+                options |= {"peer_memory": True} if self.peer_memory else {}
             if self.device_ids:
                 options |= {"device_ids": self.device_ids}
             if self.enable_expert_parallel:

@@ -198,7 +198,7 @@ class Trainer:
         if self.config.segments > 1:
             from bi_ops.parallel.tensor import TensorParallel
 
-            add = self._peer_sums() if self.config.peer_memory else None
+            add = self._peer_sums() if self.config.peer_memory and self.tensor.size > 1 else None
             return TensorParallel(self.model, tree, self.data, self.tensor, self.model.compute_dtype, add)
         if self.config.ep > 1:
             from bi_ops.parallel.experts import ExpertParallel

@@ -121,6 +121,7 @@ class VllmEngine:
             output is a sum over ranks (`vllm_plugin.parallel`); without it the sizes differ.
         enable_expert_parallel: the GPUs have whole experts of a mixture of experts; else each has a slice of every
             one. Same bits.
+        peer_memory: these GPUs, of one host, gather over each other's memory and not by collectives. Same bits.
         distributed_executor_backend: vLLM's: "external_launcher", where torchrun has started a process for each GPU and
             all make the same calls, so that every rank hands over its own weights; or "mp", where vLLM starts the
             processes itself: `update_weights` reaches one of them, by CUDA IPC, but several only on `device_ids`. None:
@@ -165,6 +166,7 @@ class VllmEngine:
         seed: int = 0,
         tensor_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
+        peer_memory: bool = False,
         distributed_executor_backend: str | None = None,
         device_ids: Sequence[int] | None = None,
         logprobs_mode: LogprobsMode = "raw_logprobs",
@@ -194,6 +196,11 @@ class VllmEngine:
         if distributed_executor_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             distributed_executor_backend = "external_launcher"
         alone = tensor_parallel_size == 1
+        if peer_memory and (alone or not plugin):
+            raise ValueError(
+                "VllmEngine: peer_memory is how several GPUs gather under the plugin; leave it out, or take a "
+                "tensor_parallel_size above 1 and plugin=True"
+            )
         transfer: dict[str, str] | None = None  # where workers in other processes can take weights
         if distributed_executor_backend == "mp" and (alone or device_ids is not None):
             transfer = weight_transfer.CONFIG if device_ids is None else nccl_transfer.CONFIG
@@ -240,7 +247,7 @@ class VllmEngine:
                 # Mode 0 keeps Inductor from rewriting norms and activations; graphs then hold the eager kernels.
                 compilation_config=CompilationConfig(mode=0, cudagraph_mode="FULL") if cuda_graphs else None,
                 attention_config=backend,
-                additional_config={"bi_ops": {"kernels": kernels}},
+                additional_config={"bi_ops": {"kernels": kernels, "peer_memory": peer_memory}},
             )
         finally:
             # Some releases put a function without a gradient in torch.bmm's place, for the whole process. The

@@ -9,12 +9,20 @@ are cut along their outputs already, heads are whole on a rank, and KV heads few
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from bi_ops.vllm_plugin.points import Replaced
+
+#: Puts what the ranks have side by side along the last axis.
+Gather = Callable[[torch.Tensor], torch.Tensor]
+#: Where a row-parallel layer keeps another one than vLLM's.
+_GATHER = "bi_ops_gather"
+#: Of a rank, up to which peer memory is used; it takes four times as much for each rank.
+PEER_BYTES = 4 << 20
 
 #: The one linear method whose weight may be cut along the outputs: a quantized one scales blocks of K.
 _METHOD = "UnquantizedLinearMethod"
@@ -94,18 +102,54 @@ def whole_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, input_: torch.Tensor) -> Any:
         if self.tp_size == 1:
             return stock(self, input_)
-        from vllm.distributed import tensor_model_parallel_all_gather
-
-        x = tensor_model_parallel_all_gather(input_) if self.input_is_parallel else input_
+        gather = getattr(self, _GATHER, None) or _by_collectives()
+        x = gather(input_) if self.input_is_parallel else input_
         bias, n = self.bias, self.output_size_per_partition
         if bias is not None:  # whole on every rank
             bias = None if self.skip_bias_add else bias[self.tp_rank * n : (self.tp_rank + 1) * n]
-        out = tensor_model_parallel_all_gather(self.quant_method.apply(self, x, bias))
+        out = gather(self.quant_method.apply(self, x, bias))
         if not self.return_bias:
             return out
         return out, self.bias if self.skip_bias_add else None
 
     return forward
+
+
+def _by_collectives() -> Gather:
+    from vllm.distributed import tensor_model_parallel_all_gather
+
+    return tensor_model_parallel_all_gather  # type: ignore[no-any-return]
+
+
+def use_peer_memory(model: torch.nn.Module) -> None:
+    """Have the row-parallel layers of `model` gather over the memory of the other GPUs; all ranks make this call.
+
+    More than `PEER_BYTES` of a rank, as in prefill, go through collectives, which move them as fast.
+
+    Raises:
+        RuntimeError: GPUs that do not reach each other's memory. ValueError: one rank, or no row-parallel layer.
+    """
+    linear = importlib.import_module(_LINEAR).RowParallelLinear
+    layers = [m for m in model.modules() if isinstance(m, linear) and m.tp_size > 1]
+    if not layers:
+        raise ValueError(
+            "vllm_plugin: peer_memory was asked for, but no row-parallel layer is spread over several GPUs; leave it "
+            "out, or take a tensor_parallel_size above 1"
+        )
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from bi_ops.parallel.peer import PeerAllGather  # what else the package has takes long to import
+    from bi_ops.parallel.ranks import Ranks
+
+    by_peers = PeerAllGather(Ranks.of(get_tp_group().device_group), PEER_BYTES, next(layers[0].parameters()).device)
+    by_collectives = _by_collectives()
+
+    def gather(x: torch.Tensor) -> torch.Tensor:
+        fits = x.nbytes <= PEER_BYTES and x.shape[-1] * x.element_size() % 4 == 0
+        return by_peers(x) if fits else by_collectives(x)
+
+    for layer in layers:
+        setattr(layer, _GATHER, gather)
 
 
 def sum_of_bits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -5,26 +5,43 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from bi_ops.core import vllm
-from bi_ops.vllm_plugin import layers, moe, sample_graphs, warmup
+from bi_ops.vllm_plugin import layers, moe, parallel, sample_graphs, warmup
 
 #: Who may compute what is not attention in vLLM: bi_ops' operators, or vLLM's own batch-invariant kernels.
 KERNELS = ("bi_ops", "vllm")
 
 
-def kernels_asked(additional_config: Any) -> str:
-    """The kernels that vLLM's `additional_config` asks for, {"bi_ops": {"kernels": ...}}: "bi_ops" unless it says so.
+class Asked(NamedTuple):
+    """What vLLM's `additional_config` may ask for, as {"bi_ops": {...}}. kernels: see `KERNELS`.
+
+    peer_memory: on several GPUs of one host, gather over each other's memory (`parallel.peer`); the same bits.
+    """
+
+    kernels: str = KERNELS[0]
+    peer_memory: bool = False
+
+
+def asked_of(additional_config: Any) -> Asked:
+    """What it asks for.
 
     Raises:
-        ValueError: it asks for something else.
+        ValueError: something else than may be.
     """
     ours = additional_config.get("bi_ops", {}) if isinstance(additional_config, dict) else {}
-    unknown = sorted(set(ours) - {"kernels"}) if isinstance(ours, dict) else [repr(ours)]
+    unknown = sorted(set(ours) - set(Asked._fields)) if isinstance(ours, dict) else [repr(ours)]
     if unknown:
-        raise ValueError(f"vllm_plugin: additional_config['bi_ops'] has {', '.join(unknown)}; it may hold 'kernels'")
-    return check_kernels("vllm_plugin", ours.get("kernels", KERNELS[0]))
+        raise ValueError(
+            f"vllm_plugin: additional_config['bi_ops'] has {', '.join(unknown)}; it may hold "
+            + " and ".join(map(repr, Asked._fields))
+        )
+    found = Asked(**ours)
+    check_kernels("vllm_plugin", found.kernels)
+    if not isinstance(found.peer_memory, bool):
+        raise ValueError(f"vllm_plugin: peer_memory is {found.peer_memory!r}; it must be true or false")
+    return found
 
 
 def check_kernels(op: str, kernels: str) -> str:
@@ -46,17 +63,18 @@ def with_own_kernels(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def init_device(self: Any) -> Any:
         out = stock(self)
-        kernels = kernels_asked(self.vllm_config.additional_config)
+        asked = asked_of(self.vllm_config.additional_config)
         # A worker that refers to itself would outlive its engine, and CUDA graphs with it, until Python collects.
         worker = weakref.ref(self.worker)
-        self.worker.load_model = functools.partial(_load_model, worker, type(self.worker).load_model, kernels)
+        self.worker.load_model = functools.partial(_load_model, worker, type(self.worker).load_model, asked)
         return out
 
     return init_device
 
 
-def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], kernels: str, **kwargs: Any) -> None:
+def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], asked: Asked, **kwargs: Any) -> None:
     """Load the worker's model, give its layers the kernels that were asked for; they compile before vLLM runs it."""
+    kernels = asked.kernels
     worker = alive()
     assert worker is not None, "its own method runs"
     stock(worker, **kwargs)
@@ -68,6 +86,8 @@ def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], kernels: str
     if found or kernels == "bi_ops":
         counted = ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer"
         layers.logger.info("bi_ops: computes %s; a bias is added %s", counted, release.bias_order)
+    if asked.peer_memory:
+        parallel.use_peer_memory(model)
     warmup.before_profile_run(worker.model_runner, release)
     if kernels == "bi_ops" and release.shown:  # which attributes a runner has was read of these alone
         sample_graphs.before_capture(worker.model_runner)

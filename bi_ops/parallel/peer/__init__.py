@@ -1,6 +1,7 @@
-"""Sums over the GPUs of a host whose order is fixed: kernels that read the memory of other ranks."""
+"""Sums and gathers over the GPUs of a host by kernels that write into the memory of other ranks."""
 
+from bi_ops.parallel.peer.gather import PeerAllGather
 from bi_ops.parallel.peer.memory import PeerMemory
 from bi_ops.parallel.peer.sums import PeerAllReduce
 
-__all__ = ["PeerAllReduce", "PeerMemory"]
+__all__ = ["PeerAllGather", "PeerAllReduce", "PeerMemory"]

@@ -1,9 +1,10 @@
-"""The sum over ranks of partial outputs, in the order of a fixed tree, by kernels that write into other ranks' memory.
+"""Kernels that write into other ranks' memory: the sum of partial outputs in the order of a fixed tree, and a gather.
 
-A rank's memory is, in turn: signals, int32 [2, N_RANKS, MAX_PROGRAMS]; what each rank has sent it, fp32 [2, N_RANKS,
-slot]; rounded sums, [2, capacity] times 4 bytes, in the dtype of the result. A call uses one of two halves, and the
-next call the other: a rank that has met the others in a call knows that they have ended the one before, so nobody reads
-the half that it writes to. Ranks write to others and read their own: a store over a link waits for nothing.
+A rank's memory is, in turn: signals, int32 [2, N_RANKS, MAX_PROGRAMS]; what each rank has sent it, 4 bytes each, [2,
+N_RANKS, slot]; of a sum the rounded ones, [2, capacity] times 4 bytes, in the dtype of the result. A call uses one of
+two halves, and the next call the other: a rank that has met the others in a call knows that they have ended the one
+before, so nobody reads the half that it writes to. Ranks write to others and read their own: a store over a link waits
+for nothing.
 
 Program i of a rank meets program i of every other rank, and reads of theirs what those have written. The number of the
 call lies on the GPU, so that a CUDA graph may be replayed.
@@ -43,6 +44,14 @@ def _meet(p_peers, rank, call, ROW: tl.constexpr, N_RANKS: tl.constexpr, MAX_PRO
         while seen - call < 0:  # of numbers that wrap
             seen = tl.atomic_add(p_own + i * MAX_PROGRAMS, 0, sem="acquire", scope="sys")
     tl.debug_barrier()
+
+
+@triton.jit
+def _count(p_state, call):
+    """The last program of a call, which all have read by then, counts it."""
+    if tl.atomic_add(p_state + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        tl.store(p_state + 1, 0)
+        tl.store(p_state, call + 1)
 
 
 @triton.jit
@@ -123,7 +132,53 @@ def ordered_sum_kernel(
                     b_sum = tl.load(_row(p_sum, o, BLOCK), mask=o < n, cache_modifier=".cg")
                     tl.store(p_out + o, b_sum, mask=o < n)
     if MEET:
-        # The last program of a call, which all have read by then, counts it.
-        if tl.atomic_add(p_state + 1, 1, sem="acq_rel", scope="gpu") == programs - 1:
-            tl.store(p_state + 1, 0)
-            tl.store(p_state, call + 1)
+        _count(p_state, call)
+
+
+@triton.jit(do_not_specialize=["M", "slot", "rank"])
+def gather_kernel(
+    p_own,  # int32 [M, K]: this rank's
+    p_out,  # int32 [M, N_RANKS * K]: those of all ranks side by side
+    p_peers,  # as above
+    p_state,
+    M,
+    K,
+    slot,
+    rank,
+    N_RANKS: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    SEND: tl.constexpr,
+    MEET: tl.constexpr,
+    GATHER: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    slot = slot.to(tl.int64)
+    call = tl.load(p_state)
+    o_sent = 8 * N_RANKS * MAX_PROGRAMS + 4 * (call % 2).to(tl.int64) * N_RANKS * slot  # bytes
+    n_cols = tl.cdiv(K, COLS)
+    n_tiles = tl.cdiv(M, ROWS) * n_cols
+    if SEND:
+        for i in range(program, n_tiles, programs):
+            o_r, o_c = i // n_cols * ROWS + tl.arange(0, ROWS)[:, None], i % n_cols * COLS + tl.arange(0, COLS)[None, :]
+            m = (o_r < M) & (o_c < K)
+            b_own = tl.load(p_own + o_r * K + o_c, mask=m)
+            for j in tl.static_range(1, N_RANKS):
+                p_theirs = _memory_of(p_peers, (rank + j) % N_RANKS, o_sent, tl.int32) + rank * slot
+                tl.store(tl.multiple_of(p_theirs, 16) + o_r * K + o_c, b_own, mask=m)
+            tl.store(p_out + o_r * (N_RANKS * K) + rank * K + o_c, b_own, mask=m)
+    if MEET:
+        _meet(p_peers, rank, call + 1, 0, N_RANKS, MAX_PROGRAMS)
+    if GATHER:
+        p_sent = _memory_of(p_peers, rank, o_sent, tl.int32)
+        for i in range(program, n_tiles, programs):
+            o_r, o_c = i // n_cols * ROWS + tl.arange(0, ROWS)[:, None], i % n_cols * COLS + tl.arange(0, COLS)[None, :]
+            m = (o_r < M) & (o_c < K)
+            for j in tl.static_range(1, N_RANKS):
+                of = (rank + j) % N_RANKS
+                p_theirs = tl.multiple_of(p_sent + of * slot, 16)
+                b_theirs = tl.load(p_theirs + o_r * K + o_c, mask=m, cache_modifier=".cg")
+                tl.store(p_out + o_r * (N_RANKS * K) + of * K + o_c, b_theirs, mask=m)
+    if MEET:
+        _count(p_state, call)
