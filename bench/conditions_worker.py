@@ -66,7 +66,7 @@ def sample(
     """The completions of an engine, and what it counted of the condition's metric."""
     from vllm import LLM
 
-    from bi_ops.rollout.vllm_engine import _completion, _vllm_params
+    from bi_ops.rollout.vllm_requests import completion_of, vllm_params
 
     arguments = {"max_num_seqs": 64, **MEMORY, **condition.arguments, **more}
     arguments = {name: value for name, value in arguments.items() if value is not None}
@@ -79,11 +79,11 @@ def sample(
     )
     each, params = prompts()[part], requests(condition)[part]
     answers = llm.generate(
-        [{"prompt_token_ids": p} for p in each], [_vllm_params(i, p) for i, p in enumerate(params)], use_tqdm=False
+        [{"prompt_token_ids": p} for p in each], [vllm_params(i, p) for i, p in enumerate(params)], use_tqdm=False
     )
     processed = condition.arguments.get("logprobs_mode") == "processed_logprobs"
     completions = [
-        _completion(i, prompt, answer.outputs[0], p.distribution if processed else None)
+        completion_of(i, prompt, answer.outputs[0], p.distribution if processed else None)
         for i, (prompt, answer, p) in enumerate(zip(each, answers, params, strict=True))
     ]
     counted = 0

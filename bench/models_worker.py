@@ -66,13 +66,14 @@ def find(checkpoint: Path, plugin: bool) -> dict[str, Any]:
             return {"refused": str(error)}
         raise
     from bi_ops.core.vllm import require
-    from bi_ops.rollout.vllm_engine import _attention_kernels, _completion, _vllm_params
+    from bi_ops.rollout.vllm_checks import attention_kernels
+    from bi_ops.rollout.vllm_requests import completion_of, vllm_params
     from bi_ops.vllm_plugin import operators_of
 
     def generate(which: Sequence[int]) -> list[Completion]:
-        params = [_vllm_params(i, SamplingParams(NEW_TOKENS, seed=i)) for i in which]
+        params = [vllm_params(i, SamplingParams(NEW_TOKENS, seed=i)) for i in which]
         answers = llm.generate([{"prompt_token_ids": each[i]} for i in which], params, use_tqdm=False)
-        return [_completion(i, each[i], a.outputs[0]) for i, a in zip(which, answers, strict=True)]
+        return [completion_of(i, each[i], a.outputs[0]) for i, a in zip(which, answers, strict=True)]
 
     def score(completions: Sequence[Completion]) -> list[Completion]:
         params = vllm.SamplingParams(
@@ -84,7 +85,7 @@ def find(checkpoint: Path, plugin: bool) -> dict[str, Any]:
 
     config = llm.llm_engine.vllm_config
     [(kind, attention, operators)] = llm.apply_model(
-        lambda model: (type(model).__name__, _attention_kernels(model), operators_of(model, require("models")))
+        lambda model: (type(model).__name__, attention_kernels(model), operators_of(model, require("models")))
     )
     each = prompts(config.model_config.get_vocab_size())
     together = generate(range(PROMPTS))

@@ -195,11 +195,11 @@ class Theirs:
         if runtime.INTERPRET:
             self.completions: list[Completion] = self.engine.generate(prompts, params)
             return
-        from bi_ops.rollout.vllm_engine import _completion, _vllm_params
+        from bi_ops.rollout.vllm_requests import completion_of, vllm_params
 
-        requests = [_vllm_params(i, p) for i, p in enumerate(params)]
+        requests = [vllm_params(i, p) for i, p in enumerate(params)]
         outputs = self.engine.generate([{"prompt_token_ids": list(p)} for p in prompts], requests, use_tqdm=False)
-        self.completions = [_completion(i, prompts[i], o.outputs[0]) for i, o in enumerate(outputs)]
+        self.completions = [completion_of(i, prompts[i], o.outputs[0]) for i, o in enumerate(outputs)]
 
     def training(self) -> tuple[int, float]:
         from bi_ops.rl.loss import group_advantages

@@ -219,7 +219,7 @@ def dying(monkeypatch):
     """An engine over an LLM that raises; vLLM itself is not needed."""
     from bi_ops.rollout import vllm_engine
 
-    monkeypatch.setattr(vllm_engine, "_vllm_params", lambda i, params: params)
+    monkeypatch.setattr(vllm_engine, "vllm_params", lambda i, params: params)
     monkeypatch.setattr(vllm_engine, "_forget_graph_pool", lambda: None)
 
     def make(error: Exception) -> tuple[Any, DyingLLM]:

@@ -15,7 +15,7 @@ from fake_vllm import installed
 from bi_ops import attention, vllm_plugin
 from bi_ops.core import runtime
 from bi_ops.core.vllm import RELEASES
-from bi_ops.rollout import vllm_engine, vllm_weights
+from bi_ops.rollout import vllm_checks, vllm_engine, vllm_requests, vllm_weights
 from bi_ops.rollout.base import SamplingParams
 from bi_ops.vllm_plugin import backend
 
@@ -45,7 +45,7 @@ def vllm(monkeypatch, request):
 )
 def test_attention_that_cannot_keep_the_contract_is_refused(attention, head_dim, plugin, message):
     with pytest.raises(ValueError, match=f"VllmEngine: .*{message}"):
-        vllm_engine.check_attention(attention, head_dim, plugin)
+        vllm_checks.check_attention(attention, head_dim, plugin)
 
 
 def test_kernels_that_are_none_are_refused():
@@ -55,26 +55,26 @@ def test_kernels_that_are_none_are_refused():
 
 def test_attention_that_can_is_not():
     for case in (("vllm", 128, True), ("vllm", 256, True), ("triton", 64, True), ("triton", 128, True)):
-        vllm_engine.check_attention(*case)
-    vllm_engine.check_attention("vllm", 64, False)  # the negative control
+        vllm_checks.check_attention(*case)
+    vllm_checks.check_attention("vllm", 64, False)  # the negative control
 
 
 @pytest.mark.parametrize(("name", "value"), [("VLLM_BATCH_INVARIANT", "0"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "1")])
 def test_a_contradicting_environment_is_refused(monkeypatch, name, value):
-    for n, v in vllm_engine._ENVIRONMENT.items():
+    for n, v in vllm_checks.ENVIRONMENT.items():
         monkeypatch.setenv(n, v)
     monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=f"{name}={value} is set"):
-        vllm_engine._prepare_environment()
+        vllm_checks.prepare_environment()
 
 
 def test_a_vllm_that_runs_in_another_mode_is_refused(vllm, monkeypatch):
-    for n, v in vllm_engine._ENVIRONMENT.items():
+    for n, v in vllm_checks.ENVIRONMENT.items():
         monkeypatch.setenv(n, v)
-    vllm_engine._prepare_environment()
+    vllm_checks.prepare_environment()
     vllm["vllm.envs"].VLLM_BATCH_INVARIANT = False
     with pytest.raises(RuntimeError, match="another mode; start a new process"):
-        vllm_engine._prepare_environment()
+        vllm_checks.prepare_environment()
 
 
 def tiny_module(rows: int) -> Any:
@@ -143,15 +143,15 @@ def test_a_rank_takes_its_slices_by_vllms_loaders_and_another_model_is_refused()
 
 def test_sizes_that_ranks_cannot_share_are_refused_and_few_kv_heads_are_copied():
     for size in (1, 2, 4):
-        vllm_engine.check_tensor_parallel("VllmEngine", tiny_config(), size)
+        vllm_checks.check_tensor_parallel("VllmEngine", tiny_config(), size)
     with pytest.raises(
         ValueError, match=r"tensor_parallel_size=3 does not divide .*num_attention_heads 4, hidden_size"
     ):
-        vllm_engine.check_tensor_parallel("VllmEngine", tiny_config(), 3)
+        vllm_checks.check_tensor_parallel("VllmEngine", tiny_config(), 3)
     with pytest.raises(ValueError, match="num_key_value_heads 3 evenly"):
-        vllm_engine.check_tensor_parallel("VllmEngine", tiny_config(num_attention_heads=12, num_key_value_heads=3), 4)
+        vllm_checks.check_tensor_parallel("VllmEngine", tiny_config(num_attention_heads=12, num_key_value_heads=3), 4)
     with pytest.raises(ValueError, match="must be at least 1"):
-        vllm_engine.check_tensor_parallel("VllmEngine", tiny_config(), 0)
+        vllm_checks.check_tensor_parallel("VllmEngine", tiny_config(), 0)
 
 
 def output(tokens, logprobs, finish_reason="length", ids=None):
@@ -161,16 +161,16 @@ def output(tokens, logprobs, finish_reason="length", ids=None):
 
 def test_logprobs_survive_the_way_through_python_floats():
     exact = torch.randn(50)
-    got = vllm_engine._completion(0, [1], output(range(50), [float(x) for x in exact]))
+    got = vllm_requests.completion_of(0, [1], output(range(50), [float(x) for x in exact]))
     assert torch.equal(got.logprobs, exact)
     assert got.logprobs.dtype == torch.float32
 
 
 def test_an_answer_without_its_logprobs_is_refused():
     with pytest.raises(RuntimeError, match="no log-probability"):
-        vllm_engine._completion(3, [1], output([4, 5], [-0.5], ids=[4]))
+        vllm_requests.completion_of(3, [1], output([4, 5], [-0.5], ids=[4]))
     with pytest.raises(RuntimeError, match="request 3 ended with 'abort'"):
-        vllm_engine._completion(3, [1], output([4], [-0.5], "abort"))
+        vllm_requests.completion_of(3, [1], output([4], [-0.5], "abort"))
 
 
 @pytest.mark.skipif(not runtime.INTERPRET, reason="a GPU is here")

@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_moe_config, tiny_moe_model
 from bi_ops import matmul, moe, vllm_plugin
 from bi_ops.core import runtime
 from bi_ops.core import vllm as releases
-from bi_ops.rollout.vllm_engine import check_tensor_parallel
+from bi_ops.rollout.vllm_checks import check_tensor_parallel
 from bi_ops.rollout.vllm_weights import copy_weights, named_as_vllm
 
 

@@ -7,7 +7,6 @@ import functools
 import gc
 import os
 import platform
-import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -18,84 +17,23 @@ import torch
 from bi_ops import vllm_plugin
 from bi_ops.core import runtime, vllm
 from bi_ops.core.orders import OrderRecord
-from bi_ops.logprob import Distribution
 from bi_ops.models import load_config, orders
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.rollout import nccl_transfer, weight_transfer
 from bi_ops.rollout.base import Completion, LogprobsMode, SamplingParams, check_logprobs_mode, check_request
 from bi_ops.rollout.sleep import TAGS, SleepMode
+from bi_ops.rollout.vllm_checks import (
+    ATTENTION,
+    attention_kernels,
+    check_attention,
+    check_tensor_parallel,
+    prepare_environment,
+)
+from bi_ops.rollout.vllm_requests import completion_of, vllm_params
 from bi_ops.rollout.vllm_weights import copy_weights, load_slices, named_as_vllm
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
-
-#: Who may compute attention in vLLM: bi_ops' own kernels as a backend of vLLM's, the default, or vLLM's
-#: FlashAttention 3.
-ATTENTION = ("triton", "vllm")
-
-#: vLLM reads its mode from the environment. In-process, because that is where weights can be handed over.
-_ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-
-#: vLLM clamps a temperature below the first and refuses one above the second.
-_TEMPERATURES = (0.01, 2.0)
-
-
-def _prepare_environment() -> None:
-    """Set what vLLM reads from the environment.
-
-    Raises:
-        RuntimeError: it is set otherwise, or vLLM has already read and kept other values.
-    """
-    for name, value in _ENVIRONMENT.items():
-        if os.environ.get(name, value) != value:
-            raise RuntimeError(f"VllmEngine: {name}={os.environ[name]} is set, but it must be {value}; unset it")
-        os.environ[name] = value
-    if "vllm" in sys.modules:
-        from vllm import envs
-
-        if not envs.VLLM_BATCH_INVARIANT or envs.VLLM_ENABLE_V1_MULTIPROCESSING:
-            raise RuntimeError(
-                "VllmEngine: vLLM is already running in this process in another mode; start a new process, or set "
-                + " ".join(f"{n}={v}" for n, v in _ENVIRONMENT.items())
-                + " before it starts"
-            )
-
-
-def check_tensor_parallel(op: str, config: CausalLMConfig, size: int, expert_parallel: bool = False) -> None:
-    """Raise ValueError unless `size` ranks can share the model evenly; KV heads fewer than ranks are copied.
-
-    expert_parallel: ranks have whole experts; else each has a slice of every expert.
-    """
-    if size < 1:
-        raise ValueError(f"{op}: tensor_parallel_size is {size}; it must be at least 1")
-    shared = ["num_attention_heads", "hidden_size", "intermediate_size"]
-    if hasattr(config, "num_experts"):
-        shared.append("num_experts" if expert_parallel else "moe_intermediate_size")
-    elif expert_parallel:
-        raise ValueError(f"{op}: enable_expert_parallel: {type(config).__name__} has no experts; leave it out")
-    uneven = [f"{n} {getattr(config, n)}" for n in shared if getattr(config, n) % size]
-    if config.num_key_value_heads % size and size % config.num_key_value_heads:
-        uneven.append(f"num_key_value_heads {config.num_key_value_heads}")
-    if uneven:
-        raise ValueError(
-            f"{op}: tensor_parallel_size={size} does not divide the model's {', '.join(uneven)} evenly; take a "
-            "size that divides them"
-        )
-
-
-def check_attention(attention: str, head_dim: int, plugin: bool) -> None:
-    """Raise ValueError unless `attention` can keep the contract at `head_dim`; without the plugin nothing keeps it."""
-    if attention not in ATTENTION:
-        raise ValueError(f"VllmEngine: attention is {attention!r}; it must be {' or '.join(ATTENTION)}")
-    if attention == "triton":
-        if not plugin:
-            raise ValueError("VllmEngine: attention='triton' is a part of the plugin; leave plugin=False out")
-        if not vllm_plugin.backend.served(head_dim):
-            raise ValueError(
-                f"VllmEngine: attention at head_dim {head_dim} is not built; it must be a multiple of 8 from 16 to 256"
-            )
-    elif plugin and head_dim not in vllm_plugin.backend.FLASH_ATTN_HEAD_DIMS:
-        raise ValueError(f"VllmEngine: {vllm_plugin.backend.fa3_refusal(head_dim)}")
 
 
 class VllmEngine:
@@ -206,7 +144,7 @@ class VllmEngine:
             transfer = weight_transfer.CONFIG if device_ids is None else nccl_transfer.CONFIG
         if plugin and (transfer or (not alone and distributed_executor_backend != "external_launcher")):
             vllm_plugin.require_entry_point("VllmEngine")
-        _prepare_environment()
+        prepare_environment()
         if transfer:
             weight_transfer.require("VllmEngine", transfer["backend"])
         from vllm import LLM
@@ -290,7 +228,7 @@ class VllmEngine:
 
     def _check_choices(self) -> None:
         """Raise RuntimeError where vLLM silently chose something else than it was asked for."""
-        found = set().union(*self._llm.apply_model(_attention_kernels))
+        found = set().union(*self._llm.apply_model(attention_kernels))
         wanted = "FLASH_ATTN 3" if self._kernel == "vllm" else vllm_plugin.backend.NAME
         if found != {wanted}:
             raise RuntimeError(
@@ -329,7 +267,7 @@ class VllmEngine:
         llm = self._open()
         self._memory.check("generate")
         each = check_request(prompts, params, vocab_size=self._vocab_size, max_model_len=self.max_model_len)
-        requests = [_vllm_params(i, p) for i, p in enumerate(each)]
+        requests = [vllm_params(i, p) for i, p in enumerate(each)]
         if not requests:
             return []
         try:
@@ -344,7 +282,7 @@ class VllmEngine:
             ) from error
         processed = self.logprobs_mode == "processed_logprobs"
         return [
-            _completion(i, prompt, o.outputs[0], p.distribution if processed else None)
+            completion_of(i, prompt, o.outputs[0], p.distribution if processed else None)
             for i, (prompt, o, p) in enumerate(zip(prompts, outputs, each, strict=True))
         ]
 
@@ -493,53 +431,3 @@ def _forget_graph_pool() -> None:
 
     if hasattr(type(current_platform), "_global_graph_pool"):
         type(current_platform)._global_graph_pool = None
-
-
-def _attention_kernels(model: torch.nn.Module) -> set[str]:
-    """What computes attention in a vLLM model's layers: the backend's name, FLASH_ATTN with its version."""
-    names = set()
-    for layer in model.modules():
-        if (backend := getattr(layer, "attn_backend", None)) is not None:
-            name = backend.get_name()
-            version = f" {getattr(layer.impl, 'vllm_flash_attn_version', None)}" if name == "FLASH_ATTN" else ""
-            names.add(name + version)
-    return names
-
-
-def _vllm_params(index: int, params: SamplingParams) -> Any:
-    """`params` as vLLM's, with the log-probability of the sampled token alone."""
-    import vllm
-    from vllm.sampling_params import RequestOutputKind
-
-    low, high = _TEMPERATURES
-    if params.temperature != 0 and not low <= params.temperature <= high:
-        raise ValueError(
-            f"generate: request {index} has temperature {params.temperature}; vLLM takes 0 or {low}..{high}"
-        )
-    if not 0 <= params.seed < 2**63:
-        raise ValueError(f"generate: request {index} has seed {params.seed}; vLLM takes 0..2**63-1")
-    return vllm.SamplingParams(
-        max_tokens=params.max_new_tokens,
-        temperature=params.temperature,
-        seed=params.seed,
-        stop_token_ids=list(params.stop_token_ids),
-        ignore_eos=True,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        logprobs=0,  # the sampled token's alone
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _completion(index: int, prompt: Sequence[int], output: Any, distribution: Distribution | None = None) -> Completion:
-    """vLLM's answer. Its log-probabilities are Python floats that hold fp32 values, so they convert back exactly."""
-    tokens = tuple(output.token_ids)
-    if output.logprobs is None or tuple(output.logprobs.token_ids) != tokens:
-        raise RuntimeError(f"generate: vLLM returned no log-probability for some tokens of request {index}")
-    if output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"generate: request {index} ended with {output.finish_reason!r}")
-    logprobs = torch.tensor(output.logprobs.logprobs, dtype=torch.float32)
-    return Completion(tuple(prompt), tokens, logprobs, output.finish_reason, distribution)
