@@ -201,10 +201,11 @@ def orders(source: str) -> dict[str, set[str]]:
 def launches(source: str) -> list[tuple[str, dict[str | None, ast.expr]]]:
     """Every launch ``a_kernel[grid](...)``: the kernel, and the keywords; None for those that are unpacked.
 
-    Whatever is indexed and called is one, but for a look-up in a TABLE of functions.
+    Whatever is indexed and called is one, but for a look-up in a TABLE of functions; ``recorded(k)`` is the kernel k.
     """
     calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
     called = [(ast.unparse(c.func.value), c) for c in calls if isinstance(c.func, ast.Subscript)]
+    called = [(name.removeprefix("recorded(").removesuffix(")"), c) for name, c in called]
     return [(name, {k.arg: k.value for k in c.keywords}) for name, c in called if not name.isupper()]
 
 
@@ -383,6 +384,10 @@ def test_kernels_take_what_shapes_a_sum_from_an_order():
         ("softmax_kernel[g](x, BLOCK=order.block, num_warps=order.num_warps, **PINNED)", []),
         ("softmax_kernel[g](x, BLOCK=order.rows.tile(n), num_warps=order.num_warps, **PINNED)", []),
         ("softmax_kernel[g](x, BLOCK=c.block, num_warps=order.num_warps, **PINNED)", ["BLOCK must come from an order"]),
+        (
+            "recorded(softmax_kernel)[g](x, BLOCK=c.block, num_warps=order.num_warps, **PINNED)",
+            ["BLOCK must come from an order"],
+        ),
         ("softmax_kernel[g](x, BLOCK=order.block, num_warps=4, **PINNED)", ["num_warps must come from an order"]),
         ("softmax_kernel[g](x, BLOCK=order.block, **PINNED)", ["num_warps must come from an order"]),
         ("softmax_kernel[g](x, BLOCK=order.block, num_warps=order.num_warps)", ["pass **PINNED"]),

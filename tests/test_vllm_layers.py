@@ -167,7 +167,7 @@ def test_qwen3_normalises_and_rotates_in_one_kernel(vllm, monkeypatch):
         calls.append(options["constant_weight"])
         return fused(*args, **options)
 
-    monkeypatch.setattr(norm, "qk_norm_rope", counted)
+    monkeypatch.setattr(layers, "_qk_norm_rope", counted)
     layer.rotary_emb.cos_sin_cache = layer.rotary_emb.cos_sin_cache.float()
     out = layer(positions, x)
     assert torch.equal(out, layer(positions, x))

@@ -9,6 +9,7 @@ from bi_ops.activation.kernels import silu_and_mul_backward_kernel, silu_and_mul
 from bi_ops.core import arch as arches
 from bi_ops.core import checks, pdl
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import empty, recorded
 from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
 from bi_ops.core.triton_helpers import PINNED
@@ -39,7 +40,8 @@ def launch(
     sizes = (n_rows, n_cols, x2.stride(0), c.rows, c.cols)
     options = {"LARGE": 2 * n_cols >= SMALL, "num_warps": c.num_warps}
     if g is None:
-        silu_and_mul_kernel[grid](x2, out, *sizes, **options, **pdl.launch_options(arches.of(x.device)), **PINNED)
+        pdl_options = pdl.launch_options(arches.of(x.device))
+        recorded(silu_and_mul_kernel)[grid](x2, out, *sizes, **options, **pdl_options, **PINNED)
     else:
         silu_and_mul_backward_kernel[grid](g.contiguous(), x2, out, *sizes, **options, **PINNED)
     return out
@@ -51,7 +53,7 @@ def launch(
 
 @custom_op("bi_ops::silu_and_mul")
 def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    return launch(x, x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
+    return launch(x, empty(x, (*x.shape[:-1], x.shape[-1] // 2)))
 
 
 @_silu_and_mul.register_fake

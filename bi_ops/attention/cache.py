@@ -8,6 +8,7 @@ from bi_ops.attention.kernels.cache import write_cache_kernel
 from bi_ops.core import arch as arches
 from bi_ops.core import checks, pdl
 from bi_ops.core.integers import next_power_of_2
+from bi_ops.core.launches import recorded
 from bi_ops.core.operators import custom_op
 from bi_ops.core.triton_helpers import PINNED
 
@@ -24,7 +25,7 @@ def _write_cache(
     (n_blocks, page, hkv, head_dim), n_tokens = k_cache.shape, slot_mapping.shape[0]
     if n_tokens == 0 or k.numel() == 0 or k_cache.numel() == 0:
         return
-    write_cache_kernel[(n_tokens,)](
+    recorded(write_cache_kernel)[(n_tokens,)](
         *(k, v, k_cache, v_cache, slot_mapping, n_blocks * page),
         *(*k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]),
         pdl.prefetch(constant_metadata),

@@ -22,6 +22,7 @@ from bi_ops.attention.padding import padded, unpadded
 from bi_ops.attention.params import AttentionParams, Seqlens
 from bi_ops.core import arch as arches
 from bi_ops.core import checks
+from bi_ops.core.launches import empty
 from bi_ops.core.operators import custom_op
 
 # --------------------------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def _paged(
     sinks: torch.Tensor | None = None,
     constant_metadata: bool = False,
 ) -> torch.Tensor:
-    out, params = q.new_empty(q.shape), AttentionParams(causal, scale, left, right, softcap)
+    out, params = empty(q, q.shape), AttentionParams(causal, scale, left, right, softcap)
     _run_paged(out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q, params, backend, sinks, constant_metadata)
     return out
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+from bi_ops.core import replay
 from bi_ops.core.arch import Arch
 from bi_ops.core.orders import Order
 
@@ -75,6 +76,7 @@ class Backends(Generic[B]):
         return kept  # type: ignore[return-value]
 
     def _changed(self) -> None:
+        replay.forget()
         for clear in self._caches:
             clear()
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from bi_ops.core import runtime
+from bi_ops.core import replay, runtime
 from bi_ops.core.files import cache_folder, write_json
 
 #: Called with (kernels compiled, kernels asked for so far).
@@ -53,7 +53,7 @@ def compile_only(jobs: int | None = None, progress: Progress = lambda done, tota
     from triton.runtime.jit import JITFunction
 
     lock, run, tune = threading.Lock(), JITFunction.run, Autotuner.run
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+    with replay.paused(), ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         mode = _async_compile.AsyncCompileMode(pool)
 
         def compile_and_return(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from bi_ops.core import launches
 from bi_ops.core.transforms import check_no_tangent, is_transformed, no_second, transformable
 
 Fn = Callable[..., Any]
@@ -110,7 +111,7 @@ class Operator:
             # Without a backward of its own the operator raises when a gradient reaches it, as torch's do.
             return self._op(*args) if self._function is None else self._function.apply(*args)
         for i in self._mutated:
-            torch.autograd.graph.increment_version(args[i])
+            launches.written(args[i])
         return self._run(*args)
 
     def _watched(self, *args: Any) -> Any:

@@ -12,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import empty, recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon.aggregate import Scalar, aggregate
 
@@ -58,9 +59,9 @@ def lpt_order(cu_seqlens: torch.Tensor, block: int) -> tuple[torch.Tensor, torch
         cu_seqlens: int32 [B + 1], B > 0.
     """
     n_seqs = cu_seqlens.shape[0] - 1
-    memory = cu_seqlens.new_empty(2 * n_seqs + 1)
+    memory = empty(cu_seqlens, 2 * n_seqs + 1)
     first, sequence, counter = memory.split((n_seqs, n_seqs, 1))
-    lpt_order_kernel[(cdiv(n_seqs, ROWS),)](
+    recorded(lpt_order_kernel)[(cdiv(n_seqs, ROWS),)](
         *(cu_seqlens, first, sequence, counter, n_seqs), BLOCK=block, ROWS=ROWS, STEP=STEP, num_warps=4, **PINNED
     )
     return memory[: 2 * n_seqs].view(2, n_seqs), counter

@@ -13,6 +13,8 @@ from triton.experimental.gluon.language._core import _unwrap_if_constexpr, built
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bi_ops.core import replay
+
 # Triton 3.6 has other names.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -85,6 +87,23 @@ def descriptor(t: torch.Tensor, shape: tuple[int, int], row: int, block: tuple[i
     """
     bind_context()
     return _descriptor(_Address(t.data_ptr(), t.dtype), shape, row, block)
+
+
+def _moved(d: TensorDescriptor) -> tuple[int, replay.Make] | None:
+    """The address of a matrix's descriptor, and how to make it for another one; None if `descriptor` does not."""
+    dtype = d.base.dtype
+    if len(d.shape) != 2 or d.layout is not smem_layout(128, 8 * dtype.itemsize, 2) or d.padding != "zero":
+        return None
+    (n, columns), row, (rows, width) = d.shape, d.strides[0], d.block_shape
+
+    def make(address: int, _: torch.Tensor) -> TensorDescriptor:
+        bind_context()
+        return _descriptor(_Address(address, dtype), (n, columns), row, (rows, width))
+
+    return d.base.data_ptr(), make
+
+
+replay.HOLDERS[TensorDescriptor] = _moved
 
 
 def _is_row_stride(n_bytes: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import checks, pdl, runtime
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import empty, recorded
 from bi_ops.core.limits import SMALL, check_programs
 from bi_ops.core.operators import custom_op
 from bi_ops.core.rows import aligned_rows, head_rows
@@ -49,16 +50,16 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, x + residual, 1 / rms); the second is empty without a residual. config: None for the one of this size."""
     n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
-    y = x.new_empty(x.shape)
-    total = x.new_empty(x.shape if residual is not None else 0)
-    rstd = x.new_empty(n_rows, dtype=torch.float32)
+    y = empty(x, x.shape)
+    total = empty(x, x.shape if residual is not None else 0)
+    rstd = empty(x, n_rows, torch.float32)
     if x.numel() > 0:
         heads, ((x_rows, *x_strides), (residual_rows, *residual_strides)) = head_rows((x, residual))
         arch = arches.of(x.device)
         order = orders.order(orders.Problem(n_cols, x.dtype), arch)
         c = config or row_config(n_rows, n_cols, x.itemsize, order.rows)
         w = None if weight is None else aligned_rows(weight)
-        rms_norm_kernel[(cdiv(n_rows, c.rows),)](
+        recorded(rms_norm_kernel)[(cdiv(n_rows, c.rows),)](
             x_rows,
             residual_rows,
             w,

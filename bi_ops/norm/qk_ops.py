@@ -9,6 +9,7 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import checks, pdl
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import empty, recorded
 from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
 from bi_ops.core.pairwise import pairwise_
@@ -30,6 +31,15 @@ def _order(qkv: torch.Tensor, dim: int, segments: int = 1) -> orders.NormOrder:
     return orders.order(orders.Problem(dim, qkv.dtype, segments), arches.of(qkv.device))
 
 
+def _check_positions(positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
+    """Raise IndexError for one outside the cache. Reads them, for which a GPU would be waited for."""
+    if not ((positions >= 0) & (positions < len(cos_sin))).all():
+        raise IndexError(
+            f"qk_norm_rope: positions span {int(positions.min())}..{int(positions.max())}, the cache holds "
+            f"0..{len(cos_sin) - 1}. Build it with a larger max_position"
+        )
+
+
 # --------------------------------------------------------------------------------------------------------------
 # launch
 
@@ -48,19 +58,16 @@ def launch_forward(
     """(q, k, v, 1 / rms of the queries, then of the keys). config: None for the one of this size."""
     hq, hk, dim = _heads(qkv, q_weight, num_heads)
     n_tokens = len(qkv)
-    q, k, v = (qkv.new_empty((n_tokens, h, dim)) for h in (hq, hk, hk))
-    rstd = qkv.new_empty(n_tokens * (hq + hk), dtype=torch.float32)
+    q, k, v = (empty(qkv, (n_tokens, h, dim)) for h in (hq, hk, hk))
+    rstd = empty(qkv, n_tokens * (hq + hk), torch.float32)
     if qkv.numel() > 0:
-        if positions.is_cpu and not ((positions >= 0) & (positions < len(cos_sin))).all():
-            raise IndexError(
-                f"qk_norm_rope: positions span {int(positions.min())}..{int(positions.max())}, the cache holds "
-                f"0..{len(cos_sin) - 1}. Build it with a larger max_position"
-            )
+        if positions.is_cpu:
+            _check_positions(positions, cos_sin)
         order = _order(qkv, dim)
         c = config or row_config(n_tokens * hq, dim, qkv.itemsize, order.rows)
         rows = aligned_rows(qkv)
         wq, wk = aligned_rows(q_weight), aligned_rows(k_weight)
-        qk_norm_rope_kernel[(cdiv(n_tokens * max(hq, hk), c.rows), 3)](
+        recorded(qk_norm_rope_kernel)[(cdiv(n_tokens * max(hq, hk), c.rows), 3)](
             rows,
             wq,
             wk,

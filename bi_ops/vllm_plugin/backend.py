@@ -16,6 +16,7 @@ import torch
 
 from bi_ops import attention
 from bi_ops.core import vllm
+from bi_ops.core.replay import replayed
 from bi_ops.vllm_plugin.orders import log_orders
 
 #: Below vLLM's own logger, so that the lines are in the server's log.
@@ -27,6 +28,9 @@ FLASH_ATTN_HEAD_DIMS = (128, 256)
 
 #: What vLLM calls the backend, and where it finds the class.
 NAME, PATH = "CUSTOM", f"{__name__}.PagedAttentionBackend"
+
+#: An eager prefill waits for Python, in every layer for the same.
+_paged_attention, _write_cache = replayed(attention.paged_attention), replayed(attention.write_cache)
 
 
 def served(head_dim: int) -> bool:
@@ -130,12 +134,10 @@ def paged_output(
             `num_actual_tokens` rows are written. window_size, softcap, sinks: as `paged_attention`, the layer's own.
             The metadata's window is that of the layer's group in the cache, which need not be the same.
     """
-    k_cache, v_cache = kv_cache.transpose(1, 2).split(head_dim, dim=-1)
     n = metadata.num_actual_tokens
-    attention.paged_attention(
-        query[:n],
-        k_cache,
-        v_cache,
+    _paged_attention(
+        query.narrow(0, 0, n),
+        *_caches(kv_cache, head_dim),
         metadata.block_table,
         metadata.query_start_loc,
         metadata.seq_lens,
@@ -144,7 +146,7 @@ def paged_output(
         softcap=softcap,
         sinks=sinks,
         backend="triton",
-        out=output[:n],
+        out=output.narrow(0, 0, n),
         constant_metadata=True,
     )
     return output
@@ -152,8 +154,13 @@ def paged_output(
 
 def write_keys(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """The new tokens' keys and values [T, Hkv, D] to vLLM's cache, as `paged_output` reads it."""
-    k_cache, v_cache = kv_cache.transpose(1, 2).split(key.shape[-1], dim=-1)
-    attention.write_cache(key, value, k_cache, v_cache, slot_mapping, constant_metadata=True)
+    _write_cache(key, value, *_caches(kv_cache, key.shape[-1]), slot_mapping, constant_metadata=True)
+
+
+def _caches(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [blocks, block_size, Hkv, D]. By `narrow`, which takes the host a third of `split`."""
+    both = kv_cache.transpose(1, 2)
+    return both.narrow(3, 0, head_dim), both.narrow(3, head_dim, head_dim)
 
 
 @functools.cache

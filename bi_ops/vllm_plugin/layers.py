@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bi_ops import activation, matmul, norm
+from bi_ops.core.replay import replayed
 from bi_ops.core.rows import ALIGNMENT
 from bi_ops.core.vllm import Release
 from bi_ops.vllm_plugin.moe import experts_of, router_of
@@ -27,6 +28,10 @@ logger = logging.getLogger("vllm.bi_ops")
 
 #: A function whose attribute `operator` says which of bi_ops' operators it is.
 Function = Any
+
+#: An eager prefill waits for Python, in every layer for the same.
+_rms_norm, _add_rms_norm = replayed(norm.rms_norm), replayed(norm.add_rms_norm)
+_qk_norm_rope, _silu_and_mul = replayed(norm.qk_norm_rope), replayed(activation.silu_and_mul)
 
 #: Quantized linear methods whose batch-invariant branch is vLLM's own: left to it, with a warning.
 QUANTIZED = ("Fp8LinearMethod", "Fp8PerTensorOnlineLinearMethod", "Fp8PerBlockOnlineLinearMethod")
@@ -104,15 +109,15 @@ def norm_of(layer: Any, release: Release) -> Function:
         if weight is not None and weight.dtype != x.dtype:  # bi_ops would round the weight, vLLM does not
             return stock(layer, x, residual)
         if residual is None:
-            return norm.rms_norm(x, weight, eps, constant_weight=True)
-        return norm.add_rms_norm(x, residual, weight, eps, constant_weight=True)
+            return _rms_norm(x, weight, eps, constant_weight=True)
+        return _add_rms_norm(x, residual, weight, eps, constant_weight=True)
 
     return forward
 
 
 def silu_of(layer: Any, release: Release) -> Function:
     """`forward_cuda` of a SiluAndMul."""
-    return lambda x: activation.silu_and_mul(x)
+    return lambda x: _silu_and_mul(x)
 
 
 def qk_norm_rope_of(layer: Any, release: Release) -> Function:
@@ -141,7 +146,7 @@ def qk_norm_rope_of(layer: Any, release: Release) -> Function:
         cached = rotary.cos_sin_cache
         angles = rotary._match_cos_sin_cache_dtype(qkv)  # another tensor where it was just converted
         given = (q_norm.weight.data, k_norm.weight.data, positions, angles, layer.num_heads, eps)
-        q, k, v = norm.qk_norm_rope(qkv, *given, constant_weight=angles is cached)
+        q, k, v = _qk_norm_rope(qkv, *given, constant_weight=angles is cached)
         out, _ = layer.o_proj(layer.attn(q.flatten(1), k.flatten(1), v.flatten(1)))
         return out
 

@@ -36,6 +36,7 @@ from bi_ops.attention.hopper.softmax import online_softmax, reciprocal
 from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.attention.order import KeySteps
 from bi_ops.core import pdl
+from bi_ops.core.launches import recorded
 from bi_ops.core.pdl import launch_dependents, wait_for_predecessors
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
@@ -342,7 +343,7 @@ def launch(
     d_k, *k_layout = tma.cache_descriptor(k_cache, box, width)
     d_v, *v_layout = tma.cache_descriptor(v_cache, box, width)
     n_tiles = n_seqs + (0 if decoding else n_tokens * heads // ROWS.value)
-    attention_decode_kernel[(n_tiles * hkv,)](
+    recorded(attention_decode_kernel)[(n_tiles * hkv,)](
         *(d_k, d_v, q, out, cu_q, lengths, table, scale, n_tokens, n_seqs),
         *(*q.stride()[:2], table.stride(0), *k_layout, *v_layout, pdl.prefetch(constant_metadata)),
         HKV=hkv,

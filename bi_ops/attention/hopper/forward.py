@@ -26,6 +26,7 @@ from bi_ops.attention.kernels.common import LN2, LOG2E
 from bi_ops.attention.order import KeySteps
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import empty, recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
@@ -390,7 +391,7 @@ def launch(
     programs = n_tiles * hq
     if config.persistent:
         programs = min(programs, runtime.multiprocessors(q.device))
-    tile_ids = cu_q.new_empty((programs, config.q_stages))
+    tile_ids = empty(cu_q, (programs, config.q_stages))
     if table is None:
         page = 0
         layout: list[int | None] = [None] * 4
@@ -399,7 +400,7 @@ def launch(
         page = k.shape[1]
         (d_k, *rows), (d_v, *_) = (tma.cache_descriptor(t, math.gcd(page, order.block_n), head_dim) for t in (k, v))
         layout = [table.stride(0), *rows]
-    attention_forward_kernel[(programs,)](
+    recorded(attention_forward_kernel)[(programs,)](
         *(tma.head_descriptor(q, ROWS.value), d_k, d_v, out, lse, cu_q, cu_k, table),
         *(tile_order, counter, tile_ids, scale, n_tokens, n_seqs, n_tiles),
         *layout,

@@ -16,6 +16,7 @@ from bi_ops.attention.params import AttentionParams, Seqlens
 from bi_ops.core import runtime
 from bi_ops.core.arch import Arch
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import empty, recorded
 from bi_ops.core.triton_helpers import PINNED
 
 
@@ -116,7 +117,7 @@ def paged_forward(
     max_q: at least the longest query, or None: then the launch is that of any split of the tokens into sequences, as a
     CUDA graph needs it. out: where it is written to. constant_metadata: as `paged_attention`.
     """
-    out = q.new_empty(q.shape) if out is None else out
+    out = empty(q, q.shape) if out is None else out
     if config is None:
         config = decode_config(q, k_cache, v_cache, table, cu_q, max_q, params, sinks, order, arch)
     if isinstance(config, DecodeConfig):
@@ -129,7 +130,7 @@ def paged_forward(
     if isinstance(config, ForwardConfig):
         from bi_ops.attention.hopper import forward as hopper
 
-        lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)  # which nobody reads
+        lse = empty(q, (q.shape[1], q.shape[0]), torch.float32)  # which nobody reads
         paged = (q, k_cache, v_cache, out, lse, cu_q, seqlens_k, table, max_q)
         hopper.launch(*paged, params.causal, params.scale, order, config)
         return out
@@ -162,11 +163,11 @@ def _triton_forward(
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     n_tokens, hq = q.shape[:2]
     hkv = k.shape[-2]
-    out = q.new_empty(q.shape) if out is None else out
+    out = empty(q, q.shape) if out is None else out
     n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, None if max_q is None else max_q * (hq // hkv)
     if n_pairs == 0 or n_tokens == 0 or max_rows == 0:
         return out
-    attention_kernel[grid(config, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
+    recorded(attention_kernel)[grid(config, n_pairs, hkv, n_tokens * (hq // hkv), max_rows)](
         q,
         k,
         v,

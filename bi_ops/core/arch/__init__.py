@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from bi_ops.core import runtime
+from bi_ops.core import replay, runtime
 from bi_ops.core.arch.base import Arch
 from bi_ops.core.arch.interpreter import INTERPRETER
 from bi_ops.core.arch.portable import PORTABLE
@@ -28,6 +28,7 @@ def register(arch: Arch) -> Arch:
     _TABLE[arch.name] = arch
     _of_name.cache_clear()
     of.cache_clear()
+    replay.forget()
     return arch
 
 

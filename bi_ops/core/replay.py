@@ -1,0 +1,217 @@
+"""Launches of an operator, made again for arguments that differ in their addresses alone.
+
+The layers of a model call an operator with one description of arguments after another: the same shapes, strides, dtypes
+and numbers. What Python does between such a call and its launches is then always the same: checks, the choice of an
+order and a config, Triton's search for the compiled kernel. `replayed(fn)` does it once for a description and keeps the
+outcome: which memory is allocated, which compiled kernel is launched on which grid with which numbers, and which
+argument each pointer is. The next call with that description allocates, launches and returns.
+
+    description   of a tensor: shape, strides, dtype, device, address modulo 16; of anything else its type and value;
+                  the current GPU, and whether a CUDA graph is being captured
+    kept          `CompiledKernel[grid]`, Triton's own handle, and its arguments without those that are addresses
+
+All that Triton specialises a kernel on, and all that an order or a config may depend on, is in the description. So a
+replay launches the same binary with the same numbers: the same bits. A call that raises is never kept, and one that
+differs in anything is checked like any first one.
+
+Not replayed, but called as ever: with gradients enabled; what a tracer, a mode or a transform watches; subclasses of
+tensors; arguments that share an address; and every call that did something else than `launches.recorded` launches on
+its arguments and on `launches.empty` memory, such as a copy of an argument. A function that is given to `replayed` must
+compute by such launches or by none; tests hold each to it. On the CPU checks read the values of tensors, so nothing is
+replayed there unless a test asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+
+import torch
+
+from bi_ops.core import runtime
+from bi_ops.core.launches import Recording, is_recording
+from bi_ops.core.operators import dispatcher_is_watched, is_plain
+from bi_ops.core.rows import ALIGNMENT
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Descriptions that are kept; past it all are forgotten. Each number of tokens makes another one.
+MOST = 2048
+
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_NUMBERS = (int, float, bool, str, type(None))
+
+#: Makes an argument of a launch from the address that it is about and the tensor that has the memory.
+Make = Callable[[int, torch.Tensor], Any]
+#: By the type of an argument that holds an address and is no tensor: (its address, how to make it for another one), or
+#: None where that is not known. A module that has such a type, of TMA descriptors say, registers it.
+HOLDERS: dict[type, Callable[[Any], tuple[int, Make] | None]] = {}
+
+_new = object()  # of no description yet
+_kept: dict[tuple[Any, ...], _Replay | None] = {}  # None: a description whose calls cannot be replayed
+_pauses = int(runtime.INTERPRET)
+
+
+class _Unknown(Exception):
+    """A call that is not described by its launches on its arguments and on memory it has allocated."""
+
+
+class _Argument(NamedTuple):
+    """An argument of a launch that holds an address: its place, which source it is of, bytes from that one's start.
+
+    make: None where the address itself is the argument.
+    """
+
+    place: int
+    source: int
+    offset: int
+    make: Make | None
+
+
+def _pointer(address: int, t: torch.Tensor) -> torch.Tensor:
+    """What the interpreter takes for an address."""
+    return t if address == t.data_ptr() else t.view(-1)[(address - t.data_ptr()) // t.itemsize :]
+
+
+class _Replay:
+    """The launches of one call, for other addresses. Its sources of memory: the tensors given, then those allocated."""
+
+    def __init__(self, recording: Recording, tensors: list[torch.Tensor], result: Any) -> None:
+        """Raises `_Unknown` where the launches do not say all that the call did."""
+        if not recording.launches:
+            raise _Unknown
+        given = {t.data_ptr(): i for i, t in enumerate(tensors)}
+        made = {t.untyped_storage().data_ptr(): i for i, t in enumerate(recording.allocated, len(tensors))}
+        sources = [*tensors, *recording.allocated]
+
+        def split(arguments: list[Any]) -> tuple[list[Any], list[_Argument]]:
+            """(arguments, None where they hold an address, and those)."""
+            fixed = list(arguments)
+            moving: list[_Argument] = []
+            for place, a in enumerate(arguments):
+                if isinstance(a, _NUMBERS):
+                    continue
+                make: Make | None = _pointer if runtime.INTERPRET else None
+                if isinstance(a, torch.Tensor):
+                    address = a.data_ptr()
+                    source = given.get(address, made.get(a.untyped_storage().data_ptr()))
+                elif (held := HOLDERS.get(type(a), lambda _: None)(a)) is not None:
+                    address, make = held
+                    source = given.get(address)  # it may hold no memory, so this could be another's by now
+                else:
+                    raise _Unknown
+                if source is None:
+                    raise _Unknown
+                fixed[place] = None
+                moving.append(_Argument(place, source, address - sources[source].data_ptr(), make))
+            return fixed, moving
+
+        def index(t: Any) -> int:
+            """Which source the tensor is, itself; one past the last for None."""
+            for i, source in enumerate([*sources, None]):
+                if source is t:
+                    return i
+            raise _Unknown
+
+        self._made = [(t.shape, t.dtype, t.device) for t in recording.allocated]
+        self._launches = [(launch.run, *split(launch.arguments)) for launch in recording.launches]
+        self._written = [index(t) for t in recording.written]
+        self._is_tuple = isinstance(result, tuple)
+        self._result = [index(t) for t in (result if self._is_tuple else (result,))]
+
+    def __call__(self, tensors: list[torch.Tensor], addresses: list[int]) -> Any:
+        for shape, dtype, device in self._made:
+            t = torch.empty(shape, dtype=dtype, device=device)
+            tensors.append(t)
+            addresses.append(t.data_ptr())
+        if self._written:
+            torch.autograd.graph.increment_version([tensors[i] for i in self._written])
+        for run, fixed, moving in self._launches:
+            arguments = fixed.copy()
+            for place, source, offset, make in moving:
+                address = addresses[source] + offset
+                arguments[place] = address if make is None else make(address, tensors[source])
+            run(*arguments)
+        returned = [*tensors, None]
+        result = [returned[i] for i in self._result]
+        return tuple(result) if self._is_tuple else result[0]
+
+
+def replayed(fn: Callable[P, R]) -> Callable[P, R]:
+    """`fn`, whose launches are kept and made again where the module's docstring says so; else `fn` itself is called.
+
+    Raises what `fn` raises.
+    """
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _pauses or torch.is_grad_enabled() or dispatcher_is_watched():
+            return fn(*args, **kwargs)
+        tensors: list[torch.Tensor] = []
+        addresses: list[int] = []
+        key: list[Any] = [fn, *kwargs]
+        for a in (*args, *kwargs.values()):
+            kind = type(a)
+            if kind in _TENSORS:
+                if not is_plain(a) or a.layout is not torch.strided:
+                    return fn(*args, **kwargs)
+                address = a.data_ptr()
+                tensors.append(a)
+                addresses.append(address)
+                key += (kind, a.shape, a.stride(), a.dtype, a.device, address % ALIGNMENT)
+            elif kind in _NUMBERS:
+                key += (kind, a)
+            elif kind is tuple and all(type(n) in _NUMBERS for n in a):
+                key += (kind, *[type(n) for n in a], a)
+            else:
+                return fn(*args, **kwargs)
+        if not runtime.INTERPRET:
+            key += (torch.cuda.current_device(), torch.cuda.is_current_stream_capturing())
+        described = tuple(key)
+        replay = _kept.get(described, _new)
+        if type(replay) is _Replay:
+            return replay(tensors, addresses)
+        # Arguments that share an address do not say which of them a launch has got.
+        if replay is None or is_recording() or len(set(addresses)) < len(addresses):
+            return fn(*args, **kwargs)
+        with Recording() as recording:
+            result = fn(*args, **kwargs)
+        _keep(described, recording, tensors, result)
+        return result
+
+    return cast(Callable[P, R], call)
+
+
+def _keep(described: tuple[Any, ...], recording: Recording, tensors: list[torch.Tensor], result: Any) -> None:
+    """Keep what a call has launched, or that calls of its description cannot be replayed."""
+    here = (
+        runtime.default_device()
+    )  # a launch is replayed on the current GPU, and a call may be of another one's tensors
+    try:
+        if any(t.device != here for t in tensors):
+            raise _Unknown
+        replay = _Replay(recording, tensors, result)
+    except _Unknown:
+        replay = None
+    if len(_kept) >= MOST:
+        _kept.clear()
+    _kept[described] = replay
+
+
+def forget() -> None:
+    """Forget all that is kept: what chooses orders, backends or configs has changed."""
+    _kept.clear()
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """While this is entered, in any thread, nothing is replayed or recorded."""
+    global _pauses
+    _pauses += 1
+    try:
+        yield
+    finally:
+        _pauses -= 1
