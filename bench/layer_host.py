@@ -4,8 +4,9 @@
 
 A prefill of more tokens than any captured graph holds waits for Python where the kernels are faster. Timed are the
 functions that the plugin gives to vLLM's layers, on one prompt: by the ordinary way through checks, orders, configs and
-Triton (`replay.paused`), and replayed (`bi_ops.core.replay`), in turn in one process, the least of the rounds. The GPU
-has nothing to do when a round begins and is not waited for within it.
+Triton (`replay.paused`); recorded, as in the first layer of a prompt of another length; and replayed, as in those that
+follow (`bi_ops.core.replay`). They run in turn in one process, and the least of the rounds counts. The GPU has nothing
+to do when a round begins and is not waited for within it.
 
 --dry: without a GPU. The process takes itself for one with a GPU of sm_90; launches end where the driver would begin,
 and the GEMM's binding is a function of Python. What it says is the share of Python, on this CPU.
@@ -113,23 +114,30 @@ def measure(sizes: tuple[int, ...], tokens: int) -> Iterator[dict[str, object]]:
 
     with torch.inference_mode():
         parts = layer_parts(sizes, tokens, torch.bfloat16)
-        ways: dict[str, Callable[[], Any]] = {"ordinary": replay.paused, "replayed": contextlib.nullcontext}
+        nothing = contextlib.nullcontext
+        ways: dict[str, tuple[Callable[[], Any], Callable[[], object]]] = {
+            "ordinary": (replay.paused, nothing),
+            "recorded": (nothing, replay.forget),
+            "replayed": (nothing, nothing),
+        }
         each = list(parts.values())
         for name, run in {**parts, "layer": lambda: [part() for part in each]}.items():
             best = dict.fromkeys(ways, math.inf)
             calls = {}
-            for way, entered in ways.items():
+            for way, (entered, before) in ways.items():
                 with entered():
-                    run()  # compiles, and is recorded
+                    run()  # compiles
                     run()
+                    before()
                     calls[way] = python_calls(run)
             for _ in range(ROUNDS):
-                for way, entered in ways.items():
+                for way, (entered, before) in ways.items():
                     with entered():
                         if torch.cuda.is_available():
                             torch.cuda.synchronize()
                         begun = time.perf_counter()
                         for _ in range(LAYERS):
+                            before()
                             run()
                         best[way] = min(best[way], (time.perf_counter() - begun) / LAYERS * 1e6)
             for way in ways:

@@ -3,7 +3,7 @@
     python tests/replayed_launches.py
 
 Prints JSON: the "kernels" of each of the plugin's functions, where the launches "differ", how many do in a "control",
-and the Python calls of a layer.
+how many "new" descriptions another current GPU and a capture make, what is "kept", and the Python calls of a layer.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def launched(run: Callable[[], object]) -> Launches:
 
 
 def main() -> None:
-    kernels, differ, control, few = {}, [], 0, ", few tokens"
+    kernels, differ, new, control, few = {}, [], [], 0, ", few tokens"
     with torch.inference_mode():
 
         def parts() -> dict[str, Callable[[], object]]:
@@ -79,10 +79,21 @@ def main() -> None:
                 control += launched(first[name]) != ordinary
             kernels[name] = [launch[0] for launch in replayed]
             differ += [] if replayed == ordinary else [(name, replayed, ordinary)]
+            before = len(replay._kept)
+            for what, answer in (("current_device", 1), ("is_current_stream_capturing", True)):
+                real = getattr(torch.cuda, what)
+                setattr(torch.cuda, what, lambda answer=answer: answer)
+                other[name]()
+                setattr(torch.cuda, what, real)
+            new.append(len(replay._kept) - before)
         kept = [type(entry).__name__ for entry in replay._kept.values()]
     rows = layer_host.measure(layer_host.MODELS["small"], 256)
     calls = {row["way"]: row["python_calls"] for row in rows if row["part"] == "layer"}
-    print(json.dumps({"kernels": kernels, "differ": differ, "control": control, "kept": kept, "python_calls": calls}))
+    print(
+        json.dumps(
+            {"kernels": kernels, "differ": differ, "control": control, "new": new, "kept": kept, "python_calls": calls}
+        )
+    )
 
 
 if __name__ == "__main__":

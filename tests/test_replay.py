@@ -279,7 +279,8 @@ def test_a_gpu_is_launched_what_an_ordinary_call_launches():
     assert all(len(kernels) >= 1 for kernels in found["kernels"].values())
     assert found["differ"] == []
     assert found["control"] == len(found["kernels"])  # other tensors
-    assert found["kept"] == ["_Replay"] * len(found["kernels"])
+    assert found["new"] == [2] * len(found["kernels"])
+    assert found["kept"] == ["_Replay"] * 3 * len(found["kernels"])
     calls = found["python_calls"]
     assert calls["replayed"] <= 255, calls  # of a layer; ordinary 594
     assert calls["ordinary"] > 2 * calls["replayed"]
