@@ -21,9 +21,7 @@ from bi_ops.vllm_plugin import backend, layers
 HERE = Path(__file__).parent
 HQ, HKV, D, PAGE, TOKENS = 4, 2, 32, 16, 24
 
-pytestmark = pytest.mark.skipif(
-    not runtime.INTERPRET, reason="of the interpreter; a GPU's launches: bench/layer_host.py"
-)
+DEVICE = runtime.device_type()
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +35,22 @@ def kept(monkeypatch):
 
 
 def rand(*shape, dtype=torch.bfloat16):
-    return torch.randn(shape).to(dtype)
+    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
-def caches():
+def permutation(n):
+    return torch.randperm(n, device=DEVICE)
+
+
+def caches(blocks=4, d=D):
     """Keys and values as vLLM lays them out: views of one tensor."""
-    return backend._caches(rand(4, HKV, PAGE, 2 * D), D)
+    return backend._caches(rand(blocks, HKV, PAGE, 2 * d), d)
 
 
-def prompt():
-    """block_table, cu_seqlens_q, seqlens_k of a prompt in shuffled blocks."""
-    table = torch.randperm(4)[:2].int()[None]
-    return table, torch.tensor([0, TOKENS]).int(), torch.tensor([TOKENS]).int()
+def prompt(tokens=TOKENS, blocks=4, d=D):
+    """Arguments of `paged_attention` for a prompt in shuffled blocks."""
+    cu, length = (torch.tensor(n, device=DEVICE).int() for n in ([0, tokens], [tokens]))
+    return rand(tokens, HQ, d), *caches(blocks, d), permutation(blocks)[: -(-tokens // PAGE)].int()[None], cu, length
 
 
 #: The plugin's functions, and arguments for each, of one description and other values in every call.
@@ -57,18 +59,19 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[tuple[Any, ...], d
     "add_rms_norm": (layers._add_rms_norm, lambda: ((rand(TOKENS, 64), rand(TOKENS, 64), rand(64), 1e-6), {})),
     "qk_norm_rope": (
         layers._qk_norm_rope,
-        lambda: ((rand(TOKENS, 8 * D), rand(D), rand(D), torch.randperm(64)[:TOKENS], rand(64, D), HQ, 1e-6), {}),
+        lambda: ((rand(TOKENS, 8 * D), rand(D), rand(D), permutation(64)[:TOKENS], rand(64, D), HQ, 1e-6), {}),
     ),
     "silu_and_mul": (layers._silu_and_mul, lambda: ((rand(TOKENS, 128),), {})),
     "write_cache": (
         backend._write_cache,
-        lambda: ((rand(TOKENS, HKV, D), rand(TOKENS, HKV, D), *caches(), torch.randperm(4 * PAGE)[:TOKENS]), {}),
+        lambda: ((rand(TOKENS, HKV, D), rand(TOKENS, HKV, D), *caches(), permutation(4 * PAGE)[:TOKENS]), {}),
     ),
     "paged_attention": (
         backend._paged_attention,
-        lambda: ((rand(TOKENS, HQ, D), *caches(), *prompt()), {"out": rand(TOKENS, HQ, D), "window_size": (-1, -1)}),
+        lambda: (prompt(), {"out": rand(TOKENS, HQ, D), "window_size": (-1, -1)}),
     ),
-    "paged_attention, allocated": (backend._paged_attention, lambda: ((rand(TOKENS, HQ, D), *caches(), *prompt()), {})),
+    "paged_attention, allocated": (backend._paged_attention, lambda: (prompt(), {})),
+    "paged_attention, long": (backend._paged_attention, lambda: (prompt(300, 20, 128), {})),  # another kernel on Hopper
 }
 
 
@@ -80,7 +83,7 @@ def copied(args, options):
         if not isinstance(t, torch.Tensor):
             return t
         base = t.untyped_storage().data_ptr()
-        memory = found.setdefault(base, torch.empty(0, dtype=t.dtype).set_(t.untyped_storage().clone()))
+        memory = found.setdefault(base, t.new_empty(0).set_(t.untyped_storage().clone()))
         return memory.as_strided(t.shape, t.stride(), t.storage_offset())
 
     return tuple(map(copy, args)), {name: copy(t) for name, t in options.items()}
@@ -129,7 +132,7 @@ def silu(kept):
 
 def aligned(n, offset, dtype=torch.bfloat16):
     """n elements that start `offset` elements past a multiple of 64 bytes."""
-    memory = torch.zeros(n + 64, dtype=dtype)
+    memory = torch.zeros(n + 64, dtype=dtype, device=DEVICE)
     start = (-memory.data_ptr() // dtype.itemsize) % (64 // dtype.itemsize)
     return memory[start + offset :][:n]
 
@@ -227,6 +230,17 @@ def test_a_copy_of_an_argument_cannot_be_replayed(kept):
         odd = rand(TOKENS, 65)[:, 1:]  # rows that start at odd addresses: `aligned_rows` copies them
         assert torch.equal(layers._rms_norm(odd, weight), inspect.unwrap(layers._rms_norm)(odd.contiguous(), weight))
     assert list(kept.values()) == [None]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_gpu_than_the_current_one_are_not_replayed(kept):
+    for _ in range(2):
+        x = rand(TOKENS, 128).to("cuda:1")
+        assert torch.equal(layers._silu_and_mul(x), inspect.unwrap(layers._silu_and_mul)(x))
+    assert list(kept.values()) == [None]
+    with torch.cuda.device(1):
+        layers._silu_and_mul(x)
+    assert [type(entry) for entry in kept.values()] == [type(None), replay._Replay]
 
 
 def test_what_is_no_launch_cannot_be_replayed(kept):
