@@ -15,10 +15,12 @@ replay launches the same binary with the same numbers: the same bits. A call tha
 differs in anything is checked like any first one.
 
 Not replayed, but called as ever: with gradients enabled; what a tracer, a mode or a transform watches; subclasses of
-tensors; arguments that share an address; and every call that did something else than `launches.recorded` launches on
-its arguments and on `launches.empty` memory, such as a copy of an argument. A function that is given to `replayed` must
-compute by such launches or by none; tests hold each to it. On the CPU checks read the values of tensors, so nothing is
-replayed there unless a test asks for it.
+tensors; and calls that launch nothing through `launches.recorded`, or launch on other memory than their arguments and
+that of `launches.empty`, a copy of an argument for instance. Calls are not recorded while arguments share an address.
+
+What a call does beside its launches is not seen. So a function that is given to `replayed` writes by such launches alone
+whenever it has one; `tests/test_replay.py` compares results, versions and launches of each. On the CPU checks read the
+values of tensors, so nothing is replayed there unless a test asks for it.
 """
 
 from __future__ import annotations
