@@ -140,8 +140,10 @@ def measure(sizes: tuple[int, ...], tokens: int) -> Iterator[dict[str, object]]:
                             before()
                             run()
                         best[way] = min(best[way], (time.perf_counter() - begun) / LAYERS * 1e6)
+            why = "; ".join(replay.refusals())  # of what is replayed, empty
             for way in ways:
-                yield {"part": name, "way": way, "host_us": round(best[way], 2), "python_calls": calls[way]}
+                row = {"part": name, "way": way, "host_us": round(best[way], 2), "python_calls": calls[way]}
+                yield row | {"refused": why}
 
 
 def pretend() -> None:

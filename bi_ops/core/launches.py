@@ -17,19 +17,23 @@ from bi_ops.core import runtime
 
 
 class Launch(NamedTuple):
-    """A launch that was made. run: makes it again, given all of the kernel's arguments in their order."""
+    """A launch that was made. arguments: all of the kernel's, in their order. run: makes it again, given such.
 
-    run: Callable[..., object]
-    arguments: list[Any]
+    run is None where that cannot be: a kernel that another thread compiles, or an argument left to its default.
+    """
+
+    kernel: str
+    run: Callable[..., object] | None
+    arguments: dict[str, Any]
 
 
 class Recording:
-    """allocated, written: tensors. launches: None once a launch cannot be made again."""
+    """What a call allocates, writes and launches while this is entered."""
 
     def __init__(self) -> None:
         self.allocated: list[torch.Tensor] = []
         self.written: list[torch.Tensor] = []
-        self.launches: list[Launch] | None = []
+        self.launches: list[Launch] = []
 
     def __enter__(self) -> Recording:
         _current.recording = self
@@ -62,16 +66,16 @@ class _Recorded:
 
         def launch(*args: Any, **options: Any) -> object:
             compiled = ordinary(*args, **options)
-            given = dict(zip(self._kernel.arg_names, args, strict=False)) | options
+            names = self._kernel.arg_names
+            given = dict(zip(names, args, strict=False)) | options
             run: Callable[..., object] | None = None
-            if runtime.INTERPRET:
-                run = ordinary
-            elif isinstance(compiled, CompiledKernel):
-                run = compiled[(*grid, 1, 1)[:3]]
-            if run is None or not given.keys() >= set(self._kernel.arg_names):
-                self._recording.launches = None  # compiled later, by another thread, or an argument has a default
-            elif self._recording.launches is not None:
-                self._recording.launches.append(Launch(run, [given[name] for name in self._kernel.arg_names]))
+            if given.keys() >= set(names):
+                if runtime.INTERPRET:
+                    run = ordinary
+                elif isinstance(compiled, CompiledKernel):
+                    run = compiled[(*grid, 1, 1)[:3]]
+            arguments = {name: given[name] for name in names if name in given}
+            self._recording.launches.append(Launch(self._kernel.fn.__name__, run, arguments))
             return compiled
 
         return launch

@@ -16,10 +16,11 @@ differs in anything is checked like any first one.
 
 Not replayed, but called as ever: with gradients enabled; what a tracer, a mode or a transform watches; subclasses of
 tensors; and calls that launch nothing through `launches.recorded`, or launch on other memory than their arguments and
-that of `launches.empty`, a copy of an argument for instance. Calls are not recorded while arguments share an address.
+that of `launches.empty`, a copy of an argument for instance: `refusals` says which, and why. Calls are not recorded
+while arguments share an address.
 
-What a call does beside its launches is not seen. So a function that is given to `replayed` writes by such launches alone
-whenever it has one; `tests/test_replay.py` compares results, versions and launches of each. On the CPU checks read the
+What a call does beside its launches is not seen. So a function that is given to `replayed` writes by such launches
+alone, or by none; `tests/test_replay.py` compares results, versions and launches of each. On the CPU checks read the
 values of tensors, so nothing is replayed there unless a test asks for it.
 """
 
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 
 from bi_ops.core import runtime
-from bi_ops.core.launches import Recording, is_recording
+from bi_ops.core.launches import Launch, Recording, is_recording
 from bi_ops.core.operators import dispatcher_is_watched, is_plain
 from bi_ops.core.rows import ALIGNMENT
 
@@ -53,12 +54,12 @@ Make = Callable[[int, torch.Tensor], Any]
 HOLDERS: dict[type, Callable[[Any], tuple[int, Make] | None]] = {}
 
 _new = object()  # of no description yet
-_kept: dict[tuple[Any, ...], _Replay | None] = {}  # None: a description whose calls cannot be replayed
+_kept: dict[tuple[Any, ...], _Replay | str] = {}  # a text: why calls of the description cannot be replayed
 _pauses = int(runtime.INTERPRET)
 
 
-class _Unknown(Exception):
-    """A call that is not described by its launches on its arguments and on memory it has allocated."""
+class _Refused(Exception):
+    """Why a call cannot be replayed."""
 
 
 class _Argument(NamedTuple):
@@ -82,20 +83,26 @@ class _Replay:
     """The launches of one call, for other addresses. Its sources of memory: the tensors given, then those allocated."""
 
     def __init__(self, recording: Recording, tensors: list[torch.Tensor], result: Any) -> None:
-        """Raises `_Unknown` where the launches do not say all that the call did."""
+        """Raises `_Refused` where the launches do not say what the call did."""
+        here = runtime.default_device()  # where a replay launches
         if not recording.launches:
-            raise _Unknown
+            raise _Refused("launches nothing that is recorded")
+        if any(t.device != here for t in tensors):
+            raise _Refused("has tensors of another device than the current one")
         given = {t.data_ptr(): i for i, t in enumerate(tensors)}
         made = {t.untyped_storage().data_ptr(): i for i, t in enumerate(recording.allocated, len(tensors))}
         sources = [*tensors, *recording.allocated]
 
-        def split(arguments: list[Any]) -> tuple[list[Any], list[_Argument]]:
-            """(arguments, None where they hold an address, and those)."""
-            fixed = list(arguments)
+        def split(launch: Launch) -> tuple[Callable[..., object], list[Any], list[_Argument]]:
+            """(how to launch; arguments, None where they hold an address; and those)."""
+            if launch.run is None:
+                raise _Refused(f"launches {launch.kernel}, whose handle or arguments are not there")
+            fixed = list(launch.arguments.values())
             moving: list[_Argument] = []
-            for place, a in enumerate(arguments):
+            for place, (name, a) in enumerate(launch.arguments.items()):
                 if isinstance(a, _NUMBERS):
                     continue
+                source = None
                 make: Make | None = _pointer if runtime.INTERPRET else None
                 if isinstance(a, torch.Tensor):
                     address = a.data_ptr()
@@ -103,23 +110,21 @@ class _Replay:
                 elif (held := HOLDERS.get(type(a), lambda _: None)(a)) is not None:
                     address, make = held
                     source = given.get(address)  # it may hold no memory, so this could be another's by now
-                else:
-                    raise _Unknown
                 if source is None:
-                    raise _Unknown
+                    raise _Refused(f"launches {launch.kernel} on a {name} that is neither an argument nor of `empty`")
                 fixed[place] = None
                 moving.append(_Argument(place, source, address - sources[source].data_ptr(), make))
-            return fixed, moving
+            return launch.run, fixed, moving
 
         def index(t: Any) -> int:
             """Which source the tensor is, itself; one past the last for None."""
             for i, source in enumerate([*sources, None]):
                 if source is t:
                     return i
-            raise _Unknown
+            raise _Refused("returns or writes what is neither an argument nor of `empty`")
 
         self._made = [(t.shape, t.dtype, t.device) for t in recording.allocated]
-        self._launches = [(launch.run, *split(launch.arguments)) for launch in recording.launches]
+        self._launches = [split(launch) for launch in recording.launches]
         self._written = [index(t) for t in recording.written]
         self._is_tuple = isinstance(result, tuple)
         self._result = [index(t) for t in (result if self._is_tuple else (result,))]
@@ -177,7 +182,7 @@ def replayed(fn: Callable[P, R]) -> Callable[P, R]:
         if type(replay) is _Replay:
             return replay(tensors, addresses)
         # Arguments that share an address do not say which of them a launch has got.
-        if replay is None or is_recording() or len(set(addresses)) < len(addresses):
+        if replay is not _new or is_recording() or len(set(addresses)) < len(addresses):
             return fn(*args, **kwargs)
         with Recording() as recording:
             result = fn(*args, **kwargs)
@@ -189,18 +194,19 @@ def replayed(fn: Callable[P, R]) -> Callable[P, R]:
 
 def _keep(described: tuple[Any, ...], recording: Recording, tensors: list[torch.Tensor], result: Any) -> None:
     """Keep what a call has launched, or that calls of its description cannot be replayed."""
-    here = (
-        runtime.default_device()
-    )  # a launch is replayed on the current GPU, and a call may be of another one's tensors
+    replay: _Replay | str
     try:
-        if any(t.device != here for t in tensors):
-            raise _Unknown
         replay = _Replay(recording, tensors, result)
-    except _Unknown:
-        replay = None
+    except _Refused as why:
+        replay = str(why)
     if len(_kept) >= MOST:
         _kept.clear()
     _kept[described] = replay
+
+
+def refusals() -> list[str]:
+    """Which functions were called in a way that cannot be replayed, and why; of the descriptions that are kept."""
+    return sorted({f"{key[0].__name__} {why}" for key, why in list(_kept.items()) if isinstance(why, str)})
 
 
 def forget() -> None:
