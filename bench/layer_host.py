@@ -112,6 +112,7 @@ def measure(sizes: tuple[int, ...], tokens: int) -> Iterator[dict[str, object]]:
 
     from bi_ops.core import replay
 
+    replay.enable()
     with torch.inference_mode():
         parts = layer_parts(sizes, tokens, torch.bfloat16)
         nothing = contextlib.nullcontext

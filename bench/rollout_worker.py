@@ -78,6 +78,7 @@ class Sampler:
             vllm_plugin.register()
             ours: dict[str, Any] = {"kernels": "vllm" if mode == "plugin vllm kernels" else "bi_ops"}
             ours |= {"peer_memory": True} if mode == "plugin peer memory" else {}
+            ours |= {"replay": True} if mode == "plugin replayed" else {}
             options |= {"additional_config": {"bi_ops": ours}}
         if mode == "stock graphs" or plugin:
             options |= {"compilation_config": CompilationConfig(mode=0, cudagraph_mode="FULL")}

@@ -61,6 +61,7 @@ def launched(run: Callable[[], object]) -> Launches:
 
 
 def main() -> None:
+    replay.enable()
     kernels, differ, new, control, few = {}, [], [], 0, ", few tokens"
     with torch.inference_mode():
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from bi_ops import norm
 from bi_ops.core import replay, runtime
 from bi_ops.core.replay import replayed
 from bi_ops.vllm_plugin import backend, layers
@@ -28,6 +29,7 @@ DEVICE = runtime.device_type()
 def kept(monkeypatch):
     """Replays on the CPU, beginning with none kept."""
     monkeypatch.setattr(replay, "_pauses", 0)
+    monkeypatch.setattr(replay, "_enabled", True)
     replay.forget()
     with torch.no_grad():
         yield replay._kept
@@ -299,3 +301,16 @@ def test_a_gpu_is_launched_what_an_ordinary_call_launches():
     calls = found["python_calls"]
     assert calls["replayed"] <= 255, calls  # of a layer; ordinary 594
     assert calls["ordinary"] > 2 * calls["replayed"]
+
+
+def test_nothing_is_replayed_before_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(replay, "_enabled", False)
+    monkeypatch.setattr(replay, "_kept", {})
+    x = torch.randn(4, 64, device=runtime.default_device()).bfloat16()
+    scale = replay.replayed(norm.rms_norm)
+    with torch.inference_mode():
+        scale(x, None)
+        assert not replay._kept
+        replay.enable()
+        scale(x, None)
+        assert len(replay._kept) == 1

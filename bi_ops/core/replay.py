@@ -21,7 +21,7 @@ while arguments share an address.
 
 What a call does beside its launches is not seen. So a function that is given to `replayed` writes by such launches
 alone, or by none; `tests/test_replay.py` compares results, versions and launches of each. On the CPU checks read the
-values of tensors, so nothing is replayed there unless a test asks for it.
+values of tensors, so nothing is replayed there unless a test asks for it. Nor is anything before `enable`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ HOLDERS: dict[type, Callable[[Any], tuple[int, Make] | None]] = {}
 _new = object()  # of no description yet
 _kept: dict[tuple[Any, ...], _Replay | str] = {}  # a text: why calls of the description cannot be replayed
 _pauses = int(runtime.INTERPRET)
+_enabled = False
 
 
 class _Refused(Exception):
@@ -155,7 +156,7 @@ def replayed(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _pauses or torch.is_grad_enabled() or dispatcher_is_watched():
+        if _pauses or not _enabled or torch.is_grad_enabled() or dispatcher_is_watched():
             return fn(*args, **kwargs)
         tensors: list[torch.Tensor] = []
         addresses: list[int] = []
@@ -202,6 +203,12 @@ def _keep(described: tuple[Any, ...], recording: Recording, tensors: list[torch.
     if len(_kept) >= MOST:
         _kept.clear()
     _kept[described] = replay
+
+
+def enable() -> None:
+    """Have calls replayed in this process from now on. Before, `replayed` changes nothing."""
+    global _enabled
+    _enabled = True
 
 
 def refusals() -> list[str]:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from bi_ops.core import vllm
+from bi_ops.core import replay, vllm
 from bi_ops.vllm_plugin import layers, moe, parallel, sample_graphs, warmup
 
 #: Who may compute what is not attention in vLLM: bi_ops' operators, or vLLM's own batch-invariant kernels.
@@ -18,10 +18,13 @@ class Asked(NamedTuple):
     """What vLLM's `additional_config` may ask for, as {"bi_ops": {...}}. kernels: see `KERNELS`.
 
     peer_memory: on several GPUs of one host, gather over each other's memory (`parallel.peer`); the same bits.
+    replay: where no CUDA graph holds a step, as in a long prefill, make launches again that differ in addresses alone
+    (`core.replay`); the same bits.
     """
 
     kernels: str = KERNELS[0]
     peer_memory: bool = False
+    replay: bool = False
 
 
 def asked_of(additional_config: Any) -> Asked:
@@ -35,12 +38,13 @@ def asked_of(additional_config: Any) -> Asked:
     if unknown:
         raise ValueError(
             f"vllm_plugin: additional_config['bi_ops'] has {', '.join(unknown)}; it may hold "
-            + " and ".join(map(repr, Asked._fields))
+            + ", ".join(map(repr, Asked._fields))
         )
     found = Asked(**ours)
     check_kernels("vllm_plugin", found.kernels)
-    if not isinstance(found.peer_memory, bool):
-        raise ValueError(f"vllm_plugin: peer_memory is {found.peer_memory!r}; it must be true or false")
+    for name in ("peer_memory", "replay"):
+        if not isinstance(value := getattr(found, name), bool):
+            raise ValueError(f"vllm_plugin: {name} is {value!r}; it must be true or false")
     return found
 
 
@@ -86,6 +90,8 @@ def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], asked: Asked
     if found or kernels == "bi_ops":
         counted = ", ".join(f"{n} x {op}" for op, n in found.items()) or "no layer"
         layers.logger.info("bi_ops: computes %s; a bias is added %s", counted, release.bias_order)
+    if asked.replay:
+        replay.enable()
     if asked.peer_memory:
         parallel.use_peer_memory(model)
     warmup.before_profile_run(worker.model_runner, release)
