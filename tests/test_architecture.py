@@ -63,6 +63,7 @@ FROM_ORDER: dict[str, frozenset[str]] = {
     "softmax_dx_kernel": frozenset({"BLOCK", "num_warps"}),
     "token_logprobs_kernel": frozenset({"BLOCK", "num_warps"}),
     "row_token_logprobs_kernel": frozenset({"BLOCK", "num_warps"}),
+    "shard_sums_kernel": frozenset({"BLOCK", "num_warps"}),
     "sampled_logprobs_kernel": frozenset({"FRACTION_BITS"}),
     "attention_kernel": frozenset({"BLOCK_N"}),
     "attention_forward_kernel": frozenset({"BLOCK_N"}),
@@ -95,7 +96,8 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         ),  # the tensor cores' step of 16 elements, whatever the tile
         *("attention_dq_hopper_kernel", "attention_dkv_hopper_kernel"),  # of one order, which `check_order` compares
         *("attention_add_chunks_kernel", "attention_clear_kernel", "lpt_order_kernel"),
-        "row_part_max_kernel",
+        *("row_part_max_kernel", "shard_max_kernel"),
+        "add_shards_kernel",  # chunks front to back, which are the whole row's however many shards there are
         *("embedding_backward_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),
         *(
             "dispatch_few_kernel",

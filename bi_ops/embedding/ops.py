@@ -20,7 +20,7 @@ _ID_DTYPES = (torch.int64, torch.int32)
 # launch
 
 
-def _check_range(op: str, ids: torch.Tensor, rows: int) -> None:
+def check_range(op: str, ids: torch.Tensor, rows: int) -> None:
     """Raise IndexError if a CPU id is outside 0..rows-1; on a GPU asking would wait for the device."""
     if ids.device.type == "cpu" and ids.numel() > 0 and not ((ids >= 0) & (ids < rows)).all():
         raise IndexError(f"{op}: ids span {int(ids.min())}..{int(ids.max())}, the table has rows 0..{rows - 1}")
@@ -30,7 +30,7 @@ def launch_lookup(
     ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, config: TileConfig | None = None
 ) -> torch.Tensor:
     """weight[ids] in `dtype`; [..., D]. config: None for the one of this size."""
-    _check_range("embedding", ids, weight.shape[0])
+    check_range("embedding", ids, weight.shape[0])
     n_rows, n_cols = ids.numel(), weight.shape[1]
     y = weight.new_empty((*ids.shape, n_cols), dtype=dtype)
     if y.numel() == 0:
@@ -64,10 +64,9 @@ def launch_gradient(
 ) -> None:
     """dw[V, D] = each id's rows of g, summed; accumulate: dw is fp32 and where the sums start, else it holds zeros.
 
-    No step of it waits for the device. config: None for the one of this size.
+    Ids outside 0..V-1 have no row of it. No step of it waits for the device. config: None for the one of this size.
     """
     num_embeddings = dw.shape[0]
-    _check_range("embedding_backward", ids, num_embeddings)
     n_rows, n_cols = ids.numel(), g.shape[-1]
     if g.numel() == 0 or num_embeddings == 0:
         return
@@ -120,6 +119,7 @@ def _(ids, weight, dtype, padding_idx):
 def _embedding_grad(
     g: torch.Tensor, ids: torch.Tensor, num_embeddings: int, padding_idx: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    check_range("embedding_backward", ids, num_embeddings)
     dw = g.new_zeros((num_embeddings, g.shape[-1]), dtype=dtype)
     launch_gradient(dw, g, ids, padding_idx, accumulate=False)
     return dw
@@ -132,6 +132,7 @@ def _(g, ids, num_embeddings, padding_idx, dtype):
 
 @custom_op("bi_ops::accumulate_embedding_grad", mutates_args={"main_grad"})
 def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int) -> None:
+    check_range("embedding_backward", ids, main_grad.shape[0])
     launch_gradient(main_grad, g, ids, padding_idx, accumulate=True)
 
 

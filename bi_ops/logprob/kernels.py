@@ -9,16 +9,21 @@ from bi_ops.core.triton_helpers import cast, widen
 
 
 @triton.jit
-def softmax_stats(p_row, m_r, N, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr):
-    """(max(x), sum(exp(x - max))), both [ROWS] fp32; p_row: [ROWS, 1] pointers to rows of N columns."""
+def softmax_max(p_row, m_r, N, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr):
+    """max(x), [ROWS] fp32; 0 in rows past the end."""
     row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     for start in range(0, widen(N, LARGE), BLOCK):
         o_c = start + tl.arange(0, BLOCK)
         m = m_r[:, None] & (o_c < N)[None, :]
         b_x = tl.load(p_row + o_c[None, :], mask=m, other=float("-inf")).to(tl.float32)
         row_max = tl.maximum(row_max, tl.max(b_x, axis=1))
-    row_max = tl.where(m_r, row_max, 0.0)  # rows past the end: no inf - inf
+    return tl.where(m_r, row_max, 0.0)  # no inf - inf
 
+
+@triton.jit
+def softmax_stats(p_row, m_r, N, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGE: tl.constexpr):
+    """(max(x), sum(exp(x - max))), both [ROWS] fp32; p_row: [ROWS, 1] pointers to rows of N columns."""
+    row_max = softmax_max(p_row, m_r, N, BLOCK, ROWS, LARGE)
     sum_exp = tl.zeros([ROWS], dtype=tl.float32)
     for start in range(0, widen(N, LARGE), BLOCK):
         o_c = start + tl.arange(0, BLOCK)

@@ -353,8 +353,8 @@ def softmax(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     return _softmax(x, False, _check("softmax", "x", x, dtype))
 
 
-def _check_tokens(op: str, logits: torch.Tensor, ids: torch.Tensor) -> None:
-    """Raise unless `ids` chooses a column of each row of `logits`."""
+def check_tokens(op: str, logits: torch.Tensor, ids: torch.Tensor, vocab_size: int | None = None) -> None:
+    """Raise unless `ids` chooses a column of each row of `logits`; vocab_size: of rows of which logits are a part."""
     _check(op, "logits", logits)
     checks.tensor(op, "ids", ids, ndim=1)
     checks.same_device(op, logits=logits, ids=ids)
@@ -365,9 +365,9 @@ def _check_tokens(op: str, logits: torch.Tensor, ids: torch.Tensor) -> None:
     )
     checks.dtype(op, "ids", ids, (torch.int64,))
     if runtime.INTERPRET and not torch.compiler.is_compiling() and ids.numel() > 0:
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= logits.shape[1]:
-            raise IndexError(f"{op}: ids reach from {low} to {high}; logits have {logits.shape[1]} columns")
+        low, high, columns = int(ids.min()), int(ids.max()), logits.shape[1] if vocab_size is None else vocab_size
+        if low < 0 or high >= columns:
+            raise IndexError(f"{op}: ids reach from {low} to {high}; logits have {columns} columns")
 
 
 @overload
@@ -400,7 +400,7 @@ def token_logprobs(
         TypeError: an unsupported dtype. ValueError: wrong shape or device. IndexError: an id outside [0, V).
     """
     op = "token_logprobs"
-    _check_tokens(op, logits, ids)
+    check_tokens(op, logits, ids)
     checks.boolean(op, "return_entropy", return_entropy)
     out, _, _, entropy = _token_logprobs(logits, ids.contiguous(), return_entropy)
     return (out, entropy) if return_entropy else out
@@ -413,14 +413,14 @@ def ranked_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tens
     What vLLM reports for sampled tokens, in one pass after that of the maximum. The rank of an id outside [0, V) is 0.
     Arguments and errors as `token_logprobs`.
     """
-    _check_tokens("ranked_logprobs", logits, ids)
+    check_tokens("ranked_logprobs", logits, ids)
     return launch_ranked_logprobs(logits, ids.contiguous())
 
 
 @torch.no_grad()
 def token_stats(logits: torch.Tensor, ids: torch.Tensor, entropy: bool = False) -> TokenStats:
     """`token_logprobs` without a gradient, and what `token_stats_backward_` needs. Arguments and errors as there."""
-    _check_tokens("token_stats", logits, ids)
+    check_tokens("token_stats", logits, ids)
     checks.boolean("token_stats", "entropy", entropy)
     return TokenStats(*_token_logprobs(logits, ids.contiguous(), entropy))
 
@@ -444,7 +444,7 @@ def token_stats_backward_(
             without an entropy in `stats`.
     """
     op = "token_stats_backward_"
-    _check_tokens(op, logits, ids)
+    check_tokens(op, logits, ids)
     checks.shape(op, logits.stride(1) == 1 or logits.shape[1] == 1, lambda: "rows of logits must be contiguous")
     if not isinstance(stats, TokenStats):
         raise TypeError(f"{op}: stats must be a TokenStats, got {type(stats).__name__}")
