@@ -183,7 +183,7 @@ def tensor_sums(layout: TensorParallel, args: argparse.Namespace, found: Found) 
             found.fails("peer memory", str(error))
 
     def take(add: Any) -> None:
-        for layer in layout.layers.values():
+        for layer in layout.shared:
             layer.all_reduce = add
 
     return {side: lambda add=add: take(add) for side, add in sums.items()}  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -30,19 +31,31 @@ from bi_ops.nn.parallel_linear import ColumnParallelLinear, RowParallelLinear
 from bi_ops.parallel.tensor import OrderedAllReduce, TensorParallel
 from bi_ops.rl import checkpoint
 from bi_ops.rl.config import TrainConfig
+from bi_ops.rl.tasks import Problem
 from bi_ops.rl.trainer import Trainer, _check_equal, _Pack
 
 SEGMENTS = 4
 #: Four sequences in two atoms.
 CONFIG = {"prompts_per_step": 2, "group_size": 2, "atoms": 2}
 #: The first atom in two micro-batches.
-CUT = {"max_tokens_per_microbatch": 21}
-#: Every rank has a group of a key head and two query heads.
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+CUT: dict[str, Any] = {"max_tokens_per_microbatch": 21}
+#: Every rank has a group of a key head and two query heads, and a chunk of the vocabulary, the last one a short one.
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 3100}
+#: Of the vocabulary, on each of so many ranks.
+ROWS = {"2": (2048, 1052), "4": (1024, 1024, 1024, 28)}
 RUN = TrainConfig.from_dict(
     {"steps": 3, "save_every": 1, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 2, "symbols": 2}
     | {"lr": 0.05, "atoms": 2, "segments": SEGMENTS, "architecture": TINY | HEADS}
 )
+
+
+class Even:
+    """A task that random tokens of a large vocabulary earn something in."""
+
+    name = "even"
+
+    def sample(self, rng: random.Random) -> Problem:
+        return Problem((rng.randrange(1, 3000),), 2, lambda completion: sum(token % 2 == 0 for token in completion) / 2)
 
 
 def shared_model(segments: int = SEGMENTS, **changes: Any) -> Any:
@@ -58,10 +71,11 @@ class Library(OrderedAllReduce):
         return rounded
 
 
-def trained(here: parallel.Ranks = parallel.ALONE, **changes: Any) -> dict[str, Any]:
+def trained(here: parallel.Ranks = parallel.ALONE, *, tied: bool = True, **changes: Any) -> dict[str, Any]:
     """An update on sequences that are given: what a rank reports, whole gradients, and on the first whole weights."""
     config = TrainConfig.from_dict({"segments": SEGMENTS} | CONFIG | changes)
-    model, engine = shared_model(config.segments), cast(Any, Copy(shared_model(config.segments)))
+    model, other = (shared_model(config.segments, tie_word_embeddings=tied) for _ in range(2))
+    engine = cast(Any, Copy(other))
     engine.describe = dict
     trainer = Trainer(config, model, engine, cast(Any, Lengths()), ranks=here)
     trainer.generate = lambda prompts, params: trainer.engine.generate(prompts, params)  # type: ignore[method-assign]
@@ -72,6 +86,7 @@ def trained(here: parallel.Ranks = parallel.ALONE, **changes: Any) -> dict[str, 
         for name, layer in layout.layers.items():
             grads[name] = layout.joined(layer, grads[name])
     return {
+        "rows": [len(cast(torch.Tensor, layer.weight)) for layer in (model.model.embed_tokens, model.lm_head)],
         # The loss that is reported is added up micro-batch by micro-batch.
         "metrics": (s.grad_norm, s.kl, s.tokens_checked, s.tokens_different, s.clip_fraction),
         "grads": list(grads.values()),
@@ -171,7 +186,9 @@ def test_slices_are_all_of_a_layer(size, device):
 
 
 def go_on(folder: str, here: parallel.Ranks, tp: int, steps: int) -> None:
-    rl.run(TrainConfig.from_dict(RUN.to_dict() | {"steps": steps, "tp": tp}), folder, resume=True, ranks=here)
+    config = TrainConfig.from_dict(RUN.to_dict() | {"steps": steps, "tp": tp})
+    with mock.patch("bi_ops.rl.runner.make_task", return_value=Even()):
+        rl.run(config, folder, resume=True, ranks=here)
 
 
 def on_a_rank(folder: str) -> dict[str, Any]:
@@ -180,9 +197,9 @@ def on_a_rank(folder: str) -> dict[str, Any]:
     pair = dist.new_group([0, 1])
     found: dict[str, Any] = {"sums": sums_on_a_rank(here)}
     found["2 x 2"] = trained(here, tp=2, **CUT)
-    found["4 x 1"] = trained(here, tp=4, recompute="layer")
+    found["4 x 1"] = trained(here, tied=False, tp=4, recompute="layer")
     if here.rank < 2:
-        found["2 x 1"] = trained(parallel.Ranks.of(pair), tp=2, recompute="none", **CUT)
+        found["2 x 1"] = trained(parallel.Ranks.of(pair), tied=False, tp=2, recompute="none", **CUT)
     with mock.patch("bi_ops.parallel.tensor.layout.OrderedAllReduce", Library), pytest.raises(rl.DifferenceFound):
         trained(here, tp=4)
     go_on(folder, here, tp=2, steps=2)
@@ -194,7 +211,8 @@ def on_a_rank(folder: str) -> dict[str, Any]:
 def alone(tmp_path_factory) -> Path:
     """A run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    rl.run(RUN, folder)
+    with mock.patch("bi_ops.rl.runner.make_task", return_value=Even()):
+        rl.run(RUN, folder)
     return folder
 
 
@@ -208,17 +226,19 @@ def test_ranks_that_share_a_model_end_in_the_bytes_of_one_process(alone, tmp_pat
 
     a, b, c, d = map(partial_output, range(4))
     total = ((a + b) + (c + d)).bfloat16()
-    one = trained()
+    tied, untied = trained(), trained(tied=False)
     for rank, result in enumerate(found):
         assert torch.equal(result["sums"]["one-shot"], total)
         assert torch.equal(result["sums"]["two-shot"], total)
         assert not torch.equal(result["sums"]["library"], total)
         for layout in ("2 x 2", "4 x 1", *(["2 x 1"] if rank < 2 else [])):
+            one = tied if layout == "2 x 2" else untied
+            assert result[layout]["rows"] == [ROWS[layout[0]][rank % int(layout[0])]] * 2, layout
             assert result[layout]["metrics"] == one["metrics"], layout
             assert equal(result[layout]["grads"], one["grads"]), layout
             assert all(map(torch.equal, result[layout]["engine"], one["engine"])), layout
             assert rank > 0 or equal(result[layout]["weights"], one["weights"]), layout
-    assert not equal(trained(segments=1)["grads"], one["grads"])  # segments are a part of the order
+    assert not equal(trained(segments=1)["grads"], tied["grads"])  # segments are a part of the order
 
     assert metrics(folder) == metrics(alone)
     assert any(m["grad_norm"] > 0 for m in metrics(alone)[1:])
@@ -260,6 +280,8 @@ def test_what_cannot_be_shared_is_refused():
         shared_model(8)
     with pytest.raises(ValueError, match="segments=4: intermediate_size 48 is not cut into multiples of 16"):
         shared_model(4, intermediate_size=48)
+    with pytest.raises(ValueError, match=r"segments=4: vocab_size 3072 has 3 chunks of 1024 columns.*: take fewer"):
+        shared_model(4, vocab_size=3072)
     with pytest.raises(ValueError, match="segments is 3; it must be a power of two"):
         shared_model(3)
     with pytest.raises(ValueError, match="segments=2: experts are not shared by tensor-parallel ranks"):

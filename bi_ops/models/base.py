@@ -11,9 +11,11 @@ import torch
 from bi_ops import attention, logprob, nn
 from bi_ops.core import checks, runtime
 from bi_ops.core.orders import OrderRecord
+from bi_ops.logprob import shards
 from bi_ops.models import checkpoint, orders, packing
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.models.packing import DEFAULTS, PackedBatch
+from bi_ops.nn.parallel_vocab import VocabParallelHead
 from bi_ops.nn.recompute import Recompute, check_recompute
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class CausalLM(torch.nn.Module):
     config_class: ClassVar[type[CausalLMConfig]]
 
     model: Any
-    lm_head: nn.Linear
+    lm_head: VocabParallelHead
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class CausalLM(torch.nn.Module):
         # Built without memory, so that no layer draws weights that are drawn or read again.
         factory = {"dtype": param_dtype, "device": torch.device("meta")}
         self.model = self.decoder(**factory).to_empty(device=device)
-        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
+        head = VocabParallelHead(config.hidden_size, config.vocab_size, self.segments, **factory)
         if config.tie_word_embeddings:
             head.weight = self.model.embed_tokens.weight
         self.lm_head = head if config.tie_word_embeddings else head.to_empty(device=device)
@@ -109,7 +111,7 @@ class CausalLM(torch.nn.Module):
         return {}
 
     def unsegmented(self, segments: int) -> str | None:
-        """Why the model's sums over features cannot have so many segments; None: they can."""
+        """Why sums over features of the decoder cannot have so many segments; None: they can."""
         return "this model has none"
 
     # What follows from it.
@@ -119,7 +121,8 @@ class CausalLM(torch.nn.Module):
         name = type(self).__name__
         if segments < 1 or segments & (segments - 1):
             raise ValueError(f"{name}: segments is {segments}; it must be a power of two, for they are added pairwise")
-        if segments > 1 and (why := self.unsegmented(segments)):
+        vocab_size = self.config.vocab_size
+        if segments > 1 and (why := self.unsegmented(segments) or shards.unsegmented(vocab_size, segments)):
             raise ValueError(f"{name}: segments={segments}: {why}")
         return segments
 
@@ -187,7 +190,7 @@ class CausalLM(torch.nn.Module):
         """
         head = self.lm_head
         if not options:
-            return nn.linear_token_logprobs(hidden, head.weight, ids, head.main_grad, self.head_chunk_rows)
+            return head.token_logprobs(hidden, ids, self.head_chunk_rows)
         n_rows = max(len(ids), 1) if torch.is_grad_enabled() else LOGIT_ROWS
         parts = []
         for at in range(0, max(len(ids), 1), n_rows):
@@ -259,11 +262,13 @@ class CausalLM(torch.nn.Module):
             places: list[tuple[int, ...]] = [()]
             if parameter.ndim == 3:
                 places = [(i,) for i in range(cast(nn.Experts, self.get_submodule(parent)).num_experts)]
-            parts = packed.get(last if parameter.ndim < 3 else f"experts.{last}", {last: parameter.shape[-2:][0]})
+            parts = packed.get(last if parameter.ndim < 3 else f"experts.{last}", {})
             for place in places:
-                start = 0
+                prefix, start = (parent, *map(str, place)), 0
+                if not parts:  # all rows, however many of them this rank has
+                    yield checkpoint.WeightSlice(".".join(n for n in (*prefix, last, leaf) if n), name, place)
                 for part, rows in parts.items():
-                    stored = ".".join(n for n in (parent, *map(str, place), part, leaf) if n)
+                    stored = ".".join(n for n in (*prefix, part, leaf) if n)
                     yield checkpoint.WeightSlice(stored, name, (*place, slice(start, start + rows)))
                     start += rows
 

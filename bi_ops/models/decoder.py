@@ -16,6 +16,7 @@ from bi_ops.models.base import AttentionFn, CausalLM
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.models.packing import PackedBatch
 from bi_ops.nn.parallel_linear import ColumnParallelLinear, RowParallelLinear
+from bi_ops.nn.parallel_vocab import VocabParallelEmbedding
 from bi_ops.nn.recompute import Recompute, checkpointed, recomputed
 
 
@@ -139,7 +140,7 @@ class Decoder(torch.nn.Module):
         self, config: CausalLMConfig, mlps: Iterable[torch.nn.Module], segments: int = 1, **factory: Any
     ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, segments, **factory)
         layers = (DecoderLayer(config, i, mlp, segments, **factory) for i, mlp in enumerate(mlps))
         self.layers = torch.nn.ModuleList(layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)

@@ -13,6 +13,7 @@ import torch
 from bi_ops import activation, attention, embedding, logprob, matmul, moe, norm, rope
 from bi_ops.core import arch, runtime
 from bi_ops.core.orders import Order, OrderRecord
+from bi_ops.logprob import shards
 from bi_ops.models.config import CausalLMConfig
 
 
@@ -49,6 +50,15 @@ class Segments(Order):
     clips."""
 
     segments: int
+
+
+@dataclass(frozen=True)
+class VocabularySegments(Order):
+    """dX of the head, with segments: the vocabulary's chunks of `chunk` rows are cut into as many segments, one more in
+    the first ones (`bi_ops.logprob.shards`); the sums of these as `Segments`."""
+
+    segments: int
+    chunk: int
 
 
 def shapes_of(config: CausalLMConfig, dtype: torch.dtype, segments: int = 1) -> Shapes:
@@ -136,7 +146,9 @@ def operator_orders(shapes: Shapes, backend: str | None, device: torch.device) -
 def gradient_orders(shapes: Shapes, backend: str | None, device: torch.device) -> dict[str, Order]:
     """The orders of the gradients that have one of their own, by operator."""
     own = attention.order_of(shapes.head_dim, shapes.dtype, backend=backend, device=device)
+    segments = VocabularySegments(shapes.segments, shards.CHUNK)
     return {
+        **({"head_grad": segments} if shapes.segments > 1 else {}),
         "attention_backward": own.backward,
         "attention_row_sums": own.row_sums,
         "embedding_grad": embedding.order_of(shapes.hidden_size, shapes.dtype),

@@ -19,9 +19,26 @@ WHOLE_BYTES = 1 << 31
 CHUNK_BYTES = 1 << 30
 
 
-def _chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
+def chunks_of(n_rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Rows, front to back, so many at a time."""
     for start in range(0, n_rows, chunk_rows):
         yield slice(start, min(start + chunk_rows, n_rows))
+
+
+def rows_at_once(op: str, n_rows: int, row_bytes: int, chunk_rows: int | None) -> int | None:
+    """Rows of logits of a chunk, of `row_bytes` each: `chunk_rows` if given; None: all, which are kept.
+
+    Raises:
+        ValueError: chunk_rows below 1 or no multiple of TOKEN_STEP. TypeError: no integer.
+    """
+    step = matmul.TOKEN_STEP
+    if chunk_rows is None:
+        fits = n_rows * row_bytes <= WHOLE_BYTES
+        return None if fits else max(CHUNK_BYTES // row_bytes // step, 1) * step
+    checks.integer(op, "chunk_rows", chunk_rows)
+    if chunk_rows < 1 or chunk_rows % step:
+        raise ValueError(f"{op}: chunk_rows must be a positive multiple of {step}, got {chunk_rows}")
+    return chunk_rows
 
 
 @custom_op("bi_ops::linear_token_logprobs_backward", mutates_args={"main_grad"})
@@ -48,7 +65,7 @@ def _chunked_grad(
     kept = logprob.TokenStats(logprobs, row_max, lse, entropy)
     dhidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     buffer = main_grad if accumulate else MainGrad(main_grad.shape, main_grad.device, main_grad)
-    for part in _chunks(len(ids), chunk_rows):
+    for part in chunks_of(len(ids), chunk_rows):
         logits = matmul.linear(hidden[part], weight)
         stats = logprob.TokenStats(*(t[part] for t in kept))
         parts = (g[part], None if g_entropy is None else g_entropy[part])
@@ -82,7 +99,7 @@ class _LinearTokenLogprobs(Node):
         rounded = weight.to(hidden.dtype)  # once for both passes
         found = [
             logprob.token_stats(matmul.linear(hidden[part], rounded), ids[part], entropy)
-            for part in _chunks(len(ids), chunk_rows)
+            for part in chunks_of(len(ids), chunk_rows)
         ]
         out = [torch.cat(parts) for parts in zip(*found, strict=True)]
         stats = logprob.TokenStats(*out) if out else logprob.TokenStats(*hidden.new_empty((4, 0), dtype=torch.float32))
@@ -172,15 +189,9 @@ def linear_token_logprobs(
     checks.boolean(op, "return_entropy", return_entropy)
     if main_grad is not None:
         checks.main_grad(op, "main_grad", main_grad, weight.shape, weight.device)
-    step = matmul.TOKEN_STEP
-    row_bytes = max(weight.shape[0] * hidden.element_size(), 1)
+    chunk_rows = rows_at_once(op, len(ids), weight.shape[0] * hidden.element_size(), chunk_rows)
     if chunk_rows is None:
-        if len(ids) * row_bytes <= WHOLE_BYTES:
-            logits = matmul.linear(hidden, weight, main_grad=main_grad)
-            return logprob.token_logprobs(logits, ids, return_entropy)
-        chunk_rows = max(CHUNK_BYTES // row_bytes // step, 1) * step
-    checks.integer(op, "chunk_rows", chunk_rows)
-    if chunk_rows < 1 or chunk_rows % step:
-        raise ValueError(f"{op}: chunk_rows must be a positive multiple of {step}, got {chunk_rows}")
+        logits = matmul.linear(hidden, weight, main_grad=main_grad)
+        return logprob.token_logprobs(logits, ids, return_entropy)
     out, entropy = _LinearTokenLogprobs.apply(hidden, weight, ids, main_grad, chunk_rows, return_entropy)
     return (out, entropy) if return_entropy else out

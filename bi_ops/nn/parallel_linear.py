@@ -39,7 +39,7 @@ class _ParallelLinear(Node):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         need_x, need_weight, *_ = ctx.needs_input_grad
-        g = g.contiguous()
+        g = ctx.layer.own_outputs(g.contiguous())
         dweight = None
         if need_weight:
             own = MainGrad(weight.shape, weight.device) if ctx.main_grad is None else ctx.main_grad
@@ -48,16 +48,42 @@ class _ParallelLinear(Node):
         return ctx.layer.gradient(g, weight) if need_x else None, dweight, None, None
 
 
-class ParallelLinear(Linear):
-    """A linear layer without a bias, or a rank's slice of it.
+class Shared:
+    """A layer with a matrix of which tensor-parallel ranks may have a slice each.
 
     segments: of the axis that ranks may share, a power of two: pieces that are summed each for itself in fp32, then
-        pairwise, and rounded once. Of a slice those of the rank. 1: the order of `nn.Linear`.
+        pairwise, and rounded once. Of a slice those of the rank. 1: the order of a layer that nobody shares.
     all_reduce: of a slice, goes on with the sum over ranks.
     """
 
+    weight: torch.Tensor
     segments: int = 1
     all_reduce: AllReduce | None = None
+
+    def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
+        """Where `own` lies in the whole, if it is what rank `rank` of `size` has of the weight, or of each of its rows.
+
+        own: [the weight's rows of the rank, any columns].
+        """
+        raise NotImplementedError
+
+    def slice_of(self, weight: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        """What rank `rank` of `size` has of the whole weight; memory of its own."""
+        raise NotImplementedError
+
+    def filled(self, own: torch.Tensor, size: int) -> torch.Tensor:
+        """`own` with as many rows as any of `size` ranks has; `place` drops what was filled up."""
+        return own
+
+    def cut(self, rank: int, size: int, all_reduce: AllReduce) -> None:
+        """Keep the slice of rank `rank` alone, of `size` ranks, a divisor of the segments."""
+        own = self.slice_of(self.weight.detach(), rank, size)
+        self.weight = torch.nn.Parameter(own, self.weight.requires_grad)
+        self.segments, self.all_reduce = self.segments // size, all_reduce
+
+
+class ParallelLinear(Shared, Linear):
+    """A linear layer without a bias, or a rank's slice of it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As `nn.Linear`. Of a slice every rank makes the call, and its backward."""
@@ -81,23 +107,14 @@ class ParallelLinear(Linear):
         """g @ weight; weight: rounded."""
         return matmul.mm(g, weight)
 
-    def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
-        """Where `own` lies in the whole, if it is what rank `rank` of `size` has of the weight, or of each of its rows.
-
-        own: [out_features of the rank, any columns].
-        """
-        raise NotImplementedError
-
-    def slice_of(self, weight: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        """What rank `rank` of `size` has of the whole weight; memory of its own."""
-        raise NotImplementedError
+    def own_outputs(self, g: torch.Tensor) -> torch.Tensor:
+        """The gradients of this rank's outputs, contiguous, of those that `forward` returned."""
+        return g
 
     def cut(self, rank: int, size: int, all_reduce: AllReduce) -> None:
-        """Keep the slice of rank `rank` alone, of `size` ranks, a divisor of the segments."""
-        own = self.slice_of(self.weight.detach(), rank, size)
-        self.weight = torch.nn.Parameter(own, self.weight.requires_grad)
+        """See `Shared`."""
+        super().cut(rank, size, all_reduce)
         self.out_features, self.in_features = self.weight.shape
-        self.segments, self.all_reduce = self.segments // size, all_reduce
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -121,11 +138,11 @@ class ColumnParallelLinear(ParallelLinear):
         return tuple((at + rank * n // size, n // size) for at, n in zip(starts, self.parts, strict=True))
 
     def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
-        """See `ParallelLinear`."""
+        """See `Shared`."""
         return Rows(own, (sum(self.parts), own.shape[1]), runs=self._runs(rank, size))
 
     def slice_of(self, weight: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        """See `ParallelLinear`."""
+        """See `Shared`."""
         return torch.cat([weight[first : first + n] for first, n in self._runs(rank, size)])
 
 
@@ -141,10 +158,10 @@ class RowParallelLinear(ParallelLinear):
         return self._summed(x, weight)
 
     def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
-        """See `ParallelLinear`."""
+        """See `Shared`."""
         rows, columns = own.shape
         return Rows(own, (rows, columns * size), column=rank * columns)
 
     def slice_of(self, weight: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        """See `ParallelLinear`."""
+        """See `Shared`."""
         return weight.chunk(size, 1)[rank].clone(memory_format=torch.contiguous_format)

@@ -13,19 +13,21 @@ from bi_ops.core import tensor_files
 from bi_ops.core.pairwise import pairwise_
 from bi_ops.core.tensor_files import Rows, whole
 from bi_ops.nn.main_grad import without_main_grad
-from bi_ops.nn.parallel_linear import AllReduce, ParallelLinear, RowParallelLinear
+from bi_ops.nn.parallel_linear import AllReduce, RowParallelLinear, Shared
+from bi_ops.nn.parallel_vocab import SharedVocabulary
 from bi_ops.parallel.gradients import all_gather
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.ranks import ALONE, Ranks
-from bi_ops.parallel.tensor.sums import OrderedAllReduce
+from bi_ops.parallel.tensor.sums import OrderedAllReduce, VocabularyExchange
 from bi_ops.parallel.whole import Whole
 
 
 class TensorParallel(Whole):
-    """As `Whole`, but `tensor` ranks share the model: a rank has some heads and some of what an MLP multiplies.
+    """As `Whole`, but `tensor` ranks share the model: its heads, what MLPs multiply, and the vocabulary.
 
-    Of the layers of `bi_ops.nn.parallel_linear` a rank keeps a slice, with its gradient and the optimizer's states.
-    Embedding, norms and head are whole on each rank, and compute the same there. Sums over features, and over heads in
+    Of the layers of `bi_ops.nn.parallel_linear` and `parallel_vocab` a rank keeps a slice, with its gradient and the
+    optimizer's states; layers that share a weight share its slice. Norms are whole on each rank, and compute the same
+    there. Sums over features, and over heads in
     the gradients of their norms, have the segments that the model declares, so their bits do not depend on the number
     of ranks; nor does the norm, whose rows are those of (row, segment) where a layer's inputs are shared.
 
@@ -36,8 +38,9 @@ class TensorParallel(Whole):
             ranks; None: `OrderedAllReduce`. `parallel.peer.PeerAllReduce` has its bits; another one is a control.
 
     Raises:
-        ValueError: tensor ranks that do not divide the segments, a model that has no layers to share, or parameters
-            whose gradients layers cannot carry.
+        ValueError: tensor ranks that do not divide the segments, a model that has no layers to share, parameters whose
+            gradients layers cannot carry, a weight that a layer shares with one that cannot be cut, or logits whose
+            rows ranks cannot share (`logprob.shards.check_dtype`).
     """
 
     def __init__(
@@ -50,8 +53,11 @@ class TensorParallel(Whole):
         all_reduce: AllReduce | None = None,
     ) -> None:
         self.tensor = tensor
-        #: Layers that the ranks share, by the names of their weights.
-        self.layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, ParallelLinear)}
+        #: Layers that the ranks share, by the names of their weights; a weight of several layers has all of them.
+        self.sharers = _sharers(model)
+        #: The first of each, and all of them.
+        self.layers = {name: layers[0] for name, layers in self.sharers.items()}
+        self.shared = [layer for layers in self.sharers.values() for layer in layers]
         self._head_norms = [m for m in model.modules() if isinstance(m, nn.RMSNorm) and m.segments > 1]
         self.segments = min((m.segments for m in self.layers.values()), default=1)
         check_tensor_ranks(self.segments, tensor)
@@ -63,7 +69,16 @@ class TensorParallel(Whole):
         if tensor.size > 1:
             add = OrderedAllReduce(tensor) if all_reduce is None else all_reduce
             for layer in self.layers.values():
-                layer.cut(tensor.rank, tensor.size, add)
+                if isinstance(layer, SharedVocabulary):
+                    layer.check_dtype(compute_dtype)
+            self.exchange = VocabularyExchange(tensor)
+            for first, *others in self.sharers.values():
+                for layer in (first, *others):
+                    layer.cut(tensor.rank, tensor.size, add)
+                    if isinstance(layer, SharedVocabulary):
+                        layer.exchange = self.exchange
+                for layer in others:
+                    layer.weight = first.weight
             for head_norm in self._head_norms:
                 head_norm.segments //= tensor.size
         super().__init__(model, tree, data)
@@ -71,14 +86,18 @@ class TensorParallel(Whole):
 
     def warmup(self) -> None:
         """The model's `warmup` of this rank's slices; it waits for no other rank."""
-        add = {layer: layer.all_reduce for layer in self.layers.values()}
+        shared = [(layer, layer.all_reduce) for layer in self.shared if layer.all_reduce is not None]
         try:
-            for layer in add:
+            for layer, _ in shared:
                 layer.all_reduce = _rounded
+                if isinstance(layer, SharedVocabulary):
+                    layer.exchange = _Alone(self.tensor.size)
             cast(Any, self.model).warmup()
         finally:
-            for layer, all_reduce in add.items():
+            for layer, all_reduce in shared:
                 layer.all_reduce = all_reduce
+                if isinstance(layer, SharedVocabulary):
+                    layer.exchange = self.exchange
 
     def _collect(self) -> None:
         """As `Whole`; the gradients of the heads' norms are then added over the ranks that share the heads."""
@@ -106,20 +125,23 @@ class TensorParallel(Whole):
         if self.tensor.size == 1:
             return optim.global_norm(viewed)
         sums = dict(zip(grads, optim.row_sums(viewed), strict=True))
-        every = self._gathered(torch.cat([sums[n] for n in shared]))
-        for n, parts in zip(shared, every.split([len(sums[n]) for n in shared], 1), strict=True):
+        filled = [layer.filled(sums[n], self.tensor.size) for n, layer in shared.items()]
+        every = self._gathered(torch.cat(filled))
+        for n, parts in zip(shared, every.split([len(own) for own in filled], 1), strict=True):
             sums[n] = self._placed(shared[n], [part.view(-1, spans[n]) for part in parts]).view(-1)
         return optim.norm_of_row_sums(sums.values())
 
     # Slices, and whole weights.
 
-    def _placed(self, layer: ParallelLinear, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _placed(self, layer: Shared, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The whole of what each tensor rank has."""
         return tensor_files.joined([layer.place(part, rank, len(parts)) for rank, part in enumerate(parts)])
 
-    def joined(self, layer: ParallelLinear, own: torch.Tensor) -> torch.Tensor:
+    def joined(self, layer: Shared, own: torch.Tensor) -> torch.Tensor:
         """The whole, on each tensor rank, of which `own` is this rank's slice; every rank asks for it."""
-        return own if self.tensor.size == 1 else self._placed(layer, list(self._gathered(own)))
+        if self.tensor.size == 1:
+            return own
+        return self._placed(layer, list(self._gathered(layer.filled(own, self.tensor.size))))
 
     def rows(self) -> dict[str, tuple[Rows, torch.Tensor]] | None:
         """Of every parameter what this rank has of it, and what the optimizer updates; None: all of each."""
@@ -150,15 +172,56 @@ class TensorParallel(Whole):
         if self.tensor.size == 1:
             yield
             return
-        own = {layer: layer.weight for layer in self.layers.values()}
+        own = {name: layer.weight for name, layer in self.layers.items()}
         try:
-            for layer, weight in own.items():
-                every = self.joined(layer, weight.detach().to(self.compute_dtype))
-                layer.weight = torch.nn.Parameter(every, requires_grad=False)
+            for name, weight in own.items():
+                every = self.joined(self.layers[name], weight.detach().to(self.compute_dtype))
+                whole_weight = torch.nn.Parameter(every, requires_grad=False)
+                for layer in self.sharers[name]:
+                    layer.weight = whole_weight
             yield
         finally:
-            for layer, weight in own.items():
-                layer.weight = weight
+            for name, weight in own.items():
+                for layer in self.sharers[name]:
+                    layer.weight = weight
+
+
+def _sharers(model: torch.nn.Module) -> dict[str, list[Shared]]:
+    """Layers that ranks can share, by the names of their weights, those that `named_parameters` gives.
+
+    Raises:
+        ValueError: a weight that is another layer's too.
+    """
+    modules = dict(model.named_modules())
+    names: dict[torch.Tensor, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(weight, []).append(name)
+    found = {}
+    for first, *others in names.values():
+        layers = {n: modules[n.rpartition(".")[0]] for n in (first, *others)}
+        shared = {n: m for n, m in layers.items() if isinstance(m, Shared)}
+        if shared and len(shared) < len(layers):
+            left = ", ".join(n for n in layers if n not in shared)
+            raise ValueError(
+                f"tensor parallel: {left} has the weight of {', '.join(shared)}, but is no layer that ranks can share; "
+                "make it one of bi_ops.nn.parallel_vocab or parallel_linear, or give it a weight of its own"
+            )
+        if shared:
+            found[first] = list(shared.values())
+    return found
+
+
+class _Alone:
+    """In place of an exchange between so many ranks."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        return own.expand(self.size, *own.shape).contiguous()
+
+    def pick(self, own: torch.Tensor) -> torch.Tensor:
+        return own
 
 
 def _rounded(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

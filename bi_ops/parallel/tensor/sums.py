@@ -48,3 +48,29 @@ class OrderedAllReduce:
         out = own.new_empty((len(filled), n))
         all_gather(out, own, group=group)
         return out[:m]
+
+
+class VocabularyExchange:
+    """Brings together what ranks that share a vocabulary have (`nn.parallel_vocab.Exchange`), exactly."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    @torch.no_grad()
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        """See `Exchange`."""
+        out = own.new_empty((self.ranks.size, *own.shape))
+        if own.numel() > 0:
+            own = own.contiguous()
+            all_gather(out.view(self.ranks.size * len(own), *own.shape[1:]), own, group=self.ranks.group)
+        return out
+
+    @torch.no_grad()
+    def pick(self, own: torch.Tensor) -> torch.Tensor:
+        """See `Exchange`. Bit patterns are added as integers, which no order changes; as numbers, -0.0 + 0.0 is 0.0."""
+        flat = own.reshape(-1)
+        if rest := flat.numel() * flat.element_size() % 4:
+            flat = torch.nn.functional.pad(flat, (0, (4 - rest) // flat.element_size()))
+        if own.numel() > 0:
+            dist.all_reduce(flat.view(torch.int32), group=self.ranks.group)
+        return flat[: own.numel()].view(own.shape)
