@@ -41,9 +41,21 @@ BOUNDED = {
     "elements of a call, at most 2**30, in tiles of a rank's share": """
         parallel.peer.kernels.ordered_sum_kernel: n_fours * 4
         parallel.peer.kernels.ordered_sum_kernel: rank * n_share
+        parallel.peer.kernels.ordered_sum_kernel: rank * n_share * BLOCK
+        parallel.peer.kernels.ordered_sum_kernel: (rank + j) % N_RANKS * n_share
+        parallel.peer.kernels.ordered_sum_kernel: to * n_share
+        parallel.peer.kernels.ordered_sum_kernel: to * n_share * BLOCK
         parallel.peer.kernels.ordered_sum_kernel: (first + i) * BLOCK
-        parallel.peer.kernels.ordered_sum_kernel: (share * n_share + i) * BLOCK
         parallel.peer.kernels.ordered_sum_kernel: i * BLOCK
+    """,
+    "words of all ranks, at most 2**30": """
+        parallel.peer.kernels.gather_kernel: N_RANKS * K
+        parallel.peer.kernels.gather_kernel: i // n_cols * ROWS
+        parallel.peer.kernels.gather_kernel: o_r * (N_RANKS * K)
+        parallel.peer.kernels.gather_kernel: o_r * K
+        parallel.peer.kernels.gather_kernel: of * K
+        parallel.peer.kernels.gather_kernel: rank * K
+        parallel.peer.kernels.gather_kernel: tl.cdiv(M, ROWS) * n_cols
     """,
     "signals of a few ranks and programs": """
         parallel.peer.kernels._meet: (ROW * N_RANKS + rank) * MAX_PROGRAMS

@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_named(device):
     assert sums.ONE_SHOT % sums.BLOCK == 0
     with pytest.raises(ValueError, match="1 rank has nothing to gather"):
         PeerAllGather(parallel.Ranks(), 8, device)
-    with pytest.raises(ValueError, match="n_bytes is 0"):
+    with pytest.raises(ValueError, match="n_bytes is 0; it must be those of the largest"):
         PeerAllGather(two, 0, device)
     with pytest.raises(ValueError, match=r"8 bytes a rank need \d+, not \d+"):
         PeerAllGather(two, 8, device, PeerMemory.of_tensors(two, three[:2]))

@@ -17,6 +17,8 @@ from bi_ops.parallel.ranks import Ranks
 PHASES = ("SEND", "MEET", "GATHER")
 #: Words of 4 bytes of a tile.
 TILE = 1024
+#: Of all ranks: the kernel counts words in 32 bits.
+MAX_BYTES = 1 << 32
 
 
 class PeerAllGather:
@@ -36,9 +38,10 @@ class PeerAllGather:
     def __init__(self, ranks: Ranks, n_bytes: int, device: torch.device, memory: PeerMemory | None = None) -> None:
         if ranks.size < 2:
             raise ValueError(f"parallel.peer: {ranks.size} rank has nothing to gather; take at least 2")
-        if not 0 < n_bytes < 1 << 30:
+        if not 0 < n_bytes * ranks.size <= MAX_BYTES:
             raise ValueError(
-                f"parallel.peer: n_bytes is {n_bytes}; it must be those of the largest tensor, below 1 GiB"
+                f"parallel.peer: n_bytes is {n_bytes}; it must be those of the largest tensor of a rank, and of all "
+                f"{ranks.size} at most {MAX_BYTES}"
             )
         self.ranks, self.most = ranks, n_bytes
         self._slot = cdiv(n_bytes, 4 * TILE) * TILE
