@@ -17,7 +17,9 @@ from test_cli import call
 from tiny import tiny_model
 
 from bi_ops.core import compile_ahead, runtime
-from bi_ops.models.warmup import compile_step
+from bi_ops.matmul import Warmup
+from bi_ops.models import warmup
+from bi_ops.models.warmup import compile_step, warmup_step
 
 
 class Kernel:
@@ -169,3 +171,18 @@ def test_after_a_warmup_a_step_compiles_nothing(tmp_path, monkeypatch, device):
         model.token_logprobs(batch).sum().backward()
         model.collect_main_grads()
         assert missing == []
+
+
+@pytest.mark.parametrize("besides", [Warmup(1, ("b",)), Warmup(0, (), "no GEMM has run unverified")])
+def test_gemms_that_no_weight_has_are_verified_too(besides, monkeypatch):
+    """Layers that ranks share have some of fp32 results; the step has asked for them while it was compiled."""
+    model, asked = tiny_model(), []
+
+    def verified(module, *rest):
+        asked.append(module)
+        return besides if module is None else Warmup(2, ("a",))
+
+    monkeypatch.setattr(warmup.matmul, "warmup", verified)
+    found = warmup_step(model).gemms
+    assert asked == [model, None]
+    assert found == (Warmup(3, ("a", "b")) if not besides.reason else Warmup(2, ("a",)))

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,7 +112,12 @@ def warmup_step(
         compile_ahead.remember(f"{model.config.model_type} {model.shapes()}", kernels, seconds)
     gemms = matmul.Warmup(0, (), "fp32 is Triton's")
     if model.compute_dtype != torch.float32:
-        gemms = matmul.warmup(
-            model, model.compute_dtype, lambda done, total, shape: progress("verifying GEMMs", done, total), build
-        )
+
+        def report(done: int, total: int, shape: str) -> None:
+            progress("verifying GEMMs", done, total)
+
+        # Those of its weights; then what the step has asked for besides, as layers do that ranks share.
+        gemms, more = (matmul.warmup(m, model.compute_dtype, report, build) for m in (model, None))
+        if not more.reason:
+            gemms = replace(gemms, verified=gemms.verified + more.verified, refused=gemms.refused + more.refused)
     return StepWarmup(kernels, seconds, gemms)
