@@ -26,12 +26,13 @@ from record import provenance, take_shortcuts
 import bi_ops  # noqa: F401  # isort: skip  (before triton)
 import torch
 
-from bi_ops import nn, norm
+from bi_ops import norm
 from bi_ops.core import runtime
 from bi_ops.core.files import write_json
 from bi_ops.models import load_model, make_model
 from bi_ops.models.base import CausalLM
 from bi_ops.models.tiny import TINY, TINY_MOE
+from bi_ops.nn import parallel_vocab
 from bi_ops.rl import PRESETS
 from bi_ops.rollout import factory
 from bi_ops.rollout.base import SamplingParams
@@ -102,7 +103,7 @@ def scoring(engine: Any, flip: Flip, site: str) -> contextlib.AbstractContextMan
 
         return replaced(engine, "generate", generated)
     flip.every = True  # the scores of the module's logits and the fused ones have the same operator in them
-    where = nn if site == bisect.FUSED else bisect.logprob
+    where = parallel_vocab if site == bisect.FUSED else bisect.logprob
     score = getattr(where, site)
     return replaced(where, site, lambda *given: flip(score(*given)))
 

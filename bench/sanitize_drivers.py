@@ -16,12 +16,13 @@ import torch
 from bi_ops import attention, moe, optim, parallel
 from bi_ops.attention.launch import clear_outside
 from bi_ops.core import runtime
+from bi_ops.logprob import shards
 from bi_ops.logprob.config import SplitConfig
 from bi_ops.logprob.ops import launch_token_logprobs
 from bi_ops.matmul import subtree
 from bi_ops.matmul.config import NARROW, ONE_WAVE, WIDE, WgradConfig, WgradTileConfig
 from bi_ops.matmul.launch import launch_wgrad
-from bi_ops.parallel.peer import PeerAllReduce, PeerMemory
+from bi_ops.parallel.peer import PeerAllGather, PeerAllReduce, PeerMemory
 from bi_ops.verify import configs, packs
 from bi_ops.verify.contract import Setting, microbatches
 from bi_ops.verify.subject import make_batch, results
@@ -123,6 +124,24 @@ def _peers() -> None:
                 ranks = parallel.Ranks(rank, size)
                 reduce = PeerAllReduce(ranks, n, device, one_shot, PeerMemory.of_tensors(ranks, memory))
                 reduce.launch(torch.ones(n, device=device), torch.empty(n, dtype=BF16, device=device), (phase,))
+    own = torch.ones(40, 600, dtype=torch.int32, device=device)
+    memory = [torch.zeros(PeerAllGather.memory_bytes(size, own.nbytes), dtype=torch.uint8, device=device)] * size
+    for phase in ("SEND", "GATHER"):
+        for rank in range(size):
+            ranks = parallel.Ranks(rank, size)
+            gather = PeerAllGather(ranks, own.nbytes, device, PeerMemory.of_tensors(ranks, memory))
+            gather.launch(own, own.new_empty(40, 600 * size), (phase,))
+
+
+def _vocabulary_shards() -> None:
+    """Ranks that share rows of logits, in one process."""
+    logits = torch.randn(40, 2500).to(runtime.default_device(), BF16)
+    ids = torch.arange(40, device=logits.device) * 60
+    spans = shards.segments_of(2500, 2)
+    own = [logits[:, first : first + n].contiguous() for first, n in spans]
+    top = torch.stack([shards.row_max(t) for t in own]).amax(0)
+    given = [(t, ids, top, first, 2, 2500) for t, (first, _) in zip(own, spans, strict=True)]
+    shards.token_stats(torch.stack([shards.chunk_sums(*each) for each in given]), ids, top, 2500)
 
 
 def _weight_gradients(*used: WgradConfig | WgradTileConfig) -> Callable[[], None]:
@@ -256,7 +275,8 @@ DRIVERS: dict[str, Driver] = {
         (*_named("attention", "", "_delta", "_dq", "_dkv", "_dsinks", "_add_chunks", "_clear"),),
         _featured_attention,
     ),
-    "sums over ranks": Driver(("ordered_sum_kernel",), _peers),
+    "over peer memory": Driver(("ordered_sum_kernel", "gather_kernel"), _peers),
+    "vocabulary shards": Driver(("shard_max_kernel", "shard_sums_kernel", "add_shards_kernel"), _vocabulary_shards),
     "cache": Driver(("write_cache_kernel",), _written_cache),
     "masked attention": Driver((), each("masked_attention", dtypes=(BF16,), size=(64, 0))),
     "optimizer": Driver(("square_sums_kernel", "pairwise_sum_kernel", "scale_kernel", "adamw_kernel"), _optimizer),

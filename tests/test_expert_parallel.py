@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import ranks
 import torch
+from sweeps import sweep
 from test_fsdp import Copy, saved
 from test_microbatches import Lengths
 from test_parallel import equal, metrics
@@ -101,7 +102,7 @@ def alone() -> dict[str, Any]:
     return {"trained": trained(updates=1), "cut": trained(parallel.ALONE, 2, None, **UNCUT)}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@sweep("size", (2, 4), (2,))
 def test_every_layout_has_the_bits_of_one_process(size, alone, tmp_path):
     one = tmp_path / "one"
     if size == 2:

@@ -23,12 +23,17 @@ from bi_ops.verify.compositions import rescore
 def test_a_model_is_warmed_up_in_its_own_dtype(monkeypatch):
     asked = []
     monkeypatch.setattr(warmup, "compile_step", lambda *_: 0)  # GEMMs are what is asked about
-    monkeypatch.setattr(matmul, "warmup", lambda model, dtype, *rest, **options: asked.append((model, dtype)))
+
+    def verified(model, dtype, *rest, **options):
+        asked.append((model, dtype))
+        return matmul.Warmup(0, ())
+
+    monkeypatch.setattr(matmul, "warmup", verified)
     model = models.Qwen3ForCausalLM(tiny_config())
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         model.compute_dtype = dtype
         model.warmup()
-    assert asked == [(model, torch.bfloat16), (model, torch.float16)]
+    assert asked == [(m, dtype) for dtype in (torch.bfloat16, torch.float16) for m in (model, None)]
 
 
 @dataclass(frozen=True, kw_only=True)
