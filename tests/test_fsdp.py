@@ -95,7 +95,7 @@ def layers_on_a_rank() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@sweep("size", (2, 4), (2,))
 def test_shards_have_the_bits_of_one_process(size):
     ranks.need_gpus(size)
     found = ranks.run(size, layers_on_a_rank)

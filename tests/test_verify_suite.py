@@ -225,7 +225,9 @@ def doubled(n: int) -> int:
     return 2 * n
 
 
-def test_what_ran_beside_a_process_that_dies_runs_again():
+def test_what_ran_beside_a_process_that_dies_runs_again(monkeypatch):
+    forks = multiprocessing.get_context("fork")  # which import nothing
+    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda method: forks)
     found = dict(pool.outcomes(doubled, [0, 1, 2], jobs=2))
     assert isinstance(found.pop(0), BrokenProcessPool)
     assert found == {1: 2, 2: 4}
