@@ -30,6 +30,7 @@ from bi_ops.core.files import write_json
 
 HERE = Path(__file__).resolve().parent
 CACHE = ("--kv-cache-memory-bytes", str(1 << 30))
+MODES = ("stock graphs", "invariant", "plugin", "plugin replayed")
 SIDES = ("bi_ops", "torch, compiled")
 
 
@@ -73,7 +74,13 @@ JOBS = (
     Job(
         "layout costs", ("layout_costs.py", "--gpus", "2", "--models", "1.7B"), 4, 560, gpus=2, quiet=True, limited=True
     ),
-    Job("rollout", ("rollout.py", "--together", "--models", "0.6B", "4B", "--rounds", "3"), 8, 420, quiet=True),
+    Job(
+        "rollout",
+        ("rollout.py", "--together", "--models", "0.6B", "4B", "--rounds", "3", "--modes", *MODES),
+        8,
+        420,
+        quiet=True,
+    ),
     Job("layer's host", ("layer_host.py", "--models", "0.6B", "8B"), 1, 60, quiet=True),
     Job("RL step", ("rl_step.py",), 4, 200, quiet=True),
     Job(

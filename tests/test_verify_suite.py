@@ -225,12 +225,33 @@ def doubled(n: int) -> int:
     return 2 * n
 
 
-def test_what_ran_beside_a_process_that_dies_runs_again(monkeypatch):
-    forks = multiprocessing.get_context("fork")  # which import nothing
+trap: list[int] = []
+
+
+def doubled_once(n: int) -> int:
+    """What comes after 0 in its process dies."""
+    if trap:
+        os._exit(1)
+    trap.extend([n] if n == 0 else [])
+    return 2 * n
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Processes of a pool, which import nothing."""
+    forks = multiprocessing.get_context("fork")
     monkeypatch.setattr(pool.multiprocessing, "get_context", lambda method: forks)
-    found = dict(pool.outcomes(doubled, [0, 1, 2], jobs=2))
+
+
+@pytest.mark.parametrize("work", [[0, 1, 2], [1, 2, 3, 4, 0], [3, 0, 4, 1, 2]])
+def test_what_ran_beside_a_process_that_dies_runs_again(work, forks):
+    found = dict(pool.outcomes(doubled, work, jobs=2))
     assert isinstance(found.pop(0), BrokenProcessPool)
-    assert found == {1: 2, 2: 4}
+    assert found == {n: 2 * n for n in work if n}
+
+
+def test_nobody_is_blamed_for_what_ran_before_in_its_process(forks):
+    assert dict(pool.outcomes(doubled_once, [0, 1, 2, 3], jobs=2)) == {0: 0, 1: 2, 2: 4, 3: 6}
 
 
 def test_after_an_error_of_its_gpu_a_process_finds_nothing_more(monkeypatch):

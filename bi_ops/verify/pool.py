@@ -66,14 +66,16 @@ def outcomes(
         lost: list[tuple[Item, BaseException]] = []
         for item, found in _of_a_pool(run, left, min(most, len(left)), late):
             if isinstance(found, BrokenProcessPool):
-                lost.append((item, found))  # one of them did it, which nobody says
+                lost.append((item, found))  # one of them did it, or one before it, which nobody says
             else:
                 yield item, found
-        if most == 1:
-            yield from lost[:1]
-            lost = lost[1:]
-        elif len(lost) == len(left):
-            most = 1  # one after the other, so that it is known who did
+        lost.sort(key=lambda pair: left.index(pair[0]))
+        if len(lost) == len(left):
+            if most == 1:  # the first one, in a process that had done nothing before
+                yield lost.pop(0)
+                most = jobs
+            else:
+                most = 1
         left = [item for item, _ in lost]
 
 

@@ -132,6 +132,7 @@ _lost: list[BaseException] = []
 
 
 def _raised(error: BaseException) -> str:
+    """What a check says of it. An error that has cost this process its GPU is kept in `_lost`."""
     if isinstance(error, getattr(torch, "AcceleratorError", ())) and not isinstance(error, torch.OutOfMemoryError):
         _lost.append(error)
     return f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
