@@ -228,7 +228,7 @@ class Bench:
             self.done.add(run.job.name)
         else:
             tail = run.log.read_text(errors="replace").splitlines()[-25:]
-            self.failed[run.job.name] = why or "\n".join(tail)
+            self.failed[run.job.name] = "\n".join([*tail, *([why] if why else [])])
         print(f"{run.job.name}: {time.monotonic() - run.began:.0f} s, {why or 'ended'}", flush=True)
         self.write()
 
@@ -344,7 +344,8 @@ class Bench:
     def write(self) -> None:
         """Everything that is known now."""
         self.rows = [*self.samples(), *self.trained(), *self.loops()]
-        record = {**self.provenance, "gpus": len(set(self.devices)), "rows": self.rows, "not_run": self.failed}
+        record = {**self.provenance, "gpus": len(set(self.devices)), "rows": self.rows}
+        record["not_run"] = {name: why.splitlines()[-1] for name, why in self.failed.items()}
         write_json(self.args.out / f"{self.file}.json", record)
 
     def verdict(self) -> int:

@@ -19,7 +19,6 @@ Exit status 0 only if all of that held. Rows that the time did not allow are nam
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import signal
 import statistics
@@ -62,6 +61,13 @@ class FlippedBit:
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
         tensor[len(tensor) // 2] ^= 1  # a pack's copy
         self.group.broadcast(tensor, src=src)
+
+
+@torch.no_grad()
+def change(model: torch.nn.Module) -> None:
+    """Give it other weights."""
+    for p in model.parameters():
+        p.mul_(1.0078125)  # exact in fp32, another value in bf16
 
 
 def pid(model: object) -> int:
@@ -117,9 +123,7 @@ class Bench:
 
     def update(self) -> Transfer:
         """Of weights that the engine has not."""
-        with torch.no_grad():
-            for p in self.model.parameters():
-                p.mul_(1.0078125)  # exact in fp32, another value in bf16
+        change(self.model)
         self.engine.update_weights(self.model)  # raises where checksums differ
         done: Transfer = self.engine.last_transfer
         return done
@@ -172,17 +176,16 @@ def speed(done: list[Transfer]) -> dict[str, Any]:
 
 
 def start(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
-    """The engine, whose weights vLLM draws by itself, and the model."""
-    (folder / "model").mkdir()
-    write_json(folder / "model" / "config.json", shape(args.model))
+    """The engine, and the model, which has other weights."""
+    model = make_model(shape(args.model))
+    draw_weights(model)
+    model.save_pretrained(folder / "model", torch.bfloat16)
+    change(model)
     offer_plugin(folder)
     sys.path.insert(0, str(folder))  # which vLLM's processes inherit
-    import vllm
-
     from bi_ops.rollout.vllm_engine import VllmEngine
 
     nccl_transfer.TIMEOUT = LOST
-    vllm.LLM = functools.partial(vllm.LLM, load_format="dummy")
     engine = VllmEngine(
         folder / "model",
         device_ids=range(1, 1 + args.tp),
@@ -190,8 +193,6 @@ def start(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
         cuda_graphs=args.cuda_graphs,
         max_model_len=1024,
     )
-    model = make_model(shape(args.model))
-    draw_weights(model)
     assert engine.orders is not None
     model.adopt(engine.orders)
     model.warmup()

@@ -101,6 +101,7 @@ def layers(base_method: type) -> dict[str, type]:
         ):
             super().__init__()
             self.tp_rank, self.tp_size = (0, 1) if disable_tp else (rank(), n_ranks())
+            self.output_size = output_size
             self.skip_bias_add, self.params_dtype, self.return_bias = skip_bias_add, params_dtype, return_bias
             self.input_is_parallel, self.reduce_results = input_is_parallel, reduce_results
             self.quant_method = self.method()

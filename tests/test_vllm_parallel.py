@@ -33,13 +33,22 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 PEER_BYTES = 256
 
 
-def mlp(version: str, plugin: bool, memory: list[torch.Tensor] | None = None, **options: Any) -> dict[str, Any]:
+def mlp(
+    version: str,
+    plugin: bool,
+    memory: list[torch.Tensor] | None = None,
+    whole: tuple[int, int] = (0, 0),
+    **options: Any,
+) -> dict[str, Any]:
     """Embedding, column-parallel and row-parallel layer of vLLM's on this rank, before and after an update.
 
-    memory: of each rank, over which they gather; None: by collectives.
+    memory: of each rank, over which they gather; None: by collectives. whole: bytes of a weight that ranks keep whole,
+    and rows that they multiply whole.
     """
     out: dict[str, torch.Tensor] = {}
     with pytest.MonkeyPatch.context() as patch, installed(patch, version) as modules:
+        patch.setattr(parallel, "WHOLE_BYTES", whole[0])
+        patch.setattr(parallel, "WHOLE_ROWS", whole[1])
         if plugin:
             vllm_plugin.register()
         first, second = weights(0), weights(1)
@@ -82,6 +91,9 @@ def on_a_rank(version: str, memory: list[torch.Tensor]) -> dict[str, Any]:
     return {
         "ours": mlp(version, True),
         "peers": mlp(version, True, memory),
+        "whole": mlp(version, True, whole=(2 * INNER * HIDDEN, 7)),
+        "whole, many rows": mlp(version, True, whole=(2 * INNER * HIDDEN, 6)),
+        "too large": mlp(version, True, whole=(2 * INNER * HIDDEN - 1, 7)),
         "handed on": mlp(version, True, skip_bias_add=True),
         "stock": mlp(version, False),
         "refused": refusals(version),
@@ -127,10 +139,14 @@ def test_every_size_has_the_bits_of_one_gpu(found):
     for index, result in enumerate(each):
         ours = result["ours"]
         for name in ("embedded", "first", "second"):
-            for one in (ours, result["peers"]):
+            for one in (ours, result["peers"], result["whole"], result["whole, many rows"], result["too large"]):
                 assert torch.equal(one[name].view(torch.int16), alone[name].view(torch.int16))
         assert ours["gathers"] == {"collective": 4}
         assert result["peers"]["gathers"] == {"collective": 2, "peer": 2}
+        assert result["whole"]["gathers"] == {"collective": 2}  # of inputs alone
+        assert result["whole, many rows"]["gathers"] == result["too large"]["gathers"] == {"collective": 4}
+        assert torch.equal(result["whole"]["weight"], down)
+        assert torch.equal(result["too large"]["weight"], ours["weight"])
         assert torch.equal(ours["weight"], down.chunk(len(each))[index])  # cut along the outputs, after an update too
     stock = each[0]["stock"]  # the control: partial outputs are added over ranks
     assert not torch.equal(stock["first"], alone["first"])

@@ -41,6 +41,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 def outputs(plugin: bool) -> list[dict[str, torch.Tensor]]:
     """Of the layers of a decoder on this rank, with the first weights and after an update."""
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    parallel.WHOLE_BYTES = 2 * HIDDEN * HEADS * HEAD  # attention's is kept whole, the MLP's is not
     for replaced in parallel.REPLACED if plugin else ():
         point = LeadingPatch(*replaced)
         module = importlib.import_module(point.module)

@@ -250,7 +250,9 @@ ATTRIBUTES = {
     },
     ("vllm.model_executor.custom_op", "CustomOp"): {"_forward_method"},
     ("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator"): {"disabled"},
-    ("vllm.model_executor.layers.linear", "LinearBase"): {"quant_method", "skip_bias_add"},
+    ("vllm.model_executor.layers.linear", "LinearBase"): {
+        *("quant_method", "skip_bias_add", "output_size", "params_dtype"),
+    },
     ("vllm.model_executor.layers.linear", "RowParallelLinear"): {
         *("tp_rank", "tp_size", "input_size_per_partition", "output_size_per_partition", "output_partition_sizes"),
         *("input_is_parallel", "reduce_results", "bias"),

@@ -4,6 +4,9 @@ A row-parallel layer of vLLM's multiplies a slice of K on each rank and adds the
 shapes the sum. Here each rank gathers the input, multiplies the whole K by its slice of the outputs, and gathers these:
 a gather moves data, and no element of a GEMM knows how many others there are. Column-parallel layers and the LM head
 are cut along their outputs already, heads are whole on a rank, and KV heads fewer than ranks are copies.
+
+To wait for other ranks takes longer than to read a small weight. Of that a rank keeps all, and multiplies few rows, as
+of a decode step, by the whole: no output is gathered then, and the bits are the same.
 """
 
 from __future__ import annotations
@@ -24,6 +27,11 @@ _GATHER = "bi_ops_gather"
 #: Of a rank, up to which peer memory is used; it takes four times as much for each rank.
 PEER_BYTES = 4 << 20
 
+#: Bytes of a weight that every rank keeps whole, and rows that it then multiplies whole.
+WHOLE_BYTES, WHOLE_ROWS = 32 << 20, 256
+#: Where a row-parallel layer that keeps its weight whole has this rank's share of the outputs.
+_SHARE = "bi_ops_share"
+
 #: The one linear method whose weight may be cut along the outputs: a quantized one scales blocks of K.
 _METHOD = "UnquantizedLinearMethod"
 
@@ -37,8 +45,27 @@ def check_sizes(name: str, n_ranks: int, **sizes: int) -> None:
         )
 
 
+class Share:
+    """This rank's outputs of a layer that keeps its weight whole, as a layer that has these alone."""
+
+    def __init__(self, layer: Any) -> None:
+        n = layer.output_size // layer.tp_size
+        self._layer, self.outputs = layer, slice(layer.tp_rank * n, (layer.tp_rank + 1) * n)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[N / ranks, K], a view."""
+        whole: torch.Tensor = self._layer.weight.data
+        return whole[self.outputs]
+
+
+def share_of(layer: Any) -> Share | None:
+    """That of a row-parallel layer which keeps its weight whole."""
+    return vars(layer).get(_SHARE)
+
+
 def cut_along_outputs(stock: Callable[..., None]) -> Callable[..., None]:
-    """`RowParallelLinear.__init__`, whose weight on a rank is [N / ranks, K] instead of [N, K / ranks].
+    """`RowParallelLinear.__init__`, whose weight on a rank is [N / ranks, K], or [N, K] if small, not [N, K / ranks].
 
     Raises:
         ValueError: sizes that the ranks do not divide, a quantized layer, or one whose caller adds over ranks.
@@ -65,8 +92,11 @@ def cut_along_outputs(stock: Callable[..., None]) -> Callable[..., None]:
                 f"vllm_plugin: {name} [{output_size}, {input_size}] leaves the sum over {n_ranks} ranks to its caller "
                 "(reduce_results=False, as experts do), whose bits depend on their number; use tensor_parallel_size=1"
             )
+        whole = output_size * input_size * self.params_dtype.itemsize <= WHOLE_BYTES
+        if whole:
+            vars(self)[_SHARE] = Share(self)
         self.input_size_per_partition = input_size
-        self.output_size_per_partition = output_size // n_ranks
+        self.output_size_per_partition = output_size if whole else output_size // n_ranks
         self.output_partition_sizes = [self.output_size_per_partition]
         self.quant_method.create_weights(
             layer=self,
@@ -83,12 +113,18 @@ def cut_along_outputs(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def load_outputs(stock: Callable[..., None]) -> Callable[..., None]:
-    """`RowParallelLinear.weight_loader_v2`, which takes this rank's rows of [N, K]: at the start, and at an update."""
+    """`RowParallelLinear.weight_loader_v2`, then and at updates: this rank's rows of [N, K], or all of them."""
 
     @functools.wraps(stock)
     def weight_loader_v2(self: Any, param: Any, loaded_weight: torch.Tensor) -> None:
         if self.tp_size == 1:
             stock(self, param, loaded_weight)
+        elif share_of(self) is not None:
+            if param.shape != loaded_weight.shape:
+                raise ValueError(
+                    f"vllm_plugin: the checkpoint has {list(loaded_weight.shape)} for a weight of {list(param.shape)}"
+                )
+            param.data.copy_(loaded_weight)
         else:
             param.load_column_parallel_weight(loaded_weight=loaded_weight)
 
@@ -96,7 +132,10 @@ def load_outputs(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def whole_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`RowParallelLinear.forward`: gather the input, multiply by this rank's outputs, gather the outputs."""
+    """`RowParallelLinear.forward`: gather the input, multiply by this rank's outputs, gather the outputs.
+
+    Few rows are multiplied by all outputs of a weight that is kept whole.
+    """
 
     @functools.wraps(stock)
     def forward(self: Any, input_: torch.Tensor) -> Any:
@@ -104,10 +143,14 @@ def whole_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(self, input_)
         gather = getattr(self, _GATHER, None) or _by_collectives()
         x = gather(input_) if self.input_is_parallel else input_
-        bias, n = self.bias, self.output_size_per_partition
-        if bias is not None:  # whole on every rank
-            bias = None if self.skip_bias_add else bias[self.tp_rank * n : (self.tp_rank + 1) * n]
-        out = gather(self.quant_method.apply(self, x, bias))
+        bias = None if self.skip_bias_add else self.bias  # whole on every rank
+        share = share_of(self)
+        if share is not None and x.shape[:-1].numel() <= WHOLE_ROWS:
+            out = self.quant_method.apply(self, x, bias)
+        else:
+            n = self.output_size // self.tp_size
+            bias = None if bias is None else bias[self.tp_rank * n : (self.tp_rank + 1) * n]
+            out = gather(self.quant_method.apply(self if share is None else share, x, bias))
         if not self.return_bias:
             return out
         return out, self.bias if self.skip_bias_add else None

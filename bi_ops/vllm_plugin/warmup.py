@@ -24,7 +24,7 @@ from bi_ops import logprob, matmul, norm
 from bi_ops.core import compile_ahead
 from bi_ops.core.vllm import Release
 from bi_ops.matmul import cublaslt
-from bi_ops.vllm_plugin import backend, layers
+from bi_ops.vllm_plugin import backend, layers, parallel
 
 #: Launches something, once.
 Launch = Callable[[], object]
@@ -39,7 +39,7 @@ class Gemm(NamedTuple):
     most: int
 
     def run(self, rows: int) -> None:
-        weight = self.layer.weight
+        weight = self.layer.weight.data
         self.apply(self.layer, weight.new_zeros(rows, weight.shape[1]), self.bias)
 
 
@@ -123,9 +123,12 @@ def _gemms(model: torch.nn.Module, release: Release, scheduler: Any) -> list[Gem
         # An embedding that is not the head has its method too; an LM head computes at most a row per sequence.
         most = scheduler.max_num_seqs if hasattr(layer, "num_embeddings") else scheduler.max_num_batched_tokens
         bias = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
-        if bias is not None:
-            bias = bias[: layer.weight.data.shape[0]]  # a rank's share, where the bias is whole on each
-        shapes[layer.weight.shape, layer.weight.dtype, bias is None, most] = Gemm(layer, apply, bias, most)
+        share = parallel.share_of(layer)
+        held = [(layer, most)] if share is None else [(layer, min(most, parallel.WHOLE_ROWS)), (share, most)]
+        for one, rows in held:
+            n, k = one.weight.shape
+            own = None if bias is None else bias[:n]  # a rank's share, where the bias is whole on each
+            shapes[n, k, one.weight.dtype, bias is None, rows] = Gemm(one, apply, own, rows)
     return list(shapes.values())
 
 
