@@ -39,11 +39,12 @@ def layouts(results: Path) -> str:
             cut = row.get("microbatches")
             cut = f"cut at {cut} tokens" if isinstance(cut, int) else row.get("composition", "")
             control = "control" if row["control"] else ""
-            where = f"{record.get('gpus', 1)} GPU, shared" if row.get("shared") else f"{record.get('gpus', 1)} GPU"
+            gpus = row.get("gpus", record.get("gpus", 1))
+            where = f"{gpus} GPU, shared" if row.get("shared") else f"{gpus} GPU"
             counts = f"{row['tokens_different']:,} of {row['tokens_checked']:,}"
             what = ", ".join(filter(None, (_layout(row), cut)))
             rows.append((row["model"], where, what, row.get("segments", 1), counts, *same, control))
-        notes.append(f"- {provenance([record], f'h200/{file}')}")
+        notes.append(f"- {provenance([record | row for row in record['rows']], f'h200/{file}')}")
     head = ("model", "machine", "layout", "segments", "log-probabilities that differ", "gradients", "weights", "")
     return f"{table(head, rows)}\n{''.join(notes)}" if rows else "Nothing was shown yet.\n"
 
@@ -65,3 +66,21 @@ def _nccl(row: dict[str, str]) -> float:
 
 def _equal(row: dict[str, str]) -> str:
     return "yes" if row["bits_equal"] == "True" else "NO"
+
+
+def layout_costs(results: Path) -> str:
+    """Milliseconds of each layout beside the same one that is not exact."""
+    found = load_csv(results, "h200/layouts.csv")
+    rows = []
+    for r in found:
+        if r["fastest"] != "True" and not r["baseline"].startswith("library"):
+            continue
+        layout = {"step": f"TP {r['tp']}" if r["tp"] != "1" else f"{'FSDP2' if r['fsdp'] == 'True' else 'DP'} {r['dp']}"}
+        where = layout.get(r["what"], f"TP {r['tp']}" if r["tp"] != "1" else "1 GPU")
+        share = f"{float(r['transfer_share']):.0%}" if r["transfer_share"] else ""
+        what = f"{r['what']} of {int(r['tokens']):,}" if r["what"] != "segments" else "forward and backward"
+        times = f"{float(r['ours_ms']):.1f}", f"{float(r['baseline_ms']):.1f}"
+        cost = f"{float(r['ours_ms']) / float(r['baseline_ms']):.2f}x"
+        rows.append((r["model"], where, what, r["segments"], r["ours"], times[0], r["baseline"], times[1], cost, share))
+    head = ("model", "layout", "what, tokens", "segments", "bi_ops", "ms", "beside", "ms", "cost", "share of sums")
+    return f"{table(head, rows)}\n{csv_provenance(found, 'h200/layouts.csv')}" if rows else "Not measured yet.\n"

@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from record import offer_plugin, provenance
 from step_sides import EXPERTS, SHAPES, expert_shape, shape
+from table_parts import load
 from torchrun import environment, launcher, stop
 
 from bi_ops.core.files import write_json
@@ -141,6 +142,25 @@ class Run:
     devices: list[str]
     log: Path
     began: float = field(default_factory=time.monotonic)
+
+
+#: Columns that say what a row is of.
+OF = (
+    *("what", "model", "engine", "executor", "rollout_tp", "train_tp", "dp", "fsdp", "ep", "train_ep", "segments"),
+    *("peer_memory", "control", "shared", "microbatches"),
+)
+
+
+def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows`, and those of before that are of something else; by model, then as jobs start."""
+
+    def of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(column) or None for column in OF)
+
+    new = {of(row) for row in rows}
+    kinds = ("sample", "train", "loop")
+    every = [*(row for row in before if of(row) not in new), *rows]
+    return sorted(every, key=lambda row: (row["model"], kinds.index(row["what"]), row["segments"], row["control"]))
 
 
 class Bench:
@@ -342,11 +362,12 @@ class Bench:
             )
 
     def write(self) -> None:
-        """Everything that is known now."""
+        """Everything that is known now; rows of other jobs in an existing file stay, and say of which commit they are."""
         self.rows = [*self.samples(), *self.trained(), *self.loops()]
-        record = {**self.provenance, "gpus": len(set(self.devices)), "rows": self.rows}
-        record["not_run"] = {name: why.splitlines()[-1] for name, why in self.failed.items()}
-        write_json(self.args.out / f"{self.file}.json", record)
+        here = {"gpus": len(set(self.devices)), **{key: self.provenance[key] for key in ("commit", "date")}}
+        rows = merged((load(self.args.out, f"{self.file}.json") or {}).get("rows", []), [r | here for r in self.rows])
+        not_run = {name: why.splitlines()[-1] for name, why in self.failed.items()}
+        write_json(self.args.out / f"{self.file}.json", {**self.provenance, "rows": rows, "not_run": not_run})
 
     def verdict(self) -> int:
         """0 where equal rows are equal and controls are not."""

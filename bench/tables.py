@@ -18,7 +18,7 @@ from kernel_tables import (
     gemm,
     host,
 )
-from layout_tables import layouts, peer
+from layout_tables import layout_costs, layouts, peer
 from limit_tables import limits, operators
 from speed_tables import beside_stock, experts, rollout, step, step_speed
 from table_parts import geometric_mean, load_csv, ratios, table
@@ -92,4 +92,5 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "tree_cost": tree_cost,
     "layouts": layouts,
     "peer": peer,
+    "layout_costs": layout_costs,
 }
