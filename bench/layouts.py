@@ -362,7 +362,7 @@ class Bench:
             )
 
     def write(self) -> None:
-        """Everything that is known now; rows of other jobs in an existing file stay, and say of which commit they are."""
+        """Everything that is known now; rows of other jobs in an existing file stay, with their commit."""
         self.rows = [*self.samples(), *self.trained(), *self.loops()]
         here = {"gpus": len(set(self.devices)), **{key: self.provenance[key] for key in ("commit", "date")}}
         rows = merged((load(self.args.out, f"{self.file}.json") or {}).get("rows", []), [r | here for r in self.rows])
