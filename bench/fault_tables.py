@@ -93,3 +93,20 @@ def audit(results: Path) -> str:
     places = list(dict.fromkeys(row["place"] for row in planted))
     note = f"{len(families)} families ({', '.join(families)}), behind each one's {', '.join(places)}. "
     return f"{table(head, rows)}\n{note}{provenance([record], 'cpu/audit.json')}"
+
+
+def sanitizer(results: Path) -> str:
+    """Kernels under compute-sanitizer's tools: how many each tool found clean, and what it said of the others."""
+    record = load(results, "h200/sanitizer.json")
+    if record is None:
+        return ""
+    tools = list(record["controls"])
+    cells = {tool: [row[tool] for row in record["kernels"].values()] for tool in tools}
+    clean = [f"{sum(c == 'clean' for c in cells[tool])} of {len(cells[tool])}" for tool in tools]
+    rows: list[tuple[str, ...]] = [("clean", *clean), ("its planted fault", *(record["controls"][t] for t in tools))]
+    rows += [
+        (f"`{kernel}`", *("" if row[tool] == "clean" else row[tool] for tool in tools))
+        for kernel, row in record["kernels"].items()
+        if set(row.values()) != {"clean"}
+    ]
+    return f"{table(('kernel', *tools), rows)}\n{provenance([record], 'h200/sanitizer.json')}"

@@ -21,7 +21,7 @@ from tables import BLOCKS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "limits", "operators", "vllm", "parallel")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "limits", "operators", "vllm", "parallel", "verify")),
 )
 RESULTS, PLOTS = ROOT / "bench" / "results", ROOT / "docs" / "plots"
 

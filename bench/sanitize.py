@@ -5,7 +5,8 @@
 A family of kernels (bench/sanitize_drivers.py) runs in a process of its own, first by itself, which compiles its
 kernels, then under each tool. Memory is torch's but not cached, so the tools know where each tensor ends. Processes run
 in parallel and take the visible GPUs in turn. Each tool also watches a kernel with the fault that it looks for: if it
-finds nothing there, nothing it says counts.
+finds nothing there, nothing it says counts. And it watches kernels that are right (bench/sanitize_right.py): what it
+reports of these as well is no finding, but something that the tool does not understand.
 
 sanitizer.json has a table, kernel by tool: clean; errors, with the first; unsupported; timeout; or failed. It is
 written after each process, and a later run goes on with what is missing, unless the commit is another one. Exit status
@@ -33,6 +34,7 @@ from typing import Any
 import torch
 from record import provenance
 from sanitize_drivers import DRIVERS, PLANTED, kernels_in_the_code, launches, plant
+from sanitize_right import RIGHT, explained
 from table_parts import load
 
 from bi_ops.core import runtime
@@ -49,16 +51,21 @@ WORST = ("errors", "failed", "timeout", "unsupported", "clean")
 @dataclass
 class Outcome:
     """Of one process. status: of `WORST`. message: the first error, or why nothing was found out. by_kernel: the first
-    error in each kernel that has one; "" is not a kernel of bi_ops. launched: kernels."""
+    error in each kernel that has one; "" is not a kernel of bi_ops. reports: the first ones, whole. launched: kernels.
+    """
 
     status: str
     message: str = ""
     errors: int = 0
     by_kernel: dict[str, str] = field(default_factory=dict)
+    reports: list[str] = field(default_factory=list)
     launched: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
+#: Kept of a process, of those that differ in more than threads, blocks and addresses.
+REPORTS = 20
+_PLACE = re.compile(r"\((?:\d+,)+\d+\)|0x[0-9a-f]{6,}|\d+ hazards?")
 _TITLE = re.compile(r"^========= (?! )(.+)$")
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 _UNSUPPORTED = ("not supported", "Internal Sanitizer Error", "Unable to find injection", "Failed to initialize")
@@ -83,6 +90,10 @@ def parse(log: str, kernels: Sequence[str]) -> Outcome:
         if block[0].startswith(("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "Target application")):
             continue
         where = known.search(block[0]) or known.search("\n".join(block))
+        report = "\n".join(" ".join(line.removeprefix("=========").split()) for line in block)
+        report = _PLACE.sub("", report)
+        if report not in found.reports and len(found.reports) < REPORTS:
+            found.reports.append(report)
         found.by_kernel.setdefault(where[0] if where else "", " ".join(block[0].split())[:200])
         found.message = found.message or next(iter(found.by_kernel.values()))
     if found.errors:
@@ -101,7 +112,7 @@ def command(family: str, tool: str, log: Path) -> list[str]:
     if family == CONTROL:
         drive += ["--plant", tool]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    options = ["--target-processes", "application-only", "--print-limit", "20", "--log-file", str(log)]
+    options = ["--target-processes", "application-only", "--print-limit", "200", "--log-file", str(log)]
     options += ["--report-api-errors", "no"] if tool == "memcheck" else []
     return [sanitizer, "--tool", tool, *options, *drive]
 
@@ -142,6 +153,10 @@ def drive(family: str, planted: str | None) -> int:
     if planted is not None:
         plant(planted)
         return 0
+    if family in RIGHT:
+        RIGHT[family]()
+        torch.cuda.synchronize()
+        return 0
     driver = DRIVERS[family]
     with launches() as found:
         driver.run()
@@ -173,19 +188,42 @@ def kernel_table(runs: Mapping[str, Mapping[str, Any]], tools: Sequence[str]) ->
                 if status == "errors":  # those of other kernels are theirs
                     message = run["by_kernel"].get(kernel, "")
                     status = "errors" if message else "clean"
+                if status == "errors" and (why := misjudged(runs, tool, kernel, run)):
+                    status, message = "unsupported", f"{tool} reports {why} that is right"
                 cells.append((WORST.index(status), status if status == "clean" else f"{status}: {message}"))
             table.setdefault(kernel, {})[tool] = min(cells)[1] if cells else "not run"
     return table
 
 
+def misjudged(runs: Mapping[str, Mapping[str, Any]], tool: str, kernel: str, run: Mapping[str, Any]) -> str | None:
+    """What every report on a kernel that was kept is about, if the tool reports that of a right kernel, too."""
+    causes = {explained(tool, r, source_line(r)) for r in run.get("reports", ()) if kernel in r}
+    cause = causes.pop() if len(causes) == 1 else None
+    return cause if cause and (runs.get(f"{cause} / {tool}") or {}).get("status") == "errors" else None
+
+
+def source_line(text: str) -> str:
+    """The first line of bi_ops' source that a report names."""
+    sources = {p.name: p for p in Path(__file__).resolve().parents[1].glob("bi_ops/**/*.py")}
+    for name, number in re.findall(r"(\w+\.py):(\d+)", text):
+        if name in sources:
+            return sources[name].read_text(encoding="utf-8").splitlines()[int(number) - 1]
+    return ""
+
+
 def report(runs: Mapping[str, Mapping[str, Any]], tools: Sequence[str]) -> dict[str, Any]:
     controls = {t: runs[f"{CONTROL} / {t}"]["status"] for t in tools if f"{CONTROL} / {t}" in runs}
     found = {t: "found" if status == "errors" else f"NOT FOUND: {status}" for t, status in controls.items()}
-    others = {name: r["by_kernel"][""] for name, r in runs.items() if "" in r["by_kernel"] and CONTROL not in name}
+    watched = {n: r for n, r in runs.items() if n.rpartition(" / ")[0] not in (CONTROL, *RIGHT)}
+    others = {name: r["by_kernel"][""] for name, r in watched.items() if "" in r["by_kernel"]}
+    not_understood = {t: [n for n in RIGHT if (runs.get(f"{n} / {t}") or {}).get("status") == "errors"] for t in tools}
     table = kernel_table(runs, tools)
     cells = [cell.partition(":")[0] for row in table.values() for cell in row.values()]
     counts = {status: cells.count(status) for status in (*WORST, "not run") if status in cells}
-    return {"controls": found, "counts": counts, "kernels": table, "errors_elsewhere": others, "runs": dict(runs)}
+    return {
+        **{"controls": found, "not_understood": {t: names for t, names in not_understood.items() if names}},
+        **{"counts": counts, "kernels": table, "errors_elsewhere": others, "runs": dict(runs)},
+    }
 
 
 def main() -> int:
@@ -197,7 +235,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=120, help="of one process, in seconds (%(default)s)")
     parser.add_argument("--seconds", type=float, default=3600, help="in all; what is left is for a later run")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
-    parser.add_argument("--drive", choices=[*DRIVERS, CONTROL], help=argparse.SUPPRESS)
+    parser.add_argument("--drive", choices=[*DRIVERS, *RIGHT, CONTROL], help=argparse.SUPPRESS)
     parser.add_argument("--plant", choices=TOOLS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.drive:
@@ -231,8 +269,9 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         pending: dict[Future[None], str] = {}
         for tool in args.tools:
-            if missing(f"{CONTROL} / {tool}"):
-                pending[pool.submit(one, CONTROL, tool)] = ""
+            for name in (CONTROL, *RIGHT):
+                if missing(f"{name} / {tool}"):
+                    pending[pool.submit(one, name, tool)] = ""
         for family in sorted(args.only, key=lambda f: "attention" not in f):  # these compile longest
             pending[pool.submit(one, family, ALONE) if missing(f"{family} / {ALONE}") else pool.submit(_nothing)] = (
                 family

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bit_tables import bits, conditions, families, models, parity, tests, train
 from cost_tables import tree_cost
-from fault_tables import audit, bisect, faults, verify
+from fault_tables import audit, bisect, faults, sanitizer, verify
 from kernel_tables import (
     MAIN_HEAD_DIM,
     PASSES,
@@ -87,6 +87,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "families": families,
     "faults": faults,
     "verify": verify,
+    "sanitizer": sanitizer,
     "bisect": bisect,
     "audit": audit,
     "tree_cost": tree_cost,

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,28 @@ def test_what_says_nothing_is_not_clean(sanitize):
     assert sanitize.parse(BANNER, []).status == "failed"
     log = BANNER + "========= Error: Device not supported. Please refer to the documentation\n"
     assert sanitize.parse(log, []).status == "unsupported"
+
+
+def test_what_a_tool_says_of_a_right_kernel_too_is_no_finding(sanitize):
+    """Unless it says something else as well."""
+    race = "Error: Race reported between Read access at {0}+0x250 in forward.py:{1}\nand Write access"
+    source = (BENCH.parent / "bi_ops/attention/hopper/forward.py").read_text().splitlines()
+    start = next(i for i, line in enumerate(source, 1) if "gl.warp_specialize(" in line)
+    fine: dict[str, Any] = {"status": "clean", "message": "", "by_kernel": {}, "launched": [], "reports": []}
+    name = "attention_forward_kernel"
+    bad = fine | {"status": "errors", "by_kernel": {name: "bad"}, "reports": [race.format(name, start)]}
+    runs = {"attention on Hopper / racecheck": bad}
+
+    def cell() -> str:
+        return sanitize.report(runs, ("racecheck",))["kernels"][name]["racecheck"]
+
+    assert cell() == "errors: bad"
+    runs["warp specialisation / racecheck"] = fine
+    assert cell() == "errors: bad"  # it understands that
+    runs["warp specialisation / racecheck"] = fine | {"status": "errors"}
+    assert cell() == "unsupported: racecheck reports warp specialisation that is right"
+    bad["reports"].append(race.format(name, start - 3))
+    assert cell() == "errors: bad"
 
 
 def test_a_kernel_has_the_worst_of_its_families_and_only_its_own_errors(sanitize):

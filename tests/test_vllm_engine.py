@@ -279,6 +279,27 @@ def test_engine_on_a_gpu(checkpoints, attention, kernels, cuda_graphs):
 @pytest.mark.gpu
 @pytest.mark.vllm
 @pytest.mark.engine
+def test_the_first_requests_of_an_engine_are_sampled_as_later_ones(checkpoints):
+    """All at temperature 1, which CUDA graphs sample; vLLM's warm-up has left filters and penalties behind."""
+    params = [SamplingParams(24, seed=s) for s in range(64)]
+    prompts = [[5 + i, 6, 7] for i in range(64)]
+    engine = vllm_engine.VllmEngine(checkpoints[0], **MEMORY)
+    try:
+        found = [engine.generate(prompts, params) for _ in range(3)]
+    finally:
+        engine.close()
+    assert same(found[0], found[1])
+    assert same(found[1], found[2])
+    eager = vllm_engine.VllmEngine(checkpoints[0], cuda_graphs=False, **MEMORY)  # samples as vLLM does
+    try:
+        assert same(found[0], eager.generate(prompts, params))
+    finally:
+        eager.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.engine
 def test_both_kernels_of_an_engine_have_the_same_bits(checkpoints):
     found = []
     for kernels in ("bi_ops", "vllm"):

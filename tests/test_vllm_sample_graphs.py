@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 from typing import Any, NamedTuple
 
@@ -87,6 +88,9 @@ class Sampler:
         of = self.sampling_states
         for column in (of.temperature, of.top_k, of.top_p, of.min_p, of.seeds):
             column.copy_to_uva()
+
+
+OWN_ADD = Sampler.add_request
 
 
 class Runner:
@@ -247,6 +251,36 @@ def test_what_graphs_do_not_compute_is_vllms(runner, asked):
     sampled(runner, alone, eager=1, hidden=runner.cudagraph_manager.hidden_states.clone())  # of no graph
     sampled(runner, alone, eager=1, grammar=object())
     sampled(runner, dataclasses.replace(alone, num_draft_tokens=1), eager=1)
+
+
+WARM_UP: dict[str, Any] = {"temperature": 0.9, "top_k": 2, "top_p": 0.9, "min_p": 0.1, "biased": True}
+
+
+@pytest.mark.parametrize("release", ["0.26.0", "0.33.0"])
+def test_what_vllms_warm_up_asked_for_is_captured_for_nobody(release, monkeypatch):
+    """Its requests stay in the sampler's slots, and what a graph filters by is decided at its capture."""
+    runner = Runner(release)
+    add(runner, {slot: WARM_UP for slot in range(MOST)})
+
+    def graphs() -> sample_graphs.SampleGraphs:
+        stock = lambda *args: Runner.sample(runner, *args)  # noqa: E731
+        return sample_graphs.SampleGraphs(runner, stock, runner.dummy, lambda call: Recomputed(runner, call))
+
+    with pytest.raises(RuntimeError, match=f"{MOST} slots of vLLM's sampler ask for filters or penalties"):
+        graphs()
+    module = types.ModuleType("vllm.sampling_params")
+    monkeypatch.setattr(module, "SamplingParams", dict, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    sampler: Any = runner.sampler
+    if release == "0.26.0":  # which also takes the length of the prompt
+        monkeypatch.setattr(
+            Sampler, "add_request", lambda self, index, prompt_len, params: OWN_ADD(self, index, params)
+        )
+    before = sampler.sampling_states.top_k.writes
+    sample_graphs.forget_warm_up(sampler)
+    assert sampler.sampling_states.top_k.writes == before + 1
+    assert {sample_graphs.asked_of(sampler, slot) for slot in range(MOST)} == {sample_graphs.TOKEN}
+    assert len(graphs()) > 0
 
 
 def test_requests_of_temperatures_zero_and_one_share_a_graph(runner):

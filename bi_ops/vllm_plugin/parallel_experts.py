@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from bi_ops.moe import shared
 from bi_ops.vllm_plugin.parallel import check_sizes
@@ -138,19 +139,19 @@ def _adds_nothing(layer: Any) -> None:
 
 def exchange(rows: torch.Tensor, k: int, combine: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """See `moe.shared.Exchange`. Rows are added to zeros as whole numbers, which no order changes."""
-    from vllm.distributed import (
-        get_tensor_model_parallel_world_size,
-        tensor_model_parallel_all_gather,
-        tensor_model_parallel_all_reduce,
-        tensor_model_parallel_reduce_scatter,
-    )
+    from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
+    from vllm.distributed.parallel_state import get_tp_group
 
     words = rows.view(torch.int32)
     if rows.nbytes <= ALL_ROWS:
         return combine(tensor_model_parallel_all_reduce(words).view(rows.dtype))
-    n_ranks = get_tensor_model_parallel_world_size()
+    # Each rank sends every other one its share, and adds what it gets; vLLM's reduce-scatter was seen to give, on two
+    # GPUs and of whole numbers, other values from call to call.
+    group, n_ranks = get_tp_group().device_group, get_tp_group().world_size
     words = torch.nn.functional.pad(words, (0, 0, 0, -len(rows) % (n_ranks * k)))
-    own = tensor_model_parallel_reduce_scatter(words, 0).view(rows.dtype)
+    shares = torch.empty_like(words)
+    dist.all_to_all_single(shares, words, group=group)
+    own = shares.view(n_ranks, -1, words.shape[1]).sum(0, dtype=torch.int32).view(rows.dtype)
     return tensor_model_parallel_all_gather(combine(own), 0)[: len(rows) // k]
 
 

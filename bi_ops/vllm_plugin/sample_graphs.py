@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import inspect
 import logging
 import time
 import weakref
@@ -59,11 +60,27 @@ def _capture_model(alive: weakref.ref[Any], stock: Callable[..., int], *args: An
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
     begun, buffers = time.perf_counter(), runner.input_buffers
+    forget_warm_up(runner.sampler)
     stock = functools.partial(type(runner).sample, runner)
     graphs = SampleGraphs(runner, stock, lambda n: InputBatch.make_dummy(n, n, buffers), _captured())
     attach(runner, graphs)
     logger.info("bi_ops: %d CUDA graphs of sampling in %.1f s", len(graphs), time.perf_counter() - begun)
     return taken
+
+
+def forget_warm_up(sampler: Any) -> None:
+    """Have every slot of vLLM's sampler ask for a token alone.
+
+    vLLM's warm-up leaves a request of its own in there, with top-k, top-p and penalties. What is captured then would
+    filter every batch, by whatever the columns of that time hold.
+    """
+    from vllm.sampling_params import SamplingParams
+
+    plain = SamplingParams(temperature=1.0, seed=0)
+    of_prompt = (1,) if "prompt_len" in inspect.signature(type(sampler).add_request).parameters else ()  # 0.26
+    for index in range(sampler.sampling_states.max_num_reqs):
+        sampler.add_request(index, *of_prompt, plain)
+    sampler.apply_staged_writes()
 
 
 def attach(runner: Any, graphs: SampleGraphs) -> None:
@@ -152,6 +169,9 @@ class SampleGraphs:
 
     runner: vLLM's, whose model has full CUDA graphs; it is not kept. sample: its own `sample`. dummy: makes a batch of
     vLLM's of so many requests. capture: makes a replay of a call.
+
+    Raises:
+        RuntimeError: a slot asks for more than the graphs compute, which would be captured for all.
     """
 
     def __init__(
@@ -160,6 +180,11 @@ class SampleGraphs:
         hidden = runner.cudagraph_manager.hidden_states
         self._hidden = hidden.data_ptr()
         self._sizes = sizes(min(runner.input_buffers.max_num_reqs, hidden.shape[0]))
+        if more := [i for i in range(self._sizes[-1]) if asked_of(runner.sampler, i) == EAGER]:
+            raise RuntimeError(
+                f"vllm_plugin: {len(more)} slots of vLLM's sampler ask for filters or penalties while sampling is "
+                "captured, and every request would get them; please report it, with vLLM's version"
+            )
         self._calls: dict[tuple[int, bool], Callable[[], Sampled]] = {}
         self._views: dict[tuple[int, bool, int], Sampled] = {}
         self._parts: list[Any] = []
