@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.machinery
 import importlib.metadata
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -311,6 +312,11 @@ class Slots(dict):
         return Slot(self, name)
 
 
+def override_envs_for_invariance():
+    """vLLM's mode: one channel of NCCL, and no multicast."""
+    os.environ.update({"NCCL_MAX_NCHANNELS": "1", "NCCL_ALGO": "allreduce:tree", "NCCL_NVLS_ENABLE": "0"})
+
+
 @contextlib.contextmanager
 def installed(monkeypatch, version="0.26.0"):
     """Yields the modules of a fake vLLM in batch-invariant mode; the real one, if installed, is put aside."""
@@ -347,6 +353,7 @@ def installed(monkeypatch, version="0.26.0"):
     model = types.SimpleNamespace(hf_config=types.SimpleNamespace(to_dict=lambda: {}), dtype=torch.bfloat16)
     modules[CONFIG].get_current_vllm_config_or_none = lambda: types.SimpleNamespace(model_config=model)
     modules[origin].rms_norm_batch_invariant = modules[LAYERNORM].rms_norm_batch_invariant = stock_rms_norm
+    modules[origin].override_envs_for_invariance = override_envs_for_invariance
     modules[SELECTOR]._cached_get_attn_backend = CHOICES[version]
     modules[ARGUMENTS].EngineArgs = type("EngineArgs", (EngineArgs,), {"create_engine_config": create_engine_config})
     modules[WORKER].WorkerWrapperBase = type("WorkerWrapperBase", (WorkerWrapperBase,), {"init_device": init_device})

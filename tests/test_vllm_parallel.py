@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -192,3 +193,22 @@ def test_one_gpu_keeps_vllms_own_layer(monkeypatch):
         assert modules[LINEAR].RowParallelLinear(INNER, HIDDEN).weight.shape == stock == (HIDDEN, INNER)
         x = torch.ones(2, 4)
         assert modules[GROUPS].GroupCoordinator().all_reduce(x) is x
+
+
+def test_nccl_keeps_its_channels_but_not_its_multicast(monkeypatch):
+    for name in ("NCCL_MAX_NCHANNELS", "NCCL_NVLS_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_ALGO", "ring")
+    with installed(monkeypatch, "0.33.0") as modules:
+        mode = modules[vllm.RELEASES["0.33.0"].batch_invariant]
+        vllm_plugin.register()
+        mode.override_envs_for_invariance()
+        assert {
+            n: v for n, v in os.environ.items() if n in ("NCCL_MAX_NCHANNELS", "NCCL_ALGO", "NCCL_NVLS_ENABLE")
+        } == {
+            "NCCL_ALGO": "ring",
+            "NCCL_NVLS_ENABLE": "0",
+        }
+        vllm_plugin.unregister()
+        mode.override_envs_for_invariance()
+    assert (os.environ["NCCL_MAX_NCHANNELS"], os.environ["NCCL_ALGO"]) == ("1", "allreduce:tree")

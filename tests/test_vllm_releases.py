@@ -301,8 +301,9 @@ def test_a_release_equals_itself_and_one_that_differs_is_described(version, tmp_
     write_sources(tmp_path, release)
     assert sources.differences(release, tmp_path) == []
     moved = dataclasses.replace(release, batch_invariant="vllm.elsewhere")  # negative control
-    [difference] = sources.differences(moved, tmp_path)
-    assert difference == "vllm.elsewhere.rms_norm_batch_invariant is missing"
+    assert sources.differences(moved, tmp_path) == [
+        f"vllm.elsewhere.{name} is missing" for name in ("rms_norm_batch_invariant", "override_envs_for_invariance")
+    ]
 
 
 def test_an_empty_folder_lacks_every_patch_point(tmp_path):

@@ -260,7 +260,7 @@ WARM_UP: dict[str, Any] = {"temperature": 0.9, "top_k": 2, "top_p": 0.9, "min_p"
 def test_what_vllms_warm_up_asked_for_is_captured_for_nobody(release, monkeypatch):
     """Its requests stay in the sampler's slots, and what a graph filters by is decided at its capture."""
     runner = Runner(release)
-    add(runner, {slot: WARM_UP for slot in range(MOST)})
+    add(runner, dict.fromkeys(range(MOST), WARM_UP))
 
     def graphs() -> sample_graphs.SampleGraphs:
         stock = lambda *args: Runner.sample(runner, *args)  # noqa: E731

@@ -145,8 +145,8 @@ def exchange(rows: torch.Tensor, k: int, combine: Callable[[torch.Tensor], torch
     words = rows.view(torch.int32)
     if rows.nbytes <= ALL_ROWS:
         return combine(tensor_model_parallel_all_reduce(words).view(rows.dtype))
-    # Each rank sends every other one its share, and adds what it gets; vLLM's reduce-scatter was seen to give, on two
-    # GPUs and of whole numbers, other values from call to call.
+    # Each rank sends every other one its share, and adds what it gets. vLLM's reduce-scatter leaves its result
+    # unwritten where vLLM has not found NCCL's library.
     group, n_ranks = get_tp_group().device_group, get_tp_group().world_size
     words = torch.nn.functional.pad(words, (0, 0, 0, -len(rows) % (n_ranks * k)))
     shares = torch.empty_like(words)

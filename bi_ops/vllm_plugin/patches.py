@@ -126,5 +126,13 @@ def patches_of(release: Release) -> tuple[Patch, ...]:
             with_own_kernels,
             "the layers of a loaded model compute with bi_ops' kernels, which have the same bits and are faster",
         ),
+        Patch(
+            release.batch_invariant,
+            "override_envs_for_invariance",
+            (),
+            parallel.unpinned,
+            "it has NCCL use one channel and one thread, so that its sums do not depend on sizes; under the plugin no "
+            "number is added over ranks, and moving data that way takes ten times as long",
+        ),
         *(LeadingPatch(*replaced) for replaced in (*sampling.REPLACED, *parallel.REPLACED, *parallel_experts.REPLACED)),
     )
