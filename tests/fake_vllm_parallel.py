@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 DISTRIBUTED = "vllm.distributed"
 GROUPS = "vllm.distributed.parallel_state"
+LOGITS = "vllm.model_executor.layers.logits_processor"
 
 
 def n_ranks() -> int:
@@ -153,9 +154,16 @@ class VocabParallelEmbedding(torch.nn.Module):
         return sys.modules["vllm.model_executor.layers.vocab_parallel_embedding"].tensor_model_parallel_all_reduce(rows)
 
 
+class LogitsProcessor(torch.nn.Module):
+    """vLLM's, which gathers what the ranks have of the vocabulary."""
+
+    def _gather_logits(self, logits):
+        return sys.modules[DISTRIBUTED].tensor_model_parallel_all_gather(logits)
+
+
 def install(monkeypatch, modules: dict[str, Any], linear: types.ModuleType, embedding: types.ModuleType) -> None:
     """Add the groups, and the layers that are spread over them, to a fake vLLM's modules."""
-    for name in (DISTRIBUTED, GROUPS):
+    for name in (DISTRIBUTED, GROUPS, LOGITS):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__path__ = []
@@ -179,6 +187,7 @@ def install(monkeypatch, modules: dict[str, Any], linear: types.ModuleType, embe
     group.device_group = None
     modules[GROUPS].get_tp_group = lambda: group
     modules[DISTRIBUTED].group = group
+    modules[LOGITS].LogitsProcessor = LogitsProcessor
     modules[DISTRIBUTED].tensor_model_parallel_reduce_scatter = tensor_model_parallel_reduce_scatter
     modules[DISTRIBUTED].get_tensor_model_parallel_world_size = n_ranks
     modules[DISTRIBUTED].tensor_model_parallel_all_gather = tensor_model_parallel_all_gather

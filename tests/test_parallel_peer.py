@@ -137,8 +137,8 @@ def test_ranks_on_gpus_or_on_one(size, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------
 # gathers
 
-#: Rows and columns around a tile, whole ones and not.
-SHAPES = [(1, 8), (1, 2048), (3, 2050), (5, 96), (64, 512), (17, 30)]
+#: Rows and columns around a tile, whole ones and not; the last is more than goes at once.
+SHAPES = [(1, 8), (1, 2048), (3, 2050), (5, 96), (64, 512), (17, 30), (300, 512)]
 
 
 def own_part(rank: int, m: int, k: int) -> torch.Tensor:
@@ -224,13 +224,14 @@ def test_what_does_not_fit_is_named(device):
     assert sums.ONE_SHOT % sums.BLOCK == 0
     with pytest.raises(ValueError, match="1 rank has nothing to gather"):
         PeerAllGather(parallel.Ranks(), 8, device)
-    with pytest.raises(ValueError, match="n_bytes is 0; it must be those of the largest"):
+    with pytest.raises(ValueError, match="n_bytes is 0; it must be those that a rank sends at once"):
         PeerAllGather(two, 0, device)
     with pytest.raises(ValueError, match=r"8 bytes a rank need \d+, not \d+"):
         PeerAllGather(two, 8, device, PeerMemory.of_tensors(two, three[:2]))
     some = [torch.zeros(PeerAllGather.memory_bytes(2, 8), dtype=torch.uint8, device=device)] * 2
     gather = PeerAllGather(two, 8, device, PeerMemory.of_tensors(two, some))
     for wrong in (torch.zeros(2, 3, device=device), torch.zeros(1, 3, device=device).bfloat16()):
-        with pytest.raises(ValueError, match=r"must have at most 8 bytes, rows of whole 4 bytes"):
+        assert not gather.fits(wrong)
+        with pytest.raises(ValueError, match=r"must have rows of at most 8 bytes, whole 4s"):
             gather(wrong)
     assert gather(torch.zeros(0, 2, device=device)).shape == (0, 4)

@@ -10,7 +10,7 @@ import pytest
 import ranks
 import torch
 from fake_vllm import EMBEDDING, LINEAR, Linear, installed
-from fake_vllm_parallel import DISTRIBUTED, GROUPS, n_ranks, rank
+from fake_vllm_parallel import DISTRIBUTED, GROUPS, LOGITS, n_ranks, rank
 
 from bi_ops import vllm_plugin
 from bi_ops.core import runtime, vllm
@@ -30,8 +30,8 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return made
 
 
-#: Bytes that a rank gathers over peer memory at most: the MLP's result, but not what it multiplies.
-PEER_BYTES = 256
+#: Of all ranks in one launch over peer memory: a row of the MLP's result, but not one of what it multiplies.
+PEER_BYTES = 96
 
 
 def mlp(
@@ -61,12 +61,13 @@ def mlp(
         model.up.weight.data.copy_(first["up"][rows])
         model.down = modules[LINEAR].RowParallelLinear(INNER, HIDDEN, prefix="model.layers.0.mlp.down_proj", **options)
         model.down.bias.data.copy_(first["bias"])
+        model.logits = modules[LOGITS].LogitsProcessor()
         layers.attach(model, vllm.RELEASES[version])
         if memory is not None:
             own = lambda ranks, n, device: PeerAllGather(ranks, n, device, PeerMemory.of_tensors(ranks, memory))  # noqa: E731
             patch.setattr("bi_ops.parallel.peer.PeerAllGather", own)
             patch.setattr(parallel, "PEER_BYTES", PEER_BYTES)
-            parallel.use_peer_memory(model)
+            parallel.use_peer_memory(model, True)
         gathers = Counter[str]()
         launch, collective = PeerAllGather.launch, modules[DISTRIBUTED].group.all_gather
         patch.setattr(PeerAllGather, "launch", lambda *a: (gathers.update(["peer"]), launch(*a))[1])
@@ -81,7 +82,9 @@ def mlp(
             y, bias = model.down(model.up(x))
             assert (bias is None) is not options.get("skip_bias_add", False)
             out[name], out["weight"] = y, weight.data.clone()
-    return out | {"gathers": dict(gathers)}
+        found = dict(gathers)
+        out["logits"] = model.logits._gather_logits(first["up"][rows].t()[:, :4].contiguous())
+    return out | {"gathers": found}
 
 
 CASES = [("0.26.0", 2), ("0.33.0", 4)]
@@ -143,7 +146,9 @@ def test_every_size_has_the_bits_of_one_gpu(found):
             for one in (ours, result["peers"], result["whole"], result["whole, many rows"], result["too large"]):
                 assert torch.equal(one[name].view(torch.int16), alone[name].view(torch.int16))
         assert ours["gathers"] == {"collective": 4}
-        assert result["peers"]["gathers"] == {"collective": 2, "peer": 2}
+        assert result["peers"]["gathers"] == {"collective": 2, "peer": 2 * 7}  # a row at once
+        assert torch.equal(result["peers"]["logits"], ours["logits"])
+        assert ours["logits"].shape == (HIDDEN, 4 * len(each))
         assert result["whole"]["gathers"] == {"collective": 2}  # of inputs alone
         assert result["whole, many rows"]["gathers"] == result["too large"]["gathers"] == {"collective": 4}
         assert torch.equal(result["whole"]["weight"], down)
@@ -183,7 +188,29 @@ def test_peer_memory_of_one_gpu_is_refused(monkeypatch):
         vllm_plugin.register()
         layer = modules[LINEAR].RowParallelLinear(INNER, HIDDEN)
         with pytest.raises(ValueError, match="no row-parallel layer is spread over several GPUs"):
+            parallel.use_peer_memory(layer, True)
+        parallel.use_peer_memory(layer)  # not asked for: nothing to do
+
+
+def test_gpus_that_do_not_reach_each_other_gather_by_collectives(monkeypatch, caplog):
+    """An error where peer memory was asked for, else a line in the log."""
+
+    def unreachable(*args: Any) -> None:
+        raise RuntimeError("parallel.peer: 2 ranks cannot share memory: no NVLink")
+
+    with installed(monkeypatch) as modules:
+        vllm_plugin.register()
+        layer = modules[LINEAR].RowParallelLinear(INNER, HIDDEN)
+        layer.tp_size = 2
+        monkeypatch.setattr("bi_ops.parallel.peer.PeerAllGather", unreachable)
+        with pytest.raises(RuntimeError, match="cannot share memory"):
+            parallel.use_peer_memory(layer, True)
+        with caplog.at_level("WARNING", "vllm.bi_ops"):
             parallel.use_peer_memory(layer)
+        assert (
+            "gathers go by collectives, which takes longer: parallel.peer: 2 ranks cannot share memory" in caplog.text
+        )
+        assert parallel.gather_of(layer) is modules[DISTRIBUTED].tensor_model_parallel_all_gather
 
 
 def test_one_gpu_keeps_vllms_own_layer(monkeypatch):

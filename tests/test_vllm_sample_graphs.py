@@ -313,7 +313,7 @@ def test_sizes_serve_every_batch_with_little_padding():
     ("change", "reason"),
     [
         (lambda r: setattr(r.cudagraph_manager, "hidden_states", None), "no full CUDA graphs"),
-        (lambda r: setattr(r.vllm_config.parallel_config, "tensor_parallel_size", 2), "several GPUs"),
+        (lambda r: setattr(r.vllm_config.parallel_config, "pipeline_parallel_size", 2), "several GPUs"),
         (lambda r: setattr(r, "speculator", object()), "draft model"),
         (lambda r: setattr(r, "lora_config", object()), "adapters"),
         (lambda r: setattr(r.sampler, "logprobs_mode", "processed_logprobs"), "raw logits"),

@@ -59,7 +59,8 @@ class VllmEngine:
             output is a sum over ranks (`vllm_plugin.parallel`); without it the sizes differ.
         enable_expert_parallel: the GPUs have whole experts of a mixture of experts; else each has a slice of every
             one. Same bits.
-        peer_memory: these GPUs, of one host, gather over each other's memory and not by collectives. Same bits.
+        peer_memory: these GPUs, of one host, gather over each other's memory and not by collectives. Same bits. None:
+            where they reach it.
         distributed_executor_backend: vLLM's: "external_launcher", where torchrun has started a process for each GPU and
             all make the same calls, so that every rank hands over its own weights; or "mp", where vLLM starts the
             processes itself: `update_weights` reaches one of them, by CUDA IPC, but several only on `device_ids`. None:
@@ -104,7 +105,7 @@ class VllmEngine:
         seed: int = 0,
         tensor_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
-        peer_memory: bool = False,
+        peer_memory: bool | None = None,
         distributed_executor_backend: str | None = None,
         device_ids: Sequence[int] | None = None,
         logprobs_mode: LogprobsMode = "raw_logprobs",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +22,15 @@ import torch
 
 from bi_ops.vllm_plugin.points import Replaced
 
+#: Below vLLM's own logger, so that the lines are in the server's log.
+logger = logging.getLogger("vllm.bi_ops")
+
 #: Puts what the ranks have side by side along the last axis.
 Gather = Callable[[torch.Tensor], torch.Tensor]
 #: Where a row-parallel layer keeps another one than vLLM's.
 _GATHER = "bi_ops_gather"
-#: Of a rank, up to which peer memory is used; it takes four times as much for each rank.
-PEER_BYTES = 4 << 20
+#: Of all ranks, in one launch of a gather over peer memory, which takes twice as much of each GPU.
+PEER_BYTES = 64 << 20
 
 #: Bytes of a weight that every rank keeps whole, and rows that it then multiplies whole.
 WHOLE_BYTES, WHOLE_ROWS = 32 << 20, 256
@@ -142,7 +146,7 @@ def whole_inputs(stock: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, input_: torch.Tensor) -> Any:
         if self.tp_size == 1:
             return stock(self, input_)
-        gather = getattr(self, _GATHER, None) or _by_collectives()
+        gather = gather_of(self)
         x = gather(input_) if self.input_is_parallel else input_
         bias = None if self.skip_bias_add else self.bias  # whole on every rank
         share = share_of(self)
@@ -165,35 +169,54 @@ def _by_collectives() -> Gather:
     return tensor_model_parallel_all_gather  # type: ignore[no-any-return]
 
 
-def use_peer_memory(model: torch.nn.Module) -> None:
-    """Have the row-parallel layers of `model` gather over the memory of the other GPUs; all ranks make this call.
+def gather_of(layer: Any) -> Gather:
+    """How the ranks of a layer gather."""
+    return vars(layer).get(_GATHER) or _by_collectives()
 
-    More than `PEER_BYTES` of a rank, as in prefill, go through collectives, which move them as fast.
 
-    Raises:
+def use_peer_memory(model: torch.nn.Module, asked: bool | None = None) -> None:
+    """Have the layers of `model` gather over the memory of the other GPUs; all ranks make this call.
+
+    Row-parallel layers, experts and the logits. asked: None: where the GPUs reach each other, else by collectives,
+    which the log says.
+
+    Raises, if it was asked for:
         RuntimeError: GPUs that do not reach each other's memory. ValueError: one rank, or no row-parallel layer.
     """
+    layers = "vllm.model_executor.layers"
     linear = importlib.import_module(_LINEAR).RowParallelLinear
-    layers = [m for m in model.modules() if isinstance(m, linear) and m.tp_size > 1]
-    if not layers:
-        raise ValueError(
-            "vllm_plugin: peer_memory was asked for, but no row-parallel layer is spread over several GPUs; leave it "
-            "out, or take a tensor_parallel_size above 1"
-        )
+    logits = importlib.import_module(f"{layers}.logits_processor").LogitsProcessor
+    shared: list[Any] = [m for m in model.modules() if isinstance(m, linear) and m.tp_size > 1]
+    if not shared:
+        if asked:
+            raise ValueError(
+                "vllm_plugin: peer_memory was asked for, but no row-parallel layer is spread over several GPUs; leave "
+                "it out, or take a tensor_parallel_size above 1"
+            )
+        return
     from vllm.distributed.parallel_state import get_tp_group
 
     from bi_ops.parallel.peer import PeerAllGather  # what else the package has takes long to import
     from bi_ops.parallel.ranks import Ranks
 
-    by_peers = PeerAllGather(Ranks.of(get_tp_group().device_group), PEER_BYTES, next(layers[0].parameters()).device)
+    ranks = Ranks.of(get_tp_group().device_group)
+    try:
+        by_peers = PeerAllGather(ranks, PEER_BYTES // ranks.size, next(shared[0].parameters()).device)
+    except RuntimeError as error:
+        if asked:
+            raise
+        logger.warning("bi_ops: gathers go by collectives, which takes longer: %s", error)
+        return
     by_collectives = _by_collectives()
 
     def gather(x: torch.Tensor) -> torch.Tensor:
-        fits = x.nbytes <= PEER_BYTES and x.shape[-1] * x.element_size() % 4 == 0
-        return by_peers(x) if fits else by_collectives(x)
+        return by_peers(x) if by_peers.fits(x) else by_collectives(x)
 
-    for layer in layers:
-        setattr(layer, _GATHER, gather)
+    for layer in model.modules():
+        if layer in shared or hasattr(layer, "moe_config"):
+            setattr(layer, _GATHER, gather)
+        elif isinstance(layer, logits):
+            layer._gather_logits = gather
 
 
 def sum_of_bits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

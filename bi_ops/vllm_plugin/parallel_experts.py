@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from bi_ops.moe import shared
-from bi_ops.vllm_plugin.parallel import check_sizes
+from bi_ops.vllm_plugin.parallel import check_sizes, gather_of
 from bi_ops.vllm_plugin.points import Replaced
 
 _METHOD = "UnquantizedFusedMoEMethod"
@@ -113,14 +113,12 @@ def load_outputs(stock: Callable[..., None]) -> Callable[..., None]:
 
 def apply_of(layer: Any) -> Callable[..., torch.Tensor]:
     """(x, topk_weights, topk_ids) -> the layer's output, whole on every rank; vLLM then adds nothing."""
-    from vllm.distributed import tensor_model_parallel_all_gather
-
     if layer.moe_config.moe_parallel_config.tp_size > 1:
 
         def sliced(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             _adds_nothing(layer)
             own = layer.w13_weight.data, layer.w2_weight.data
-            return shared.sliced_experts(x, *own, weights, ids, tensor_model_parallel_all_gather)
+            return shared.sliced_experts(x, *own, weights, ids, gather_of(layer))
 
         return sliced
 

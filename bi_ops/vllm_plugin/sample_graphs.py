@@ -107,7 +107,7 @@ def unfit(runner: Any) -> str | None:
     custom = len(getattr(sampler, "logits_processors", ())) > 3  # vLLM's own are three
     reasons = {
         "the model has no full CUDA graphs": hidden is None,
-        "several GPUs compute a step": parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1,
+        "stages on several GPUs compute a step": parallel.pipeline_parallel_size > 1,
         "a draft model proposes tokens": runner.speculator is not None,
         "adapters may change the LM head": runner.lora_config is not None,
         "the batch is spread over ranks": any(getattr(runner, n, None) for n in ("batch_sharder", "pcp_manager")),

@@ -17,13 +17,14 @@ KERNELS = ("bi_ops", "vllm")
 class Asked(NamedTuple):
     """What vLLM's `additional_config` may ask for, as {"bi_ops": {...}}. kernels: see `KERNELS`.
 
-    peer_memory: on several GPUs of one host, gather over each other's memory (`parallel.peer`); the same bits.
+    peer_memory: on several GPUs of one host, gather over each other's memory (`parallel.peer`); the same bits. None:
+    where they reach it.
     replay: where no CUDA graph holds a step, as in a long prefill, make launches again that differ in addresses alone
     (`core.replay`); the same bits.
     """
 
     kernels: str = KERNELS[0]
-    peer_memory: bool = False
+    peer_memory: bool | None = None
     replay: bool = False
 
 
@@ -42,8 +43,8 @@ def asked_of(additional_config: Any) -> Asked:
         )
     found = Asked(**ours)
     check_kernels("vllm_plugin", found.kernels)
-    for name in ("peer_memory", "replay"):
-        if not isinstance(value := getattr(found, name), bool):
+    for name, may_be in (("peer_memory", (True, False, None)), ("replay", (True, False))):
+        if not any((value := getattr(found, name)) is one for one in may_be):
             raise ValueError(f"vllm_plugin: {name} is {value!r}; it must be true or false")
     return found
 
@@ -92,8 +93,8 @@ def _load_model(alive: weakref.ref[Any], stock: Callable[..., Any], asked: Asked
         layers.logger.info("bi_ops: computes %s; a bias is added %s", counted, release.bias_order)
     if asked.replay:
         replay.enable()
-    if asked.peer_memory:
-        parallel.use_peer_memory(model)
+    if asked.peer_memory is not False:
+        parallel.use_peer_memory(model, asked.peer_memory)
     warmup.before_profile_run(worker.model_runner, release)
     if kernels == "bi_ops" and release.shown:  # which attributes a runner has was read of these alone
         sample_graphs.before_capture(worker.model_runner)

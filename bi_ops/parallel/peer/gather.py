@@ -28,7 +28,8 @@ class PeerAllGather:
     the same order, on one stream. While a rank waits for the others its programs keep their SMs.
 
     Args:
-        ranks: at least 2 of one host. n_bytes: of the largest tensor of a rank. device: this rank's GPU.
+        ranks: at least 2 of one host. n_bytes: of a rank, in one launch; rows of larger tensors go one part after the
+            other. device: this rank's GPU.
         memory: at least `memory_bytes` of each rank; None: allocated.
 
     Raises:
@@ -40,7 +41,7 @@ class PeerAllGather:
             raise ValueError(f"parallel.peer: {ranks.size} rank has nothing to gather; take at least 2")
         if not 0 < n_bytes * ranks.size <= MAX_BYTES:
             raise ValueError(
-                f"parallel.peer: n_bytes is {n_bytes}; it must be those of the largest tensor of a rank, and of all "
+                f"parallel.peer: n_bytes is {n_bytes}; it must be those that a rank sends at once, and of all "
                 f"{ranks.size} at most {MAX_BYTES}"
             )
         self.ranks, self.most = ranks, n_bytes
@@ -61,18 +62,26 @@ class PeerAllGather:
         """own: [..., K] of one shape and dtype on every rank, rows of whole 4 bytes -> [..., ranks * K].
 
         Raises:
-            ValueError: more bytes than were allowed, rows that are no multiple of 4 bytes, or another device.
+            ValueError: rows of more bytes than were allowed, or of no multiple of 4, or another device.
         """
         row = own.shape[-1] * own.element_size()
-        if own.nbytes > self.most or row % 4 or own.device != self._state.device:
+        if row > self.most or row % 4 or own.device != self._state.device:
             raise ValueError(
-                f"parallel.peer: {list(own.shape)} of {own.dtype} on {own.device} must have at most {self.most} bytes, "
-                f"rows of whole 4 bytes, and be on {self._state.device}"
+                f"parallel.peer: {list(own.shape)} of {own.dtype} on {own.device} must have rows of at most "
+                f"{self.most} bytes, whole 4s, and be on {self._state.device}"
             )
         out = own.new_empty((*own.shape[:-1], self.ranks.size * own.shape[-1]))
         if own.numel():
-            self.launch(own.contiguous().view(-1, own.shape[-1]).view(torch.int32), out.view(-1, out.shape[-1]))
+            rows = own.contiguous().view(-1, own.shape[-1]).view(torch.int32)
+            at_once = self.most // row
+            for part, gathered in zip(rows.split(at_once), out.view(len(rows), -1).split(at_once), strict=True):
+                self.launch(part, gathered)
         return out
+
+    def fits(self, own: torch.Tensor) -> bool:
+        """May it be given, whatever its other sizes?"""
+        row = own.shape[-1] * own.element_size()
+        return row <= self.most and row % 4 == 0
 
     def launch(self, own: torch.Tensor, out: torch.Tensor, phases: Sequence[str] = PHASES) -> None:
         """own: int32 [M, K]; out: as many bytes from each rank."""
