@@ -11,7 +11,8 @@ A row is one of our sides beside one baseline; `fastest` marks the faster baseli
               "library sums", our model with sums by NCCL; "transformers, compiled", bf16 weights, gradients and states,
               layers under torch.compile, torch's DDP, FSDP2 or tensor parallelism
     segments  forward and backward on one GPU in 2, 4 and 8 segments, beside one segment
-    decode    vLLM at tensor-parallel size N: a token step of a batch. ours: the plugin; baseline: stock with full CUDA
+    decode    vLLM at tensor-parallel size N: a token step of a batch. ours: the plugin, also by
+              collectives alone; baseline: stock with full CUDA
               graphs, not batch-invariant
     prefill   the same: the first token of 1 or 4 prompts of 8,192 tokens
 
@@ -85,7 +86,7 @@ class Job:
     @property
     def parts(self) -> tuple[str, ...]:
         """What runs in processes of its own, one after the other."""
-        engines = ("plugin", *(["plugin peer memory"] if self.tp > 1 else []), "stock graphs")
+        engines = ("plugin", *(["plugin collectives"] if self.tp > 1 else []), "stock graphs")
         return {"step": ("ours", COMPILED), "segments": ("segments",), "engine": engines}[self.kind]
 
     @property
@@ -124,7 +125,7 @@ def rows_of(job: Job, layers: int, tokens: int, seqlen: int, times: Times) -> It
             given = {"what": "segments"} | layout | size
             yield from _beside("forward and backward", f"segments {n}", ("segments 1",), given, times)
     else:
-        for side, measure in [(s, m) for s in ("plugin", "plugin peer memory") for m in times.get(s, {})]:
+        for side, measure in [(s, m) for s in ("plugin", "plugin collectives") for m in times.get(s, {})]:
             what, batch = measure.split()
             size = {
                 "segments": 1,

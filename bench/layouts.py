@@ -54,8 +54,8 @@ LOOP = ["--preset", "h100", "--steps", "3", "--atoms", "4", "--save-every", "0"]
 class Job:
     """tp: of the rollout. dp x train_tp: ranks that train. fsdp: in shards. needs: jobs that must have ended well.
 
-    ep: ranks have whole experts while sampling. train_ep: neighbours that share experts in training. peer: ranks that
-    sample gather over each other's memory.
+    ep: ranks have whole experts while sampling. train_ep: neighbours that share experts in training. collectives: ranks
+    that sample gather by these, not over each other's memory.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Job:
     fsdp: bool = False
     ep: bool = False
     train_ep: int = 1
-    peer: bool = False
+    collectives: bool = False
     train_tp: int = 1
     segments: int = 1
 
@@ -78,7 +78,7 @@ class Job:
         parts += [
             "fsdp" if self.fsdp else "",
             "ep" if self.ep else "",
-            "peer" if self.peer else "",
+            "collectives" if self.collectives else "",
             "control" if self.control else "",
         ]
         parts += [f"experts{self.train_ep}" if self.train_ep > 1 else ""]
@@ -101,7 +101,7 @@ JOBS = (
     Job("train", 1, 1, needs=("sample-tp1",)),
     Job("sample", 4),
     Job("sample", 2, control=True),
-    Job("sample", 2, peer=True),
+    Job("sample", 2, collectives=True),
     Job("train", 2, 2, needs=("sample-tp2",)),
     Job("train", 2, 2, needs=("sample-tp2",), fsdp=True),
     Job("train", 4, 4, needs=("sample-tp4",)),
@@ -215,7 +215,7 @@ class Bench:
             options += ["--scores", str(self.scratch / f"{SHARED}.pt")]
         options += ["--ep"] if job.ep and job.kind == "sample" else []
         options += ["--executor", job.executor] if job.executor else []
-        options += ["--peer-memory"] if job.peer else []
+        options += ["--collectives"] if job.collectives else []
         options += ["--control"] if job.control else []
         options += ["--fsdp"] if job.fsdp else []
         return [sys.executable, *start, str(HERE / "layouts_worker.py"), job.kind, *options]
@@ -291,7 +291,7 @@ class Bench:
                 "ep": job.tp if job.ep else 1,
                 "train_ep": job.train_ep,
                 "segments": job.segments,
-                "peer_memory": job.peer,
+                "peer_memory": job.kind == "sample" and job.tp > 1 and not (job.collectives or self.args.share_gpu),
                 "control": job.control,
                 "shared": bool(self.args.share_gpu),
             },
@@ -417,8 +417,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args, Path(scratch))
         bench.prepare()
-        # vLLM itself gives each of the processes that it starts a GPU; and memory of one GPU is no peer's.
-        jobs = [job for job in bench.jobs if not (args.share_gpu and (job.executor or job.peer))]
+        # vLLM itself gives each of the processes that it starts a GPU; and ranks that share one use collectives.
+        jobs = [job for job in bench.jobs if not (args.share_gpu and (job.executor or job.collectives))]
         bench.run([job for job in jobs if args.only is None or job.name in args.only])
         (args.out / f"{bench.file}.log").write_text("\n\n".join(f"{n}\n{why}" for n, why in bench.failed.items()))
         return bench.verdict()

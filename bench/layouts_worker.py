@@ -70,8 +70,8 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
         options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}
         if args.executor:
             options["distributed_executor_backend"] = args.executor
-        if args.peer_memory:
-            options["peer_memory"] = True
+        if args.collectives or SHARED:
+            options["peer_memory"] = False
         if args.ep:
             options["enable_expert_parallel"] = True
         if SHARED:
@@ -282,7 +282,7 @@ def main() -> int:
     parser.add_argument("--engine", default="vllm")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--executor")
-    parser.add_argument("--peer-memory", action="store_true", help="sample: gather over the other GPUs' memory")
+    parser.add_argument("--collectives", action="store_true", help="sample: not over the other GPUs' memory")
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--ep", action="store_true", help="sample: whole experts on a rank")
     parser.add_argument("--fsdp", action="store_true", help="train: in shards")

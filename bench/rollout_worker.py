@@ -77,7 +77,7 @@ class Sampler:
         if plugin:
             vllm_plugin.register()
             ours: dict[str, Any] = {"kernels": "vllm" if mode == "plugin vllm kernels" else "bi_ops"}
-            ours |= {"peer_memory": True} if mode == "plugin peer memory" else {}
+            ours |= {"peer_memory": False} if mode == "plugin collectives" else {}
             ours |= {"replay": True} if mode == "plugin replayed" else {}
             options |= {"additional_config": {"bi_ops": ours}}
         if mode == "stock graphs" or plugin:
