@@ -13,12 +13,16 @@ from fake_vllm_parallel import n_ranks
 
 from bi_ops import matmul, moe, vllm_plugin
 from bi_ops.core import runtime
-from bi_ops.vllm_plugin import parallel_experts
+from bi_ops.parallel import Ranks
+from bi_ops.parallel.peer import PeerAllGather, PeerMemory
+from bi_ops.vllm_plugin import parallel, parallel_experts
 
 pytestmark = pytest.mark.skipif(not runtime.INTERPRET, reason="the stand-in for vLLM computes on the CPU")
 
 EXPERTS, HIDDEN, SIZE, TOP_K = 4, 32, 64, 2
 TOKENS = (1, 9)
+#: Of a rank: the rows of all tokens' slots.
+PEER_BYTES = 2048
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -56,8 +60,10 @@ def built(modules: dict[str, Any], plugin: bool, **options: Any) -> Any:
     return model.mlp
 
 
-def blocks(version: str, plugin: bool, expert_parallel: bool, loads: int = 2) -> list[list[torch.Tensor]]:
-    """Outputs of this rank with the first weights and after an update."""
+def blocks(
+    version: str, plugin: bool, expert_parallel: bool, loads: int = 2, memory: list[torch.Tensor] | None = None
+) -> list[list[torch.Tensor]]:
+    """Outputs of this rank with the first weights and after an update. memory: of each rank, over which they gather."""
     out = []
     with pytest.MonkeyPatch.context() as patch, installed(patch, version) as modules:
         if plugin:
@@ -70,6 +76,11 @@ def blocks(version: str, plugin: bool, expert_parallel: bool, loads: int = 2) ->
 
             block.experts.router._compute_routing = routing
         routed_experts = block.experts.routed_experts
+        if memory is not None:
+            here = Ranks.of()
+            peers = PeerAllGather(here, PEER_BYTES, torch.device("cpu"), PeerMemory.of_tensors(here, memory))
+            setattr(routed_experts, parallel._GATHER, peers)
+            patch.setattr(parallel_experts, "ALL_ROWS", -1)  # nothing goes by collectives
         for seed in range(loads):
             each = weights(seed)
             block.gate.weight.data.copy_(each["gate"])
@@ -108,22 +119,27 @@ def refused(version: str) -> list[str]:
     return found
 
 
-def on_a_rank(version: str) -> dict[str, Any]:
+def on_a_rank(version: str, memory: list[list[torch.Tensor]]) -> dict[str, Any]:
     """Everything that is asked of the ranks, at once: to start them takes longer."""
     found: dict[str, Any] = {"refused": refused(version)}
     for all_rows in (0, parallel_experts.ALL_ROWS):  # both ways in which rows travel
         parallel_experts.ALL_ROWS = all_rows
         found[f"owned, {all_rows}"] = blocks(version, True, True, 1 if all_rows else 2)
+    found["owned, peers"] = blocks(version, True, True, 2, memory[0])
     found["sliced"] = blocks(version, True, False, 2)
+    found["sliced, peers"] = blocks(version, True, False, 1, memory[1])
     found["control"] = {kind: blocks(version, False, kind == "owned", 1) for kind in ("owned", "sliced")}
     return found
 
 
 @pytest.mark.parametrize(("version", "size"), [pytest.param("0.26.0", 2, marks=pytest.mark.slow), ("0.33.0", 4)])
 def test_every_placement_has_the_bits_of_one_gpu(version, size):
-    each, wanted = ranks.run(size, on_a_rank, version), [alone(seed) for seed in range(2)]
+    n_bytes = PeerAllGather.memory_bytes(size, PEER_BYTES)
+    memory = [[torch.zeros(n_bytes, dtype=torch.uint8).share_memory_() for _ in range(size)] for _ in range(2)]
+    each, wanted = ranks.run(size, on_a_rank, version, memory), [alone(seed) for seed in range(2)]
+    ways = ("owned, 0", f"owned, {parallel_experts.ALL_ROWS}", "owned, peers", "sliced", "sliced, peers")
     for result in each:
-        for name in ("owned, 0", f"owned, {parallel_experts.ALL_ROWS}", "sliced"):
+        for name in ways:
             for ours, one in zip(result[name], wanted, strict=False):
                 for a, b in zip(ours, one, strict=True):
                     assert torch.equal(a.view(torch.int16), b.view(torch.int16)), (name, len(a))

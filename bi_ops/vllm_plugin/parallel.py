@@ -169,9 +169,14 @@ def _by_collectives() -> Gather:
     return tensor_model_parallel_all_gather  # type: ignore[no-any-return]
 
 
+def over_peers(layer: Any) -> Gather | None:
+    """How the ranks of a layer gather, if they may over peer memory."""
+    return vars(layer).get(_GATHER)
+
+
 def gather_of(layer: Any) -> Gather:
     """How the ranks of a layer gather."""
-    return vars(layer).get(_GATHER) or _by_collectives()
+    return over_peers(layer) or _by_collectives()
 
 
 def use_peer_memory(model: torch.nn.Module, asked: bool | None = None) -> None:

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 
 from bi_ops.moe import shared
-from bi_ops.vllm_plugin.parallel import check_sizes, gather_of
+from bi_ops.vllm_plugin.parallel import Gather, check_sizes, gather_of, over_peers
 from bi_ops.vllm_plugin.points import Replaced
 
 _METHOD = "UnquantizedFusedMoEMethod"
 
-#: Bytes of rows up to which all ranks get all of them. Above, each rank combines a share of the tokens, and the results
-#: are gathered: half the bytes, but the ranks wait for one another twice.
-ALL_ROWS = 1 << 20
+#: Bytes of rows up to which all ranks get all of them: by collectives, and over peer memory. Above, each rank combines
+#: a share of the tokens, and the results are gathered: half the bytes, but the ranks wait for one another twice.
+ALL_ROWS, ALL_ROWS_OF_PEERS = 1 << 20, 4 << 20
 
 
 def ranks_of(layer: Any) -> int:
@@ -125,6 +125,7 @@ def apply_of(layer: Any) -> Callable[..., torch.Tensor]:
     def owned(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         _adds_nothing(layer)
         local = layer.expert_map[ids.long()].to(torch.int32)  # -1: another rank's
+        exchange = functools.partial(_exchange, over_peers(layer))
         return shared.owned_experts(x, layer.w13_weight.data, layer.w2_weight.data, weights, local, exchange)
 
     return owned
@@ -135,12 +136,17 @@ def _adds_nothing(layer: Any) -> None:
     layer.quant_method.moe_kernel.output_is_reduced = lambda: True
 
 
-def exchange(rows: torch.Tensor, k: int, combine: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def _exchange(
+    peers: Gather | None, rows: torch.Tensor, k: int, combine: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """See `moe.shared.Exchange`. Rows are added to zeros as whole numbers, which no order changes."""
     from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
     from vllm.distributed.parallel_state import get_tp_group
 
     words = rows.view(torch.int32)
+    if peers is not None and rows.nbytes <= ALL_ROWS_OF_PEERS:
+        of_ranks = peers(words.view(1, -1)).view(-1, *words.shape)
+        return combine(of_ranks.sum(0, dtype=torch.int32).view(rows.dtype))
     if rows.nbytes <= ALL_ROWS:
         return combine(tensor_model_parallel_all_reduce(words).view(rows.dtype))
     # Each rank sends every other one its share, and adds what it gets. vLLM's reduce-scatter leaves its result
