@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -11,9 +12,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
+from test_tensor_parallel import Library
 from tiny import tiny_config, tiny_model, tiny_moe_model
 
+from bi_ops import parallel
 from bi_ops.core import runtime
 from bi_ops.logprob import Distribution
 from bi_ops.matmul import TOKEN_STEP
@@ -364,14 +369,17 @@ def test_terms_have_the_loss_and_the_gradient_of_their_sum():
 COMPLETIONS = [((5, 6, 7), (1, 2, 9)), ((8,) * 17, (3, 4)), ((2,), (4, 4)), ((9,) * 12, (7,))]
 
 
-def trained(steps, step_graphs, monkeypatch, distribution=None, **settings):
-    """(log-probabilities and figures of each pass, weights) of a few updates; without a GPU graphs are direct calls."""
+def trained(steps, step_graphs, monkeypatch, distribution=None, here=parallel.ALONE, model=None, **settings):
+    """(log-probabilities and figures of each pass, weights) of a few updates; without a GPU graphs are direct calls.
+
+    here: the ranks that share the batch or the model; of a shared one every rank has its slice of the weights.
+    """
     if step_graphs and runtime.INTERPRET:
         monkeypatch.setattr("bi_ops.rl.trainer.StepGraphs", functools.partial(StepGraphs, capture=Direct()))
-    model, reference = (tiny_model(num_hidden_layers=1, vocab_size=16) for _ in range(2))
-    trainer = Trainer(
-        TrainConfig(step_graphs=step_graphs, **settings), model, EmbeddedEngine(model), cast(Any, None), reference
-    )
+    of_model = {"vocab_size": 16} if model is None else model
+    model, reference = (tiny_model(num_hidden_layers=1, **of_model) for _ in range(2))
+    config = TrainConfig(step_graphs=step_graphs, **settings)
+    trainer = Trainer(config, model, EmbeddedEngine(model), cast(Any, None), reference, ranks=here)
     completions = [
         Completion(p, c, torch.linspace(-2, -1, len(c)), "length", distribution=distribution) for p, c in COMPLETIONS
     ]
@@ -384,7 +392,11 @@ def trained(steps, step_graphs, monkeypatch, distribution=None, **settings):
         result = trainer.backward(completions, torch.tensor([1.0, -1, 0.5, -0.5]), collect)
         found += [torch.tensor(figure) for figure in (result.loss, result.kl, result.clip_fraction, result.grad_norm)]
         trainer.optimizer.step(grad_scale=result.clip_scale)
-    return dict(enumerate(found)) | {n: p.detach().clone() for n, p in model.named_parameters()}
+    if trainer.graphs is not None:
+        assert steps == 1 or trainer.graphs.captured > 0
+        trainer.graphs.release()
+    with trainer.layout.gathered() if here.size > 1 else contextlib.nullcontext():
+        return dict(enumerate(found)) | {n: p.detach().bfloat16() for n, p in model.named_parameters()}
 
 
 TRAINED: list[dict[str, Any]] = [
@@ -401,6 +413,77 @@ def test_training_ends_in_the_same_bytes(settings, coarse, monkeypatch):
     plain, captured = (trained(steps, on, monkeypatch, **settings) for on in (False, True))
     assert differing(captured, plain) == []
     assert all(plain[name].any() for name in plain if isinstance(name, str))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# ranks that share the model
+
+#: Two segments of everything, a short one of the vocabulary.
+SHARED: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1100, "segments": 2}
+PACKS: dict[str, Any] = {"segments": 2, "max_tokens_per_microbatch": 16, "lr": 0.05}
+
+
+def trained_on_a_rank(steps, peer_memory):
+    """What a rank found eagerly, from graphs, and as the control from graphs whose sums a library rounds and adds.
+
+    Then how often each rank captures when the weights of one have moved.
+    """
+    here, settings = parallel.Ranks.of(), PACKS | {"tp": 2, "peer_memory": peer_memory}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bi_ops.models.packing.UNIT_TOKENS", 8)
+        found = [trained(steps, on, patch, here=here, model=SHARED, **settings) for on in (False, True)]
+        patch.setattr("bi_ops.parallel.tensor.layout.OrderedAllReduce", Library)
+        found.append(trained(1, True, patch, here=here, model=SHARED, **settings | {"peer_memory": False}))
+    return found, [captures_of_a_rank(here, together) for together in (True, False)]
+
+
+def captures_of_a_rank(here, together):
+    """Graphs made in each of six steps; before the fourth one the last rank's weights move."""
+    run, step = counted(tiny_model(num_hidden_layers=1), [2])
+    if together:
+        run._on_any_rank = lambda changed: any(here.gather(changed))
+    made = [step() for _ in range(3)]
+    if here.rank == here.size - 1:
+        weight = run.model.model.norm.weight
+        weight.data = weight.data.clone()
+    return made + [step() for _ in range(3)]
+
+
+@pytest.mark.parametrize("peer_memory", [False, pytest.param(True, marks=gpu)])
+def test_ranks_that_share_a_model_replay_the_bits_of_one_process(peer_memory, coarse, monkeypatch):
+    """Packs, and a KL; sums over collectives, or by the kernel. Ranks capture together, also where but one has to."""
+    ranks.need_gpus(2)
+    steps = 2 if runtime.INTERPRET else 4
+    of_ranks = ranks.run(2, trained_on_a_rank, steps, peer_memory)
+    monkeypatch.setattr("bi_ops.models.packing.UNIT_TOKENS", 8)
+    one = trained(steps, False, monkeypatch, model=SHARED, **PACKS)
+    for (eager, replayed, rounded), _ in of_ranks:
+        assert differing(eager, one) == []
+        assert differing(replayed, one) == []
+        assert not bits_equal(rounded[0], one[0])
+    moved, alone = [0, 1, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0]
+    assert [captures for _, captures in of_ranks] == [[moved, alone], [moved, moved]]
+
+
+def test_sums_over_ranks_are_a_part_of_what_a_graph_holds():
+    model: Any = tiny_model(num_hidden_layers=1)
+    _, step = counted(model, [2])
+    assert [step() for _ in range(3)] == [0, 1, 0]
+    model.model.layers[0].mlp.down_proj.all_reduce = lambda partial, dtype: partial.to(dtype)
+    assert [step() for _ in range(3)] == [0, 1, 0]
+    model.lm_head.exchange = object()
+    assert [step() for _ in range(3)] == [0, 1, 0]
+
+
+def test_collectives_that_no_graph_can_hold_are_refused_by_name(monkeypatch):
+    two = parallel.Ranks(0, 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:gloo")
+    with pytest.raises(ValueError, match=r"2 ranks move data of GPUs by cpu:gloo,cuda:gloo, .* or run without graphs"):
+        two.check_captured(torch.device("cuda"))
+    two.check_captured(torch.device("cpu"))  # which has no graphs: StepGraphs says so
+    parallel.ALONE.check_captured(torch.device("cuda"))
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+    two.check_captured(torch.device("cuda"))
 
 
 # --------------------------------------------------------------------------------------------------------------

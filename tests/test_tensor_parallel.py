@@ -292,9 +292,8 @@ def test_what_cannot_be_shared_is_refused():
         TrainConfig(segments=2, tp=4)
     with pytest.raises(ValueError, match="segments is 6; it must be a power of two"):
         TrainConfig(segments=6)
-    for other in ({"fsdp": True}, {"step_graphs": True}):
-        with pytest.raises(ValueError, match=r"is True; it must be false with segments above 1, or tp"):
-            TrainConfig.from_dict({"segments": 2, **other})
+    with pytest.raises(ValueError, match=r"fsdp is True; it must be false with segments above 1, or tp"):
+        TrainConfig(segments=2, fsdp=True)
     with pytest.raises(ValueError, match="offload is 'masters'; it must be none or states with tp"):
         TrainConfig(segments=2, tp=2, offload="masters")
     with pytest.raises(

@@ -16,6 +16,8 @@ from bi_ops.core.main_grad import MainGrad
 from bi_ops.models.buckets import Bucket, bucket_of, copied, pad, tensors_of
 from bi_ops.models.packing import PackedBatch
 from bi_ops.nn.main_grad import allocate_main_grads, main_grad_memory, without_main_grad
+from bi_ops.nn.parallel_linear import Shared
+from bi_ops.nn.parallel_vocab import SharedVocabulary
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
@@ -70,11 +72,16 @@ class StepGraphs:
 
     Graphs share one pool of memory, which holds what the largest step keeps for its backward and stays taken between
     steps, as the fp32 sums of all gradients do: 4 bytes a parameter, a tied table twice. Graphs are captured anew where
-    `state` changes: addresses, dtypes and gradients asked for, of all parameters and buffers, and the model's settings.
+    `state` changes: addresses, dtypes and gradients asked for, of all parameters and buffers, the model's settings, and
+    how its layers' partial outputs are added over ranks.
+
+    Ranks that share the model have the same batches, so they run, capture and replay the same steps in one order, and
+    with them the same collectives: NCCL's must be captured on all ranks or on none.
 
     Args:
         step: called with a batch and values as `run` gets them, padded; it may not wait for the GPU, nor hold on to
             tensors. others: models that it also computes with.
+        on_any_rank: is something true on any of the ranks that share the model? All of them ask in every `begin`.
         capture: makes a replay of a call; None: a CUDA graph. Where there are none, tests call the step itself.
 
     Raises:
@@ -88,8 +95,10 @@ class StepGraphs:
         step: Step,
         others: Sequence[CausalLM] = (),
         capture: Callable[[Call, Any], Call] | None = None,
+        on_any_rank: Callable[[bool], bool] = bool,
     ) -> None:
         self.model, self.step, self.models = model, step, (model, *others)
+        self._on_any_rank = on_any_rank
         self._capture = capture or _captured
         if capture is None and model.device.type != "cuda":
             raise ValueError(
@@ -98,9 +107,10 @@ class StepGraphs:
         self._memory: dict[torch.nn.Module, torch.Tensor] = {}
         self._state: object = None
         self._began = False
-        self._forget()
+        self.release()
 
-    def _forget(self) -> None:
+    def release(self) -> None:
+        """Let go of all graphs. A process group of NCCL that they call must not be destroyed before: it would wait."""
         self._calls: OrderedDict[tuple[object, ...], Call] = OrderedDict()
         self._inputs: dict[tuple[object, ...], tuple[PackedBatch, list[torch.Tensor]]] = {}
         self._seen: set[tuple[object, ...]] = set()
@@ -133,6 +143,9 @@ class StepGraphs:
                     f"StepGraphs: {hooked[0]} has hooks, which a replay would not call; remove them, or run without "
                     "graphs"
                 )
+            for layer in model.modules():
+                if isinstance(layer, Shared):
+                    found.append((layer.all_reduce, layer.exchange if isinstance(layer, SharedVocabulary) else None))
             tensors = [*model.parameters(), *model.buffers()]
             found.append((model.recompute, model.attention_backend, model.head_chunk_rows, model.training))
             found += [(t.data_ptr(), t.dtype, t.shape, t.requires_grad) for t in tensors]
@@ -145,8 +158,8 @@ class StepGraphs:
             ValueError: as the class.
         """
         state = self.state()
-        if state != self._state:
-            self._forget()
+        if self._on_any_rank(state != self._state):
+            self.release()
             self._state, self._memory = state, main_grad_memory(self.model)
         self._began = False
         allocate_main_grads(self.model, self._memory)

@@ -75,6 +75,14 @@ class Ranks:
         ]
         return Ranks.of(groups[0]), Ranks.of(groups[1])
 
+    def check_captured(self, device: torch.device) -> None:
+        """Raise ValueError unless a CUDA graph of `device` can hold collectives of these ranks, as NCCL's."""
+        if self.size > 1 and device.type == "cuda" and "cuda:nccl" not in dist.get_backend_config(self.group):
+            raise ValueError(
+                f"parallel: {self.size} ranks move data of GPUs by {dist.get_backend_config(self.group)}, through the "
+                "host, which a CUDA graph cannot hold; give each rank a GPU (NCCL), or run without graphs"
+            )
+
     def gather(self, value: _T) -> list[_T]:
         """The values of all ranks, in their order, on each of them. Tensors in them must be on the CPU."""
         if self.size == 1:

@@ -116,7 +116,8 @@ class TrainConfig:
     offload: what waits in host memory between updates, nothing, AdamW's states, or these and the fp32 master weights
     (`bi_ops.optim.OffloadedAdamW`); no bit depends on it.
     step_graphs: run forward, log-probabilities and backward of each micro-batch from a CUDA graph
-    (`bi_ops.models.graphs.StepGraphs`): no time lost around the kernels of a small model. No bit depends on it.
+    (`bi_ops.models.graphs.StepGraphs`): no time lost around the kernels of a small model, or of one that ranks share.
+    No bit depends on it.
     cuda_graphs: vllm: of the model that samples.
     kv_cache_memory_bytes: vllm: of its KV cache, whatever else is on the GPU; None: what gpu_memory_utilization leaves.
     on_difference: what a log-probability that differs between rollout and training does to the run.
@@ -218,8 +219,7 @@ class TrainConfig:
         need(self.segments >= 1 and not self.segments & (self.segments - 1), "segments", "a power of two")
         fits = self.tp >= 1 and self.segments % self.tp == 0
         need(fits, "tp", f"a divisor of segments={self.segments}: declare as many segments as ranks share the model")
-        for name in ("fsdp", "step_graphs"):
-            need(not (self.segments > 1 and getattr(self, name)), name, "false with segments above 1, or tp")
+        need(not (self.segments > 1 and self.fsdp), "fsdp", "false with segments above 1, or tp")
         need(self.tp == 1 or self.offload != "masters", "offload", "none or states with tp")
         need(self.ep >= 1 and not self.ep & (self.ep - 1), "ep", "a power of two")
         for name in ("fsdp", "step_graphs"):

@@ -182,6 +182,8 @@ def _run(
                 abandon_folder(output)
             raise
         held.callback(trainer.engine.close)
+        if trainer.graphs is not None:
+            held.callback(trainer.graphs.release)  # before process groups end
         ranks.on_first(lambda: keep_orders(trainer, output))
         done = restore(trainer, output) if resume else 0
         train(trainer, output, done, on_step)

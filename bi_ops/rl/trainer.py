@@ -139,9 +139,9 @@ class Trainer:
         ValueError: a KL coefficient without a reference, an engine that states no orders, or one that should sleep and
             cannot, master weights offloaded from a model that does not compute in bf16, a model of other segments than
             config.segments, or ranks that do not divide the atoms, share the model or fill engines. With
-            config.step_graphs as `bi_ops.models.graphs.StepGraphs`, with config.fsdp as
-            `bi_ops.parallel.fsdp.FullySharded`, with config.ep as `bi_ops.parallel.experts.ExpertParallel`, with
-            segments as `bi_ops.parallel.tensor.TensorParallel`.
+            config.step_graphs as `bi_ops.models.graphs.StepGraphs` and `parallel.Ranks.check_captured`, with
+            config.fsdp as `bi_ops.parallel.fsdp.FullySharded`, with config.ep as
+            `bi_ops.parallel.experts.ExpertParallel`, with segments as `bi_ops.parallel.tensor.TensorParallel`.
         RuntimeError: the model cannot compute in the engine's orders here; what differs is listed.
     """
 
@@ -185,21 +185,29 @@ class Trainer:
             )
         self.config, self.model, self.engine, self.task, self.reference = config, model, engine, task, reference
         self.on_difference = on_difference
-        others = [] if reference is None else [reference]
-        self.graphs = StepGraphs(model, self._microbatch, others) if config.step_graphs else None
+        self.graphs = self._graphs() if config.step_graphs else None
         self.layout = self._layout()
         self.parameters = list(self.layout.parameters.values())
         # An engine that lets the optimizer write its weights has them rounded in the pass that updates the masters.
         self.optimizer = self._optimizer()
 
+    def _graphs(self) -> StepGraphs:
+        """Of the micro-batches of this rank, which those that share the model have too."""
+        self.tensor.check_captured(self.model.device)
+        others = [] if self.reference is None else [self.reference]
+        return StepGraphs(
+            self.model, self._microbatch, others, on_any_rank=lambda changed: any(self.tensor.gather(changed))
+        )
+
     def _layout(self) -> parallel.Whole | FullySharded:
         """Where weights, gradients and states are."""
         tree = parallel.order(self.config.atoms)
+        memory = (None, False) if self.graphs is None else (self.graphs.begin, True)
         if self.config.segments > 1:
             from bi_ops.parallel.tensor import TensorParallel
 
             add = self._peer_sums() if self.config.peer_memory and self.tensor.size > 1 else None
-            return TensorParallel(self.model, tree, self.data, self.tensor, self.model.compute_dtype, add)
+            return TensorParallel(self.model, tree, self.data, self.tensor, self.model.compute_dtype, add, *memory)
         if self.config.ep > 1:
             from bi_ops.parallel.experts import ExpertParallel
 
@@ -209,9 +217,7 @@ class Trainer:
             from bi_ops.parallel.fsdp import FullySharded
 
             return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype)
-        if self.graphs is None:
-            return parallel.Whole(self.model, tree, self.ranks)
-        return parallel.Whole(self.model, tree, self.ranks, self.graphs.begin, keeps_memory=True)
+        return parallel.Whole(self.model, tree, self.ranks, *memory)
 
     def _peer_sums(self) -> PeerAllReduce:
         """Sums over the ranks that share the model, by a kernel."""

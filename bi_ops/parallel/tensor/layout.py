@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,6 +36,7 @@ class TensorParallel(Whole):
             the same slice; tensor: those that share the model, and see the same batch.
         compute_dtype: of the whole weights that an engine is given. all_reduce: adds partial outputs over the tensor
             ranks; None: `OrderedAllReduce`. `parallel.peer.PeerAllReduce` has its bits; another one is a control.
+        allocate, keeps_memory: as `Whole`.
 
     Raises:
         ValueError: tensor ranks that do not divide the segments, a model that has no layers to share, parameters whose
@@ -51,6 +52,8 @@ class TensorParallel(Whole):
         tensor: Ranks = ALONE,
         compute_dtype: torch.dtype = torch.bfloat16,
         all_reduce: AllReduce | None = None,
+        allocate: Callable[[], None] | None = None,
+        keeps_memory: bool = False,
     ) -> None:
         self.tensor = tensor
         #: Layers that the ranks share, by the names of their weights; a weight of several layers has all of them.
@@ -81,7 +84,7 @@ class TensorParallel(Whole):
                     layer.weight = first.weight
             for head_norm in self._head_norms:
                 head_norm.segments //= tensor.size
-        super().__init__(model, tree, data)
+        super().__init__(model, tree, data, allocate, keeps_memory)
         self.data, self.compute_dtype, self.writes = data, compute_dtype, data.rank == 0
 
     def warmup(self) -> None:
