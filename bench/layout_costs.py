@@ -7,9 +7,10 @@ A row is one of our sides beside one baseline; `fastest` marks the faster baseli
 
     step      forward, backward, gradient sum, clip and AdamW of 8,192 tokens on each rank, sequences of 2,048: N ranks
               whole (dp), in shards (fsdp), or sharing a model of N segments (tp; all have the same tokens). ours:
-              "ordered", sums in the order over collectives, or "peer memory", the same by a kernel. baseline:
-              "library sums", our model with sums by NCCL; "transformers, compiled", bf16 weights, gradients and states,
-              layers under torch.compile, torch's DDP, FSDP2 or tensor parallelism
+              "ordered", sums in the order over collectives, or "peer memory", the same by a kernel, or "peer memory,
+              graphs", that with forward and backward replayed from a CUDA graph. baseline: "library sums", our model
+              with sums by NCCL; "transformers, compiled", bf16 weights, gradients and states, layers under
+              torch.compile, torch's DDP, FSDP2 or tensor parallelism
     segments  forward and backward on one GPU in 2, 4 and 8 segments, beside one segment
     decode    vLLM at tensor-parallel size N: a token step of a batch. ours: the plugin, also by
               collectives alone; baseline: stock with full CUDA
@@ -21,12 +22,12 @@ going on with its own values: 1 - without / with. What overlaps with computing d
 of gradients (dp, fsdp) or of partial outputs (tp); weights that fsdp gathers are no sum.
 
 Every part of a job (our sides; each baseline of other code) is a process on each rank. Our sides take turns in it;
-parts follow one another. Times are wall clock, all ranks waited for, medians; the slowest rank counts, for vLLM the
-first. Weights and tokens are random. A model that does not fit is tried again with half its layers, every side then;
-vLLM has all layers. If compiled layers fail, eager ones are the baseline, and say so. Rows are written after every
-part, and those of other layouts in an existing file stay. A job that fails or takes too long is named in
-layout_costs.log and stops no other. `--dry` runs a tiny model on the CPU over gloo, without vLLM; its figures mean
-nothing.
+those from graphs follow, and parts follow one another. Times are wall clock, all ranks waited for, medians; the slowest
+rank counts, for vLLM the first. Weights and tokens are random. A model that does not fit is tried again with half its
+layers, every side then; vLLM has all layers. If compiled layers fail, eager ones are the baseline, and say so. Rows are
+written after every part, and those of other layouts in an existing file stay. A job that fails or takes too long is
+named in layout_costs.log and stops no other. `--dry` runs a tiny model on the CPU over gloo, without vLLM; collectives
+and calls stand in for peer memory and graphs. Its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ SEGMENTS = (2, 4, 8)
 #: Layers that one GPU holds with 16 bytes a parameter and the sums of a tree, where not all of them.
 WHOLE_LAYERS = {"8B": 18}
 COMPILED, EAGER = "transformers, compiled", "transformers, eager"
-#: Our sides, what they are compared with, and the step without sums.
-OURS, BASELINES, WITHOUT = ("ordered", "peer memory"), ("library sums", COMPILED, EAGER), "no sums"
+GRAPHS = "peer memory, graphs"
+#: Our sides, what they are compared with, and the step without sums; what has graphs is compared with one from graphs.
+OURS, BASELINES, WITHOUT = ("ordered", "peer memory", GRAPHS), ("library sums", COMPILED, EAGER), "no sums"
 #: Milliseconds by side and measure.
 Times = Mapping[str, Mapping[str, float]]
 
@@ -143,7 +145,7 @@ def _beside(
     if ms is None:
         return
     found = {b: times[b][measure] for b in baselines if measure in times.get(b, {})}
-    without = times.get(WITHOUT, {}).get(measure)
+    without = times.get(f"{WITHOUT}, graphs" if ours == GRAPHS else WITHOUT, {}).get(measure)
     for baseline in found or {"": 0.0}:
         other = found.get(baseline)
         yield {

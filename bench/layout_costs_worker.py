@@ -14,7 +14,7 @@ from typing import Any
 from layouts_worker import LibraryAllReduce, NaiveSum, free
 from record import take_shortcuts
 from rollout_worker import FIRST_TOKEN, Sampler, prompt
-from step_sides import LR, MAX_NORM, SEED, made_network, shape, theirs, wait
+from step_sides import LR, MAX_NORM, SEED, from_graphs, made_network, shape, theirs, wait
 
 import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
@@ -138,33 +138,55 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
     tensor, data = ranks.split(args.tp)
     network = made_network(args.model, args.layers, "selective", args.tp)
     tree = parallel.order(data.size)
+    batch = packed(rows_of(args, data.rank), network.device)
+    replays: dict[str, Callable[[], None]] = {}
+    now = ""
     if args.tp == 1:
         network.warmup()
     layout: parallel.Whole | FullySharded
     if args.tp > 1:
-        layout = TensorParallel(network, tree, data, tensor, network.compute_dtype)
+        graphs, replay = from_graphs(network, batch)
+        allocate = lambda: (graphs.begin if now in replays else network.allocate_main_grads)()  # noqa: E731
+        layout = TensorParallel(network, tree, data, tensor, network.compute_dtype, allocate=allocate)
         layout.warmup()
         sums = tensor_sums(layout, args, found)
+        replays = {f"{side}, graphs": sums[side] for side in ("peer memory", "no sums") if side in sums}
     elif args.fsdp:
         layout = FullySharded(network, tree, ranks, network.compute_dtype)
         sums = shard_sums(network)
     else:
         layout = parallel.Whole(network, tree, ranks)
         sums = whole_sums(layout)
-    batch = packed(rows_of(args, data.rank), network.device)
     optimizer = optim.AdamW(list(layout.parameters.values()), lr=LR)
 
-    def step(take: Callable[[], None]) -> None:
+    def step(side: str, take: Callable[[], None]) -> None:
+        nonlocal now
+        now = side
         take()
         layout.begin_atom()
         layout.before_backward(last=True)
-        network.token_logprobs(batch).mean().backward()
+        if side in replays:
+            replay()
+        else:
+            network.token_logprobs(batch).mean().backward()
         layout.end_atom()
         optimizer.step(grad_scale=optim.clip_scale(layout.finish(), MAX_NORM))
 
-    steps = {side: lambda take=take: step(take) for side, take in sums.items()}  # type: ignore[misc]
-    for side, seconds in in_turn(steps, args.steps, ranks).items():
-        found.add(side, "step", seconds)
+    def timed(sides: Mapping[str, Callable[[], None]]) -> None:
+        steps = {side: lambda side=side, take=take: step(side, take) for side, take in sides.items()}  # type: ignore[misc]
+        for side, seconds in in_turn(steps, args.steps, ranks).items():
+            found.add(side, "step", seconds)
+
+    timed(sums)
+    for side, take in replays.items():  # one after the other: each has graphs and memory of its own
+        free()
+        try:
+            timed({side: take})
+        except RuntimeError as error:
+            found.fails(side, f"{error}: {error.__cause__}")
+            break
+        finally:
+            graphs.release()
 
 
 def tensor_sums(layout: TensorParallel, args: argparse.Namespace, found: Found) -> dict[str, Callable[[], None]]:
@@ -172,15 +194,13 @@ def tensor_sums(layout: TensorParallel, args: argparse.Namespace, found: Found) 
     tensor, network = layout.tensor, layout.model
     sums: dict[str, Any] = {"ordered": OrderedAllReduce(tensor), "library sums": LibraryAllReduce(tensor)}
     sums["no sums"] = no_all_reduce
-    if not runtime.INTERPRET:
-        try:
-            sums["peer memory"] = PeerAllReduce(
-                tensor,
-                args.tokens * network.config.hidden_size,  # type: ignore[union-attr, operator]
-                runtime.default_device(),
-            )
-        except RuntimeError as error:
-            found.fails("peer memory", str(error))
+    elements: int = args.tokens * network.config.hidden_size  # type: ignore[union-attr, operator, assignment]
+    try:
+        sums["peer memory"] = (
+            OrderedAllReduce(tensor) if runtime.INTERPRET else PeerAllReduce(tensor, elements, runtime.default_device())
+        )
+    except RuntimeError as error:
+        found.fails("peer memory", str(error))
 
     def take(add: Any) -> None:
         for layer in layout.shared:

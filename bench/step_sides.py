@@ -13,6 +13,7 @@ from bi_ops.core import runtime
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
+    from bi_ops.models.graphs import StepGraphs
     from bi_ops.models.packing import PackedBatch
 
 #: Clip and AdamW of the sides: betas and weight decay are torch's.
@@ -42,7 +43,7 @@ def shape(model: str, layers: int | None = None) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": 32 if model == "dry" else 128,
-        "vocab_size": 128 if model == "dry" else VOCABULARY,
+        "vocab_size": 4096 if model == "dry" else VOCABULARY,  # of four chunks, for as many segments
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
@@ -68,6 +69,7 @@ def expert_shape(model: str, layers: int | None = None) -> dict[str, Any]:
         **{"num_attention_heads": heads, "num_key_value_heads": kv_heads},
         **{"num_experts": experts, "num_experts_per_tok": min(8, experts // 2), "norm_topk_prob": True},
         **{"decoder_sparse_step": 1, "mlp_only_layers": []},
+        "vocab_size": 128 if model.startswith("dry") else VOCABULARY,
     }
 
 
@@ -139,6 +141,20 @@ def made_network(model: str, layers: int | None, recompute: str, segments: int =
     return network
 
 
+def from_graphs(network: CausalLM, batch: PackedBatch) -> tuple[StepGraphs, Callable[[], torch.Tensor]]:
+    """Graphs, and what replays forward and backward of the mean log-probability; the log-probabilities."""
+    from bi_ops.models.graphs import StepGraphs
+
+    def microbatch(batch: PackedBatch, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scores = network.token_logprobs(batch)
+        (scores * weights).backward(torch.ones_like(weights))
+        return (scores.detach(),)
+
+    run = StepGraphs(network, microbatch, capture=(lambda step, pool: step) if runtime.INTERPRET else None)
+    padded = run.pad(batch, torch.full((len(batch.targets),), 1 / len(batch.targets), device=network.device))
+    return run, lambda: run.run(padded)[0]
+
+
 def ours(
     model: str,
     rows: list[torch.Tensor],
@@ -152,7 +168,6 @@ def ours(
     """graphs: `whole` replays forward and backward from a CUDA graph. network: of an earlier call; None: a new one."""
     from bi_ops import optim
     from bi_ops.matmul import TOKEN_STEP, cublaslt, warmup
-    from bi_ops.models.graphs import StepGraphs
     from bi_ops.models.packing import pack
 
     if network is None:
@@ -194,17 +209,11 @@ def ours(
     if not graphs:
         return made
 
-    def microbatch(batch: PackedBatch, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scores = network.token_logprobs(batch)
-        (scores * weights).backward(torch.ones_like(weights))
-        return (scores.detach(),)
-
-    run = StepGraphs(network, microbatch, capture=(lambda step, pool: step) if runtime.INTERPRET else None)
-    padded = run.pad(batch, torch.full((len(batch.targets),), 1 / len(batch.targets), device=network.device))
+    run, replay = from_graphs(network, batch)
 
     def whole() -> torch.Tensor:
         run.begin()
-        return run.run(padded)[0].mean()
+        return replay().mean()
 
     return made._replace(whole=whole)
 

@@ -46,6 +46,7 @@ def test_the_most_wanted_jobs_come_first(costs):
 
 def test_a_step_has_a_row_for_each_of_our_sides_and_baselines(costs):
     times = {side: {"step": ms} for side, ms in STEP.items()}
+    times |= {"peer memory, graphs": {"step": 7.5}, "no sums, graphs": {"step": 6.75}}
     rows = list(costs.rows_of(costs.Job("step", "8B", tp=2), 36, 8192, 2048, times))
     keys = ("ours", "baseline", "fastest", "ratio", "transfer_share")
     assert [tuple(row[k] for k in keys) for row in rows] == [
@@ -53,6 +54,8 @@ def test_a_step_has_a_row_for_each_of_our_sides_and_baselines(costs):
         ("ordered", "transformers, compiled", False, 1.2, 0.4),
         ("peer memory", "library sums", True, 1.125, 0.25),
         ("peer memory", "transformers, compiled", False, 1.5, 0.25),
+        ("peer memory, graphs", "library sums", True, 1.2, 0.1),
+        ("peer memory, graphs", "transformers, compiled", False, 1.6, 0.1),
     ]
     assert {(r["tp"], r["segments"], r["batch"], r["tokens"]) for r in rows} == {(2, 2, 4, 8192)}
     [row] = costs.rows_of(costs.Job("step", "8B", dp=4), 9, 8192, 2048, {"ordered": {"step": 10.0}})

@@ -104,13 +104,16 @@ class StepGraphs:
             raise ValueError(
                 f"StepGraphs: the model is on {model.device.type}, which has no CUDA graphs; run without them"
             )
-        self._memory: dict[torch.nn.Module, torch.Tensor] = {}
-        self._state: object = None
         self._began = False
         self.release()
 
     def release(self) -> None:
-        """Let go of all graphs. A process group of NCCL that they call must not be destroyed before: it would wait."""
+        """Let go of all graphs and of their memory; `begin` makes them anew.
+
+        A process group of NCCL that they call must not be destroyed before: it would wait for them.
+        """
+        self._memory: dict[torch.nn.Module, torch.Tensor] = {}
+        self._state: object = None
         self._calls: OrderedDict[tuple[object, ...], Call] = OrderedDict()
         self._inputs: dict[tuple[object, ...], tuple[PackedBatch, list[torch.Tensor]]] = {}
         self._seen: set[tuple[object, ...]] = set()
