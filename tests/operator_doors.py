@@ -421,6 +421,8 @@ OPERATORS: dict[str, Operator] = {
 ONE_DOOR_FUNCTIONS = {
     "matmul.accumulate_weight_grad": "what linear's main_grad calls",
     "matmul.inference_linear": "what the plugin calls, without a gradient; its bits are compared in test_matmul_decode",
+    "matmul.linear_backward": "what linear's backward calls",
+    "matmul.subtree_of": "what subtree calls",
     "matmul.subtree": "without a gradient; one GEMM a segment, in test_matmul_segments",
     "attention.paged_attention": "decoding: no gradient; compared with flash_attention in test_attention_paged.py",
     "attention.write_cache": "a copy, in test_attention_cache.py",

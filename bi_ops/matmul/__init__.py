@@ -3,9 +3,9 @@
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.matmul.backends import backends
 from bi_ops.matmul.inference import inference_linear
-from bi_ops.matmul.linear import accumulate_weight_grad, linear
+from bi_ops.matmul.linear import accumulate_weight_grad, linear, linear_backward
 from bi_ops.matmul.ops import addmm, backend_of, bmm, matmul, mm, order_of
-from bi_ops.matmul.segments import subtree
+from bi_ops.matmul.segments import subtree, subtree_of
 from bi_ops.matmul.warmup import Warmup, warmup
 
 __all__ = [
@@ -18,9 +18,11 @@ __all__ = [
     "bmm",
     "inference_linear",
     "linear",
+    "linear_backward",
     "matmul",
     "mm",
     "order_of",
     "subtree",
+    "subtree_of",
     "warmup",
 ]

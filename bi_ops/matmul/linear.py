@@ -120,12 +120,32 @@ class _Linear(Node):
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         dbias = bias_grad(g).to(bias.dtype) if need_bias else None
         if ctx.main_grad is not None:
-            unused = g.new_empty(0, dtype=torch.float32), True
-            buffer, holds_sum = open_buffer(ctx.main_grad) if need_weight else unused
-            dx = _linear_grad(buffer, g.contiguous(), x, weight, need_x, need_weight, ctx.backend, holds_sum)
-            return dx if need_x else None, None, dbias, None, None, None
+            dx = linear_backward(ctx.main_grad, g.contiguous(), x, weight, need_x, need_weight, ctx.backend)
+            return dx, None, dbias, None, None, None
         dx, dweight = _mm_grad(g, x, weight.t(), need_x, need_weight, ctx.backend)
         return dx if need_x else None, dweight.t() if need_weight else None, dbias, None, None, None
+
+
+def linear_backward(
+    main_grad: torch.Tensor | MainGrad,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    need_x: bool,
+    need_weight: bool,
+    backend: str = "",
+) -> torch.Tensor | None:
+    """The backward of a linear layer whose forward has checked the operands: g @ weight, None where not needed.
+
+    g.T @ x is added to main_grad, as by `accumulate_weight_grad`, where needed.
+
+    Args:
+        g: [T, N], contiguous. x: [T, K]. weight: [N, K]. All of one dtype. backend: of the forward.
+    """
+    unused = g.new_empty(0, dtype=torch.float32), True
+    buffer, holds_sum = open_buffer(main_grad) if need_weight else unused
+    dx = _linear_grad(buffer, g, x, weight, need_x, need_weight, backend, holds_sum)
+    return dx if need_x else None
 
 
 def linear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +24,13 @@ from bi_ops.matmul.order import segmented_order
 MOST_PARTS = 3
 
 
-def check_segments(op: str, k: int, segments: int, parts: Sequence[int]) -> None:
-    """Raise ValueError unless `parts` are those of K and each can be cut into so many segments; TypeError: no int."""
-    checks.integer(op, "segments", segments)
+@functools.lru_cache(maxsize=4096)  # asked in every call
+def check_segments(op: str, k: int, segments: int, parts: tuple[int, ...]) -> bool:
+    """Are the parts of K multiples of TOKEN_STEP, or is there one?
+
+    Raises:
+        ValueError: `parts` that are not those of K, or one that cannot be cut into so many segments.
+    """
     checks.shape(
         op,
         segments > 0 and not segments & (segments - 1),
@@ -42,6 +47,7 @@ def check_segments(op: str, k: int, segments: int, parts: Sequence[int]) -> None
             "for tensor cores add 16 elements at a time; take fewer segments"
         ),
     )
+    return len(parts) == 1 or all(part % TOKEN_STEP == 0 for part in parts)
 
 
 def subtree(
@@ -72,17 +78,30 @@ def subtree(
             no such segments.
     """
     op = "subtree"
+    checks.integer(op, "segments", segments)
     check_operands(op, x, weight, ("x", "weight"))
     checks.same_dtype(op, x=x, weight=weight)
     checks.result_dtype(op, dtype)
     fits = x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1]
     checks.shape(op, fits, lambda: f"needs [M, K] and [N, K], got {list(x.shape)} and {list(weight.shape)}")
-    (m, k), n = x.shape, len(weight)
-    parts = [k] if parts is None else list(parts)
-    check_segments(op, k, segments, parts)
+    return subtree_of(x, weight, segments, None if parts is None else tuple(parts), dtype, config)
+
+
+def subtree_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    segments: int,
+    parts: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """`subtree` of matrices that fit, as those of a layer's backward do; of its errors those of the segments alone."""
+    (m, k), n = x.shape, weight.shape[0]
+    parts = parts or (k,)
+    whole_steps = check_segments("subtree", k, segments, parts)
     arch = arches.of(x.device)
     order = segmented_order(x.dtype, segments, arch)
-    in_steps = len(parts) == 1 or (order.each.any_tile and all(part % TOKEN_STEP == 0 for part in parts))
+    in_steps = len(parts) == 1 or (order.each.any_tile and whole_steps)
     if segments == 1 and config is None and in_steps:
         return gemm(x, weight.t(), out_dtype=dtype)
     out = x.new_empty((m, n), dtype=dtype)

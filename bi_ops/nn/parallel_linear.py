@@ -39,13 +39,14 @@ class _ParallelLinear(Node):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         need_x, need_weight, *_ = ctx.needs_input_grad
-        g = ctx.layer.own_outputs(g.contiguous())
-        dweight = None
-        if need_weight:
-            own = MainGrad(weight.shape, weight.device) if ctx.main_grad is None else ctx.main_grad
-            matmul.accumulate_weight_grad(own, g, x)
-            dweight = own.collect().to(ctx.weight_dtype) if ctx.main_grad is None else None
-        return ctx.layer.gradient(g, weight) if need_x else None, dweight, None, None
+        layer = ctx.layer
+        g = layer.own_outputs(g.contiguous())
+        own = MainGrad(weight.shape, weight.device) if ctx.main_grad is None else ctx.main_grad
+        dx = matmul.linear_backward(own, g, x, weight, need_x and not layer.sums_gradient, need_weight)
+        if need_x and layer.sums_gradient:
+            dx = layer.gradient(g, weight)
+        dweight = own.collect().to(ctx.weight_dtype) if need_weight and ctx.main_grad is None else None
+        return dx, dweight, None, None
 
 
 class Shared:
@@ -83,29 +84,29 @@ class Shared:
 
 
 class ParallelLinear(Shared, Linear):
-    """A linear layer without a bias, or a rank's slice of it."""
+    """A linear layer without a bias, or a rank's slice of it.
+
+    sums_gradient: the gradient of the input is a sum by segments, that of `gradient`.
+    """
+
+    sums_gradient = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As `nn.Linear`. Of a slice every rank makes the call, and its backward."""
         if self.segments == 1 and self.all_reduce is None:
             return super().forward(input)
-        rows = input.reshape(-1, input.shape[-1])
+        # A view of a matrix would be one more node, in both passes.
+        rows = input if input.ndim == 2 else input.reshape(-1, input.shape[-1])
         out = _ParallelLinear.apply(rows, self.weight, self.main_grad, self)
-        return out.view(*input.shape[:-1], -1)  # type: ignore[no-any-return]
-
-    def _summed(self, x: torch.Tensor, weight: torch.Tensor, parts: Sequence[int] | None = None) -> torch.Tensor:
-        """x @ weight.T by segments, over the ranks if they share it."""
-        if self.all_reduce is None:
-            return matmul.subtree(x, weight, self.segments, parts, dtype=x.dtype)
-        return self.all_reduce(matmul.subtree(x, weight, self.segments, parts), x.dtype)
+        return out if input.ndim == 2 else out.view(*input.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x @ weight.T; weight: rounded."""
         return matmul.linear(x, weight)
 
     def gradient(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """g @ weight; weight: rounded."""
-        return matmul.mm(g, weight)
+        """g @ weight by segments, over the ranks if they share it; weight: rounded."""
+        raise NotImplementedError
 
     def own_outputs(self, g: torch.Tensor) -> torch.Tensor:
         """The gradients of this rank's outputs, contiguous, of those that `forward` returned."""
@@ -124,14 +125,23 @@ class ColumnParallelLinear(ParallelLinear):
     other.
     """
 
+    sums_gradient = True
+
     def __init__(self, in_features: int, parts: Sequence[int], segments: int = 1, **factory: Any) -> None:
         super().__init__(in_features, sum(parts), bias=False, **factory)
         self.parts, self.segments = tuple(parts), segments
+        self._own_parts = self.parts
 
     def gradient(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `ParallelLinear`."""
-        own = [n * self.out_features // sum(self.parts) for n in self.parts]
-        return self._summed(g, weight.t(), own)
+        if self.all_reduce is None:
+            return matmul.subtree_of(g, weight.t(), self.segments, self._own_parts, g.dtype)
+        return self.all_reduce(matmul.subtree_of(g, weight.t(), self.segments, self._own_parts), g.dtype)
+
+    def cut(self, rank: int, size: int, all_reduce: AllReduce) -> None:
+        """See `Shared`."""
+        super().cut(rank, size, all_reduce)
+        self._own_parts = tuple(n // size for n in self.parts)
 
     def _runs(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:
         starts = itertools.accumulate(self.parts[:-1], initial=0)
@@ -155,7 +165,9 @@ class RowParallelLinear(ParallelLinear):
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `ParallelLinear`."""
-        return self._summed(x, weight)
+        if self.all_reduce is None:
+            return matmul.subtree(x, weight, self.segments, dtype=x.dtype)
+        return self.all_reduce(matmul.subtree(x, weight, self.segments), x.dtype)
 
     def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
         """See `Shared`."""

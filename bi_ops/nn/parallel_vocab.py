@@ -192,6 +192,8 @@ class _SegmentedTokenLogprobs(Node):
 class VocabParallelHead(SharedVocabulary, ParallelLinear):
     """An LM head, or a rank's rows of it. dX is a sum over the vocabulary, by segments; logits and dW are no sum."""
 
+    sums_gradient = True
+
     def __init__(self, in_features: int, vocab_size: int, segments: int = 1, **factory: Any) -> None:
         super().__init__(in_features, vocab_size, bias=False, **factory)
         self.declare(vocab_size, segments)

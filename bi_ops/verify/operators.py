@@ -393,6 +393,8 @@ SUBJECTS: tuple[Subject, ...] = (
 #: Public functions that no subject has, and why.
 NOT_SUBJECTS = {
     "matmul.accumulate_weight_grad": "what linear's main_grad calls",
+    "matmul.linear_backward": "what linear's backward calls",
+    "matmul.subtree_of": "what subtree calls",
     "matmul.subtree": "no gradient; its bits are those of one GEMM a segment in tests/test_matmul_segments.py",
     "attention.paged_attention": "the other door of flash_attention: decode and paged",
     "attention.write_cache": "a copy",

@@ -72,7 +72,6 @@ class PeerAllReduce:
         capacity, slot = cls._sizes(size, elements, one_shot)
         return 8 * size * MAX_PROGRAMS + 2 * 4 * size * slot + 2 * 4 * capacity
 
-    @torch.no_grad()
     def __call__(self, partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """partial: fp32, contiguous, of one shape on every rank -> the sum in `dtype`. Every rank calls it.
 
@@ -89,21 +88,29 @@ class PeerAllReduce:
                 f"parallel.peer: {list(partial.shape)} on {partial.device} must be contiguous, on {self._state.device}"
             )
         out = torch.empty_like(partial, dtype=dtype)
-        if partial.numel() == 0:
-            return out
-        own, total = partial.view(-1), out.view(-1)
-        if rest := -partial.numel() % 4:
-            own, total = torch.nn.functional.pad(own, (0, rest)), out.new_empty(partial.numel() + rest)
+        n = partial.numel()
+        if 0 < n <= self.capacity and n % 4 == 0:  # nearly every call, four in a layer: nothing but the launch
+            self.launch(partial, out)
+        elif n > 0:
+            self._in_parts(partial.detach().view(-1), out.view(-1))
+        return out
+
+    def _in_parts(self, partial: torch.Tensor, out: torch.Tensor) -> None:
+        """Add [n]: launches of `capacity` elements at most, filled up to a multiple of 4."""
+        n, rest = len(partial), -len(partial) % 4
+        own, total = (torch.nn.functional.pad(partial, (0, rest)), out.new_empty(n + rest)) if rest else (partial, out)
         for a, b in zip(own.split(self.capacity), total.split(self.capacity), strict=True):
             self.launch(a, b)
-        return total[: partial.numel()].view(partial.shape)
+        if rest:
+            out.copy_(total[:n])
 
     def launch(self, partial: torch.Tensor, out: torch.Tensor, phases: Sequence[str] = PHASES) -> None:
-        """Add [n], at most `capacity` elements, a multiple of 4 and at least one such."""
-        shares = 1 if partial.numel() <= self.one_shot else self.ranks.size
-        programs = min(cdiv(cdiv(partial.numel(), BLOCK), shares), MAX_PROGRAMS)
+        """Add all elements, contiguous, at most `capacity` of them, a multiple of 4 and at least one such."""
+        n = partial.numel()
+        shares = 1 if n <= self.one_shot else self.ranks.size
+        programs = min(cdiv(n, BLOCK * shares), MAX_PROGRAMS)
         ordered_sum_kernel[(programs,)](
-            *(partial, out, self.memory.pointers, self._state, partial.numel() // 4),
+            *(partial, out, self.memory.pointers, self._state, n // 4),
             *(self._slot, self.capacity, self.ranks.rank),
             N_RANKS=self.ranks.size,
             MAX_PROGRAMS=MAX_PROGRAMS,
