@@ -6,8 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
+import os
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -388,13 +393,15 @@ def trained(steps, step_graphs, monkeypatch, distribution=None, here=parallel.AL
     def collect(part, logprobs):
         found.extend(logprobs)
 
-    for _ in range(steps):
-        result = trainer.backward(completions, torch.tensor([1.0, -1, 0.5, -0.5]), collect)
-        found += [torch.tensor(figure) for figure in (result.loss, result.kl, result.clip_fraction, result.grad_norm)]
-        trainer.optimizer.step(grad_scale=result.clip_scale)
-    if trainer.graphs is not None:
-        assert steps == 1 or trainer.graphs.captured > 0
-        trainer.graphs.release()
+    with contextlib.ExitStack() as held:
+        if trainer.graphs is not None:
+            held.callback(trainer.graphs.release)
+        for _ in range(steps):
+            result = trainer.backward(completions, torch.tensor([1.0, -1, 0.5, -0.5]), collect)
+            figures = result.loss, result.kl, result.clip_fraction, result.grad_norm
+            found += [torch.tensor(figure) for figure in figures]
+            trainer.optimizer.step(grad_scale=result.clip_scale)
+        assert trainer.graphs is None or steps == 1 or trainer.graphs.captured > 0
     with trainer.layout.gathered() if here.size > 1 else contextlib.nullcontext():
         return dict(enumerate(found)) | {n: p.detach().bfloat16() for n, p in model.named_parameters()}
 
@@ -420,7 +427,7 @@ def test_training_ends_in_the_same_bytes(settings, coarse, monkeypatch):
 
 #: Two segments of everything, a short one of the vocabulary.
 SHARED: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1100, "segments": 2}
-PACKS: dict[str, Any] = {"segments": 2, "max_tokens_per_microbatch": 16, "lr": 0.05}
+PACKS: dict[str, Any] = {"segments": 2, "atoms": 2, "max_tokens_per_microbatch": 16, "lr": 0.05, "kl": 0.1}
 
 
 def trained_on_a_rank(steps, peer_memory):
@@ -451,8 +458,9 @@ def captures_of_a_rank(here, together):
 
 @pytest.mark.parametrize("peer_memory", [False, pytest.param(True, marks=gpu)])
 def test_ranks_that_share_a_model_replay_the_bits_of_one_process(peer_memory, coarse, monkeypatch):
-    """Packs, and a KL; sums over collectives, or by the kernel. Ranks capture together, also where but one has to."""
+    """Atoms of packs, and a KL; sums by collectives or by the kernel. All ranks capture where but one would have to."""
     ranks.need_gpus(2)
+    monkeypatch.setenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     steps = 2 if runtime.INTERPRET else 4
     of_ranks = ranks.run(2, trained_on_a_rank, steps, peer_memory)
     monkeypatch.setattr("bi_ops.models.packing.UNIT_TOKENS", 8)
@@ -484,6 +492,20 @@ def test_collectives_that_no_graph_can_hold_are_refused_by_name(monkeypatch):
     parallel.ALONE.check_captured(torch.device("cuda"))
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
     two.check_captured(torch.device("cuda"))
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itself for a GPU's process")
+def test_a_rank_that_shares_a_model_does_not_wait_and_calls_little_more():
+    """Negative control: a step that reads a tensor. Embeddings read ids on CPUs alone, where they check them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("traced_layer_calls.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["reads"] == ["ops.py: check_range", "parallel_vocab.py: forward"]
+    assert found["control"] == [*found["reads"], "traced_layer_calls.py: step"]
+    whole, shared = found["calls"]
+    assert 1000 < whole < shared < 1.05 * whole  # four sums over ranks
 
 
 # --------------------------------------------------------------------------------------------------------------
