@@ -50,11 +50,7 @@ class NoSum(parallel.GradientTree):
     """Nothing is added: a rank goes on with its own gradients."""
 
     def add(self, gradients: Sequence[torch.Tensor]) -> None:
-        self._own = list(gradients)
-
-    def total(self) -> list[torch.Tensor]:
-        own, self._own = self._own, []
-        return own
+        self._totals = list(gradients)
 
 
 class LibraryReduceScatter(TreeReduceScatter):
@@ -226,7 +222,7 @@ def whole_sums(layout: parallel.Whole) -> dict[str, Callable[[], None]]:
     kinds = {"ordered": parallel.GradientTree, "library sums": NaiveSum, "no sums": NoSum}
 
     def take(kind: type[parallel.GradientTree]) -> None:
-        layout.sums = kind(layout.tree, layout.ranks)
+        layout.sums = [kind(layout.tree, layout.ranks) for _ in layout.sums]
 
     return {side: lambda kind=kind: take(kind) for side, kind in kinds.items()}  # type: ignore[misc]
 

@@ -112,18 +112,19 @@ class NaiveSum(parallel.GradientTree):
     """The control: each rank adds its atoms, then a library adds the ranks."""
 
     added: list[torch.Tensor] | None = None
+    atoms = 0
 
     def add(self, gradients: Sequence[torch.Tensor]) -> None:
         if self.added is None:
             self.added = list(gradients)
         else:
             torch._foreach_add_(self.added, list(gradients))
-
-    def total(self) -> list[torch.Tensor]:
-        sums, self.added = self.added or [], None
-        for t in sums:
-            dist.all_reduce(t)
-        return sums
+        self.atoms += 1
+        if self.atoms * self.ranks.size < self.tree.atoms:
+            return
+        for t in self.added:
+            dist.all_reduce(t, group=self.ranks.group)
+        self._totals, self.added, self.atoms = self.added, None, 0
 
 
 class LibraryShards(Trainer):
@@ -224,7 +225,7 @@ def train(args: argparse.Namespace) -> None:
             make = LibraryShards if args.fsdp else SharedByLibrary
         trainer = make(config, model, engine, task=None, ranks=ranks)  # type: ignore[arg-type]
         if control and args.train_tp == 1 and isinstance(trainer.layout, parallel.Whole):
-            trainer.layout.sums = NaiveSum(trainer.layout.tree, ranks)
+            trainer.layout.sums = [NaiveSum(sums.tree, sums.ranks) for sums in trainer.layout.sums]
         reports: list[Any] = []
 
         def check(part: slice, logprobs: Sequence[torch.Tensor], reports: list[Any] = reports) -> None:

@@ -5,8 +5,9 @@
     python bench/tree_cost.py --message-us 5 --launch-us 2   # other assumptions
     python bench/tree_cost.py --csv bench/results/offline/tree_cost.csv --commit abc1234   # all cases
 
-The calls are those of the code: `bi_ops.parallel.gradients` cuts gradients of the model's real shapes into buckets,
-FSDP2 has a call for each layer and one for the rest. The calls of an update follow one another. Five exchanges:
+The calls are those of the code: `bi_ops.parallel.gradients` cuts gradients of the model's real shapes into messages,
+layer by layer, and FSDP2 has a call for each layer and one for the rest. The calls of an update follow one another.
+Five exchanges:
 
     all-to-all         used in a host: each rank sends every other one its shard, and adds its own in the tree's order
     host first         the same bits: all-to-all among the GPUs of a host, then among GPUs of one index over all hosts
@@ -44,7 +45,7 @@ import bi_ops  # noqa: F401  (before triton)
 from bi_ops.core.integers import cdiv
 from bi_ops.core.provenance import now
 from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
-from bi_ops.parallel.gradients import _buckets
+from bi_ops.parallel.gradients import messages
 
 
 @dataclass(frozen=True)
@@ -204,10 +205,10 @@ def parameters(model: str) -> list[list[tuple[int, int]]]:
 
 
 def whole_calls(modules: Sequence[Sequence[tuple[int, int]]], ranks: int) -> list[int]:
-    """fp32 bytes of the buckets of `GradientTree`; the embedding comes first in a model, norm and head last."""
-    *layers, (embedding, *last) = modules
-    sizes = [rows * width for rows, width in (embedding, *(p for layer in layers for p in layer), *last)]
-    return [4 * 4 * ranks * cdiv(sum(sizes[bucket]), 4 * ranks) for bucket in _buckets(sizes)]
+    """fp32 bytes of the messages of `Whole`, a `GradientTree` for each layer, and one for what is outside of layers."""
+    *layers, outside = modules
+    sizes = [[rows * width for rows, width in module] for module in (*reversed(layers), outside)]
+    return [4 * n for each in sizes for _, elements in messages(each, ranks) for n in elements]
 
 
 def fsdp_calls(modules: Sequence[Sequence[tuple[int, int]]], ranks: int) -> list[int]:
@@ -225,9 +226,8 @@ def update(
     times = 1 if own_first or (layout == "whole" and not exact) else atoms
     exchanged, gathered = Cost(), Cost()
     for n in calls:
-        packing = 4 * n + 2 * n / ranks if layout == "whole" else 2 * n
         if layout == "fsdp2" or exact:  # a library's buckets are the gradients themselves
-            exchanged += Cost(memory_s=links.memory_s(packing, 3)).times(times)
+            exchanged += Cost(memory_s=links.memory_s(2 * n, 3)).times(times)
         exchanged += CALLS[name](links, ranks, n).times(times)
         if exact:  # a rank's own levels of the tree
             exchanged += Cost(memory_s=links.memory_s(3 * (n if own_first else n / ranks), 1)).times(atoms - 1)

@@ -96,12 +96,14 @@ def test_the_calls_are_those_of_gradient_tree(monkeypatch):
     shapes, calls = [(10, 8), (24, 8), (7, 8), (8,), (40, 8), (3, 8)], []
     monkeypatch.setattr(gradients, "ELEMENTS", 256)
     monkeypatch.setattr(gradients.dist, "all_to_all_single", lambda out, flat, group: calls.append(4 * flat.numel()))
-    tree = GradientTree(AtomTree(8), Ranks(3, 8))
-    tree.add([torch.zeros(s) for s in shapes])
+    monkeypatch.setattr(gradients, "ALONE_ELEMENTS", 40)
+    monkeypatch.setattr(gradients, "all_gather", lambda out, shard, group: None)
     outside, layer = [*shapes[:1], *shapes[-2:]], shapes[1:-2]
+    for part in (layer, outside):
+        GradientTree(AtomTree(8), Ranks(3, 8)).add([torch.zeros(s) for s in part])
     modules = [[(s[0], s[1] if len(s) > 1 else 1) for s in part] for part in (layer, outside)]
     assert tree_cost.whole_calls(modules, 8) == calls
-    assert len(calls) > 1
+    assert sorted(calls) == [4 * n for n in (64, 128, 256, 256)]  # 320 alone, in two; 104 with padding; a layer
 
 
 def test_fsdp2_pads_rows():

@@ -7,7 +7,17 @@ import torch
 
 def pairwise_(parts: torch.Tensor) -> torch.Tensor:
     """[...], the sum of parts [a power of two, ...], neighbours first, element by element. Overwrites the parts."""
-    while len(parts) > 1:  # one kernel for all pairs
+    return _added(parts, 1)[0]
+
+
+def pairwise(parts: torch.Tensor) -> torch.Tensor:
+    """As `pairwise_`, of at least two parts, in memory of its own."""
+    left, right = _added(parts, 2)
+    return left + right
+
+
+def _added(parts: torch.Tensor, most: int) -> torch.Tensor:
+    while len(parts) > most:  # one kernel for all pairs
         parts[::2].add_(parts[1::2])
         parts = parts[::2]
-    return parts[0]
+    return parts

@@ -102,29 +102,17 @@ class ExpertParallel(Whole):
         exchange = RowExchange(near)
         for block in blocks.values():
             block.share(near.rank, near.size, exchange)
-        super().__init__(model, tree, ranks)
+        super().__init__(model, tree, ranks, overlap=False)  # rows travel in a backward
         mine = {p for block in blocks.values() for p in block.parameters()}
         #: Those of which this rank has some, frozen ones too, by the names of the model.
         self.owned = {n: p for n, p in model.named_parameters() if p in mine}
-        self._expert_parameters = {n: p for n, p in self.parameters.items() if p in mine}
-        self._other_parameters = {n: p for n, p in self.parameters.items() if p not in mine}
         # A step's neighbours are a subtree, which an expert's rank has added by itself.
-        self._expert_sums = GradientTree(order(max(tree.atoms // near.size, 1)), far)
+        self.sums.append(GradientTree(order(max(tree.atoms // near.size, 1)), far))
+        self._exchanged = [None, None]
+        self._together = [
+            [p for p in self.parameters.values() if (p in mine) == of_experts] for of_experts in (False, True)
+        ]
         self.writes = far.rank == 0
-
-    def end_atom(self) -> None:
-        """See `Whole`."""
-        self._collect()
-        for sums, parameters in ((self.sums, self._other_parameters), (self._expert_sums, self._expert_parameters)):
-            each = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters.values()]
-            sums.add(each)
-
-    def finish(self) -> torch.Tensor:
-        """See `Whole`; an expert's gradient is on its rank."""
-        for sums, parameters in ((self.sums, self._other_parameters), (self._expert_sums, self._expert_parameters)):
-            for p, total in zip(parameters.values(), sums.total(), strict=True):
-                p.grad = total
-        return self.norm()
 
     def norm(self) -> torch.Tensor:
         """From the sums of squares of all rows, of which the ranks gather those of their experts."""

@@ -23,6 +23,7 @@ from bi_ops.core.tensor_files import Rows
 from bi_ops.nn.main_grad import without_main_grad
 from bi_ops.parallel.gradients import Subtrees, all_gather, check_ranks, sum_over_ranks
 from bi_ops.parallel.order import AtomTree
+from bi_ops.parallel.overlap import behind
 from bi_ops.parallel.ranks import Ranks
 
 
@@ -51,20 +52,6 @@ class TreeReduceScatter:
             self._sums.total()
             if total is not output_tensor:
                 output_tensor.copy_(total)
-
-
-class _Behind(torch.autograd.Function):
-    """Hands tensors on; in the backward calls `action` when the gradients of all of them are there."""
-
-    @staticmethod
-    def forward(ctx: Any, action: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.action = action
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        ctx.action()
-        return None, *grads
 
 
 class FullySharded:
@@ -177,13 +164,7 @@ class FullySharded:
 
     def _before_layer(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Behind the backward of everything in a layer, and before torch's own hook on the same inputs."""
-        at = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad]
-        if not (self._collects and at and torch.is_grad_enabled()):
-            return None
-        handed = list(args)
-        for i, t in zip(at, _Behind.apply(lambda: self._collect(module), *(args[i] for i in at)), strict=True):
-            handed[i] = t
-        return tuple(handed)
+        return behind(args, lambda: self._collect(module)) if self._collects else None
 
     def _after_model(self, model: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         """Behind the whole backward: what is outside of layers, or was not reached."""

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bi_ops.core.pairwise import pairwise_
+from bi_ops.core.integers import cdiv
+from bi_ops.core.pairwise import pairwise
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.ranks import ALONE, Ranks
 
 #: Renamed in torch 2.13.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-#: Elements that travel together: 256 MiB of fp32.
+#: Elements of a message at most: 256 MiB of fp32.
 ELEMENTS = 1 << 26
+#: Elements of a rank's part from which on a gradient travels alone, so that it is not copied: 2 MiB.
+ALONE_ELEMENTS = 1 << 19
 
 
 def check_ranks(tree: AtomTree, ranks: Ranks, fsdp: bool = False) -> None:
@@ -40,7 +43,7 @@ def sum_over_ranks(flat: torch.Tensor, size: int, group: Any, halving: bool | No
     """This rank's part, of `size`, of the pairwise sum of `flat` over the ranks: neighbours first, no library sums.
 
     flat: [n], n a multiple of size, a power of two. halving: how parts travel, `_swapped` or `_exchanged`, with the
-    same bits; None: the first across hosts. Returns [n / size], perhaps a view of memory that holds all parts.
+    same bits; None: the first across hosts. Returns [n / size], in memory of its own.
     """
     halving = spans_hosts() if halving is None else halving
     return (_swapped if halving else _exchanged)(flat.view(size, -1), group)
@@ -50,7 +53,7 @@ def _exchanged(parts: torch.Tensor, group: Any) -> torch.Tensor:
     """Every rank sends each other one its part, and adds what it gets: one message from each to each."""
     level = torch.empty_like(parts)
     dist.all_to_all_single(level, parts, group=group)
-    return pairwise_(level)
+    return pairwise(level)
 
 
 def _swapped(parts: torch.Tensor, group: Any) -> torch.Tensor:
@@ -85,7 +88,8 @@ class Subtrees:
         self.done += 1
         for _ in range((self.done & -self.done).bit_length() - 1):  # as many subtrees end here
             left = self._stack.pop()
-            torch._foreach_add_(left, sums)
+            if sums:
+                torch._foreach_add_(left, sums)
             sums = left
         self._stack.append(sums)
         return sums
@@ -96,16 +100,24 @@ class Subtrees:
         return sums
 
 
-def _buckets(sizes: Sequence[int]) -> Iterator[slice]:
-    """Consecutive tensors of `ELEMENTS` together, or one that is larger."""
-    start = total = 0
-    for i, size in enumerate(sizes):
-        if i > start and total + size > ELEMENTS:
-            yield slice(start, i)
-            start, total = i, 0
-        total += size
-    if sizes:
-        yield slice(start, len(sizes))
+def messages(sizes: Sequence[int], ranks: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(which gradients of so many elements lie side by side, elements of the messages in which they travel).
+
+    Large ones lie alone, in their own memory. Messages have multiples of 4 * ranks elements, at most `ELEMENTS`, so
+    that parts start at 16 bytes.
+    """
+    unit = 4 * ranks
+    large = [i for i, n in enumerate(sizes) if n >= ranks * ALONE_ELEMENTS and n % unit == 0]
+    groups, total = [[i] for i in large], ELEMENTS + 1
+    for i in sorted({*range(len(sizes))} - {*large}):
+        if total + sizes[i] > ELEMENTS:
+            groups.append([])
+            total = 0
+        groups[-1].append(i)
+        total += sizes[i]
+    for group in groups:
+        n = cdiv(sum(sizes[i] for i in group), unit) * unit
+        yield group, [min(ELEMENTS, n - start) for start in range(0, n, ELEMENTS)]
 
 
 class GradientTree:
@@ -114,6 +126,7 @@ class GradientTree:
     Rank r adds atoms r, r + size, r + 2 * size, ..., one call each. So the lower levels of the tree lie across ranks,
     and the upper ones in a rank. Ranks exchange shards (all-to-all), and each adds its shard of all of them, element by
     element: no library sums. A rank keeps at most log2(atoms / size) + 1 sums of a shard; alone, of whole gradients.
+    With the last atom the sums are gathered, large ones into the memory of its gradients.
 
     Raises:
         ValueError: a number of ranks that does not divide the atoms.
@@ -124,6 +137,7 @@ class GradientTree:
         self.tree, self.ranks = tree, ranks
         self._sums = Subtrees(tree.atoms // ranks.size)
         self._shapes: list[torch.Size] = []
+        self._totals: list[torch.Tensor] | None = None
 
     @torch.no_grad()
     def add(self, gradients: Sequence[torch.Tensor]) -> None:
@@ -138,42 +152,49 @@ class GradientTree:
         for i, g in enumerate(gradients):
             if g.dtype != torch.float32:
                 raise TypeError(f"parallel: gradient {i} {list(g.shape)} is {g.dtype}; sums over atoms are fp32")
-        if self._sums.done == steps:
+        if self._totals is not None:
             raise ValueError(f"parallel: rank {self.ranks.rank} has {steps} atoms, and all are added")
         if self._sums.done and shapes != self._shapes:
             raise ValueError("parallel: an atom's gradients have other shapes than those before")
         self._shapes = shapes
-        self._sums.add(list(gradients) if self.ranks.size == 1 else self._across(gradients))
+        if self.ranks.size == 1:
+            self._sums.add(list(gradients))
+            if self._sums.done == steps:
+                self._totals = self._sums.total()
+            return
+        sent, places = self._packed(gradients)
+        self._sums.add([sum_over_ranks(flat, self.ranks.size, self.ranks.group) for flat in sent])
+        if self._sums.done == steps:
+            for flat, shard in zip(sent, self._sums.total(), strict=True):
+                all_gather(flat, shard, group=self.ranks.group)
+            self._totals = places
 
-    @torch.no_grad()
     def total(self) -> list[torch.Tensor]:
         """The sums, on every rank, in the shapes of the gradients; the tree can be used again.
 
         Raises:
             ValueError: atoms are missing.
         """
-        if self._sums.done != self._sums.steps:
+        if self._totals is None:
             raise ValueError(
                 f"parallel: {self._sums.done} of rank {self.ranks.rank}'s {self._sums.steps} atoms are added"
             )
-        sums = self._sums.total()
-        if self.ranks.size == 1:
-            return sums
-        out: list[torch.Tensor] = []
-        for bucket, shard in zip(_buckets([s.numel() for s in self._shapes]), sums, strict=True):
-            shapes = self._shapes[bucket]
-            flat = shard.new_empty(shard.numel() * self.ranks.size)
-            all_gather(flat, shard, group=self.ranks.group)
-            sizes = [s.numel() for s in shapes]
-            parts = flat[: sum(sizes)].split(sizes)
-            out += [p.view(s) for p, s in zip(parts, shapes, strict=True)]
-        return out
+        totals, self._totals = self._totals, None
+        return totals
 
-    def _across(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Of each bucket this rank's shard, added over the ranks."""
-        sums = []
-        for bucket in _buckets([g.numel() for g in gradients]):
-            flat = torch.cat([g.reshape(-1) for g in gradients[bucket]])
-            flat = torch.nn.functional.pad(flat, (0, -flat.numel() % (4 * self.ranks.size)))  # shards start at 16 bytes
-            sums.append(sum_over_ranks(flat, self.ranks.size, self.ranks.group).clone())  # not a view of all shards
-        return sums
+    def _packed(self, gradients: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Messages, flat, and where each gradient lies in them."""
+        sent: list[torch.Tensor] = []
+        places: dict[int, torch.Tensor] = {}
+        for group, elements in messages([g.numel() for g in gradients], self.ranks.size):
+            sizes, total = [gradients[i].numel() for i in group], sum(elements)
+            if len(group) == 1 and sizes[0] == total:
+                flat = gradients[group[0]].contiguous().view(-1)
+            else:
+                flat = gradients[group[0]].new_empty(total)
+                torch.cat([gradients[i].reshape(-1) for i in group], out=flat[: sum(sizes)])
+                flat[sum(sizes) :].zero_()
+            sent += flat.split(elements)
+            parts = flat[: sum(sizes)].split(sizes)
+            places |= {i: part.view(gradients[i].shape) for i, part in zip(group, parts, strict=True)}
+        return sent, [places[i] for i in range(len(gradients))]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -11,18 +13,25 @@ from bi_ops import nn, optim
 from bi_ops.core.tensor_files import Rows
 from bi_ops.parallel.gradients import GradientTree
 from bi_ops.parallel.order import AtomTree
+from bi_ops.parallel.overlap import SideStream, behind, separate_layers
 from bi_ops.parallel.ranks import ALONE, Ranks
 
 
 class Whole:
     """The trainable parameters of `model`, whole on every rank, and their gradients over the atoms of a batch.
 
-    A step is, for each of this rank's `steps` atoms, `begin_atom`, the backward of each micro-batch behind
+    A step is, for each of this rank's `steps` atoms, `begin_atom`, forward and backward of each micro-batch behind
     `before_backward`, `end_atom`; then `finish`. `FullySharded` has the same methods.
+
+    Where ranks share a batch, the gradients of a layer (what stands in a `torch.nn.ModuleList`) are exchanged when its
+    backward in the atom's last micro-batch is through, on a stream of their own, and behind the last atom gathered.
+    What stands outside of layers, or shares a weight with another module, follows in `end_atom`. Every rank sends
+    layers in one order, from the last to the first, whichever is through first, and in an atom without sequences too.
 
     Args:
         allocate: makes room for the sums of an atom; None: `nn.allocate_main_grads`. keeps_memory: the gradients lie in
-            memory that the next atom takes again, so they are copied.
+            memory that the next atom takes again, so they are copied, in `end_atom`. overlap: False exchanges all
+            gradients in `end_atom`; the bits are the same.
 
     Raises:
         ValueError: a number of ranks that does not divide the atoms.
@@ -38,42 +47,95 @@ class Whole:
         ranks: Ranks = ALONE,
         allocate: Callable[[], None] | None = None,
         keeps_memory: bool = False,
+        overlap: bool = True,
     ) -> None:
         self.model, self.tree, self.ranks = model, tree, ranks
         #: What the optimizer updates, by the names of the model.
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.sums = GradientTree(tree, ranks)
         self.steps = tree.atoms // ranks.size
         self._allocate = (lambda: nn.allocate_main_grads(model)) if allocate is None else allocate
         self._keeps_memory = keeps_memory
+        overlap = overlap and ranks.size > 1 and not keeps_memory
+        layers = dict(reversed(separate_layers(model).items())) if overlap else {}
+        inside = {p for parameters in layers.values() for p in parameters}
+        #: Layers from the last to the first, then None for all else: what is exchanged together, in this order.
+        self._exchanged: list[torch.nn.Module | None] = [*layers, None]
+        self._together = [*layers.values(), [p for p in self.parameters.values() if p not in inside]]
+        #: The sums of each of these.
+        self.sums = [GradientTree(tree, ranks) for _ in self._together]
+        self._side = SideStream(next((p.device for p in self.parameters.values()), None) if overlap else None)
+        self._overlaps = False
+        self._begun: set[torch.nn.Module] = set()
+        self._through: set[torch.nn.Module | None] = set()
+        self._next = 0
+        for layer in layers:
+            layer.register_forward_pre_hook(self._before_layer)
 
     def begin_atom(self) -> None:
         """Begin the sums of this rank's next atom."""
         for p in self.parameters.values():
             p.grad = None
+        self._begun, self._through, self._next = set(), set(), 0
         self._allocate()
 
     def before_backward(self, last: bool) -> None:
-        """The next micro-batch is on its way, the `last` of its atom or not."""
+        """The next micro-batch, of one forward and backward, is on its way, the `last` of its atom or not.
+
+        Where gradients are exchanged early, a forward with gradients behind the last backward raises RuntimeError.
+        """
+        self._overlaps = last
+
+    def _before_layer(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Behind the backward of a layer, or of the first of several calls, its sums are done."""
+        if layer in self._through and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"parallel: a {type(layer).__name__} has handed its sums over, and a forward came after the atom's "
+                "last; say before_backward(last=True) before the last micro-batch alone, or compute without gradients"
+            )
+        if not self._overlaps or layer in self._begun or torch.compiler.is_compiling():
+            return None
+        handed = behind(args, lambda: self._after_layer(layer))
+        if handed is not None:
+            self._begun.add(layer)
+        return handed
+
+    def _after_layer(self, layer: torch.nn.Module) -> None:
+        nn.collect_main_grads(layer)
+        self._through.add(layer)
+        self._exchange()
 
     def end_atom(self) -> None:
         """The atom's last backward was launched. Nothing waits for the GPU."""
+        self._overlaps = False
         self._collect()
-        if self.tree.atoms == 1:
-            return
-        parameters = self.parameters.values()
-        each = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters]
-        self.sums.add([g.clone() for g in each] if self._keeps_memory else each)
+        if self.tree.atoms > 1:
+            self._through.update(self._exchanged)
+            self._exchange()
+        self._through = set()
 
     def _collect(self) -> None:
         """Every parameter gets its gradient of the atom."""
         nn.collect_main_grads(self.model)
 
+    def _exchange(self) -> None:
+        """Add what is through, if it is all that comes before it: ranks call their collectives in one order."""
+        while self._next < len(self.sums) and self._exchanged[self._next] in self._through:
+            sums, parameters = self.sums[self._next], self._together[self._next]
+            self._next += 1
+            each = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters]
+            if self._keeps_memory:
+                each = [g.clone() for g in each]
+            for p in parameters:
+                p.grad = None
+            self._side.run(functools.partial(sums.add, each), each)
+
     def finish(self) -> torch.Tensor:
         """Every parameter gets its gradient of the whole batch; the norm of all, fp32 []."""
         if self.tree.atoms > 1:
-            for p, total in zip(self.parameters.values(), self.sums.total(), strict=True):
-                p.grad = total
+            self._side.wait()
+            for sums, parameters in zip(self.sums, self._together, strict=True):
+                for p, total in zip(parameters, sums.total(), strict=True):
+                    p.grad = total
         return self.norm()
 
     def norm(self) -> torch.Tensor:

@@ -84,7 +84,8 @@ class TensorParallel(Whole):
                     layer.weight = first.weight
             for head_norm in self._head_norms:
                 head_norm.segments //= tensor.size
-        super().__init__(model, tree, data, allocate, keeps_memory)
+        # Partial outputs travel in the backward of ranks that share a model, and the norms' gradients behind it.
+        super().__init__(model, tree, data, allocate, keeps_memory, overlap=tensor.size == 1)
         self.data, self.compute_dtype, self.writes = data, compute_dtype, data.rank == 0
 
     def warmup(self) -> None:

@@ -1,0 +1,99 @@
+"""Work that goes on beside a backward: what calls for it, and where it runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+#: Calls whose inputs are held at once.
+HELD = 4
+
+
+class _Behind(torch.autograd.Function):
+    """Hands tensors on; in the backward calls `action` when the gradients of all of them are there."""
+
+    @staticmethod
+    def forward(ctx: Any, action: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.action = action
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        ctx.action()
+        return None, *grads
+
+
+def behind(args: Sequence[Any], action: Callable[[], None]) -> tuple[Any, ...] | None:
+    """`args` for a module, which call `action` behind the module's backward; None if none of them gets a gradient.
+
+    Of what is ready, autograd computes what was recorded last first. So everything that is recorded from now on is
+    through before `action`, parameters' own gradients and layers that are computed again included.
+    """
+    at = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad]
+    if not (at and torch.is_grad_enabled()):
+        return None
+    handed = list(args)
+    for i, t in zip(at, _Behind.apply(action, *(args[i] for i in at)), strict=True):
+        handed[i] = t
+    return tuple(handed)
+
+
+def separate_layers(model: torch.nn.Module) -> dict[torch.nn.Module, list[torch.nn.Parameter]]:
+    """What stands in a `torch.nn.ModuleList`, in order, with its trainable parameters.
+
+    In a list in a layer nothing is a layer of its own. Left out are layers that share a parameter with another module,
+    and those that are frozen.
+    """
+    layers: dict[torch.nn.Module, None] = {}
+
+    def visit(module: torch.nn.Module) -> None:
+        for child in module.children():
+            if isinstance(module, torch.nn.ModuleList) and not isinstance(child, torch.nn.ModuleList):
+                layers[child] = None
+            else:
+                visit(child)
+
+    visit(model)
+    inside = {m: layer for layer in layers for m in layer.modules()}
+    owners: dict[torch.nn.Parameter, set[torch.nn.Module]] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(p, set()).add(inside.get(module, model))
+    trained = {layer: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
+    return {m: own for m, own in trained.items() if own and all(owners[p] == {m} for p in m.parameters())}
+
+
+class SideStream:
+    """Runs work beside the current stream of a GPU, in order; on another device, or on none, at once."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        # Of high priority: where a GEMM's CTA ends, those of the work come first, for other ranks wait for them.
+        is_gpu = device is not None and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device, priority=-1) if is_gpu else None
+        self._held: deque[tuple[torch.cuda.Event, Sequence[torch.Tensor]]] = deque()
+
+    def run(self, work: Callable[[], None], inputs: Sequence[torch.Tensor]) -> None:
+        """Launch `work` behind everything that the current stream has now; nobody else needs `inputs`.
+
+        They are held until the current stream may reuse their memory, `HELD` calls later: it then waits for this work.
+        So what is held does not depend on how far the host is ahead of the GPU, as it would with `record_stream`.
+        """
+        if self._stream is None:
+            work()
+            return
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            work()
+        self._held.append((self._stream.record_event(), inputs))
+        if len(self._held) > HELD:
+            current.wait_event(self._held.popleft()[0])
+
+    def wait(self) -> None:
+        """What the current stream gets from now on comes behind all work."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            self._held.clear()

@@ -1,0 +1,328 @@
+"""A layer's gradients are exchanged while the backward goes on; the bits are those of an exchange behind it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+from unittest import mock
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from stack_fakes import StackModel
+from test_fsdp import MICROBATCHES, backward, trained, update
+from test_parallel import equal
+from tiny import tiny_model
+
+from bi_ops import nn, optim, parallel
+from bi_ops.core import runtime
+from bi_ops.models.packing import pack
+from bi_ops.parallel import gradients, overlap
+from bi_ops.parallel.overlap import SideStream, separate_layers
+
+
+class OddModel(StackModel):
+    """Layers with a bias that autograd sums, a list inside, a weight that another layer has, and one that is frozen;
+    one of them is called twice, and one not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        device = runtime.default_device()
+        generator = torch.Generator().manual_seed(1)
+        with_bias = nn.Linear(16, 16, device=device)
+        inner = torch.nn.Sequential(torch.nn.ModuleList(nn.Linear(16, 16, False, device=device) for _ in range(2))[0])
+        tied, frozen, twice, idle = (nn.Linear(16, 16, False, device=device) for _ in range(4))
+        self.other = nn.Linear(16, 16, False, device=device)
+        self.layers = torch.nn.ModuleList([with_bias, inner, tied, frozen, twice, idle])
+        with torch.no_grad():
+            for p in self.layers.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+        self.other.weight = tied.weight
+        frozen.requires_grad_(False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids, torch.bfloat16)
+        *layers, _ = self.layers
+        for layer in (*layers, layers[-1], self.other):
+            x = x + 0.25 * layer(x)
+        return x
+
+
+def gradients_of(layout: parallel.Whole) -> list[torch.Tensor]:
+    """Those of two updates, with their norms."""
+    optimizer = optim.AdamW(list(layout.parameters.values()), lr=0.1)
+    norms = [update(layout, optimizer, idle=False) for _ in range(2)]
+    return [cast(torch.Tensor, p.grad).clone() for p in layout.parameters.values()] + norms
+
+
+@contextlib.contextmanager
+def small_messages() -> Iterator[None]:
+    """Matrices travel alone, in pieces."""
+    with mock.patch.object(gradients, "ELEMENTS", 64), mock.patch.object(gradients, "ALONE_ELEMENTS", 16):
+        yield
+
+
+class NaiveSum(parallel.GradientTree):
+    """The control: each rank adds its atoms, then a library adds the ranks."""
+
+    def add(self, gradients):
+        self._totals = self._totals or [torch.zeros_like(g) for g in gradients]
+        torch._foreach_add_(self._totals, list(gradients))
+
+    def total(self):
+        for t in self._totals:
+            dist.all_reduce(t)
+        return super().total()
+
+
+MODELS = {"stack": StackModel, "odd": OddModel}
+#: Of both ranks: one each, two, and four; the third and the last of eight have no sequences.
+ATOMS = (2, 4, 8)
+
+
+def on_a_rank() -> dict[Any, Any]:
+    here, found = parallel.Ranks.of(), {}
+    for name, make in MODELS.items():
+        for atoms in ATOMS:
+            for overlaps in (False, True):
+                layout = parallel.Whole(make(), parallel.order(atoms), here, overlap=overlaps)
+                assert len(layout.sums) == (1 if not overlaps else {"stack": 3, "odd": 5}[name])
+                found[name, atoms, overlaps] = gradients_of(layout)
+    with small_messages():
+        found["small"] = gradients_of(parallel.Whole(OddModel(), parallel.order(8), here))
+    layout = parallel.Whole(StackModel(), parallel.order(4), here)
+    layout.sums = [NaiveSum(sums.tree, sums.ranks) for sums in layout.sums]
+    found["naive"] = gradients_of(layout)
+    changes: dict[str, Any] = {"recompute": "layer", "kl": 0.1, "updates_per_rollout": 2}
+    found["trained"] = trained(here, **changes)
+    return found
+
+
+def test_gradients_that_are_exchanged_early_have_the_bits_of_one_process():
+    assert 0 in MICROBATCHES
+    assert max(MICROBATCHES) > 1
+    one = {
+        (name, atoms): gradients_of(parallel.Whole(make(), parallel.order(atoms)))
+        for name, make in MODELS.items()
+        for atoms in ATOMS
+    }
+    model = trained(recompute="layer", kl=0.1, updates_per_rollout=2)
+    for result in ranks.run(2, on_a_rank):
+        for (name, atoms), wanted in one.items():
+            for overlaps in (False, True):
+                assert equal(result[name, atoms, overlaps], wanted), (name, atoms, overlaps)
+        assert equal(result["small"], one["odd", 8])
+        assert not equal(result["naive"], one["stack", 4])
+        assert result["trained"]["metrics"] == model["metrics"]
+        for what in ("grads", "weights"):
+            assert equal(result["trained"][what], model[what])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# when it begins
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[str]:
+    """What happens on one rank of two that have the same gradients."""
+    seen: list[str] = []
+
+    def sent(out: torch.Tensor, flat: torch.Tensor, group: Any) -> None:
+        seen.append("sent")
+        out.copy_(flat[:1].expand_as(flat))
+
+    def gathered(out: torch.Tensor, shard: torch.Tensor, group: Any) -> None:
+        seen.append("gathered")
+        out.view(2, -1).copy_(shard.expand(2, -1))
+
+    monkeypatch.setattr(dist, "all_to_all_single", sent)
+    monkeypatch.setattr(gradients, "all_gather", gathered)
+    return seen
+
+
+def note_backwards(layers: Any, seen: list[str]) -> None:
+    """A layer's backward begins when the gradient of what it returns is there."""
+
+    def note(i: int, out: Any) -> None:
+        out = out[0] if isinstance(out, tuple) else out
+        if out.requires_grad:
+            out.register_hook(lambda grad: seen.append(f"backward of {i}"))
+
+    for i, layer in enumerate(layers):
+        layer.register_forward_hook(lambda module, args, out, i=i: note(i, out))
+
+
+EARLY = ["backward of 1", "sent", "gathered", "backward of 0", "sent", "gathered", "end", "sent", "gathered"]
+LATE = ["backward of 1", "backward of 0", "end", *["sent"], *["gathered"]]
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_a_layer_is_exchanged_before_the_backward_of_earlier_ones(events, overlaps):
+    model = StackModel()
+    layout = parallel.Whole(model, parallel.order(4), parallel.Ranks(0, 2), overlap=overlaps)
+    note_backwards(model.layers, events)
+    for step in range(2):
+        layout.begin_atom()
+        for j in range(2):  # the sums of the first micro-batch are not done
+            layout.before_backward(last=j == 1)
+            backward(model, step, j)
+        events.append("end")
+        layout.end_atom()
+    layout.finish()
+    whole_atom = EARLY if overlaps else LATE
+    first = ["backward of 1", "backward of 0"]
+    assert events == [*first, *(e for e in whole_atom if e != "gathered"), *first, *whole_atom]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "layer", "none"])
+def test_layers_of_a_model_are_exchanged_early_in_each_mode_of_recomputation(events, recompute):
+    model = tiny_model(recompute=recompute)
+    layout = parallel.Whole(model, parallel.order(2), parallel.Ranks(0, 2))
+    note_backwards(model.model.layers, events)
+    layout.begin_atom()
+    layout.before_backward(last=True)
+    batch = pack([[1, 2, 3]], [[4, 5]], model.device)
+    model.token_logprobs(batch).sum().backward()
+    events.append("end")
+    layout.end_atom()
+    layout.finish()
+    assert events == EARLY
+
+
+def test_ranks_call_their_collectives_in_one_order(events):
+    """An atom without sequences, or a backward that passes a layer by, changes only when they are called."""
+    model = StackModel()
+    layout = parallel.Whole(model, parallel.order(4), parallel.Ranks(0, 2))
+    sent: list[torch.Size] = []
+    sizes = [[g.shape for g in sums] for sums in layout._together]
+    add = parallel.GradientTree.add
+
+    def noted(self: Any, given: Any) -> None:
+        sent.append(layout.sums.index(self))
+        assert [g.shape for g in given] == sizes[sent[-1]]
+        add(self, given)
+
+    with mock.patch.object(parallel.GradientTree, "add", noted):
+        layout.begin_atom()
+        layout.end_atom()
+        layout.begin_atom()
+        layout.before_backward(last=True)
+        model.layers[0](
+            model.embed(torch.zeros(16, dtype=torch.long, device=model.embed.weight.device))
+        ).sum().backward()
+        assert sent == [0, 1, 2]  # the first layer is through, but the last comes first
+        layout.end_atom()
+    assert sent == 2 * [0, 1, 2]
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_micro_batch_behind_the_last_is_refused(events, last):
+    """The control: sums that are not done were sent."""
+    model = StackModel()
+    layout = parallel.Whole(model, parallel.order(2), parallel.Ranks(0, 2))
+    layout.begin_atom()
+    layout.before_backward(last=True)
+    backward(model, 0, 0)
+    layout.before_backward(last=last)
+    with pytest.raises(RuntimeError, match=r"a Linear has handed its sums over, .* say before_backward\(last=True\)"):
+        backward(model, 0, 1)
+    with torch.no_grad():
+        model(torch.zeros(16, dtype=torch.long, device=model.embed.weight.device))
+    layout.end_atom()
+    model(torch.zeros(16, dtype=torch.long, device=model.embed.weight.device))
+
+
+def test_one_rank_and_kept_memory_have_no_hooks():
+    for ranks_, options in ((parallel.ALONE, {}), (parallel.Ranks(0, 2), {"keeps_memory": True})):
+        model = StackModel()
+        layout = parallel.Whole(model, parallel.order(2), ranks_, **cast(Any, options))
+        assert not any(m._forward_pre_hooks for m in model.modules())
+        assert len(layout.sums) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what travels together, and where
+
+
+def test_layers_that_share_a_weight_are_left_out():
+    model = OddModel()
+    with_bias, inner, _, _, twice, idle = model.layers
+    assert list(separate_layers(model)) == [with_bias, inner, twice, idle]
+    stages = torch.nn.ModuleList([torch.nn.ModuleList([nn.Linear(8, 8)]), torch.nn.ModuleList([nn.Linear(8, 8)])])
+    assert list(separate_layers(stages)) == [stages[0][0], stages[1][0]]
+
+
+def test_messages_hold_every_gradient_once():
+    for ranks_ in (2, 4, 8):
+        with small_messages():
+            sizes = [5, 400, 0, 64, 200, 1, 30, 30]
+            found = list(gradients.messages(sizes, ranks_))
+        assert sorted(i for group, _ in found for i in group) == list(range(len(sizes)))
+        for group, elements in found:
+            used = sum(sizes[i] for i in group)
+            assert used <= sum(elements) < used + 4 * ranks_
+            assert all(n % (4 * ranks_) == 0 and n <= 64 for n in elements)
+        alone = {tuple(group) for group, _ in found if len(group) == 1}
+        assert ((3,) in alone) == (16 * ranks_ <= 64)  # a smaller one lies with others
+    assert list(gradients.messages([], 2)) == []
+
+
+def test_sums_are_gathered_into_the_memory_of_large_gradients(events):
+    with small_messages():
+        tree = parallel.GradientTree(parallel.order(4), parallel.Ranks(0, 2))
+        for last in (False, True):
+            own = [torch.full((16, 12), 1.0), torch.full((3,), 2.0)]
+            tree.add(own)
+            assert ("gathered" in events) == last
+        totals = tree.total()
+    assert totals[0].data_ptr() == own[0].data_ptr()
+    assert equal(totals, [torch.full((16, 12), 4.0), torch.full((3,), 8.0)])
+    with pytest.raises(ValueError, match="0 of rank 0's 2 atoms are added"):
+        tree.total()
+
+
+class Stream:
+    """Stands in for one of a GPU."""
+
+    def __init__(self, seen: list[str], name: str) -> None:
+        self.seen, self.name, self.device, self.n = seen, name, torch.device("cuda"), 0
+
+    def wait_stream(self, other: Stream) -> None:
+        self.seen.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> int:
+        self.n += 1
+        return self.n
+
+    def wait_event(self, event: int) -> None:
+        self.seen.append(f"{self.name} waits for {event}")
+
+
+def test_a_side_stream_waits_and_holds_what_it_reads(monkeypatch):
+    """A stand-in for a GPU: the order of what is launched."""
+    seen: list[str] = []
+    main, side = Stream(seen, "main"), Stream(seen, "side")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+
+    @contextlib.contextmanager
+    def stream(s: Stream) -> Iterator[None]:
+        seen.append("on side")
+        yield
+        seen.append("off")
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    one = SideStream(torch.device("cuda"))
+    inputs = [[torch.zeros(1)] for _ in range(overlap.HELD + 2)]
+    for i, own in enumerate(inputs):
+        del seen[:]
+        one.run(lambda: seen.append("work"), own)
+        assert seen[:4] == ["side waits for main", "on side", "work", "off"]
+        assert seen[4:] == ([f"main waits for {i - overlap.HELD + 1}"] if i >= overlap.HELD else [])
+    assert [own for _, own in one._held] == inputs[2:]
+    del seen[:]
+    one.wait()
+    assert seen == ["main waits for side"]
+    assert not one._held
