@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import statistics
@@ -42,6 +43,8 @@ from bi_ops.parallel.tensor import OrderedAllReduce, TensorParallel
 #: Of decoding, and prompts that are prefilled together.
 BATCHES, PROMPTS = (1, 8, 64, 256), (1, 4)
 WARM = 2
+#: Whole gradients are exchanged behind the backward: no micro-batch is said to be the last.
+AT_END = "ordered, at the end"
 #: Renamed in torch 2.14.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -160,7 +163,7 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
         now = side
         take()
         layout.begin_atom()
-        layout.before_backward(last=True)
+        layout.before_backward(last=side != AT_END)
         if side in replays:
             replay()
         else:
@@ -219,7 +222,12 @@ def shard_sums(network: torch.nn.Module) -> dict[str, Callable[[], None]]:
 
 def whole_sums(layout: parallel.Whole) -> dict[str, Callable[[], None]]:
     """How whole gradients are added."""
-    kinds = {"ordered": parallel.GradientTree, "library sums": NaiveSum, "no sums": NoSum}
+    kinds = {
+        "ordered": parallel.GradientTree,
+        "library sums": NaiveSum,
+        "no sums": NoSum,
+        AT_END: parallel.GradientTree,
+    }
 
     def take(kind: type[parallel.GradientTree]) -> None:
         layout.sums = [kind(layout.tree, layout.ranks) for _ in layout.sums]
