@@ -15,12 +15,13 @@ import torch
 
 from bi_ops import attention, moe, optim, parallel
 from bi_ops.attention.launch import clear_outside
+from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.logprob import shards
 from bi_ops.logprob.config import SplitConfig
 from bi_ops.logprob.ops import launch_token_logprobs
 from bi_ops.matmul import subtree
-from bi_ops.matmul.config import NARROW, ONE_WAVE, WIDE, WgradConfig, WgradTileConfig
+from bi_ops.matmul.config import NARROW, ONE_WAVE, WIDE, WgradConfig, WgradTileConfig, segments_config
 from bi_ops.matmul.launch import launch_wgrad
 from bi_ops.parallel.peer import PeerAllGather, PeerAllReduce, PeerMemory
 from bi_ops.verify import configs, packs
@@ -105,6 +106,8 @@ def _gemms() -> None:
         call("bmm", dtype)
         x, weight = (torch.randn(n, 192, device=runtime.default_device()).to(dtype) for n in (21, 40))
         subtree(x, weight, 2, [128, 64])
+        in_memory = replace(segments_config(21, 40, 4, dtype, arches.of(x.device)), block_m=16, block_n=16, kept=1)
+        subtree(x, weight, 4, config=in_memory)
 
 
 def _experts() -> None:

@@ -72,6 +72,18 @@ def test_rows_have_their_bits_alone_and_in_any_layout(device):
     assert subtree(x[:0], weight, 4).shape == (0, 80)
 
 
+@pytest.mark.parametrize("segments", [2, 4, 8])
+def test_halves_that_wait_in_memory_have_their_bits(segments, device):
+    """Whatever is kept in registers; a program computes tile after tile, and halves of each wait in one place."""
+    x, weight = operands(200, 80, 1024, device)
+    whole = subtree(x, weight, segments)
+    given = replace(segments_config(200, 80, segments, BF16, arches.of(x.device)), block_m=64, block_n=32)
+    assert given.kept == segments or not arches.of(x.device).interpreted
+    for kept in (1, 2, 4, 8):
+        if kept <= segments:
+            assert torch.equal(subtree(x, weight, segments, config=replace(given, kept=kept)), whole), kept
+
+
 def test_one_segment_is_an_ordinary_gemm(device):
     """By any backend, which the kernel of several agrees with."""
     x, weight = operands(70, 80, 512, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -46,18 +47,30 @@ def gemm_config(m: int, n: int, dtype: torch.dtype, arch: Arch) -> GemmConfig:
     return GemmConfig(128, 256, 64, 8, 8, 3)
 
 
-@functools.lru_cache(maxsize=4096)  # asked in every launch
-def segments_config(m: int, n: int, segments: int, dtype: torch.dtype, arch: Arch) -> GemmConfig:
-    """The tile of an [m, n] result whose K has segments: room for log2(segments) + 1 accumulators.
+@dataclass(frozen=True)
+class SegmentsConfig(GemmConfig):
+    """A tile of a GEMM whose K has segments.
 
-    Not timed. On Hopper the compiler spills no register in the loops of these tiles (bench/LOG.md).
+    kept: of a subtree of so many segments both halves are in registers; of a larger one the left half waits in memory
+    while the right one is computed.
+    """
+
+    kept: int
+
+
+@functools.lru_cache(maxsize=4096)  # asked in every launch
+def segments_config(m: int, n: int, segments: int, dtype: torch.dtype, arch: Arch) -> SegmentsConfig:
+    """The tile of an [m, n] result whose K has segments.
+
+    On Hopper the compiler spills no register in the loops of these tiles (bench/LOG.md).
     """
     config = gemm_config(m, n, dtype, arch)
-    if segments == 1 or arch.interpreted or dtype == torch.float32 or m <= 128:
-        return config
-    if segments == 4 or m <= 512:
-        return GemmConfig(64, 128, 64, 8, 8, 4)
-    return GemmConfig(128, 128, 64, 8, 8, 4) if segments == 2 else GemmConfig(128, 128, 32, 8, 8, 6)
+    if segments > 1 and m > 128 and not arch.interpreted and dtype != torch.float32:
+        # In a tile of 128 x 256 every half waits; of many segments less travels in a smaller one that adds two.
+        if m > 512 and segments <= 4:
+            return SegmentsConfig(128, 256, 64, 8, 8, 3, kept=1)
+        return SegmentsConfig(64 if m <= 512 else 128, 128, 64, 8, 8, 4, kept=2)
+    return SegmentsConfig(**dataclasses.asdict(config), kept=segments)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _segments(
     K_2,
     stride_ak,
     stride_bk,
-    FIRST: tl.constexpr,
+    first,
     COUNT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -107,16 +107,16 @@ def _segments(
     EVEN_K: tl.constexpr,
     LARGE: tl.constexpr,
 ):
-    """The sum of the COUNT segments from FIRST on, a whole subtree. m_a: [BLOCK_M, 1], m_b: [1, BLOCK_N], offsets."""
+    """The sum of the COUNT segments from `first` on, a whole subtree. m_a: [BLOCK_M, 1], m_b: [1, BLOCK_N], offsets."""
     if COUNT > 1:
         HALF: tl.constexpr = COUNT // 2
         left = _segments(
             *(p_a, p_b, m_a, m_b, K_0, K_1, K_2, stride_ak, stride_bk),
-            *(FIRST, HALF, SEGMENTS, PARTS, BLOCK_K, EVEN_K, LARGE),
+            *(first, HALF, SEGMENTS, PARTS, BLOCK_K, EVEN_K, LARGE),
         )
         right = _segments(
             *(p_a, p_b, m_a, m_b, K_0, K_1, K_2, stride_ak, stride_bk),
-            *(FIRST + HALF, HALF, SEGMENTS, PARTS, BLOCK_K, EVEN_K, LARGE),
+            *(first + HALF, HALF, SEGMENTS, PARTS, BLOCK_K, EVEN_K, LARGE),
         )
         return left + right
     else:
@@ -133,7 +133,7 @@ def _segments(
             # accumulator.
             for k in range(0, widen(n_k, LARGE), BLOCK_K):
                 o_k = k + widen(tl.arange(0, BLOCK_K), LARGE)
-                at = start + FIRST * widen(n_k, LARGE) + o_k
+                at = start + first * widen(n_k, LARGE) + o_k
                 p_at = p_a + m_a + at[None, :] * stride_ak
                 p_bt = p_b + at[:, None] * stride_bk + m_b
                 if EVEN_K:
@@ -152,6 +152,7 @@ def matmul_segments_kernel(
     p_a,  # [M, K]
     p_b,  # [K, N]
     p_c,  # [M, N], contiguous
+    p_parked,  # [programs, log2(SEGMENTS // KEPT), BLOCK_M, BLOCK_N], fp32
     M,
     N,
     K_0,
@@ -166,23 +167,43 @@ def matmul_segments_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SEGMENTS: tl.constexpr,  # a power of two
+    KEPT: tl.constexpr,  # segments that are added in registers; of a larger subtree the left half waits in memory
+    LOG2_GROUPS: tl.constexpr,  # of SEGMENTS // KEPT
     PARTS: tl.constexpr,  # of K, up to 3: a segment has K_0, K_1, K_2 elements of each
     EVEN_K: tl.constexpr,  # these are multiples of BLOCK_K: no mask
     EVEN_N: tl.constexpr,  # N is a multiple of BLOCK_N, and B is loaded along it
     LARGE: tl.constexpr,  # of some operand offsets need 64 bits
 ):
     """Each segment of K in an accumulator of its own, from zero; these are added pairwise and rounded once."""
-    pid = tl.program_id(0)
-    i_m, i_n = _tile_of(pid, tl.cdiv(widen(M, LARGE), BLOCK_M), tl.cdiv(widen(N, LARGE), BLOCK_N), GROUP_M)
-    o_m = widen(i_m, LARGE) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = widen(i_n, LARGE) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m = o_m < M
-    m_n = o_n < N
-    a_m = tl.where(m_m, o_m, 0)  # as in `matmul_kernel`
-    b_n = o_n if EVEN_N else tl.where(m_n, o_n, 0)
-    total = _segments(
-        *(p_a, p_b, a_m[:, None] * stride_am, b_n[None, :] * stride_bn, K_0, K_1, K_2, stride_ak, stride_bk),
-        *(0, SEGMENTS, SEGMENTS, PARTS, BLOCK_K, EVEN_K, LARGE),
-    )
-    p_out = p_c + o_m[:, None] * widen(N, LARGE) + o_n[None, :]
-    tl.store(p_out, cast(total, p_c.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    n_m, n_n = tl.cdiv(widen(M, LARGE), BLOCK_M), tl.cdiv(widen(N, LARGE), BLOCK_N)
+    SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+    GROUPS: tl.constexpr = 1 << LOG2_GROUPS
+    p_parked += tl.program_id(0).to(tl.int64) * (LOG2_GROUPS * SIZE)
+    o_parked = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    for tile in range(tl.program_id(0), n_m * n_n, tl.num_programs(0)):
+        i_m, i_n = _tile_of(tile, n_m, n_n, GROUP_M)
+        o_m = widen(i_m, LARGE) * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = widen(i_n, LARGE) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_m = o_m < M
+        m_n = o_n < N
+        a_m = tl.where(m_m, o_m, 0)  # as in `matmul_kernel`
+        b_n = o_n if EVEN_N else tl.where(m_n, o_n, 0)
+        m_a, m_b = a_m[:, None] * stride_am, b_n[None, :] * stride_bn
+        for group in range(GROUPS):
+            total = _segments(
+                *(p_a, p_b, m_a, m_b, K_0, K_1, K_2, stride_ak, stride_bk),
+                *(group * KEPT, KEPT, SEGMENTS, PARTS, BLOCK_K, EVEN_K, LARGE),
+            )
+            # As a counter carries: level by level the left halves of the subtrees that end with this group.
+            p_left = p_parked
+            for level in tl.static_range(LOG2_GROUPS):
+                if (group + 1) % (2 << level) == 0:
+                    tl.debug_barrier()  # other threads may load what these have stored
+                    total = tl.load(p_left + o_parked) + total
+                    p_left += SIZE
+            if group == GROUPS - 1:
+                p_out = p_c + o_m[:, None] * widen(N, LARGE) + o_n[None, :]
+                tl.store(p_out, cast(total, p_c.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+            else:
+                tl.debug_barrier()  # all have loaded what was here
+                tl.store(p_left + o_parked, total)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from bi_ops.core import arch as arches
-from bi_ops.core import checks
+from bi_ops.core import checks, runtime
 from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import is_large
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.matmul.backends import gemm
-from bi_ops.matmul.config import GemmConfig, segments_config
+from bi_ops.matmul.config import SegmentsConfig, segments_config
 from bi_ops.matmul.kernels import matmul_segments_kernel
 from bi_ops.matmul.launch import along
 from bi_ops.matmul.ops import check_operands
@@ -57,7 +57,7 @@ def subtree(
     parts: Sequence[int] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    config: GemmConfig | None = None,
+    config: SegmentsConfig | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T``: `segments` equal pieces of K, each summed as `mm` does, then pairwise in fp32; rounded once.
 
@@ -93,7 +93,7 @@ def subtree_of(
     segments: int,
     parts: tuple[int, ...] | None = None,
     dtype: torch.dtype = torch.float32,
-    config: GemmConfig | None = None,
+    config: SegmentsConfig | None = None,
 ) -> torch.Tensor:
     """`subtree` of matrices that fit, as those of a layer's backward do; of its errors those of the segments alone."""
     (m, k), n = x.shape, weight.shape[0]
@@ -110,10 +110,13 @@ def subtree_of(
     config = config or segments_config(m, n, segments, x.dtype, arch)
     block_k = order.block_k(config.block_k)
     sizes = [part // segments for part in parts]
-    matmul_segments_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
+    parked = x if config.kept >= segments else _memory(x, tiles, segments, config)
+    matmul_segments_kernel[(tiles if config.kept >= segments else len(parked),)](
         x,
         weight.t(),
         out,
+        parked,
         m,
         n,
         *sizes,
@@ -125,6 +128,8 @@ def subtree_of(
         BLOCK_K=order.block_k(config.block_k),
         GROUP_M=config.group_m,
         SEGMENTS=order.segments,
+        KEPT=config.kept,
+        LOG2_GROUPS=(segments // config.kept).bit_length() - 1,
         PARTS=len(sizes),
         EVEN_K=all(size % block_k == 0 for size in sizes),
         EVEN_N=along(weight.t()[None], 2) and n % config.block_n == 0,
@@ -134,3 +139,10 @@ def subtree_of(
         **PINNED,
     )
     return out
+
+
+def _memory(x: torch.Tensor, tiles: int, segments: int, config: SegmentsConfig) -> torch.Tensor:
+    """Where halves of subtrees wait, for each program: few, so that it stays in L2."""
+    programs = min(tiles, runtime.multiprocessors(x.device))
+    shape = (programs, (segments // config.kept).bit_length() - 1, config.block_m, config.block_n)
+    return x.new_empty(shape, dtype=torch.float32)
