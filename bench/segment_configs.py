@@ -14,7 +14,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -104,17 +104,20 @@ def main() -> int:
             print("out of time; the rest is left out")
             break
         x, weight = operands(product)
-        runs = {"one segment": partial(matmul.mm, x, weight.t()), "cuBLAS": partial(torch.mm, x, weight.t())}
+        runs: dict[str, Callable[[], object]] = {
+            "one segment": partial(matmul.mm, x, weight.t()),
+            "cuBLAS": partial(torch.mm, x, weight.t()),
+        }
         for segments in SEGMENTS:
             for c in chosen[product.n, segments]:
                 runs[f"{segments} {text(c)}"] = partial(subtree_of, x, weight, segments, product.parts, BF16, c)
         times = in_turns(runs, rounds=5)
         for segments in SEGMENTS:
             in_use, *_ = chosen[product.n, segments]
-            expected = runs[f"{segments} {text(in_use)}"]()
+            expected = subtree_of(x, weight, segments, product.parts, BF16, in_use)
             for c in chosen[product.n, segments]:
                 name = f"{segments} {text(c)}"
-                same = torch.equal(runs[name](), expected)
+                same = torch.equal(subtree_of(x, weight, segments, product.parts, BF16, c), expected)
                 failed += not same
                 ratio = times[name] / times["one segment"]
                 ratios.setdefault((segments, text(c)), []).append(ratio)
