@@ -5,7 +5,7 @@ What `bench/sanitize.py` finds of a kernel counts as unsupported where the tool 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import bi_ops  # noqa: F401  # isort: skip  (before triton)
 import torch
@@ -42,6 +42,23 @@ def stored_right(d_out):
     tma.store_wait(0)
 
 
+@gluon.jit
+def _fill(smem):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    smem.store(gl.full([SIZE, SIZE], 1.0, smem.dtype, LAYOUT))
+
+
+@gluon.jit
+def filled_right(p_out):
+    """Two partitions store the same values in the same places, as both consumers of attention's backward may."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    smem = gl.allocate_shared_memory(gl.float32, [SIZE, SIZE], SHARED)
+    gl.warp_specialize([(_fill, (smem,)), (_fill, (smem,))], [4], [24])
+    o_r, o_c = gl.arange(0, SIZE, gl.SliceLayout(1, LAYOUT)), gl.arange(0, SIZE, gl.SliceLayout(0, LAYOUT))
+    gl.store(p_out + o_r[:, None] * SIZE + o_c[None, :], smem.load(LAYOUT))
+
+
 def specialized() -> torch.Tensor:
     out = torch.zeros(256, dtype=torch.int32, device="cuda")
     specialized_right[(1,)](out, num_warps=4)
@@ -55,14 +72,24 @@ def stored() -> torch.Tensor:
     return out + 1  # another kernel reads it
 
 
+def filled() -> torch.Tensor:
+    out = torch.zeros(SIZE.value, SIZE.value, device="cuda")
+    filled_right[(1,)](out, num_warps=4)
+    return out
+
+
 #: By what they have.
-RIGHT: dict[str, Callable[[], torch.Tensor]] = {"warp specialisation": specialized, "a store by TMA": stored}
+RIGHT: dict[str, Callable[[], torch.Tensor]] = {
+    **{"warp specialisation": specialized, "a store by TMA": stored, "equal values, stored twice": filled},
+}
 
 
-def explained(tool: str, report: str, line: str) -> str | None:
-    """Which of them a tool's report could be about. line: of the source that it names."""
-    if tool == "racecheck" and "warp_specialize" in line:
+def explained(tool: str, report: str, lines: Sequence[str]) -> str | None:
+    """Which of them a tool's report could be about. lines: of bi_ops' source, all that the report names."""
+    if tool == "racecheck" and lines and all("warp_specialize" in line for line in lines):
         return "warp specialisation"
+    if tool == "racecheck" and lines and all("part.load(" in line or "part.store(" in line for line in lines):
+        return "equal values, stored twice"  # by `clear_rows` of attention
     if tool == "initcheck" and report.startswith("Uninitialized __global__"):
         return "a store by TMA"
     return None
