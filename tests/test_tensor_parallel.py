@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -357,3 +358,28 @@ def test_the_norm_has_the_rows_of_segments():
     viewed = [g.view(len(g) * SEGMENTS, -1) if s else g for g, s in zip(grads, shared, strict=True)]
     assert any(shared)
     assert torch.equal(layout.norm(), optim.global_norm(viewed))
+
+
+def test_sums_go_over_peer_memory_where_gpus_reach_each_other(monkeypatch):
+    made: list[str] = []
+
+    def unreachable(*args: object) -> None:
+        made.append("tried")
+        raise RuntimeError("parallel.peer: 2 ranks cannot share memory")
+
+    monkeypatch.setattr("bi_ops.parallel.peer.PeerAllReduce", unreachable)
+
+    def sums(asked: bool | None, device: str = "cuda", size: int = 2) -> object:
+        model = SimpleNamespace(device=torch.device(device), config=SimpleNamespace(hidden_size=8))
+        trainer: Any = SimpleNamespace(
+            config=TrainConfig(segments=2, tp=2, peer_memory=asked), tensor=parallel.Ranks(0, size), model=model
+        )
+        return Trainer._peer_sums(trainer)
+
+    with pytest.warns(UserWarning, match="added by collectives, which takes longer: parallel.peer: 2 ranks cannot"):
+        assert sums(None) is None
+    with pytest.raises(RuntimeError, match="cannot share memory"):
+        sums(True)
+    assert made == ["tried"] * 2
+    assert sums(False) is sums(None, "cpu") is sums(None, size=1) is None
+    assert made == ["tried"] * 2

@@ -134,9 +134,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peer-memory",
-        action="store_true",
-        help="with --tp or --tp-rollout, on one host: ranks write into the other GPUs' memory and need no collectives; "
-        "changes no bit",
+        action=argparse.BooleanOptionalAction,
+        help="with --tp or --tp-rollout, on one host: ranks write into the other GPUs' memory and need no collectives "
+        "(default: where the GPUs reach each other); changes no bit",
         **given,
     )
     parser.add_argument(

@@ -66,6 +66,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in v),
     ),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "bool | None": ("true, false or null", lambda v: v is None or isinstance(v, bool)),
     "str | None": ("a string or null", lambda v: v is None or isinstance(v, str)),
     "dict[str, Any]": ("an object", lambda v: isinstance(v, dict)),
 }
@@ -105,7 +106,8 @@ class TrainConfig:
     tp: how many neighbouring ranks share the model in training (`bi_ops.parallel.tensor.TensorParallel`); as many
     groups share each batch. It changes no bit.
     peer_memory: ranks that share the model, in training or in vLLM, write into the other GPUs' memory
-    (`bi_ops.parallel.peer`) and need no collectives; all are on one host. It changes no bit.
+    (`bi_ops.parallel.peer`) and need no collectives; all are on one host. None: where the GPUs reach each other. It
+    changes no bit.
     ep: how many neighbouring ranks share the experts in training (`bi_ops.parallel.experts.ExpertParallel`), while each
     has its own part of the batch. It changes no bit.
     tensor_parallel_size: vllm: GPUs that share the model that samples. It changes no bit.
@@ -159,7 +161,7 @@ class TrainConfig:
     fsdp: bool = False
     segments: int = 1
     tp: int = 1
-    peer_memory: bool = False
+    peer_memory: bool | None = None
     ep: int = 1
     tensor_parallel_size: int = 1
     device_ids: tuple[int, ...] = ()
@@ -268,7 +270,7 @@ class TrainConfig:
                 options |= {"kv_cache_memory_bytes": self.kv_cache_memory_bytes}
             if self.tensor_parallel_size > 1:
                 options |= {"tensor_parallel_size": self.tensor_parallel_size}
-                options |= {"peer_memory": True} if self.peer_memory else {}
+                options |= {} if self.peer_memory is None else {"peer_memory": self.peer_memory}
             if self.device_ids:
                 options |= {"device_ids": self.device_ids}
             if self.enable_expert_parallel:

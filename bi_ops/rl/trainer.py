@@ -7,6 +7,7 @@ import functools
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -206,8 +207,8 @@ class Trainer:
         if self.config.segments > 1:
             from bi_ops.parallel.tensor import TensorParallel
 
-            add = self._peer_sums() if self.config.peer_memory and self.tensor.size > 1 else None
-            return TensorParallel(self.model, tree, self.data, self.tensor, self.model.compute_dtype, add, *memory)
+            given = (self.model, tree, self.data, self.tensor, self.model.compute_dtype, self._peer_sums())
+            return TensorParallel(*given, *memory)
         if self.config.ep > 1:
             from bi_ops.parallel.experts import ExpertParallel
 
@@ -219,11 +220,20 @@ class Trainer:
             return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype)
         return parallel.Whole(self.model, tree, self.ranks, *memory)
 
-    def _peer_sums(self) -> PeerAllReduce:
-        """Sums over the ranks that share the model, by a kernel."""
+    def _peer_sums(self) -> PeerAllReduce | None:
+        """Sums over the ranks that share the model by a kernel, where they are to be and can; None: by collectives."""
+        asked, device = self.config.peer_memory, self.model.device
+        if self.tensor.size == 1 or asked is False or (asked is None and device.type != "cuda"):
+            return None
         from bi_ops.parallel.peer import PeerAllReduce
 
-        return PeerAllReduce(self.tensor, PEER_TOKENS * self.model.config.hidden_size, self.model.device)
+        try:
+            return PeerAllReduce(self.tensor, PEER_TOKENS * self.model.config.hidden_size, device)
+        except RuntimeError as error:
+            if asked:
+                raise
+            warnings.warn(f"train: partial outputs are added by collectives, which takes longer: {error}", stacklevel=2)
+            return None
 
     def _optimizer(self) -> optim.AdamW:
         config = self.config
