@@ -170,6 +170,7 @@ KERNELS_64: tuple[dict[str, Any], ...] = (
     {"dq_stages": 4},
     {"kv_registers": True, "s_first": True, "dq_stages": 4},
     {"kv_registers": True, "s_first": True, "stages": 4},
+    {"kv_registers": False, "s_first": False, "stages": 3},
 )
 
 

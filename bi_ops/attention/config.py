@@ -341,9 +341,10 @@ def one_pass(n_tiles: int, head_dim: int, num_sms: int) -> BackwardConfig:
     Measured on an H100 (bench/results/h100/attention_exploration.csv), causal, head_dim 128, 16k tokens: pairs that
     together just fill the SMs all wait for the first, and again in every wave: at 4k 4 pairs (128 CTAs) run at 433
     TFLOP/s and 5 at 505, at 8k 2 at 486 and 4 at 527. `tail_bytes` of 64 MiB costs a sixth at 1k. At head_dim 64 there
-    is room for a third stage, and 8 pairs are at most 2% behind the best at every length.
+    is room for a fourth stage; keys and values in registers and scores first are 5 to 16% faster than neither, on an
+    H200 (bench/results/h200/backward_exploration.csv), and 8 pairs are at most 2% behind the best at every length.
     """
     if head_dim <= 64:
-        return BackwardConfig(3, 8, 2**25)
+        return BackwardConfig(4, 8, 2**25, kv_registers=True, s_first=True)
     fills = 0.75 < 4 * n_tiles / num_sms <= 1
     return BackwardConfig(2, 5 if fills else 4, 2**25)
