@@ -206,6 +206,8 @@ def verdict(condition: Condition, found: dict[str, Any]) -> str:
         return f"{condition.counter} counted nothing, so the condition was not met"
     if found["inconclusive"]:
         return str(found["inconclusive"])
+    if found.get("redrawn_different"):
+        return f"{found['redrawn_different']} of {found['redrawn']} tokens are others than their seeds draw"
     if found.get("asked_again_different"):
         return f"{found['asked_again_different']} answers differ after the restart"
     return f"{found['different']} of {found['tokens']} different" if found["different"] else ""

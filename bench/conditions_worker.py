@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import random
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +123,26 @@ def serve(condition: Condition, checkpoint: Path, log: Path) -> tuple[list[Compl
     return completions, {"asked_again": len(again), "asked_again_different": different} if again else {}
 
 
-def compared(checkpoint: Path, completions: list[Completion], attention: str) -> dict[str, Any]:
-    """Rollout against training."""
+def compared(
+    checkpoint: Path, completions: list[Completion], params: list[SamplingParams], attention: str
+) -> dict[str, Any]:
+    """Rollout against training; of the v2 runner also the tokens against those that their seeds draw."""
     from bi_ops.models import load_config, load_model
     from bi_ops.rollout.vllm_engine import VllmEngine
+    from bi_ops.rollout.vllm_requests import redraw
     from bi_ops.verify.compositions import rescore
+    from bi_ops.verify.draws import redrawn
 
     config = load_config(checkpoint)
     orders = VllmEngine.orders_of(config, attention)
     model = load_model(checkpoint)
     model.adopt(orders)
     report = rescore(model, completions, ("shuffled",), orders=orders, max_tokens_per_pack=16384)["shuffled"]
-    return {
+    seeded = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"
+    sampler = types.SimpleNamespace(redraw=redraw) if seeded else None
+    draws = redrawn(model, sampler, completions, params, max_tokens_per_pack=16384)
+    drawn = {} if draws is None else {"redrawn": draws.tokens_checked, "redrawn_different": draws.tokens_different}
+    return drawn | {
         "tokens": report.tokens_checked,
         "different": report.tokens_different,
         "max_delta": report.max_delta,
@@ -167,7 +177,8 @@ def find(name: str, plugin: bool, checkpoint: Path, log: Path) -> dict[str, Any]
         completions, counted = sample(condition, checkpoint)
         extra = {} if condition.counter is None else {"counted": counted}
     sys.stdout.flush()
-    return compared(checkpoint, completions, attention_in(log.read_text(errors="replace"))) | extra
+    attention = attention_in(log.read_text(errors="replace"))
+    return compared(checkpoint, completions, requests(condition), attention) | extra
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ JOBS = (
     ),
     Job("verify", ("verify.py", "--level", "full", "--jobs", "12"), 12, 260, limited=True),
     Job("faults", (*FAULTS, "--preload", "vllm", *CACHE), 6, 320),
-    Job("sanitize", ("sanitize.py", "--jobs", "8"), 8, 420, limited=True),
+    Job("sanitize", ("sanitize.py", "--jobs", "12"), 12, 330, limited=True),
     Job("train experts", ("train.py", "--preset", "h100-moe", *CACHE), 2, 150),
     Job("whole experts", ("moe_whole.py",), 2, 180, limited=True),
     Job("weight transfer", ("weight_transfer.py", "--model", "0.6B"), 4, 180, gpus=2, limited=True),
@@ -72,8 +72,9 @@ JOBS = (
     Job("models", ("models.py", "--jobs", "6"), 8, 300),
     Job("peer", ("peer.py",), 2, 20, gpus=2, quiet=True, torchrun=2),
     Job(
-        "layout costs", ("layout_costs.py", "--gpus", "2", "--models", "1.7B"), 4, 560, gpus=2, quiet=True, limited=True
+        "layout costs", ("layout_costs.py", "--gpus", "2", "--models", "1.7B"), 4, 480, gpus=2, quiet=True, limited=True
     ),
+    Job("segment configs", ("segment_configs.py",), 2, 70, quiet=True, limited=True),
     Job(
         "rollout",
         ("rollout.py", "--together", "--models", "0.6B", "4B", "--rounds", "3", "--modes", *MODES),

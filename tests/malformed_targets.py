@@ -577,6 +577,8 @@ NOT_CALLED = {
     "attention.Problem": "a record",
     "logprob.TokenStats": "a record",
     "matmul.Warmup": "a record",
+    "matmul.linear_backward": "of operands that a forward has checked",
+    "matmul.subtree_of": "of operands that a forward, or subtree, has checked",
     "mode.Audit": "a record",
     "mode.OutsideTheContract": "an exception",
     "mode.Stray": "a record",

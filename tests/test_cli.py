@@ -280,10 +280,21 @@ def test_parity_of_a_real_model_is_identical(capsys, checkpoint_folder, monkeypa
     code, out, err = call(capsys, "parity", checkpoint_folder, *PARITY, "--json")
     rows = json.loads(out)
     assert (code, err) == (0, "a library that logs to stdout\n")
-    assert [r["composition"] for r in rows] == ["alone", "together", "shuffled", "distractors"]
+    assert [r["composition"] for r in rows] == ["alone", "together", "shuffled", "distractors", "draws"]
     assert {r["orders"] for r in rows} == {tiny_model(num_hidden_layers=1).orders().digest}
     assert all(r["engine"] == "embedded" and r["cuda_graphs"] is False and r["versions"] for r in rows)
     assert all(r["identical"] and r["tokens_checked"] == 6 and r["tokens_different"] == 0 for r in rows)
+
+
+def test_parity_of_an_engine_that_filters_unasked_is_exit_code_1(capsys, checkpoint_folder, monkeypatch):
+    """Its log-probabilities are those of the distribution that was asked for, bit for bit."""
+    monkeypatch.setattr(embedded, "sample", lambda logits, *args: (-logits).argmax(-1))
+    monkeypatch.setattr(embedded.EmbeddedEngine, "redraw", lambda self, logits, *args: logits.argmax(-1))
+    code, out, err = call(capsys, "parity", checkpoint_folder, *PARITY)
+    assert code == 1
+    assert "OTHER TOKENS than their seeds draw" in out
+    assert "bitwise identical" in out
+    assert "draws: 6 tokens drawn again, 6 others; first: sequence 0, completion position 0: token" in err
 
 
 def test_parity_of_an_engine_one_bit_off_is_exit_code_1(capsys, checkpoint_folder, monkeypatch):
@@ -314,8 +325,9 @@ def test_parity_says_null_where_a_delta_is_infinite(capsys, checkpoint_folder, m
     code, out, _ = call(capsys, "parity", checkpoint_folder, *PARITY, "--json")
     rows = json.loads(out, parse_constant=pytest.fail)
     assert code == 1
-    assert {(r["tokens_different"], r["max_delta"], r["mean_delta"]) for r in rows} == {(1, None, None)}
-    assert all(r["first_difference"]["rollout"] is None for r in rows)
+    scored = rows[:-1]  # the last says which tokens were drawn
+    assert {(r["tokens_different"], r["max_delta"], r["mean_delta"]) for r in scored} == {(1, None, None)}
+    assert all(r["first_difference"]["rollout"] is None for r in scored)
 
 
 def test_parity_shows_its_progress_on_a_terminal_alone(capsys, checkpoint_folder, monkeypatch):
@@ -370,9 +382,10 @@ def test_parity_runs_vllm_each_way_it_can_run(
     rows = json.loads(out)
     assert FakeVllm.started == [(plugin, attention, cuda_graphs)]
     assert code == (0 if plugin else 1)
-    assert [r["composition"] for r in rows] == list(COMPOSITIONS)
+    assert [r["composition"] for r in rows] == [*COMPOSITIONS, "draws"]
     assert {(r["engine"], r["plugin"], r["cuda_graphs"]) for r in rows} == {("vllm", plugin, cuda_graphs)}
-    assert {r["tokens_different"] for r in rows} == {0 if plugin else 3}
+    assert {r["tokens_different"] for r in rows[:-1]} == {0 if plugin else 3}
+    assert rows[-1]["tokens_different"] == 0
     assert {r["orders"] is None for r in rows} == {not plugin}
 
 

@@ -281,6 +281,9 @@ def test_engine_on_a_gpu(checkpoints, attention, kernels, cuda_graphs):
 @pytest.mark.engine
 def test_the_first_requests_of_an_engine_are_sampled_as_later_ones(checkpoints):
     """All at temperature 1, which CUDA graphs sample; vLLM's warm-up has left filters and penalties behind."""
+    from bi_ops.models.qwen3 import Qwen3ForCausalLM
+    from bi_ops.verify.draws import redrawn
+
     params = [SamplingParams(24, seed=s) for s in range(64)]
     prompts = [[5 + i, 6, 7] for i in range(64)]
     engine = vllm_engine.VllmEngine(checkpoints[0], **MEMORY)
@@ -290,6 +293,12 @@ def test_the_first_requests_of_an_engine_are_sampled_as_later_ones(checkpoints):
         engine.close()
     assert same(found[0], found[1])
     assert same(found[1], found[2])
+    model = Qwen3ForCausalLM.from_pretrained(checkpoints[0])
+    assert engine.orders is not None
+    model.adopt(engine.orders)
+    report = redrawn(model, engine, found[0], params)
+    assert report is not None
+    assert (report.tokens_checked, report.tokens_different) == (64 * 24, 0), report
     eager = vllm_engine.VllmEngine(checkpoints[0], cuda_graphs=False, **MEMORY)  # samples as vLLM does
     try:
         assert same(found[0], eager.generate(prompts, params))

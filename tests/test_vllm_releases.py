@@ -86,6 +86,7 @@ CALLED = [
         ),
     ),
     ("vllm.v1.worker.gpu.sample.logprob", "compute_token_logprobs", ("logits", "token_ids")),
+    ("vllm.v1.worker.gpu.sample.gumbel", "gumbel_sample", None),
     ("vllm.model_executor.layers.logits_processor", "LogitsProcessor._gather_logits", ("self", "logits")),
     ("vllm.v1.worker.gpu_worker", "Worker.load_model", ("self", "load_dummy_weights")),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.profile_run", None),

@@ -24,7 +24,9 @@ DESCRIPTION = """\
 Sample from MODEL with a rollout engine, then compute the log-probability of every sampled token again with the
 training model, in other batches: each sequence alone, all together, shuffled, and packed with distractors. Every
 log-probability is compared bit for bit with the one the engine reported. With a temperature, top-k, top-p or min-p
-both are those of the distribution that was sampled."""
+both are those of the distribution that was sampled. Without them every token is drawn again, too, from training's
+logits and its request's seed ("draws"): a rollout that is filtered unasked has equal log-probabilities, and other
+tokens."""
 
 EPILOG = """\
 examples:
@@ -37,7 +39,7 @@ examples:
   bi-ops parity ./before --against ./after --bisect              the first operator in which two checkpoints differ
 
 exit codes:
-  0  every log-probability is bitwise identical
+  0  every log-probability is bitwise identical, and every token the one that its seed draws
   1  some differ, or they show nothing: NaN or infinite, or all of one value
   2  bad usage or bad input     3  the run failed"""
 
@@ -134,8 +136,11 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _sample(
     args: argparse.Namespace, path: Path
-) -> tuple[CausalLM, list[Completion], RolloutEngine, dict[str, object]]:
-    """The training model, the completions, the engine, closed so that it leaves room for scoring, and it in words."""
+) -> tuple[CausalLM, list[Completion], list[SamplingParams], RolloutEngine, dict[str, object]]:
+    """The training model, the completions, how they were sampled, the engine, and it in words.
+
+    The engine is closed, so that it leaves room for scoring.
+    """
     from bi_ops.models import load_config, load_model
     from bi_ops.rl.seeds import SAMPLE, derive_seed
     from bi_ops.rollout import factory
@@ -152,7 +157,8 @@ def _sample(
         described = dict(engine.describe())
     finally:
         engine.close()
-    return load_model(args.against or path) if model is None or args.against else model, completions, engine, described
+    trained = load_model(args.against or path) if model is None or args.against else model
+    return trained, completions, params, engine, described
 
 
 def first_operator(
@@ -180,6 +186,7 @@ def run(args: argparse.Namespace) -> int:
 
     from bi_ops.models.config_fields import read_config
     from bi_ops.verify.compositions import COMPOSITIONS, rescore
+    from bi_ops.verify.draws import redrawn
 
     for name in ("prompts", "new_tokens", "max_prompt_tokens"):
         value = getattr(args, name)
@@ -207,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
         _progress(not args.json, args.prompts, len(COMPOSITIONS)) as tell,
     ):
         tell("generating", 0)
-        model, completions, engine, described = _sample(args, path)
+        model, completions, params, engine, described = _sample(args, path)
         if engine.orders is not None:  # None: the negative control
             model.adopt(engine.orders)
         reports = rescore(
@@ -217,12 +224,14 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             progress=lambda name, done, _: tell(name, done),
         )
+        draws = None if args.against else redrawn(model, engine, completions, params)
         operator = None
         different = next((r.first_difference for r in reports.values() if r.first_difference is not None), None)
         if args.bisect and different is not None:
             tell("bisecting", 0)
             operator = first_operator(args, path, model, completions, different.sequence)
     shown = all(r.identical and not r.inconclusive for r in reports.values())
+    shown = shown and (draws is None or not draws.tokens_different)
 
     if args.json:
         rows = [
@@ -245,6 +254,9 @@ def run(args: argparse.Namespace) -> int:
             }
             for name, r in reports.items()
         ]
+        if draws is not None:
+            drawn = {"composition": "draws", "identical": not draws.tokens_different, **dataclasses.asdict(draws)}
+            rows.append({"model": str(path), **described, **drawn})
         print(to_json(rows, indent=2))
         return 0 if shown else 1
 
@@ -254,6 +266,9 @@ def run(args: argparse.Namespace) -> int:
     for name, r in reports.items():
         numbers = (str(r.tokens_checked), str(r.tokens_different), f"{r.max_delta:.3e}", f"{r.mean_delta:.3e}")
         table.add_row(name, *numbers, style=None if r.identical and not r.inconclusive else "red")
+    if draws is not None:
+        numbers = (str(draws.tokens_checked), str(draws.tokens_different), "", "")
+        table.add_row("draws", *numbers, style="red" if draws.tokens_different else None)
     Console().print(table)
     for name, r in reports.items():
         if r.first_difference is not None:
@@ -261,6 +276,9 @@ def run(args: argparse.Namespace) -> int:
     if args.bisect and different is not None:
         alone = f"sequence {different.sequence} by itself is equal in every operator: the difference is the batch's"
         print(f"bi-ops parity: {alone if operator is None else operator}", file=sys.stderr)
+    if draws is not None and draws.tokens_different:
+        print(f"bi-ops parity: draws: {draws}", file=sys.stderr)
+        print("OTHER TOKENS than their seeds draw")
     worst = min(reports.values(), key=lambda r: (r.identical, not r.inconclusive))
     print(worst.verdict)
     return 0 if shown else 1

@@ -154,12 +154,8 @@ class CausalLM(torch.nn.Module):
         """[T, hidden] -> [T, vocab] in the compute dtype."""
         return self.lm_head(hidden)
 
-    def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
-        """Log-probabilities fp32 [S] of `batch.targets`, under `batch.sampling`; differentiable.
-
-        Raises:
-            ValueError: a sequence longer than the model's positions.
-        """
+    def scored_states(self, batch: PackedBatch) -> torch.Tensor:
+        """[S, hidden]: what the logits of `batch.targets` are computed from. Raises as `token_logprobs`."""
         if batch.max_seqlen > self.config.max_position_embeddings:
             raise ValueError(
                 f"token_logprobs: a sequence has {batch.max_seqlen} tokens; the model has "
@@ -174,7 +170,15 @@ class CausalLM(torch.nn.Module):
                 backend=self.attention_backend,
             )
 
-        hidden = self.hidden_states(batch, attention_fn)[batch.logit_indices]
+        return self.hidden_states(batch, attention_fn)[batch.logit_indices]
+
+    def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
+        """Log-probabilities fp32 [S] of `batch.targets`, under `batch.sampling`; differentiable.
+
+        Raises:
+            ValueError: a sequence longer than the model's positions.
+        """
+        hidden = self.scored_states(batch)
         options = dict(batch.sampling or {})
         if not torch.is_grad_enabled() or batch.scatter_size == len(batch.targets):
             return self._score(hidden, batch.targets, options)

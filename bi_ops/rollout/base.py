@@ -78,6 +78,10 @@ class RolloutEngine(Protocol):
 
     orders: those that it samples in, which training adopts (`CausalLM.adopt`); None where training could not have them,
     as without vLLM's plugin.
+
+    An engine may also have ``redraw(logits, seeds, lengths)``: the tokens, int64 [R], that it draws from logits [R, V]
+    at temperature 1, without filters, for requests of these seeds behind so many tokens (int64 [R]); closed, too. So a
+    rollout can be drawn again (`bi_ops.verify.draws`).
     """
 
     name: str

@@ -245,6 +245,10 @@ class EmbeddedEngine:
         distribution = None if self.logprobs_mode == "raw_logprobs" else s.params.distribution
         return Completion(tuple(s.prompt), tuple(s.tokens), torch.stack(s.logprobs), reason, distribution)
 
+    def redraw(self, logits: torch.Tensor, seeds: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """See `RolloutEngine`."""
+        return sample(logits, torch.zeros_like(seeds, dtype=torch.bool), seeds, lengths)
+
     def describe(self) -> dict[str, Any]:
         """See `RolloutEngine.describe`."""
         self._check_open()

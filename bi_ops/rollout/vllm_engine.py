@@ -29,7 +29,7 @@ from bi_ops.rollout.vllm_checks import (
     check_tensor_parallel,
     prepare_environment,
 )
-from bi_ops.rollout.vllm_requests import completion_of, vllm_params
+from bi_ops.rollout.vllm_requests import completion_of, redraw, vllm_params
 from bi_ops.rollout.vllm_weights import copy_weights, load_slices, named_as_vllm
 
 if TYPE_CHECKING:
@@ -194,6 +194,8 @@ class VllmEngine:
             torch.bmm = bmm
         self.plugin, self.cuda_graphs, self.dtype, self._kernel = plugin, cuda_graphs, dtype, attention
         self.kernels = kernels if plugin else "vllm"
+        if self._llm.llm_engine.vllm_config.use_v2_model_runner:  # the v1 runner draws from a generator's state
+            self.redraw = redraw
         self.tensor_parallel_size, self._config = tensor_parallel_size, config
         self.device_ids = None if device_ids is None else tuple(device_ids)
         self._in_process = (alone and not transfer) or distributed_executor_backend == "external_launcher"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,3 +54,16 @@ def completion_of(
         raise RuntimeError(f"generate: request {index} ended with {output.finish_reason!r}")
     logprobs = torch.tensor(output.logprobs.logprobs, dtype=torch.float32)
     return Completion(tuple(prompt), tokens, logprobs, output.finish_reason, distribution)
+
+
+def redraw(logits: torch.Tensor, seeds: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """What the v2 model runner's sampler draws; see `RolloutEngine`."""
+    from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+    rows = torch.arange(len(logits), dtype=torch.int32, device=logits.device)
+    drafts = {"is_drafting": False} if "is_drafting" in inspect.signature(gumbel_sample).parameters else {}  # not 0.26
+    temperature = torch.ones(len(logits), device=logits.device)
+    found: torch.Tensor = gumbel_sample(
+        *(logits.float(), rows, temperature, seeds, lengths - 1), apply_temperature=False, **drafts
+    )
+    return found
