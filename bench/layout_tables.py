@@ -52,11 +52,12 @@ def layouts(results: Path) -> str:
 def peer(results: Path) -> str:
     """Microseconds of a sum over ranks."""
     found = load_csv(results, "h200/peer.csv")
-    rows = [
-        (r["ranks"], r["hidden"], r["rows"], r["peer_us"], r["collectives_us"], f"{_nccl(r):.2f}", _equal(r))
-        for r in found
-    ]
-    head = ("ranks", "hidden", "rows", "peer memory, us", "collectives, us", "NCCL in bf16, us", "bits of the tree")
+    columns = ("ranks", "hidden", "rows", "peer_us", "collectives_us")
+    rows = [(r.get("what", "sum"), *(r[c] for c in columns), f"{_nccl(r):.2f}", _equal(r)) for r in found]
+    head = (
+        *("what", "ranks", "hidden", "rows", "peer memory, us", "collectives, us", "NCCL in bf16, us"),
+        "bits of the tree, or what was gathered",
+    )
     return f"{table(head, rows)}\n{csv_provenance(found, 'h200/peer.csv')}" if rows else "Not measured yet.\n"
 
 

@@ -1,21 +1,25 @@
-"""The sum of partial outputs over GPUs of a host in a fixed order, beside NCCL's in any. Writes peer.csv.
+"""Sums of partial outputs over GPUs of a host in a fixed order, and gathers, beside NCCL's. Writes peer.csv.
 
     torchrun --nproc-per-node 2 bench/peer.py --out bench/results/h200 [--rows 1 64 8192] [--hidden 2048] [--replays 50]
 
-A row: [rows, hidden], fp32 partial outputs on every rank to bf16 sums. Sides, each captured CALLS times in a CUDA graph
-that the ranks replay together; microseconds of one call, the median over replays of the slowest rank:
+A row: what "sum": [rows, hidden], fp32 partial outputs on every rank to bf16 sums; "gather": bf16 [rows, hidden /
+ranks] of every rank side by side. Sides, each captured CALLS times in a CUDA graph that the ranks replay together;
+microseconds of one call, the median over replays of the slowest rank:
 
-    peer          `PeerAllReduce`: one kernel that reads the other ranks' memory
-    collectives   `OrderedAllReduce`: the same bits, from collectives that only move data
-    nccl          NCCL's all-reduce of partial outputs that are already rounded to bf16: half the bytes, no fixed order
+    peer          `PeerAllReduce`, `PeerAllGather`: one kernel that writes into the other ranks' memory
+    collectives   of a sum `OrderedAllReduce`: the same bits, from collectives that only move data
+    nccl          NCCL's all-reduce of partial outputs that are already rounded to bf16: half the bytes, no fixed order;
+                  its all-gather, and a copy that puts the ranks' parts side by side
 
-bits_equal: are the first two equal to the tree, on every rank, in each of the replays? nccl_differs counts elements.
+bits_equal: are the first two equal to the tree, or to what is gathered, on every rank, in each of the replays?
+nccl_differs counts elements.
 Exit status 1 if bits are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -29,13 +33,15 @@ import torch.distributed as dist
 
 from bi_ops.core.pairwise import pairwise_
 from bi_ops.parallel import Ranks
-from bi_ops.parallel.peer import PeerAllReduce
+from bi_ops.parallel.gradients import all_gather
+from bi_ops.parallel.peer import PeerAllGather, PeerAllReduce
 from bi_ops.parallel.tensor import OrderedAllReduce
 
 CALLS = 10  # in a graph
 ROWS = (1, 8, 64, 256, 1024, 8192)
 HIDDEN = (2048, 4096)
 BF16 = torch.bfloat16
+GATHERED = 64 << 20  # bytes of all ranks in one launch, as in vLLM
 Sum = Callable[[], torch.Tensor]
 
 
@@ -87,26 +93,62 @@ def measure(ranks: Ranks, peer: PeerAllReduce, rows: int, hidden: int, replays: 
         "collectives": lambda: collectives(partial, BF16),
         "nccl": nccl,
     }
-    found: dict[str, float] = {}
-    differ: dict[str, int] = {}
-    for side, call in sides.items():
-        graph, out = captured(call)
-        different = torch.zeros((), dtype=torch.int64, device=device)
-
-        def check(out: torch.Tensor = out, different: torch.Tensor = different) -> None:
-            different.add_((out.view(torch.int16) != want.view(torch.int16)).sum())
-
-        found[side] = microseconds(graph, replays, check)
-        differ[side] = max(ranks.gather(int(different)))
+    found, differ = timed(sides, want, ranks, replays)
     copied = graph_of_copy(rounded, replays)
     return {
-        **{"ranks": ranks.size, "rows": rows, "hidden": hidden, "replays": replays * CALLS},
+        **{"what": "sum", "ranks": ranks.size, "rows": rows, "hidden": hidden, "replays": replays * CALLS},
         **{f"{side}_us": round(us, 2) for side, us in found.items()},
         "copy_us": round(copied, 2),
         "peer_over_nccl": round(found["peer"] / (found["nccl"] - copied), 3),
         "bits_equal": differ["peer"] == differ["collectives"] == 0,
         "nccl_differs": differ["nccl"],
     }
+
+
+def measure_gather(ranks: Ranks, peer: PeerAllGather, rows: int, hidden: int, replays: int) -> dict[str, object]:
+    """A row of peer.csv, the same on every rank."""
+    device, k = torch.device("cuda", torch.cuda.current_device()), hidden // ranks.size
+    every = torch.empty(ranks.size, rows, k, device=device)
+    for rank, part in enumerate(every):
+        part.normal_(generator=torch.Generator(device).manual_seed(rank))
+    own, want = every[ranks.rank].to(BF16), every.transpose(0, 1).reshape(rows, -1).to(BF16)
+
+    def nccl() -> torch.Tensor:
+        parts = own.new_empty(ranks.size * rows, k)
+        all_gather(parts, own)
+        return parts.view(ranks.size, rows, k).movedim(0, 1).reshape(rows, -1)
+
+    found, differ = timed({"peer": lambda: peer(own), "nccl": nccl}, want, ranks, replays)
+    return {
+        **{"what": "gather", "ranks": ranks.size, "rows": rows, "hidden": hidden, "replays": replays * CALLS},
+        **{
+            "peer_us": round(found["peer"], 2),
+            "collectives_us": "",
+            "nccl_us": round(found["nccl"], 2),
+            "copy_us": 0.0,
+        },
+        "peer_over_nccl": round(found["peer"] / found["nccl"], 3),
+        "bits_equal": differ["peer"] == 0,
+        "nccl_differs": differ["nccl"],
+    }
+
+
+def timed(
+    sides: dict[str, Sum], want: torch.Tensor, ranks: Ranks, replays: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    """(microseconds of a call, elements of 16 bits that differed from `want` over all replays) of each side."""
+    found: dict[str, float] = {}
+    differ: dict[str, int] = {}
+    for side, call in sides.items():
+        graph, out = captured(call)
+        different = torch.zeros((), dtype=torch.int64, device=want.device)
+
+        def check(out: torch.Tensor = out, different: torch.Tensor = different) -> None:
+            different.add_((out.view(torch.int16) != want.view(torch.int16)).sum())
+
+        found[side] = microseconds(graph, replays, check)
+        differ[side] = max(ranks.gather(int(different)))
+    return found, differ
 
 
 def graph_of_copy(rounded: torch.Tensor, replays: int) -> float:
@@ -126,10 +168,14 @@ def main() -> int:
     ranks = Ranks.of_torchrun()
     record = row_provenance(args.commit)
     peer = PeerAllReduce(ranks, max(args.rows) * max(args.hidden), torch.device("cuda", torch.cuda.current_device()))
+    gather = PeerAllGather(ranks, GATHERED // ranks.size, torch.device("cuda", torch.cuda.current_device()))
     found: list[dict[str, object]] = []
-    for hidden in args.hidden:
-        for rows in args.rows:
-            found.append(measure(ranks, peer, rows, hidden, args.replays))
+    for hidden, rows in itertools.product(args.hidden, args.rows):
+        for row in (
+            measure(ranks, peer, rows, hidden, args.replays),
+            measure_gather(ranks, gather, rows, hidden, args.replays),
+        ):
+            found.append(row)
             if ranks.rank == 0:
                 args.out.mkdir(parents=True, exist_ok=True)
                 write_csv(args.out / "peer.csv", [row | record for row in found])
