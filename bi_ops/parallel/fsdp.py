@@ -26,6 +26,9 @@ from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.overlap import behind
 from bi_ops.parallel.ranks import Ranks
 
+#: Layers that are gathered together: FSDP2 enters as many functions of Python for one as the layer itself.
+TOGETHER = 4
+
 
 class TreeReduceScatter:
     """The gradients of one FSDP module, added over ranks and atoms as `AtomTree` says.
@@ -58,7 +61,7 @@ class FullySharded:
     """As `Whole`, but a rank keeps a shard of every parameter's rows, of its gradient and of what an optimizer keeps.
 
     Rank r of d has rows r * c to (r + 1) * c of n, with c = n / d rounded up. Layers (what stands in a
-    `torch.nn.ModuleList`) are gathered one by one, in `compute_dtype`; what stands outside of them is gathered once for
+    `torch.nn.ModuleList`) are gathered `TOGETHER` at a time, in `compute_dtype`; what stands outside of them is gathered once for
     forward and backward. A rank makes as many forwards and backwards as every other: `TrainConfig.fsdp`.
 
     While an atom has several micro-batches, their sums are whole: 4 bytes a parameter. With one, a layer's gradients
@@ -94,25 +97,29 @@ class FullySharded:
         self.model, self.tree, self.ranks = model, tree, ranks
         self.steps = tree.atoms // ranks.size
         self._collects = False
-        _shard(model, ranks, compute_dtype)
-        for module in self._modules():
+        layers = _shard(model, ranks, compute_dtype)
+        #: Of those that are gathered together the first one, which stands for all; then the model.
+        self._groups = [cast(FSDPModule, m) for m in (*layers[::TOGETHER], model)]
+        for module in self._groups:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             if reduce_scatter is not None:
                 module.set_custom_reduce_scatter(reduce_scatter(self.steps))
-            if module is not model:
-                cast(torch.nn.Module, module).register_forward_pre_hook(self._before_layer)
+        #: Where the parameters of each layer are, and of the model: these are others while weights are gathered.
+        self._places = {
+            module: [(m, name) for m in module.modules() for name, p in m._parameters.items() if p is not None]
+            for module in (*layers, model)
+        }
+        for layer in layers:
+            layer.register_forward_pre_hook(self._before_layer)
         # Before torch's own hook, so that the root's sums are collected before torch looks for its gradients.
         model.register_forward_hook(self._after_model, prepend=True)
         self._sharded = {n: p for n, p in model.named_parameters() if p.requires_grad}
         #: What the optimizer updates, by the names of the model: this rank's rows.
         self.parameters = {n: local_rows(p).requires_grad_() for n, p in self._sharded.items()}
 
-    def _modules(self) -> list[FSDPModule]:
-        return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
-
     def _reshard(self) -> None:
-        for module in self._modules():
+        for module in self._groups:
             module.reshard()
 
     # Gradients.
@@ -127,7 +134,7 @@ class FullySharded:
     def before_backward(self, last: bool) -> None:
         """See `Whole`. Called before the forward, which is gathered for."""
         self._collects = last
-        for module in self._modules():
+        for module in self._groups:
             module.set_requires_gradient_sync(last, recurse=False)
 
     def end_atom(self) -> None:
@@ -145,20 +152,22 @@ class FullySharded:
         """The norm from the sums of squares of all rows, which the ranks gather."""
         n_rows = [len(p) for p in self._sharded.values()]
         chunks = [cdiv(n, self.ranks.size) for n in n_rows]
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        own = [g.new_zeros(c) for g, c in zip(grads, chunks, strict=True)]
-        for rows, sums in zip(own, optim.row_sums(grads), strict=True):
-            rows[: len(sums)] = sums
-        flat = torch.cat(own)
+        sums = optim.row_sums([p.grad for p in self.parameters.values() if p.grad is not None])
+        pad = torch.nn.functional.pad
+        flat = torch.cat([s if len(s) == c else pad(s, (0, c - len(s))) for s, c in zip(sums, chunks, strict=True)])
         every = flat.new_empty(self.ranks.size * len(flat))
         all_gather(every, flat, group=self.ranks.group)
-        parts = every.view(self.ranks.size, -1).split(chunks, dim=1)
-        return optim.norm_of_row_sums([part.reshape(-1)[:n] for part, n in zip(parts, n_rows, strict=True)])
+        # Each parameter's rows of all ranks, one after the other, in one copy.
+        in_order = flat.new_empty(len(every)).split([self.ranks.size * c for c in chunks])
+        out = [t.view(self.ranks.size, -1) for t in in_order]
+        torch.split_with_sizes_copy(every.view(self.ranks.size, -1), chunks, dim=1, out=out)
+        return optim.norm_of_row_sums([t[:n] for t, n in zip(in_order, n_rows, strict=True)])
 
     def _collect(self, module: torch.nn.Module) -> None:
         """The finished sums of the layers in `module`, whose weights are gathered, become their gradients."""
-        for p in module.parameters():
-            if p.dtype != torch.float32:
+        for holder, name in self._places[module]:
+            p = holder._parameters[name]
+            if p is not None and p.dtype != torch.float32:
                 p.grad_dtype = torch.float32  # of weights that were rounded
         nn.collect_main_grads(module)
 
@@ -199,7 +208,7 @@ class FullySharded:
     def gathered(self) -> Iterator[None]:
         """While this is entered, the model's parameters are whole, in the compute dtype."""
         self._reshard()
-        for module in self._modules():
+        for module in self._groups:
             module.unshard()
         try:
             yield
@@ -212,14 +221,17 @@ def local_rows(t: torch.Tensor) -> torch.Tensor:
     return cast(DTensor, t.detach()).to_local() if isinstance(t, DTensor) else t.detach()
 
 
-def _shard(model: torch.nn.Module, ranks: Ranks, compute_dtype: torch.dtype) -> None:
-    """Each layer, and what is left, becomes an FSDP module of its own."""
+def _shard(model: torch.nn.Module, ranks: Ranks, compute_dtype: torch.dtype) -> list[torch.nn.Module]:
+    """Layers, `TOGETHER` at a time, and what is left, become FSDP modules; the layers, in order."""
     device = next(model.parameters()).device.type
     mesh = DeviceMesh.from_group(cast(Any, dist.group.WORLD if ranks.group is None else ranks.group), device)
     # Inputs stay as they are: a rotation's table or positions are no weights.
     precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    layers: list[torch.nn.Module] = []
     for module in list(model.modules()):
         if isinstance(module, torch.nn.ModuleList):
-            for layer in module:
-                fully_shard(layer, mesh=mesh, mp_policy=precision)
+            layers += module
+    for i in range(0, len(layers), TOGETHER):
+        fully_shard(layers[i : i + TOGETHER], mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
+    return layers
