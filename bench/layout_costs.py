@@ -29,6 +29,12 @@ layers, every side then; vLLM has all layers. If compiled layers fail, eager one
 written after every part, and those of other layouts in an existing file stay. A job that fails or takes too long is
 named in layout_costs.log and stops no other. `--dry` runs a tiny model on the CPU over gloo, without vLLM; collectives
 and calls stand in for peer memory and graphs. Its figures mean nothing.
+
+--profile FOLDER: behind the steps that are timed, two more of the first of our sides, and of the baseline of other
+code, under torch.profiler on the first rank. FOLDER/JOB.SIDE.txt has the kernels by time; how long each stream is busy;
+the longest gaps of the compute stream, with what ran before, after and meanwhile, and how long the kernel behind one
+was not launched yet; operators and functions of Python by self time. FOLDER/JOB.SIDE.json.gz is a chrome trace
+(ui.perfetto.dev). vLLM is not profiled.
 """
 
 from __future__ import annotations
@@ -181,6 +187,8 @@ class Bench:
         given = itertools.chain.from_iterable((f"--{name}", str(value)) for name, value in options.items())
         segments = ["--segments", *map(str, segments_of(job.model))] if job.kind == "segments" else []
         start = launcher(ranks) if ranks > 1 else []
+        if self.args.profile is not None and job.kind != "engine":
+            segments += ["--profile", str(self.args.profile.resolve() / job.name)]
         return [sys.executable, *start, str(WORKER), part, *given, *["--fsdp"] * job.fsdp, *segments]
 
     def run(self, job: Job) -> None:
@@ -268,6 +276,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="jobs; --list shows them")
     parser.add_argument("--list", action="store_true", help="print the jobs in their order, and end")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU; figures mean nothing")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="profiles of the first of our sides and others'")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     args = parser.parse_args()
     if args.dry:

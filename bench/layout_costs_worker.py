@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layouts_worker import LibraryAllReduce, NaiveSum, free
+from profiles import profiled
 from record import take_shortcuts
 from rollout_worker import FIRST_TOKEN, Sampler, prompt
 from step_sides import LR, MAX_NORM, SEED, from_graphs, made_network, shape, theirs, wait
@@ -101,8 +102,13 @@ class Found:
             write_json(self._path, {"ms": self._ms, "failed": self._failed})
 
 
-def in_turn(steps: Mapping[str, Callable[[], None]], n: int, ranks: parallel.Ranks) -> dict[str, list[float]]:
-    """Seconds of `n` steps of each side, of the slowest rank, after some that warm up; sides take turns."""
+def in_turn(
+    steps: Mapping[str, Callable[[], None]], n: int, ranks: parallel.Ranks, profile: Path | None = None
+) -> dict[str, list[float]]:
+    """Seconds of `n` steps of each side, of the slowest rank, after some that warm up; sides take turns.
+
+    profile: what the names of files begin with that the first rank writes of the first side (`profiles.profiled`).
+    """
     times: dict[str, list[float]] = {side: [] for side in steps}
     for i in range(WARM + n):
         for side, step in steps.items():
@@ -113,6 +119,11 @@ def in_turn(steps: Mapping[str, Callable[[], None]], n: int, ranks: parallel.Ran
             times[side].append(wait() - began)
         if i == WARM - 1:
             gc.freeze()  # or the time of a step depends on how many objects there are to look at
+    if profile is not None:
+        side, step = next(iter(steps.items()))
+        profiled(
+            step, profile.with_name(f"{profile.name}.{side.replace(', ', '-').replace(' ', '-')}"), ranks.rank == 0
+        )
     every = ranks.gather(times)
     return {side: [max(each) for each in zip(*(t[side] for t in every), strict=True)][WARM:] for side in steps}
 
@@ -172,7 +183,7 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
 
     def timed(sides: Mapping[str, Callable[[], None]]) -> None:
         steps = {side: lambda side=side, take=take: step(side, take) for side, take in sides.items()}  # type: ignore[misc]
-        for side, seconds in in_turn(steps, args.steps, ranks).items():
+        for side, seconds in in_turn(steps, args.steps, ranks, args.profile).items():
             found.add(side, "step", seconds)
 
     timed(sums)
@@ -248,7 +259,7 @@ def segments(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> N
             layout.end_atom()
 
         side = f"segments {n}"
-        found.add(side, "forward and backward", in_turn({side: step}, args.steps, ranks)[side])
+        found.add(side, "forward and backward", in_turn({side: step}, args.steps, ranks, args.profile)[side])
         del network, layout, batch, step
         gc.unfreeze()
         free()
@@ -300,7 +311,7 @@ def transformers(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) 
         clip(own, [isinstance(p, DTensor) for p in made.parameters])
         optimizer.step()
 
-    found.add(args.part, "step", in_turn({args.part: step}, args.steps, ranks)[args.part])
+    found.add(args.part, "step", in_turn({args.part: step}, args.steps, ranks, args.profile)[args.part])
 
 
 def share(layer: torch.nn.Module, mesh: Any) -> None:
@@ -361,6 +372,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--seqlen", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--profile", type=Path)
     args = parser.parse_args()
     take_shortcuts()
     if args.part.startswith(("plugin", "stock")):  # vLLM makes its groups itself

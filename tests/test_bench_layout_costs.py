@@ -16,6 +16,7 @@ STAND_IN = """
 import json, sys
 from pathlib import Path
 part, given = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
+assert given["--profile"].endswith("/p/step-8B-" + ("tp2" if given["--tp"] == "2" else "dp2"))
 layers, calls = int(given["--layers"]), Path(given["--out"]).parent / "calls"
 with calls.open("a") as file:
     print(part, layers, file=file)
@@ -86,7 +87,7 @@ def test_less_memory_halves_the_layers_and_a_failure_has_a_baseline_all_the_same
     script.write_text(STAND_IN)
     monkeypatch.setattr(costs, "WORKER", script)
     monkeypatch.setattr(costs, "launcher", lambda ranks: [])
-    limits: dict[str, Any] = {"seconds": 60, "job_seconds": 30, "steps": 1, "commit": "abc"}
+    limits: dict[str, Any] = {"seconds": 60, "job_seconds": 30, "steps": 1, "commit": "abc", "profile": tmp_path / "p"}
     args = argparse.Namespace(out=tmp_path, gpus=2, layers=16, tokens=32, seqlen=16, **limits)
     bench = costs.Bench(args, tmp_path)
     bench.run(costs.Job("step", "8B", tp=2))

@@ -61,8 +61,9 @@ class FullySharded:
     """As `Whole`, but a rank keeps a shard of every parameter's rows, of its gradient and of what an optimizer keeps.
 
     Rank r of d has rows r * c to (r + 1) * c of n, with c = n / d rounded up. Layers (what stands in a
-    `torch.nn.ModuleList`) are gathered `TOGETHER` at a time, in `compute_dtype`; what stands outside of them is gathered once for
-    forward and backward. A rank makes as many forwards and backwards as every other: `TrainConfig.fsdp`.
+    `torch.nn.ModuleList`) are gathered `TOGETHER` at a time, in `compute_dtype`; what stands outside of them is
+    gathered once for forward and backward. A rank makes as many forwards and backwards as every other:
+    `TrainConfig.fsdp`.
 
     While an atom has several micro-batches, their sums are whole: 4 bytes a parameter. With one, a layer's gradients
     leave when its backward is through.
