@@ -19,6 +19,7 @@ from tiny import tiny_moe_model
 
 from bi_ops import nn, optim, parallel, rl
 from bi_ops.core import tensor_files
+from bi_ops.parallel import fsdp
 from bi_ops.parallel.fsdp import FullySharded
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.trainer import Trainer
@@ -88,6 +89,8 @@ class Accumulating(FullySharded):
 def layers_on_a_rank() -> dict[str, Any]:
     here, tree = parallel.Ranks.of(), parallel.order(8)
     found = two_updates(FullySharded(StackModel(), tree, here))
+    with mock.patch.object(fsdp, "GATHERED_LAYERS", 1):
+        found["apart"] = two_updates(FullySharded(StackModel(), tree, here))
     model = StackModel()
     library = Accumulating(model, tree, here, reduce_scatter=None)
     update(library, optim.AdamW(list(library.parameters.values())), idle=True)
@@ -105,6 +108,7 @@ def test_shards_have_the_bits_of_one_process(size):
     for rank, result in enumerate(found):
         for what in ("norms", "grads", "weights"):
             assert equal(result[what], one[what]), what
+            assert equal(result["apart"][what], one[what]), what  # each layer by itself
         rounded = [w.bfloat16() for w in one["weights"]]
         assert all(torch.equal(a, b) for a, b in zip(result["gathered"], rounded, strict=True))
         assert result["rows"]["embed.weight"] == [{2: (6, 5), 4: (3, 3, 3, 2)}[size][rank], 16]

@@ -46,8 +46,8 @@ def replaced(module: Any, name: str, call: int, by: Callable[..., Any]) -> Itera
 
 
 def in_a_backward() -> Any:
-    """Between two gradients of the step behind `DONE`: two steps of two atoms of a rank, three FSDP modules each."""
-    return replaced(fsdp, "sum_over_ranks", DONE * 2 * 3 + 2, lambda real, *args: kill())
+    """Between two gradients of the step behind `DONE`: two steps of two atoms of a rank, two FSDP modules each."""
+    return replaced(fsdp, "sum_over_ranks", DONE * 2 * 2 + 2, lambda real, *args: kill())
 
 
 def half_written(real: Any, path: Path, tensors: Any, names: list[str]) -> None:

@@ -27,7 +27,7 @@ from bi_ops.parallel.overlap import behind
 from bi_ops.parallel.ranks import Ranks
 
 #: Layers that are gathered together: FSDP2 enters as many functions of Python for one as the layer itself.
-TOGETHER = 4
+GATHERED_LAYERS = 4
 
 
 class TreeReduceScatter:
@@ -61,7 +61,7 @@ class FullySharded:
     """As `Whole`, but a rank keeps a shard of every parameter's rows, of its gradient and of what an optimizer keeps.
 
     Rank r of d has rows r * c to (r + 1) * c of n, with c = n / d rounded up. Layers (what stands in a
-    `torch.nn.ModuleList`) are gathered `TOGETHER` at a time, in `compute_dtype`; what stands outside of them is
+    `torch.nn.ModuleList`) are gathered `GATHERED_LAYERS` at a time, in `compute_dtype`; what stands outside of them is
     gathered once for forward and backward. A rank makes as many forwards and backwards as every other:
     `TrainConfig.fsdp`.
 
@@ -100,7 +100,7 @@ class FullySharded:
         self._collects = False
         layers = _shard(model, ranks, compute_dtype)
         #: Of those that are gathered together the first one, which stands for all; then the model.
-        self._groups = [cast(FSDPModule, m) for m in (*layers[::TOGETHER], model)]
+        self._groups = [cast(FSDPModule, m) for m in (*layers[::GATHERED_LAYERS], model)]
         for module in self._groups:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -223,7 +223,7 @@ def local_rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def _shard(model: torch.nn.Module, ranks: Ranks, compute_dtype: torch.dtype) -> list[torch.nn.Module]:
-    """Layers, `TOGETHER` at a time, and what is left, become FSDP modules; the layers, in order."""
+    """Layers, `GATHERED_LAYERS` at a time, and what is left, become FSDP modules; the layers, in order."""
     device = next(model.parameters()).device.type
     mesh = DeviceMesh.from_group(cast(Any, dist.group.WORLD if ranks.group is None else ranks.group), device)
     # Inputs stay as they are: a rotation's table or positions are no weights.
@@ -232,7 +232,7 @@ def _shard(model: torch.nn.Module, ranks: Ranks, compute_dtype: torch.dtype) -> 
     for module in list(model.modules()):
         if isinstance(module, torch.nn.ModuleList):
             layers += module
-    for i in range(0, len(layers), TOGETHER):
-        fully_shard(layers[i : i + TOGETHER], mesh=mesh, mp_policy=precision)
+    for i in range(0, len(layers), GATHERED_LAYERS):
+        fully_shard(layers[i : i + GATHERED_LAYERS], mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
     return layers
