@@ -255,7 +255,8 @@ def run(args: argparse.Namespace) -> int:
             for name, r in reports.items()
         ]
         if draws is not None:
-            drawn = {"composition": "draws", "identical": not draws.tokens_different, **dataclasses.asdict(draws)}
+            drawn = {"composition": "draws", "identical": not draws.tokens_different, "inconclusive": ""}
+            drawn |= {"max_delta": None, "mean_delta": None, **dataclasses.asdict(draws)}
             rows.append({"model": str(path), **described, **drawn})
         print(to_json(rows, indent=2))
         return 0 if shown else 1
