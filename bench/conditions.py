@@ -5,16 +5,19 @@
 Each condition is a process of its own: vLLM as installed, with the plugin, samples 10,496 tokens, then bi_ops' model
 scores them in other batches, and the log-probabilities are compared bit for bit. The control is vLLM's own batch-
 invariant mode without the plugin, in the same condition. A condition that the plugin refuses has to be refused by name,
-before an engine starts. Nothing is timed, so several conditions share the GPU. Of what is in the file already only a
-side that failed is run again. Exit status 0 only if every condition has 0 different or is refused as it should be.
+before an engine starts. Nothing is timed, so several conditions share a GPU, and all GPUs are used. Of what is in the
+file already only a side that failed is run again. Exit status 0 only if every condition has 0 different or is refused
+as it should be.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
@@ -43,7 +46,7 @@ class Condition:
     """How vLLM runs. arguments: of `vllm.LLM`. env: environment variables. kind: what the process does.
 
     refused: the plugin has to refuse it. control: run it without the plugin too. sampling: of every request. counter:
-    one of vLLM's metrics, which has to have counted something.
+    one of vLLM's metrics, which has to have counted something. wide: the model is `WIDE`.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Condition:
     control: bool = True
     sampling: dict[str, float] = field(default_factory=dict)
     counter: str | None = None
+    wide: bool = False
 
 
 def _graphs(**arguments: Any) -> dict[str, Any]:
@@ -80,6 +84,7 @@ CONDITIONS: dict[str, Condition] = {
     "full CUDA graphs": Condition(_graphs()),
     "v1 model runner": Condition(_graphs(), _runner(1)),
     "v2 model runner": Condition(_graphs(), _runner(2)),
+    **{f"hidden size 5120, v{n} model runner": Condition(_graphs(), _runner(n), wide=True) for n in (1, 2)},
     "prefix caching": Condition(_graphs(enable_prefix_caching=True), counter="vllm:prefix_cache_hits"),
     "no prefix caching": Condition(_graphs(enable_prefix_caching=False)),
     **{
@@ -99,9 +104,10 @@ CONDITIONS: dict[str, Condition] = {
         for n in (1, 2)
     },
     "mixed temperatures and filters": Condition(_graphs(**PROCESSED), kind="mixed"),
-    "piecewise CUDA graphs": Condition(
-        {"compilation_config": {"mode": 0, "cudagraph_mode": "PIECEWISE"}}, refused=True
-    ),
+    **{
+        f"{name} CUDA graphs": Condition({"compilation_config": {"mode": 0, "cudagraph_mode": mode}})
+        for name, mode in (("piecewise", "PIECEWISE"), ("full and piecewise", "FULL_AND_PIECEWISE"))
+    },
     "Inductor": Condition({"compilation_config": {"mode": 3}}, refused=True),
     "speculative decoding": Condition(_graphs(speculative_config=NGRAM), refused=True),
     "LoRA": Condition(_graphs(enable_lora=True), refused=True),
@@ -118,6 +124,13 @@ MODEL = {
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
     "tie_word_embeddings": True,
+}
+#: One whose logits vLLM's v1 runner used to sum in another order than training.
+WIDE = MODEL | {
+    "hidden_size": 5120,
+    "intermediate_size": 17408,
+    "num_attention_heads": 40,
+    "tie_word_embeddings": False,
 }
 
 
@@ -147,6 +160,10 @@ def write_checkpoint(folder: Path, sizes: dict[str, Any]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
+def checkpoint_in(work: Path, wide: bool) -> Path:
+    return work / ("checkpoint-wide" if wide else "checkpoint")
+
+
 def write_entry_point(folder: Path) -> Path:
     """A folder that brings vLLM the plugin, as an installed bi_ops does and a checkout alone does not."""
     info = folder / "plugin" / "bi_ops_checkout-0.dist-info"
@@ -168,14 +185,24 @@ def environment(more: dict[str, str], plugin: bool, entry: Path) -> dict[str, st
     return {**os.environ, **quiet, **mode, **more, **({} if plugin else {"VLLM_PLUGINS": "none"})}
 
 
-def run(name: str, plugin: bool, checkpoint: Path, work: Path) -> dict[str, Any]:
-    """What a condition's process found: tokens, different, ...; refused: why; or failed: why."""
+def visible_gpus() -> list[str]:
+    """The GPUs that processes started here may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(max(1, torch.cuda.device_count()))]
+
+
+def run(name: str, plugin: bool, work: Path, gpu: str) -> dict[str, Any]:
+    """What a condition's process on that GPU found: tokens, different, ...; refused: why; or failed: why."""
     stem = f"{'plugin' if plugin else 'stock'}-{name.replace(' ', '_').replace(',', '')}"
     result, log = work / f"{stem}.json", work / f"{stem}.log"
     result.unlink(missing_ok=True)
+    checkpoint = checkpoint_in(work, CONDITIONS[name].wide)
     command = [sys.executable, str(WORKER), "--condition", name, "--checkpoint", str(checkpoint)]
     command += ["--result", str(result), "--log", str(log), *(["--plugin"] if plugin else [])]
-    return outcome_of(command, environment(CONDITIONS[name].env, plugin, work / "plugin"), log, result)
+    env = environment({"CUDA_VISIBLE_DEVICES": gpu, **CONDITIONS[name].env}, plugin, work / "plugin")
+    return outcome_of(command, env, log, result)
 
 
 def outcome_of(command: list[str], env: dict[str, str], log: Path, result: Path) -> dict[str, Any]:
@@ -244,7 +271,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that conditions.json is written to")
     parser.add_argument("--rows", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS), metavar="CONDITION")
-    parser.add_argument("--jobs", type=int, default=6, help="conditions at a time on the GPU (6)")
+    parser.add_argument("--jobs", type=int, default=6, help="conditions at a time on all GPUs together (6)")
     parser.add_argument("--work", type=Path, help="folder of the checkpoint and the logs; kept")
     parser.add_argument("--no-control", dest="control", action="store_false", help="leave stock vLLM out")
     parser.add_argument("--again", action="store_true", help="run what is in the file already too")
@@ -257,25 +284,37 @@ def main() -> int:
     work = args.work or Path(tempfile.gettempdir()) / "bi_ops_conditions"
     work.mkdir(parents=True, exist_ok=True)
     write_entry_point(work)
-    checkpoint = work / "checkpoint"
-    if not (checkpoint / "tokenizer_config.json").exists():
-        write_checkpoint(checkpoint, MODEL)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "conditions.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     names = missing(rows, release, [n for n in CONDITIONS if n in args.rows], args.again, args.control)
+    for wide in {CONDITIONS[name].wide for name in names}:
+        if not (checkpoint_in(work, wide) / "tokenizer_config.json").exists():
+            write_checkpoint(checkpoint_in(work, wide), WIDE if wide else MODEL)
     wrong: dict[str, str] = {}
     lock = threading.Lock()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn("vLLM " + release), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
+    gpus: queue.SimpleQueue[str] = queue.SimpleQueue()  # a place for each job, the GPUs in turn
+    for _, gpu in zip(range(max(1, args.jobs)), itertools.cycle(visible_gpus()), strict=False):
+        gpus.put(gpu)
+
     def work_on(name: str) -> None:
+        gpu = gpus.get()
+        try:
+            judge(name, gpu)
+        finally:
+            gpus.put(gpu)
+
+    def judge(name: str, gpu: str) -> None:
         condition = CONDITIONS[name]
         earlier: dict[str, Any] = next((r for r in rows if (r["release"], r["condition"]) == (release, name)), {})
 
         def result(plugin: bool) -> dict[str, Any] | None:
             kept = earlier.get("plugin" if plugin else "stock")
-            return kept if kept and "failed" not in kept and not args.again else run(name, plugin, checkpoint, work)
+            done = kept and "failed" not in kept and not args.again
+            return kept if done else run(name, plugin, work, gpu)
 
         found = result(True)
         assert found is not None

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.machinery
 import importlib.metadata
 import inspect
+import os
 import re
 import sys
 from collections import namedtuple
@@ -229,6 +230,23 @@ def test_an_engine_takes_full_graphs_without_inductor_unless_it_is_told_otherwis
     assert compiled(mode=3) == (3, None)
 
 
+@pytest.mark.parametrize("graphs", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("mode", [None, "NONE"])
+def test_piecewise_graphs_are_captured_without_inductor(vllm, monkeypatch, caplog, graphs, mode):
+    breakable = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+    monkeypatch.setenv(breakable, "1")  # so that it is as before afterwards
+    monkeypatch.delenv(breakable)
+    arguments = vllm[ARGUMENTS].EngineArgs(cudagraph_mode=graphs, mode=mode)
+    vllm_plugin.register()
+    with caplog.at_level("WARNING"):
+        found = arguments.create_engine_config().compilation_config
+    assert (found.mode, found.cudagraph_mode, os.environ[breakable]) == ("NONE", graphs, "1")
+    assert ("piecewise CUDA graphs without Inductor" in caplog.text) is (mode is None)
+    monkeypatch.setenv(breakable, "0")
+    with pytest.raises(ValueError, match=rf"^vllm_plugin: cudagraph_mode {graphs} .* with {breakable}=0.* unset the"):
+        vllm[ARGUMENTS].EngineArgs(cudagraph_mode=graphs, mode=mode).create_engine_config()
+
+
 @pytest.mark.parametrize("quantization", ["mxfp4", "gpt_oss_mxfp4"])
 def test_quantized_experts_without_an_invariant_kernel_are_refused_before_an_engine_starts(vllm, quantization):
     arguments = vllm[ARGUMENTS].EngineArgs
@@ -244,8 +262,6 @@ def test_quantized_experts_without_an_invariant_kernel_are_refused_before_an_eng
 @pytest.mark.parametrize(
     ("asked", "reasons"),
     [
-        ({"cudagraph_mode": "PIECEWISE"}, ["cudagraph_mode PIECEWISE was asked for, .* use enforce_eager"]),
-        ({"cudagraph_mode": "FULL_AND_PIECEWISE", "mode": "NONE"}, ["cudagraph_mode FULL_AND_PIECEWISE"]),
         ({"speculative_config": {"method": "ngram"}}, ["speculative decoding .* leave speculative_config out"]),
         ({"enable_lora": True}, ["LoRA .* merge the adapter into the weights"]),
         ({"enable_lora": True, "mode": 2, "enforce_eager": True}, ["compilation mode 2", "LoRA"]),

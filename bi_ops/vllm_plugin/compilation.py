@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,17 @@ logger = logging.getLogger(__name__)
 
 #: Quantizations of experts for which no kernel of vLLM's is known to be batch-invariant, gpt-oss's among them.
 REFUSED_QUANTIZATIONS = ("mxfp4", "gpt_oss_mxfp4")
+#: vLLM's variable for graphs that are captured in pieces without compiling the model.
+BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 
 
 def _name(value: Any) -> Any:
     return getattr(value, "name", value)
+
+
+def piecewise(graphs: Any) -> bool:
+    """Does this `cudagraph_mode`, a name or a member, capture graphs in pieces?"""
+    return "PIECEWISE" in str(_name(graphs))
 
 
 def check(arguments: Any) -> None:
@@ -27,10 +35,11 @@ def check(arguments: Any) -> None:
             f"compilation mode {mode} was asked for, but Inductor fuses norms and activations in an order that "
             "training does not have; leave the mode out"
         )
-    if "PIECEWISE" in str(graphs):
+    if piecewise(graphs) and os.environ.get(BREAKABLE, "1") != "1":
         reasons.append(
-            f"cudagraph_mode {graphs} was asked for, but piecewise graphs need Inductor's compilation, whose order "
-            "training does not have; leave it out (full graphs, of prefill too), or use enforce_eager"
+            f"cudagraph_mode {graphs} was asked for with {BREAKABLE}={os.environ[BREAKABLE]}, but then piecewise "
+            "graphs need Inductor's compilation, whose order training does not have; unset the variable, or leave the "
+            "mode out (full graphs, of prefill too)"
         )
     if arguments.speculative_config:
         reasons.append(
@@ -61,7 +70,7 @@ def without_inductor(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     vLLM's own default compiles the model with Inductor, which fuses norms and activations in an order of its own: alone
     equals batched then, but training has other bits. What was asked for by name is refused; an eager engine stays
-    eager.
+    eager. Piecewise graphs that were asked for are captured without Inductor, attention between the pieces.
 
     Raises:
         ValueError: as `check` and `check_model`.
@@ -77,7 +86,10 @@ def without_inductor(stock: Callable[..., Any]) -> Callable[..., Any]:
             asked.mode = CompilationMode.NONE
             if asked.cudagraph_mode is None:
                 asked.cudagraph_mode = CUDAGraphMode.FULL
-            logger.warning("bi_ops: full CUDA graphs without Inductor, so that training has the same bits")
+            kind = "piecewise" if piecewise(asked.cudagraph_mode) else "full"
+            logger.warning("bi_ops: %s CUDA graphs without Inductor, so that training has the same bits", kind)
+        if piecewise(asked.cudagraph_mode):
+            os.environ[BREAKABLE] = "1"  # the processes that vLLM starts read it too
         config = stock(self, *args, **kwargs)
         check_model(config)
         return config
