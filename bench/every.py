@@ -30,7 +30,7 @@ from bi_ops.core.files import write_json
 
 HERE = Path(__file__).resolve().parent
 CACHE = ("--kv-cache-memory-bytes", str(1 << 30))
-MODES = ("stock graphs", "invariant", "plugin", "plugin replayed")
+MODES = ("plugin", "stock graphs", "invariant", "stock")
 SIDES = ("bi_ops", "torch, compiled")
 
 
@@ -77,7 +77,7 @@ JOBS = (
     Job("segment configs", ("segment_configs.py",), 2, 70, quiet=True, limited=True),
     Job(
         "rollout",
-        ("rollout.py", "--together", "--models", "0.6B", "4B", "--rounds", "3", "--modes", *MODES),
+        ("rollout.py", "--together", "--starts", "2", "--models", "0.6B", "4B", "--rounds", "3", "--modes", *MODES),
         8,
         420,
         quiet=True,

@@ -9,10 +9,12 @@ GPU is waited for after each. Sides, each in a process of its own, from the same
     bi_ops          vLLM with the plugin, bi_ops' trainer over fp32 masters: log-probabilities have to be equal bits
     stock           vLLM's own defaults, no batch-invariant mode; transformers compiled, bf16 weights, fused AdamW
     stock graphs    the same, but full CUDA graphs of vLLM's eager kernels, where its defaults do not run
+    earlier         an earlier checkout of bi_ops, given by --earlier (`rl_step_earlier.py`)
 
 The norm of bi_ops' gradients is part of training, where the host reads it with everything else. The first steps warm up
 and are not written. `different`: sampled tokens whose log-probabilities in sampling and training differ, `max_delta`:
-by how much. `--dry` takes a tiny model and bi_ops' embedded engine on the CPU; its figures mean nothing.
+by how much. Rows of other releases and sides in an existing file stay. `--dry` takes a tiny model and bi_ops' embedded
+engine on the CPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from record import row_provenance, write_csv
-from rollout import build_binding
+from rollout import build_binding, kept
 from step_sides import LR, MAX_NORM, shape, wait
 
 import bi_ops  # noqa: F401  (before triton)  # isort: skip
@@ -41,7 +43,7 @@ from bi_ops.core import runtime
 from bi_ops.core.provenance import versions
 from bi_ops.rollout.base import Completion
 
-SIDES = ("bi_ops", "stock", "stock graphs")
+SIDES = ("bi_ops", "stock", "stock graphs", "earlier")
 PARTS = ("sampling", "training", "update", "weights")
 CLIP, MEMORY, SEED = 0.2, 0.35, 0
 
@@ -282,11 +284,14 @@ def main() -> int:
     parser.add_argument("--warm", type=int, default=2, help="steps before them")
     parser.add_argument("--log", type=Path, help="file that what the sides print is appended to")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    parser.add_argument("--earlier", type=Path, help="an earlier checkout, for the side of this name")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU; figures mean nothing")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "CHECKPOINT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if runtime.INTERPRET and not args.dry:
         parser.error("no GPU: give --dry to try this on the CPU")
+    if "earlier" in args.sides and not args.earlier:
+        parser.error("the side `earlier` needs --earlier CHECKOUT")
     size = DRY if args.dry else REAL
     if args.one:
         side, path = args.one[0], Path(args.one[1])
@@ -305,13 +310,19 @@ def main() -> int:
             options = ["--out", str(args.out), "--steps", str(args.steps), "--warm", str(args.warm)]
             command = [sys.executable, __file__, *options, *(["--dry"] if args.dry else []), "--one", side, folder]
             env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            if side == "earlier":
+                worker = str(Path(__file__).with_name("rl_step_earlier.py"))
+                command = [sys.executable, worker, folder, "--steps", str(args.steps), "--warm", str(args.warm)]
+                env["PYTHONPATH"] = os.pathsep.join([str(args.earlier.resolve()), os.environ.get("PYTHONPATH", "")])
             log = args.log.open("a") if args.log else None
             process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("ROW "):
-                    rows.append({"release": release} | json.loads(line.removeprefix("ROW ")) | record)
-                    write_csv(args.out / "rl_step.csv", rows)
+                    row = {"release": release, "model": size.model, "side": side}
+                    rows.append(row | json.loads(line.removeprefix("ROW ")) | record)
+                    path = args.out / "rl_step.csv"
+                    write_csv(path, [*kept(path, rows, ("release", "side")), *rows])
                     print(line.strip(), flush=True)
                 elif args.log:
                     args.log.open("a").write(line)

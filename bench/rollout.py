@@ -5,13 +5,15 @@
 
 Every engine is a process of its own on the same GPU, with the same prompts, random weights of the model's shape and
 log-probabilities on. Decoding is timed between two lengths of the same requests, so that prefill does not count; the
-time to the first token is that of one prompt, alone. A figure is the median of the rounds, decode_low and decode_high
-their span. `cublaslt`: may cuBLASLt compute the plugin's GEMMs of many rows? Its binding is built first, which no
-engine's start does. Rows of other releases, models and modes in an existing file stay.
+time to the first token is that of one prompt, alone; start_s are seconds from vLLM's constructor to an engine's first
+token, with kernels that an earlier engine may have left in caches. A figure is the median of the rounds, decode_low and
+decode_high their span. cuBLASLt's binding is built first, which no engine's start does. Rows of other releases, models
+and modes in an existing file stay.
 
-Engines run one after the other. With --together all start at the same time and do their rounds in turn, so that what
-the machine does meanwhile meets all of them: their weights and caches have to fit the GPU at once. start_s, which
-neighbours would lengthen, is then left empty.
+An engine runs in a process of its own, as vLLM's do by default; with --in-process in that of its caller, as an RL loop
+on one GPU has it. Engines run one after the other. With --together those of a model stay when they have started, and do
+their rounds in turn, so that what the machine does meanwhile meets all of them: their weights and caches have to fit
+the GPU at once.
 
     stock           no batch-invariant mode, vLLM's own defaults (Inductor and CUDA graphs)
     stock graphs    no batch-invariant mode, full CUDA graphs of the eager kernels
@@ -24,8 +26,12 @@ neighbours would lengthen, is then left empty.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +40,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from conditions import environment, write_entry_point
 from record import row_provenance, write_csv
 from rollout_worker import LAYERS
 
@@ -64,6 +71,11 @@ def kept(
         return [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in new]
 
 
+def plugin_environment(folder: Path) -> dict[str, str]:
+    """That of a process whose vLLM loads the plugin, in every process that it starts, from a checkout too."""
+    return environment({}, True, write_entry_point(folder))
+
+
 class Engine:
     """A process that starts an engine and times it, round by round, when it is told to.
 
@@ -77,9 +89,11 @@ class Engine:
         command = [sys.executable, str(WORKER), mode, model, "--rounds", str(args.rounds)]
         command += ["--batches", *map(str, args.batches)]
         command += ["--layers", str(args.layers)] if args.layers else []
+        command += ["--in-process"] if args.in_process else []
         command += [] if self._alone else ["--turn", str(folder)]
+        env = plugin_environment(folder) if mode.startswith("plugin") else None
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-            self.process = subprocess.Popen(command, stdout=out, stderr=err)
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=env, start_new_session=True)
 
     def wait_for(self, word: str, until: float = float("inf")) -> None:
         """Return when the process has left this word or has ended. At `until` it is killed."""
@@ -98,7 +112,9 @@ class Engine:
             self.wait_for(f"done{round_}")
 
     def stop(self) -> None:
-        self.process.kill()
+        """End the process and those that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def printed(self) -> str:
@@ -120,18 +136,26 @@ class Engine:
 
 def engines(args: argparse.Namespace, folder: Path) -> Iterator[Engine]:
     """Every engine whenever it has new rows, or has failed."""
-    pairs = [(model, mode) for model in args.models for mode in args.modes]
-    if not args.together:
-        for i, pair in enumerate(pairs):
-            engine = Engine(*pair, folder / str(i), args)
+    for i, (model, mode) in enumerate(itertools.product(args.models, args.modes)):
+        if not args.together:
+            engine = Engine(model, mode, folder / str(i), args)
             engine.do(0)
             yield engine
-        return
-    started = [Engine(*pair, folder / str(i), args) for i, pair in enumerate(pairs)]
+    if args.together:
+        for model in args.models:
+            yield from in_turn(model, args, folder)
+
+
+def in_turn(model: str, args: argparse.Namespace, folder: Path) -> Iterator[Engine]:
+    """`engines`, those of one model."""
+    started: list[Engine] = []
     try:
-        until = time.monotonic() + args.ready_s
-        for engine in started:  # nobody is timed beside one that is still starting
-            engine.wait_for("ready", until)
+        for i in range(0, len(args.modes), args.starts):  # nobody is timed beside one that is still starting
+            group = [Engine(model, mode, folder / f"{model} {mode}", args) for mode in args.modes[i : i + args.starts]]
+            started += group
+            until = time.monotonic() + args.ready_s
+            for engine in group:
+                engine.wait_for("ready", until)
         running = started
         for round_ in range(args.rounds):
             for engine in running:
@@ -151,8 +175,10 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--layers", type=int, help="fewer than each model has; a row's model then says so")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions, of which the median counts (5)")
-    parser.add_argument("--together", action="store_true", help="start all engines at the same time")
-    parser.add_argument("--ready-s", type=float, default=240, help="with --together: seconds until all must be ready")
+    parser.add_argument("--together", action="store_true", help="a model's engines do their rounds in turn")
+    parser.add_argument("--starts", type=int, default=1, help="with --together: engines that start at a time (1)")
+    parser.add_argument("--ready-s", type=float, default=240, help="with --together: seconds that an engine may start")
+    parser.add_argument("--in-process", action="store_true", help="engines run in the process of their caller")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--log", type=Path, help="file that what the engines print is written to")
     args = parser.parse_args()
@@ -180,8 +206,7 @@ def main() -> int:
             one = found[0]
             print(
                 f"{release} {engine.model} {engine.mode:12} tok/s at {rates}; first token {one['ttft_512_ms']:.1f} ms "
-                f"at 512, {one['ttft_8192_ms']:.1f} at 8k; {one['rounds']} rounds"
-                + ("" if args.together else f"; start {one['start_s']:.0f} s"),
+                f"at 512, {one['ttft_8192_ms']:.1f} at 8k; {one['rounds']} rounds; start {one['start_s']:.0f} s",
                 flush=True,
             )
     return 1 if failed else 0

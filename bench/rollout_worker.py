@@ -55,19 +55,29 @@ def cache_bytes(config: dict[str, Any], batches: list[int]) -> int:
 
 
 class Sampler:
-    """vLLM with random weights of a model's shape, in this process or on the ranks that torchrun has started.
+    """vLLM with random weights of a model's shape, as vLLM runs by default, or on the ranks that torchrun has started.
 
-    Ranks share the model, and all make the same calls. mode: one of bench/rollout.py. requests: at once, at most.
-    tokens: of the longest request. layers: fewer than the model has. options: of vLLM's `LLM`.
+    vLLM's default is an engine in a process of its own. Ranks share the model, and all make the same calls. mode: one
+    of bench/rollout.py. requests: at once, at most. tokens: of the longest request. layers: fewer than the model has.
+    in_process: the engine runs in this process. options: of vLLM's `LLM`.
     """
 
     def __init__(
-        self, mode: str, model: str, requests: int, tokens: int, layers: int | None = None, **options: Any
+        self,
+        mode: str,
+        model: str,
+        requests: int,
+        tokens: int,
+        layers: int | None = None,
+        in_process: bool = False,
+        **options: Any,
     ) -> None:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
         plugin = mode.startswith("plugin")
         if mode == "invariant" or plugin:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not in_process and ranks == 1))
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # draw_weights goes to the engine's process
         import bi_ops  # noqa: F401  # isort: skip  (before triton)
         from vllm import LLM
         from vllm.config import CompilationConfig
@@ -82,7 +92,7 @@ class Sampler:
             options |= {"additional_config": {"bi_ops": ours}}
         if mode == "stock graphs" or plugin:
             options |= {"compilation_config": CompilationConfig(mode=0, cudagraph_mode="FULL")}
-        if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        if ranks > 1:
             options |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher", "seed": 0}
         #: When its start began, by `time.perf_counter`.
         self.began = time.perf_counter()
@@ -134,7 +144,13 @@ def prompt(i: int, length: int) -> list[int]:
 
 
 def rounds(
-    mode: str, model: str, batches: list[int], n: int, turn: Path | None, layers: int | None = None
+    mode: str,
+    model: str,
+    batches: list[int],
+    n: int,
+    turn: Path | None,
+    layers: int | None = None,
+    in_process: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """A row per batch size of one mode in this process, after every round: medians of the rounds so far.
 
@@ -142,11 +158,10 @@ def rounds(
     layers: fewer than the model has, which its name then says.
     """
     engine = Sampler(
-        *(mode, model, max(batches), max(FIRST_TOKEN) + 64, layers),
+        *(mode, model, max(batches), max(FIRST_TOKEN) + 64, layers, in_process),
         gpu_memory_utilization=0.05 if turn else 0.85,
         kv_cache_memory_bytes=cache_bytes(shape(model, layers), batches) if turn else None,
     )
-    from bi_ops.matmul import cublaslt
 
     def timed() -> dict[str, float]:
         """Milliseconds to the first token of each prompt, and decoded tokens a second of each batch."""
@@ -157,7 +172,7 @@ def rounds(
         return found | {f"decode {batch}": batch / engine.step_s(batch) for batch in batches}
 
     engine.sample([prompt(0, PROMPT)], 1)
-    start_s = "" if turn else round(time.perf_counter() - engine.began, 2)
+    start_s = round(time.perf_counter() - engine.began, 2)
     engine.warm(batches)
     if turn:
         (turn / "ready").touch()
@@ -178,7 +193,7 @@ def rounds(
                 **{f"ttft_{length}_ms": round(middle[f"ttft_{length}_ms"], 2) for length in FIRST_TOKEN},
                 "rounds": len(seen),
                 "start_s": start_s,
-                "cublaslt": cublaslt.loaded() is not None if mode == "plugin" else "",
+                "in_process": in_process,
             }
             for batch in batches
         ]
@@ -192,8 +207,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--turn", type=Path)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--in-process", action="store_true")
     args = parser.parse_args()
-    for i, rows in enumerate(rounds(args.mode, args.model, args.batches, args.rounds, args.turn, args.layers)):
+    options = (args.turn, args.layers, args.in_process)
+    for i, rows in enumerate(rounds(args.mode, args.model, args.batches, args.rounds, *options)):
         print(json.dumps(rows), flush=True)
         if args.turn:
             (args.turn / f"done{i}").touch()

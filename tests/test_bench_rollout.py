@@ -1,9 +1,10 @@
-"""bench/rollout.py: engines that start together are timed in turn, and one that does not start holds up nobody."""
+"""bench/rollout.py: a model's engines are timed in turn, and one that does not start holds up nobody for long."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,16 +45,16 @@ def rollout(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("record", "products", "rollout_worker", "step_sides"):
+    for name in ("conditions", "record", "products", "rollout_worker", "step_sides"):
         sys.modules.pop(name, None)
 
 
-def test_engines_start_together_and_do_their_rounds_in_turn(rollout, tmp_path, monkeypatch):
+def test_the_engines_of_a_model_do_their_rounds_in_turn(rollout, tmp_path, monkeypatch):
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "WORKER", script)
     options = {"models": ["1.7B"], "modes": ["a", "broken", "dies", "b"], "batches": [1], "rounds": 2, "layers": None}
-    args = argparse.Namespace(together=True, ready_s=60, **options)
+    args = argparse.Namespace(together=True, in_process=False, starts=1, ready_s=60, **options)
     found = [(e.mode, e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)]
     newest = {mode: rows for mode, rows, _ in found}
     first, second = [{"batch": 0}], [{"batch": 1}]
@@ -63,11 +64,18 @@ def test_engines_start_together_and_do_their_rounds_in_turn(rollout, tmp_path, m
         "dies": "RuntimeError: out of memory",
     }
     notes = (tmp_path / "notes").read_text().splitlines()
-    assert sorted(notes[:4]) == [f"{mode} starts" for mode in ("a", "b", "broken", "dies")]
+    assert notes[:4] == [f"{mode} starts" for mode in ("a", "broken", "dies", "b")]
     assert notes[4:] == [
         *("a begins 0", "a ends 0", "dies begins 0", "dies ends 0", "b begins 0", "b ends 0"),
         *("a begins 1", "a ends 1", "b begins 1", "b ends 1"),
     ]
+
+
+def test_the_plugin_reaches_the_processes_that_vllm_starts(rollout, tmp_path):
+    env = rollout.plugin_environment(tmp_path)
+    code = "import importlib.metadata as m; print([e.name for e in m.entry_points(group='vllm.general_plugins')])"
+    shown = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert ("bi_ops" in shown, env["VLLM_BATCH_INVARIANT"]) == (True, "1")
 
 
 def test_an_engine_that_is_not_ready_in_time_is_killed_and_said_so(rollout, tmp_path, monkeypatch, capsys):
@@ -75,7 +83,15 @@ def test_an_engine_that_is_not_ready_in_time_is_killed_and_said_so(rollout, tmp_
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "WORKER", script)
     args = argparse.Namespace(
-        models=["1.7B"], modes=["stuck"], batches=[1], rounds=2, layers=8, together=True, ready_s=0.1
+        models=["1.7B"],
+        modes=["stuck"],
+        batches=[1],
+        rounds=2,
+        layers=8,
+        together=True,
+        in_process=True,
+        starts=2,
+        ready_s=0.1,
     )
     assert [(e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)] == [([], "killed")]
     assert "1.7B stuck: not ready in time" in capsys.readouterr().err
