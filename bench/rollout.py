@@ -21,6 +21,7 @@ the GPU at once.
     plugin          VLLM_BATCH_INVARIANT=1 with the plugin: log-probabilities that training reproduces
     plugin vllm kernels     the same bits, but vLLM's own kernels compute what is not attention
     plugin replayed         the same bits; a prefill without a CUDA graph makes launches again (`bi_ops.core.replay`)
+    plugin prefill graphs   the same bits; long prefills are in CUDA graphs (`bi_ops.vllm_plugin.prefill_graphs`)
 """
 
 from __future__ import annotations
@@ -46,7 +47,15 @@ from rollout_worker import LAYERS
 
 from bi_ops.core.provenance import versions
 
-MODES = ("stock", "stock graphs", "invariant", "plugin", "plugin vllm kernels", "plugin replayed")
+MODES = (
+    "stock",
+    "stock graphs",
+    "invariant",
+    "plugin",
+    "plugin vllm kernels",
+    "plugin replayed",
+    "plugin prefill graphs",
+)
 BATCHES = (1, 8, 64, 256)
 WORKER = Path(__file__).with_name("rollout_worker.py")
 
@@ -171,7 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that rollout.csv is written to")
     parser.add_argument("--models", nargs="+", choices=list(LAYERS), default=["1.7B"])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES[:-1]))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES[:5]))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--layers", type=int, help="fewer than each model has; a row's model then says so")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions, of which the median counts (5)")

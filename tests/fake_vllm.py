@@ -70,16 +70,27 @@ class EngineArgs:
     """vLLM's arguments of an engine, as far as the plugin reads them."""
 
     def __init__(self, mode=None, cudagraph_mode=None, enforce_eager=False, **others):
-        self.compilation_config = types.SimpleNamespace(mode=mode, cudagraph_mode=cudagraph_mode)
+        sizes = others.get("sizes", [])
+        self.compilation_config = types.SimpleNamespace(
+            **{"mode": mode, "cudagraph_mode": cudagraph_mode, "cudagraph_capture_sizes": list(sizes)},
+            max_cudagraph_capture_size=max(sizes, default=0),
+        )
         self.enforce_eager = enforce_eager
         self.speculative_config, self.enable_lora = others.get("speculative_config"), others.get("enable_lora", False)
         self.model, self.quantization = "./checkpoint", others.get("quantization")
+        self.additional_config, self.text = others.get("additional_config", {}), others.get("text")
 
 
 def create_engine_config(self, usage_context=None, headless=False):
     """What vLLM would run."""
-    model = types.SimpleNamespace(model=self.model, quantization=self.quantization)
-    return types.SimpleNamespace(compilation_config=self.compilation_config, model_config=model)
+    model = types.SimpleNamespace(model=self.model, quantization=self.quantization, hf_text_config=self.text)
+    return types.SimpleNamespace(
+        compilation_config=self.compilation_config,
+        model_config=model,
+        additional_config=self.additional_config,
+        scheduler_config=types.SimpleNamespace(max_num_batched_tokens=8192),
+        parallel_config=types.SimpleNamespace(tensor_parallel_size=1),
+    )
 
 
 class Slot:

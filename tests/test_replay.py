@@ -283,6 +283,7 @@ def test_descriptions_are_bounded_and_hold_no_tensor(kept, monkeypatch):
     assert not any(isinstance(t, torch.Tensor) for t in reachable)
 
 
+@pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itself for a GPU's process")
 def test_a_gpu_is_launched_what_an_ordinary_call_launches():
     """On a GPU that ends before the driver: the Hopper kernels, their grids, arguments and TMA descriptors."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -495,6 +495,7 @@ def test_collectives_that_no_graph_can_hold_are_refused_by_name(monkeypatch):
 
 
 @pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itself for a GPU's process")
+@pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itself for a GPU's process")
 def test_a_rank_that_shares_a_model_does_not_wait_and_calls_little_more():
     """Negative control: a step that reads a tensor. Embeddings read ids on CPUs alone, where they check them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -8,6 +8,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from bi_ops.vllm_plugin import prefill_graphs
+from bi_ops.vllm_plugin.worker import asked_of
+
 logger = logging.getLogger(__name__)
 
 #: Quantizations of experts for which no kernel of vLLM's is known to be batch-invariant, gpt-oss's among them.
@@ -73,7 +76,7 @@ def without_inductor(stock: Callable[..., Any]) -> Callable[..., Any]:
     eager. Piecewise graphs that were asked for are captured without Inductor, attention between the pieces.
 
     Raises:
-        ValueError: as `check` and `check_model`.
+        ValueError: as `check`, `check_model` and `worker.asked_of`.
     """
 
     @functools.wraps(stock)
@@ -92,6 +95,8 @@ def without_inductor(stock: Callable[..., Any]) -> Callable[..., Any]:
             os.environ[BREAKABLE] = "1"  # the processes that vLLM starts read it too
         config = stock(self, *args, **kwargs)
         check_model(config)
+        if asked_of(config.additional_config).prefill_graphs:
+            prefill_graphs.extend(config)
         return config
 
     return create_engine_config

@@ -21,11 +21,13 @@ class Asked(NamedTuple):
     where they reach it.
     replay: where no CUDA graph holds a step, as in a long prefill, make launches again that differ in addresses alone
     (`core.replay`); the same bits.
+    prefill_graphs: capture long prefills in CUDA graphs (`prefill_graphs`); the same bits.
     """
 
     kernels: str = KERNELS[0]
     peer_memory: bool | None = None
     replay: bool = False
+    prefill_graphs: bool = False
 
 
 def asked_of(additional_config: Any) -> Asked:
@@ -43,8 +45,9 @@ def asked_of(additional_config: Any) -> Asked:
         )
     found = Asked(**ours)
     check_kernels("vllm_plugin", found.kernels)
-    for name, may_be in (("peer_memory", (True, False, None)), ("replay", (True, False))):
-        if not any((value := getattr(found, name)) is one for one in may_be):
+    for name in ("peer_memory", "replay", "prefill_graphs"):
+        value = getattr(found, name)
+        if not (isinstance(value, bool) or (value is None and name == "peer_memory")):
             raise ValueError(f"vllm_plugin: {name} is {value!r}; it must be true or false")
     return found
 
