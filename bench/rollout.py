@@ -70,7 +70,7 @@ def build_binding() -> bool:
 
 
 def kept(
-    path: Path, rows: list[dict[str, Any]], keys: tuple[str, ...] = ("release", "model", "mode")
+    path: Path, rows: list[dict[str, Any]], keys: tuple[str, ...] = ("release", "model", "mode", "in_process")
 ) -> list[dict[str, Any]]:
     """The rows of an existing file that `rows` do not replace: those with other values of `keys`."""
     if not path.exists():

@@ -15,13 +15,37 @@ STOCK, INVARIANT, OURS = ("stock", "stock graphs"), "invariant", "plugin"
 
 def beside_stock(rows: Rows) -> dict[str, list[float]]:
     """Of each release: how many times as many tokens a second as stock vLLM's faster mode, cell by cell."""
-    speed = {(r["release"], r["model"], r["batch"], r["mode"]): float(r["decode_tok_s"]) for r in rows}
+    keys = ("release", "model", "batch", "in_process", "mode")
+    speed = {tuple(r[key] for key in keys): float(r["decode_tok_s"]) for r in rows}
     found: dict[str, list[float]] = {}
-    for (release, model, batch, mode), ours in speed.items():
-        of = [speed[key] for other in STOCK if (key := (release, model, batch, other)) in speed]
+    for (*cell, mode), ours in speed.items():
+        of = [speed[key] for other in STOCK if (key := (*cell, other)) in speed]
         if mode == OURS and of:
-            found.setdefault(release, []).append(ours / max(of))
+            found.setdefault(cell[0], []).append(ours / max(of))
     return found
+
+
+def engine_lines(rows: Rows) -> list[tuple[str, ...]]:
+    """A line of each model: tokens a second of each batch with the ratios to stock vLLM, first tokens, and starts."""
+    batches = sorted({int(r["batch"]) for r in rows})
+    lines = []
+    for release, model in dict.fromkeys((r["release"], r["model"]) for r in rows):
+        of = {(r["mode"], int(r["batch"])): r for r in rows if (r["release"], r["model"]) == (release, model)}
+        speed = {key: float(r["decode_tok_s"]) for key, r in of.items()}
+        cells = []
+        for batch in batches:
+            if (ours := speed.get((OURS, batch))) is None:
+                cells.append("-")
+                continue
+            best = max((speed[mode, batch] for mode in STOCK if (mode, batch) in speed), default=None)
+            ratios = (best and ours / best, (own := speed.get((INVARIANT, batch))) and ours / own)
+            cells.append(f"{ours:,.0f} ({', '.join(f'{v:.2f}' if v else '-' for v in ratios)})")
+        shown = [of[mode, batches[0]] for mode in (OURS, *STOCK, INVARIANT) if (mode, batches[0]) in of]
+        names = {OURS: "plugin", "stock": "default", "stock graphs": "graphs", INVARIANT: "invariant"}
+        first = [f"{names[r['mode']]} {float(r['ttft_512_ms']):.0f} / {float(r['ttft_8192_ms']):.0f}" for r in shown]
+        starts = [f"{names[r['mode']]} {float(r['start_s']):.0f}" for r in shown if r["start_s"]]
+        lines.append((f"{release}, {model}", *cells, ", ".join(first), ", ".join(starts) or "-"))
+    return lines
 
 
 def rollout(results: Path) -> str:
@@ -29,29 +53,17 @@ def rollout(results: Path) -> str:
     rows = load_csv(results, "h200/rollout.csv")
     if not rows:
         return "Not measured yet.\n"
-    speed = {(r["release"], r["model"], int(r["batch"]), r["mode"]): float(r["decode_tok_s"]) for r in rows}
-    first = {(r["release"], r["model"], r["mode"]): r["ttft_512_ms"] + " / " + r["ttft_8192_ms"] for r in rows}
-    lines = []
     batches = sorted({int(r["batch"]) for r in rows})
-    for release, model in dict.fromkeys((r["release"], r["model"]) for r in rows):
-        of = {(batch, mode): rate for (*it, batch, mode), rate in speed.items() if it == [release, model]}
-        cells = []
-        for batch in batches:
-            if (ours := of.get((batch, OURS))) is None:
-                cells.append("-")
-                continue
-            best = max((of[batch, mode] for mode in STOCK if (batch, mode) in of), default=None)
-            ratio = {
-                "stock": best and ours / best,
-                "invariant": ours / of[batch, INVARIANT] if (batch, INVARIANT) in of else None,
-            }
-            cells.append(f"{ours:,.0f} ({', '.join(f'{v:.2f}' if v else '-' for v in ratio.values())})")
-        tokens = [first[release, model, mode] for mode in (OURS, "stock graphs") if (release, model, mode) in first]
-        lines.append((f"{release}, {model}", *cells, "; ".join(tokens)))
-    head = ("vLLM, Qwen3", *(f"batch {b}" for b in batches), "first token after 512 / 8,192, ms (stock)")
-    means = [f"{release}: {geometric_mean(v):.2f} over {len(v)} cells" for release, v in beside_stock(rows).items()]
-    faster = f"\nTimes as fast as stock vLLM, geometric mean: {'; '.join(means)}.\n\n"
-    return table(head, lines) + faster + csv_provenance(rows, "h200/rollout.csv")
+    head = ("vLLM, Qwen3", *(f"batch {b}" for b in batches), "first token after 512 / 8,192, ms", "start, s")
+    out = ""
+    for in_process, where in (("False", "a process of its own, vLLM's default"), ("True", "the caller's process")):
+        if not (of := [r for r in rows if r["in_process"] == in_process]):
+            continue
+        means = [f"{release}: {geometric_mean(v):.2f} over {len(v)} cells" for release, v in beside_stock(of).items()]
+        out += f"The engine in {where}:\n\n{table(head, engine_lines(of))}"
+        out += f"\nTimes as fast as stock vLLM, geometric mean: {'; '.join(means)}.\n\n"
+        out += csv_provenance(of, "h200/rollout.csv") + "\n"
+    return out.removesuffix("\n")
 
 
 def experts(results: Path) -> str:
