@@ -186,7 +186,7 @@ def gpu_report(spans: Sequence[Span]) -> str:
     )
 
 
-def _traced(step: Callable[[], None], path: Path, with_stack: bool) -> tuple[Any, float, list[dict[str, Any]]]:
+def _traced(step: Callable[[], object], path: Path, with_stack: bool) -> tuple[Any, float, list[dict[str, Any]]]:
     """(the profiler, milliseconds, the events of the trace that is then in `path`) of one step."""
     is_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
@@ -200,7 +200,7 @@ def _traced(step: Callable[[], None], path: Path, with_stack: bool) -> tuple[Any
     return profiler, ms, json.loads(path.read_text(errors="replace"))["traceEvents"]
 
 
-def profiled(step: Callable[[], None], base: Path, watches: bool = True) -> None:
+def profiled(step: Callable[[], object], base: Path, watches: bool = True) -> None:
     """Run two steps; write BASE.txt, and BASE.json.gz, a chrome trace of the first one.
 
     In the second functions of Python are watched, which makes it slow: what it says is which functions take the host's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -200,6 +201,17 @@ def rounds(
         ]
 
 
+def profile_steps(mode: str, model: str, batches: list[int], layers: int | None, folder: Path) -> None:
+    """A few token steps of each batch size under torch.profiler, into files of the folder. In this process."""
+    from profiles import profiled
+
+    engine = Sampler(mode, model, max(batches), max(FIRST_TOKEN) + 64, layers, True, gpu_memory_utilization=0.85)
+    engine.warm(batches)
+    for batch in batches:
+        prompts = [prompt(10 + i, PROMPT) for i in range(batch)]
+        profiled(functools.partial(engine.sample, prompts, FEW), folder / f"{model} {mode} {batch}".replace(" ", "-"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("mode")
@@ -209,7 +221,11 @@ def main() -> int:
     parser.add_argument("--turn", type=Path)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--in-process", action="store_true")
+    parser.add_argument("--profile", type=Path)
     args = parser.parse_args()
+    if args.profile:
+        profile_steps(args.mode, args.model, args.batches, args.layers, args.profile)
+        return 0
     options = (args.turn, args.layers, args.in_process)
     for i, rows in enumerate(rounds(args.mode, args.model, args.batches, args.rounds, *options)):
         print(json.dumps(rows), flush=True)
