@@ -13,30 +13,20 @@ as it should be.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import itertools
 import json
-import os
-import queue
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from record import provenance
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from engine_processes import CONSOLE, add_options, each, environment, open_table, outcome_of
 
 from bi_ops.core.files import write_json
 
 #: Tokens that a condition has to have compared.
 LEAST = 10_000
-#: Seconds after which a condition has failed.
-PATIENCE = 540
 WORKER = Path(__file__).with_name("conditions_worker.py")
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL"}
 
@@ -164,35 +154,6 @@ def checkpoint_in(work: Path, wide: bool) -> Path:
     return work / ("checkpoint-wide" if wide else "checkpoint")
 
 
-def write_entry_point(folder: Path) -> Path:
-    """A folder that brings vLLM the plugin, as an installed bi_ops does and a checkout alone does not."""
-    info = folder / "plugin" / "bi_ops_checkout-0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bi_ops_checkout\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbi_ops = bi_ops.vllm_plugin:register\n")
-    return info.parent
-
-
-def environment(more: dict[str, str], plugin: bool, entry: Path) -> dict[str, str]:
-    """That of a process with vLLM in its batch-invariant mode, with `more` variables."""
-    import importlib.metadata
-
-    found = importlib.metadata.entry_points(group="vllm.general_plugins")
-    path = [] if any(e.name == "bi_ops" for e in found) else [str(entry)]
-    path += [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    mode = {"VLLM_BATCH_INVARIANT": "1", "PYTHONPATH": os.pathsep.join(path)}
-    return {**os.environ, **quiet, **mode, **more, **({} if plugin else {"VLLM_PLUGINS": "none"})}
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that processes started here may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(i) for i in range(max(1, torch.cuda.device_count()))]
-
-
 def run(name: str, plugin: bool, work: Path, gpu: str) -> dict[str, Any]:
     """What a condition's process on that GPU found: tokens, different, ...; refused: why; or failed: why."""
     stem = f"{'plugin' if plugin else 'stock'}-{name.replace(' ', '_').replace(',', '')}"
@@ -203,20 +164,6 @@ def run(name: str, plugin: bool, work: Path, gpu: str) -> dict[str, Any]:
     command += ["--result", str(result), "--log", str(log), *(["--plugin"] if plugin else [])]
     env = environment({"CUDA_VISIBLE_DEVICES": gpu, **CONDITIONS[name].env}, plugin, work / "plugin")
     return outcome_of(command, env, log, result)
-
-
-def outcome_of(command: list[str], env: dict[str, str], log: Path, result: Path) -> dict[str, Any]:
-    """What a process wrote to `result`; or failed: why, from its `log`."""
-    with log.open("w") as file:
-        try:
-            subprocess.run(command, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=PATIENCE, check=False)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {PATIENCE} s"}
-    if result.exists():
-        return dict(json.loads(result.read_text()))
-    lines = log.read_text(errors="replace").splitlines()
-    why = [line for line in lines if "Error" in line] or lines[-1:] or ["no output"]
-    return {"failed": why[-1][-400:]}
 
 
 def verdict(condition: Condition, found: dict[str, Any]) -> str:
@@ -269,43 +216,16 @@ def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder that conditions.json is written to")
     parser.add_argument("--rows", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS), metavar="CONDITION")
-    parser.add_argument("--jobs", type=int, default=6, help="conditions at a time on all GPUs together (6)")
-    parser.add_argument("--work", type=Path, help="folder of the checkpoint and the logs; kept")
-    parser.add_argument("--no-control", dest="control", action="store_false", help="leave stock vLLM out")
-    parser.add_argument("--again", action="store_true", help="run what is in the file already too")
-    parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    add_options(parser, "conditions.json")
     args = parser.parse_args()
-    record = provenance(args.commit)
-    release = dict(record["versions"]).get("vllm")  # type: ignore[call-overload]
-    if release is None:
-        parser.error("no vLLM is installed here")
-    work = args.work or Path(tempfile.gettempdir()) / "bi_ops_conditions"
-    work.mkdir(parents=True, exist_ok=True)
-    write_entry_point(work)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "conditions.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    path, rows, release, record, work = open_table(args, parser, "conditions.json")
     names = missing(rows, release, [n for n in CONDITIONS if n in args.rows], args.again, args.control)
     for wide in {CONDITIONS[name].wide for name in names}:
         if not (checkpoint_in(work, wide) / "tokenizer_config.json").exists():
             write_checkpoint(checkpoint_in(work, wide), WIDE if wide else MODEL)
     wrong: dict[str, str] = {}
     lock = threading.Lock()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (TextColumn("vLLM " + release), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-
-    gpus: queue.SimpleQueue[str] = queue.SimpleQueue()  # a place for each job, the GPUs in turn
-    for _, gpu in zip(range(max(1, args.jobs)), itertools.cycle(visible_gpus()), strict=False):
-        gpus.put(gpu)
-
-    def work_on(name: str) -> None:
-        gpu = gpus.get()
-        try:
-            judge(name, gpu)
-        finally:
-            gpus.put(gpu)
 
     def judge(name: str, gpu: str) -> None:
         condition = CONDITIONS[name]
@@ -327,16 +247,9 @@ def main() -> int:
             rows[:] = merged(rows, {"release": release, "condition": name, "plugin": found, "stock": stock, **where})
             write_json(path, rows)
             control = "" if stock is None else f"; stock: {stock.get('different', stock.get('failed'))}"
-            console.print(f"{name}: {reason or found.get('refused', '0 different')}{control}"[:300], markup=False)
+            CONSOLE.print(f"{name}: {reason or found.get('refused', '0 different')}{control}"[:300], markup=False)
 
-    with (
-        Progress(*columns, console=console) as progress,
-        concurrent.futures.ThreadPoolExecutor(max(1, args.jobs)) as pool,
-    ):
-        bar = progress.add_task("conditions", total=len(names))
-        for future in concurrent.futures.as_completed([pool.submit(work_on, name) for name in names]):
-            future.result()
-            progress.advance(bar)
+    each(names, judge, args.jobs, f"vLLM {release}")
     for name, reason in wrong.items():
         print(f"{release}, {name}: {reason}")
     print(f"{release}: {len(names) - len(wrong)} of {len(names)} conditions as they should be; logs in {work}")

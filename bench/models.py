@@ -13,20 +13,14 @@ again. Exit status 0 only if every model is right or refused as it should be.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import json
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conditions import environment, outcome_of, write_entry_point
-from record import provenance
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from engine_processes import CONSOLE, add_options, each, environment, open_table, outcome_of
 
 from bi_ops.core.files import write_json
 
@@ -159,16 +153,15 @@ def write_checkpoint(folder: Path, model: Model) -> None:
     module.save_pretrained(folder)
 
 
-def run(name: str, plugin: bool, work: Path) -> dict[str, Any]:
-    """What a model's process found: tokens, alone_different, ...; refused: why; or failed: why."""
+def run(name: str, plugin: bool, work: Path, gpu: str) -> dict[str, Any]:
+    """What a model's process on that GPU found: tokens, alone_different, ...; refused: why; or failed: why."""
     stem = f"{'plugin' if plugin else 'stock'}-{name.replace(' ', '_').replace(',', '')}"
     result, log = work / f"{stem}.json", work / f"{stem}.log"
     result.unlink(missing_ok=True)
     folder = work / name.replace(" ", "_").replace(",", "")
     command = [sys.executable, str(WORKER), "--model", name, "--checkpoint", str(folder), "--result", str(result)]
-    return outcome_of(
-        [*command, *(["--plugin"] if plugin else [])], environment(IN_PROCESS, plugin, work / "plugin"), log, result
-    )
+    env = environment({"CUDA_VISIBLE_DEVICES": gpu, **IN_PROCESS}, plugin, work / "plugin")
+    return outcome_of([*command, *(["--plugin"] if plugin else [])], env, log, result)
 
 
 def verdict(model: Model, found: dict[str, Any]) -> tuple[str, str]:
@@ -208,54 +201,30 @@ def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder that models.json is written to")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--jobs", type=int, default=6, help="engines at a time on the GPU (6)")
-    parser.add_argument("--work", type=Path, help="folder of the checkpoints and the logs; kept")
-    parser.add_argument("--no-control", dest="control", action="store_false", help="leave stock vLLM out")
-    parser.add_argument("--again", action="store_true", help="run what is in the file already too")
-    parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
+    add_options(parser, "models.json")
     args = parser.parse_args()
-    record = provenance(args.commit)
-    release = dict(record["versions"]).get("vllm")  # type: ignore[call-overload]
-    if release is None:
-        parser.error("no vLLM is installed here")
-    work = args.work or Path(tempfile.gettempdir()) / "bi_ops_models"
-    work.mkdir(parents=True, exist_ok=True)
-    write_entry_point(work)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "models.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    path, rows, release, record, work = open_table(args, parser, "models.json")
     names = missing(rows, release, [n for n in MODELS if n in args.models], args.again)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (TextColumn("vLLM " + release), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     lock = threading.Lock()
 
-    def work_on(name: str) -> None:
-        model, plugin = MODELS[name], run(name, True, work)
+    def judge(name: str, gpu: str) -> None:
+        model, plugin = MODELS[name], run(name, True, work, gpu)
         said, why = verdict(model, plugin)
 
         def record_row(line: str, stock: dict[str, Any] | None = None) -> None:
             row = {"release": release, "model": name, "verdict": said, "why": why, "plugin": plugin, "stock": stock}
-            row |= record
             with lock:
-                rows[:] = merged(rows, row)
+                rows[:] = merged(rows, row | record)
                 write_json(path, rows)
-                console.print(f"{name}: {line}"[:300], markup=False)
+                CONSOLE.print(f"{name}: {line}"[:300], markup=False)
 
         record_row(f"{said}: {why or told(plugin)}")
         if args.control and not model.refused:
-            stock = run(name, False, work)
+            stock = run(name, False, work, gpu)
             record_row(f"stock: {told(stock)}", stock)
 
-    with (
-        Progress(*columns, console=console) as progress,
-        concurrent.futures.ThreadPoolExecutor(max(1, args.jobs)) as pool,
-    ):
-        bar = progress.add_task("models", total=len(names))
-        for future in concurrent.futures.as_completed([pool.submit(work_on, name) for name in names]):
-            future.result()
-            progress.advance(bar)
+    each(names, judge, args.jobs, f"vLLM {release}")
     mine = [r for r in rows if r["release"] == release and r["model"] in names]
     for row in mine:
         print(f"{release}, {row['model']}: {row['verdict']}{': ' + row['why'] if row['why'] else ''}")

@@ -41,7 +41,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conditions import environment, write_entry_point
+from engine_processes import environment, write_entry_point
 from record import row_provenance, write_csv
 from rollout_worker import LAYERS
 

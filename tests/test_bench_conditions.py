@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 import urllib.error
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import conditions
 import conditions_worker
+import engine_processes
 from conditions_server import Answer, Server, ask_all, read_answer
 
 from bi_ops.core import runtime
@@ -114,12 +116,29 @@ def test_the_checkpoint_is_one_and_its_tokenizer_knows_every_id(tmp_path):
     assert tokenizer.decode([3, 63]).split() == ["t3", "t63"]
 
 
+def test_jobs_take_the_gpus_in_turn_and_no_more_at_a_time(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    together = threading.Barrier(3)
+    taken: list[tuple[str, str]] = []
+
+    def work_on(name, gpu):
+        taken.append((name, gpu))
+        together.wait(60)  # three run at once, and the next three only then
+        assert len(taken) <= 6
+
+    engine_processes.each("abcdef", work_on, jobs=3, what="jobs")
+    assert sorted(name for name, _ in taken) == list("abcdef")
+    assert sorted(gpu for _, gpu in taken[:3]) == ["4", "4", "7"]
+    with pytest.raises(ZeroDivisionError):
+        engine_processes.each("a", lambda name, gpu: print(1 / 0), jobs=1, what="jobs")
+
+
 def test_a_process_finds_the_plugin_of_a_checkout(tmp_path):
-    folder = conditions.write_entry_point(tmp_path)
+    folder = engine_processes.write_entry_point(tmp_path)
     [found] = importlib.metadata.distributions(path=[str(folder)])
     [entry] = found.entry_points
     assert (entry.group, entry.name) == ("vllm.general_plugins", "bi_ops")
-    env = conditions.environment(conditions.CONDITIONS["v1 model runner"].env, False, folder)
+    env = engine_processes.environment(conditions.CONDITIONS["v1 model runner"].env, False, folder)
     assert (env["VLLM_BATCH_INVARIANT"], env["VLLM_PLUGINS"], env["VLLM_USE_V2_MODEL_RUNNER"]) == ("1", "none", "0")
     code = "import importlib.metadata as m; print([e.name for e in m.entry_points(group='vllm.general_plugins')])"
     shown = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout

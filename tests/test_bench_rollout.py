@@ -45,7 +45,7 @@ def rollout(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("conditions", "record", "products", "rollout_worker", "step_sides"):
+    for name in ("engine_processes", "record", "products", "rollout_worker", "step_sides"):
         sys.modules.pop(name, None)
 
 
