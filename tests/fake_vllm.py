@@ -23,6 +23,7 @@ from bi_ops import rope, vllm_plugin
 from bi_ops.core import vllm
 
 LAYERNORM = "vllm.model_executor.layers.layernorm"
+CACHE = "vllm.v1.core.kv_cache_manager"
 SELECTOR = "vllm.v1.attention.selector"
 REGISTRY = "vllm.v1.attention.backends.registry"
 VERSION = "vllm.v1.attention.backends.fa_utils"
@@ -64,6 +65,13 @@ CHOICES = {
     v: stock_choice_by_cache if "_run_kv_cache_dtype" in r.choose_backend else stock_choice
     for v, r in vllm.RELEASES.items()
 }
+
+
+class KVCacheManager:
+    """vLLM's, as far as the plugin replaces it."""
+
+    def allocate_slots(self, request, num_new_tokens, num_new_computed_tokens=0, *, num_lookahead_tokens=0):
+        raise AssertionError("nobody schedules here")
 
 
 class EngineArgs:
@@ -344,11 +352,12 @@ def installed(monkeypatch, version="0.26.0"):
         "vllm.v1",
         "vllm.v1.worker",
         "vllm.v1.sample",
+        "vllm.v1.core",
         "vllm.model_executor.models",
         "vllm.model_executor.layers.rotary_embedding",
     ]
     packages += ("vllm.model_executor.determinism", "vllm.v1.attention", "vllm.v1.attention.backends")
-    named = (LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS, CONFIG, WORKER, *LAYERS, SAMPLER)
+    named = (LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS, CONFIG, WORKER, *LAYERS, SAMPLER, CACHE)
     for name in (*packages, origin, *named):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -368,6 +377,9 @@ def installed(monkeypatch, version="0.26.0"):
     modules[SELECTOR]._cached_get_attn_backend = CHOICES[version]
     modules[ARGUMENTS].EngineArgs = type("EngineArgs", (EngineArgs,), {"create_engine_config": create_engine_config})
     modules[WORKER].WorkerWrapperBase = type("WorkerWrapperBase", (WorkerWrapperBase,), {"init_device": init_device})
+    modules[CACHE].KVCacheManager = type(
+        "KVCacheManager", (KVCacheManager,), {"allocate_slots": KVCacheManager.allocate_slots}
+    )
     modules[LINEAR].UnquantizedLinearMethod = UnquantizedLinearMethod
     modules[EMBEDDING].UnquantizedEmbeddingMethod = UnquantizedEmbeddingMethod
     fake_vllm_parallel.install(monkeypatch, modules, modules[LINEAR], modules[EMBEDDING])

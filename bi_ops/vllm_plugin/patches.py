@@ -13,7 +13,7 @@ import torch
 
 from bi_ops import logprob
 from bi_ops.core.vllm import Release
-from bi_ops.vllm_plugin import parallel, parallel_experts, sampling
+from bi_ops.vllm_plugin import parallel, parallel_experts, sampling, scheduling
 from bi_ops.vllm_plugin.backend import choose_backend
 from bi_ops.vllm_plugin.compilation import without_inductor
 from bi_ops.vllm_plugin.points import Point
@@ -134,5 +134,9 @@ def patches_of(release: Release) -> tuple[Patch, ...]:
             "it has NCCL use one channel and one thread, so that its sums do not depend on sizes; under the plugin no "
             "number is added over ranks, and moving data that way takes ten times as long",
         ),
-        *(LeadingPatch(*replaced) for replaced in (*sampling.REPLACED, *parallel.REPLACED, *parallel_experts.REPLACED)),
+        *(
+            LeadingPatch(*replaced)
+            for module in (sampling, scheduling, parallel, parallel_experts)
+            for replaced in module.REPLACED
+        ),
     )

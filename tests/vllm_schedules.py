@@ -1,0 +1,161 @@
+"""Does vLLM's scheduler, as it is installed, schedule the same with `vllm_plugin.scheduling`? It needs no GPU.
+
+    python tests/vllm_schedules.py
+
+Random requests come and go over caches with and without room, with prefix caching and without, scheduled ahead and
+not. Prints JSON: "steps" compared, those that are "different", how often blocks were "asked" for and how many of these
+were "answered" at once, how many requests were "preempted" and how many "hits" the prefix cache had. "control": steps
+that differ where every request is answered so, whether it has room or not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import bi_ops  # noqa: F401  # isort: skip  (before triton)
+import torch
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from bi_ops.vllm_plugin import scheduling
+
+BLOCK, REQUESTS, STEPS = 16, 96, 250
+MODEL = {
+    **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 512},
+    **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128},
+    **{"vocab_size": 1024, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"},
+}
+
+
+def make_scheduler(folder: Path, blocks: int, tokens: int, caching: bool, ahead: bool) -> Any:
+    """blocks: of the cache. tokens: of a step, at most. ahead: it schedules a step before the last one's tokens."""
+    model = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=1024, seed=0)
+    cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=caching)
+    cache.num_gpu_blocks = blocks
+    options = {"enable_chunked_prefill": True, "is_encoder_decoder": False, "async_scheduling": ahead}
+    scheduled = SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=tokens, max_model_len=1024, **options)
+    config = VllmConfig(
+        model_config=model, scheduler_config=scheduled, cache_config=cache, device_config=DeviceConfig("cpu")
+    )
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=128, dtype=torch.bfloat16)
+    kind = AsyncScheduler if ahead else Scheduler
+    more = {"hash_block_size": BLOCK} if "hash_block_size" in inspect.signature(kind.__init__).parameters else {}
+    return kind(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+        ),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK,
+        **more,
+    )
+
+
+def run(folder: Path, seed: int, blocks: int, tokens: int, caching: bool, ahead: bool) -> list[Any]:
+    """What the scheduler decided in each step, and the blocks that were left."""
+    scheduler, rng = make_scheduler(folder, blocks, tokens, caching, ahead), random.Random(seed)
+    hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256")) if caching else None
+    shared = [rng.randrange(1000) for _ in range(4 * BLOCK)]
+    seen: list[Any] = []
+    waiting: list[tuple[Any, list[bool]]] = []
+    n = 0
+    for step in range(STEPS):
+        while n < REQUESTS and rng.random() < 0.5:
+            prompt = shared * (rng.random() < 0.5) + [rng.randrange(1000) for _ in range(rng.randint(1, 200))]
+            params = SamplingParams(max_tokens=rng.randint(1, 90), ignore_eos=True, detokenize=False)
+            options = {"pooling_params": None, "block_hasher": hasher}
+            scheduler.add_request(Request(str(n), prompt_token_ids=prompt, sampling_params=params, **options))
+            n += 1
+        now = scheduler.schedule()
+        cached = now.scheduled_cached_reqs
+        seen.append(
+            (
+                sorted(now.num_scheduled_tokens.items()),
+                [(r.req_id, r.block_ids, r.num_computed_tokens) for r in now.scheduled_new_reqs],
+                [list(cached.req_ids), list(cached.new_block_ids)],
+                sorted(now.finished_req_ids),
+                sorted(now.preempted_req_ids or ()),
+                scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+            )
+        )
+        of = [scheduler.requests[name] for name in now.num_scheduled_tokens]
+        waiting.append((now, [r.num_computed_tokens >= r.num_prompt_tokens for r in of]))
+        if len(waiting) > ahead:
+            last, samples = waiting.pop(0)
+            names = list(last.num_scheduled_tokens)
+            output = ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: i for i, name in enumerate(names)},
+                sampled_token_ids=[
+                    [(31 * int(x) + step) % 1000] if s else [] for x, s in zip(names, samples, strict=True)
+                ],
+                logprobs=None,
+                prompt_logprobs_dict={},
+                pooler_output=[],
+            )
+            scheduler.update_from_output(last, output)
+    return seen
+
+
+def patched(function: Callable[..., Any]) -> Any:
+    return mock.patch.object(KVCacheManager, "allocate_slots", function)
+
+
+def main() -> None:
+    init_none_hash(get_hash_fn_by_name("sha256"))
+    stock, counts = KVCacheManager.allocate_slots, {"asked": 0, "by_vllm": 0}
+
+    def counted(*args: Any, **options: Any) -> Any:
+        counts["by_vllm"] += 1
+        return stock(*args, **options)
+
+    ours = scheduling.without_new_blocks(counted)
+
+    def asked(*args: Any, **options: Any) -> Any:
+        counts["asked"] += 1
+        return ours(*args, **options)
+
+    def careless(self: Any, request: Any, n: int, **options: Any) -> Any:
+        plain = options in ({}, {"num_lookahead_tokens": 0})
+        return self.empty_kv_cache_blocks if plain else stock(self, request, n, **options)
+
+    found = {"steps": 0, "different": 0, "preempted": 0, "hits": 0, "control": 0}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(MODEL))
+        for seed in range(2):
+            for case in ((4000, 1024, True), (4000, 1024, False), (90, 64, True), (90, 64, False)):
+                for ahead in (False, True):
+                    expected = run(folder, seed, *case, ahead)
+                    with patched(asked):
+                        given = run(folder, seed, *case, ahead)
+                    found["steps"] += len(expected)
+                    found["different"] += sum(a != b for a, b in zip(expected, given, strict=True))
+                    found["preempted"] += sum(len(step[4]) for step in expected)
+                    found["hits"] += sum(r[2] > 0 for step in expected for r in step[1])
+        expected = run(folder, 0, 4000, 1024, False, True)
+        with patched(careless):
+            found["control"] = sum(
+                a != b for a, b in zip(expected, run(folder, 0, 4000, 1024, False, True), strict=True)
+            )
+    print(json.dumps(found | {"asked": counts["asked"], "answered": counts["asked"] - counts["by_vllm"]}))
+
+
+if __name__ == "__main__":
+    main()
