@@ -80,6 +80,7 @@ class NaiveSum(parallel.GradientTree):
 MODELS = {"stack": StackModel, "odd": OddModel}
 #: Of both ranks: one each, two, and four; the third and the last of eight have no sequences.
 ATOMS = (2, 4, 8)
+TRAINING: dict[str, Any] = {"recompute": "layer", "kl": 0.1, "updates_per_rollout": 2}
 
 
 def on_a_rank() -> dict[Any, Any]:
@@ -96,8 +97,6 @@ def on_a_rank() -> dict[Any, Any]:
     layout = parallel.Whole(StackModel(), parallel.order(4), here)
     layout.sums = [NaiveSum(sums.tree, sums.ranks) for sums in layout.sums]
     found["naive"] = gradients_of(layout)
-    changes: dict[str, Any] = {"recompute": "layer", "kl": 0.1, "updates_per_rollout": 2}
-    found["trained"] = trained(here, **changes)
     return found
 
 
@@ -109,16 +108,25 @@ def test_gradients_that_are_exchanged_early_have_the_bits_of_one_process():
         for name, make in MODELS.items()
         for atoms in ATOMS
     }
-    model = trained(recompute="layer", kl=0.1, updates_per_rollout=2)
     for result in ranks.run(2, on_a_rank):
         for (name, atoms), wanted in one.items():
             for overlaps in (False, True):
                 assert equal(result[name, atoms, overlaps], wanted), (name, atoms, overlaps)
         assert equal(result["small"], one["odd", 8])
         assert not equal(result["naive"], one["stack", 4])
-        assert result["trained"]["metrics"] == model["metrics"]
+
+
+def trained_on_a_rank() -> dict[str, Any]:
+    return trained(parallel.Ranks.of(), **TRAINING)
+
+
+@pytest.mark.slow  # without KL and recomputation test_parallel.py trains so too
+def test_training_that_exchanges_early_ends_in_the_bytes_of_one_process():
+    model = trained(**TRAINING)
+    for result in ranks.run(2, trained_on_a_rank):
+        assert result["metrics"] == model["metrics"]
         for what in ("grads", "weights"):
-            assert equal(result["trained"][what], model[what])
+            assert equal(result[what], model[what])
 
 
 # --------------------------------------------------------------------------------------------------------------
