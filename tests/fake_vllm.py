@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.machinery
 import importlib.metadata
+import inspect
 import os
 import sys
 import types
@@ -23,7 +24,7 @@ from bi_ops import rope, vllm_plugin
 from bi_ops.core import vllm
 
 LAYERNORM = "vllm.model_executor.layers.layernorm"
-CACHE = "vllm.v1.core.kv_cache_manager"
+CACHE, LOGPROBS = "vllm.v1.core.kv_cache_manager", "vllm.v1.engine.logprobs"
 SELECTOR = "vllm.v1.attention.selector"
 REGISTRY = "vllm.v1.attention.backends.registry"
 VERSION = "vllm.v1.attention.backends.fa_utils"
@@ -72,6 +73,13 @@ class KVCacheManager:
 
     def allocate_slots(self, request, num_new_tokens, num_new_computed_tokens=0, *, num_lookahead_tokens=0):
         raise AssertionError("nobody schedules here")
+
+
+class LogprobsProcessor:
+    """vLLM's, as far as the plugin replaces it."""
+
+    def _update_sample_logprobs(self, logprobs_lists):
+        raise AssertionError("nobody processes outputs here")
 
 
 class EngineArgs:
@@ -353,11 +361,12 @@ def installed(monkeypatch, version="0.26.0"):
         "vllm.v1.worker",
         "vllm.v1.sample",
         "vllm.v1.core",
+        "vllm.v1.engine",
         "vllm.model_executor.models",
         "vllm.model_executor.layers.rotary_embedding",
     ]
     packages += ("vllm.model_executor.determinism", "vllm.v1.attention", "vllm.v1.attention.backends")
-    named = (LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS, CONFIG, WORKER, *LAYERS, SAMPLER, CACHE)
+    named = (LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS, CONFIG, WORKER, *LAYERS, SAMPLER, CACHE, LOGPROBS)
     for name in (*packages, origin, *named):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -377,9 +386,9 @@ def installed(monkeypatch, version="0.26.0"):
     modules[SELECTOR]._cached_get_attn_backend = CHOICES[version]
     modules[ARGUMENTS].EngineArgs = type("EngineArgs", (EngineArgs,), {"create_engine_config": create_engine_config})
     modules[WORKER].WorkerWrapperBase = type("WorkerWrapperBase", (WorkerWrapperBase,), {"init_device": init_device})
-    modules[CACHE].KVCacheManager = type(
-        "KVCacheManager", (KVCacheManager,), {"allocate_slots": KVCacheManager.allocate_slots}
-    )
+    for place, made in ((CACHE, KVCacheManager), (LOGPROBS, LogprobsProcessor)):
+        functions = {name: value for name, value in vars(made).items() if inspect.isfunction(value)}
+        setattr(modules[place], made.__name__, type(made.__name__, (made,), functions))
     modules[LINEAR].UnquantizedLinearMethod = UnquantizedLinearMethod
     modules[EMBEDDING].UnquantizedEmbeddingMethod = UnquantizedEmbeddingMethod
     fake_vllm_parallel.install(monkeypatch, modules, modules[LINEAR], modules[EMBEDDING])

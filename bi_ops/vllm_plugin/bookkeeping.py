@@ -1,7 +1,7 @@
-"""What vLLM's scheduler asks for each running request in every step, answered at once where nothing is to be done.
+"""What vLLM's Python does for each request in every step, done at once where there is little to do.
 
-A decoding request gets a new block of the KV cache once in `block_size` steps. vLLM finds out in a dozen calls for each
-request, which takes a quarter of the host's step of 256 requests, and a small model's GPU waits meanwhile.
+A step of hundreds of requests is as long as vLLM's bookkeeping takes, and a small model's GPU waits meanwhile. Most of
+what it does for a request has one outcome: its KV cache has room for the next token, and a log-probability is appended.
 """
 
 from __future__ import annotations
@@ -59,6 +59,23 @@ def blocks_of(manager: Any) -> Any:
         return manager._bi_ops_blocks
 
 
+def one_log_probability(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`LogprobsProcessor._update_sample_logprobs`, where the sampled token's alone is kept in a flat list."""
+
+    @functools.wraps(stock)
+    def _update_sample_logprobs(self: Any, logprobs_lists: Any) -> None:
+        ids, scores, ranks = logprobs_lists[:3]
+        flat = getattr(self.logprobs, "append_fast", None)
+        if flat is None or self.num_logprobs != 0 or self.tokenizer is not None or ids.size != 1:
+            stock(self, logprobs_lists)
+            return
+        score = scores.item(0)
+        self.cumulative_logprob += score
+        flat((ids.item(0),), (score,), (ranks.item(0),), (None,))
+
+    return _update_sample_logprobs
+
+
 #: What the plugin replaces.
 REPLACED = (
     Replaced(
@@ -67,5 +84,12 @@ REPLACED = (
         ("self", "request", "num_new_tokens"),
         without_new_blocks,
         "it takes a quarter of the host's step of many requests, though few of them need a block",
+    ),
+    Replaced(
+        "vllm.v1.engine.logprobs",
+        "LogprobsProcessor._update_sample_logprobs",
+        ("self", "logprobs_lists"),
+        one_log_probability,
+        "it makes lists and chains of one number, for each request in each step",
     ),
 )

@@ -1,11 +1,12 @@
-"""Does vLLM's scheduler, as it is installed, schedule the same with `vllm_plugin.scheduling`? It needs no GPU.
+"""Does vLLM, as it is installed, do the same with `vllm_plugin.bookkeeping`? It needs no GPU.
 
-    python tests/vllm_schedules.py
+    python tests/vllm_bookkeeping.py
 
 Random requests come and go over caches with and without room, with prefix caching and without, scheduled ahead and
 not. Prints JSON: "steps" compared, those that are "different", how often blocks were "asked" for and how many of these
 were "answered" at once, how many requests were "preempted" and how many "hits" the prefix cache had. "control": steps
-that differ where every request is answered so, whether it has room or not.
+that differ where every request is answered so, whether it has room or not. "logprobs": lists of log-probabilities that
+were compared, "logprobs_different": those that differ.
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ from typing import Any
 from unittest import mock
 
 import bi_ops  # noqa: F401  # isort: skip  (before triton)
+import numpy as np
 import torch
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.logprobs import create_sample_logprobs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from bi_ops.vllm_plugin import scheduling
+from bi_ops.vllm_plugin import bookkeeping
 
 BLOCK, REQUESTS, STEPS = 16, 96, 250
 MODEL = {
@@ -113,6 +117,21 @@ def run(folder: Path, seed: int, blocks: int, tokens: int, caching: bool, ahead:
     return seen
 
 
+def scores_of(update: Callable[..., Any], seed: int) -> tuple[Any, ...]:
+    """What a request has after random updates; seed: decides what it has asked for, too."""
+    rng = np.random.default_rng(seed)
+    wanted, flat = int(rng.integers(0, 3)), bool(rng.integers(0, 4))
+    processor = LogprobsProcessor.__new__(LogprobsProcessor)
+    processor.tokenizer, processor.num_logprobs, processor.cumulative_logprob = None, wanted, 0.0
+    processor.logprobs = create_sample_logprobs(flat)
+    for n in rng.integers(1, 3, size=20):
+        ids, scores = rng.integers(0, 1000, (n, wanted + 1)), rng.standard_normal((n, wanted + 1))
+        lists = LogprobsLists(ids.astype(np.int32), scores.astype(np.float32), rng.integers(1, 9, n).astype(np.int32))
+        update(processor, lists)
+    held = vars(processor.logprobs) if flat else list(processor.logprobs)
+    return held, processor.cumulative_logprob
+
+
 def patched(function: Callable[..., Any]) -> Any:
     return mock.patch.object(KVCacheManager, "allocate_slots", function)
 
@@ -125,7 +144,7 @@ def main() -> None:
         counts["by_vllm"] += 1
         return stock(*args, **options)
 
-    ours = scheduling.without_new_blocks(counted)
+    ours = bookkeeping.without_new_blocks(counted)
 
     def asked(*args: Any, **options: Any) -> Any:
         counts["asked"] += 1
@@ -154,6 +173,9 @@ def main() -> None:
             found["control"] = sum(
                 a != b for a, b in zip(expected, run(folder, 0, 4000, 1024, False, True), strict=True)
             )
+    update = LogprobsProcessor._update_sample_logprobs
+    pairs = [(scores_of(update, i), scores_of(bookkeeping.one_log_probability(update), i)) for i in range(200)]
+    found |= {"logprobs": len(pairs), "logprobs_different": sum(a != b for a, b in pairs)}
     print(json.dumps(found | {"asked": counts["asked"], "answered": counts["asked"] - counts["by_vllm"]}))
 
 
