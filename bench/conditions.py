@@ -98,6 +98,12 @@ CONDITIONS: dict[str, Condition] = {
         f"{name} CUDA graphs": Condition({"compilation_config": {"mode": 0, "cudagraph_mode": mode}})
         for name, mode in (("piecewise", "PIECEWISE"), ("full and piecewise", "FULL_AND_PIECEWISE"))
     },
+    "launches replayed": Condition(
+        {"enforce_eager": True, "additional_config": {"bi_ops": {"replay": True}}}, control=False
+    ),
+    "long prefills in CUDA graphs": Condition(
+        _graphs(max_num_batched_tokens=8192, additional_config={"bi_ops": {"prefill_graphs": True}}), control=False
+    ),
     "Inductor": Condition({"compilation_config": {"mode": 3}}, refused=True),
     "speculative decoding": Condition(_graphs(speculative_config=NGRAM), refused=True),
     "LoRA": Condition(_graphs(enable_lora=True), refused=True),
