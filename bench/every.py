@@ -82,6 +82,13 @@ JOBS = (
         420,
         quiet=True,
     ),
+    Job(
+        "rollout profiles",
+        ("rollout.py", "--profile", "--models", "0.6B", "4B", "--modes", *MODES[:2], "--batches", "256"),
+        4,
+        180,
+        quiet=True,
+    ),
     Job("layer's host", ("layer_host.py", "--models", "0.6B", "8B"), 1, 60, quiet=True),
     Job("RL step", ("rl_step.py",), 4, 200, quiet=True),
     Job(

@@ -99,7 +99,7 @@ class Engine:
         command += ["--batches", *map(str, args.batches)]
         command += ["--layers", str(args.layers)] if args.layers else []
         command += ["--in-process"] if args.in_process else []
-        command += ["--profile", str(args.profile)] if args.profile else []
+        command += ["--profile", str(args.out / "profiles")] if args.profile else []
         command += [] if self._alone else ["--turn", str(folder)]
         env = plugin_environment(folder) if mode.startswith("plugin") else None
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
@@ -189,7 +189,7 @@ def main() -> int:
     parser.add_argument("--starts", type=int, default=1, help="with --together: engines that start at a time (1)")
     parser.add_argument("--ready-s", type=float, default=240, help="with --together: seconds that an engine may start")
     parser.add_argument("--in-process", action="store_true", help="engines run in the process of their caller")
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="time nothing: profiles of 16 token steps")
+    parser.add_argument("--profile", action="store_true", help="time nothing: profile 16 token steps into OUT/profiles")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--log", type=Path, help="file that what the engines print is written to")
     args = parser.parse_args()

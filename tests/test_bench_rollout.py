@@ -54,7 +54,7 @@ def test_the_engines_of_a_model_do_their_rounds_in_turn(rollout, tmp_path, monke
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "WORKER", script)
     options = {"models": ["1.7B"], "modes": ["a", "broken", "dies", "b"], "batches": [1], "rounds": 2, "layers": None}
-    args = argparse.Namespace(together=True, in_process=False, profile=None, starts=1, ready_s=60, **options)
+    args = argparse.Namespace(together=True, in_process=False, profile=False, starts=1, ready_s=60, **options)
     found = [(e.mode, e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)]
     newest = {mode: rows for mode, rows, _ in found}
     first, second = [{"batch": 0}], [{"batch": 1}]
@@ -83,7 +83,7 @@ def test_an_engine_that_is_not_ready_in_time_is_killed_and_said_so(rollout, tmp_
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "WORKER", script)
     asked = {"models": ["1.7B"], "modes": ["stuck"], "batches": [1], "rounds": 2, "layers": 8}
-    how = {"together": True, "in_process": True, "profile": None, "starts": 2, "ready_s": 0.1}
+    how = {"together": True, "in_process": True, "profile": False, "starts": 2, "ready_s": 0.1}
     args = argparse.Namespace(**asked, **how)
     assert [(e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)] == [([], "killed")]
     assert "1.7B stuck: not ready in time" in capsys.readouterr().err
