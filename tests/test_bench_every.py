@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,17 @@ def every(monkeypatch) -> Any:
     return importlib.import_module("every")
 
 
+def with_imports(path: Path) -> str:
+    """A benchmark's source, and those of its neighbours that it imports."""
+    text = path.read_text()
+    names = re.findall(r"^from (\w+) import", text, re.MULTILINE)
+    return text + "".join(other.read_text() for n in names if (other := path.with_name(f"{n}.py")).exists())
+
+
 def test_every_job_is_a_benchmark_that_takes_what_it_is_given(every):
     assert len({job.name for job in every.JOBS}) == len(every.JOBS)
     for job in every.JOBS:
-        source = (BENCH / job.command[0]).read_text()
+        source = with_imports(BENCH / job.command[0])
         options = [word for word in job.command if word.startswith("--")]
         for option in (*options, "--out", "--commit", *(["--seconds"] if job.limited else [])):
             assert f'"{option}"' in source, (job.name, option)
