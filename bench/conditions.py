@@ -98,6 +98,9 @@ CONDITIONS: dict[str, Condition] = {
         f"{name} CUDA graphs": Condition({"compilation_config": {"mode": 0, "cudagraph_mode": mode}})
         for name, mode in (("piecewise", "PIECEWISE"), ("full and piecewise", "FULL_AND_PIECEWISE"))
     },
+    "piecewise CUDA graphs, v1 model runner": Condition(
+        {"compilation_config": {"mode": 0, "cudagraph_mode": "PIECEWISE"}}, _runner(1)
+    ),
     "launches replayed": Condition(
         {"enforce_eager": True, "additional_config": {"bi_ops": {"replay": True}}}, control=False
     ),
