@@ -8,7 +8,7 @@ import gluon_model as model
 import numpy as np
 import pytest
 import torch
-from gluon_model import Descriptor, Pointer
+from gluon_values import Descriptor, Failure, Pointer
 
 from bi_ops import matmul
 from bi_ops.core import runtime
@@ -89,7 +89,7 @@ BROKEN = {
 def test_what_is_broken_is_caught(broken, tmp_path):
     """Negative control."""
     other = model.edited(decode, *BROKEN[broken], tmp_path)
-    with pytest.raises((model.Failure, AssertionError)):
+    with pytest.raises((Failure, AssertionError)):
         [run(*s, prefetch, kernels=other, seed=i) for i in range(5) for s in SIZES for prefetch in (False, True)]
 
 

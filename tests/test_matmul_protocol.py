@@ -10,7 +10,7 @@ import random
 import gluon_model as model
 import numpy as np
 import pytest
-from gluon_model import Descriptor, Pointer
+from gluon_values import Descriptor, Failure, Pointer
 
 from bi_ops.matmul import hopper, hopper_tile
 
@@ -88,7 +88,7 @@ def test_what_is_broken_is_caught(broken, accumulate, tmp_path):
     some = [(256, 640, 1024, 4, 2, 2), (256, 640, BLOCK_T, 2, 0, 1), (384, 384, 1024, 3, 1, 3)]
     [run_wgrad(*sizes, accumulate=accumulate) for sizes in some]
     how = {"kernels": other, "accumulate": accumulate, "resident": 4}
-    with pytest.raises((model.Failure, AssertionError)):
+    with pytest.raises((Failure, AssertionError)):
         [run_wgrad(*sizes, seed=seed, **how) for seed in range(10) for sizes in some]
 
 
@@ -139,5 +139,5 @@ def test_what_is_broken_in_tiles_is_caught(line, instead, tmp_path):
     other = model.edited(hopper_tile, line, instead, tmp_path)
     sizes = [(192, 260, 512, *tile, 16, 4) for tile in TILES]
     [run_tiles(*s) for s in sizes]
-    with pytest.raises((model.Failure, AssertionError)):
+    with pytest.raises((Failure, AssertionError)):
         [run_tiles(*s, kernels=other, seed=seed, resident=4) for seed in range(10) for s in sizes]
