@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import triton
+from own_process import printed_by, without_a_gpu
 from test_cli import call
 from tiny import tiny_model
 
@@ -129,14 +127,10 @@ def test_an_import_leaves_the_compiler_alone():
     assert out.stdout.split() == ["False", "True"]
 
 
-@pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itself for a GPU's process")
+@without_a_gpu
 def test_the_warmup_compiles_what_first_steps_launch():
     """Packs of many sequences and of one, from graphs and not. Negative control: a warm-up of equal sequences alone."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("traced_first_steps.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = printed_by("traced_first_steps.py")
     assert found["compiled"] > 20
     assert {name: kernels for name, kernels in found["missing"].items() if kernels} == {}
     assert len(found["missing"]) == 11

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from own_process import printed_by, without_a_gpu
 
 from bi_ops import norm
 from bi_ops.core import replay, runtime
 from bi_ops.core.replay import replayed
 from bi_ops.vllm_plugin import backend, layers
 
-HERE = Path(__file__).parent
 HQ, HKV, D, PAGE, TOKENS = 4, 2, 32, 16, 24
 
 DEVICE = runtime.device_type()
@@ -283,14 +279,10 @@ def test_descriptions_are_bounded_and_hold_no_tensor(kept, monkeypatch):
     assert not any(isinstance(t, torch.Tensor) for t in reachable)
 
 
-@pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itself for a GPU's process")
+@without_a_gpu
 def test_a_gpu_is_launched_what_an_ordinary_call_launches():
     """On a GPU that ends before the driver: the Hopper kernels, their grids, arguments and TMA descriptors."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / "replayed_launches.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = printed_by("replayed_launches.py")
     kernels = ["lpt_order_kernel", "attention_forward_kernel"]
     assert found["kernels"]["paged_attention"] == kernels
     assert found["kernels"]["paged_attention, few tokens"] == ["attention_decode_kernel"]

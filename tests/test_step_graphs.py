@@ -6,13 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
-import os
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,6 +15,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from own_process import printed_by, without_a_gpu
 from test_tensor_parallel import Library
 from tiny import tiny_config, tiny_model, tiny_moe_model
 
@@ -494,15 +490,10 @@ def test_collectives_that_no_graph_can_hold_are_refused_by_name(monkeypatch):
     two.check_captured(torch.device("cuda"))
 
 
-@pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itself for a GPU's process")
-@pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itself for a GPU's process")
+@without_a_gpu
 def test_a_rank_that_shares_a_model_does_not_wait_and_calls_little_more():
     """Negative control: a step that reads a tensor. Embeddings read ids on CPUs alone, where they check them."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("traced_layer_calls.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = printed_by("traced_layer_calls.py")
     assert found["reads"] == ["ops.py: check_range", "parallel_vocab.py: forward"]
     assert found["control"] == [*found["reads"], "traced_layer_calls.py: step"]
     whole, shared = found["calls"]

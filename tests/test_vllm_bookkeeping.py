@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from own_process import printed_by
 
 from bi_ops.vllm_plugin import bookkeeping
 
@@ -166,11 +162,7 @@ def test_other_log_probabilities_are_vllms_matter(changed, given):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM is installed")
 def test_vllms_own_bookkeeping_comes_to_the_same():
     """Preemption, prefix caching, chunks, steps ahead. Negative control: every request is answered so."""
-    script = Path(__file__).with_name("vllm_bookkeeping.py")
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed_by("vllm_bookkeeping.py", VLLM_LOGGING_LEVEL="ERROR")
     assert (found["different"], found["logprobs_different"]) == (0, 0)
     assert found["answered"] > found["asked"] // 2
     assert min(found[name] for name in ("steps", "preempted", "hits", "control", "logprobs")) > 10
