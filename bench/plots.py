@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from speed_tables import INVARIANT, OURS, STOCK
 from table_parts import load, load_csv
 
 
@@ -98,11 +99,57 @@ def draw_attention_speed(data: dict[str, Any], ax: Any) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
 
 
+def engine_speed(results: Path) -> dict[str, Any]:
+    """Decoding speed by batch size, its span over the rounds too, as ratios to stock vLLM; per process and model."""
+    rows = load_csv(results, "h200/rollout.csv")
+    panels: dict[str, dict[str, list[tuple[int, float, float, float]]]] = {}
+    for place, model in dict.fromkeys((r["in_process"], r["model"]) for r in rows):
+        of = {(r["mode"], int(r["batch"])): r for r in rows if (r["in_process"], r["model"]) == (place, model)}
+        panel = panels.setdefault(f"{place} {model}", {})
+        for (mode, batch), r in of.items():
+            best = max(float(of[other, batch]["decode_tok_s"]) for other in STOCK if (other, batch) in of)
+            middle, low, high = (round(float(r[f"decode_{key}"]) / best, 3) for key in ("tok_s", "low", "high"))
+            if mode in (OURS, INVARIANT):
+                panel.setdefault(mode, []).append((batch, middle, low, high))
+    return panels
+
+
+def draw_engine_speed(data: dict[str, Any], ax: Any) -> None:
+    """A row for each place of the engine, a panel for each model; the line at 1 is the faster of stock vLLM's modes."""
+    figure = ax.figure
+    ax.remove()
+    figure.set_size_inches(9, 5)
+    places, models = (list(dict.fromkeys(name.split()[i] for name in data)) for i in (0, 1))
+    axes = figure.subplots(len(places), len(models), sharex=True, sharey=True, squeeze=False)
+    looks = {"plugin": ("the plugin", "C0"), "invariant": ("stock vLLM, batch-invariant", "C3")}
+    where = {"False": "own process", "True": "caller's process"}
+    handles: dict[str, Any] = {}
+    for i, place in enumerate(places):
+        for j, model in enumerate(models):
+            panel = axes[i][j]
+            for mode, points in data[f"{place} {model}"].items():
+                label, color = looks[mode]
+                batches, middle, low, high = zip(*sorted(points), strict=True)
+                panel.fill_between(batches, low, high, color=color, alpha=0.2)
+                (handles[label],) = panel.plot(batches, middle, color=color, marker=".", label=label)
+            panel.axhline(1, color="black", linewidth=0.8)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks([1, 8, 64, 256], ["1", "8", "64", "256"])
+            panel.set_title(f"{model}, {where[place]}", fontsize=9)
+            panel.set_ylim(0, 2.1)
+            panel.grid(alpha=0.3)
+        axes[i][0].set_ylabel("times as fast as stock")
+    for panel in axes[-1]:
+        panel.set_xlabel("sequences")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
+
+
 #: File name to (what is drawn, how).
 FIGURES: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], None]]] = {
     "train.svg": (rewards, draw_rewards),
     "gemm.svg": (gemm_speed, draw_gemm_speed),
     "attention.svg": (attention_speed, draw_attention_speed),
+    "rollout.svg": (engine_speed, draw_engine_speed),
 }
 
 
