@@ -107,9 +107,9 @@ def engine_speed(results: Path) -> dict[str, Any]:
         of = {(r["mode"], int(r["batch"])): r for r in rows if (r["in_process"], r["model"]) == (place, model)}
         panel = panels.setdefault(f"{place} {model}", {})
         for (mode, batch), r in of.items():
-            best = max(float(of[other, batch]["decode_tok_s"]) for other in STOCK if (other, batch) in of)
-            middle, low, high = (round(float(r[f"decode_{key}"]) / best, 3) for key in ("tok_s", "low", "high"))
-            if mode in (OURS, INVARIANT):
+            stock = [float(of[other, batch]["decode_tok_s"]) for other in STOCK if (other, batch) in of]
+            if stock and mode in (OURS, INVARIANT):
+                middle, low, high = (round(float(r[f"decode_{k}"]) / max(stock), 3) for k in ("tok_s", "low", "high"))
                 panel.setdefault(mode, []).append((batch, middle, low, high))
     return panels
 

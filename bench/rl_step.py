@@ -266,6 +266,12 @@ def measure(side: str, path: Path, size: Size, warm: int, steps: int) -> Iterato
             yield {"model": size.model, "side": side, "step": step - warm, **row, "start_s": round(start_s, 1)}
 
 
+def told_to_earlier(size: Size) -> dict[str, Any]:
+    """What `rl_step_earlier.py`, which imports nothing of today's, has to know of a step."""
+    options = {"lr": LR, "max_grad_norm": MAX_NORM, "clip": CLIP, "memory": MEMORY, "seed": SEED}
+    return size._asdict() | options | {"vocabulary": shape(size.model)["vocab_size"]}
+
+
 def write_checkpoint(path: Path, size: Size) -> None:
     from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
@@ -313,6 +319,7 @@ def main() -> int:
             if side == "earlier":
                 worker = str(Path(__file__).with_name("rl_step_earlier.py"))
                 command = [sys.executable, worker, folder, "--steps", str(args.steps), "--warm", str(args.warm)]
+                command += ["--size", json.dumps(told_to_earlier(size))]
                 env["PYTHONPATH"] = os.pathsep.join([str(args.earlier.resolve()), os.environ.get("PYTHONPATH", "")])
             log = args.log.open("a") if args.log else None
             process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)

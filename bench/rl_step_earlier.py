@@ -1,8 +1,9 @@
 """The side of rl_step.py that an earlier checkout of bi_ops computes, with what its trainer had at 758aba8.
 
-    PYTHONPATH=CHECKOUT python bench/rl_step_earlier.py MODEL --steps 3 --warm 2
+    PYTHONPATH=CHECKOUT python bench/rl_step_earlier.py MODEL --steps 3 --warm 2 --size JSON
 
-MODEL: a checkpoint's folder. Nothing of today's bi_ops is imported. Prints a ROW of JSON for each step.
+MODEL: a checkpoint's folder. --size: as `rl_step.told_to_earlier` has it, for nothing of today's bi_ops is imported.
+Prints a ROW of JSON for each step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
 
 PARTS = ("sampling", "training", "update", "weights")
-PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS, PACK, VOCABULARY = 32, 8, 64, 256, 16384, 151936
 
 
 def wait() -> float:
@@ -32,7 +32,7 @@ def reward_of(tokens: Sequence[int]) -> float:
     return tokens[0] % 7 / 7
 
 
-def make_trainer(path: Path) -> Any:
+def make_trainer(path: Path, size: dict[str, Any]) -> Any:
     from bi_ops.rl.config import TrainConfig
     from bi_ops.rl.runner import load_model_and_engine
     from bi_ops.rl.tasks import Problem
@@ -42,16 +42,19 @@ def make_trainer(path: Path) -> Any:
         name = "random tokens"
 
         def sample(self, rng: random.Random) -> Problem:
-            prompt = tuple(rng.randrange(VOCABULARY) for _ in range(PROMPT_TOKENS))
-            return Problem(prompt, NEW_TOKENS, reward_of)
+            prompt = tuple(rng.randrange(size["vocabulary"]) for _ in range(size["prompt_tokens"]))
+            return Problem(prompt, size["new_tokens"], reward_of)
 
     config = TrainConfig(
         engine="vllm",
-        prompts_per_step=PROMPTS,
-        group_size=SAMPLES,
-        lr=1e-6,
-        max_tokens_per_microbatch=PACK,
-        gpu_memory_utilization=0.35,
+        prompts_per_step=size["prompts"],
+        group_size=size["samples"],
+        lr=size["lr"],
+        max_grad_norm=size["max_grad_norm"],
+        clip=size["clip"],
+        max_tokens_per_microbatch=size["pack"],
+        gpu_memory_utilization=size["memory"],
+        seed=size["seed"],
     )
     return Trainer(config, *load_model_and_engine(config, path), Task())  # type: ignore[arg-type]
 
@@ -67,7 +70,7 @@ def one_step(trainer: Any, step: int) -> dict[str, Any]:
     problems = trainer.problems(step)
     completions = trainer.engine.generate([p.prompt for p in problems], trainer.sampling(step, problems))
     times.append(wait())
-    advantages = group_advantages([reward_of(c.tokens) for c in completions], SAMPLES)
+    advantages = group_advantages([reward_of(c.tokens) for c in completions], trainer.config.group_size)
     trainer.backward(
         completions, advantages, lambda part, found: reports.append(trainer.check(step, completions, part, found))
     )
@@ -94,9 +97,10 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--warm", type=int, required=True)
+    parser.add_argument("--size", type=json.loads, required=True, metavar="JSON")
     args = parser.parse_args()
     began = wait()
-    trainer = make_trainer(args.model)
+    trainer = make_trainer(args.model, args.size)
     start_s = round(wait() - began, 1)
     for step in range(1, args.warm + args.steps + 1):
         row = one_step(trainer, step)
