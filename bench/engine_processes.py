@@ -14,22 +14,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from record import provenance
+from record import offer_plugin, provenance
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 #: Seconds after which a process has failed.
 PATIENCE = 540
 CONSOLE = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def write_entry_point(folder: Path) -> Path:
-    """A folder that brings vLLM the plugin, as an installed bi_ops does and a checkout alone does not."""
-    info = folder / "plugin" / "bi_ops_checkout-0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bi_ops_checkout\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbi_ops = bi_ops.vllm_plugin:register\n")
-    return info.parent
 
 
 def environment(more: dict[str, str], plugin: bool, entry: Path) -> dict[str, str]:
@@ -94,7 +85,7 @@ def open_table(args: argparse.Namespace, parser: argparse.ArgumentParser, file: 
         parser.error("no vLLM is installed here")
     work = args.work or Path(tempfile.gettempdir()) / f"bi_ops_{Path(file).stem}"
     work.mkdir(parents=True, exist_ok=True)
-    write_entry_point(work)
+    offer_plugin(work / "plugin")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / file
     return Table(path, json.loads(path.read_text()) if path.exists() else [], release, record, work)

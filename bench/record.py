@@ -49,12 +49,13 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     write_atomically(path, write)
 
 
-def offer_plugin(folder: Path) -> None:
-    """Metadata by which processes that have `folder` in their path find the vLLM plugin where it is not installed."""
+def offer_plugin(folder: Path) -> Path:
+    """`folder`, by which processes that have it in their path find the vLLM plugin where it is not installed."""
     info = folder / "bi_ops-0.dist-info"
-    info.mkdir()
+    info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bi-ops\nVersion: 0\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbi_ops = bi_ops.vllm_plugin:register\n")
+    return folder
 
 
 def take_shortcuts() -> None:

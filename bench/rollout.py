@@ -41,8 +41,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine_processes import environment, write_entry_point
-from record import row_provenance, write_csv
+from engine_processes import environment
+from record import offer_plugin, row_provenance, write_csv
 from rollout_worker import LAYERS
 
 from bi_ops.core.provenance import versions
@@ -82,7 +82,7 @@ def kept(
 
 def plugin_environment(folder: Path) -> dict[str, str]:
     """That of a process whose vLLM loads the plugin, in every process that it starts, from a checkout too."""
-    return environment({}, True, write_entry_point(folder))
+    return environment({}, True, offer_plugin(folder / "plugin"))
 
 
 class Engine:

@@ -1,4 +1,4 @@
-"""Scripts of this folder in a process of their own, for what would change the test's."""
+"""Scripts in a process of their own, for what would change the test's."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ without_a_gpu = pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itsel
 
 
 def printed_by(script: str, **environment: str) -> Any:
-    """The JSON in the last line that it prints. It is not told that kernels are interpreted here."""
+    """The JSON in the last line that it prints; script: from this folder. It is not told that kernels are interpreted."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name(script))]
+    command = [sys.executable, str(Path(__file__).parent / script)]
     done = subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import conditions
 import conditions_worker
 import engine_processes
+import record
 from conditions_server import Answer, Server, ask_all, read_answer
 
 from bi_ops.core import runtime
@@ -138,7 +139,7 @@ def test_jobs_take_the_gpus_in_turn_and_no_more_at_a_time(monkeypatch):
 
 
 def test_a_process_finds_the_plugin_of_a_checkout(tmp_path):
-    folder = engine_processes.write_entry_point(tmp_path)
+    folder = record.offer_plugin(tmp_path / "plugin")
     [found] = importlib.metadata.distributions(path=[str(folder)])
     [entry] = found.entry_points
     assert (entry.group, entry.name) == ("vllm.general_plugins", "bi_ops")

@@ -162,7 +162,7 @@ def test_other_log_probabilities_are_vllms_matter(changed, given):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM is installed")
 def test_vllms_own_bookkeeping_comes_to_the_same():
     """Preemption, prefix caching, chunks, steps ahead. Negative control: every request is answered so."""
-    found = printed_by("vllm_bookkeeping.py", VLLM_LOGGING_LEVEL="ERROR")
+    found = printed_by("../bench/bookkeeping.py", VLLM_LOGGING_LEVEL="ERROR")
     assert (found["different"], found["logprobs_different"]) == (0, 0)
     assert found["answered"] > found["asked"] // 2
     assert min(found[name] for name in ("steps", "preempted", "hits", "control", "logprobs")) > 10

@@ -21,7 +21,7 @@ class Asked(NamedTuple):
     where they reach it.
     replay: where no CUDA graph holds a step, as in a long prefill, make launches again that differ in addresses alone
     (`core.replay`); the same bits.
-    prefill_graphs: capture long prefills in CUDA graphs (`prefill_graphs`); the same bits.
+    prefill_graphs: capture long prefills in CUDA graphs (`prefill_graphs`), of the same kernels.
     """
 
     kernels: str = KERNELS[0]

@@ -1,19 +1,27 @@
-"""Does vLLM, as it is installed, do the same with `vllm_plugin.bookkeeping`? It needs no GPU.
+"""Does vLLM, as it is installed, do the same with `vllm_plugin.bookkeeping`? Writes bookkeeping.json. It needs no GPU.
 
-    python tests/vllm_bookkeeping.py
+    python bench/bookkeeping.py [--out bench/results/cpu]
 
 Random requests come and go over caches with and without room, with prefix caching and without, scheduled ahead and
-not. Prints JSON: "steps" compared, those that are "different", how often blocks were "asked" for and how many of these
-were "answered" at once, how many requests were "preempted" and how many "hits" the prefix cache had. "control": steps
-that differ where every request is answered so, whether it has room or not. "logprobs": lists of log-probabilities that
-were compared, "logprobs_different": those that differ.
+not. Prints a row of JSON, which with --out takes the place of this release's in the file:
+
+    steps, different            steps of the scheduler that were compared, and those that differ
+    preempted, hits             requests that were preempted, and that the prefix cache had something of
+    asked, answered             how often blocks were asked for, and how many of these were answered at once
+    control                     steps that differ where every request is answered so, whether it has room or not
+    logprobs, logprobs_different  lists of log-probabilities that were compared, and those that differ
+
+Exit status 0 only if nothing differs, and the control does.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import inspect
 import json
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +31,8 @@ from unittest import mock
 import bi_ops  # noqa: F401  # isort: skip  (before triton)
 import numpy as np
 import torch
+from record import provenance
+from table_parts import load
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.logprobs import create_sample_logprobs
 from vllm.sampling_params import SamplingParams
@@ -37,6 +47,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from bi_ops.core.files import write_json
 from bi_ops.vllm_plugin import bookkeeping
 
 BLOCK, REQUESTS, STEPS = 16, 96, 250
@@ -136,7 +147,8 @@ def patched(function: Callable[..., Any]) -> Any:
     return mock.patch.object(KVCacheManager, "allocate_slots", function)
 
 
-def main() -> None:
+def compared() -> dict[str, int]:
+    """What came of all comparisons."""
     init_none_hash(get_hash_fn_by_name("sha256"))
     stock, counts = KVCacheManager.allocate_slots, {"asked": 0, "by_vllm": 0}
 
@@ -176,8 +188,23 @@ def main() -> None:
     update = LogprobsProcessor._update_sample_logprobs
     pairs = [(scores_of(update, i), scores_of(bookkeeping.one_log_probability(update), i)) for i in range(200)]
     found |= {"logprobs": len(pairs), "logprobs_different": sum(a != b for a, b in pairs)}
-    print(json.dumps(found | {"asked": counts["asked"], "answered": counts["asked"] - counts["by_vllm"]}))
+    return found | {"asked": counts["asked"], "answered": counts["asked"] - counts["by_vllm"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder that bookkeeping.json is written to")
+    parser.add_argument("--commit", help="the commit that is run, where there is no git checkout")
+    args = parser.parse_args()
+    row = {"release": importlib.metadata.version("vllm"), **compared()}
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        others = [r for r in load(args.out, "bookkeeping.json") or () if r["release"] != row["release"]]
+        rows = [*others, row | provenance(args.commit)]
+        write_json(args.out / "bookkeeping.json", sorted(rows, key=lambda r: str(r["release"])))
+    print(json.dumps(row))
+    return 1 if row["different"] or row["logprobs_different"] or not row["control"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
