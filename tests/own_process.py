@@ -18,7 +18,7 @@ without_a_gpu = pytest.mark.skipif(not runtime.INTERPRET, reason="it takes itsel
 
 
 def printed_by(script: str, **environment: str) -> Any:
-    """The JSON in the last line that it prints; script: from this folder. It is not told that kernels are interpreted."""
+    """The JSON in the last line that it prints; script: from here. It is not told that kernels are interpreted."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).parent / script)]
     done = subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
