@@ -10,6 +10,8 @@ not. Prints a row of JSON, which with --out takes the place of this release's in
     asked, answered             how often blocks were asked for, and how many of these were answered at once
     control                     steps that differ where every request is answered so, whether it has room or not
     logprobs, logprobs_different  lists of log-probabilities that were compared, and those that differ
+    schedule_ms, stock_schedule_ms  a step of the scheduler when 256 requests decode, least of several, in turn
+    logprobs_ms, stock_logprobs_ms  256 log-probabilities of sampled tokens, appended
 
 Exit status 0 only if nothing differs, and the control does.
 """
@@ -23,6 +25,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,13 +61,16 @@ MODEL = {
 }
 
 
-def make_scheduler(folder: Path, blocks: int, tokens: int, caching: bool, ahead: bool) -> Any:
-    """blocks: of the cache. tokens: of a step, at most. ahead: it schedules a step before the last one's tokens."""
+def make_scheduler(folder: Path, blocks: int, tokens: int, caching: bool, ahead: bool, requests: int = 32) -> Any:
+    """blocks: of the cache. tokens: of a step, at most. requests: at once.
+
+    ahead: it schedules a step before it has the last one's tokens.
+    """
     model = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=1024, seed=0)
     cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=caching)
     cache.num_gpu_blocks = blocks
     options = {"enable_chunked_prefill": True, "is_encoder_decoder": False, "async_scheduling": ahead}
-    scheduled = SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=tokens, max_model_len=1024, **options)
+    scheduled = SchedulerConfig(max_num_seqs=requests, max_num_batched_tokens=tokens, max_model_len=1024, **options)
     config = VllmConfig(
         model_config=model, scheduler_config=scheduled, cache_config=cache, device_config=DeviceConfig("cpu")
     )
@@ -113,28 +119,71 @@ def run(folder: Path, seed: int, blocks: int, tokens: int, caching: bool, ahead:
         waiting.append((now, [r.num_computed_tokens >= r.num_prompt_tokens for r in of]))
         if len(waiting) > ahead:
             last, samples = waiting.pop(0)
-            names = list(last.num_scheduled_tokens)
-            output = ModelRunnerOutput(
-                req_ids=names,
-                req_id_to_index={name: i for i, name in enumerate(names)},
-                sampled_token_ids=[
-                    [(31 * int(x) + step) % 1000] if s else [] for x, s in zip(names, samples, strict=True)
-                ],
-                logprobs=None,
-                prompt_logprobs_dict={},
-                pooler_output=[],
-            )
-            scheduler.update_from_output(last, output)
+            names = last.num_scheduled_tokens
+            tokens_of = [[(31 * int(x) + step) % 1000] if s else [] for x, s in zip(names, samples, strict=True)]
+            scheduler.update_from_output(last, output_of(last, tokens_of))
     return seen
+
+
+def output_of(scheduled: Any, tokens: list[list[int]]) -> Any:
+    """What a model gives to a step: each request's new tokens."""
+    names = list(scheduled.num_scheduled_tokens)
+    return ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: i for i, name in enumerate(names)},
+        sampled_token_ids=tokens,
+        logprobs=None,
+        prompt_logprobs_dict={},
+        pooler_output=[],
+    )
+
+
+def schedule_ms(folder: Path) -> float:
+    """A step of 256 requests that decode, scheduled ahead; the least of eight means of sixteen."""
+    scheduler = make_scheduler(folder, 8000, 8192, False, True, 256)
+    for i in range(256):
+        params = SamplingParams(max_tokens=400, ignore_eos=True, detokenize=False)
+        options = {"pooling_params": None, "block_hasher": None}
+        scheduler.add_request(Request(str(i), prompt_token_ids=[i] * 32, sampling_params=params, **options))
+    last, means = scheduler.schedule(), []
+    for _ in range(9):
+        took = 0.0
+        for _ in range(16):
+            began = time.perf_counter()
+            now = scheduler.schedule()
+            took += time.perf_counter() - began
+            scheduler.update_from_output(last, output_of(last, [[5]] * 256))
+            last = now
+        means.append(took / 16)
+    return round(1e3 * min(means[1:]), 3)  # prompts are in the first
+
+
+def logprobs_ms(update: Callable[..., Any]) -> float:
+    """A step of 256 requests: one log-probability each; the least of 32."""
+    lists = LogprobsLists(np.ones((1, 1), np.int32), np.zeros((1, 1), np.float32), np.ones(1, np.int32))
+    processors = [make_processor(0, True) for _ in range(256)]
+    steps = []
+    for _ in range(32):
+        began = time.perf_counter()
+        for processor in processors:
+            update(processor, lists)
+        steps.append(time.perf_counter() - began)
+    return round(1e3 * min(steps), 3)
+
+
+def make_processor(wanted: int, flat: bool) -> Any:
+    """That of a request which asked for so many log-probabilities beside the sampled token's."""
+    processor = LogprobsProcessor.__new__(LogprobsProcessor)
+    processor.tokenizer, processor.num_logprobs, processor.cumulative_logprob = None, wanted, 0.0
+    processor.logprobs = create_sample_logprobs(flat)
+    return processor
 
 
 def scores_of(update: Callable[..., Any], seed: int) -> tuple[Any, ...]:
     """What a request has after random updates; seed: decides what it has asked for, too."""
     rng = np.random.default_rng(seed)
     wanted, flat = int(rng.integers(0, 3)), bool(rng.integers(0, 4))
-    processor = LogprobsProcessor.__new__(LogprobsProcessor)
-    processor.tokenizer, processor.num_logprobs, processor.cumulative_logprob = None, wanted, 0.0
-    processor.logprobs = create_sample_logprobs(flat)
+    processor = make_processor(wanted, flat)
     for n in rng.integers(1, 3, size=20):
         ids, scores = rng.integers(0, 1000, (n, wanted + 1)), rng.standard_normal((n, wanted + 1))
         lists = LogprobsLists(ids.astype(np.int32), scores.astype(np.float32), rng.integers(1, 9, n).astype(np.int32))
@@ -147,8 +196,8 @@ def patched(function: Callable[..., Any]) -> Any:
     return mock.patch.object(KVCacheManager, "allocate_slots", function)
 
 
-def compared() -> dict[str, int]:
-    """What came of all comparisons."""
+def compared() -> dict[str, Any]:
+    """What came of all comparisons, and how long both sides took."""
     init_none_hash(get_hash_fn_by_name("sha256"))
     stock, counts = KVCacheManager.allocate_slots, {"asked": 0, "by_vllm": 0}
 
@@ -166,7 +215,7 @@ def compared() -> dict[str, int]:
         plain = options in ({}, {"num_lookahead_tokens": 0})
         return self.empty_kv_cache_blocks if plain else stock(self, request, n, **options)
 
-    found = {"steps": 0, "different": 0, "preempted": 0, "hits": 0, "control": 0}
+    found: dict[str, Any] = {"steps": 0, "different": 0, "preempted": 0, "hits": 0, "control": 0}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(MODEL))
@@ -185,8 +234,16 @@ def compared() -> dict[str, int]:
             found["control"] = sum(
                 a != b for a, b in zip(expected, run(folder, 0, 4000, 1024, False, True), strict=True)
             )
-    update = LogprobsProcessor._update_sample_logprobs
-    pairs = [(scores_of(update, i), scores_of(bookkeeping.one_log_probability(update), i)) for i in range(200)]
+        times = []
+        for _ in range(3):
+            with patched(bookkeeping.without_new_blocks(stock)):
+                own = schedule_ms(folder)
+            times.append((own, schedule_ms(folder)))
+    found["schedule_ms"], found["stock_schedule_ms"] = (min(side) for side in zip(*times, strict=True))
+    theirs = LogprobsProcessor._update_sample_logprobs
+    mine = bookkeeping.one_log_probability(theirs)
+    pairs = [(scores_of(theirs, i), scores_of(mine, i)) for i in range(200)]
+    found |= {"logprobs_ms": logprobs_ms(mine), "stock_logprobs_ms": logprobs_ms(theirs)}
     found |= {"logprobs": len(pairs), "logprobs_different": sum(a != b for a, b in pairs)}
     return found | {"asked": counts["asked"], "answered": counts["asked"] - counts["by_vllm"]}
 
