@@ -1,24 +1,34 @@
-"""Does vLLM, as it is installed, do the same with `vllm_plugin.bookkeeping`? Writes bookkeeping.json. It needs no GPU.
+"""Does vLLM, as it is installed, do the same with the plugin's bookkeeping? Writes bookkeeping.json. It needs no GPU.
 
     python bench/bookkeeping.py [--out bench/results/cpu]
 
 Random requests come and go over caches with and without room, with prefix caching and without, scheduled ahead and
-not. Prints a row of JSON, which with --out takes the place of this release's in the file:
+not, for both of vLLM's runners: they end at tokens and at lengths, are aborted, preempted and reset, the scheduler is
+paused, prompts are held back. A step is all that the scheduler gives to the model's runner and to the caller, and all
+that it and its requests hold after that. Prints a row of JSON, which with --out takes the place of this release's in
+the file:
 
     steps, different            steps of the scheduler that were compared, and those that differ
     preempted, hits             requests that were preempted, and that the prefix cache had something of
     asked, answered             how often blocks were asked for, and how many of these were answered at once
+    roomy, at_once              steps over a cache with room, and those whose requests `vllm_plugin.scheduling` put in
+    tokens, tokens_at_once      tokens that were put out, and those that it put out
     control                     steps that differ where every request is answered so, whether it has room or not
-    logprobs, logprobs_different  lists of log-probabilities that were compared, and those that differ
-    schedule_ms, stock_schedule_ms  a step of the scheduler when 256 requests decode, least of several, in turn
-    logprobs_ms, stock_logprobs_ms  256 log-probabilities of sampled tokens, appended
+    control_schedule            ... where no full block is put into the prefix cache
+    control_update              ... where every request goes on, whatever its token is
+    logprobs, logprobs_different  requests' log-probabilities that were compared (bookkeeping_logprobs.py), and others
+    schedule_ms, stock_schedule_ms  `Scheduler.schedule` when 256 requests decode, least of several, in turn
+    update_ms, stock_update_ms  `Scheduler.update_from_output` in the same steps
+    logprobs_ms, stock_logprobs_ms  256 log-probabilities of sampled tokens, from the step's arrays to the requests
 
-Exit status 0 only if nothing differs, and the control does.
+Exit status 0 only if nothing differs, and each control does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import importlib.metadata
 import inspect
 import json
@@ -32,51 +42,59 @@ from typing import Any
 from unittest import mock
 
 import bi_ops  # noqa: F401  # isort: skip  (before triton)
+import bookkeeping_logprobs
 import numpy as np
 import torch
+from bookkeeping_logprobs import make_processor, patched  # noqa: F401  (others time it)
 from record import provenance
 from table_parts import load
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
-from vllm.logprobs import create_sample_logprobs
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from bi_ops.core.files import write_json
-from bi_ops.vllm_plugin import bookkeeping
+from bi_ops.vllm_plugin import bookkeeping, scheduling
 
-BLOCK, REQUESTS, STEPS = 16, 96, 250
+BLOCK, REQUESTS, STEPS, LONGEST = 16, 96, 250, 320
 MODEL = {
     **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 512},
     **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128},
     **{"vocab_size": 1024, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"},
 }
+PLAIN = (int, float, str, bytes, type(None))
+REPLACED = (*bookkeeping.REPLACED, *scheduling.REPLACED)
 
 
-def make_scheduler(folder: Path, blocks: int, tokens: int, caching: bool, ahead: bool, requests: int = 32) -> Any:
+def make_scheduler(
+    folder: Path, blocks: int, tokens: int, caching: bool, ahead: bool, requests: int = 32, **options: Any
+) -> Any:
     """blocks: of the cache. tokens: of a step, at most. requests: at once.
 
-    ahead: it schedules a step before it has the last one's tokens.
+    ahead: it schedules a step before it has the last one's tokens. options: longest (tokens of a request), policy,
+    and what vLLM's class takes.
     """
-    model = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=1024, seed=0)
+    longest, policy = options.pop("longest", 1024), options.pop("policy", "fcfs")
+    model = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=longest, seed=0)
     cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=caching)
     cache.num_gpu_blocks = blocks
-    options = {"enable_chunked_prefill": True, "is_encoder_decoder": False, "async_scheduling": ahead}
-    scheduled = SchedulerConfig(max_num_seqs=requests, max_num_batched_tokens=tokens, max_model_len=1024, **options)
+    chosen = {"enable_chunked_prefill": True, "is_encoder_decoder": False, "async_scheduling": ahead, "policy": policy}
+    scheduled = SchedulerConfig(max_num_seqs=requests, max_num_batched_tokens=tokens, max_model_len=longest, **chosen)
     config = VllmConfig(
         model_config=model, scheduler_config=scheduled, cache_config=cache, device_config=DeviceConfig("cpu")
     )
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=128, dtype=torch.bfloat16)
     kind = AsyncScheduler if ahead else Scheduler
-    more = {"hash_block_size": BLOCK} if "hash_block_size" in inspect.signature(kind.__init__).parameters else {}
+    if "hash_block_size" in inspect.signature(kind.__init__).parameters:
+        options["hash_block_size"] = BLOCK
     return kind(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(
@@ -84,62 +102,103 @@ def make_scheduler(folder: Path, blocks: int, tokens: int, caching: bool, ahead:
         ),
         structured_output_manager=StructuredOutputManager(config),
         block_size=BLOCK,
-        **more,
+        **options,
     )
 
 
-def run(folder: Path, seed: int, blocks: int, tokens: int, caching: bool, ahead: bool) -> list[Any]:
-    """What the scheduler decided in each step, and the blocks that were left."""
-    scheduler, rng = make_scheduler(folder, blocks, tokens, caching, ahead), random.Random(seed)
+def make_request(name: int, rng: random.Random, shared: list[int], hasher: Any) -> Any:
+    """One that ends at a length, a token or a repetition; some are of a second caller, some want log-probabilities."""
+    prompt = shared * (rng.random() < 0.5) + [rng.randrange(1000) for _ in range(rng.randint(1, 200))]
+    params = SamplingParams(
+        max_tokens=rng.randint(5, 150),
+        min_tokens=rng.choice((0, 0, 5)),
+        stop_token_ids=rng.sample(range(1000), rng.choice((0, 0, 20))),
+        repetition_detection=rng.choice((None,) * 7 + (RepetitionDetectionParams(max_pattern_size=2, min_count=2),)),
+        logprobs=rng.choice((None, 0)),
+        **{"ignore_eos": True, "detokenize": False},
+    )
+    known = {"pooling_params": None, "block_hasher": hasher, "arrival_time": 0.0}
+    told = {"client_index": int(rng.random() < 0.1), "priority": rng.randint(0, 3)}
+    return Request(str(name), prompt_token_ids=prompt, sampling_params=params, **known, **told)
+
+
+def shown(value: Any) -> Any:
+    """What can be compared of an object of vLLM's: its fields, but for times."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, dict):
+        return [(key, shown(v)) for key, v in value.items()]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(shown, value))
+    if isinstance(value, (list, tuple)):
+        return [v if isinstance(v, PLAIN) else shown(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    fields = getattr(value, "__struct_fields__", None)
+    if fields is None and dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value)]
+    return [(name, shown(getattr(value, name))) for name in fields or () if name != "timestamp"]
+
+
+def held(scheduler: Any) -> int:
+    """A hash of all numbers, names and sets that it and its requests hold, the ends of their lists, and its blocks."""
+    kinds, manager = (*PLAIN, list, set), scheduler.kv_cache_manager
+    objects = [scheduler, *scheduler.requests.values()]
+    fields = [[(name, v) for name, v in vars(o).items() if isinstance(v, kinds)] for o in objects]
+    seen = [[(name, (len(v), shown(v[-1:])) if isinstance(v, list) else shown(v)) for name, v in f] for f in fields]
+    queues = [[request.request_id for request in queue] for queue in (scheduler.running, scheduler.waiting)]
+    free = [block.block_id for block in manager.block_pool.free_block_queue.get_all_free_blocks()]
+    return hash(str([seen, queues, free, dict(manager.coordinator.single_type_managers[0].num_cached_block)]))
+
+
+def run(folder: Path, seed: int, blocks: int, tokens: int, caching: bool, ahead: bool, **options: Any) -> list[Any]:
+    """All steps: what the scheduler gave to the runner, what to the caller, and what it holds."""
+    more = {"longest": LONGEST, "log_stats": True, "include_finished_set": bool(seed % 2)}
+    scheduler, rng = make_scheduler(folder, blocks, tokens, caching, ahead, **more, **options), random.Random(seed)
+    scheduler.use_v2_model_runner = bool(seed % 3)
     hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256")) if caching else None
     shared = [rng.randrange(1000) for _ in range(4 * BLOCK)]
     seen: list[Any] = []
     waiting: list[tuple[Any, list[bool]]] = []
     n = 0
     for step in range(STEPS):
-        while n < REQUESTS and rng.random() < 0.5:
-            prompt = shared * (rng.random() < 0.5) + [rng.randrange(1000) for _ in range(rng.randint(1, 200))]
-            params = SamplingParams(max_tokens=rng.randint(1, 90), ignore_eos=True, detokenize=False)
-            options = {"pooling_params": None, "block_hasher": hasher}
-            scheduler.add_request(Request(str(n), prompt_token_ids=prompt, sampling_params=params, **options))
+        while n < REQUESTS and (step % 40 == 0 or n % 12) and rng.random() < 0.9:  # a dozen, and then a while none
+            scheduler.add_request(make_request(n, rng, shared, hasher))
             n += 1
-        now = scheduler.schedule()
-        cached = now.scheduled_cached_reqs
-        seen.append(
-            (
-                sorted(now.num_scheduled_tokens.items()),
-                [(r.req_id, r.block_ids, r.num_computed_tokens) for r in now.scheduled_new_reqs],
-                [list(cached.req_ids), list(cached.new_block_ids)],
-                sorted(now.finished_req_ids),
-                sorted(now.preempted_req_ids or ()),
-                scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
-            )
-        )
-        of = [scheduler.requests[name] for name in now.num_scheduled_tokens]
-        waiting.append((now, [r.num_computed_tokens >= r.num_prompt_tokens for r in of]))
+        if rng.random() < 0.05 and scheduler.requests:
+            scheduler.finish_requests(rng.choice(list(scheduler.requests)), RequestStatus.FINISHED_ABORTED)
+        scheduler.set_pause_state(PauseState(rng.choice((0,) * 30 + (1, 2))))
+        if rng.random() < 0.01:
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        now = scheduler.schedule(rng.random() < 0.2)
+        given: dict[str, Any] = {"step": shown(now), "held": held(scheduler)}
+        waiting.append((now, [not scheduler.requests[name].is_prefill_chunk for name in now.num_scheduled_tokens]))
         if len(waiting) > ahead:
             last, samples = waiting.pop(0)
             names = last.num_scheduled_tokens
-            tokens_of = [[(31 * int(x) + step) % 1000] if s else [] for x, s in zip(names, samples, strict=True)]
-            scheduler.update_from_output(last, output_of(last, tokens_of))
+            drawn = [[(31 * int(x) + step // 2) % 1000] if s else [] for x, s in zip(names, samples, strict=True)]
+            given["put_out"] = shown(scheduler.update_from_output(last, output_of(last, drawn)))
+            given["held_then"] = held(scheduler)
+        seen.append(given)
     return seen
 
 
 def output_of(scheduled: Any, tokens: list[list[int]]) -> Any:
-    """What a model gives to a step: each request's new tokens."""
-    names = list(scheduled.num_scheduled_tokens)
+    """What a model gives to a step: each request's new tokens, and a log-probability for each."""
+    names, n = list(scheduled.num_scheduled_tokens), len(tokens)
+    scores = np.linspace(-3, 0, n, dtype=np.float32)[:, None]
     return ModelRunnerOutput(
         req_ids=names,
         req_id_to_index={name: i for i, name in enumerate(names)},
         sampled_token_ids=tokens,
-        logprobs=None,
+        logprobs=LogprobsLists(np.array([[*t, 0][:1] for t in tokens]).reshape(n, 1), scores, np.ones(n, np.int64)),
         prompt_logprobs_dict={},
         pooler_output=[],
     )
 
 
-def schedule_ms(folder: Path) -> float:
-    """A step of 256 requests that decode, scheduled ahead; the least of eight means of sixteen."""
+def step_ms(folder: Path) -> tuple[float, float]:
+    """Both halves of a step of 256 requests that decode, scheduled ahead; the least of eight means of sixteen."""
     scheduler = make_scheduler(folder, 8000, 8192, False, True, 256)
     for i in range(256):
         params = SamplingParams(max_tokens=400, ignore_eos=True, detokenize=False)
@@ -147,105 +206,112 @@ def schedule_ms(folder: Path) -> float:
         scheduler.add_request(Request(str(i), prompt_token_ids=[i] * 32, sampling_params=params, **options))
     last, means = scheduler.schedule(), []
     for _ in range(9):
-        took = 0.0
+        took = [0.0, 0.0]
         for _ in range(16):
-            began = time.perf_counter()
+            output = output_of(last, [[5] for _ in range(256)])
+            times = [time.perf_counter()]
             now = scheduler.schedule()
-            took += time.perf_counter() - began
-            scheduler.update_from_output(last, output_of(last, [[5]] * 256))
+            times.append(time.perf_counter())
+            scheduler.update_from_output(last, output)
+            times.append(time.perf_counter())
+            took = [took[0] + times[1] - times[0], took[1] + times[2] - times[1]]
             last = now
-        means.append(took / 16)
-    return round(1e3 * min(means[1:]), 3)  # prompts are in the first
+        means.append([t / 16 for t in took])
+    first, second = (round(1e3 * min(side), 3) for side in zip(*means[1:], strict=True))  # prompts are in the first
+    return first, second
 
 
-def logprobs_ms(update: Callable[..., Any]) -> float:
-    """A step of 256 requests: one log-probability each; the least of 32."""
-    lists = LogprobsLists(np.ones((1, 1), np.int32), np.zeros((1, 1), np.float32), np.ones(1, np.int32))
-    processors = [make_processor(0, True) for _ in range(256)]
-    steps = []
-    for _ in range(32):
-        began = time.perf_counter()
-        for processor in processors:
-            update(processor, lists)
-        steps.append(time.perf_counter() - began)
-    return round(1e3 * min(steps), 3)
+@contextlib.contextmanager
+def counted(counts: dict[str, int]) -> Any:
+    """vLLM with the plugin's functions, which counts what they are asked and what they leave to vLLM's own."""
+    allocate, schedule, update = KVCacheManager.allocate_slots, Scheduler.schedule, Scheduler.update_from_output
+
+    def by_vllm(name: str, function: Callable[..., Any], of: Callable[..., int] = lambda *args: 1) -> Any:
+        def called(*args: Any, **options: Any) -> Any:
+            counts[name] = counts.get(name, 0) + of(*args)
+            return function(*args, **options)
+
+        return called
+
+    def tokens(scheduler: Any, step: Any, output: Any) -> int:
+        names = [name for name in step.num_scheduled_tokens if name in scheduler.requests]
+        return sum(bool(output.sampled_token_ids[output.req_id_to_index[name]]) for name in names)
+
+    with contextlib.ExitStack() as stack:
+        for kind, name, function, of in (
+            (KVCacheManager, "allocate_slots", allocate, lambda *args: 1),
+            (Scheduler, "schedule", schedule, lambda scheduler, *_: scheduler.max_num_scheduled_tokens == 0),
+            (Scheduler, "update_from_output", update, tokens),
+        ):
+            stack.enter_context(mock.patch.object(kind, name, by_vllm("vllm_" + name, function, of)))
+        stack.enter_context(patched(REPLACED))
+        for kind, name, of in (
+            (KVCacheManager, "allocate_slots", lambda *args: 1),
+            (Scheduler, "update_from_output", tokens),
+        ):
+            stack.enter_context(mock.patch.object(kind, name, by_vllm(name, getattr(kind, name), of)))
+        yield
 
 
-def make_processor(wanted: int, flat: bool) -> Any:
-    """That of a request which asked for so many log-probabilities beside the sampled token's."""
-    processor = LogprobsProcessor.__new__(LogprobsProcessor)
-    processor.tokenizer, processor.num_logprobs, processor.cumulative_logprob = None, wanted, 0.0
-    processor.logprobs = create_sample_logprobs(flat)
-    return processor
+def careless(self: Any, request: Any, n: int, **options: Any) -> Any:
+    """`allocate_slots` that answers at once whether there is room or not."""
+    plain = options in ({}, {"num_lookahead_tokens": 0})
+    return self.empty_kv_cache_blocks if plain else ALLOCATE(self, request, n, **options)
 
 
-def scores_of(update: Callable[..., Any], seed: int) -> tuple[Any, ...]:
-    """What a request has after random updates; seed: decides what it has asked for, too."""
-    rng = np.random.default_rng(seed)
-    wanted, flat = int(rng.integers(0, 3)), bool(rng.integers(0, 4))
-    processor = make_processor(wanted, flat)
-    for n in rng.integers(1, 3, size=20):
-        ids, scores = rng.integers(0, 1000, (n, wanted + 1)), rng.standard_normal((n, wanted + 1))
-        lists = LogprobsLists(ids.astype(np.int32), scores.astype(np.float32), rng.integers(1, 9, n).astype(np.int32))
-        update(processor, lists)
-    held = vars(processor.logprobs) if flat else list(processor.logprobs)
-    return held, processor.cumulative_logprob
+ALLOCATE = KVCacheManager.allocate_slots
 
 
-def patched(function: Callable[..., Any]) -> Any:
-    return mock.patch.object(KVCacheManager, "allocate_slots", function)
+def different(expected: list[Any], given: list[Any]) -> int:
+    return sum(a != b for a, b in zip(expected, given, strict=True))
 
 
 def compared() -> dict[str, Any]:
     """What came of all comparisons, and how long both sides took."""
     init_none_hash(get_hash_fn_by_name("sha256"))
-    stock, counts = KVCacheManager.allocate_slots, {"asked": 0, "by_vllm": 0}
-
-    def counted(*args: Any, **options: Any) -> Any:
-        counts["by_vllm"] += 1
-        return stock(*args, **options)
-
-    ours = bookkeeping.without_new_blocks(counted)
-
-    def asked(*args: Any, **options: Any) -> Any:
-        counts["asked"] += 1
-        return ours(*args, **options)
-
-    def careless(self: Any, request: Any, n: int, **options: Any) -> Any:
-        plain = options in ({}, {"num_lookahead_tokens": 0})
-        return self.empty_kv_cache_blocks if plain else stock(self, request, n, **options)
-
-    found: dict[str, Any] = {"steps": 0, "different": 0, "preempted": 0, "hits": 0, "control": 0}
+    found: dict[str, Any] = dict.fromkeys(("steps", "different", "roomy", "at_once", "preempted", "hits"), 0)
+    counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(MODEL))
-        for seed in range(2):
-            for case in ((4000, 1024, True), (4000, 1024, False), (90, 64, True), (90, 64, False)):
+        for seed in range(4):
+            for case in ((2000, 1024, True), (2000, 1024, False), (90, 64, True), (90, 64, False)):
                 for ahead in (False, True):
-                    expected = run(folder, seed, *case, ahead)
-                    with patched(asked):
-                        given = run(folder, seed, *case, ahead)
+                    options: dict[str, Any] = {
+                        "policy": "priority" if seed == 2 else "fcfs",
+                        "requests": 12 if seed == 3 else 32,
+                    }
+                    expected, before = run(folder, seed, *case, ahead, **options), counts.get("vllm_schedule", 0)
+                    with counted(counts):
+                        given = run(folder, seed, *case, ahead, **options)
+                    if case[0] > 100:
+                        found["roomy"] += len(expected)
+                        found["at_once"] += counts["vllm_schedule"] - before
                     found["steps"] += len(expected)
-                    found["different"] += sum(a != b for a, b in zip(expected, given, strict=True))
-                    found["preempted"] += sum(len(step[4]) for step in expected)
-                    found["hits"] += sum(r[2] > 0 for step in expected for r in step[1])
-        expected = run(folder, 0, 4000, 1024, False, True)
-        with patched(careless):
-            found["control"] = sum(
-                a != b for a, b in zip(expected, run(folder, 0, 4000, 1024, False, True), strict=True)
-            )
-        times = []
+                    found["different"] += different(expected, given)
+                    steps = [dict(step["step"]) for step in expected]
+                    found["preempted"] += sum(len(step["preempted_req_ids"] or ()) for step in steps)
+                    new = [dict(request) for step in steps for request in step["scheduled_new_reqs"]]
+                    found["hits"] += sum(request["num_computed_tokens"] > 0 for request in new)
+        expected = run(folder, 0, 2000, 1024, True, False)
+        for control, changed in (
+            ("control", mock.patch.object(KVCacheManager, "allocate_slots", careless)),
+            ("control_schedule", mock.patch.object(scheduling, "due", return_value=False)),
+            ("control_update", mock.patch.object(scheduling, "goes_on", return_value=True)),
+        ):
+            with changed, contextlib.nullcontext() if control == "control" else patched(REPLACED):
+                found[control] = different(expected, run(folder, 0, 2000, 1024, True, False))
+        times: list[list[float]] = []
         for _ in range(3):
-            with patched(bookkeeping.without_new_blocks(stock)):
-                own = schedule_ms(folder)
-            times.append((own, schedule_ms(folder)))
-    found["schedule_ms"], found["stock_schedule_ms"] = (min(side) for side in zip(*times, strict=True))
-    theirs = LogprobsProcessor._update_sample_logprobs
-    mine = bookkeeping.one_log_probability(theirs)
-    pairs = [(scores_of(theirs, i), scores_of(mine, i)) for i in range(200)]
-    found |= {"logprobs_ms": logprobs_ms(mine), "stock_logprobs_ms": logprobs_ms(theirs)}
-    found |= {"logprobs": len(pairs), "logprobs_different": sum(a != b for a, b in pairs)}
-    return found | {"asked": counts["asked"], "answered": counts["asked"] - counts["by_vllm"]}
+            with patched(REPLACED):
+                own = step_ms(folder)
+            times.append([*own, *step_ms(folder)])
+    names = ("schedule_ms", "update_ms", "stock_schedule_ms", "stock_update_ms")
+    found |= zip(names, (min(side) for side in zip(*times, strict=True)), strict=True)
+    found |= {"asked": counts["allocate_slots"], "answered": counts["allocate_slots"] - counts["vllm_allocate_slots"]}
+    tokens = counts["update_from_output"]
+    found |= {"tokens": tokens, "tokens_at_once": tokens - counts["vllm_update_from_output"]}
+    return found | bookkeeping_logprobs.compared()
 
 
 def main() -> int:
@@ -260,7 +326,8 @@ def main() -> int:
         rows = [*others, row | provenance(args.commit)]
         write_json(args.out / "bookkeeping.json", sorted(rows, key=lambda r: str(r["release"])))
     print(json.dumps(row))
-    return 1 if row["different"] or row["logprobs_different"] or not row["control"] else 0
+    caught = all(row[name] for name in ("control", "control_schedule", "control_update"))
+    return 1 if row["different"] or row["logprobs_different"] or not caught else 0
 
 
 if __name__ == "__main__":

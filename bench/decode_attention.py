@@ -3,9 +3,10 @@
     python bench/decode_attention.py --out bench/results/h200 [--batches 64 256] [--keys 64 128 512]
 
 Writes decode_attention.csv, a row for heads, sequences and keys: microseconds of the GPU a call, medians of a CUDA
-graph of calls whose pages are not in L2. Every config has to have the bits of the Triton kernel. Stock is vLLM's,
-its schedule made ahead and with as many splits as a CUDA graph of vLLM has; it needs vLLM. `bytes_us` is the time that
-keys and values take at 4.2 TB/s. `--dry` compares bits in Triton's interpreter; nothing is timed.
+graph of calls whose pages are not in L2. Sequences are all as long; or of random lengths up to twice that, mixed or the
+longest first. Every config has to have the bits of the Triton kernel. Stock is vLLM's, its schedule made ahead and with
+as many splits as a CUDA graph of vLLM has; it needs vLLM. `bytes_us` is the time that keys and values take at 4.2 TB/s.
+`--dry` compares bits in Triton's interpreter; nothing is timed.
 """
 
 from __future__ import annotations
@@ -32,21 +33,31 @@ from bi_ops.core import arch as arches
 PAGE, HEAD_DIM, CALLS, SPLITS = 16, 128, 28, 32
 HEADS = ((16, 8), (32, 8))  # Qwen3's 0.6B and 1.7B; 4B and 8B
 COPY = 600e6  # bytes of keys and values that are read before any is read again
-CONFIGS = {"one_us": DecodeConfig(4), "two_us": DecodeConfig(3, 2), "two_of_2_stages_us": DecodeConfig(2, 2)}
+LENGTHS = ("equal", "mixed", "longest first")
+CONFIGS = {"one_us": DecodeConfig(4), "two_us": DecodeConfig(3, 2)}
 
 #: q, keys, values, cu_q, lengths, and tables of disjoint pages
 Pages = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]
 
 
-def pages_of(n: int, keys: int, heads: int, kv_heads: int, device: str, tables: int) -> Pages:
+def lengths_of(n: int, keys: int, kind: str) -> torch.Tensor:
+    """int32 [n], even, with a mean of `keys`."""
+    if kind == LENGTHS[0]:
+        return torch.full((n,), keys, dtype=torch.int32)
+    half = torch.randint(1, 2 * keys, (n // 2,), generator=torch.Generator().manual_seed(keys), dtype=torch.int32)
+    lengths = torch.cat([half, 2 * keys - half])
+    return lengths if kind == LENGTHS[1] else lengths.sort(descending=True).values
+
+
+def pages_of(lengths: torch.Tensor, heads: int, kv_heads: int, device: str, tables: int) -> Pages:
     """vLLM's cache [blocks, Hkv, PAGE, 2 * D], seen as keys and as values, and one new token a sequence."""
-    each = -(-keys // PAGE)
+    n, each = len(lengths), -(-int(lengths.max()) // PAGE)
     place = 1 + torch.randperm(tables * n * each, device=device).int().view(tables, n, each)
     cache = torch.empty((1 + place.numel(), kv_heads, PAGE, 2 * HEAD_DIM), device=device, dtype=torch.bfloat16)
     k, v = cache.normal_().transpose(1, 2).split(HEAD_DIM, dim=-1)
     q = torch.randn(n, heads, HEAD_DIM, device=device).bfloat16()
     cu = torch.arange(n + 1, device=device, dtype=torch.int32)
-    return q, k, v, cu, torch.full((n,), keys, device=device, dtype=torch.int32), list(place)
+    return q, k, v, cu, lengths.to(device), list(place)
 
 
 def _order(dtype: torch.dtype) -> KeySteps:
@@ -118,11 +129,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder that decode_attention.csv is written to")
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 64, 256])
     parser.add_argument("--keys", nargs="+", type=int, default=[64, 128, 256, 512, 2048])
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
     if args.dry:
-        assert equal_bits(pages_of(2, 40, 4, 2, "cpu", 1), [None])
+        assert equal_bits(pages_of(lengths_of(2, 40, LENGTHS[1]), 4, 2, "cpu", 1), [None])
         print("dry run done")
         return 0
     if args.out is None:
@@ -131,22 +143,25 @@ def main() -> int:
     about = row_provenance(args.commit)
     rows: list[dict[str, object]] = []
     begun = time.monotonic()
-    for (heads, kv_heads), n, keys in itertools.product(HEADS, args.batches[::-1], args.keys):
+    cells = itertools.product(HEADS, args.batches[::-1], args.keys, args.lengths)
+    for (heads, kv_heads), n, keys, lengths in cells:
         n_bytes = 2 * n * keys * kv_heads * HEAD_DIM * 2
         if n_bytes > COPY:
             continue
-        p = pages_of(n, keys, heads, kv_heads, "cuda", min(CALLS, max(1, int(COPY // n_bytes))))
+        of = lengths_of(n, keys, lengths)
+        p = pages_of(of, heads, kv_heads, "cuda", min(CALLS, max(1, int(COPY // n_bytes))))
         calls: dict[str, Callable[[int], object]] = {
             name: partial(lambda i, c, p: by_bi_ops(p, i, c), c=c, p=p) for name, c in CONFIGS.items()
         }
         calls["chosen_us"] = partial(lambda i, p: by_bi_ops(p, i, None), p=p)
         try:
-            stock = by_vllm(p, keys)
+            stock = by_vllm(p, int(of.max()))
             stock(0)
             calls["stock_us"] = stock
         except (ImportError, AttributeError, RuntimeError, TypeError) as e:  # no vLLM, or a release that was not seen
             print("no stock side:", repr(e)[:300])
-        row: dict[str, object] = {"heads": heads, "kv_heads": kv_heads, "batch": n, "keys": keys, "stock_us": ""}
+        row: dict[str, object] = {"heads": heads, "kv_heads": kv_heads, "batch": n, "keys": keys, "lengths": lengths}
+        row["stock_us"] = ""
         row |= timed(calls) | {"bytes_us": round(n_bytes / 4.2e6, 2), "bits_equal": equal_bits(p, [*CONFIGS.values()])}
         rows.append(row | about)
         print(f"[{time.monotonic() - begun:5.1f} s]", row, flush=True)

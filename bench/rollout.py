@@ -13,7 +13,8 @@ and modes in an existing file stay.
 An engine runs in a process of its own, as vLLM's do by default; with --in-process in that of its caller, as an RL loop
 on one GPU has it. Engines run one after the other. With --together those of a model stay when they have started, and do
 their rounds in turn, so that what the machine does meanwhile meets all of them: their weights and caches have to fit
-the GPU at once.
+the GPU at once. With --cores all of them do so on the same cores, which they may leave while they start: cores of one
+machine are not equally fast, and a process keeps the luck of its start.
 
     stock           no batch-invariant mode, vLLM's own defaults (Inductor and CUDA graphs)
     stock graphs    no batch-invariant mode, full CUDA graphs of the eager kernels
@@ -21,7 +22,7 @@ the GPU at once.
     plugin          VLLM_BATCH_INVARIANT=1 with the plugin: log-probabilities that training reproduces
     plugin vllm kernels     the same bits, but vLLM's own kernels compute what is not attention
     plugin replayed         the same bits; a prefill without a CUDA graph makes launches again (`bi_ops.core.replay`)
-    plugin prefill graphs   the same bits; long prefills are in CUDA graphs (`bi_ops.vllm_plugin.prefill_graphs`)
+    plugin short graphs     the same bits; long prefills are not in CUDA graphs (`bi_ops.vllm_plugin.prefill_graphs`)
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ MODES = (
     "plugin",
     "plugin vllm kernels",
     "plugin replayed",
-    "plugin prefill graphs",
+    "plugin short graphs",
 )
 BATCHES = (1, 8, 64, 256)
 WORKER = Path(__file__).with_name("rollout_worker.py")
@@ -105,6 +106,14 @@ class Engine:
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             self.process = subprocess.Popen(command, stdout=out, stderr=err, env=env, start_new_session=True)
 
+    def pin(self, cores: set[int]) -> None:
+        """Have all threads of it, and of the processes that it has started, run on these cores."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if os.getsid(int(process.name)) == self.process.pid:
+                    for thread in (process / "task").iterdir():
+                        os.sched_setaffinity(int(thread.name), cores)
+
     def wait_for(self, word: str, until: float = float("inf")) -> None:
         """Return when the process has left this word or has ended. At `until` it is killed."""
         while not (self._folder / word).exists() and self.process.poll() is None:
@@ -144,6 +153,12 @@ class Engine:
         return ([line for line in lines if "Error" in line] or lines or ["killed"])[-1][:300]
 
 
+def cores_of(text: str) -> set[int]:
+    """The cores of "0-3,8"."""
+    spans = [[int(core) for core in part.split("-")] for part in text.split(",")]
+    return {core for span in spans for core in range(span[0], span[-1] + 1)}
+
+
 def engines(args: argparse.Namespace, folder: Path) -> Iterator[Engine]:
     """Every engine whenever it has new rows, or has failed."""
     for i, (model, mode) in enumerate(itertools.product(args.models, args.modes)):
@@ -166,6 +181,8 @@ def in_turn(model: str, args: argparse.Namespace, folder: Path) -> Iterator[Engi
             until = time.monotonic() + args.ready_s
             for engine in group:
                 engine.wait_for("ready", until)
+        for engine in started if args.cores else ():
+            engine.pin(args.cores)
         running = started
         for round_ in range(args.rounds):
             for engine in running:
@@ -188,6 +205,7 @@ def main() -> int:
     parser.add_argument("--together", action="store_true", help="a model's engines do their rounds in turn")
     parser.add_argument("--starts", type=int, default=1, help="with --together: engines that start at a time (1)")
     parser.add_argument("--ready-s", type=float, default=240, help="with --together: seconds that an engine may start")
+    parser.add_argument("--cores", type=cores_of, help="with --together: cores that engines run on, as 0-3 or 0,2")
     parser.add_argument("--in-process", action="store_true", help="engines run in the process of their caller")
     parser.add_argument("--profile", action="store_true", help="time nothing: profile 16 token steps into OUT/profiles")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")

@@ -90,7 +90,7 @@ class Sampler:
             ours: dict[str, Any] = {"kernels": "vllm" if mode == "plugin vllm kernels" else "bi_ops"}
             ours |= {"peer_memory": False} if mode == "plugin collectives" else {}
             ours |= {"replay": True} if mode == "plugin replayed" else {}
-            ours |= {"prefill_graphs": True} if mode == "plugin prefill graphs" else {}
+            ours |= {"prefill_graphs": False} if mode == "plugin short graphs" else {}
             options |= {"additional_config": {"bi_ops": ours}}
         if mode == "stock graphs" or plugin:
             options |= {"compilation_config": CompilationConfig(mode=0, cudagraph_mode="FULL")}

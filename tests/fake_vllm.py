@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import fake_vllm_host
 import fake_vllm_moe
 import fake_vllm_parallel
 import fake_vllm_sampling
@@ -24,7 +25,6 @@ from bi_ops import rope, vllm_plugin
 from bi_ops.core import vllm
 
 LAYERNORM = "vllm.model_executor.layers.layernorm"
-CACHE, LOGPROBS = "vllm.v1.core.kv_cache_manager", "vllm.v1.engine.logprobs"
 SELECTOR = "vllm.v1.attention.selector"
 REGISTRY = "vllm.v1.attention.backends.registry"
 VERSION = "vllm.v1.attention.backends.fa_utils"
@@ -66,20 +66,6 @@ CHOICES = {
     v: stock_choice_by_cache if "_run_kv_cache_dtype" in r.choose_backend else stock_choice
     for v, r in vllm.RELEASES.items()
 }
-
-
-class KVCacheManager:
-    """vLLM's, as far as the plugin replaces it."""
-
-    def allocate_slots(self, request, num_new_tokens, num_new_computed_tokens=0, *, num_lookahead_tokens=0):
-        raise AssertionError("nobody schedules here")
-
-
-class LogprobsProcessor:
-    """vLLM's, as far as the plugin replaces it."""
-
-    def _update_sample_logprobs(self, logprobs_lists):
-        raise AssertionError("nobody processes outputs here")
 
 
 class EngineArgs:
@@ -361,13 +347,14 @@ def installed(monkeypatch, version="0.26.0"):
         "vllm.v1.worker",
         "vllm.v1.sample",
         "vllm.v1.core",
+        "vllm.v1.core.sched",
         "vllm.v1.engine",
         "vllm.model_executor.models",
         "vllm.model_executor.layers.rotary_embedding",
     ]
     packages += ("vllm.model_executor.determinism", "vllm.v1.attention", "vllm.v1.attention.backends")
-    named = (LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS, CONFIG, WORKER, *LAYERS, SAMPLER, CACHE, LOGPROBS)
-    for name in (*packages, origin, *named):
+    named = (LAYERNORM, SELECTOR, REGISTRY, VERSION, ARGUMENTS, CONFIG, WORKER, *LAYERS, SAMPLER)
+    for name in (*packages, origin, *named, *fake_vllm_host.PLACES):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__path__ = []
@@ -386,7 +373,7 @@ def installed(monkeypatch, version="0.26.0"):
     modules[SELECTOR]._cached_get_attn_backend = CHOICES[version]
     modules[ARGUMENTS].EngineArgs = type("EngineArgs", (EngineArgs,), {"create_engine_config": create_engine_config})
     modules[WORKER].WorkerWrapperBase = type("WorkerWrapperBase", (WorkerWrapperBase,), {"init_device": init_device})
-    for place, made in ((CACHE, KVCacheManager), (LOGPROBS, LogprobsProcessor)):
+    for place, made in ((place, made) for place, all_made in fake_vllm_host.PLACES.items() for made in all_made):
         functions = {name: value for name, value in vars(made).items() if inspect.isfunction(value)}
         setattr(modules[place], made.__name__, type(made.__name__, (made,), functions))
     modules[LINEAR].UnquantizedLinearMethod = UnquantizedLinearMethod

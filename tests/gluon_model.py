@@ -283,6 +283,7 @@ OURS = {
     **{"launch_dependents": _nothing, "wait_for_predecessors": _wait_for_predecessors},
     **{"fence_async_shared": _nothing, "barrier": _nothing, "wgmma_layout": _layout, "row_layout": _layout},
     "clear_rows": lambda tile, n_valid, warps: tile.use(),
+    "clear_end": lambda tile, n_valid, n_copied, copied: copied and tile.use(),
     "range": lambda *args: map(Index, range(*args)),
 }
 

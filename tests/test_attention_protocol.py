@@ -340,7 +340,7 @@ BROKEN = [
     (backward, run_backward, "// BLOCK_M, end)\n    if n_keys", "// BLOCK_M + 1, end)\n    if n_keys"),
     (dkv, run_dkv, "wait_empty(args.empty, step)", "pass"),
     (dq, run_dq, "mbarrier.wait(args.v_empty, (step & 1) ^ 1)", "pass"),
-    (decode, run_decode, "position = gl.maximum(2 * i - 1, 0)", "position = 2 * i"),
+    (decode, run_decode, "return gl.maximum(2 * i - 1, 0)", "return 2 * i"),
     (decode, run_decode, "    if prefetch == 0:\n        wait_for_predecessors()", "    pass"),
     (decode, run_ahead, "BOX, BOXES)\n        wait_for_predecessors()", "BOX, BOXES)"),
     (decode, run_ahead, "    wait_for_predecessors()\n    _store_q(args)", "    _store_q(args)"),

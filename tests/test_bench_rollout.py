@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,8 @@ def test_the_engines_of_a_model_do_their_rounds_in_turn(rollout, tmp_path, monke
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "WORKER", script)
     options = {"models": ["1.7B"], "modes": ["a", "broken", "dies", "b"], "batches": [1], "rounds": 2, "layers": None}
-    args = argparse.Namespace(together=True, in_process=False, profile=False, starts=1, ready_s=60, **options)
+    options |= {"together": True, "in_process": False, "profile": False, "starts": 1, "ready_s": 60, "cores": None}
+    args = argparse.Namespace(**options)
     found = [(e.mode, e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)]
     newest = {mode: rows for mode, rows, _ in found}
     first, second = [{"batch": 0}], [{"batch": 1}]
@@ -83,10 +86,39 @@ def test_an_engine_that_is_not_ready_in_time_is_killed_and_said_so(rollout, tmp_
     script.write_text(STAND_IN)
     monkeypatch.setattr(rollout, "WORKER", script)
     asked = {"models": ["1.7B"], "modes": ["stuck"], "batches": [1], "rounds": 2, "layers": 8}
-    how = {"together": True, "in_process": True, "profile": False, "starts": 2, "ready_s": 0.1}
+    how = {"together": True, "in_process": True, "profile": False, "starts": 2, "ready_s": 0.1, "cores": None}
     args = argparse.Namespace(**asked, **how)
     assert [(e.rows(), e.failure()) for e in rollout.engines(args, tmp_path)] == [([], "killed")]
     assert "1.7B stuck: not ready in time" in capsys.readouterr().err
+
+
+def test_the_processes_of_an_engine_are_pinned_with_all_their_threads(rollout, tmp_path, monkeypatch):
+    """Those of another session stay where they are."""
+    script, core = tmp_path / "stand_in.py", min(os.sched_getaffinity(0))
+    lines = f"import os, subprocess, threading, time\nat = {str(tmp_path)!r}\n"
+    lines += "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+    lines += (
+        "child = subprocess.Popen(['sleep', '600'])\nopen(at + '/child', 'w').write(str(child.pid))\ntime.sleep(600)"
+    )
+    script.write_text(lines)
+    monkeypatch.setattr(rollout, "WORKER", script)
+    options = {"together": True, "in_process": False, "profile": False, "rounds": 1, "batches": [1], "layers": None}
+    engine, mine = rollout.Engine("1.7B", "a", tmp_path / "a", argparse.Namespace(**options)), os.sched_getaffinity(0)
+    try:
+        engine.wait_for("../child", time.monotonic() + 60)
+        while not (child := (tmp_path / "child").read_text()):
+            time.sleep(0.01)
+        engine.pin({core})
+        threads = [int(t.name) for p in (engine.process.pid, child) for t in Path(f"/proc/{p}/task").iterdir()]
+        assert len(threads) >= 3
+        assert [os.sched_getaffinity(thread) for thread in threads] == [{core}] * len(threads)
+        assert os.sched_getaffinity(0) == mine
+    finally:
+        engine.stop()
+
+
+def test_cores_are_named_as_taskset_names_them(rollout):
+    assert rollout.cores_of("0-3,8") == {0, 1, 2, 3, 8}
 
 
 @pytest.mark.parametrize(

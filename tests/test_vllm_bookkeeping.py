@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from own_process import printed_by
 
@@ -103,66 +102,13 @@ def test_nothing_beyond_the_models_length_is_answered():
     assert ask(manager, request(computed=64), 1) == "vLLM's"
 
 
-class Flat:
-    """vLLM's flat list of log-probabilities."""
-
-    def __init__(self):
-        self.seen = []
-
-    def append_fast(self, ids, scores, ranks, words):
-        self.seen.append((*ids, *scores, *ranks, *words))
-
-
-class Processor:
-    """vLLM's, of a request."""
-
-    def __init__(self, **changed):
-        self.logprobs, self.num_logprobs, self.tokenizer, self.cumulative_logprob = Flat(), 0, None, -1.0
-        self.asked = []
-        for name, value in changed.items():
-            setattr(self, name, value)
-
-    def _update_sample_logprobs(self, lists):
-        self.asked.append(lists)
-
-
-update = bookkeeping.one_log_probability(Processor._update_sample_logprobs)
-
-
-def lists(n=1, width=1):
-    return np.full((n, width), 7, np.int32), np.full((n, width), -0.5, np.float32), np.full(n, 3, np.int32), None
-
-
-def test_one_log_probability_is_appended_as_it_is():
-    processor = Processor()
-    update(processor, lists())
-    assert processor.logprobs.seen == [(7, -0.5, 3, None)]
-    assert processor.cumulative_logprob == -1.5
-    assert [type(value) for value in processor.logprobs.seen[0][:3]] == [int, float, int]
-
-
-@pytest.mark.parametrize(
-    ("changed", "given"),
-    [
-        ({}, lists(2)),
-        ({"num_logprobs": 1}, lists(1, 2)),
-        ({"num_logprobs": None}, lists()),
-        ({"tokenizer": object()}, lists()),
-        ({"logprobs": []}, lists()),
-    ],
-    ids=["two tokens", "the likeliest too", "none", "words", "a list of dictionaries"],
-)
-def test_other_log_probabilities_are_vllms_matter(changed, given):
-    processor = Processor(**changed)
-    update(processor, given)
-    assert processor.asked == [given]
-    assert processor.cumulative_logprob == -1.0
-
-
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM is installed")
 def test_vllms_own_bookkeeping_comes_to_the_same():
-    """Preemption, prefix caching, chunks, steps ahead. Negative control: every request is answered so."""
+    """Whole steps, and whole ways of log-probabilities. Negative controls: each part done without a look."""
     found = printed_by("../bench/bookkeeping.py", VLLM_LOGGING_LEVEL="ERROR")
     assert (found["different"], found["logprobs_different"]) == (0, 0)
     assert found["answered"] > found["asked"] // 2
-    assert min(found[name] for name in ("steps", "preempted", "hits", "control", "logprobs")) > 10
+    assert found["at_once"] > found["roomy"] // 2
+    assert found["tokens_at_once"] > found["tokens"] // 2
+    assert min(found[name] for name in ("steps", "preempted", "hits", "logprobs")) > 10
+    assert min(found[name] for name in ("control", "control_schedule", "control_update")) > 10

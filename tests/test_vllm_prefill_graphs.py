@@ -50,7 +50,7 @@ def test_weights_of_a_layer_are_those_that_a_token_meets():
     assert prefill_graphs.layer_weights(experts, 1) == 1024 * (2 * 24 * 128 + 3 * 8 * 768)
 
 
-def test_an_engine_captures_them_where_it_is_asked(vllm, caplog):
+def test_an_engine_captures_them_unless_it_is_asked_not_to(vllm, caplog):
     vllm_plugin.register()
     arguments = vllm[ARGUMENTS].EngineArgs
 
@@ -58,10 +58,10 @@ def test_an_engine_captures_them_where_it_is_asked(vllm, caplog):
         compiled = arguments(text=SMALL, sizes=STOCK, **asked).create_engine_config().compilation_config
         return compiled.cudagraph_capture_sizes, compiled.max_cudagraph_capture_size
 
-    assert captured() == (STOCK, STOCK[-1])
     assert captured(additional_config={"bi_ops": {"prefill_graphs": False}}) == (STOCK, STOCK[-1])
     with caplog.at_level("INFO"):
-        found, most = captured(additional_config=ASKED)
+        found, most = captured()
+    assert (found, most) == captured(additional_config=ASKED)
     assert found == [*STOCK, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
     assert most == found[-1]
     assert "steps of 768, 1024" in caplog.text
@@ -75,6 +75,10 @@ def test_without_full_graphs_of_every_step_it_says_so(vllm, caplog, asked):
         compiled = vllm[ARGUMENTS].EngineArgs(**options).create_engine_config().compilation_config
     assert compiled.cudagraph_capture_sizes == options["sizes"]
     assert "no CUDA graphs of long prefills" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        vllm[ARGUMENTS].EngineArgs(**options | {"additional_config": {}}).create_engine_config()
+    assert "long prefills" not in caplog.text  # nobody asked
 
 
 def test_what_is_neither_true_nor_false_is_refused_before_an_engine_starts(vllm):

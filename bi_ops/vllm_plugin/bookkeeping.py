@@ -59,23 +59,6 @@ def blocks_of(manager: Any) -> Any:
         return manager._bi_ops_blocks
 
 
-def one_log_probability(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`LogprobsProcessor._update_sample_logprobs`, where the sampled token's alone is kept in a flat list."""
-
-    @functools.wraps(stock)
-    def _update_sample_logprobs(self: Any, logprobs_lists: Any) -> None:
-        ids, scores, ranks = logprobs_lists[:3]
-        flat = getattr(self.logprobs, "append_fast", None)
-        if flat is None or self.num_logprobs != 0 or self.tokenizer is not None or ids.size != 1:
-            stock(self, logprobs_lists)
-            return
-        score = scores.item(0)
-        self.cumulative_logprob += score
-        flat((ids.item(0),), (score,), (ranks.item(0),), (None,))
-
-    return _update_sample_logprobs
-
-
 #: What the plugin replaces.
 REPLACED = (
     Replaced(
@@ -84,12 +67,5 @@ REPLACED = (
         ("self", "request", "num_new_tokens"),
         without_new_blocks,
         "it takes a quarter of the host's step of many requests, though few of them need a block",
-    ),
-    Replaced(
-        "vllm.v1.engine.logprobs",
-        "LogprobsProcessor._update_sample_logprobs",
-        ("self", "logprobs_lists"),
-        one_log_probability,
-        "it makes lists and chains of one number, for each request in each step",
     ),
 )

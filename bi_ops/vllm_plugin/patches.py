@@ -13,7 +13,7 @@ import torch
 
 from bi_ops import logprob
 from bi_ops.core.vllm import Release
-from bi_ops.vllm_plugin import bookkeeping, parallel, parallel_experts, sampling
+from bi_ops.vllm_plugin import bookkeeping, parallel, parallel_experts, sampled_logprobs, sampling, scheduling
 from bi_ops.vllm_plugin.backend import choose_backend
 from bi_ops.vllm_plugin.compilation import without_inductor
 from bi_ops.vllm_plugin.points import Point
@@ -136,7 +136,7 @@ def patches_of(release: Release) -> tuple[Patch, ...]:
         ),
         *(
             LeadingPatch(*replaced)
-            for module in (sampling, bookkeeping, parallel, parallel_experts)
+            for module in (sampling, bookkeeping, scheduling, sampled_logprobs, parallel, parallel_experts)
             for replaced in module.REPLACED
         ),
     )

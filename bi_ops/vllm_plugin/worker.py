@@ -21,13 +21,14 @@ class Asked(NamedTuple):
     where they reach it.
     replay: where no CUDA graph holds a step, as in a long prefill, make launches again that differ in addresses alone
     (`core.replay`); the same bits.
-    prefill_graphs: capture long prefills in CUDA graphs (`prefill_graphs`), of the same kernels.
+    prefill_graphs: capture long prefills in CUDA graphs (`prefill_graphs`), of the same kernels. None: on one
+    GPU, where vLLM has full graphs of every kind of step.
     """
 
     kernels: str = KERNELS[0]
     peer_memory: bool | None = None
     replay: bool = False
-    prefill_graphs: bool = False
+    prefill_graphs: bool | None = None
 
 
 def asked_of(additional_config: Any) -> Asked:
@@ -47,7 +48,7 @@ def asked_of(additional_config: Any) -> Asked:
     check_kernels("vllm_plugin", found.kernels)
     for name in ("peer_memory", "replay", "prefill_graphs"):
         value = getattr(found, name)
-        if not (isinstance(value, bool) or (value is None and name == "peer_memory")):
+        if not (isinstance(value, bool) or (value is None and name != "replay")):
             raise ValueError(f"vllm_plugin: {name} is {value!r}; it must be true or false")
     return found
 

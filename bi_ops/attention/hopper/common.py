@@ -37,6 +37,27 @@ def clear_rows(tile, n_valid, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def clear_end(tile, n_valid, n_copied, COPIED: gl.constexpr):
+    """`clear_rows` by one warp, in two goes: COPIED, of rows that TMA has copied; and not, of those from `n_copied` on.
+
+    The latter are cleared while the others are on their way.
+    """
+    D: gl.constexpr = tile.shape[1]
+    layout: gl.constexpr = row_layout(D, 1)
+    PART: gl.constexpr = max(8, 1024 // D)
+    for i in gl.static_range(tile.shape[0] // PART):
+        part = tile.slice(i * PART, PART)
+        o_r = i * PART + gl.arange(0, PART, gl.SliceLayout(1, layout))
+        if COPIED:
+            if (i * PART < n_copied) & ((i + 1) * PART > n_valid):
+                x = part.load(layout)
+                part.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
+        else:
+            if i * PART >= n_copied:
+                part.store(gl.zeros((PART, D), tile.dtype, layout))
+
+
+@gluon.jit
 def clear_outside(p, p_cu, n_seqs, n_tokens, stride_t, stride_n, N: gl.constexpr):
     """`kernels.common.clear_outside`, by one warp of each CTA."""
     BLOCK: gl.constexpr = 256

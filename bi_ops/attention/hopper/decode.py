@@ -30,8 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bi_ops.attention.config import DecodeConfig, block_d, check_order
-from bi_ops.attention.hopper.common import ROWS, clear_outside, clear_rows, row_layout, wgmma_layout
-from bi_ops.attention.hopper.pages import CacheLayout, last_box, load_pages, lookup_pages
+from bi_ops.attention.hopper.common import ROWS, clear_end, clear_outside, row_layout, wgmma_layout
+from bi_ops.attention.hopper.pages import CacheLayout, last_box, load_last_pages, load_pages, lookup_pages
 from bi_ops.attention.hopper.softmax import online_softmax, reciprocal
 from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.attention.order import KeySteps
@@ -77,6 +77,15 @@ class PartitionArgs:
 
 
 @gluon.jit
+def _position(i, IS_V: gl.constexpr):
+    """Which of the tiles that come K or V of a step is: in the order of reading, K before V of the step before."""
+    if IS_V:
+        return 2 * i + 2
+    else:
+        return gl.maximum(2 * i - 1, 0)
+
+
+@gluon.jit
 def _producer(desc, args, cache, IS_V: gl.constexpr):
     STAGES: gl.constexpr = args.kv_smem.shape[0]
     BLOCK_N: gl.constexpr = args.kv_smem.shape[1]
@@ -89,28 +98,31 @@ def _producer(desc, args, cache, IS_V: gl.constexpr):
     if n_steps > 0:
         pages = lookup_pages(args.block_table, 0, last, PAGE, BOX, BOXES)
         wait_for_predecessors()
-        for i in range(0, n_steps):
-            n = i * BLOCK_N
+        n_whole = gl.minimum(n_keys // BLOCK_N, n_steps)
+        for i in range(0, n_whole):
             # Looked up early: the pages are known when the next stage is empty.
-            next_pages = lookup_pages(args.block_table, n + BLOCK_N, last, PAGE, BOX, BOXES)
-            # Stages are filled in the order in which they are read: K of a step before V of the step before it.
-            if IS_V:
-                position = 2 * i + 2
-            else:
-                position = gl.maximum(2 * i - 1, 0)
+            next_pages = lookup_pages(args.block_table, (i + 1) * BLOCK_N, last, PAGE, BOX, BOXES)
+            position = _position(i, IS_V)
             stage = position % STAGES
             wait_empty(args.empty, position)
-            # The last V is full for the consumer when its rows past the end are cleared, not when it has come.
-            cut = IS_V and n_keys - n < BLOCK_N
-            full = args.full.index(gl.where(cut, STAGES, stage))
-            mbarrier.expect(full, BOXES * desc.block_type.nbytes)
-            load_pages(desc, pages, n, last, cache, full, args.kv_smem.index(stage), PAGE)
-            if IS_V and cut:
+            mbarrier.expect(args.full.index(stage), BOXES * desc.block_type.nbytes)
+            load_pages(desc, pages, i * BLOCK_N, last, cache, args.full.index(stage), args.kv_smem.index(stage), PAGE)
+            pages = next_pages
+        for i in range(n_whole, n_steps):  # at most one; as a loop it takes fewer registers
+            n = i * BLOCK_N
+            position = _position(i, IS_V)
+            stage = position % STAGES
+            tile = args.kv_smem.index(stage)
+            wait_empty(args.empty, position)
+            # V is full for the consumer when its rows past the end are cleared, not when it has come.
+            full = args.full.index(STAGES if IS_V else stage)
+            load_last_pages(desc, pages, n, last, cache, full, tile, PAGE)
+            if IS_V:
+                clear_end(tile, n_keys - n, last - n + BOX, False)
                 mbarrier.wait(full, 0)
-                clear_rows(args.kv_smem.index(stage), n_keys - n, 1)
+                clear_end(tile, n_keys - n, last - n + BOX, True)
                 fence_async_shared()
                 mbarrier.arrive(args.full.index(stage))
-            pages = next_pages
     if not IS_V:  # while the consumer takes the last steps
         wait_for_predecessors()
         N: gl.constexpr = args.HKV * args.HEADS * args.D

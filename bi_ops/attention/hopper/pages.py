@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
@@ -42,3 +43,16 @@ def load_pages(desc, pages, n, last, cache, full, tile, PAGE: gl.constexpr):
         key = gl.minimum(n + j * BOX, last)
         coord = [pages[j] * cache.page_rows + cache.head_row + key % PAGE, cache.head_column]
         tma.async_load(desc, coord, full, tile.slice(j * BOX, BOX))
+
+
+@gluon.jit
+def load_last_pages(desc, pages, n, last, cache, full, tile, PAGE: gl.constexpr):
+    """`load_pages` of a sequence's last tile, which expects its boxes itself: those that there are, and no others."""
+    BOX: gl.constexpr = desc.block_type.shape[0]
+    BOXES: gl.constexpr = tile.shape[0] // BOX
+    n_boxes = (last - n) // BOX + 1
+    for j in gl.static_range(1, BOXES + 1):  # how many bytes are expected has to be a constant
+        mbarrier.expect(full, j * desc.block_type.nbytes, pred=n_boxes == j)
+    for j in gl.static_range(BOXES):
+        coord = [pages[j] * cache.page_rows + cache.head_row + (n + j * BOX) % PAGE, cache.head_column]
+        tma.async_load(desc, coord, full, tile.slice(j * BOX, BOX), pred=j < n_boxes)
