@@ -348,6 +348,7 @@ def installed(monkeypatch, version="0.26.0"):
         "vllm.v1.sample",
         "vllm.v1.core",
         "vllm.v1.core.sched",
+        "vllm.platforms",
         "vllm.v1.engine",
         "vllm.model_executor.models",
         "vllm.model_executor.layers.rotary_embedding",
@@ -364,6 +365,7 @@ def installed(monkeypatch, version="0.26.0"):
             parent, child = name.rsplit(".", 1)
             setattr(modules[parent], child, module)
     fake_vllm_sampling.install(monkeypatch, modules, version)
+    modules["vllm.platforms"].current_platform = type("CudaPlatform", (), {"_global_graph_pool": (0, 1)})()
     modules["vllm.envs"].VLLM_BATCH_INVARIANT = True
     modules["vllm.envs"].VLLM_ENABLE_V1_MULTIPROCESSING = False
     model = types.SimpleNamespace(hf_config=types.SimpleNamespace(to_dict=lambda: {}), dtype=torch.bfloat16)

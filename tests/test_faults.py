@@ -220,7 +220,7 @@ def dying(monkeypatch):
     from bi_ops.rollout import vllm_engine
 
     monkeypatch.setattr(vllm_engine, "vllm_params", lambda i, params: params)
-    monkeypatch.setattr(vllm_engine, "_forget_graph_pool", lambda: None)
+    monkeypatch.setattr(vllm_engine, "forget_graph_pool", lambda: None)
 
     def make(error: Exception) -> tuple[Any, DyingLLM]:
         made: Any = VllmEngine.__new__(VllmEngine)

@@ -137,7 +137,7 @@ def test_steps_end_with_the_first_that_fails():
 @pytest.fixture
 def engine(connect, monkeypatch):
     """A VllmEngine over a FakeLLM on another GPU."""
-    monkeypatch.setattr("bi_ops.rollout.vllm_engine._forget_graph_pool", lambda: None)
+    monkeypatch.setattr("bi_ops.rollout.vllm_engine.forget_graph_pool", lambda: None)
 
     def make(**options: str) -> VllmEngine:
         made: Any = VllmEngine.__new__(VllmEngine)

@@ -49,7 +49,7 @@ class FakeLLM:
 def engine(monkeypatch):
     """A VllmEngine in sleep mode over a FakeLLM."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr("bi_ops.rollout.vllm_engine._forget_graph_pool", lambda: None)
+    monkeypatch.setattr("bi_ops.rollout.vllm_engine.forget_graph_pool", lambda: None)
     made: Any = VllmEngine.__new__(VllmEngine)
     made._llm = FakeLLM()
     made._memory = SleepMode(made._llm, enabled=True)

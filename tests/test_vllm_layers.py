@@ -64,6 +64,12 @@ def is_stock(y: torch.Tensor) -> bool:
     return bool((y == 7).all())
 
 
+def test_an_engine_captures_into_memory_of_its_own(vllm):
+    """torch refuses the pool of an engine whose graphs are gone, and vLLM has one for all engines of a process."""
+    loaded(vllm, Model())
+    assert vllm["vllm.platforms"].current_platform._global_graph_pool is None
+
+
 def test_linear_layers_and_the_head_compute_with_bi_ops(vllm, version):
     model, x = loaded(vllm, Model()), torch.randn(3, 32).bfloat16()
     in_accumulator = releases.RELEASES[version].bias_in_accumulator

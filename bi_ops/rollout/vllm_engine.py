@@ -31,6 +31,7 @@ from bi_ops.rollout.vllm_checks import (
 )
 from bi_ops.rollout.vllm_requests import completion_of, redraw, vllm_params
 from bi_ops.rollout.vllm_weights import copy_weights, load_slices, named_as_vllm
+from bi_ops.vllm_plugin.worker import forget_graph_pool
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
@@ -421,16 +422,4 @@ class VllmEngine:
         self._llm = None
         gc.collect()
         torch.cuda.empty_cache()
-        _forget_graph_pool()
-
-
-def _forget_graph_pool() -> None:
-    """Let the next engine of this process capture into memory of its own.
-
-    vLLM has one pool for all graphs of a process, and torch refuses to capture into one whose last graph is gone while
-    anything in it is still alive.
-    """
-    from vllm.platforms import current_platform
-
-    if hasattr(type(current_platform), "_global_graph_pool"):
-        type(current_platform)._global_graph_pool = None
+        forget_graph_pool()

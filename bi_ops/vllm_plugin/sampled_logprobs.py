@@ -36,23 +36,23 @@ def one_position(stock: Callable[..., Any]) -> Callable[..., Any]:
     return slice_request
 
 
-def _numbers_of(lists: Any) -> tuple[list[int], list[float], list[int]] | None:
+def _numbers_of(arrays: Any) -> tuple[list[int], list[float], list[int]] | None:
     """A step's arrays as lists; None where a position has several tokens, or a request several positions."""
     global _last
     last = _last
-    if last[0] is not lists:
-        ids, scores, ranks, first_positions = lists
+    if last[0] is not arrays:
+        ids, scores, ranks, first_positions = arrays
         plain = first_positions is None and isinstance(ids, np.ndarray) and ids.ndim == 2 and ids.shape[1] == 1
-        _last = last = lists, (ids[:, 0].tolist(), scores[:, 0].tolist(), ranks.tolist()) if plain else None
+        _last = last = arrays, (ids[:, 0].tolist(), scores[:, 0].tolist(), ranks.tolist()) if plain else None
     return last[1]
 
 
-def as_arrays(lists: Any) -> Any:
+def as_arrays(logprobs: Any) -> Any:
     """`LogprobsLists` as vLLM's own functions take it: what `one_position` made numbers is arrays again."""
-    if not isinstance(lists[0], list):
-        return lists
-    ids, scores, ranks = lists[:3]
-    return type(lists)(np.array(ids, np.int64), np.array(scores, np.float32), np.array(ranks, np.int64))
+    if not isinstance(logprobs[0], list):
+        return logprobs
+    ids, scores, ranks = logprobs[:3]
+    return type(logprobs)(np.array(ids, np.int64), np.array(scores, np.float32), np.array(ranks, np.int64))
 
 
 def in_one_part(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,13 +80,13 @@ def _take_numbers(message: Any) -> tuple[list[int], list[int], list[float], list
     places, ids, scores, ranks = [], [], [], []
     python = not getattr(envs, "VLLM_USE_RUST_FRONTEND", False)  # what reads the message
     for place, output in enumerate(message.outputs):
-        lists = output.new_logprobs
-        if lists is None or not isinstance(lists[0], list):
+        logprobs = output.new_logprobs
+        if logprobs is None or not isinstance(logprobs[0], list):
             continue
         if not python:
-            output.new_logprobs = as_arrays(lists)
+            output.new_logprobs = as_arrays(logprobs)
             continue
-        (id_,), (score,), rank = lists[0][0], lists[1][0], lists[2][0]
+        (id_,), (score,), rank = logprobs[0][0], logprobs[1][0], logprobs[2][0]
         places.append(place)
         ids.append(id_)
         scores.append(score)

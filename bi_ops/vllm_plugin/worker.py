@@ -60,6 +60,18 @@ def check_kernels(op: str, kernels: str) -> str:
     return kernels
 
 
+def forget_graph_pool() -> None:
+    """Let the next engine of this process capture into memory of its own.
+
+    vLLM has one pool for all graphs of a process, and torch refuses to capture into one whose last graph is gone while
+    anything in it is still alive.
+    """
+    from vllm.platforms import current_platform
+
+    if hasattr(type(current_platform), "_global_graph_pool"):
+        type(current_platform)._global_graph_pool = None
+
+
 def with_own_kernels(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`WorkerWrapperBase.init_device`, after which the worker loads a model whose layers compute with bi_ops.
 
@@ -71,6 +83,7 @@ def with_own_kernels(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def init_device(self: Any) -> Any:
+        forget_graph_pool()
         out = stock(self)
         asked = asked_of(self.vllm_config.additional_config)
         # A worker that refers to itself would outlive its engine, and CUDA graphs with it, until Python collects.
