@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,6 +65,45 @@ def rollout(results: Path) -> str:
         out += f"\nTimes as fast as stock vLLM, geometric mean: {'; '.join(means)}.\n\n"
         out += csv_provenance(of, "h200/rollout.csv") + "\n"
     return out.removesuffix("\n")
+
+
+#: The sides of a whole RL step, and what the table calls them.
+RL_SIDES = {
+    "bi_ops": "bi_ops: vLLM with the plugin, the trainer over fp32 master weights",
+    "stock": "vLLM's defaults, compiled transformers over bf16 weights",
+    "stock graphs": "vLLM's full CUDA graphs, compiled transformers over bf16 weights",
+    "earlier": "bi_ops before its kernels ran in vLLM",
+}
+
+
+def rl_step(results: Path) -> str:
+    """Seconds of the parts of a whole RL step, medians, beside those of the same release of vLLM."""
+    rows = load_csv(results, "h200/rl_step.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    parts = ("sampling_s", "training_s", "update_s", "weights_s", "total_s")
+    lines = []
+    for release in sorted({r["release"] for r in rows}, reverse=True):
+        of = {side: [r for r in rows if (r["release"], r["side"]) == (release, side)] for side in RL_SIDES}
+        middle = {
+            s: {p: statistics.median(float(r[p]) for r in found) for p in parts} for s, found in of.items() if found
+        }
+        for side, seconds in middle.items():
+            ratio = seconds["total_s"] / middle["bi_ops"]["total_s"]
+            differ = f"{max(int(r['different']) for r in of[side]):,} of {int(of[side][0]['tokens']):,}"
+            shown = [f"{seconds[p]:.2f}" for p in parts]
+            lines.append((f"{release}, {RL_SIDES[side]}", *shown, "1" if side == "bi_ops" else f"{ratio:.2f}", differ))
+    head = (
+        "vLLM, side",
+        "sampling, s",
+        "training",
+        "update",
+        "weights",
+        "all",
+        "times bi_ops'",
+        "log-probabilities that differ",
+    )
+    return table(head, lines) + "\n" + csv_provenance(rows, "h200/rl_step.csv")
 
 
 def experts(results: Path) -> str:

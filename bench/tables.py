@@ -20,7 +20,7 @@ from kernel_tables import (
 )
 from layout_tables import layout_costs, layouts, peer
 from limit_tables import limits, operators
-from speed_tables import beside_stock, experts, rollout, step, step_speed
+from speed_tables import beside_stock, experts, rl_step, rollout, step, step_speed
 from table_parts import geometric_mean, load_csv, ratios, table
 
 
@@ -88,6 +88,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "models": models,
     "decode_layer": decode_layer,
     "rollout": rollout,
+    "rl_step": rl_step,
     "experts": experts,
     "families": families,
     "faults": faults,

@@ -20,8 +20,9 @@ from bi_ops.models.packing import pack, units
 from bi_ops.models.qwen3 import Qwen3ForCausalLM
 from bi_ops.nn.main_grad import zeros
 from bi_ops.rl import TrainConfig
+from bi_ops.rl.microbatches import microbatches
 from bi_ops.rl.tasks import Problem
-from bi_ops.rl.trainer import Trainer, microbatches
+from bi_ops.rl.trainer import Trainer
 from bi_ops.rollout.base import Completion
 from bi_ops.verify.properties import bits_equal
 

@@ -15,8 +15,9 @@ from bi_ops.core.orders import OrderRecord
 from bi_ops.models import packing
 from bi_ops.rl import DifferenceFound, TrainConfig, checkpoint, runner
 from bi_ops.rl.metrics import MetricsWriter, StepMetrics, read_metrics
+from bi_ops.rl.microbatches import microbatches
 from bi_ops.rl.tasks import Alphabet, Problem, make_task
-from bi_ops.rl.trainer import Trainer, microbatches
+from bi_ops.rl.trainer import Trainer
 
 CONFIG = TrainConfig(steps=6, symbols=4, prompts_per_step=3, group_size=4, lr=0.1, save_every=2, **TABLE)
 

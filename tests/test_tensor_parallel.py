@@ -32,8 +32,9 @@ from bi_ops.nn.parallel_linear import ColumnParallelLinear, RowParallelLinear
 from bi_ops.parallel.tensor import OrderedAllReduce, TensorParallel
 from bi_ops.rl import checkpoint
 from bi_ops.rl.config import TrainConfig
+from bi_ops.rl.microbatches import Pack, check_equal
 from bi_ops.rl.tasks import Problem
-from bi_ops.rl.trainer import Trainer, _check_equal, _Pack
+from bi_ops.rl.trainer import Trainer
 
 SEGMENTS = 4
 #: Four sequences in two atoms.
@@ -309,12 +310,12 @@ def test_what_cannot_be_shared_is_refused():
 
 
 def test_ranks_that_share_a_model_and_find_other_bits_are_named():
-    def found(*scores: float) -> list[_Pack]:
-        return [_Pack(slice(2, 4), [torch.tensor([s]) for s in scores], 0.0, 0.0, 0.0, 0, 2)]
+    def found(*scores: float) -> list[Pack]:
+        return [Pack(slice(2, 4), [torch.tensor([s]) for s in scores], 0.0, 0.0, 0.0, 0, 2)]
 
-    _check_equal(found(-1.0, math.nan), found(-1.0, math.nan), 1)
+    check_equal(found(-1.0, math.nan), found(-1.0, math.nan), 1)
     with pytest.raises(RuntimeError, match="tensor-parallel ranks 0 and 1 have other log-probabilities for sequence 3"):
-        _check_equal(found(-1.0, 0.0), found(-1.0, -0.0), 1)
+        check_equal(found(-1.0, 0.0), found(-1.0, -0.0), 1)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ import torch
 from bi_ops import optim, parallel
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.graphs import StepGraphs
-from bi_ops.models.packing import PackedBatch, common_distributions, pack, units
+from bi_ops.models.packing import PackedBatch, common_distributions, pack
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.loss import Loss, Terms, check_finite, group_advantages, grpo_terms, token_weights
 from bi_ops.rl.metrics import StepMetrics
+from bi_ops.rl.microbatches import Pack, check_equal, microbatches
 from bi_ops.rl.seeds import PROBLEM, SAMPLE, derive_seed
 from bi_ops.rl.tasks import Problem, Task
 from bi_ops.rollout.base import Completion, RolloutEngine, SamplingParams
@@ -65,19 +66,6 @@ class DifferenceFound(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Pack:
-    """What a rank found of the completions `part`. n_bad: tokens whose loss is not finite, counted where it is not."""
-
-    part: slice
-    scores: list[torch.Tensor]
-    loss: float
-    kl: float
-    clip_fraction: float
-    n_bad: int
-    n_tokens: int
-
-
-@dataclass(frozen=True)
 class _Pass:
     """What one training pass over a rollout found. clip_scale: what the optimizer multiplies the gradients by."""
 
@@ -86,20 +74,6 @@ class _Pass:
     clip_fraction: float
     grad_norm: float
     clip_scale: torch.Tensor
-
-
-def microbatches(lengths: Sequence[int], max_tokens: int | None, unit_tokens: int = 1) -> Iterator[slice]:
-    """Consecutive units (`models.packing.units`) in packs of at most `max_tokens` tokens; a longer one is a pack."""
-    if not lengths:
-        return
-    start = tokens = 0
-    for unit in units(lengths, unit_tokens):
-        n = sum(lengths[unit])
-        if max_tokens is not None and unit.start > start and tokens + n > max_tokens:
-            yield slice(start, unit.start)
-            start, tokens = unit.start, 0
-        tokens += n
-    yield slice(start, len(lengths))
 
 
 @contextlib.contextmanager
@@ -113,17 +87,6 @@ def naming_memory(step: int, doing: str, settings: str) -> Iterator[None]:
             f"train: step {step} ran out of memory in {doing} ({first}); go on with --resume and {settings}, which "
             "change no bit"
         ) from error
-
-
-def _check_equal(packs: Sequence[_Pack], others: Sequence[_Pack], rank: int) -> None:
-    """Raise RuntimeError unless tensor-parallel rank `rank` found the same bits as the first."""
-    for mine, theirs in zip(packs, others, strict=True):
-        for i, (a, b) in enumerate(zip(mine.scores, theirs.scores, strict=True)):
-            if not torch.equal(a.view(torch.int32), b.view(torch.int32)):
-                raise RuntimeError(
-                    f"train: tensor-parallel ranks 0 and {rank} have other log-probabilities for sequence "
-                    f"{mine.part.start + i}, though both have the same hidden states; a GPU or a link is faulty"
-                )
 
 
 class Trainer:
@@ -411,7 +374,7 @@ class Trainer:
             own, scores = scores[: len(batch.targets)], scores[len(batch.targets) :]
             value, kl, clip_fraction = sums[3 * i : 3 * i + 3]
             n_bad = 0 if math.isfinite(value) else int(terms.bad)
-            mine.append(_Pack(part, batch.split(own), value, kl, clip_fraction, n_bad, terms.n_tokens))
+            mine.append(Pack(part, batch.split(own), value, kl, clip_fraction, n_bad, terms.n_tokens))
         shared = self.ranks.gather((mine, grad_norm))
         # Ranks that share the model have the same packs, neighbours one after the other: the check sees one of each.
         found_by = [[each for theirs, _ in shared[i :: config.tp] for each in theirs] for i in range(config.tp)]
@@ -419,7 +382,7 @@ class Trainer:
         for each in packs:
             check(each.part, each.scores)
         for i, others in enumerate(found_by[1:], 1):
-            _check_equal(found_by[0], others, i)
+            check_equal(found_by[0], others, i)
         for each in packs:
             check_finite(each.loss, each.n_bad, each.n_tokens)
         if not math.isfinite(grad_norm):
