@@ -176,10 +176,21 @@ def test_one_log_probability_is_appended_as_it_is():
     assert (processor.cumulative_logprob, processor.asked) == (-1.5, [])
 
 
+def test_one_log_probability_is_appended_as_a_dictionary(monkeypatch):
+    """vLLM's default."""
+    monkeypatch.setattr(sampled_logprobs, "_logprob", lambda: SimpleNamespace)
+    processor = Processor(logprobs=[])
+    for expected in (-1.5, -2.0):
+        update(processor, NUMBERS)
+        assert processor.cumulative_logprob == expected
+    assert processor.logprobs == 2 * [{7: SimpleNamespace(logprob=-0.5, rank=3, decoded_token=None)}]
+    assert processor.asked == []
+
+
 @pytest.mark.parametrize(
     "changed",
-    [{"num_logprobs": 1}, {"num_logprobs": None}, {"tokenizer": object()}, {"logprobs": []}],
-    ids=["the likeliest too", "none", "words", "a list of dictionaries"],
+    [{"num_logprobs": 1}, {"num_logprobs": None}, {"tokenizer": object()}],
+    ids=["the likeliest too", "none", "words"],
 )
 def test_numbers_that_are_kept_otherwise_are_arrays_for_vllm(changed):
     processor = Processor(**changed)

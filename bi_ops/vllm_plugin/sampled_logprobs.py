@@ -119,20 +119,30 @@ def _give_numbers(message: Any, part: memoryview) -> None:
 
 
 def one_log_probability(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`LogprobsProcessor._update_sample_logprobs`, where the sampled token's alone is kept in a flat list."""
+    """`LogprobsProcessor._update_sample_logprobs`, where the sampled token's alone is kept, and without its word."""
 
     @functools.wraps(stock)
     def _update_sample_logprobs(self: Any, logprobs_lists: Any) -> None:
         ids = logprobs_lists[0]
-        flat = getattr(self.logprobs, "append_fast", None)
-        if flat is None or self.num_logprobs != 0 or self.tokenizer is not None or type(ids) is not list or not ids:
+        if self.num_logprobs != 0 or self.tokenizer is not None or type(ids) is not list or not ids:
             stock(self, as_arrays(logprobs_lists))
             return
-        _, scores, ranks, _ = logprobs_lists
-        self.cumulative_logprob += scores[0][0]
-        flat(ids[0], scores[0], ranks, (None,))
+        (id_,), (score,), rank = ids[0], logprobs_lists[1][0], logprobs_lists[2][0]
+        self.cumulative_logprob += score
+        if type(self.logprobs) is list:
+            self.logprobs.append({id_: _logprob()(logprob=score, rank=rank, decoded_token=None)})
+        else:
+            self.logprobs.append_fast((id_,), (score,), (rank,), (None,))
 
     return _update_sample_logprobs
+
+
+@functools.cache
+def _logprob() -> Any:
+    """vLLM's class of a token's log-probability, rank and word."""
+    from vllm.logprobs import Logprob
+
+    return Logprob
 
 
 #: What the plugin replaces.
