@@ -76,33 +76,37 @@ RL_SIDES = {
 }
 
 
+#: Where a whole RL step's seconds go.
+RL_PARTS = ("sampling_s", "training_s", "update_s", "weights_s", "total_s")
+
+
+def rl_seconds(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
+    """Medians of the parts of a whole RL step: by release, newest first, then by side."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for release in sorted({r["release"] for r in rows}, reverse=True):
+        for side in RL_SIDES:
+            of = [r for r in rows if (r["release"], r["side"]) == (release, side)]
+            if of:
+                middle = {part: statistics.median(float(r[part]) for r in of) for part in RL_PARTS}
+                found.setdefault(release, {})[side] = middle
+    return found
+
+
 def rl_step(results: Path) -> str:
-    """Seconds of the parts of a whole RL step, medians, beside those of the same release of vLLM."""
+    """Seconds of the parts of a whole RL step, beside the other sides under the same release of vLLM."""
     rows = load_csv(results, "h200/rl_step.csv")
     if not rows:
         return "Not measured yet.\n"
-    parts = ("sampling_s", "training_s", "update_s", "weights_s", "total_s")
     lines = []
-    for release in sorted({r["release"] for r in rows}, reverse=True):
-        of = {side: [r for r in rows if (r["release"], r["side"]) == (release, side)] for side in RL_SIDES}
-        middle = {
-            s: {p: statistics.median(float(r[p]) for r in found) for p in parts} for s, found in of.items() if found
-        }
-        for side, seconds in middle.items():
-            ratio = seconds["total_s"] / middle["bi_ops"]["total_s"]
-            differ = f"{max(int(r['different']) for r in of[side]):,} of {int(of[side][0]['tokens']):,}"
-            shown = [f"{seconds[p]:.2f}" for p in parts]
+    for release, sides in rl_seconds(rows).items():
+        for side, seconds in sides.items():
+            ratio = seconds["total_s"] / sides["bi_ops"]["total_s"]
+            of = [r for r in rows if (r["release"], r["side"]) == (release, side)]
+            differ = f"{max(int(r['different']) for r in of):,} of {int(of[0]['tokens']):,}"
+            shown = [f"{seconds[part]:.2f}" for part in RL_PARTS]
             lines.append((f"{release}, {RL_SIDES[side]}", *shown, "1" if side == "bi_ops" else f"{ratio:.2f}", differ))
-    head = (
-        "vLLM, side",
-        "sampling, s",
-        "training",
-        "update",
-        "weights",
-        "all",
-        "times bi_ops'",
-        "log-probabilities that differ",
-    )
+    parts = ("sampling, s", "training", "update", "weights", "all", "times bi_ops'")
+    head = ("vLLM, side", *parts, "log-probabilities that differ")
     return table(head, lines) + "\n" + csv_provenance(rows, "h200/rl_step.csv")
 
 
