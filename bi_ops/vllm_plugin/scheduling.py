@@ -19,7 +19,7 @@ from bi_ops.vllm_plugin.points import Replaced
 #: What a scheduler has none of where a request that decodes is given one token in a step, and nothing more.
 UNUSUAL = (
     *("connector", "ec_connector", "aux_output_connector", "enable_return_routed_experts", "perf_metrics", "use_pp"),
-    *("is_encoder_decoder", "num_spec_tokens", "num_lookahead_tokens", "num_prefill_lookahead"),
+    *("is_encoder_decoder", "num_spec_tokens", "num_lookahead_tokens", "num_prefill_lookahead", "defer_block_free"),
 )
 #: What a model's runner gives for tokens; whatever else it gives is vLLM's matter.
 GIVEN = {"req_ids", "req_id_to_index", "sampled_token_ids", "logprobs", "cudagraph_stats"}
