@@ -104,6 +104,9 @@ CONDITIONS: dict[str, Condition] = {
     "launches replayed": Condition(
         {"enforce_eager": True, "additional_config": {"bi_ops": {"replay": True}}}, control=False
     ),
+    "launches replayed, full CUDA graphs": Condition(
+        _graphs(additional_config={"bi_ops": {"replay": True}}), control=False
+    ),
     "long prefills outside of CUDA graphs": Condition(
         _graphs(max_num_batched_tokens=8192, additional_config={"bi_ops": {"prefill_graphs": False}}), control=False
     ),

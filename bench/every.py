@@ -77,7 +77,7 @@ JOBS = (
     Job("segment configs", ("segment_configs.py",), 2, 70, quiet=True, limited=True),
     Job(
         "rollout",
-        ("rollout.py", "--together", "--starts", "2", "--models", "0.6B", "4B", "--rounds", "3", "--modes", *MODES),
+        ("rollout.py", "--together", "--starts", "4", "--models", "0.6B", "4B", "--rounds", "3", "--modes", *MODES),
         8,
         420,
         quiet=True,
