@@ -81,6 +81,22 @@ def test_without_full_graphs_of_every_step_it_says_so(vllm, caplog, asked):
     assert "long prefills" not in caplog.text  # nobody asked
 
 
+@pytest.mark.parametrize(("asked", "captured"), [(None, False), (True, True), (False, False)])
+def test_on_several_gpus_they_are_captured_where_it_is_asked(asked, captured):
+    compiled = SimpleNamespace(
+        cudagraph_capture_sizes=list(STOCK), cudagraph_mode="FULL", max_cudagraph_capture_size=512
+    )
+    config = SimpleNamespace(
+        compilation_config=compiled,
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        model_config=SimpleNamespace(hf_text_config=SMALL),
+    )
+    prefill_graphs.extend(config, asked)
+    assert (compiled.max_cudagraph_capture_size == 8192) == captured
+    assert (compiled.cudagraph_capture_sizes == STOCK) != captured
+
+
 def test_what_is_neither_true_nor_false_is_refused_before_an_engine_starts(vllm):
     vllm_plugin.register()
     asked = {"bi_ops": {"prefill_graphs": 1}}

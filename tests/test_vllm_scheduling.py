@@ -156,6 +156,7 @@ def test_the_budget_is_given_back_where_vllms_function_fails():
         ({}, {"num_computed_tokens": 8}),
         ({}, {"is_prefill_chunk": True}),
         ({}, {"mm_features": [object()]}),
+        ({}, {"structured_output_request": object()}),
     ],
 )
 def test_a_step_of_anything_else_is_vllms_from_the_start(of_scheduler, of_request):

@@ -95,13 +95,7 @@ def without_inductor(stock: Callable[..., Any]) -> Callable[..., Any]:
             os.environ[BREAKABLE] = "1"  # the processes that vLLM starts read it too
         config = stock(self, *args, **kwargs)
         check_model(config)
-        long_prefills = asked_of(config.additional_config).prefill_graphs
-        if long_prefills is None and config.parallel_config.tensor_parallel_size > 1:  # not seen on several GPUs
-            long_prefills = False
-        if long_prefills is not False and not prefill_graphs.extend(config) and long_prefills:
-            logger.warning(
-                "bi_ops: no CUDA graphs of long prefills: they need cudagraph_mode FULL, for every kind of step"
-            )
+        prefill_graphs.extend(config, asked_of(config.additional_config).prefill_graphs)
         return config
 
     return create_engine_config

@@ -34,16 +34,24 @@ def sizes(captured: list[int], weights: int, most: int) -> list[int]:
     return sorted({n for n in (*steps, most) if first < n <= limit})
 
 
-def extend(config: Any) -> bool:
-    """Have vLLM capture longer steps too. False: this `VllmConfig` does not have full graphs of every kind of step."""
+def extend(config: Any, asked: bool | None) -> None:
+    """Have vLLM capture longer steps too, where this `VllmConfig` has full graphs of every kind of step.
+
+    asked: whether to; None: on one GPU, for on several it was not seen.
+    """
+    ranks = config.parallel_config.tensor_parallel_size
+    if asked is False or (asked is None and ranks > 1):
+        return
     compiled, scheduler = config.compilation_config, config.scheduler_config
     captured = list(compiled.cudagraph_capture_sizes or ())
     if getattr(compiled.cudagraph_mode, "name", compiled.cudagraph_mode) != "FULL" or not captured:
-        return False
-    ranks = config.parallel_config.tensor_parallel_size
+        if asked:
+            logger.warning(
+                "bi_ops: no CUDA graphs of long prefills: they need cudagraph_mode FULL, for every kind of step"
+            )
+        return
     more = sizes(captured, layer_weights(config.model_config.hf_text_config, ranks), scheduler.max_num_batched_tokens)
     if more:
         compiled.cudagraph_capture_sizes = [*sorted(captured), *more]
         compiled.max_cudagraph_capture_size = more[-1]
         logger.info("bi_ops: CUDA graphs of steps of %s tokens too", ", ".join(map(str, more)))
-    return True

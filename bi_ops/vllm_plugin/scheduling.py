@@ -87,7 +87,7 @@ def decoding(scheduler: Any) -> Decoding | None:
             continue  # its last token is under way
         room = len(held.get(name, ())) * size - done
         usual = request.num_tokens + ahead - done == 1 and done + 2 <= longest and room >= 0
-        if not usual or request.is_prefill_chunk or request.mm_features:
+        if not usual or request.is_prefill_chunk or request.mm_features or request.structured_output_request:
             return None
         free -= not room
         if not room or (caching and due(blocks, request, done + 1)):
@@ -159,7 +159,7 @@ def going_on(
             tokens = tokens_of[index]
             if (
                 n == 1 == len(tokens)
-                # It waits for no token of before it was preempted, and all that it has are computed.
+                # No step from before a preemption is still on its way, and all tokens that it has are computed.
                 and request.num_in_flight_tokens == (ahead or 1)
                 and known + ahead - request.num_computed_tokens == (ahead > 0)
                 and not (caching and known // size > cached.get(name, 0))

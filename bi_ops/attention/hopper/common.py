@@ -38,9 +38,9 @@ def clear_rows(tile, n_valid, WARPS: gl.constexpr):
 
 @gluon.jit
 def clear_end(tile, n_valid, n_copied, COPIED: gl.constexpr):
-    """`clear_rows` by one warp, in two goes: COPIED, of rows that TMA has copied; and not, of those from `n_copied` on.
+    """`clear_rows` by one warp, for a tile of which TMA copies the first `n_copied` rows.
 
-    The latter are cleared while the others are on their way.
+    COPIED: clear among those, when they have come. Otherwise clear the rows after them, while they are on their way.
     """
     D: gl.constexpr = tile.shape[1]
     layout: gl.constexpr = row_layout(D, 1)

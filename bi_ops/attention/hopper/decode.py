@@ -78,7 +78,7 @@ class PartitionArgs:
 
 @gluon.jit
 def _position(i, IS_V: gl.constexpr):
-    """Which of the tiles that come K or V of a step is: in the order of reading, K before V of the step before."""
+    """The place of a step's K or V among the tiles, which come as they are read: K before V of the step before it."""
     if IS_V:
         return 2 * i + 2
     else:
