@@ -96,7 +96,7 @@ class Job:
     @property
     def parts(self) -> tuple[str, ...]:
         """What runs in processes of its own, one after the other."""
-        engines = ("plugin", *(["plugin collectives"] if self.tp > 1 else []), "stock graphs")
+        engines = ("plugin", "stock graphs", *(["plugin collectives"] if self.tp > 1 else []))
         return {"step": ("ours", COMPILED), "segments": ("segments",), "engine": engines}[self.kind]
 
     @property

@@ -2,8 +2,9 @@
 
     python tests/replayed_launches.py
 
-Prints JSON: the "kernels" of each of the plugin's functions, where the launches "differ", how many do in a "control",
-how many "new" descriptions another current GPU and a capture make, what is "kept", and the Python calls of a layer.
+Prints JSON: the "kernels" of each function of the plugin and of training, where the launches "differ", how many do in
+a "control", how many "new" descriptions another current GPU and a capture make, what is "kept", and the Python calls of
+a layer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ fake_gpu.install()
 import layer_host  # noqa: E402
 import torch  # noqa: E402
 
+from bi_ops.activation import ops as activation_ops  # noqa: E402
+from bi_ops.attention import ops as attention_ops  # noqa: E402
 from bi_ops.core import replay  # noqa: E402
+from bi_ops.norm import ops as norm_ops  # noqa: E402
+from bi_ops.norm import qk_ops  # noqa: E402
 
 Launches = list[tuple[str, tuple[int, ...], list[Any]]]
 
@@ -60,6 +65,53 @@ def launched(run: Callable[[], object]) -> Launches:
     return [(name, grid, [described(a) for a in arguments]) for name, grid, arguments in fake_gpu.launched]
 
 
+def training_parts() -> dict[str, Callable[[], object]]:
+    """What a training step launches beside what the plugin does too, by operator."""
+    wgrad = sys.modules["bi_ops.matmul.linear"]._wgrad
+    tokens, hidden, dim, heads = 256, 512, 128, (4, 2, 2)
+    like = torch.empty(0, dtype=torch.bfloat16)
+
+    def given(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return like.new_zeros(shape, dtype=dtype)
+
+    def fp32(*shape: int) -> torch.Tensor:
+        return given(*shape, dtype=torch.float32)
+
+    parts: dict[str, Callable[[], object]] = {}
+    for name, n, accumulate in (("wgrad, tiles", 256, True), ("wgrad", 8192, True), ("wgrad, first", 8192, False)):
+        parts[name] = functools.partial(wgrad, given(tokens, n), given(tokens, n), fp32(n, n), accumulate=accumulate)
+    for name, ends, longest in (("equal", (0, 128, 256), 128), ("unequal", (0, 100, 256), 156)):
+        cu, (q, k, v) = torch.tensor(ends, dtype=torch.int32), (given(tokens, h, dim) for h in heads)
+        lengths = cu, cu, longest, longest, False, "triton", None
+        params = True, 0.1, -1, -1, 0.0
+        saved = given(*q.shape), q, k, v, given(*q.shape), fp32(heads[0], tokens), None
+        parts[f"attention, {name}"] = functools.partial(attention_ops._forward, q, k, v, *lengths, *params)
+        needed = True, True, False
+        parts[f"attention backward, {name}"] = functools.partial(
+            attention_ops._backward, *saved, *lengths, *needed, *params
+        )
+    x, rows = given(tokens, hidden), fp32(tokens)
+    norm = given(tokens, hidden), given(tokens, hidden), x, given(hidden), rows, True, True
+    parts["norm backward"] = functools.partial(replayed_of(norm_ops._rms_norm_backward), *norm)
+    parts["norm backward, main_grad"] = functools.partial(
+        replayed_of(norm_ops._accumulate_backward), fp32(hidden), *norm
+    )
+    qkv, grads = given(tokens, sum(heads) * dim), [given(tokens, h, dim) for h in heads]
+    saved = qkv, given(dim), given(dim), torch.zeros(tokens, dtype=torch.int64), given(tokens, dim)
+    parts["qk_norm_rope backward"] = functools.partial(
+        replayed_of(qk_ops._qk_norm_rope_backward),
+        *(fp32(dim), fp32(dim), True, *grads, *saved, fp32(tokens * sum(heads[:2])), heads[0]),
+    )
+    silu = replayed_of(activation_ops._silu_and_mul_grad)
+    parts["silu_and_mul backward"] = functools.partial(silu, given(tokens, hidden), given(tokens, 2 * hidden))
+    return parts
+
+
+def replayed_of(operator: Any) -> Callable[..., object]:
+    """The function of an operator whose launches are replayed."""
+    return operator._run.__wrapped__
+
+
 def main() -> None:
     replay.enable()
     kernels, differ, new, control, few = {}, [], [], 0, ", few tokens"
@@ -69,7 +121,7 @@ def main() -> None:
             made = layer_host.layer_parts(layer_host.MODELS["small"], 256, torch.bfloat16)
             del made["linear, 4"]  # by no launch of Triton's
             short = layer_host.layer_parts(layer_host.MODELS["small"], 8, torch.bfloat16)["paged_attention"]
-            return {**made, f"paged_attention{few}": short}
+            return {**made, f"paged_attention{few}": short, **training_parts()}
 
         first, other = parts(), parts()
         for name in first:

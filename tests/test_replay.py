@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +11,24 @@ from typing import Any
 import pytest
 import torch
 from own_process import printed_by, without_a_gpu
+from tiny import tiny_model
 
 from bi_ops import norm
+from bi_ops.activation import ops as activation_ops
+from bi_ops.attention import ops as attention_ops
 from bi_ops.core import replay, runtime
 from bi_ops.core.replay import replayed
+from bi_ops.core.rows import TOKEN_STEP
+from bi_ops.models.packing import pack
+from bi_ops.norm import ops as norm_ops
+from bi_ops.norm import qk_ops
 from bi_ops.vllm_plugin import backend, layers
 
 HQ, HKV, D, PAGE, TOKENS = 4, 2, 32, 16, 24
 
 DEVICE = runtime.device_type()
+#: The module, whose name in its package is the function's.
+linear = sys.modules["bi_ops.matmul.linear"]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +61,49 @@ def prompt(tokens=TOKENS, blocks=4, d=D):
     return rand(tokens, HQ, d), *caches(blocks, d), permutation(blocks)[: -(-tokens // PAGE)].int()[None], cu, length
 
 
-#: The plugin's functions, and arguments for each, of one description and other values in every call.
+def fp32(*shape):
+    return rand(*shape, dtype=torch.float32)
+
+
+def ordinary(call):
+    """The function below a replayed one, of which nothing is replayed either."""
+
+    def run(*args, **options):
+        with replay.paused():
+            return call(*args, **options)
+
+    return run
+
+
+def of(operator):
+    """The function of an operator whose launches are replayed."""
+    return operator._run.__wrapped__
+
+
+def norm_saved():
+    """Arguments of a norm's backward: gradients, input, weight, 1 / rms."""
+    return rand(TOKENS, 64), rand(TOKENS, 64), rand(TOKENS, 64), rand(64), fp32(TOKENS)
+
+
+def packed(lengths, d=64):
+    """Arguments of attention's forward. Queries and keys share their lengths, one tensor."""
+    n = sum(lengths)
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], device=DEVICE).int()
+    q, k, v = rand(n, HQ, d), rand(n, HKV, d), rand(n, HKV, d)
+    return q, k, v, cu, cu, max(lengths), max(lengths), False, "triton", None, True, 0.1, -1, -1, 0.0
+
+
+def packed_saved(lengths):
+    q, k, v, *rest = packed(lengths)
+    out, lse = ordinary(attention_ops._forward)(q, k, v, *rest)
+    lengths, params = rest[:7], rest[7:]
+    return rand(*q.shape), q, k, v, out, lse, None, *lengths, True, True, False, *params
+
+
+#: Lengths of packed sequences.
+CUTS = {"equal": (32, 32), "unequal": (20, 41)}
+
+#: Functions of the plugin and of training, and arguments for each, of one description and other values in every call.
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]] = {
     "rms_norm": (layers._rms_norm, lambda: ((rand(TOKENS, 64), rand(64), 1e-6), {"constant_weight": True})),
     "add_rms_norm": (layers._add_rms_norm, lambda: ((rand(TOKENS, 64), rand(TOKENS, 64), rand(64), 1e-6), {})),
@@ -70,6 +122,37 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[tuple[Any, ...], d
     ),
     "paged_attention, allocated": (backend._paged_attention, lambda: (prompt(), {})),
     "paged_attention, long": (backend._paged_attention, lambda: (prompt(300, 20, 128), {})),  # another kernel on Hopper
+    "rms_norm backward": (of(norm_ops._rms_norm_backward), lambda: ((*norm_saved(), True, True), {})),
+    "rms_norm backward, main_grad": (
+        of(norm_ops._accumulate_backward),
+        lambda: ((fp32(64), *norm_saved(), True, True), {}),
+    ),
+    "qk_norm_rope backward": (
+        of(qk_ops._qk_norm_rope_backward),
+        lambda: (
+            (
+                *(fp32(D), fp32(D), True, rand(TOKENS, HQ, D), rand(TOKENS, HKV, D), rand(TOKENS, HKV, D)),
+                *(rand(TOKENS, 8 * D), rand(D), rand(D), permutation(64)[:TOKENS], rand(64, D)),
+                *(fp32(TOKENS * (HQ + HKV)), HQ),
+            ),
+            {},
+        ),
+    ),
+    "silu_and_mul backward": (
+        of(activation_ops._silu_and_mul_grad),
+        lambda: ((rand(TOKENS, 64), rand(TOKENS, 128)), {}),
+    ),
+    "accumulate_weight_grad": (linear._wgrad, lambda: ((rand(32, 64), rand(32, 48), fp32(64, 48)), {})),
+    "accumulate_weight_grad, large": (linear._wgrad, lambda: ((rand(64, 512), rand(64, 1024), fp32(512, 1024)), {})),
+    "accumulate_weight_grad, first": (
+        linear._wgrad,
+        lambda: ((rand(32, 64), rand(32, 48), fp32(64, 48)), {"accumulate": False}),
+    ),
+    **{f"flash_attention, {name}": (attention_ops._forward, lambda n=n: (packed(n), {})) for name, n in CUTS.items()},
+    **{
+        f"flash_attention backward, {name}": (attention_ops._backward, lambda n=n: (packed_saved(n), {}))
+        for name, n in CUTS.items()
+    },
 }
 
 
@@ -108,7 +191,7 @@ def test_a_replay_does_all_that_a_call_does(name, kept):
         args, options = arguments()
         again, more = copied(args, options)
         before = [[t._version for t in tensors_of(*given)] for given in ((args, options), (again, more))]
-        want = inspect.unwrap(call)(*args, **options)
+        want = ordinary(call)(*args, **options)
         out = call(*again, **more)
         after = [[t._version for t in tensors_of(*given)] for given in ((args, options), (again, more))]
         theirs, ours = ([b > a for a, b in zip(*both, strict=True)] for both in zip(before, after, strict=True))
@@ -164,7 +247,7 @@ def test_only_an_equal_description_is_replayed(silu, kept, monkeypatch):
 def test_numbers_are_described_by_type_and_value(kept):
     x, weight = rand(TOKENS, 64), rand(64)
     for n, eps in enumerate((1e-6, 1e-5, 1.0, 1), 1):
-        assert torch.equal(layers._rms_norm(x, weight, eps), inspect.unwrap(layers._rms_norm)(x, weight, eps))
+        assert torch.equal(layers._rms_norm(x, weight, eps), ordinary(layers._rms_norm)(x, weight, eps))
         assert len(kept) == n
     with pytest.raises(TypeError, match="eps must be a number"):
         layers._rms_norm(x, weight, True)
@@ -202,40 +285,102 @@ def test_what_the_dispatcher_has_to_see_is_not_replayed(silu, kept, monkeypatch)
     monkeypatch.setattr(replay._Replay, "__call__", refuse)
     assert layers._silu_and_mul(silu.to("meta")).is_meta
     twice = silu.as_subclass(type("Sub", (torch.Tensor,), {}))
-    assert torch.equal(layers._silu_and_mul(twice), inspect.unwrap(layers._silu_and_mul)(silu))
+    assert torch.equal(layers._silu_and_mul(twice), ordinary(layers._silu_and_mul)(silu))
     with torch.enable_grad():
         assert layers._silu_and_mul(silu.clone().requires_grad_()).requires_grad
     with replay.paused():
         layers._silu_and_mul(silu)
-    torch.func.vmap(layers._silu_and_mul)(silu[None])
     with pytest.raises(AssertionError, match="replayed"):  # the control
         layers._silu_and_mul(silu)
 
 
-def test_arguments_of_one_address_are_not_recorded_but_may_be_replayed(kept):
-    x, weight = rand(TOKENS, 64), rand(64)
-    want = layers._add_rms_norm(x, x, weight)
-    assert not kept
-    layers._add_rms_norm(x, rand(TOKENS, 64), weight)
-    assert len(kept) == 1
-    for a, b in zip(layers._add_rms_norm(x, x, weight), want, strict=True):
-        assert torch.equal(a, b)
+def test_steps_of_a_model_have_the_bits_of_ordinary_ones(kept):
+    """Log-probabilities, gradients of two micro-batches in one sum, and weights, over steps of other values."""
+    on_gpu = not runtime.INTERPRET
+    size = {"hidden_size": 512, "head_dim": 128, "intermediate_size": 1024} if on_gpu else {}
+    model = tiny_model(num_hidden_layers=2, **size)
+    cuts = [(130, 70, 200), (64, 64)] if on_gpu else [(9, 5), (8,)]
+
+    def gradients(seed: int) -> list[torch.Tensor]:
+        generator, found = torch.Generator().manual_seed(seed), []
+        model.allocate_main_grads()
+        for lengths in cuts:
+            rows = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+            batch = pack([row[:1] for row in rows], [row[1:] for row in rows], model.device, TOKEN_STEP)
+            with torch.enable_grad():
+                scores = model.token_logprobs(batch)
+                scores.sum().backward()
+            found.append(scores.detach())
+        model.collect_main_grads()
+        found += [p.grad for p in model.parameters()]
+        model.zero_grad()
+        return found
+
+    launched = 0
+    for seed in range(3):
+        for a, b in zip(gradients(seed), ordinary(gradients)(seed), strict=True):
+            assert torch.equal(a, b)
+        assert seed == 0 or len(kept) == launched, "a step of the same sizes made other descriptions"
+        launched = len(kept)
+    assert {key[0].__name__ for key, entry in kept.items() if isinstance(entry, replay._Replay)} >= {
+        *("_rms_norm", "_add_rms_norm", "_accumulate_backward", "_qk_norm_rope", "_qk_norm_rope_backward"),
+        *("_silu_and_mul", "_silu_and_mul_grad", "_forward", "_backward", "launch_wgrad"),
+    }
+    assert torch.equal(gradients(0)[0], ordinary(gradients)(0)[0])
+    assert not torch.equal(gradients(0)[0], gradients(1)[0])  # the control: other tokens
+
+
+def test_slices_of_a_transform_may_be_replayed(silu):
+    """`torch.func.vmap` hands an operator plain tensors, one after the other."""
+    others = torch.stack([silu, rand(TOKENS, 128)])
+    for x, out in zip(others, torch.func.vmap(layers._silu_and_mul)(others), strict=True):
+        assert torch.equal(out, ordinary(layers._silu_and_mul)(x))
+
+
+def test_which_arguments_share_an_address_is_described(kept):
+    """A launch that got one of two such tensors may not get the first of two others."""
+    weight = rand(64)
+    for n, (x, residual) in enumerate(2 * [(a := rand(TOKENS, 64), a), (rand(TOKENS, 64), rand(TOKENS, 64))]):
+        want = ordinary(layers._add_rms_norm)(x, residual, weight)
+        for a, b in zip(layers._add_rms_norm(x, residual, weight), want, strict=True):
+            assert torch.equal(a, b)
+        assert len(kept) == min(n + 1, 2)
+    assert all(isinstance(entry, replay._Replay) for entry in kept.values())
+
+
+def test_an_operator_is_replayed_under_autograd_too(kept):
+    """Forward and backward of an operator that is called with gradients asked for."""
+    weight, found = rand(64), []
+    for _ in range(3):
+        x, g = rand(TOKENS, 64), rand(TOKENS, 64)
+        with torch.enable_grad():
+            leaves = [t.clone().requires_grad_() for t in (x, weight)]
+            norm.rms_norm(*leaves).backward(g)
+            with replay.paused():
+                others = [t.clone().requires_grad_() for t in (x, weight)]
+                norm.rms_norm(*others).backward(g)
+        for a, b in zip(leaves, others, strict=True):
+            assert torch.equal(a.grad, b.grad)
+        found.append(len(kept))
+    assert found == [2, 2, 2]
+    assert all(isinstance(entry, replay._Replay) for entry in kept.values())
 
 
 def test_a_copy_of_an_argument_cannot_be_replayed(kept):
     weight = rand(64)
     for _ in range(3):
         odd = rand(TOKENS, 65)[:, 1:]  # rows that start at odd addresses: `aligned_rows` copies them
-        assert torch.equal(layers._rms_norm(odd, weight), inspect.unwrap(layers._rms_norm)(odd.contiguous(), weight))
-    why = "rms_norm launches rms_norm_kernel on a p_x that is neither an argument nor of `empty`"
-    assert replay.refusals() == [why]
+        assert torch.equal(layers._rms_norm(odd, weight), ordinary(layers._rms_norm)(odd.contiguous(), weight))
+    why = "launches rms_norm_kernel on a p_x that is neither an argument nor of `empty`"
+    # Where the function is refused, its operator is asked.
+    assert replay.refusals() == [f"_rms_norm {why}", f"rms_norm {why}"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_of_another_gpu_than_the_current_one_are_not_replayed(kept):
     for _ in range(2):
         x = rand(TOKENS, 128).to("cuda:1")
-        assert torch.equal(layers._silu_and_mul(x), inspect.unwrap(layers._silu_and_mul)(x))
+        assert torch.equal(layers._silu_and_mul(x), ordinary(layers._silu_and_mul)(x))
     assert replay.refusals() == ["silu_and_mul has tensors of another device than the current one"]
     with torch.cuda.device(1):
         layers._silu_and_mul(x)
@@ -253,7 +398,7 @@ def test_what_is_no_launch_cannot_be_replayed(kept):
         for _ in range(2):
             x = rand(TOKENS, 128)
             assert torch.equal(call(x), fn(x))
-        assert [type(entry) for entry in kept.values()] == [str]
+        assert [type(entry) for key, entry in kept.items() if key[0] is fn] == [str]
 
 
 def test_new_backends_and_architectures_are_asked_again(silu, kept):
@@ -286,6 +431,8 @@ def test_a_gpu_is_launched_what_an_ordinary_call_launches():
     kernels = ["lpt_order_kernel", "attention_forward_kernel"]
     assert found["kernels"]["paged_attention"] == kernels
     assert found["kernels"]["paged_attention, few tokens"] == ["attention_decode_kernel"]
+    assert found["kernels"]["wgrad"] == found["kernels"]["wgrad, first"] == ["wgrad_kernel"]
+    assert found["kernels"]["attention backward, equal"] == ["attention_prepare_kernel", "attention_backward_kernel"]
     assert all(len(kernels) >= 1 for kernels in found["kernels"].values())
     assert found["differ"] == []
     assert found["control"] == len(found["kernels"])  # other tensors

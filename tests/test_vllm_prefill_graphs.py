@@ -34,8 +34,8 @@ def vllm(monkeypatch, request):
         (SMALL, 1, 8192, [768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]),
         (SMALL, 1, 5000, [768, 1024, 1536, 2048, 3072, 4096, 5000]),  # vLLM's longest step is one of them
         (SMALL, 1, 512, []),
-        (LARGE, 1, 8192, [768, 1024, 1536]),  # longer ones keep the GPU busy: padding would cost time
-        (LARGE, 4, 8192, [768, 1024, 1536, 2048, 3072, 4096, 6144]),  # a rank has a quarter of the weights
+        (LARGE, 1, 8192, [768, 1024, 1536, 2048, 3072]),  # longer ones keep the GPU busy: padding would cost time
+        (LARGE, 4, 8192, [768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]),  # a rank has a quarter of the weights
     ],
 )
 def test_steps_are_captured_as_long_as_they_would_wait_for_python(model, ranks, most, found):
@@ -81,8 +81,8 @@ def test_without_full_graphs_of_every_step_it_says_so(vllm, caplog, asked):
     assert "long prefills" not in caplog.text  # nobody asked
 
 
-@pytest.mark.parametrize(("asked", "captured"), [(None, False), (True, True), (False, False)])
-def test_on_several_gpus_they_are_captured_where_it_is_asked(asked, captured):
+@pytest.mark.parametrize(("asked", "captured"), [(None, True), (True, True), (False, False)])
+def test_on_several_gpus_they_are_captured_unless_asked_otherwise(asked, captured):
     compiled = SimpleNamespace(
         cudagraph_capture_sizes=list(STOCK), cudagraph_mode="FULL", max_cudagraph_capture_size=512
     )

@@ -12,6 +12,7 @@ from bi_ops.core.integers import cdiv
 from bi_ops.core.launches import empty, recorded
 from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
+from bi_ops.core.replay import replayed
 from bi_ops.core.triton_helpers import PINNED
 
 # --------------------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def launch(
         pdl_options = pdl.launch_options(arches.of(x.device))
         recorded(silu_and_mul_kernel)[grid](x2, out, *sizes, **options, **pdl_options, **PINNED)
     else:
-        silu_and_mul_backward_kernel[grid](g.contiguous(), x2, out, *sizes, **options, **PINNED)
+        recorded(silu_and_mul_backward_kernel)[grid](g.contiguous(), x2, out, *sizes, **options, **PINNED)
     return out
 
 
@@ -52,6 +53,7 @@ def launch(
 
 
 @custom_op("bi_ops::silu_and_mul")
+@replayed
 def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return launch(x, empty(x, (*x.shape[:-1], x.shape[-1] // 2)))
 
@@ -62,8 +64,9 @@ def _(x):
 
 
 @custom_op("bi_ops::silu_and_mul_backward")
+@replayed
 def _silu_and_mul_grad(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return launch(x, x.new_empty(x.shape), g)
+    return launch(x, empty(x, x.shape), g)
 
 
 @_silu_and_mul_grad.register_fake

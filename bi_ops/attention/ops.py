@@ -24,6 +24,62 @@ from bi_ops.core import arch as arches
 from bi_ops.core import checks
 from bi_ops.core.launches import empty
 from bi_ops.core.operators import custom_op
+from bi_ops.core.replay import replayed
+
+# --------------------------------------------------------------------------------------------------------------
+# launch: nothing below reads a tensor's values, so that launches can be made again for others
+
+
+@replayed
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    read: bool,
+    backend: str,
+    sinks: torch.Tensor | None,
+    *params: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    seqlens, given = Seqlens(cu_q, cu_k, max_q, max_k, read), AttentionParams(*params)  # type: ignore[arg-type]
+    chosen, arch = backends.get(backend), arches.of(q.device)
+    order = chosen.order(Problem(q.shape[2], q.dtype, given.features(sinks)), arch)
+    return chosen.forward(q, k, v, seqlens, given, sinks, order, arch)
+
+
+@replayed
+def _backward(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    g_lse: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    read: bool,
+    backend: str,
+    sinks: torch.Tensor | None,
+    need_q: bool,
+    need_kv: bool,
+    need_sinks: bool,
+    *params: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    seqlens, given = Seqlens(cu_q, cu_k, max_q, max_k, read), AttentionParams(*params)  # type: ignore[arg-type]
+    chosen, arch = backends.get(backend), arches.of(q.device)
+    order = chosen.order(Problem(q.shape[2], q.dtype, given.features(sinks)), arch)
+    sinks = sinks if need_sinks else None  # the softmax's are in the lse
+    dq, dk, dv, dsinks = chosen.backward(
+        g, q, k, v, out, lse, g_lse, seqlens, given, sinks, need_q, need_kv, order, arch
+    )
+    return dq if need_q else empty(dq, 0), *((dk, dv) if need_kv else (empty(dk, 0), empty(dk, 0))), dsinks
+
 
 # --------------------------------------------------------------------------------------------------------------
 # custom operators
@@ -55,11 +111,8 @@ def _flash(
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [T, Hq, D], lse fp32 [Hq, T]). backend: its name, as `select` returns it."""
-    params = AttentionParams(causal, scale, left, right, softcap)
     seqlens = _seqlens(q, k, cu_q, cu_k, max_q, max_k)
-    chosen, arch = backends.get(backend), arches.of(q.device)
-    order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks)), arch)
-    return chosen.forward(q, k, v, seqlens, params, sinks, order, arch)
+    return _forward(q, k, v, *seqlens, backend, sinks, causal, scale, left, right, softcap)
 
 
 @_flash.register_fake
@@ -95,15 +148,9 @@ def _flash_grad(
 
     sinks, backend: the forward's.
     """
-    params = AttentionParams(causal, scale, left, right, softcap)
     seqlens = _seqlens(q, k, cu_q, cu_k, max_q, max_k)
-    chosen, arch = backends.get(backend), arches.of(q.device)
-    order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks)), arch)
-    sinks = sinks if need_sinks else None  # the softmax's are in the lse
-    dq, dk, dv, dsinks = chosen.backward(
-        g, q, k, v, out, lse, g_lse, seqlens, params, sinks, need_q, need_kv, order, arch
-    )
-    return dq if need_q else dq.new_empty(0), *((dk, dv) if need_kv else (dk.new_empty(0), dk.new_empty(0))), dsinks
+    needed, params = (need_q, need_kv, need_sinks), (causal, scale, left, right, softcap)
+    return _backward(g, q, k, v, out, lse, g_lse, *seqlens, backend, sinks, *needed, *params)
 
 
 @_flash_grad.register_fake

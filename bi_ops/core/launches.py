@@ -1,7 +1,7 @@
 """What a call allocates, launches and writes, as far as `bi_ops.core.replay` has to know it.
 
-A launch that may be replayed is written ``recorded(kernel)[grid](...)``; `empty` allocates what it needs or returns.
-Outside of a recording both do what their names say and no more.
+A launch that may be replayed is written ``recorded(kernel)[grid](...)``; `empty` and `zeros` allocate what it needs or
+returns. Outside of a recording they do what their names say and no more.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Recording:
     """What a call allocates, writes and launches while this is entered."""
 
     def __init__(self) -> None:
-        self.allocated: list[torch.Tensor] = []
+        #: And whether each begins as zeros.
+        self.allocated: list[tuple[torch.Tensor, bool]] = []
         self.written: list[torch.Tensor] = []
         self.launches: list[Launch] = []
 
@@ -93,7 +94,17 @@ def empty(
     """``like.new_empty(shape)``, which a replay allocates anew."""
     t = like.new_empty(shape, dtype=dtype)
     if (recording := _current.recording) is not None:
-        recording.allocated.append(t)
+        recording.allocated.append((t, False))
+    return t
+
+
+def zeros(
+    like: torch.Tensor, shape: torch.Size | tuple[int, ...] | int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """``like.new_zeros(shape)``, which a replay allocates and fills anew, before its first launch."""
+    t = like.new_zeros(shape, dtype=dtype)
+    if (recording := _current.recording) is not None:
+        recording.allocated.append((t, True))
     return t
 
 

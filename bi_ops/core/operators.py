@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -65,6 +66,8 @@ class Operator:
 
     def __init__(self, fn: Fn, name: str, mutates: Iterable[str]) -> None:
         self._run, self._name = on_device_of_first(fn), name
+        # Of a function whose launches are replayed, what checks nothing again (`core.replay`).
+        self._run_plain = on_device_of_first(getattr(fn, "of_plain", fn))
         self._op = torch.library.custom_op(name, self._run, mutates_args=mutates)
         hints = typing.get_type_hints(fn)
         del hints["return"]
@@ -73,7 +76,7 @@ class Operator:
         self._mutated = [list(hints).index(m) for m in mutates]
         if not self._mutated:
             self._op.register_autograd(no_second(name))  # until there is one: torch's error names no way out
-        self._defaults = fn.__defaults__ or ()
+        self._defaults = inspect.unwrap(fn).__defaults__ or ()
         self._function: type[torch.autograd.Function] | None = None
         self._transformed = transformable(name, self, None, None)
 
@@ -86,7 +89,7 @@ class Operator:
         self._op.register_autograd(backward, setup_context=setup_context)
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = self._run(*args)
+            output = self._run_plain(*args)
             setup_context(ctx, args, output)
             return output
 
@@ -112,7 +115,7 @@ class Operator:
             return self._op(*args) if self._function is None else self._function.apply(*args)
         for i in self._mutated:
             launches.written(args[i])
-        return self._run(*args)
+        return self._run_plain(*args)
 
     def _watched(self, *args: Any) -> Any:
         """Through the dispatcher, or as one whole under a transform of torch.func."""

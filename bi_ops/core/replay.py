@@ -7,7 +7,7 @@ outcome: which memory is allocated, which compiled kernel is launched on which g
 argument each pointer is. The next call with that description allocates, launches and returns.
 
     description   of a tensor: shape, strides, dtype, device, address modulo 16; of anything else its type and value;
-                  the current GPU, and whether a CUDA graph is being captured
+                  the current GPU, and whether a CUDA graph is being captured; and which tensors share an address
     kept          `CompiledKernel[grid]`, Triton's own handle, and its arguments without those that are addresses
 
 All that Triton specialises a kernel on, and all that an order or a config may depend on, is in the description. So a
@@ -16,8 +16,7 @@ differs in anything is checked like any first one.
 
 Not replayed, but called as ever: with gradients enabled; what a tracer, a mode or a transform watches; subclasses of
 tensors; and calls that launch nothing through `launches.recorded`, or launch on other memory than their arguments and
-that of `launches.empty`, a copy of an argument for instance: `refusals` says which, and why. Calls are not recorded
-while arguments share an address.
+that of `launches.empty` and `launches.zeros`, a copy of an argument for instance: `refusals` says which, and why.
 
 What a call does beside its launches is not seen. So a function that is given to `replayed` writes by such launches
 alone, or by none; `tests/test_replay.py` compares results, versions and launches of each. On the CPU checks read the
@@ -49,9 +48,10 @@ _NUMBERS = (int, float, bool, str, type(None))
 
 #: Makes an argument of a launch from the address that it is about and the tensor that has the memory.
 Make = Callable[[int, torch.Tensor], Any]
-#: By the type of an argument that holds an address and is no tensor: (its address, how to make it for another one), or
-#: None where that is not known. A module that has such a type, of TMA descriptors say, registers it.
-HOLDERS: dict[type, Callable[[Any], tuple[int, Make] | None]] = {}
+#: By the type of an argument that holds an address and is no tensor: (its address; the tensor whose memory it keeps, or
+#: None; how to make it for another address), or None where that is not known. A module that has such a type, of TMA
+#: descriptors say, registers it.
+HOLDERS: dict[type, Callable[[Any], tuple[int, torch.Tensor | None, Make] | None]] = {}
 
 _new = object()  # of no description yet
 _kept: dict[tuple[Any, ...], _Replay | str] = {}  # a text: why calls of the description cannot be replayed
@@ -91,8 +91,9 @@ class _Replay:
         if any(t.device != here for t in tensors):
             raise _Refused("has tensors of another device than the current one")
         given = {t.data_ptr(): i for i, t in enumerate(tensors)}
-        made = {t.untyped_storage().data_ptr(): i for i, t in enumerate(recording.allocated, len(tensors))}
-        sources = [*tensors, *recording.allocated]
+        allocated = [t for t, _ in recording.allocated]
+        made = {t.untyped_storage().data_ptr(): i for i, t in enumerate(allocated, len(tensors))}
+        sources = [*tensors, *allocated]
 
         def split(launch: Launch) -> tuple[Callable[..., object], list[Any], list[_Argument]]:
             """(how to launch; arguments, None where they hold an address; and those)."""
@@ -105,12 +106,14 @@ class _Replay:
                     continue
                 source = None
                 make: Make | None = _pointer if runtime.INTERPRET else None
-                if isinstance(a, torch.Tensor):
-                    address = a.data_ptr()
-                    source = given.get(address, made.get(a.untyped_storage().data_ptr()))
+                memory = a if isinstance(a, torch.Tensor) else None
+                if memory is not None:
+                    address = memory.data_ptr()
                 elif (held := HOLDERS.get(type(a), lambda _: None)(a)) is not None:
-                    address, make = held
-                    source = given.get(address)  # it may hold no memory, so this could be another's by now
+                    address, memory, make = held
+                    source = given.get(address)
+                if source is None and memory is not None:  # else it could be another's by now
+                    source = given.get(address, made.get(memory.untyped_storage().data_ptr()))
                 if source is None:
                     raise _Refused(f"launches {launch.kernel} on a {name} that is neither an argument nor of `empty`")
                 fixed[place] = None
@@ -124,15 +127,17 @@ class _Replay:
                     return i
             raise _Refused("returns or writes what is neither an argument nor of `empty`")
 
-        self._made = [(t.shape, t.dtype, t.device) for t in recording.allocated]
+        self._made = [
+            (torch.zeros if filled else torch.empty, t.shape, t.dtype, t.device) for t, filled in recording.allocated
+        ]
         self._launches = [split(launch) for launch in recording.launches]
         self._written = [index(t) for t in recording.written]
         self._is_tuple = isinstance(result, tuple)
         self._result = [index(t) for t in (result if self._is_tuple else (result,))]
 
     def __call__(self, tensors: list[torch.Tensor], addresses: list[int]) -> Any:
-        for shape, dtype, device in self._made:
-            t = torch.empty(shape, dtype=dtype, device=device)
+        for allocate, shape, dtype, device in self._made:
+            t = allocate(shape, dtype=dtype, device=device)
             tensors.append(t)
             addresses.append(t.data_ptr())
         if self._written:
@@ -151,46 +156,57 @@ class _Replay:
 def replayed(fn: Callable[P, R]) -> Callable[P, R]:
     """`fn`, whose launches are kept and made again where the module's docstring says so; else `fn` itself is called.
 
-    Raises what `fn` raises.
+    Its attribute `of_plain` is the same for a caller that knows: tensors are plain and need no gradient, and nobody
+    watches. Raises what `fn` raises.
     """
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         if _pauses or not _enabled or torch.is_grad_enabled() or dispatcher_is_watched():
             return fn(*args, **kwargs)
-        tensors: list[torch.Tensor] = []
-        addresses: list[int] = []
-        key: list[Any] = [fn, *kwargs]
-        for a in (*args, *kwargs.values()):
-            kind = type(a)
-            if kind in _TENSORS:
-                if not is_plain(a) or a.layout is not torch.strided:
-                    return fn(*args, **kwargs)
-                address = a.data_ptr()
-                tensors.append(a)
-                addresses.append(address)
-                key += (kind, a.shape, a.stride(), a.dtype, a.device, address % ALIGNMENT)
-            elif kind in _NUMBERS:
-                key += (kind, a)
-            elif kind is tuple and all(type(n) in _NUMBERS for n in a):
-                key += (kind, *[type(n) for n in a], a)
-            else:
-                return fn(*args, **kwargs)
-        if not runtime.INTERPRET:
-            key += (torch.cuda.current_device(), torch.cuda.is_current_stream_capturing())
-        described = tuple(key)
-        replay = _kept.get(described, _new)
-        if type(replay) is _Replay:
-            return replay(tensors, addresses)
-        # Arguments that share an address do not say which of them a launch has got.
-        if replay is not _new or is_recording() or len(set(addresses)) < len(addresses):
-            return fn(*args, **kwargs)
-        with Recording() as recording:
-            result = fn(*args, **kwargs)
-        _keep(described, recording, tensors, result)
-        return result
+        return _made(fn, args, kwargs, False)
 
+    def of_plain(*args: Any) -> Any:
+        return fn(*args) if _pauses or not _enabled else _made(fn, args, {}, True)  # type: ignore[call-arg]
+
+    call.of_plain = of_plain  # type: ignore[attr-defined]
     return cast(Callable[P, R], call)
+
+
+def _made(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool) -> Any:
+    """The call's outcome: replayed, or the first of its description. plain: tensors are known to be such."""
+    tensors: list[torch.Tensor] = []
+    addresses: list[int] = []
+    key: list[Any] = [fn, *kwargs]
+    for a in (*args, *kwargs.values()):
+        kind = type(a)
+        if kind in _TENSORS:
+            if not (plain or is_plain(a)) or a.layout is not torch.strided:
+                return fn(*args, **kwargs)
+            address = a.data_ptr()
+            tensors.append(a)
+            addresses.append(address)
+            key += (kind, a.shape, a.stride(), a.dtype, a.device, address % ALIGNMENT)
+        elif kind in _NUMBERS:
+            key += (kind, a)
+        elif kind is tuple and all(type(n) in _NUMBERS for n in a):
+            key += (kind, *[type(n) for n in a], a)
+        else:
+            return fn(*args, **kwargs)
+    if not runtime.INTERPRET:
+        key += (torch.cuda.current_device(), torch.cuda.is_current_stream_capturing())
+    if len(set(addresses)) < len(addresses):  # which of them a launch has got then does not matter
+        key += map(addresses.index, addresses)
+    described = tuple(key)
+    replay = _kept.get(described, _new)
+    if type(replay) is _Replay:
+        return replay(tensors, addresses)
+    if replay is not _new or is_recording():
+        return fn(*args, **kwargs)
+    with Recording() as recording:
+        result = fn(*args, **kwargs)
+    _keep(described, recording, tensors, result)
+    return result
 
 
 def _keep(described: tuple[Any, ...], recording: Recording, tensors: list[torch.Tensor], result: Any) -> None:

@@ -74,9 +74,14 @@ class _Address(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _descriptor(base: _Address, shape: tuple[int, int], row: int, block: tuple[int, int]) -> TensorDescriptor:
-    layout = smem_layout(128, 8 * base.dtype.itemsize, 2)
-    return TensorDescriptor(base, list(shape), [row, 1], list(block), layout)
+def _descriptor(
+    base: _Address,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    block: tuple[int, ...],
+    layout: NVMMASharedLayout,
+) -> TensorDescriptor:
+    return TensorDescriptor(base, list(shape), list(strides), list(block), layout)
 
 
 def descriptor(t: torch.Tensor, shape: tuple[int, int], row: int, block: tuple[int, int]) -> TensorDescriptor:
@@ -86,21 +91,26 @@ def descriptor(t: torch.Tensor, shape: tuple[int, int], row: int, block: tuple[i
     the kernel is launched.
     """
     bind_context()
-    return _descriptor(_Address(t.data_ptr(), t.dtype), shape, row, block)
+    layout = smem_layout(128, 8 * t.dtype.itemsize, 2)
+    return _descriptor(_Address(t.data_ptr(), t.dtype), shape, (row, 1), block, layout)
 
 
-def _moved(d: TensorDescriptor) -> tuple[int, replay.Make] | None:
-    """The address of a matrix's descriptor, and how to make it for another one; None if `descriptor` does not."""
-    dtype = d.base.dtype
-    if len(d.shape) != 2 or d.layout is not smem_layout(128, 8 * dtype.itemsize, 2) or d.padding != "zero":
+def _moved(d: TensorDescriptor) -> tuple[int, torch.Tensor | None, replay.Make] | None:
+    """A descriptor's address, whose memory it keeps, and how to make it for another address (`replay.HOLDERS`)."""
+    if d.padding != "zero" or getattr(d, "round_f32_to_tf32", False):
         return None
-    (n, columns), row, (rows, width) = d.shape, d.strides[0], d.block_shape
+    dtype, layout = d.base.dtype, d.layout
+    rest = tuple(d.shape), tuple(d.strides), tuple(d.block_shape), layout
+
+    @functools.lru_cache(maxsize=256)
+    def at(address: int) -> TensorDescriptor:
+        return _descriptor(_Address(address, dtype), *rest)
 
     def make(address: int, _: torch.Tensor) -> TensorDescriptor:
         bind_context()
-        return _descriptor(_Address(address, dtype), (n, columns), row, (rows, width))
+        return at(address)
 
-    return d.base.data_ptr(), make
+    return d.base.data_ptr(), d.base if isinstance(d.base, torch.Tensor) else None, make
 
 
 replay.HOLDERS[TensorDescriptor] = _moved

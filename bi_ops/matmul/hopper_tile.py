@@ -21,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
@@ -192,7 +193,7 @@ def launch(g: torch.Tensor, x: torch.Tensor, c: torch.Tensor, s: WgradTileConfig
     """c[M, N] += g[T, M].T @ x[T, N], as `hopper.launch`, whose arguments these are; N and M are multiples of 4."""
     a, b = (x, g) if s.transposed else (g, x)
     (t, m), n = a.shape, b.shape[1]
-    wgrad_tile_kernel[(cdiv(m, s.block_m) * cdiv(n, s.block_n),)](
+    recorded(wgrad_tile_kernel)[(cdiv(m, s.block_m) * cdiv(n, s.block_n),)](
         tma.matrix_descriptor(a, [s.block_t, ROWS.value]),
         tma.matrix_descriptor(b, [s.block_t, s.block_n]),
         c,

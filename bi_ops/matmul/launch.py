@@ -7,6 +7,7 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import recorded
 from bi_ops.core.limits import GRID_YZ, SMALL, is_large
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
@@ -48,7 +49,7 @@ def launch_triton(
     config = config or gemm_config(m, n, a.dtype, arch)
     block_k = order.block_k(config.block_k)
     grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n), batch)
-    matmul_kernel[grid](
+    recorded(matmul_kernel)[grid](
         a,
         b,
         bias,

@@ -18,16 +18,19 @@ import torch
 from bi_ops.core import checks
 from bi_ops.core.main_grad import MainGrad, open_buffer
 from bi_ops.core.operators import custom_op, dispatcher_is_watched, is_plain
+from bi_ops.core.replay import replayed
 from bi_ops.core.transforms import Node, is_transformed
 from bi_ops.matmul import cublaslt
 from bi_ops.matmul.backends import gemm, gradient_backend, select
 from bi_ops.matmul.launch import launch_wgrad
 from bi_ops.matmul.ops import _mm, _mm_grad, add_bias, bias_grad, check_backend, check_operands
 
+_wgrad = replayed(launch_wgrad)
+
 
 @custom_op("bi_ops::accumulate_weight_grad", mutates_args={"main_grad"})
 def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor, accumulate: bool = True) -> None:
-    launch_wgrad(g, x, main_grad, accumulate=accumulate)
+    _wgrad(g, x, main_grad, accumulate=accumulate)
 
 
 @_accumulate.register_fake
@@ -51,7 +54,7 @@ def _linear_grad(
     accumulate: False writes the second over whatever main_grad holds.
     """
     if need_weight:
-        launch_wgrad(g, x, main_grad, accumulate=accumulate)
+        _wgrad(g, x, main_grad, accumulate=accumulate)
     return gemm(g, weight, backend=gradient_backend(backend)) if need_x else g.new_empty(0)
 
 

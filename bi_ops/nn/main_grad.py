@@ -25,12 +25,21 @@ ELEMENTS = 1 << 26
 
 
 def _layers(op: str, module: torch.nn.Module) -> Iterator[Layer]:
-    """The layers in `module`. Layers that share a weight are all listed."""
+    """The layers in `module`, in the order of `module.modules()`. Layers that share a weight are all listed.
+
+    Every step asks, so this does not go through `named_modules`, whose names take longer than all the rest.
+    """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"{op}: module must be a torch.nn.Module, got {type(module).__name__}")
-    for layer in module.modules():
+    waiting, seen = [module], set()
+    while waiting:
+        layer = waiting.pop()
+        if layer in seen:
+            continue
+        seen.add(layer)
         if isinstance(layer, Layer) and layer.weight is not None:
             yield layer
+        waiting += [child for child in reversed(layer._modules.values()) if child is not None]
 
 
 def zeros(weights: Sequence[torch.Tensor], elements: int = ELEMENTS) -> list[torch.Tensor]:

@@ -9,9 +9,10 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import checks, pdl, runtime
 from bi_ops.core.integers import cdiv
-from bi_ops.core.launches import empty, recorded
+from bi_ops.core.launches import empty, recorded, zeros
 from bi_ops.core.limits import SMALL, check_programs
 from bi_ops.core.operators import custom_op
+from bi_ops.core.replay import replayed
 from bi_ops.core.rows import aligned_rows, head_rows
 from bi_ops.core.transforms import Node
 from bi_ops.core.triton_helpers import PINNED
@@ -101,7 +102,7 @@ def launch_backward(
 
     config: None for the one of this size.
     """
-    dx = x.new_empty(x.shape if need_x else 0)
+    dx = empty(x, x.shape if need_x else 0)
     if x.numel() == 0:
         return dx
     n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
@@ -114,9 +115,9 @@ def launch_backward(
     large = _is_large(n_rows, n_cols)
     n_chunks = padded_chunks(n_rows, order.tokens.chunk, add)
     if weight_grad is not None:
-        partial = x.new_empty((n_chunks, n_cols), dtype=torch.float32)
+        partial = empty(x, (n_chunks, n_cols), torch.float32)
     if need_x and weight_grad is not None and one_pass:
-        rms_norm_backward_kernel[(cdiv(n_chunks, c.rows),)](
+        recorded(rms_norm_backward_kernel)[(cdiv(n_chunks, c.rows),)](
             *(g_rows, sum_rows, x_rows, weight_row, rstd, dx, partial, n_rows, n_chunks, n_cols, heads),
             *(*g_strides, *sum_strides, *x_strides),
             CHUNK=order.tokens.chunk,
@@ -130,7 +131,7 @@ def launch_backward(
         )
     else:
         if need_x:
-            rms_norm_dx_kernel[(cdiv(n_rows, c.rows),)](
+            recorded(rms_norm_dx_kernel)[(cdiv(n_rows, c.rows),)](
                 *(g_rows, sum_rows, x_rows, weight_row, rstd, dx, n_rows, n_cols, heads),
                 *(*g_strides, *sum_strides, *x_strides),
                 ROWS=c.rows,
@@ -143,7 +144,7 @@ def launch_backward(
                 **PINNED,
             )
         if weight_grad is not None:
-            rms_norm_dweight_kernel[(cdiv(n_chunks, add.rows), cdiv(n_cols, add.cols))](
+            recorded(rms_norm_dweight_kernel)[(cdiv(n_chunks, add.rows), cdiv(n_cols, add.cols))](
                 *(g_rows, x_rows, rstd, partial, n_rows, n_chunks, n_cols, heads, *g_strides, *x_strides),
                 CHUNK=order.tokens.chunk,
                 ROWS=add.rows,
@@ -153,7 +154,7 @@ def launch_backward(
                 **PINNED,
             )
     if weight_grad is not None:
-        add_chunks_kernel[(cdiv(n_cols, add.add_cols),)](
+        recorded(add_chunks_kernel)[(cdiv(n_cols, add.add_cols),)](
             *(partial, weight_grad, n_chunks, n_cols),
             ACCUMULATE=accumulate,
             COLS=add.add_cols,
@@ -171,6 +172,7 @@ def launch_backward(
 
 
 @custom_op("bi_ops::rms_norm")
+@replayed
 def _rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, constant_weight: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +186,7 @@ def _(x, weight, eps, constant_weight=False):
 
 
 @custom_op("bi_ops::add_rms_norm")
+@replayed
 def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, constant_weight: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -196,6 +199,7 @@ def _(x, residual, weight, eps, constant_weight=False):
 
 
 @custom_op("bi_ops::rms_norm_backward")
+@replayed
 def _rms_norm_backward(
     g: torch.Tensor,
     g_sum: torch.Tensor | None,
@@ -205,9 +209,9 @@ def _rms_norm_backward(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weight_grad = torch.zeros_like(weight) if weight is not None and need_weight else None
+    weight_grad = zeros(weight, weight.shape) if weight is not None and need_weight else None
     dx = launch_backward(g, g_sum, x, weight, rstd, need_x, weight_grad, accumulate=False)
-    return dx, x.new_empty(0) if weight_grad is None else weight_grad
+    return dx, empty(x, 0) if weight_grad is None else weight_grad
 
 
 @_rms_norm_backward.register_fake
@@ -216,6 +220,7 @@ def _(g, g_sum, x, weight, rstd, need_x, need_weight):
 
 
 @custom_op("bi_ops::accumulate_rms_norm_backward", mutates_args={"main_grad"})
+@replayed
 def _accumulate_backward(
     main_grad: torch.Tensor,
     g: torch.Tensor,

@@ -13,6 +13,7 @@ from bi_ops.core.launches import empty, recorded
 from bi_ops.core.limits import SMALL
 from bi_ops.core.operators import custom_op
 from bi_ops.core.pairwise import pairwise_
+from bi_ops.core.replay import replayed
 from bi_ops.core.rows import ALIGNMENT, aligned_rows
 from bi_ops.core.transforms import Node
 from bi_ops.core.triton_helpers import PINNED
@@ -117,7 +118,7 @@ def launch_backward(
 
     config: None for the one of this size. segments: the weights' gradients are [segments, D].
     """
-    dqkv = qkv.new_empty(qkv.shape)
+    dqkv = empty(qkv, qkv.shape)
     if qkv.numel() == 0:
         return dqkv
     hq, hk, dim = _heads(qkv, q_weight, num_heads)
@@ -125,11 +126,11 @@ def launch_backward(
     add = config[1] if config else token_config(cdiv(n_tokens * hq, order.tokens.chunk), dim)
     own = [padded_chunks(n_tokens * h // order.heads.segments, order.tokens.chunk, add) for h in (hq, hk)]
     chunks = [order.heads.segments * n for n in own]
-    partial = qkv.new_empty((sum(chunks), dim), dtype=torch.float32)
+    partial = empty(qkv, (sum(chunks), dim), torch.float32)
     c = config[0] if config else row_config(max(chunks), dim, qkv.itemsize, order.rows)
     g_rows = [aligned_rows(g) for g in (gq, gk, gv)]
     rows = aligned_rows(qkv)
-    qk_norm_rope_backward_kernel[(cdiv(max(chunks), c.rows), 3)](
+    recorded(qk_norm_rope_backward_kernel)[(cdiv(max(chunks), c.rows), 3)](
         *g_rows,
         rows,
         aligned_rows(q_weight),
@@ -157,7 +158,7 @@ def launch_backward(
         num_warps=order.rows.num_warps,
         **PINNED,
     )
-    qk_add_chunks_kernel[(cdiv(dim, add.add_cols), 2, order.heads.segments)](
+    recorded(qk_add_chunks_kernel)[(cdiv(dim, add.add_cols), 2, order.heads.segments)](
         partial,
         q_weight_grad,
         k_weight_grad,
@@ -179,6 +180,7 @@ def launch_backward(
 
 
 @custom_op("bi_ops::qk_norm_rope")
+@replayed
 def _qk_norm_rope(
     qkv: torch.Tensor,
     q_weight: torch.Tensor,
@@ -203,6 +205,7 @@ def _(qkv, q_weight, k_weight, positions, cos_sin, num_heads, eps, constant_weig
 
 
 @custom_op("bi_ops::qk_norm_rope_backward", mutates_args={"q_weight_grad", "k_weight_grad"})
+@replayed
 def _qk_norm_rope_backward(
     q_weight_grad: torch.Tensor,
     k_weight_grad: torch.Tensor,

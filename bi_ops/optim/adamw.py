@@ -18,7 +18,7 @@ from bi_ops.optim import config as configs
 from bi_ops.optim import tables
 from bi_ops.optim.config import ElementwiseConfig
 from bi_ops.optim.kernels import adamw_kernel
-from bi_ops.optim.ops import check_capture, check_dense, is_aligned
+from bi_ops.optim.ops import check_capture, check_dense, is_aligned, is_dense
 
 OP = "AdamW"
 
@@ -338,6 +338,9 @@ class AdamW(torch.optim.Optimizer):
         for name, t in zip(("", "grad of ", "exp_avg of ", "exp_avg_sq of ", "bf16 copy of "), found, strict=True):
             if t is None:
                 continue
+            dtype = torch.bfloat16 if t is found.copy else torch.float32
+            if is_dense(t, dtype) and t.shape == p.shape and t.device == p.device:
+                continue  # nearly always; what follows says what is wrong
 
             def called(name: str = name) -> str:
                 return f"{name}parameter {index} of group {group}"
@@ -346,7 +349,7 @@ class AdamW(torch.optim.Optimizer):
             if any(t is waiting for waiting in self._on_host(p)):
                 device = torch.device("cpu")
             else:
-                check_dense(OP, called, t, torch.bfloat16 if t is found.copy else torch.float32)
+                check_dense(OP, called, t, dtype)
             if t.shape != p.shape or t.device != device:
                 raise ValueError(
                     f"{OP}: {called()} is {list(t.shape)} on {t.device}; it must be {list(p.shape)} on {device}"

@@ -45,6 +45,12 @@ def check_dense(op: str, name: Callable[[], str], t: object, dtype: torch.dtype 
         )
 
 
+def is_dense(t: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Would `check_dense` let it pass?"""
+    right = t.dtype is dtype and t.layout is torch.strided and t.is_cuda != runtime.INTERPRET
+    return right and is_plain(t) and t.is_contiguous()
+
+
 def check_capture(op: str, device: torch.device) -> None:
     """Raise RuntimeError while a CUDA graph is captured."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -204,21 +210,28 @@ def row_sums(grads: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     grads = list(grads)
     _check_grads("row_sums", grads)
     order = order_of()
-    out = [g.square().flatten() if g.ndim < 2 else g.new_zeros(g.shape[0]) for g in grads]
-    matrices = [i for i, g in enumerate(grads) if g.ndim >= 2 and g.numel()]
-    if not matrices:
-        return out
-    whole = [grads[i] for i in matrices]
-    rows = tuple(tables.Rows(g.numel(), g.numel() // g.shape[0]) for g in whole)
-    config = configs.norm(max(r.spans(order) for r in rows))
-    sums, counts = launch_square_sums(whole[0], whole, rows, True, order, config)
-    parts = sums.split([count * config.rows for count in counts])
-    for i, row, part in zip(matrices, rows, parts, strict=True):
-        spans = part[: row.spans(order)].view(grads[i].shape[0], -1)
-        while spans.shape[1] > 1:
-            spans = spans[:, ::2] + spans[:, 1::2]
-        out[i] = spans.flatten()
-    return out
+    out: dict[int, torch.Tensor] = {}
+    if vectors := [i for i, g in enumerate(grads) if g.ndim < 2]:
+        each = [grads[i] for i in vectors]
+        out |= {i: g.flatten() for i, g in zip(vectors, torch._foreach_mul(each, each), strict=True)}
+    matrices = []
+    for i, g in enumerate(grads):
+        if g.ndim >= 2 and g.numel():
+            matrices.append(i)
+        elif g.ndim >= 2:
+            out[i] = g.new_zeros(g.shape[0])
+    if matrices:
+        whole = [grads[i] for i in matrices]
+        rows = tuple(tables.Rows(g.numel(), g.numel() // g.shape[0]) for g in whole)
+        config = configs.norm(max(r.spans(order) for r in rows))
+        sums, counts = launch_square_sums(whole[0], whole, rows, True, order, config)
+        parts = sums.split([count * config.rows for count in counts])
+        for i, row, part in zip(matrices, rows, parts, strict=True):
+            out[i] = part[: row.spans(order)].view(grads[i].shape[0], -1)
+        while wide := [i for i in matrices if out[i].shape[1] > 1]:
+            added = torch._foreach_add([out[i][:, ::2] for i in wide], [out[i][:, 1::2] for i in wide])
+            out |= dict(zip(wide, added, strict=True))
+    return [out[i].flatten() for i in range(len(grads))]
 
 
 @torch.no_grad()

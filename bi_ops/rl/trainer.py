@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bi_ops import optim, parallel
+from bi_ops.core import replay
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.graphs import StepGraphs
 from bi_ops.models.packing import PackedBatch, common_distributions, pack
@@ -147,6 +148,7 @@ class Trainer:
                 f"train: {ranks.size} ranks do not fill engines of tensor_parallel_size={self._ranks_of_an_engine}; "
                 "start a multiple"
             )
+        replay.enable()  # what Python does for one layer's launches is not done again for the next
         self.config, self.model, self.engine, self.task, self.reference = config, model, engine, task, reference
         self.on_difference = on_difference
         self.graphs = self._graphs() if config.step_graphs else None

@@ -19,15 +19,15 @@ class Asked(NamedTuple):
 
     peer_memory: on several GPUs of one host, gather over each other's memory (`parallel.peer`); the same bits. None:
     where they reach it.
-    replay: where no CUDA graph holds a step, as in a long prefill, make launches again that differ in addresses alone
-    (`core.replay`); the same bits.
-    prefill_graphs: capture long prefills in CUDA graphs (`prefill_graphs`), of the same kernels. None: on one
-    GPU, where vLLM has full graphs of every kind of step.
+    replay: where Python launches, in a prefill outside of CUDA graphs or while these are captured, make launches again
+    that differ in addresses alone (`core.replay`); the same bits.
+    prefill_graphs: capture long prefills in CUDA graphs (`prefill_graphs`), of the same kernels. None: where vLLM has
+    full graphs of every kind of step.
     """
 
     kernels: str = KERNELS[0]
     peer_memory: bool | None = None
-    replay: bool = False
+    replay: bool = True
     prefill_graphs: bool | None = None
 
 

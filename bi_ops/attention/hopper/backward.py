@@ -28,6 +28,7 @@ from bi_ops.attention.hopper.backward_copies import producer, reduce
 from bi_ops.attention.kernels.backward import attention_prepare_kernel
 from bi_ops.attention.order import OnePass
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import empty, recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.pipeline import allocate_barriers
@@ -240,8 +241,8 @@ def launch(
     (n_tokens, hq, head_dim), (n_keys, hkv, _) = q.shape, k.shape
     n_seqs = cu_q.shape[0] - 1
     shapes = workspace(n_tokens, n_keys, n_seqs, hq, head_dim, order)
-    neg_lse, delta, total = (q.new_empty(shape, dtype=torch.float32) for shape in shapes[:3])
-    semaphores = q.new_empty(shapes[3], dtype=torch.int32)
+    neg_lse, delta, total = (empty(q, shape, torch.float32) for shape in shapes[:3])
+    semaphores = empty(q, shapes[3], torch.int32)
     n_tiles, slots = neg_lse.shape[1], semaphores.shape[1]
     if neg_lse.numel() >= 2**31:  # TMA counts in 32 bits
         raise ValueError(
@@ -249,8 +250,8 @@ def launch(
             "rows or more; split the batch"
         )
     d_dq = TensorDescriptor.from_tensor(total, [head_dim // 8, 256], tma.smem_layout(0, 32, 2))
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
-    attention_prepare_kernel[(n_tiles * hq,)](
+    dq, dk, dv = empty(q, q.shape), empty(k, k.shape), empty(k, k.shape)
+    recorded(attention_prepare_kernel)[(n_tiles * hq,)](
         *(g, out, lse, g_lse, neg_lse, delta, semaphores, dq, dk, dv, cu_q, cu_k),
         *(n_tokens, n_keys, n_seqs, n_tiles, slots),
         H=hq,
@@ -266,7 +267,7 @@ def launch(
     last_group = last_group // config.swizzle * config.swizzle
     programs = cdiv(max_k, order.block_n) * n_seqs if equal else n_keys // order.block_n + n_seqs
     kv_order = cu_k if equal else lpt_order(cu_k, order.block_n)[0]
-    attention_backward_kernel[(programs * hkv,)](
+    recorded(attention_backward_kernel)[(programs * hkv,)](
         *(tma.head_descriptor(t, order.block_m) for t in (q, g)),
         *(tma.head_descriptor(t, order.block_n) for t in (k, v)),
         *(tma.vector_descriptor(t, order.block_m) for t in (neg_lse, delta)),

@@ -27,6 +27,7 @@ from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.attention.order import TwoPass
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
@@ -360,7 +361,7 @@ def launch(
     programs = cdiv(max_k, block_n) * n_seqs if equal else n_keys // block_n + n_seqs
     num_sms = runtime.multiprocessors(q.device)
     tile_order = cu_k if equal else lpt_order(cu_k, block_n)[0]
-    attention_dkv_hopper_kernel[(programs * hkv,)](
+    recorded(attention_dkv_hopper_kernel)[(programs * hkv,)](
         *(_group_descriptor(t, hq // hkv) for t in (q, g)),
         *(tma.head_descriptor(t, block_n) for t in (k, v)),
         *(neg_lse, delta, dk, dv, cu_q, cu_k, tile_order, scale, n_tokens, n_seqs, num_sms),

@@ -29,6 +29,7 @@ from bi_ops.attention.params import AttentionParams, Seqlens
 from bi_ops.core import runtime
 from bi_ops.core.arch import Arch
 from bi_ops.core.integers import cdiv
+from bi_ops.core.launches import empty, recorded
 from bi_ops.core.triton_helpers import PINNED
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -78,9 +79,9 @@ def backward(
     q, k, v, g = unit_stride(q), unit_stride(k), unit_stride(v), g.contiguous()
     some = q.shape[0] > 0 and k.shape[0] > 0
     two_pass = some and isinstance(order.backward, TwoPass)
-    dq = q.new_empty(q.shape if need_q and two_pass else 0)
-    dk, dv = (k.new_empty(k.shape if need_kv and two_pass else 0) for _ in range(2))
-    dsinks = q.new_empty(0)
+    dq = empty(q, q.shape if need_q and two_pass else 0)
+    dk, dv = (empty(k, k.shape if need_kv and two_pass else 0) for _ in range(2))
+    dsinks = empty(q, 0)
     if sinks is not None or two_pass:
         gradients = [t if t.numel() else None for t in (dq, dk, dv)]
         heads = q.shape[1] // k.shape[1]
@@ -173,10 +174,10 @@ def launch_delta(
     """
     dq, dk, dv = gradients
     n_tokens, hq, head_dim = out.shape
-    delta, shift = (out.new_empty((hq // heads, n_tokens, heads), dtype=torch.float32) for _ in range(2))
+    delta, shift = (empty(out, (hq // heads, n_tokens, heads), torch.float32) for _ in range(2))
     if n_tokens == 0:
         return delta, shift
-    attention_delta_kernel[(cdiv(n_tokens * hq, order.block_rows),)](
+    recorded(attention_delta_kernel)[(cdiv(n_tokens * hq, order.block_rows),)](
         g,
         out,
         lse,
@@ -206,14 +207,14 @@ def launch_dsinks(
 ) -> torch.Tensor:
     """The gradient of the sinks [Hq], in their dtype: the tokens' -exp(sink - lse) * delta, added front to back."""
     n_kv_heads, n_tokens, heads = delta.shape
-    dsinks = sinks.new_empty(sinks.shape)
+    dsinks = empty(sinks, sinks.shape)
     config = configs.dsinks(sinks.shape[0], arch) if config is None else config
     n_chunks = cdiv(n_tokens, order.sinks_chunk)
-    partial = delta.new_empty((n_chunks, n_kv_heads * heads))
+    partial = empty(delta, (n_chunks, n_kv_heads * heads))
     tiles = cdiv(n_kv_heads * heads, config.block_h)
     shape = {"H": n_kv_heads * heads, "BLOCK_H": config.block_h, "num_warps": config.num_warps}
     if n_chunks > 0:
-        attention_dsinks_kernel[(cdiv(n_chunks, config.rows), tiles)](
+        recorded(attention_dsinks_kernel)[(cdiv(n_chunks, config.rows), tiles)](
             *(sinks, shift, delta, partial, n_tokens),
             HEADS=heads,
             CHUNK=order.sinks_chunk,
@@ -221,7 +222,7 @@ def launch_dsinks(
             **shape,
             **PINNED,
         )
-    attention_add_chunks_kernel[(tiles,)](partial, dsinks, n_chunks, UNROLL=config.unroll, **shape, **PINNED)
+    recorded(attention_add_chunks_kernel)[(tiles,)](partial, dsinks, n_chunks, UNROLL=config.unroll, **shape, **PINNED)
     return dsinks
 
 
@@ -257,7 +258,7 @@ def launch_dq(
     n_tokens, hkv = q.shape[0], k.shape[1]
     heads = q.shape[1] // hkv
     n_pairs, max_rows = (cu_q.shape[0] - 1) * hkv, max_q * heads
-    attention_dq_kernel[grid(config, n_pairs, hkv, n_tokens * heads, max_rows)](
+    recorded(attention_dq_kernel)[grid(config, n_pairs, hkv, n_tokens * heads, max_rows)](
         *(g, q, k, v, shift, delta, dq, cu_q, cu_k, mask, neg_max, dmask, *params.arguments(), n_pairs, n_tokens),
         *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *mask_strides(mask)),
         **constants(q, hkv, params),
@@ -298,7 +299,7 @@ def launch_dkv(
         launch(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, max_k, params.causal, params.scale, order, config)
         return
     n_pairs, hkv = (cu_q.shape[0] - 1) * k.shape[1], k.shape[1]
-    attention_dkv_kernel[grid(config, n_pairs, hkv, k.shape[0], max_k)](
+    recorded(attention_dkv_kernel)[grid(config, n_pairs, hkv, k.shape[0], max_k)](
         *(g, q, k, v, shift, delta, dk, dv, cu_q, cu_k, mask, neg_max, *params.arguments(), n_pairs, q.shape[0]),
         *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *mask_strides(mask)),
         **constants(q, hkv, params),

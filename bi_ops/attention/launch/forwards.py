@@ -85,12 +85,12 @@ def forward(
     """(out [T, Hq, D], contiguous, lse fp32 [Hq, T]): q [T, Hq, D], k and v [Tk, Hkv, D]."""
     if config is None:
         config = forward_config(q, k, seqlens, params, sinks, order, arch)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    lse = empty(q, (q.shape[1], q.shape[0]), torch.float32)
     cu_q, cu_k, max_q, *_ = seqlens
     if isinstance(config, ForwardConfig):
         from bi_ops.attention.hopper.forward import launch
 
-        out = q.new_empty(q.shape)
+        out = empty(q, q.shape)
         launch(q, k, v, out, lse, cu_q, cu_k, None, max_q, params.causal, params.scale, order, config)
         return out, lse
     return _triton_forward(q, k, v, lse, cu_q, cu_k, None, max_q, params, sinks, order, config), lse
