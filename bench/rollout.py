@@ -21,7 +21,7 @@ machine are not equally fast, and a process keeps the luck of its start.
     invariant       VLLM_BATCH_INVARIANT=1 without the plugin
     plugin          VLLM_BATCH_INVARIANT=1 with the plugin: log-probabilities that training reproduces
     plugin vllm kernels     the same bits, but vLLM's own kernels compute what is not attention
-    plugin not replayed     the same bits; what no CUDA graph holds is launched the ordinary way (`bi_ops.core.replay`)
+    plugin replayed         the same bits; what no CUDA graph holds makes launches again (`bi_ops.core.replay`)
     plugin short graphs     the same bits; long prefills are not in CUDA graphs (`bi_ops.vllm_plugin.prefill_graphs`)
 """
 
@@ -54,7 +54,7 @@ MODES = (
     "invariant",
     "plugin",
     "plugin vllm kernels",
-    "plugin not replayed",
+    "plugin replayed",
     "plugin short graphs",
 )
 BATCHES = (1, 8, 64, 256)

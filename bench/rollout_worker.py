@@ -89,7 +89,7 @@ class Sampler:
             vllm_plugin.register()
             ours: dict[str, Any] = {"kernels": "vllm" if mode == "plugin vllm kernels" else "bi_ops"}
             ours |= {"peer_memory": False} if mode == "plugin collectives" else {}
-            ours |= {"replay": False} if mode == "plugin not replayed" else {}
+            ours |= {"replay": True} if mode == "plugin replayed" else {}
             ours |= {"prefill_graphs": False} if mode == "plugin short graphs" else {}
             options |= {"additional_config": {"bi_ops": ours}}
         if mode == "stock graphs" or plugin:

@@ -19,9 +19,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 #: Elements of a message at most: 256 MiB of fp32.
 ELEMENTS = 1 << 26
-#: Elements of a rank's part from which on a gradient travels alone, so that it is not copied: 32 MiB. To copy less
-#: takes the GPU less than the two collectives of one more message take the host.
-ALONE_ELEMENTS = 1 << 23
+#: Elements of a rank's part from which on a gradient travels alone, so that it is not copied: 2 MiB.
+ALONE_ELEMENTS = 1 << 19
 
 
 def check_ranks(tree: AtomTree, ranks: Ranks, fsdp: bool = False) -> None:
