@@ -7,8 +7,9 @@ A row is one of our sides beside one baseline; `fastest` marks the faster baseli
 
     step      forward, backward, gradient sum, clip and AdamW of 8,192 tokens on each rank, sequences of 2,048: N ranks
               whole (dp), in shards (fsdp), or sharing a model of N segments (tp; all have the same tokens). ours:
-              "ordered", sums in the order over collectives, or "peer memory", the same by a kernel, or "peer memory,
-              graphs", that with forward and backward replayed from a CUDA graph. baseline: "library sums", our model
+              "ordered", sums in the order over collectives, "peer copies" (dp, fsdp), the same over the GPUs' copy
+              engines, or (tp) "peer memory", by a kernel, and "peer memory, graphs", that with forward and backward
+              replayed from a CUDA graph. baseline: "library sums", our model
               with sums by NCCL; "transformers, compiled", bf16 weights, gradients and states, layers under
               torch.compile, torch's DDP, FSDP2 or tensor parallelism; of dp "ordered, at the end" too:
               all gradients are exchanged behind the backward
@@ -69,8 +70,9 @@ SEGMENTS = (2, 4, 8)
 WHOLE_LAYERS = {"8B": 18}
 COMPILED, EAGER = "transformers, compiled", "transformers, eager"
 GRAPHS = "peer memory, graphs"
+COPIES = "peer copies"
 #: Our sides, what they are compared with, and the step without sums; what has graphs is compared with one from graphs.
-OURS, WITHOUT = ("ordered", "peer memory", GRAPHS), "no sums"
+OURS, WITHOUT = ("ordered", COPIES, "peer memory", GRAPHS), "no sums"
 BASELINES = ("library sums", "ordered, at the end", COMPILED, EAGER)
 #: Milliseconds by side and measure.
 Times = Mapping[str, Mapping[str, float]]

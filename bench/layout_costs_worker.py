@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import statistics
@@ -36,8 +37,10 @@ from bi_ops.core import replay, runtime
 from bi_ops.core.files import write_json
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.packing import PackedBatch, pack
-from bi_ops.parallel.fsdp import FullySharded, TreeReduceScatter, local_rows
-from bi_ops.parallel.peer import PeerAllReduce
+from bi_ops.parallel.fsdp import ExchangeAllGather, FullySharded, TreeReduceScatter, local_rows
+from bi_ops.parallel.gradients import Collectives, Exchange
+from bi_ops.parallel.order import AtomTree
+from bi_ops.parallel.peer import PeerAllReduce, PeerCopies
 from bi_ops.parallel.tensor import OrderedAllReduce, TensorParallel
 
 #: Of decoding, and prompts that are prefilled together.
@@ -45,6 +48,7 @@ BATCHES, PROMPTS = (1, 8, 64, 256), (1, 4)
 WARM = 2
 #: Whole gradients are exchanged behind the backward: no micro-batch is said to be the last.
 AT_END = "ordered, at the end"
+COPIES = "peer copies"
 #: Renamed in torch 2.14.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -162,10 +166,10 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
         replays = {f"{side}, graphs": sums[side] for side in ("peer memory", "no sums") if side in sums}
     elif args.fsdp:
         layout = FullySharded(network, tree, ranks, network.compute_dtype)
-        sums = shard_sums(network)
+        sums = shard_sums(network, ranks, found)
     else:
         layout = parallel.Whole(network, tree, ranks)
-        sums = whole_sums(layout)
+        sums = whole_sums(layout, found)
     optimizer = optim.AdamW(list(layout.parameters.values()), lr=LR)
 
     def step(side: str, take: Callable[[], None]) -> None:
@@ -218,28 +222,48 @@ def tensor_sums(layout: TensorParallel, args: argparse.Namespace, found: Found) 
     return {side: lambda add=add: take(add) for side, add in sums.items()}  # type: ignore[misc]
 
 
-def shard_sums(network: torch.nn.Module) -> dict[str, Callable[[], None]]:
-    """How shards of gradients are added; a rank has one atom."""
+def peer_copies(ranks: parallel.Ranks, found: Found) -> Exchange | None:
+    """None: the GPUs do not reach each other, or the host's memory stands in for theirs."""
+    try:
+        return Collectives(ranks) if runtime.INTERPRET else PeerCopies(ranks, runtime.default_device())
+    except RuntimeError as error:
+        found.fails(COPIES, str(error))
+        return None
+
+
+def shard_sums(network: torch.nn.Module, ranks: parallel.Ranks, found: Found) -> dict[str, Callable[[], None]]:
+    """How shards of gradients are added, and weights gathered; a rank has one atom."""
     modules = [m for m in network.modules() if isinstance(m, FSDPModule)]
-    kinds = {"ordered": TreeReduceScatter, "library sums": LibraryReduceScatter, "no sums": NoReduceScatter}
+    gathers: dict[str, Exchange] = {}
+    kinds: dict[str, Callable[[int], TreeReduceScatter]] = {
+        "ordered": TreeReduceScatter,
+        "library sums": LibraryReduceScatter,
+        "no sums": NoReduceScatter,
+    }
+    if (exchange := peer_copies(ranks, found)) is not None and (other := peer_copies(ranks, found)) is not None:
+        kinds[COPIES], gathers[COPIES] = functools.partial(TreeReduceScatter, exchange=exchange), other
 
-    def take(kind: type[TreeReduceScatter]) -> None:
+    def take(side: str) -> None:
+        gather = ExchangeAllGather(gathers.get(side) or Collectives(ranks))
         for module in modules:
-            module.set_custom_reduce_scatter(kind(1))  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(kinds[side](1))  # type: ignore[arg-type]
+            module.set_custom_all_gather(gather)  # type: ignore[arg-type]
 
-    return {side: lambda kind=kind: take(kind) for side, kind in kinds.items()}  # type: ignore[misc]
+    return {side: functools.partial(take, side) for side in kinds}
 
 
-def whole_sums(layout: parallel.Whole) -> dict[str, Callable[[], None]]:
+def whole_sums(layout: parallel.Whole, found: Found) -> dict[str, Callable[[], None]]:
     """How whole gradients are added."""
-    kinds = {
+    kinds: dict[str, Callable[[AtomTree, parallel.Ranks], parallel.GradientTree]] = {
         "ordered": parallel.GradientTree,
         "library sums": NaiveSum,
         "no sums": NoSum,
         AT_END: parallel.GradientTree,
     }
+    if (exchange := peer_copies(layout.ranks, found)) is not None:
+        kinds[COPIES] = functools.partial(parallel.GradientTree, exchange=exchange)
 
-    def take(kind: type[parallel.GradientTree]) -> None:
+    def take(kind: Callable[[AtomTree, parallel.Ranks], parallel.GradientTree]) -> None:
         layout.sums = [kind(layout.tree, layout.ranks) for _ in layout.sums]
 
     return {side: lambda kind=kind: take(kind) for side, kind in kinds.items()}  # type: ignore[misc]

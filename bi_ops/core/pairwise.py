@@ -10,10 +10,10 @@ def pairwise_(parts: torch.Tensor) -> torch.Tensor:
     return _added(parts, 1)[0]
 
 
-def pairwise(parts: torch.Tensor) -> torch.Tensor:
-    """As `pairwise_`, of at least two parts, in memory of its own."""
+def pairwise(parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """As `pairwise_`, of at least two parts, in memory of its own, or in `out`."""
     left, right = _added(parts, 2)
-    return left + right
+    return torch.add(left, right, out=out)
 
 
 def _added(parts: torch.Tensor, most: int) -> torch.Tensor:

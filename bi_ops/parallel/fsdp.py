@@ -8,6 +8,7 @@ layers carry from one micro-batch to the next (`main_grad`) become gradients beh
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from bi_ops import nn, optim
 from bi_ops.core.integers import cdiv
 from bi_ops.core.tensor_files import Rows
 from bi_ops.nn.main_grad import without_main_grad
-from bi_ops.parallel.gradients import Subtrees, all_gather, check_ranks, sum_over_ranks
+from bi_ops.parallel.gradients import Exchange, Subtrees, all_gather, check_ranks, sum_over_ranks
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.overlap import behind
 from bi_ops.parallel.ranks import Ranks
@@ -34,10 +35,12 @@ class TreeReduceScatter:
     """The gradients of one FSDP module, added over ranks and atoms as `AtomTree` says.
 
     torch calls it once an atom, on a stream of its own. Behind the last atom the output is the sum of all.
+
+    exchange: how parts travel over ranks; None: by collectives.
     """
 
-    def __init__(self, steps: int) -> None:
-        self._sums = Subtrees(steps)
+    def __init__(self, steps: int, exchange: Exchange | None = None) -> None:
+        self._sums, self._exchange = Subtrees(steps), exchange
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """As torch's own reduce-scatter does."""
@@ -48,13 +51,33 @@ class TreeReduceScatter:
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
         """output_tensor: fp32 [n]. input_tensor: fp32 [ranks * n]. op: a sum; what torch would divide by is one."""
-        output_tensor.copy_(sum_over_ranks(input_tensor, dist.get_world_size(group), group))
+        exchange = self._exchange
+        if exchange is None:
+            output_tensor.copy_(sum_over_ranks(input_tensor, dist.get_world_size(group), group))
+        else:
+            output_tensor.copy_(exchange.sum(input_tensor))
         # The tree keeps the output, whose other reader, the parameter's gradient, is dropped before the next atom.
         [total] = self._sums.add([output_tensor])
         if self._sums.done == self._sums.steps:
             self._sums.total()
             if total is not output_tensor:
                 output_tensor.copy_(total)
+
+
+class ExchangeAllGather:
+    """The weights of one FSDP module, gathered by an `Exchange`."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """As torch's own all-gather does."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
+    ) -> None:
+        self._exchange.gather(output_tensor, input_tensor)
 
 
 class FullySharded:
@@ -73,6 +96,8 @@ class FullySharded:
         compute_dtype: what weights are rounded to before they are gathered; gradients are fp32.
         reduce_scatter: called with the number of steps for each FSDP module; None leaves torch its own, which sums in
             whatever order, to compare with.
+        exchange: makes what gradients, and another what weights travel by, for their streams go on beside each other;
+            None: collectives.
 
     Raises:
         ValueError: one rank, ranks that do not divide the atoms, or parameters whose gradient has no `main_grad`.
@@ -88,6 +113,7 @@ class FullySharded:
         ranks: Ranks,
         compute_dtype: torch.dtype = torch.bfloat16,
         reduce_scatter: Callable[[int], Any] | None = TreeReduceScatter,
+        exchange: Callable[[], Exchange] | None = None,
     ) -> None:
         check_ranks(tree, ranks, fsdp=True)
         if left := without_main_grad(model):
@@ -101,6 +127,11 @@ class FullySharded:
         layers = _shard(model, ranks, compute_dtype)
         #: Of those that are gathered together the first one, which stands for all; then the model.
         self._groups = [cast(FSDPModule, m) for m in (*layers[::GATHERED_LAYERS], model)]
+        if exchange is not None:
+            reduce_scatter = functools.partial(TreeReduceScatter, exchange=exchange())
+            gather = ExchangeAllGather(exchange())
+            for module in self._groups:
+                module.set_custom_all_gather(gather)  # type: ignore[arg-type]
         for module in self._groups:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,29 @@ def _swapped(parts: torch.Tensor, group: Any) -> torch.Tensor:
     return parts[0]
 
 
+class Exchange(Protocol):
+    """How ranks exchange gradients. Every rank makes the same calls in the same order; no way has bits of its own."""
+
+    def sum(self, flat: torch.Tensor) -> torch.Tensor:
+        """flat: [ranks * n], contiguous -> this rank's part [n] of the pairwise sum over the ranks."""
+
+    def gather(self, out: torch.Tensor, shard: torch.Tensor) -> None:
+        """shard: [n] of each rank; out: [ranks * n], where all of them lie side by side then."""
+
+
+class Collectives:
+    """By a library, which moves parts and adds none."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def sum(self, flat: torch.Tensor) -> torch.Tensor:
+        return sum_over_ranks(flat, self.ranks.size, self.ranks.group)
+
+    def gather(self, out: torch.Tensor, shard: torch.Tensor) -> None:
+        all_gather(out, shard, group=self.ranks.group)
+
+
 class Subtrees:
     """The upper levels of a tree over `steps` leaves, a power of two, that come one after the other.
 
@@ -128,13 +151,16 @@ class GradientTree:
     element: no library sums. A rank keeps at most log2(atoms / size) + 1 sums of a shard; alone, of whole gradients.
     With the last atom the sums are gathered, large ones into the memory of its gradients.
 
+    exchange: how shards travel; None: by collectives.
+
     Raises:
         ValueError: a number of ranks that does not divide the atoms.
     """
 
-    def __init__(self, tree: AtomTree, ranks: Ranks = ALONE) -> None:
+    def __init__(self, tree: AtomTree, ranks: Ranks = ALONE, exchange: Exchange | None = None) -> None:
         check_ranks(tree, ranks)
         self.tree, self.ranks = tree, ranks
+        self._exchange = Collectives(ranks) if exchange is None else exchange
         self._sums = Subtrees(tree.atoms // ranks.size)
         self._shapes: list[torch.Size] = []
         self._totals: list[torch.Tensor] | None = None
@@ -163,10 +189,10 @@ class GradientTree:
                 self._totals = self._sums.total()
             return
         sent, places = self._packed(gradients)
-        self._sums.add([sum_over_ranks(flat, self.ranks.size, self.ranks.group) for flat in sent])
+        self._sums.add([self._exchange.sum(flat) for flat in sent])
         if self._sums.done == steps:
             for flat, shard in zip(sent, self._sums.total(), strict=True):
-                all_gather(flat, shard, group=self.ranks.group)
+                self._exchange.gather(flat, shard)
             self._totals = places
 
     def total(self) -> list[torch.Tensor]:

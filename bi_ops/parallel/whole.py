@@ -11,7 +11,7 @@ import torch
 
 from bi_ops import nn, optim
 from bi_ops.core.tensor_files import Rows
-from bi_ops.parallel.gradients import GradientTree
+from bi_ops.parallel.gradients import Exchange, GradientTree
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.overlap import SideStream, behind, separate_layers
 from bi_ops.parallel.ranks import ALONE, Ranks
@@ -31,7 +31,7 @@ class Whole:
     Args:
         allocate: makes room for the sums of an atom; None: `nn.allocate_main_grads`. keeps_memory: the gradients lie in
             memory that the next atom takes again, so they are copied, in `end_atom`. overlap: False exchanges all
-            gradients in `end_atom`; the bits are the same.
+            gradients in `end_atom`; the bits are the same. exchange: how they travel; None: by collectives.
 
     Raises:
         ValueError: a number of ranks that does not divide the atoms.
@@ -48,6 +48,7 @@ class Whole:
         allocate: Callable[[], None] | None = None,
         keeps_memory: bool = False,
         overlap: bool = True,
+        exchange: Exchange | None = None,
     ) -> None:
         self.model, self.tree, self.ranks = model, tree, ranks
         #: What the optimizer updates, by the names of the model.
@@ -62,7 +63,7 @@ class Whole:
         self._exchanged: list[torch.nn.Module | None] = [*layers, None]
         self._together = [*layers.values(), [p for p in self.parameters.values() if p not in inside]]
         #: The sums of each of these.
-        self.sums = [GradientTree(tree, ranks) for _ in self._together]
+        self.sums = [GradientTree(tree, ranks, exchange) for _ in self._together]
         self._side = SideStream(next((p.device for p in self.parameters.values()), None) if overlap else None)
         self._overlaps = False
         self._begun: set[torch.nn.Module] = set()

@@ -40,18 +40,27 @@ class PeerMemory:
         own.zero_()
         torch.cuda.synchronize(device)
         dist.barrier(group)  # before a rank writes into what another one clears
-        self._set(ranks, n_bytes, [int(p) for p in handle.buffer_ptrs], device, (own, handle))
+        tensors = [handle.get_buffer(rank, (n_bytes,), torch.uint8) for rank in range(ranks.size)]
+        self._set(ranks, n_bytes, [int(p) for p in handle.buffer_ptrs], device, tensors, (own, handle))
 
     @classmethod
     def of_tensors(cls, ranks: Ranks, tensors: Sequence[torch.Tensor]) -> PeerMemory:
         """The memory of these tensors, one for each rank, which this process can reach, and which hold zeros."""
         made = cls.__new__(cls)
-        made._set(ranks, tensors[0].nbytes, [t.data_ptr() for t in tensors], tensors[0].device, tuple(tensors))
+        made._set(ranks, tensors[0].nbytes, [t.data_ptr() for t in tensors], tensors[0].device, tensors)
         return made
 
     def _set(
-        self, ranks: Ranks, n_bytes: int, pointers: Sequence[int], device: torch.device, kept: tuple[Any, ...]
+        self,
+        ranks: Ranks,
+        n_bytes: int,
+        pointers: Sequence[int],
+        device: torch.device,
+        tensors: Sequence[torch.Tensor],
+        kept: tuple[Any, ...] = (),
     ) -> None:
         self.ranks, self.n_bytes, self._kept = ranks, n_bytes, kept
+        #: uint8 [n_bytes] of each rank: its memory, as this one reaches it.
+        self.tensors = tuple(tensors)
         #: int64 [ranks], where each rank's memory begins for this one.
         self.pointers = torch.tensor(pointers, dtype=torch.int64, device=device)

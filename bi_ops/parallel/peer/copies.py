@@ -1,0 +1,161 @@
+"""Parts of tensors that the GPUs of a host copy into each other's memory, and their sums in the order of the tree.
+
+A kernel of a collective library takes SMs, and a persistent GEMM beside it waits for each that it does not get. Here
+the copy engines move the parts, and a stream waits for what other ranks have sent, not a kernel: of the SMs a sum takes
+its additions alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from bi_ops.core.integers import cdiv
+from bi_ops.core.pairwise import pairwise
+from bi_ops.parallel.peer.memory import PeerMemory
+from bi_ops.parallel.ranks import Ranks
+
+#: Bytes of all ranks' parts that are on their way at once; they are received in one of two halves of so many.
+BYTES = 64 << 20
+#: Bytes between two ranks' signals, so that no two of them share a line of the cache; parts begin at multiples of it.
+LINE = 256
+#: `CU_STREAM_WAIT_VALUE_GEQ` of the driver: until the difference, as a signed number of 32 bits, is not negative.
+_AT_LEAST = 0
+
+
+class PeerCopies:
+    """An `Exchange` of ranks of one host, by copies into each other's memory; the bits of any other.
+
+    Every rank makes the same calls in the same order, on any stream: a call comes behind the one before it. It is no
+    part of a CUDA graph, for its stream waits for another number every time.
+
+    Args:
+        ranks: at least 2 of one host, a power of two. device: this rank's GPU. n_bytes: that are received at once.
+        memory: at least `memory_bytes` of each rank; None: allocated.
+
+    Raises:
+        ValueError: a number of ranks that is no power of two above 1, fewer bytes than they need, or too little memory.
+        RuntimeError: as `PeerMemory`.
+    """
+
+    def __init__(
+        self, ranks: Ranks, device: torch.device, n_bytes: int = BYTES, memory: PeerMemory | None = None
+    ) -> None:
+        if ranks.size < 2 or ranks.size & (ranks.size - 1):
+            raise ValueError(f"parallel.peer: {ranks.size} ranks; they are added pairwise: take 2, 4 or 8")
+        if n_bytes < ranks.size * LINE:
+            raise ValueError(f"parallel.peer: n_bytes is {n_bytes}; {ranks.size} ranks need {ranks.size * LINE}")
+        needed = self.memory_bytes(ranks.size, n_bytes)
+        self.ranks, self._slot = ranks, n_bytes // ranks.size // LINE * LINE
+        self.memory = PeerMemory(ranks, needed, device) if memory is None else memory
+        if self.memory.n_bytes < needed:
+            raise ValueError(f"parallel.peer: {n_bytes} bytes need {needed}, not {self.memory.n_bytes}")
+        self._others = [(ranks.rank + i) % ranks.size for i in range(1, ranks.size)]  # not all to one rank first
+        self._calls = 0
+        self._now = torch.zeros(1, dtype=torch.int32, device=device)
+        self._is_gpu = device.type == "cuda"
+        self._done: torch.cuda.Event | None = None
+
+    @staticmethod
+    def memory_bytes(size: int, n_bytes: int) -> int:
+        """Of each of `size` ranks: a signal of each, and twice what they send."""
+        return size * LINE + 2 * cdiv(n_bytes, size * LINE) * size * LINE
+
+    @torch.no_grad()
+    def sum(self, flat: torch.Tensor) -> torch.Tensor:
+        """flat: [ranks * n], contiguous -> this rank's part [n] of the pairwise sum over the ranks, in their order."""
+        parts = flat.view(self.ranks.size, -1)
+        out = torch.empty_like(parts[0])
+        with self._in_order():
+            for a, b in self._pieces(out):
+                received = self._swap([parts[rank, a:b] for rank in range(self.ranks.size)])
+                received[self.ranks.rank].copy_(parts[self.ranks.rank, a:b])
+                pairwise(received, out[a:b])
+        return out
+
+    @torch.no_grad()
+    def gather(self, out: torch.Tensor, shard: torch.Tensor) -> None:
+        """shard: [n], contiguous; out: [ranks * n], which gets those of all ranks. Shard may be its own part of it."""
+        parts = out.view(self.ranks.size, -1)
+        if parts[self.ranks.rank].data_ptr() != shard.data_ptr():
+            parts[self.ranks.rank].copy_(shard)
+        with self._in_order():
+            for a, b in self._pieces(shard):
+                received = self._swap([shard[a:b]] * self.ranks.size)
+                for rank in self._others:
+                    parts[rank, a:b].copy_(received[rank])
+
+    @contextlib.contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """What the block launches comes behind the last such block, whichever stream that was on."""
+        if not self._is_gpu:
+            yield
+            return
+        stream = torch.cuda.current_stream(self._now.device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        yield
+        self._done = stream.record_event()
+
+    def _pieces(self, part: torch.Tensor) -> list[tuple[int, int]]:
+        """Where the pieces of a part begin and end that are sent at once."""
+        most = self._slot // part.element_size()
+        return [(a, min(a + most, len(part))) for a in range(0, len(part), most)]
+
+    def _swap(self, own: list[torch.Tensor]) -> torch.Tensor:
+        """Send own[r] to rank r -> [ranks, n]: what each has sent; this rank's own row holds anything.
+
+        It is written over two calls later, by no rank too early: each waits in the next call for a signal that this one
+        gives behind everything that it does with what it has received.
+        """
+        self._calls += 1
+        self._now.fill_(self._calls)
+        for rank in self._others:
+            self._received(rank, own[rank])[self.ranks.rank].copy_(own[rank], non_blocking=True)
+            self._signal(rank, self.ranks.rank).copy_(self._now, non_blocking=True)
+        wait = _on_stream if self._is_gpu else _on_host
+        for rank in self._others:
+            wait(self._signal(self.ranks.rank, rank), self._calls)
+        return self._received(self.ranks.rank, own[0])
+
+    def _received(self, rank: int, like: torch.Tensor) -> torch.Tensor:
+        """Where that rank receives in this call: a row from each, of as many elements as `like` has."""
+        start = self.ranks.size * (LINE + self._calls % 2 * self._slot)
+        rows = self.memory.tensors[rank][start : start + self.ranks.size * self._slot].view(self.ranks.size, -1)
+        return rows.view(like.dtype)[:, : len(like)]
+
+    def _signal(self, rank: int, of: int) -> torch.Tensor:
+        """That rank `of` gives to `rank`: int32 [1], the number of its last call."""
+        return self.memory.tensors[rank][of * LINE :][:4].view(torch.int32)
+
+
+def _on_host(signal: torch.Tensor, at_least: int) -> None:
+    """Wait until the other rank has made so many calls; of memory that this process can read."""
+    while int(signal) < at_least:
+        time.sleep(0)
+
+
+def _on_stream(signal: torch.Tensor, at_least: int) -> None:
+    """Let the current stream wait for that; the host does not, and no SM does.
+
+    Raises:
+        RuntimeError: the driver refuses it, or a CUDA graph is being captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("parallel.peer: a CUDA graph would wait for today's number; exchange outside of it")
+    stream = torch.cuda.current_stream(signal.device).cuda_stream
+    if error := _stream_wait_value()(stream, signal.data_ptr(), at_least, _AT_LEAST):
+        raise RuntimeError(f"parallel.peer: cuStreamWaitValue32 failed with error {error} of the driver")
+
+
+@functools.cache
+def _stream_wait_value() -> Callable[[int, int, int, int], int]:
+    """The driver's function: (stream, address, value, flags) -> error."""
+    found = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2
+    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint], ctypes.c_int
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,132 @@
+"""Gradients and weights that the GPUs of a host copy into each other's memory: the bits of any other exchange."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from stack_fakes import StackModel
+from test_fsdp import two_updates
+from test_parallel import equal
+from test_parallel_overlap import OddModel, gradients_of
+from test_parallel_peer import bits, fold, partial, tree
+
+from bi_ops import parallel
+from bi_ops.core import runtime
+from bi_ops.parallel.fsdp import FullySharded
+from bi_ops.parallel.peer import PeerCopies, PeerMemory
+from bi_ops.parallel.peer.copies import LINE
+
+#: A piece is 64 numbers of a rank: less than one, one, several, and a piece that is not full.
+SIZES = (4, 64, 256, 260)
+
+
+def copies(memory: list[torch.Tensor]) -> PeerCopies:
+    """Of this rank. memory: of all ranks, in the host; of GPUs it is allocated."""
+    here = parallel.Ranks.of()
+    n_bytes = here.size * LINE
+    if runtime.INTERPRET:
+        device = torch.device("cpu")
+        return PeerCopies(here, device, n_bytes, PeerMemory.of_tensors(here, memory))
+    return PeerCopies(here, torch.device("cuda", torch.cuda.current_device()), n_bytes)
+
+
+def shared(size: int, n: int = 1) -> list[list[torch.Tensor]]:
+    """Memory for `n` exchanges, which forked processes share."""
+    n_bytes = PeerCopies.memory_bytes(size, size * LINE)
+    each = [[torch.zeros(n_bytes, dtype=torch.uint8) for _ in range(size)] for _ in range(n)]
+    return [[t.share_memory_() for t in memory] for memory in each]
+
+
+def on_a_rank(memory: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Sums and gathers in turn, of all sizes, twice; one rank is late, another time another one."""
+    exchange, found = copies(memory), []
+    here, device = exchange.ranks, exchange._now.device
+    for i, n in enumerate((*SIZES, *SIZES)):
+        if here.rank == i % here.size:
+            time.sleep(0.02)
+        given = partial(here.rank, here.size * n).to(device)
+        before = given.clone()
+        shard = exchange.sum(given)
+        assert torch.equal(bits(given), bits(before)), "what is sent is written over"
+        out = torch.full((here.size * n,), 7.0, device=device)
+        exchange.gather(out, shard)
+        of_out = out.view(here.size, n)[here.rank]  # as FSDP2 calls it
+        of_out.mul_(2.0)
+        exchange.gather(out, of_out)
+        found.append((shard.cpu(), out.cpu()))
+        halves = torch.arange(here.size * n).bfloat16().to(device).view(here.size, n)
+        apart = torch.zeros(here.size * n, dtype=torch.bfloat16, device=device)
+        exchange.gather(apart, halves[here.rank])
+        assert torch.equal(apart, halves.flatten())
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_sums_and_gathers_have_the_bits_of_the_tree(size):
+    ranks.need_gpus(size)
+    memory, other = shared(size)[0], 0
+    results = ranks.run(size, on_a_rank, memory)
+    for i, n in enumerate((*SIZES, *SIZES)):
+        parts = [partial(rank, size * n) for rank in range(size)]
+        want = tree(parts, torch.float32)
+        other += int((bits(fold(parts, torch.float32)) != bits(want)).sum())
+        for rank, found in enumerate(results):
+            shard, out = found[i]
+            assert torch.equal(bits(shard), bits(want.view(size, n)[rank])), (n, rank)
+            assert torch.equal(bits(out), bits(want * 2.0)), (n, rank)
+    assert (other > 0) == (size > 2)  # the control; of two there is one order
+
+
+def layouts_on_a_rank(memory: list[list[torch.Tensor]]) -> dict[str, Any]:
+    """Whole and in shards, gradients exchanged while the backward goes on."""
+    here = parallel.Ranks.of()
+    waiting = [copies(each) for each in memory]
+    odd = parallel.Whole(OddModel(), parallel.order(4), here, exchange=waiting[0])
+    sharded = FullySharded(StackModel(), parallel.order(8), here, exchange=iter(waiting[1:]).__next__)
+    before = [each._calls for each in waiting]
+    found = {"whole": gradients_of(odd), "shards": two_updates(sharded)}
+    assert all(each._calls > n for each, n in zip(waiting, before, strict=True)), "not all of them were used"
+    return found
+
+
+def test_layouts_have_the_bits_of_one_process():
+    ranks.need_gpus(2)
+    one = gradients_of(parallel.Whole(OddModel(), parallel.order(4)))
+    shards = two_updates(parallel.Whole(StackModel(), parallel.order(8)))
+    for result in ranks.run(2, layouts_on_a_rank, shared(2, 3)):
+        assert equal(result["whole"], one)
+        for what in ("norms", "grads", "weights"):
+            assert equal(result["shards"][what], shards[what]), what
+
+
+def unsignalled(memory: list[torch.Tensor]) -> torch.Tensor:
+    """The last rank is late, and the first does not wait for it."""
+    exchange = copies(memory)
+    if exchange.ranks.rank == exchange.ranks.size - 1:
+        time.sleep(1.0)
+    else:
+        exchange._signal(exchange.ranks.rank, exchange.ranks.size - 1).fill_(1)
+    return exchange.sum(partial(exchange.ranks.rank, 8))
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="the host's memory")
+def test_who_does_not_wait_has_other_bits():
+    first, last = ranks.run(2, unsignalled, shared(2)[0])
+    want = tree([partial(rank, 8) for rank in range(2)], torch.float32).view(2, 4)
+    assert not torch.equal(first, want[0])
+    assert torch.equal(last, want[1])
+
+
+def test_what_cannot_be_exchanged_is_refused():
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match="3 ranks; they are added pairwise: take 2, 4 or 8"):
+        PeerCopies(parallel.Ranks(0, 3), device)
+    with pytest.raises(ValueError, match=f"n_bytes is 256; 2 ranks need {2 * LINE}"):
+        PeerCopies(parallel.Ranks(0, 2), device, 256)
+    small = [torch.zeros(64, dtype=torch.uint8) for _ in range(2)]
+    with pytest.raises(ValueError, match="1024 bytes need 2560, not 64"):
+        PeerCopies(parallel.Ranks(0, 2), device, 1024, PeerMemory.of_tensors(parallel.Ranks(0, 2), small))
