@@ -27,6 +27,9 @@ import torch  # noqa: E402
 from bi_ops.activation import ops as activation_ops  # noqa: E402
 from bi_ops.attention import ops as attention_ops  # noqa: E402
 from bi_ops.core import replay  # noqa: E402
+from bi_ops.moe import launch as moe_launch  # noqa: E402
+from bi_ops.moe import layer as moe_layer  # noqa: E402
+from bi_ops.moe import ops as moe_ops  # noqa: E402
 from bi_ops.norm import ops as norm_ops  # noqa: E402
 from bi_ops.norm import qk_ops  # noqa: E402
 
@@ -97,11 +100,37 @@ def training_parts() -> dict[str, Callable[[], object]]:
         replayed_of(norm_ops._accumulate_backward), fp32(hidden), *norm
     )
     qkv, grads = given(tokens, sum(heads) * dim), [given(tokens, h, dim) for h in heads]
-    saved = qkv, given(dim), given(dim), torch.zeros(tokens, dtype=torch.int64), given(tokens, dim)
+    inputs = qkv, given(dim), given(dim), torch.zeros(tokens, dtype=torch.int64), given(tokens, dim)
     parts["qk_norm_rope backward"] = functools.partial(
         replayed_of(qk_ops._qk_norm_rope_backward),
-        *(fp32(dim), fp32(dim), True, *grads, *saved, fp32(tokens * sum(heads[:2])), heads[0]),
+        *(fp32(dim), fp32(dim), True, *grads, *inputs, fp32(tokens * sum(heads[:2])), heads[0]),
     )
+    n_experts, top_k, size = 8, 2, 256
+    chosen = torch.zeros(tokens, top_k, dtype=torch.int32)
+    n_rows = moe_launch.most_rows(tokens * top_k, n_experts, 1)
+    routed, ids, offsets = (
+        fp32(tokens, top_k),
+        torch.zeros(n_rows, dtype=torch.int32),
+        torch.zeros(9, dtype=torch.int32),
+    )
+    w1, w2 = given(n_experts, 2 * size, hidden), given(n_experts, hidden, size)
+    xs, hs, gate = given(n_rows, hidden), given(n_rows, size), given(n_rows, 2 * size)
+    logits = given(tokens, n_experts)
+    for name, operator, arguments in (
+        ("router", moe_ops._router, (logits, top_k, True)),
+        ("router backward", moe_ops._router_grad, (routed, logits, routed, chosen, True)),
+        ("dispatch", moe_ops._dispatch, (chosen, n_experts, torch.tensor([0, tokens], dtype=torch.int32))),
+        ("dispatch, few", moe_ops._dispatch, (chosen[:8], n_experts, None)),
+        ("gather", moe_ops.gather_op, (x, ids, chosen)),
+        ("combine", moe_ops.combine_op, (xs, ids, chosen)),
+        ("grouped_matmul", moe_ops.grouped_matmul, (xs, w1, offsets, None, None)),
+        ("grouped_matmul, weighted", moe_ops.grouped_matmul, (hs, w2, offsets, routed, ids)),
+        ("grouped_matmul, transposed", moe_ops.grouped_matmul, (gate, w1.mT, offsets, None, None)),
+        ("grouped wgrad", moe_ops.accumulate_grad_op, (fp32(*w2.shape), xs, hs, offsets, True, True)),
+        ("expert activation", moe_layer.activation_op, (gate,)),
+        ("expert activation backward", moe_layer.activation_grad_op, (hs, gate, routed, ids)),
+    ):
+        parts[name] = functools.partial(replayed_of(operator), *arguments)
     silu = replayed_of(activation_ops._silu_and_mul_grad)
     parts["silu_and_mul backward"] = functools.partial(silu, given(tokens, hidden), given(tokens, 2 * hidden))
     return parts

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from own_process import printed_by, without_a_gpu
-from tiny import tiny_model
+from tiny import tiny_model, tiny_moe_model
 
 from bi_ops import norm
 from bi_ops.activation import ops as activation_ops
@@ -100,9 +100,6 @@ def packed_saved(lengths):
     return rand(*q.shape), q, k, v, out, lse, None, *lengths, True, True, False, *params
 
 
-#: Lengths of packed sequences.
-CUTS = {"equal": (32, 32), "unequal": (20, 41)}
-
 #: Functions of the plugin and of training, and arguments for each, of one description and other values in every call.
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]] = {
     "rms_norm": (layers._rms_norm, lambda: ((rand(TOKENS, 64), rand(64), 1e-6), {"constant_weight": True})),
@@ -148,11 +145,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[tuple[Any, ...], d
         linear._wgrad,
         lambda: ((rand(32, 64), rand(32, 48), fp32(64, 48)), {"accumulate": False}),
     ),
-    **{f"flash_attention, {name}": (attention_ops._forward, lambda n=n: (packed(n), {})) for name, n in CUTS.items()},
-    **{
-        f"flash_attention backward, {name}": (attention_ops._backward, lambda n=n: (packed_saved(n), {}))
-        for name, n in CUTS.items()
-    },
+    "flash_attention, equal": (attention_ops._forward, lambda: (packed((32, 32)), {})),
+    "flash_attention, unequal": (attention_ops._forward, lambda: (packed((20, 41)), {})),
+    "flash_attention backward, equal": (attention_ops._backward, lambda: (packed_saved((32, 32)), {})),
+    "flash_attention backward, unequal": (attention_ops._backward, lambda: (packed_saved((20, 41)), {})),
 }
 
 
@@ -294,11 +290,32 @@ def test_what_the_dispatcher_has_to_see_is_not_replayed(silu, kept, monkeypatch)
         layers._silu_and_mul(silu)
 
 
-def test_steps_of_a_model_have_the_bits_of_ordinary_ones(kept):
-    """Log-probabilities, gradients of two micro-batches in one sum, and weights, over steps of other values."""
+ATTENDING = {"_rms_norm", "_add_rms_norm", "_accumulate_backward", "_qk_norm_rope", "_qk_norm_rope_backward"} | {
+    *("_forward", "_backward", "launch_wgrad")
+}
+DENSE = {"_silu_and_mul", "_silu_and_mul_grad"}
+EXPERTS = {
+    "_router",
+    "_router_grad",
+    "_dispatch",
+    "gather_op",
+    "combine_op",
+    "grouped_matmul",
+    "accumulate_grad_op",
+} | {*("activation_op", "activation_grad_op")}
+
+
+@pytest.mark.parametrize(
+    ("make", "operators"),
+    [(tiny_model, ATTENDING | DENSE), (tiny_moe_model, ATTENDING | EXPERTS)],
+    ids=["dense", "experts"],
+)
+def test_steps_of_a_model_have_the_bits_of_ordinary_ones(make, operators, kept):
+    """Log-probabilities, and gradients of two micro-batches in one sum, over steps of other values."""
     on_gpu = not runtime.INTERPRET
     size = {"hidden_size": 512, "head_dim": 128, "intermediate_size": 1024} if on_gpu else {}
-    model = tiny_model(num_hidden_layers=2, **size)
+    size |= {"moe_intermediate_size": 256} if on_gpu and make is tiny_moe_model else {}
+    model = make(num_hidden_layers=2, **size)
     cuts = [(130, 70, 200), (64, 64)] if on_gpu else [(9, 5), (8,)]
 
     def gradients(seed: int) -> list[torch.Tensor]:
@@ -306,7 +323,8 @@ def test_steps_of_a_model_have_the_bits_of_ordinary_ones(kept):
         model.allocate_main_grads()
         for lengths in cuts:
             rows = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-            batch = pack([row[:1] for row in rows], [row[1:] for row in rows], model.device, TOKEN_STEP)
+            ends = [row[:1] for row in rows], [row[1:] for row in rows]
+            batch = pack(*ends, model.device, TOKEN_STEP, unit_tokens=model.unit_tokens)
             with torch.enable_grad():
                 scores = model.token_logprobs(batch)
                 scores.sum().backward()
@@ -322,10 +340,8 @@ def test_steps_of_a_model_have_the_bits_of_ordinary_ones(kept):
             assert torch.equal(a, b)
         assert seed == 0 or len(kept) == launched, "a step of the same sizes made other descriptions"
         launched = len(kept)
-    assert {key[0].__name__ for key, entry in kept.items() if isinstance(entry, replay._Replay)} >= {
-        *("_rms_norm", "_add_rms_norm", "_accumulate_backward", "_qk_norm_rope", "_qk_norm_rope_backward"),
-        *("_silu_and_mul", "_silu_and_mul_grad", "_forward", "_backward", "launch_wgrad"),
-    }
+    assert {key[0].__name__ for key, entry in kept.items() if isinstance(entry, replay._Replay)} >= operators
+    assert replay.refusals() == []
     assert torch.equal(gradients(0)[0], ordinary(gradients)(0)[0])
     assert not torch.equal(gradients(0)[0], gradients(1)[0])  # the control: other tokens
 
@@ -432,6 +448,8 @@ def test_a_gpu_is_launched_what_an_ordinary_call_launches():
     assert found["kernels"]["paged_attention"] == kernels
     assert found["kernels"]["paged_attention, few tokens"] == ["attention_decode_kernel"]
     assert found["kernels"]["wgrad"] == found["kernels"]["wgrad, first"] == ["wgrad_kernel"]
+    assert found["kernels"]["grouped_matmul"] == ["tile_table_kernel", "grouped_matmul_hopper_kernel"]
+    assert found["kernels"]["grouped wgrad"] == ["grouped_wgrad_hopper_kernel"]
     assert found["kernels"]["attention backward, equal"] == ["attention_prepare_kernel", "attention_backward_kernel"]
     assert all(len(kernels) >= 1 for kernels in found["kernels"].values())
     assert found["differ"] == []

@@ -1,6 +1,6 @@
 """What a call allocates, launches and writes, as far as `bi_ops.core.replay` has to know it.
 
-A launch that may be replayed is written ``recorded(kernel)[grid](...)``; `empty` and `zeros` allocate what it needs or
+A launch that may be replayed is written ``recorded(kernel)[grid](...)``; `empty` and `filled` allocate what it needs or
 returns. Outside of a recording they do what their names say and no more.
 """
 
@@ -20,19 +20,21 @@ class Launch(NamedTuple):
     """A launch that was made. arguments: all of the kernel's, in their order. run: makes it again, given such.
 
     run is None where that cannot be: a kernel that another thread compiles, or an argument left to its default.
+    allocated: how many of the recording's tensors there were.
     """
 
     kernel: str
     run: Callable[..., object] | None
     arguments: dict[str, Any]
+    allocated: int
 
 
 class Recording:
     """What a call allocates, writes and launches while this is entered."""
 
     def __init__(self) -> None:
-        #: And whether each begins as zeros.
-        self.allocated: list[tuple[torch.Tensor, bool]] = []
+        #: And what each begins filled with, None: anything.
+        self.allocated: list[tuple[torch.Tensor, int | None]] = []
         self.written: list[torch.Tensor] = []
         self.launches: list[Launch] = []
 
@@ -76,7 +78,8 @@ class _Recorded:
                 elif isinstance(compiled, CompiledKernel):
                     run = compiled[(*grid, 1, 1)[:3]]
             arguments = {name: given[name] for name in names if name in given}
-            self._recording.launches.append(Launch(self._kernel.fn.__name__, run, arguments))
+            n = len(self._recording.allocated)
+            self._recording.launches.append(Launch(self._kernel.fn.__name__, run, arguments, n))
             return compiled
 
         return launch
@@ -94,17 +97,20 @@ def empty(
     """``like.new_empty(shape)``, which a replay allocates anew."""
     t = like.new_empty(shape, dtype=dtype)
     if (recording := _current.recording) is not None:
-        recording.allocated.append((t, False))
+        recording.allocated.append((t, None))
     return t
 
 
-def zeros(
-    like: torch.Tensor, shape: torch.Size | tuple[int, ...] | int, dtype: torch.dtype | None = None
+def filled(
+    like: torch.Tensor,
+    shape: torch.Size | tuple[int, ...] | int,
+    dtype: torch.dtype | None = None,
+    value: int = 0,
 ) -> torch.Tensor:
-    """``like.new_zeros(shape)``, which a replay allocates and fills anew, before its first launch."""
-    t = like.new_zeros(shape, dtype=dtype)
+    """Memory of `like`'s kind that holds `value`; a replay allocates and fills it anew, before its first launch."""
+    t = like.new_full((shape,) if isinstance(shape, int) else shape, value, dtype=dtype)
     if (recording := _current.recording) is not None:
-        recording.allocated.append((t, True))
+        recording.allocated.append((t, value))
     return t
 
 

@@ -16,7 +16,7 @@ differs in anything is checked like any first one.
 
 Not replayed, but called as ever: with gradients enabled; what a tracer, a mode or a transform watches; subclasses of
 tensors; and calls that launch nothing through `launches.recorded`, or launch on other memory than their arguments and
-that of `launches.empty` and `launches.zeros`, a copy of an argument for instance: `refusals` says which, and why.
+that of `launches.empty` and `launches.filled`, a copy of an argument for instance: `refusals` says which, and why.
 
 What a call does beside its launches is not seen. So a function that is given to `replayed` writes by such launches
 alone, or by none; `tests/test_replay.py` compares results, versions and launches of each. On the CPU checks read the
@@ -111,8 +111,10 @@ class _Replay:
                     address = memory.data_ptr()
                 elif (held := HOLDERS.get(type(a), lambda _: None)(a)) is not None:
                     address, memory, make = held
-                    source = given.get(address)
-                if source is None and memory is not None:  # else it could be another's by now
+                    # What it is about was there, and so were these, and still are. Later ones may have its memory.
+                    before = enumerate(allocated[: launch.allocated], len(tensors))
+                    source = given.get(address, next((i for i, t in before if t.data_ptr() == address), None))
+                if source is None and memory is not None:
                     source = given.get(address, made.get(memory.untyped_storage().data_ptr()))
                 if source is None:
                     raise _Refused(f"launches {launch.kernel} on a {name} that is neither an argument nor of `empty`")
@@ -127,17 +129,18 @@ class _Replay:
                     return i
             raise _Refused("returns or writes what is neither an argument nor of `empty`")
 
-        self._made = [
-            (torch.zeros if filled else torch.empty, t.shape, t.dtype, t.device) for t, filled in recording.allocated
-        ]
+        self._made = [(value, t.shape, t.dtype, t.device) for t, value in recording.allocated]
         self._launches = [split(launch) for launch in recording.launches]
         self._written = [index(t) for t in recording.written]
         self._is_tuple = isinstance(result, tuple)
         self._result = [index(t) for t in (result if self._is_tuple else (result,))]
 
     def __call__(self, tensors: list[torch.Tensor], addresses: list[int]) -> Any:
-        for allocate, shape, dtype, device in self._made:
-            t = allocate(shape, dtype=dtype, device=device)
+        for value, shape, dtype, device in self._made:
+            if value is None:
+                t = torch.empty(shape, dtype=dtype, device=device)
+            else:
+                t = torch.full(shape, value, dtype=dtype, device=device)
             tensors.append(t)
             addresses.append(t.data_ptr())
         if self._written:
@@ -187,7 +190,7 @@ def _made(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
             tensors.append(a)
             addresses.append(address)
             key += (kind, a.shape, a.stride(), a.dtype, a.device, address % ALIGNMENT)
-        elif kind in _NUMBERS:
+        elif kind in _NUMBERS or kind is torch.dtype:
             key += (kind, a)
         elif kind is tuple and all(type(n) in _NUMBERS for n in a):
             key += (kind, *[type(n) for n in a], a)

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from bi_ops.core.integers import cdiv
-from bi_ops.core.launches import recorded, zeros
+from bi_ops.core.launches import filled, recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.accumulator import exchange, join_columns, load_halves, split_columns
@@ -259,7 +259,7 @@ def launch(
     (t, m), n = g.shape, x.shape[1]
     tiles = cdiv(m, 2 * HALF.value) * cdiv(n, s.block_n)
     n_whole, slice_tokens = split_along_tokens(tiles, t, s.block_t, num_sms)
-    semaphores = zeros(c, 2 * (tiles - n_whole), torch.int32)
+    semaphores = filled(c, 2 * (tiles - n_whole), torch.int32)
     recorded(wgrad_kernel)[(min(tiles, num_sms),)](
         tma.matrix_descriptor(g, [s.block_t, HALF.value]),
         tma.matrix_descriptor(x, [s.block_t, s.block_n]),

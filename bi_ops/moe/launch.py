@@ -7,6 +7,7 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv, next_power_of_2
+from bi_ops.core.launches import empty, filled, recorded
 from bi_ops.core.limits import SMALL
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
@@ -42,14 +43,14 @@ from bi_ops.moe.order import order as order_of
 def launch_router(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights [T, k] fp32, experts [T, k] int32) of logits [T, E]."""
     tokens, num_experts = logits.shape
-    weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
-    experts = logits.new_empty((tokens, top_k), dtype=torch.int32)
+    weights = empty(logits, (tokens, top_k), torch.float32)
+    experts = empty(logits, (tokens, top_k), torch.int32)
     if tokens == 0:
         return weights, experts
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     order = order_of(Problem(logits.dtype, num_experts), arches.of(logits.device))
     c = router_config(tokens, next_power_of_2(num_experts))
-    router_kernel[(cdiv(tokens, c.rows),)](
+    recorded(router_kernel)[(cdiv(tokens, c.rows),)](
         *(logits, weights, experts, tokens, num_experts, logits.stride(0)),
         TOP_K=top_k,
         NORMALIZE=normalize,
@@ -69,14 +70,14 @@ def launch_router_backward(
     g: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, normalize: bool
 ) -> torch.Tensor:
     """The gradient of logits [T, E], of that of the weights g [T, k] fp32."""
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = empty(logits, logits.shape)
     (tokens, num_experts), top_k = logits.shape, weights.shape[1]
     if tokens == 0:
         return dlogits
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     order = order_of(Problem(logits.dtype, num_experts), arches.of(logits.device))
     c = router_config(tokens, next_power_of_2(num_experts))
-    router_backward_kernel[(cdiv(tokens, c.rows),)](
+    recorded(router_backward_kernel)[(cdiv(tokens, c.rows),)](
         *(g.contiguous(), logits, weights, experts, dlogits, tokens, num_experts, logits.stride(0)),
         TOP_K=top_k,
         NORMALIZE=normalize,
@@ -107,13 +108,13 @@ def launch_dispatch(
     tokens, top_k = experts.shape
     chunks, units = cdiv(tokens, CHUNK_TOKENS), 1 if cu_units is None else cu_units.shape[0] - 1
     experts = experts.contiguous()
-    rows = experts.new_full((most_rows(tokens * top_k, num_experts, units),), -1)
-    places = experts.new_empty((tokens, top_k))
+    rows = filled(experts, most_rows(tokens * top_k, num_experts, units), value=-1)
+    places = empty(experts, (tokens, top_k))
     if tokens == 0 or top_k == 0:
-        return rows, places, experts.new_zeros(num_experts + 1)
-    offsets = experts.new_empty(num_experts + 1)
+        return rows, places, filled(experts, num_experts + 1)
+    offsets = empty(experts, num_experts + 1)
     if tokens * top_k <= FEW_PAIRS and cu_units is None:
-        dispatch_few_kernel[(1,)](
+        recorded(dispatch_few_kernel)[(1,)](
             *(experts, rows, places, offsets, tokens * top_k, num_experts),
             STEP=TOKEN_STEP,
             BLOCK_P=max(next_power_of_2(tokens * top_k), 16),
@@ -122,13 +123,15 @@ def launch_dispatch(
             **PINNED,
         )
         return rows, places, offsets
-    counts, totals = experts.new_empty((chunks, num_experts)), experts.new_empty(num_experts)
+    counts, totals = empty(experts, (chunks, num_experts)), empty(experts, num_experts)
     block_p = next_power_of_2(CHUNK_TOKENS * top_k)
     sizes = {"TOP_K": top_k, "TOKENS": CHUNK_TOKENS, "BLOCK_P": block_p}
     block_e = min(next_power_of_2(num_experts), 1024 if runtime.INTERPRET else 16)
     count_block = min(next_power_of_2(num_experts), 1024 if runtime.INTERPRET else 32)
-    count_pairs_kernel[(chunks,)](experts, counts, tokens, num_experts, **sizes, BLOCK_E=count_block, **PINNED)
-    chunk_starts_kernel[(cdiv(num_experts, block_e),)](
+    recorded(count_pairs_kernel)[(chunks,)](
+        experts, counts, tokens, num_experts, **sizes, BLOCK_E=count_block, **PINNED
+    )
+    recorded(chunk_starts_kernel)[(cdiv(num_experts, block_e),)](
         *(counts, cu_units, totals, chunks, units, num_experts),
         TOKENS=CHUNK_TOKENS,
         STEP=TOKEN_STEP,
@@ -137,35 +140,39 @@ def launch_dispatch(
         BLOCK_E=block_e,
         **PINNED,
     )
-    expert_offsets_kernel[(1,)](totals, offsets, num_experts, BLOCK_E=next_power_of_2(num_experts + 1), **PINNED)
-    place_pairs_kernel[(chunks,)](experts, counts, offsets, rows, places, tokens, num_experts, **sizes, **PINNED)
+    recorded(expert_offsets_kernel)[(1,)](
+        totals, offsets, num_experts, BLOCK_E=next_power_of_2(num_experts + 1), **PINNED
+    )
+    recorded(place_pairs_kernel)[(chunks,)](
+        experts, counts, offsets, rows, places, tokens, num_experts, **sizes, **PINNED
+    )
     return rows, places, offsets
 
 
 def launch_gather(x: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tensor:
     """[R, N]: of each row its token's row of x [T, N], or zeros."""
-    y = x.new_empty((rows.shape[0], x.shape[1]))
+    y = empty(x, (rows.shape[0], x.shape[1]))
     if y.numel() == 0:
         return y
     x = x if x.stride(1) == 1 else x.contiguous()
     c = row_config(*y.shape)
     grid = (cdiv(y.shape[0], c.rows), cdiv(y.shape[1], c.cols))
     sizes = (*y.shape, x.stride(0))
-    gather_rows_kernel[grid](x, rows, y, *sizes, top_k, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+    recorded(gather_rows_kernel)[grid](x, rows, y, *sizes, top_k, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
     return y
 
 
 def launch_combine(y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """[T, N]: for each token the sum over its slots of rows of y [R, N]."""
     tokens, top_k = places.shape
-    out = y.new_empty((tokens, y.shape[1]))
+    out = empty(y, (tokens, y.shape[1]))
     if out.numel() == 0:
         return out
     y = y if y.stride(1) == 1 else y.contiguous()
     c = row_config(*out.shape, elements=1024)
     grid = (cdiv(tokens, c.rows), cdiv(out.shape[1], c.cols))
     sizes = (*out.shape, y.stride(0))
-    combine_rows_kernel[grid](y, places, out, *sizes, top_k, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+    recorded(combine_rows_kernel)[grid](y, places, out, *sizes, top_k, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
     return out
 
 
@@ -177,9 +184,9 @@ def _tile_table(offsets: torch.Tensor, n_rows: int, block_m: int) -> torch.Tenso
     """The tile rows of `block_m` rows, as `tile_table_kernel` writes them."""
     num_experts = offsets.shape[0] - 1
     capacity = n_rows // block_m + min(num_experts, n_rows) + 1
-    tiles = offsets.new_empty((1 + capacity, 4))
+    tiles = empty(offsets, (1 + capacity, 4))
     sizes = (n_rows, num_experts, capacity, block_m, next_power_of_2(num_experts + 1), 32)
-    tile_table_kernel[(num_experts + 1,)](offsets, tiles, *sizes, num_warps=1, **PINNED)
+    recorded(tile_table_kernel)[(num_experts + 1,)](offsets, tiles, *sizes, num_warps=1, **PINNED)
     return tiles
 
 
@@ -206,7 +213,7 @@ def launch_grouped_matmul(
     weight of its row before it is rounded.
     """
     (n_rows, k), (num_experts, n, _) = x.shape, weight.shape
-    y = x.new_empty((n_rows, n))
+    y = empty(x, (n_rows, n))
     if y.numel() == 0:
         return y
     arch, num_sms = arches.of(x.device), runtime.multiprocessors(x.device)
@@ -221,7 +228,7 @@ def launch_grouped_matmul(
     order = order_of(Problem(x.dtype, num_experts), arch)
     c = grouped_config(n_rows, num_experts, n, x.dtype, arch)
     weights, rows = routing or (None, None)
-    grouped_matmul_kernel[(num_sms * c.ctas,)](
+    recorded(grouped_matmul_kernel)[(num_sms * c.ctas,)](
         *(x, weight, _tile_table(offsets, n_rows, c.block_m), weights, rows, y),
         *(n, k, num_experts, x.stride(0), *weight.stride()),
         BLOCK_M=c.block_m,
@@ -272,7 +279,7 @@ def launch_grouped_wgrad(
         wgrad.launch(g, x, offsets, dw, accumulate, hopper_c, runtime.multiprocessors(g.device))
         return
     c = wgrad_config(n, k, g.dtype, arch)
-    grouped_wgrad_kernel[(runtime.multiprocessors(g.device) * c.ctas,)](
+    recorded(grouped_wgrad_kernel)[(runtime.multiprocessors(g.device) * c.ctas,)](
         *(g, x, offsets, dw, g.shape[0], n, k, num_experts, g.stride(0), x.stride(0)),
         BLOCK_M=c.block_m,
         BLOCK_N=c.block_n,
@@ -292,11 +299,11 @@ def launch_grouped_wgrad(
 def launch_activation(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of x [R, 2D], contiguous."""
     n_rows, d = x.shape[0], x.shape[1] // 2
-    y = x.new_empty((n_rows, d))
+    y = empty(x, (n_rows, d))
     if y.numel():
         c = row_config(n_rows, d, elements=1024)
         grid = (cdiv(n_rows, c.rows), cdiv(d, c.cols))
-        expert_activation_kernel[grid](x, y, n_rows, d, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+        recorded(expert_activation_kernel)[grid](x, y, n_rows, d, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
     return y
 
 
@@ -307,13 +314,13 @@ def launch_activation_backward(
 
     g [R, D]: the gradient of the activation but for the routing weight of its row.
     """
-    (n_rows, d), dweights = g.shape, weights.new_zeros(weights.shape)
-    dx, y = x.new_empty(x.shape), x.new_empty(g.shape)
+    (n_rows, d), dweights = g.shape, filled(weights, weights.shape)
+    dx, y = empty(x, x.shape), empty(x, g.shape)
     if n_rows == 0:
         return dx, y, dweights
     order = order_of(Problem(x.dtype), arches.of(x.device))
     rows_at_once = 256 if runtime.INTERPRET else 4
-    expert_activation_backward_kernel[(cdiv(n_rows, rows_at_once),)](
+    recorded(expert_activation_backward_kernel)[(cdiv(n_rows, rows_at_once),)](
         *(g, x, weights, rows, dx, y, dweights, n_rows, d),
         LANES=order.dot_lanes,
         LOG2_LANES=order.log2_dot_lanes,

@@ -7,6 +7,7 @@ import torch
 from bi_ops.core import checks as core_checks
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.operators import custom_op
+from bi_ops.core.replay import replayed
 from bi_ops.core.transforms import Node
 from bi_ops.moe import checks
 from bi_ops.moe.launch import launch_activation, launch_activation_backward
@@ -14,6 +15,7 @@ from bi_ops.moe.ops import combine_op, dispatch, gather_op, grouped_matmul, weig
 
 
 @custom_op("bi_ops::moe_activation")
+@replayed
 def activation_op(x: torch.Tensor) -> torch.Tensor:
     return launch_activation(x)
 
@@ -24,6 +26,7 @@ def _(x):
 
 
 @custom_op("bi_ops::moe_activation_backward")
+@replayed
 def activation_grad_op(
     g: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 
 from bi_ops.core import checks as core_checks
+from bi_ops.core.launches import empty
 from bi_ops.core.main_grad import MainGrad, open_buffer
 from bi_ops.core.operators import custom_op
+from bi_ops.core.replay import replayed
 from bi_ops.core.transforms import Node
 from bi_ops.moe import checks
 from bi_ops.moe.launch import (
@@ -27,6 +29,7 @@ from bi_ops.moe.launch import (
 
 
 @custom_op("bi_ops::moe_router")
+@replayed
 def _router(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return launch_router(logits, top_k, normalize)
 
@@ -38,6 +41,7 @@ def _(logits, top_k, normalize):
 
 
 @custom_op("bi_ops::moe_router_backward")
+@replayed
 def _router_grad(
     g: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, normalize: bool
 ) -> torch.Tensor:
@@ -62,6 +66,7 @@ _router.register_autograd(_router_backward, setup_context=_router_setup)
 
 
 @custom_op("bi_ops::moe_dispatch")
+@replayed
 def _dispatch(
     experts: torch.Tensor, num_experts: int, cu_units: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,6 +81,7 @@ def _(experts, num_experts, cu_units=None):
 
 
 @custom_op("bi_ops::moe_gather")
+@replayed
 def gather_op(x: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return launch_gather(x, rows, places.shape[1])
 
@@ -86,6 +92,7 @@ def _(x, rows, places):
 
 
 @custom_op("bi_ops::moe_combine")
+@replayed
 def combine_op(y: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return launch_combine(y, places)
 
@@ -104,6 +111,7 @@ combine_op.register_autograd(lambda ctx, g: (gather_op(g, *ctx.saved_tensors), N
 
 
 @custom_op("bi_ops::grouped_matmul")
+@replayed
 def grouped_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -121,11 +129,12 @@ def _(x, weight, offsets, weights=None, rows=None):
 
 
 @custom_op("bi_ops::grouped_weight_grad")
+@replayed
 def grouped_weight_grad(
     g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype, aligned: bool
 ) -> torch.Tensor:
     """[E, N, K] in `dtype`: g[rows of e].T @ x[rows of e], zeros for an expert without rows."""
-    dw = g.new_empty((offsets.shape[0] - 1, g.shape[1], x.shape[1]), dtype=dtype)
+    dw = empty(g, (offsets.shape[0] - 1, g.shape[1], x.shape[1]), dtype)
     launch_grouped_wgrad(g, x, offsets, dw, False, aligned)
     return dw
 
@@ -136,6 +145,7 @@ def _(g, x, offsets, dtype, aligned):
 
 
 @custom_op("bi_ops::accumulate_grouped_weight_grad", mutates_args={"main_grad"})
+@replayed
 def accumulate_grad_op(
     main_grad: torch.Tensor, g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, accumulate: bool, aligned: bool
 ) -> None:

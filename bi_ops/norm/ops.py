@@ -9,7 +9,7 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import checks, pdl, runtime
 from bi_ops.core.integers import cdiv
-from bi_ops.core.launches import empty, recorded, zeros
+from bi_ops.core.launches import empty, filled, recorded
 from bi_ops.core.limits import SMALL, check_programs
 from bi_ops.core.operators import custom_op
 from bi_ops.core.replay import replayed
@@ -209,7 +209,7 @@ def _rms_norm_backward(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weight_grad = zeros(weight, weight.shape) if weight is not None and need_weight else None
+    weight_grad = filled(weight, weight.shape) if weight is not None and need_weight else None
     dx = launch_backward(g, g_sum, x, weight, rstd, need_x, weight_grad, accumulate=False)
     return dx, empty(x, 0) if weight_grad is None else weight_grad
 

@@ -26,7 +26,7 @@ from bi_ops.attention.kernels.common import LN2, LOG2E
 from bi_ops.attention.order import KeySteps
 from bi_ops.core import runtime
 from bi_ops.core.integers import cdiv
-from bi_ops.core.launches import empty, recorded, zeros
+from bi_ops.core.launches import empty, filled, recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
@@ -387,7 +387,7 @@ def launch(
     equal = max_q is not None and max_q * n_seqs == n_tokens
     block_m = config.warp_groups * ROWS.value
     n_tiles = cdiv(n_tokens // n_seqs, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
-    tile_order, counter = (cu_q, zeros(cu_q, 1)) if equal else lpt_order(cu_q, block_m)
+    tile_order, counter = (cu_q, filled(cu_q, 1)) if equal else lpt_order(cu_q, block_m)
     programs = n_tiles * hq
     if config.persistent:
         programs = min(programs, runtime.multiprocessors(q.device))

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from bi_ops.core.launches import recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
@@ -228,7 +229,7 @@ def launch(
     width = c.block_n // 2 if split_n else c.block_n
     stored = (num_experts * k, n) if transposed else (num_experts * n, k)
     weights, rows = routing or (None, None)
-    grouped_matmul_hopper_kernel[(num_sms,)](
+    recorded(grouped_matmul_hopper_kernel)[(num_sms,)](
         tma.descriptor(x, (n_rows, k), x.stride(0), (HALF.value, c.block_k)),
         tma.descriptor(weight, stored, stored[1], (c.block_k, width) if transposed else (width, c.block_k)),
         tma.descriptor(y, (n_rows, n), n, (HALF.value, c.block_n // 2)),

@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from bi_ops.core.launches import recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.accumulator import exchange, join_columns, load_halves, split_columns
@@ -204,7 +205,7 @@ def launch(
 ) -> None:
     """dw[E, N, K] of g [R, N] and x [R, K]; see `launch.wgrad_hopper_serves`."""
     num_experts, n, k = dw.shape
-    grouped_wgrad_hopper_kernel[(num_sms,)](
+    recorded(grouped_wgrad_hopper_kernel)[(num_sms,)](
         tma.descriptor(g, (g.shape[0], n), g.stride(0), (c.block_t, HALF.value)),
         tma.descriptor(x, (x.shape[0], k), x.stride(0), (c.block_t, c.block_n)),
         tma.descriptor(dw, (num_experts * n, k), k, (HALF.value, c.block_n // 2)),
