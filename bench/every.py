@@ -71,6 +71,7 @@ JOBS = (
     Job("conditions", ("conditions.py", "--jobs", "6"), 8, 500),
     Job("models", ("models.py", "--jobs", "6"), 8, 300),
     Job("peer", ("peer.py",), 2, 20, gpus=2, quiet=True, torchrun=2),
+    Job("exchange", ("exchange.py",), 2, 30, gpus=2, quiet=True, torchrun=2),
     Job(
         "layout costs", ("layout_costs.py", "--gpus", "2", "--models", "1.7B"), 4, 480, gpus=2, quiet=True, limited=True
     ),

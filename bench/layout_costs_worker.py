@@ -33,7 +33,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from bi_ops import optim, parallel
-from bi_ops.core import replay, runtime
+from bi_ops.core import runtime
 from bi_ops.core.files import write_json
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.packing import PackedBatch, pack
@@ -399,7 +399,6 @@ def main() -> int:
     parser.add_argument("--profile", type=Path)
     args = parser.parse_args()
     take_shortcuts()
-    replay.enable()
     if args.part.startswith(("plugin", "stock")):  # vLLM makes its groups itself
         engine(args, Found(args.out, parallel.Ranks(int(os.environ.get("RANK", "0")))))
         return 0

@@ -129,9 +129,11 @@ def lengths_of(tokens: int, seqlen: int | None) -> list[int]:
 
 
 def made_network(model: str, layers: int | None, recompute: str, segments: int = 1) -> CausalLM:
-    """bi_ops' Qwen3 with random weights."""
+    """bi_ops' Qwen3 with random weights; its launches are made again from now on, as in training."""
+    from bi_ops.core import replay
     from bi_ops.models import make_model
 
+    replay.enable()
     options = {"segments": segments} if segments > 1 else {}
     network = make_model(config_of(model, layers), recompute=recompute, **options)
     torch.manual_seed(SEED)

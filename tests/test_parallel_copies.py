@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from bi_ops import parallel
 from bi_ops.core import runtime
 from bi_ops.parallel.fsdp import FullySharded
 from bi_ops.parallel.peer import PeerCopies, PeerMemory
+from bi_ops.parallel.peer import copies as copying
 from bi_ops.parallel.peer.copies import LINE
 
 #: A piece is 64 numbers of a rank: less than one, one, several, and a piece that is not full.
@@ -44,7 +47,7 @@ def shared(size: int, n: int = 1) -> list[list[torch.Tensor]]:
 def on_a_rank(memory: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Sums and gathers in turn, of all sizes, twice; one rank is late, another time another one."""
     exchange, found = copies(memory), []
-    here, device = exchange.ranks, exchange._now.device
+    here, device = exchange.ranks, exchange.device
     for i, n in enumerate((*SIZES, *SIZES)):
         if here.rank == i % here.size:
             time.sleep(0.02)
@@ -119,6 +122,61 @@ def test_who_does_not_wait_has_other_bits():
     want = tree([partial(rank, 8) for rank in range(2)], torch.float32).view(2, 4)
     assert not torch.equal(first, want[0])
     assert torch.equal(last, want[1])
+
+
+class Driver:
+    """In place of the GPU's: what it was asked, and what it answers."""
+
+    def __init__(self, can_flush: int, error: int = 0) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.can_flush, self.error = can_flush, error
+
+    def function(self, name: str) -> Any:
+        def call(*args: Any) -> int:
+            self.asked.append((name, *args))
+            return self.error
+
+        return call
+
+    def cuDeviceGetAttribute(self, found: Any, attribute: int, index: int) -> int:
+        found._obj.value = self.can_flush
+        self.asked.append(("attribute", attribute, index))
+        return 0
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.mark.parametrize(("can_flush", "flags"), [(0, 0), (1, 1 << 30)])
+def test_a_stream_waits_for_a_number_and_the_host_does_not(can_flush, flags, stream, monkeypatch):
+    driver, signal = Driver(can_flush), torch.zeros(1, dtype=torch.int32)
+    for name in ("cuStreamWriteValue32_v2", "cuStreamWaitValue32_v2"):
+        setattr(driver, name, driver.function(name))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    signals = copying._OfStream(torch.device("cuda", 1))
+    signals.give(signal, 5)
+    signals.wait(signal, 5)
+    address = signal.data_ptr()
+    assert driver.asked == [
+        ("attribute", 98, 1),
+        ("cuStreamWriteValue32_v2", 7, address, 5, 0),
+        ("cuStreamWaitValue32_v2", 7, address, 5, flags),
+    ]
+    driver.error = 801
+    with pytest.raises(RuntimeError, match="cuStreamWaitValue32 failed with error 801 of the driver"):
+        signals.wait(signal, 6)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a CUDA graph would wait for today's number"):
+        signals.give(signal, 6)
+
+
+def test_a_driver_without_signals_is_said(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    with pytest.raises(RuntimeError, match="the driver has no signals between streams"):
+        copying._OfStream(torch.device("cuda", 0))
 
 
 def test_what_cannot_be_exchanged_is_refused():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -24,8 +23,9 @@ from bi_ops.parallel.ranks import Ranks
 BYTES = 64 << 20
 #: Bytes between two ranks' signals, so that no two of them share a line of the cache; parts begin at multiples of it.
 LINE = 256
-#: `CU_STREAM_WAIT_VALUE_GEQ` of the driver: until the difference, as a signed number of 32 bits, is not negative.
-_AT_LEAST = 0
+#: Of the driver: wait until the difference, as a signed number of 32 bits, is not negative; then see every write that
+#: came before that one, where the device can be asked to (`CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES`).
+_AT_LEAST, _FLUSH, _CAN_FLUSH = 0, 1 << 30, 98
 
 
 class PeerCopies:
@@ -56,9 +56,8 @@ class PeerCopies:
         if self.memory.n_bytes < needed:
             raise ValueError(f"parallel.peer: {n_bytes} bytes need {needed}, not {self.memory.n_bytes}")
         self._others = [(ranks.rank + i) % ranks.size for i in range(1, ranks.size)]  # not all to one rank first
-        self._calls = 0
-        self._now = torch.zeros(1, dtype=torch.int32, device=device)
-        self._is_gpu = device.type == "cuda"
+        self.device, self._calls = device, 0
+        self._signals: _OfHost | _OfStream = _OfStream(device) if device.type == "cuda" else _OfHost()
         self._done: torch.cuda.Event | None = None
 
     @staticmethod
@@ -93,10 +92,10 @@ class PeerCopies:
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
         """What the block launches comes behind the last such block, whichever stream that was on."""
-        if not self._is_gpu:
+        if self.device.type != "cuda":
             yield
             return
-        stream = torch.cuda.current_stream(self._now.device)
+        stream = torch.cuda.current_stream(self.device)
         if self._done is not None:
             stream.wait_event(self._done)
         yield
@@ -114,13 +113,11 @@ class PeerCopies:
         gives behind everything that it does with what it has received.
         """
         self._calls += 1
-        self._now.fill_(self._calls)
         for rank in self._others:
             self._received(rank, own[rank])[self.ranks.rank].copy_(own[rank], non_blocking=True)
-            self._signal(rank, self.ranks.rank).copy_(self._now, non_blocking=True)
-        wait = _on_stream if self._is_gpu else _on_host
+            self._signals.give(self._signal(rank, self.ranks.rank), self._calls)
         for rank in self._others:
-            wait(self._signal(self.ranks.rank, rank), self._calls)
+            self._signals.wait(self._signal(self.ranks.rank, rank), self._calls)
         return self._received(self.ranks.rank, own[0])
 
     def _received(self, rank: int, like: torch.Tensor) -> torch.Tensor:
@@ -134,28 +131,55 @@ class PeerCopies:
         return self.memory.tensors[rank][of * LINE :][:4].view(torch.int32)
 
 
-def _on_host(signal: torch.Tensor, at_least: int) -> None:
-    """Wait until the other rank has made so many calls; of memory that this process can read."""
-    while int(signal) < at_least:
-        time.sleep(0)
+class _OfHost:
+    """Signals in memory that processes of a host share."""
+
+    def give(self, signal: torch.Tensor, value: int) -> None:
+        """Behind everything that was written before."""
+        signal.fill_(value)
+
+    def wait(self, signal: torch.Tensor, value: int) -> None:
+        """Until it is at least `value`."""
+        while int(signal) < value:
+            time.sleep(0)
 
 
-def _on_stream(signal: torch.Tensor, at_least: int) -> None:
-    """Let the current stream wait for that; the host does not, and no SM does.
+class _OfStream:
+    """Signals that the current stream of a GPU gives, and waits for: neither the host does, nor an SM.
 
-    Raises:
-        RuntimeError: the driver refuses it, or a CUDA graph is being captured.
+    The driver puts a fence of the whole system before it writes one.
     """
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("parallel.peer: a CUDA graph would wait for today's number; exchange outside of it")
-    stream = torch.cuda.current_stream(signal.device).cuda_stream
-    if error := _stream_wait_value()(stream, signal.data_ptr(), at_least, _AT_LEAST):
-        raise RuntimeError(f"parallel.peer: cuStreamWaitValue32 failed with error {error} of the driver")
 
+    def __init__(self, device: torch.device) -> None:
+        """Raises RuntimeError where the driver does not know them."""
+        try:
+            driver = ctypes.CDLL("libcuda.so.1")
+            self._write, self._wait = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
+        except (OSError, AttributeError) as error:
+            raise RuntimeError(f"parallel.peer: the driver has no signals between streams: {error}") from error
+        for function in (self._write, self._wait):
+            function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+        can_flush = ctypes.c_int(0)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._checked(driver.cuDeviceGetAttribute(ctypes.byref(can_flush), _CAN_FLUSH, index), "cuDeviceGetAttribute")
+        self._until = _AT_LEAST | (_FLUSH if can_flush.value else 0)
 
-@functools.cache
-def _stream_wait_value() -> Callable[[int, int, int, int], int]:
-    """The driver's function: (stream, address, value, flags) -> error."""
-    found = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2
-    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint], ctypes.c_int
-    return found  # type: ignore[no-any-return]
+    def give(self, signal: torch.Tensor, value: int) -> None:
+        """Behind everything that the stream has written before."""
+        self._call(self._write, "cuStreamWriteValue32", signal, value, 0)
+
+    def wait(self, signal: torch.Tensor, value: int) -> None:
+        """What the stream gets from now on comes when it is at least `value`."""
+        self._call(self._wait, "cuStreamWaitValue32", signal, value, self._until)
+
+    def _call(self, function: Callable[..., int], name: str, signal: torch.Tensor, value: int, flags: int) -> None:
+        """Raises RuntimeError if the driver refuses it, or while a CUDA graph is captured."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("parallel.peer: a CUDA graph would wait for today's number; exchange outside of it")
+        stream = torch.cuda.current_stream(signal.device).cuda_stream
+        self._checked(function(stream, signal.data_ptr(), value, flags), name)
+
+    @staticmethod
+    def _checked(error: int, name: str) -> None:
+        if error:
+            raise RuntimeError(f"parallel.peer: {name} failed with error {error} of the driver")
