@@ -241,6 +241,18 @@ def forget() -> None:
 
 
 @contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While this is entered calls are replayed, on a CPU too, and begin with none kept; what was kept comes back."""
+    global _enabled, _pauses, _kept
+    before = _enabled, _pauses, _kept
+    _enabled, _pauses, _kept = True, 0, {}
+    try:
+        yield
+    finally:
+        _enabled, _pauses, _kept = before
+
+
+@contextlib.contextmanager
 def paused() -> Iterator[None]:
     """While this is entered, in any thread, nothing is replayed or recorded."""
     global _pauses

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from bi_ops.core import runtime
+from bi_ops.core import replay, runtime
 from bi_ops.verify.properties import bits_equal
 from bi_ops.verify.subject import (
     Batch,
@@ -306,6 +306,17 @@ def cuda_graph(s: Subject, batch: Batch, base: Results, at: Setting) -> Iterator
         yield Comparison(f"replay {i + 1}", base, found)
 
 
+def launches(s: Subject, batch: Batch, base: Results, at: Setting) -> Iterator[Comparison]:
+    """Launches that are made again for other values at other addresses."""
+    others = select_items(s, batch, range(len(batch.lengths) - 1, -1, -1))
+    with replay.alone():
+        results(s, others)
+        copies = [{n: t.clone() for n, t in batch.inputs.items()} for _ in range(2)]
+        found = [results(s, replace(batch, inputs=inputs)) for inputs in copies]
+    for i, again in enumerate(found):
+        yield Comparison(f"made again {i + 1}", base, again)
+
+
 def compile(s: Subject, batch: Batch, base: Results, at: Setting) -> Iterator[Comparison]:
     """Under torch.compile, forward and backward."""
     if not s.compiled:
@@ -367,6 +378,7 @@ PROPERTIES: dict[str, Property] = {
     "layout": layout,
     "stream": stream,
     "CUDA graph": cuda_graph,
+    "launches": launches,
     "compile": compile,
     "recomputation": recomputation,
     "micro-batches": microbatches,

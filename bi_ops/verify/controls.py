@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from bi_ops.activation.ops import launch
+from bi_ops.core.launches import empty
+from bi_ops.core.replay import replayed
 from bi_ops.verify.subject import Subject, as_tuple
 
 Tensor = torch.Tensor
@@ -88,6 +91,13 @@ class _BackwardBySize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return g * _in_parts(g, 1 + len(g) % 7)[:, None]
+
+
+@torch.no_grad()
+@replayed
+def _beside_launches(x: Tensor) -> Tensor:
+    """A kernel, and what no launch says."""
+    return launch(x, empty(x, (x.shape[0], x.shape[1] // 2))).add_(1.0)
 
 
 @dataclass(frozen=True)
@@ -188,6 +198,7 @@ def controls() -> list[Control]:
         Control("layout", _rows("partial sums by strides", by_layout)),
         Control("stream", _rows("partial sums by stream", by_stream)),
         Control("CUDA graph", _rows("partial sums where captured", by_capture)),
+        Control("launches", _rows("an addition beside the launches", _beside_launches, differentiable=False)),
         Control("compile", _rows("partial sums where compiled", by_compiler, compiled=True)),
         Control("recomputation", _rows("noise by run", _NoiseByRun(), compiled=False)),
         Control(
