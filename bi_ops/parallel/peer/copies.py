@@ -31,8 +31,12 @@ _AT_LEAST, _FLUSH, _CAN_FLUSH = 0, 1 << 30, 98
 class PeerCopies:
     """An `Exchange` of ranks of one host, by copies into each other's memory; the bits of any other.
 
-    Every rank makes the same calls in the same order, on any stream: a call comes behind the one before it. It is no
-    part of a CUDA graph, for its stream waits for another number every time.
+    Every rank makes the same calls in the same order, on any stream: a call comes behind the one before it. A CUDA
+    graph may capture calls, all on one stream, and be replayed.
+
+    A swap: send what is for the others, give each a signal, wait for theirs, take the signals back. Swaps receive in
+    two halves in turn, and a call makes an even number of them. So before a half is written again its owner has given
+    a signal in the other one, which it does behind all that it has done with what the first held.
 
     Args:
         ranks: at least 2 of one host, a power of two. device: this rank's GPU. n_bytes: that are received at once.
@@ -56,14 +60,14 @@ class PeerCopies:
         if self.memory.n_bytes < needed:
             raise ValueError(f"parallel.peer: {n_bytes} bytes need {needed}, not {self.memory.n_bytes}")
         self._others = [(ranks.rank + i) % ranks.size for i in range(1, ranks.size)]  # not all to one rank first
-        self.device, self._calls = device, 0
+        self.device = device
         self._signals: _OfHost | _OfStream = _OfStream(device) if device.type == "cuda" else _OfHost()
         self._done: torch.cuda.Event | None = None
 
     @staticmethod
     def memory_bytes(size: int, n_bytes: int) -> int:
-        """Of each of `size` ranks: a signal of each, and twice what they send."""
-        return size * LINE + 2 * cdiv(n_bytes, size * LINE) * size * LINE
+        """Of each of `size` ranks: two halves, of a signal of each and what they send."""
+        return 2 * size * (LINE + cdiv(n_bytes, size * LINE) * LINE)
 
     @torch.no_grad()
     def sum(self, flat: torch.Tensor) -> torch.Tensor:
@@ -71,8 +75,8 @@ class PeerCopies:
         parts = flat.view(self.ranks.size, -1)
         out = torch.empty_like(parts[0])
         with self._in_order():
-            for a, b in self._pieces(out):
-                received = self._swap([parts[rank, a:b] for rank in range(self.ranks.size)])
+            for half, a, b in self._pieces(out):
+                received = self._swap(half, [parts[rank, a:b] for rank in range(self.ranks.size)])
                 received[self.ranks.rank].copy_(parts[self.ranks.rank, a:b])
                 pairwise(received, out[a:b])
         return out
@@ -84,15 +88,15 @@ class PeerCopies:
         if parts[self.ranks.rank].data_ptr() != shard.data_ptr():
             parts[self.ranks.rank].copy_(shard)
         with self._in_order():
-            for a, b in self._pieces(shard):
-                received = self._swap([shard[a:b]] * self.ranks.size)
+            for half, a, b in self._pieces(shard):
+                received = self._swap(half, [shard[a:b]] * self.ranks.size)
                 for rank in self._others:
                     parts[rank, a:b].copy_(received[rank])
 
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
         """What the block launches comes behind the last such block, whichever stream that was on."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             yield
             return
         stream = torch.cuda.current_stream(self.device)
@@ -101,34 +105,36 @@ class PeerCopies:
         yield
         self._done = stream.record_event()
 
-    def _pieces(self, part: torch.Tensor) -> list[tuple[int, int]]:
-        """Where the pieces of a part begin and end that are sent at once."""
+    def _pieces(self, part: torch.Tensor) -> list[tuple[int, int, int]]:
+        """(half, begin, end) of the pieces of a part that are sent at once, an even number; the last may be empty."""
         most = self._slot // part.element_size()
-        return [(a, min(a + most, len(part))) for a in range(0, len(part), most)]
+        ends = range(0, cdiv(len(part), 2 * most) * 2 * most, most)
+        return [(i % 2, min(a, len(part)), min(a + most, len(part))) for i, a in enumerate(ends)]
 
-    def _swap(self, own: list[torch.Tensor]) -> torch.Tensor:
-        """Send own[r] to rank r -> [ranks, n]: what each has sent; this rank's own row holds anything.
-
-        It is written over two calls later, by no rank too early: each waits in the next call for a signal that this one
-        gives behind everything that it does with what it has received.
-        """
-        self._calls += 1
+    def _swap(self, half: int, own: list[torch.Tensor]) -> torch.Tensor:
+        """Send own[r] to rank r -> [ranks, n]: what each has sent; this rank's own row holds anything."""
         for rank in self._others:
-            self._received(rank, own[rank])[self.ranks.rank].copy_(own[rank], non_blocking=True)
-            self._signals.give(self._signal(rank, self.ranks.rank), self._calls)
+            self._received(half, rank, own[rank])[self.ranks.rank].copy_(own[rank], non_blocking=True)
+            self._signals.give(self._signal(half, rank, self.ranks.rank), 1)
         for rank in self._others:
-            self._signals.wait(self._signal(self.ranks.rank, rank), self._calls)
-        return self._received(self.ranks.rank, own[0])
+            signal = self._signal(half, self.ranks.rank, rank)
+            self._signals.wait(signal, 1)
+            self._signals.give(signal, 0)
+        return self._received(half, self.ranks.rank, own[0])
 
-    def _received(self, rank: int, like: torch.Tensor) -> torch.Tensor:
-        """Where that rank receives in this call: a row from each, of as many elements as `like` has."""
-        start = self.ranks.size * (LINE + self._calls % 2 * self._slot)
-        rows = self.memory.tensors[rank][start : start + self.ranks.size * self._slot].view(self.ranks.size, -1)
+    def _half(self, half: int, rank: int) -> torch.Tensor:
+        """That of a rank: signals, then rows."""
+        size = self.ranks.size * (LINE + self._slot)
+        return self.memory.tensors[rank][half * size :][:size]
+
+    def _received(self, half: int, rank: int, like: torch.Tensor) -> torch.Tensor:
+        """Where that rank receives: a row from each, of as many elements as `like` has."""
+        rows = self._half(half, rank)[self.ranks.size * LINE :].view(self.ranks.size, self._slot)
         return rows.view(like.dtype)[:, : len(like)]
 
-    def _signal(self, rank: int, of: int) -> torch.Tensor:
-        """That rank `of` gives to `rank`: int32 [1], the number of its last call."""
-        return self.memory.tensors[rank][of * LINE :][:4].view(torch.int32)
+    def _signal(self, half: int, rank: int, of: int) -> torch.Tensor:
+        """That rank `of` gives to `rank`: int32 [1], 1 until it was taken."""
+        return self._half(half, rank)[of * LINE :][:4].view(torch.int32)
 
 
 class _OfHost:
@@ -173,9 +179,7 @@ class _OfStream:
         self._call(self._wait, "cuStreamWaitValue32", signal, value, self._until)
 
     def _call(self, function: Callable[..., int], name: str, signal: torch.Tensor, value: int, flags: int) -> None:
-        """Raises RuntimeError if the driver refuses it, or while a CUDA graph is captured."""
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("parallel.peer: a CUDA graph would wait for today's number; exchange outside of it")
+        """Raises RuntimeError if the driver refuses it."""
         stream = torch.cuda.current_stream(signal.device).cuda_stream
         self._checked(function(stream, signal.data_ptr(), value, flags), name)
 
