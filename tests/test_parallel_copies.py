@@ -119,7 +119,7 @@ def unsignalled(memory: list[torch.Tensor]) -> torch.Tensor:
     if exchange.ranks.rank == exchange.ranks.size - 1:
         time.sleep(1.0)
     else:
-        exchange._signal(0, exchange.ranks.rank, exchange.ranks.size - 1).fill_(1)
+        exchange._given[0][exchange.ranks.rank][exchange.ranks.size - 1].fill_(1)
     return exchange.sum(partial(exchange.ranks.rank, 8))
 
 

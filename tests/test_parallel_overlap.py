@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, cast
 from unittest import mock
@@ -19,6 +20,7 @@ from tiny import tiny_model
 from bi_ops import nn, optim, parallel
 from bi_ops.core import runtime
 from bi_ops.models.packing import pack
+from bi_ops.nn.main_grad import main_grad_memory
 from bi_ops.parallel import gradients, overlap
 from bi_ops.parallel.overlap import SideStream, separate_layers
 
@@ -83,6 +85,13 @@ ATOMS = (2, 4, 8)
 TRAINING: dict[str, Any] = {"recompute": "layer", "kl": 0.1, "updates_per_rollout": 2}
 
 
+def in_the_same_memory(atoms: int, here: parallel.Ranks = parallel.ALONE) -> parallel.Whole:
+    """Every atom's sums lie where the last one's did, as in a CUDA graph."""
+    model = StackModel()
+    again = functools.partial(nn.allocate_main_grads, model, main_grad_memory(model))
+    return parallel.Whole(model, parallel.order(atoms), here, again, keeps_memory=True)
+
+
 def on_a_rank() -> dict[Any, Any]:
     here = parallel.Ranks.of()
     found: dict[Any, Any] = {}
@@ -92,6 +101,8 @@ def on_a_rank() -> dict[Any, Any]:
                 layout = parallel.Whole(make(), parallel.order(atoms), here, overlap=overlaps)
                 assert len(layout.sums) == (1 if not overlaps else {"stack": 3, "odd": 5}[name])
                 found[name, atoms, overlaps] = gradients_of(layout)
+    for atoms in ATOMS:
+        found["kept", atoms] = gradients_of(in_the_same_memory(atoms, here))
     with small_messages():
         found["small"] = gradients_of(parallel.Whole(OddModel(), parallel.order(8), here))
     layout = parallel.Whole(StackModel(), parallel.order(4), here)
@@ -113,6 +124,10 @@ def test_gradients_that_are_exchanged_early_have_the_bits_of_one_process():
             for overlaps in (False, True):
                 assert equal(result[name, atoms, overlaps], wanted), (name, atoms, overlaps)
         assert equal(result["small"], one["odd", 8])
+        for atoms in ATOMS:
+            assert equal(result["kept", atoms], one["stack", atoms])
+    for atoms in ATOMS:
+        assert equal(gradients_of(in_the_same_memory(atoms)), one["stack", atoms])
         assert not equal(result["naive"], one["stack", 4])
 
 

@@ -30,8 +30,9 @@ class Whole:
 
     Args:
         allocate: makes room for the sums of an atom; None: `nn.allocate_main_grads`. keeps_memory: the gradients lie in
-            memory that the next atom takes again, so they are copied, in `end_atom`. overlap: False exchanges all
-            gradients in `end_atom`; the bits are the same. exchange: how they travel; None: by collectives.
+            memory that the next atom takes again, so one rank alone copies them, in `end_atom`. overlap: False
+            exchanges all gradients in `end_atom`; the bits are the same. exchange: how they travel; None: by
+            collectives.
 
     Raises:
         ValueError: a number of ranks that does not divide the atoms.
@@ -124,7 +125,7 @@ class Whole:
             sums, parameters = self.sums[self._next], self._together[self._next]
             self._next += 1
             each = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters]
-            if self._keeps_memory:
+            if self._keeps_memory and self.ranks.size == 1:  # else a sum over ranks has memory of its own
                 each = [g.clone() for g in each]
             for p in parameters:
                 p.grad = None

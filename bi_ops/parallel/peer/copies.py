@@ -61,6 +61,12 @@ class PeerCopies:
             raise ValueError(f"parallel.peer: {n_bytes} bytes need {needed}, not {self.memory.n_bytes}")
         self._others = [(ranks.rank + i) % ranks.size for i in range(1, ranks.size)]  # not all to one rank first
         self.device = device
+        halves = [[self._half(half, rank) for rank in range(ranks.size)] for half in range(2)]
+        #: By half and rank: where it receives, a row of bytes from each; and int32 [1] from each, 1 until it was taken.
+        self._rows = [[t[ranks.size * LINE :].view(ranks.size, -1) for t in half] for half in halves]
+        self._given = [
+            [[t[of * LINE :][:4].view(torch.int32) for of in range(ranks.size)] for t in half] for half in halves
+        ]
         self._signals: _OfHost | _OfStream = _OfStream(device) if device.type == "cuda" else _OfHost()
         self._done: torch.cuda.Event | None = None
 
@@ -77,8 +83,9 @@ class PeerCopies:
         with self._in_order():
             for half, a, b in self._pieces(out):
                 received = self._swap(half, [parts[rank, a:b] for rank in range(self.ranks.size)])
-                received[self.ranks.rank].copy_(parts[self.ranks.rank, a:b])
-                pairwise(received, out[a:b])
+                if a < b:
+                    received[self.ranks.rank].copy_(parts[self.ranks.rank, a:b])
+                    pairwise(received, out[a:b])
         return out
 
     @torch.no_grad()
@@ -90,7 +97,7 @@ class PeerCopies:
         with self._in_order():
             for half, a, b in self._pieces(shard):
                 received = self._swap(half, [shard[a:b]] * self.ranks.size)
-                for rank in self._others:
+                for rank in self._others if a < b else ():
                     parts[rank, a:b].copy_(received[rank])
 
     @contextlib.contextmanager
@@ -111,30 +118,23 @@ class PeerCopies:
         ends = range(0, cdiv(len(part), 2 * most) * 2 * most, most)
         return [(i % 2, min(a, len(part)), min(a + most, len(part))) for i, a in enumerate(ends)]
 
-    def _swap(self, half: int, own: list[torch.Tensor]) -> torch.Tensor:
-        """Send own[r] to rank r -> [ranks, n]: what each has sent; this rank's own row holds anything."""
-        for rank in self._others:
-            self._received(half, rank, own[rank])[self.ranks.rank].copy_(own[rank], non_blocking=True)
-            self._signals.give(self._signal(half, rank, self.ranks.rank), 1)
-        for rank in self._others:
-            signal = self._signal(half, self.ranks.rank, rank)
-            self._signals.wait(signal, 1)
-            self._signals.give(signal, 0)
-        return self._received(half, self.ranks.rank, own[0])
-
     def _half(self, half: int, rank: int) -> torch.Tensor:
-        """That of a rank: signals, then rows."""
+        """Of that rank's memory: signals, then rows."""
         size = self.ranks.size * (LINE + self._slot)
         return self.memory.tensors[rank][half * size :][:size]
 
-    def _received(self, half: int, rank: int, like: torch.Tensor) -> torch.Tensor:
-        """Where that rank receives: a row from each, of as many elements as `like` has."""
-        rows = self._half(half, rank)[self.ranks.size * LINE :].view(self.ranks.size, self._slot)
-        return rows.view(like.dtype)[:, : len(like)]
-
-    def _signal(self, half: int, rank: int, of: int) -> torch.Tensor:
-        """That rank `of` gives to `rank`: int32 [1], 1 until it was taken."""
-        return self._half(half, rank)[of * LINE :][:4].view(torch.int32)
+    def _swap(self, half: int, own: list[torch.Tensor]) -> torch.Tensor:
+        """Send own[r] to rank r -> [ranks, n]: what each has sent; this rank's own row holds anything."""
+        me, rows, given = self.ranks.rank, self._rows[half], self._given[half]
+        n, dtype = len(own[me]), own[me].dtype
+        for rank in self._others:
+            if n:  # else signals alone
+                rows[rank][me].view(dtype)[:n].copy_(own[rank], non_blocking=True)
+            self._signals.give(given[rank][me], 1)
+        for rank in self._others:
+            self._signals.wait(given[me][rank], 1)
+            self._signals.give(given[me][rank], 0)
+        return rows[me].view(dtype)[:, :n]
 
 
 class _OfHost:
