@@ -49,6 +49,18 @@ def layouts(results: Path) -> str:
     return f"{table(head, rows)}\n{''.join(notes)}" if rows else "Nothing was shown yet.\n"
 
 
+def speed_of_layouts(results: Path) -> dict[str, float]:
+    """Of a training step on several GPUs, its fastest side beside compiled transformers."""
+    names = {("True", "1"): "in shards (FSDP2)", ("False", "1"): "data-parallel"}
+    found: dict[str, float] = {}
+    for r in load_csv(results, "h200/layouts.csv"):
+        if r["what"] == "step" and r["baseline"] == "transformers, compiled":
+            how, gpus = names.get((r["fsdp"], r["tp"]), "tensor-parallel"), int(r["tp"]) * int(r["dp"])
+            label = f"a training step of Qwen3-{r['model']} on {gpus} GPUs, {how} (H200)"
+            found[label] = max(found.get(label, 0.0), float(r["ratio"]))
+    return found
+
+
 def peer(results: Path) -> str:
     """Microseconds of a sum over ranks."""
     found = load_csv(results, "h200/peer.csv")

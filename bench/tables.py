@@ -18,7 +18,7 @@ from kernel_tables import (
     gemm,
     host,
 )
-from layout_tables import layout_costs, layouts, peer
+from layout_tables import layout_costs, layouts, peer, speed_of_layouts
 from limit_tables import limits, operators
 from speed_tables import beside_stock, experts, rl_seconds, rl_step, rollout, step, step_speed
 from table_parts import geometric_mean, load_csv, ratios, table
@@ -65,6 +65,8 @@ def headline(results: Path) -> str:
             label = f"a whole RL step of Qwen3-1.7B, sampled by vLLM {release} (H200)"
             inexact = "the same vLLM, not batch-invariant, and transformers, `torch.compile`, bf16"
             rows.append((label, inexact, f"{sides['stock']['total_s'] / sides['bi_ops']['total_s']:.2f}x"))
+    for layout, speed in speed_of_layouts(results).items():
+        rows.append((layout, "the same in transformers, `torch.compile`, bf16, by torch", f"{speed:.2f}x"))
     for name in ("forward", "backward"):
         layers = [r for r in load_csv(results, "h200/moe.csv") if r["pass"] == f"layer {name}"]
         if faster := [float(r["ours_tflops"]) / float(r["best_tflops"]) for r in layers]:
