@@ -8,8 +8,8 @@ A row is one of our sides beside one baseline; `fastest` marks the faster baseli
     step      forward, backward, gradient sum, clip and AdamW of 8,192 tokens on each rank, sequences of 2,048: N ranks
               whole (dp), in shards (fsdp), or sharing a model of N segments (tp; all have the same tokens). ours:
               "ordered", sums in the order over collectives, "peer copies" (dp, fsdp), the same over the GPUs' copy
-              engines, or (tp) "peer memory", by a kernel, and "peer memory, graphs", that with forward and backward
-              replayed from a CUDA graph. baseline: "library sums", our model
+              engines, or (tp) "peer memory", by a kernel; of tp and dp also "..., graphs": forward and backward
+              replayed from a CUDA graph, behind which dp exchanges gradients. baseline: "library sums", our model
               with sums by NCCL; "transformers, compiled", bf16 weights, gradients and states, layers under
               torch.compile, torch's DDP, FSDP2 or tensor parallelism; of dp "ordered, at the end" too:
               all gradients are exchanged behind the backward
@@ -72,7 +72,7 @@ COMPILED, EAGER = "transformers, compiled", "transformers, eager"
 GRAPHS = "peer memory, graphs"
 COPIES = "peer copies"
 #: Our sides, what they are compared with, and the step without sums; what has graphs is compared with one from graphs.
-OURS, WITHOUT = ("ordered", COPIES, "peer memory", GRAPHS), "no sums"
+OURS, WITHOUT = ("ordered", COPIES, "peer memory", GRAPHS, "ordered, graphs", f"{COPIES}, graphs"), "no sums"
 BASELINES = ("library sums", "ordered, at the end", COMPILED, EAGER)
 #: Milliseconds by side and measure.
 Times = Mapping[str, Mapping[str, float]]
@@ -155,7 +155,7 @@ def _beside(
     if ms is None:
         return
     found = {b: times[b][measure] for b in baselines if measure in times.get(b, {})}
-    without = times.get(f"{WITHOUT}, graphs" if ours == GRAPHS else WITHOUT, {}).get(measure)
+    without = times.get(f"{WITHOUT}, graphs" if ours.endswith(", graphs") else WITHOUT, {}).get(measure)
     for baseline in found or {"": 0.0}:
         other = found.get(baseline)
         yield {

@@ -157,6 +157,7 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
     if args.tp == 1:
         network.warmup()
     layout: parallel.Whole | FullySharded
+    behind: parallel.Whole | None = None
     if args.tp > 1:
         graphs, replay = from_graphs(network, batch)
         allocate = lambda: (graphs.begin if now in replays else network.allocate_main_grads)()  # noqa: E731
@@ -170,20 +171,25 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
     else:
         layout = parallel.Whole(network, tree, ranks)
         sums = whole_sums(layout, found)
+        graphs, replay = from_graphs(network, batch)
+        behind = parallel.Whole(network, tree, ranks, graphs.begin, keeps_memory=True)
+        of_behind = whole_sums(behind, found)
+        replays = {f"{side}, graphs": of_behind[side] for side in ("ordered", COPIES, "no sums") if side in of_behind}
     optimizer = optim.AdamW(list(layout.parameters.values()), lr=LR)
 
     def step(side: str, take: Callable[[], None]) -> None:
         nonlocal now
         now = side
         take()
-        layout.begin_atom()
-        layout.before_backward(last=side != AT_END)
+        used = behind if side in replays and behind is not None else layout
+        used.begin_atom()
+        used.before_backward(last=side != AT_END)
         if side in replays:
             replay()
         else:
             network.token_logprobs(batch).mean().backward()
-        layout.end_atom()
-        optimizer.step(grad_scale=optim.clip_scale(layout.finish(), MAX_NORM))
+        used.end_atom()
+        optimizer.step(grad_scale=optim.clip_scale(used.finish(), MAX_NORM))
 
     def timed(sides: Mapping[str, Callable[[], None]]) -> None:
         steps = {side: lambda side=side, take=take: step(side, take) for side, take in sides.items()}  # type: ignore[misc]
@@ -191,6 +197,9 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
             found.add(side, "step", seconds)
 
     timed(sums)
+    if behind is not None:
+        for module in network.modules():  # those of `layout`, which a replay would not call
+            module._forward_pre_hooks.clear()
     for side, take in replays.items():  # one after the other: each has graphs and memory of its own
         free()
         try:
