@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from bi_ops.activation.ops import launch
-from bi_ops.core.launches import empty
+from bi_ops.activation import silu_and_mul
 from bi_ops.core.replay import replayed
 from bi_ops.verify.subject import Subject, as_tuple
 
@@ -97,7 +96,7 @@ class _BackwardBySize(torch.autograd.Function):
 @replayed
 def _beside_launches(x: Tensor) -> Tensor:
     """A kernel, and what no launch says."""
-    return launch(x, empty(x, (x.shape[0], x.shape[1] // 2))).add_(1.0)
+    return silu_and_mul(x).add_(1.0)
 
 
 @dataclass(frozen=True)

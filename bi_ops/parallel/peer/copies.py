@@ -160,10 +160,10 @@ class _OfStream:
         """Raises RuntimeError where the driver does not know them."""
         try:
             driver = ctypes.CDLL("libcuda.so.1")
-            self._write, self._wait = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
+            self._store, self._wait = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
         except (OSError, AttributeError) as error:
             raise RuntimeError(f"parallel.peer: the driver has no signals between streams: {error}") from error
-        for function in (self._write, self._wait):
+        for function in (self._store, self._wait):
             function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
         can_flush = ctypes.c_int(0)
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -172,7 +172,7 @@ class _OfStream:
 
     def give(self, signal: torch.Tensor, value: int) -> None:
         """Behind everything that the stream has written before."""
-        self._call(self._write, "cuStreamWriteValue32", signal, value, 0)
+        self._call(self._store, "cuStreamWriteValue32", signal, value, 0)
 
     def wait(self, signal: torch.Tensor, value: int) -> None:
         """What the stream gets from now on comes when it is at least `value`."""
