@@ -18,7 +18,7 @@ from test_parallel import metrics
 
 from bi_ops import parallel, rl
 from bi_ops.core import tensor_files
-from bi_ops.parallel import fsdp
+from bi_ops.parallel import gradients
 from bi_ops.rl import checkpoint
 
 #: Seconds in which the others must have ended. Over gloo they see it at once; the rest is a busy machine.
@@ -47,7 +47,7 @@ def replaced(module: Any, name: str, call: int, by: Callable[..., Any]) -> Itera
 
 def in_a_backward() -> Any:
     """Between two gradients of the step behind `DONE`: two steps of two atoms of a rank, two FSDP modules each."""
-    return replaced(fsdp, "sum_over_ranks", DONE * 2 * 2 + 2, lambda real, *args: kill())
+    return replaced(gradients, "sum_over_ranks", DONE * 2 * 2 + 2, lambda real, *args: kill())
 
 
 def half_written(real: Any, path: Path, tensors: Any, names: list[str]) -> None:

@@ -22,7 +22,7 @@ from bi_ops import nn, optim
 from bi_ops.core.integers import cdiv
 from bi_ops.core.tensor_files import Rows
 from bi_ops.nn.main_grad import without_main_grad
-from bi_ops.parallel.gradients import Exchange, Subtrees, all_gather, check_ranks, sum_over_ranks
+from bi_ops.parallel.gradients import Collectives, Exchange, Subtrees, all_gather, check_ranks
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.overlap import behind
 from bi_ops.parallel.ranks import Ranks
@@ -31,7 +31,15 @@ from bi_ops.parallel.ranks import Ranks
 GATHERED_LAYERS = 4
 
 
-class TreeReduceScatter:
+class _OwnMemory:
+    """What FSDP2 asks of a collective for memory."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """As torch's own do."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class TreeReduceScatter(_OwnMemory):
     """The gradients of one FSDP module, added over ranks and atoms as `AtomTree` says.
 
     torch calls it once an atom, on a stream of its own. Behind the last atom the output is the sum of all.
@@ -42,20 +50,13 @@ class TreeReduceScatter:
     def __init__(self, steps: int, exchange: Exchange | None = None) -> None:
         self._sums, self._exchange = Subtrees(steps), exchange
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """As torch's own reduce-scatter does."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
     @torch.no_grad()
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
         """output_tensor: fp32 [n]. input_tensor: fp32 [ranks * n]. op: a sum; what torch would divide by is one."""
-        exchange = self._exchange
-        if exchange is None:
-            output_tensor.copy_(sum_over_ranks(input_tensor, dist.get_world_size(group), group))
-        else:
-            output_tensor.copy_(exchange.sum(input_tensor))
+        exchange = self._exchange or Collectives(Ranks.of(group))
+        output_tensor.copy_(exchange.sum(input_tensor))
         # The tree keeps the output, whose other reader, the parameter's gradient, is dropped before the next atom.
         [total] = self._sums.add([output_tensor])
         if self._sums.done == self._sums.steps:
@@ -64,15 +65,11 @@ class TreeReduceScatter:
                 output_tensor.copy_(total)
 
 
-class ExchangeAllGather:
+class ExchangeAllGather(_OwnMemory):
     """The weights of one FSDP module, gathered by an `Exchange`."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """As torch's own all-gather does."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
