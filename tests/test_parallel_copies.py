@@ -213,6 +213,14 @@ def test_what_cannot_be_exchanged_is_refused():
         PeerCopies(parallel.Ranks(0, 3), device)
     with pytest.raises(ValueError, match=f"n_bytes is 256; 2 ranks need {2 * LINE}"):
         PeerCopies(parallel.Ranks(0, 2), device, 256)
+    memory = [torch.zeros(PeerCopies.memory_bytes(2, 1024), dtype=torch.uint8) for _ in range(2)]
+    exchange = PeerCopies(parallel.Ranks(0, 2), device, 1024, PeerMemory.of_tensors(parallel.Ranks(0, 2), memory))
+    for flat in (torch.zeros(7), torch.zeros(8, 2)[:, 0], torch.zeros(4, 2), torch.zeros(8, device="meta")):
+        with pytest.raises(ValueError, match=r"sum got \[.*contiguous axis on cpu, a multiple of 2 elements"):
+            exchange.sum(flat)
+    for out in (torch.zeros(6), torch.zeros(8, dtype=torch.bfloat16), torch.zeros(16)[::2]):
+        with pytest.raises(ValueError, match=r"gather got \[.*2 times the shard's \[4\] in torch.float32"):
+            exchange.gather(out, torch.zeros(4))
     small = [torch.zeros(64, dtype=torch.uint8) for _ in range(2)]
     with pytest.raises(ValueError, match="1024 bytes need 3072, not 64"):
         PeerCopies(parallel.Ranks(0, 2), device, 1024, PeerMemory.of_tensors(parallel.Ranks(0, 2), small))

@@ -461,9 +461,9 @@ def test_a_gpu_is_launched_what_an_ordinary_call_launches():
     assert calls["ordinary"] > 2 * calls["replayed"]
 
 
-def test_alone_begins_with_none_kept_and_gives_back_what_was(silu, kept):
+def test_isolated_begins_with_none_kept_and_gives_back_what_was(silu, kept):
     before = dict(kept)
-    with replay.paused(), replay.alone():
+    with replay.paused(), replay.isolated():
         layers._silu_and_mul(silu)
         assert len(replay._kept) == 1
         assert replay._kept is not kept

@@ -7,7 +7,7 @@ from typing import Literal, overload
 
 import torch
 
-from bi_ops.attention.backends import backends, select
+from bi_ops.attention.backends import AttentionBackend, backends, select
 from bi_ops.attention.checks import (
     check_cache_head_dim,
     check_features,
@@ -17,17 +17,26 @@ from bi_ops.attention.checks import (
     check_rows,
     longest,
 )
-from bi_ops.attention.order import Problem
+from bi_ops.attention.order import AttentionOrder, Problem
 from bi_ops.attention.padding import padded, unpadded
 from bi_ops.attention.params import AttentionParams, Seqlens
 from bi_ops.core import arch as arches
 from bi_ops.core import checks
+from bi_ops.core.arch import Arch
 from bi_ops.core.launches import empty
 from bi_ops.core.operators import custom_op
 from bi_ops.core.replay import replayed
 
 # --------------------------------------------------------------------------------------------------------------
 # launch: nothing below reads a tensor's values, so that launches can be made again for others
+
+
+def _chosen(
+    backend: str, q: torch.Tensor, params: AttentionParams, sinks: torch.Tensor | None, paged: bool = False
+) -> tuple[AttentionBackend, AttentionOrder, Arch]:
+    """Who computes, in which order, for which architecture."""
+    chosen, arch = backends.get(backend), arches.of(q.device)
+    return chosen, chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks), paged), arch), arch
 
 
 @replayed
@@ -45,8 +54,7 @@ def _forward(
     *params: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     seqlens, given = Seqlens(cu_q, cu_k, max_q, max_k, read), AttentionParams(*params)  # type: ignore[arg-type]
-    chosen, arch = backends.get(backend), arches.of(q.device)
-    order = chosen.order(Problem(q.shape[2], q.dtype, given.features(sinks)), arch)
+    chosen, order, arch = _chosen(backend, q, given, sinks)
     return chosen.forward(q, k, v, seqlens, given, sinks, order, arch)
 
 
@@ -72,8 +80,7 @@ def _backward(
     *params: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     seqlens, given = Seqlens(cu_q, cu_k, max_q, max_k, read), AttentionParams(*params)  # type: ignore[arg-type]
-    chosen, arch = backends.get(backend), arches.of(q.device)
-    order = chosen.order(Problem(q.shape[2], q.dtype, given.features(sinks)), arch)
+    chosen, order, arch = _chosen(backend, q, given, sinks)
     sinks = sinks if need_sinks else None  # the softmax's are in the lse
     dq, dk, dv, dsinks = chosen.backward(
         g, q, k, v, out, lse, g_lse, seqlens, given, sinks, need_q, need_kv, order, arch
@@ -226,8 +233,7 @@ def _run_paged(
     max_q = None if max_q is None else min(max_q, q.shape[0])
     if q.device.type == "cpu":
         check_pages(k_cache, table, seqlens_k)
-    chosen, arch = backends.get(backend), arches.of(q.device)
-    order = chosen.order(Problem(q.shape[2], q.dtype, params.features(sinks), True), arch)
+    chosen, order, arch = _chosen(backend, q, params, sinks, paged=True)
     paged = (out, q, k_cache, v_cache, table, cu_q, seqlens_k, max_q)
     chosen.paged_forward(*paged, params, sinks, order, arch, constant_metadata)
 

@@ -14,7 +14,7 @@ All that Triton specialises a kernel on, and all that an order or a config may d
 replay launches the same binary with the same numbers: the same bits. A call that raises is never kept, and one that
 differs in anything is checked like any first one.
 
-Not replayed, but called as ever: with gradients enabled; what a tracer, a mode or a transform watches; subclasses of
+Not replayed, but called as ever: where a gradient may be asked for; what a tracer, a mode or a transform watches; subclasses of
 tensors; and calls that launch nothing through `launches.recorded`, or launch on other memory than their arguments and
 that of `launches.empty` and `launches.filled`, a copy of an argument for instance: `refusals` says which, and why.
 
@@ -241,7 +241,7 @@ def forget() -> None:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """While this is entered calls are replayed, on a CPU too, and begin with none kept; what was kept comes back."""
     global _enabled, _pauses, _kept
     before = _enabled, _pauses, _kept

@@ -97,7 +97,8 @@ class FullySharded:
             None: collectives.
 
     Raises:
-        ValueError: one rank, ranks that do not divide the atoms, or parameters whose gradient has no `main_grad`.
+        ValueError: one rank, ranks that do not divide the atoms, parameters whose gradient has no `main_grad`, or an
+            exchange beside another reduce_scatter.
     """
 
     #: See `Whole`.
@@ -125,6 +126,10 @@ class FullySharded:
         #: Of those that are gathered together the first one, which stands for all; then the model.
         self._groups = [cast(FSDPModule, m) for m in (*layers[::GATHERED_LAYERS], model)]
         if exchange is not None:
+            if reduce_scatter is not TreeReduceScatter:
+                raise ValueError(
+                    "fsdp: exchange moves the parts of TreeReduceScatter; give another reduce_scatter alone"
+                )
             reduce_scatter = functools.partial(TreeReduceScatter, exchange=exchange())
             gather = ExchangeAllGather(exchange())
             for module in self._groups:

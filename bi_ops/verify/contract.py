@@ -306,10 +306,10 @@ def cuda_graph(s: Subject, batch: Batch, base: Results, at: Setting) -> Iterator
         yield Comparison(f"replay {i + 1}", base, found)
 
 
-def launches(s: Subject, batch: Batch, base: Results, at: Setting) -> Iterator[Comparison]:
+def launch_replay(s: Subject, batch: Batch, base: Results, at: Setting) -> Iterator[Comparison]:
     """Launches that are made again for other values at other addresses."""
     others = select_items(s, batch, range(len(batch.lengths) - 1, -1, -1))
-    with replay.alone():
+    with replay.isolated():
         results(s, others)
         copies = [{n: t.clone() for n, t in batch.inputs.items()} for _ in range(2)]
         found = [results(s, replace(batch, inputs=inputs)) for inputs in copies]
@@ -378,7 +378,7 @@ PROPERTIES: dict[str, Property] = {
     "layout": layout,
     "stream": stream,
     "CUDA graph": cuda_graph,
-    "launches": launches,
+    "launch replay": launch_replay,
     "compile": compile,
     "recomputation": recomputation,
     "micro-batches": microbatches,

@@ -197,7 +197,7 @@ def controls() -> list[Control]:
         Control("layout", _rows("partial sums by strides", by_layout)),
         Control("stream", _rows("partial sums by stream", by_stream)),
         Control("CUDA graph", _rows("partial sums where captured", by_capture)),
-        Control("launches", _rows("an addition beside the launches", _beside_launches, differentiable=False)),
+        Control("launch replay", _rows("an addition beside the launches", _beside_launches, differentiable=False)),
         Control("compile", _rows("partial sums where compiled", by_compiler, compiled=True)),
         Control("recomputation", _rows("noise by run", _NoiseByRun(), compiled=False)),
         Control(

@@ -77,7 +77,12 @@ class PeerCopies:
 
     @torch.no_grad()
     def sum(self, flat: torch.Tensor) -> torch.Tensor:
-        """flat: [ranks * n], contiguous -> this rank's part [n] of the pairwise sum over the ranks, in their order."""
+        """flat: [ranks * n], contiguous -> this rank's part [n] of the pairwise sum over the ranks, in their order.
+
+        Raises:
+            ValueError: another shape, not contiguous, or on another device.
+        """
+        self._check("sum", flat, flat.numel() % self.ranks.size == 0, f"a multiple of {self.ranks.size} elements")
         parts = flat.view(self.ranks.size, -1)
         out = torch.empty_like(parts[0])
         with self._in_order():
@@ -90,7 +95,14 @@ class PeerCopies:
 
     @torch.no_grad()
     def gather(self, out: torch.Tensor, shard: torch.Tensor) -> None:
-        """shard: [n], contiguous; out: [ranks * n], which gets those of all ranks. Shard may be its own part of it."""
+        """shard: [n]; out: [ranks * n], which gets those of all ranks; contiguous. Shard may be its own part of out.
+
+        Raises:
+            ValueError: other shapes or dtypes, not contiguous, or on another device.
+        """
+        fits = out.dtype == shard.dtype and out.numel() == self.ranks.size * shard.numel()
+        self._check("gather", shard, shard.ndim == 1, "[n]")
+        self._check("gather", out, fits, f"{self.ranks.size} times the shard's {list(shard.shape)} in {shard.dtype}")
         parts = out.view(self.ranks.size, -1)
         if parts[self.ranks.rank].data_ptr() != shard.data_ptr():
             parts[self.ranks.rank].copy_(shard)
@@ -99,6 +111,13 @@ class PeerCopies:
                 received = self._swap(half, [shard[a:b]] * self.ranks.size)
                 for rank in self._others if a < b else ():
                     parts[rank, a:b].copy_(received[rank])
+
+    def _check(self, op: str, t: torch.Tensor, fits: bool, wanted: str) -> None:
+        if not (fits and t.ndim == 1 and t.is_contiguous() and t.device.type == self.device.type):
+            raise ValueError(
+                f"parallel.peer: {op} got {list(t.shape)} of {t.dtype} on {t.device}; it must be one contiguous axis on "
+                f"{self.device.type}, {wanted}"
+            )
 
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
