@@ -21,6 +21,7 @@ from bi_ops import nn, optim, parallel, rl
 from bi_ops.core import tensor_files
 from bi_ops.parallel import fsdp
 from bi_ops.parallel.fsdp import FullySharded
+from bi_ops.parallel.gradients import Collectives
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.trainer import Trainer
 
@@ -124,6 +125,9 @@ def refusals_on_a_rank() -> list[str]:
     for make in (
         lambda: FullySharded(StackModel(), parallel.order(1), here),
         lambda: FullySharded(with_bias, parallel.order(2), here),
+        lambda: FullySharded(
+            StackModel(), parallel.order(2), here, reduce_scatter=None, exchange=lambda: Collectives(here)
+        ),
     ):
         with pytest.raises(ValueError, match=r"fsdp|parallel") as error:
             make()
@@ -138,6 +142,7 @@ def test_what_cannot_be_shared_is_refused():
     for said in ranks.run(2, refusals_on_a_rank):
         assert said[0].startswith("parallel: 2 ranks cannot share atoms=1 evenly")
         assert said[1].startswith("fsdp: a.bias, b.weight, b.bias would be summed by autograd")
+        assert said[2].startswith("fsdp: exchange moves the parts of TreeReduceScatter; leave it out")
     for other in ({"step_graphs": True}, {"offload": "masters"}):
         with pytest.raises(ValueError, match="fsdp is True; it must be false with"):
             TrainConfig(fsdp=True, **other)

@@ -14,9 +14,10 @@ All that Triton specialises a kernel on, and all that an order or a config may d
 replay launches the same binary with the same numbers: the same bits. A call that raises is never kept, and one that
 differs in anything is checked like any first one.
 
-Not replayed, but called as ever: where a gradient may be asked for; what a tracer, a mode or a transform watches; subclasses of
-tensors; and calls that launch nothing through `launches.recorded`, or launch on other memory than their arguments and
-that of `launches.empty` and `launches.filled`, a copy of an argument for instance: `refusals` says which, and why.
+Not replayed, but called as ever: where a gradient may be asked for; what a tracer, a mode or a transform watches;
+subclasses of tensors; and calls that launch nothing through `launches.recorded`, or launch on other memory than their
+arguments and that of `launches.empty` and `launches.filled`, a copy of an argument for instance: `refusals` says which,
+and why.
 
 What a call does beside its launches is not seen. So a function that is given to `replayed` writes by such launches
 alone, or by none; `tests/test_replay.py` compares results, versions and launches of each. On the CPU checks read the

@@ -114,6 +114,8 @@ class FullySharded:
         exchange: Callable[[], Exchange] | None = None,
     ) -> None:
         check_ranks(tree, ranks, fsdp=True)
+        if exchange is not None and reduce_scatter is not TreeReduceScatter:
+            raise ValueError("fsdp: exchange moves the parts of TreeReduceScatter; leave it out, or reduce_scatter")
         if left := without_main_grad(model):
             raise ValueError(
                 f"fsdp: {', '.join(left[:4])}{' and others' * (len(left) > 4)} would be summed by autograd, in another "
@@ -126,10 +128,6 @@ class FullySharded:
         #: Of those that are gathered together the first one, which stands for all; then the model.
         self._groups = [cast(FSDPModule, m) for m in (*layers[::GATHERED_LAYERS], model)]
         if exchange is not None:
-            if reduce_scatter is not TreeReduceScatter:
-                raise ValueError(
-                    "fsdp: exchange moves the parts of TreeReduceScatter; give another reduce_scatter alone"
-                )
             reduce_scatter = functools.partial(TreeReduceScatter, exchange=exchange())
             gather = ExchangeAllGather(exchange())
             for module in self._groups:

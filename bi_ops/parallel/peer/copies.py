@@ -115,8 +115,8 @@ class PeerCopies:
     def _check(self, op: str, t: torch.Tensor, fits: bool, wanted: str) -> None:
         if not (fits and t.ndim == 1 and t.is_contiguous() and t.device.type == self.device.type):
             raise ValueError(
-                f"parallel.peer: {op} got {list(t.shape)} of {t.dtype} on {t.device}; it must be one contiguous axis on "
-                f"{self.device.type}, {wanted}"
+                f"parallel.peer: {op} got {list(t.shape)} of {t.dtype} on {t.device}; it must be one contiguous axis "
+                f"on {self.device.type}, {wanted}"
             )
 
     @contextlib.contextmanager
