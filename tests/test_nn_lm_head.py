@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -67,27 +68,37 @@ def test_the_entropy_and_its_gradient_know_no_chunks(device, chunk_rows):
     assert not bits_equal(torch.autograd.grad(plain, hidden, g)[0], ours[0])
 
 
-def test_large_logits_are_cut_by_themselves(device, monkeypatch):
-    """And no tensor of [T, V] is made of them, in any dtype."""
+@pytest.mark.parametrize("kept_rows", [31, 63, 69])
+def test_large_logits_are_cut_by_themselves(device, monkeypatch, kept_rows):
+    """No tensor of [T, V] is made of them, in any dtype; the first are kept, and a second backward has none of these."""
     from bi_ops.nn import lm_head
 
     hidden, weight, ids, g = inputs(device, torch.bfloat16, torch.float32)
     expected = linear_token_logprobs(hidden, weight, ids)
     whole = torch.autograd.grad(expected, (hidden, weight), g)
-    rows, real = [], matmul.linear
+    rows, alive, real = [], weakref.WeakSet(), matmul.linear
 
     def counted(x, *rest, **named):
         rows.append(len(x))
-        return real(x, *rest, **named)
+        logits = real(x, *rest, **named)
+        alive.add(logits)
+        return logits
 
     monkeypatch.setattr(matmul, "linear", counted)
-    monkeypatch.setattr(lm_head, "WHOLE_BYTES", T * V * 2 - 1)
+    monkeypatch.setattr(lm_head, "WHOLE_BYTES", kept_rows * V * 2)
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", 40 * V * 2)
     got = linear_token_logprobs(hidden, weight, ids)
     assert bits_equal(got, expected)
-    parts = torch.autograd.grad(got, (hidden, weight), g)
-    assert [bits_equal(*pair) for pair in zip(parts, whole, strict=True)] == [True, True]
-    assert rows == [32, 32, 6] * 2
+    assert rows == [32, 32, 6]
+    assert sorted(map(len, alive)) == [32, 32, 6][: kept_rows // 32]
+    for again in ([32, 32, 6][kept_rows // 32 :], [32, 32, 6]):
+        rows.clear()
+        parts = torch.autograd.grad(got, (hidden, weight), g, retain_graph=True)
+        assert [bits_equal(*pair) for pair in zip(parts, whole, strict=True)] == [True, True]
+        assert rows == again
+    with torch.no_grad():  # no backward will ask for them
+        assert bits_equal(linear_token_logprobs(hidden, weight, ids), expected)
+    assert not alive
 
 
 def test_chunks_in_another_order_would_have_other_bits(device):
@@ -133,5 +144,5 @@ def test_the_backward_of_chunks_is_registered(device):
     stats = logprob.token_stats(matmul.linear(hidden, weight), ids)
     for need_hidden, need_weight, accumulate in ((True, True, True), (False, True, False), (True, False, True)):
         buffer = torch.zeros(V, K, device=device)
-        given = (buffer, g, None, hidden, weight, ids, *stats, 32, need_hidden, need_weight, accumulate)
+        given = (buffer, [torch.randn(32, V, device=device).bfloat16()], g, None, hidden, weight, ids, *stats, 32, need_hidden, need_weight, accumulate)
         torch.library.opcheck(torch.ops.bi_ops.linear_token_logprobs_backward, given)

@@ -13,7 +13,7 @@ from bi_ops.core.main_grad import MainGrad, open_buffer
 from bi_ops.core.operators import custom_op
 from bi_ops.core.transforms import Node
 
-#: Bytes of logits that are kept for the backward as they are; more are computed again, chunk by chunk.
+#: Bytes of logits that are kept for the backward; what is beyond is computed again, chunk by chunk.
 WHOLE_BYTES = 1 << 31
 #: Bytes of a chunk of logits: enough rows for whole waves of tiles, and a weight gradient that is not read too often.
 CHUNK_BYTES = 1 << 30
@@ -41,9 +41,10 @@ def rows_at_once(op: str, n_rows: int, row_bytes: int, chunk_rows: int | None) -
     return chunk_rows
 
 
-@custom_op("bi_ops::linear_token_logprobs_backward", mutates_args={"main_grad"})
+@custom_op("bi_ops::linear_token_logprobs_backward", mutates_args={"main_grad", "logits_of_chunks"})
 def _chunked_grad(
     main_grad: torch.Tensor,
+    logits_of_chunks: list[torch.Tensor],
     g: torch.Tensor,
     g_entropy: torch.Tensor | None,
     hidden: torch.Tensor,
@@ -60,13 +61,14 @@ def _chunked_grad(
 ) -> torch.Tensor:
     """The gradient of hidden, empty where not needed; the weight's is added to main_grad, or not `accumulate` written.
 
+    logits_of_chunks: of the first chunks, which their gradient is written over; those of the others are computed again.
     An operator, because torch.compile does not trace the loop's checks in a backward.
     """
     kept = logprob.TokenStats(logprobs, row_max, lse, entropy)
     dhidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     buffer = main_grad if accumulate else MainGrad(main_grad.shape, main_grad.device, main_grad)
-    for part in chunks_of(len(ids), chunk_rows):
-        logits = matmul.linear(hidden[part], weight)
+    for i, part in enumerate(chunks_of(len(ids), chunk_rows)):
+        logits = logits_of_chunks[i] if i < len(logits_of_chunks) else matmul.linear(hidden[part], weight)
         stats = logprob.TokenStats(*(t[part] for t in kept))
         parts = (g[part], None if g_entropy is None else g_entropy[part])
         dlogits = logprob.token_stats_backward_(logits, ids[part], stats, *parts)
@@ -81,7 +83,7 @@ def _chunked_grad(
 
 
 @_chunked_grad.register_fake
-def _(main_grad, g, g_entropy, hidden, *rest):
+def _(main_grad, logits_of_chunks, g, g_entropy, hidden, *rest):
     *_, need_hidden, _, _ = rest
     return hidden.new_empty(hidden.shape if need_hidden else 0)
 
@@ -89,18 +91,22 @@ def _(main_grad, g, g_entropy, hidden, *rest):
 class _LinearTokenLogprobs(Node):
     """Both passes walk the chunks front to back, so the weight gradient has the bits of one pass over all rows.
 
-    The backward writes each chunk's gradient over its logits. What the softmax sums is kept from the forward.
+    The backward writes each chunk's gradient over its logits. What the softmax sums is kept from the forward, and the
+    logits of the first `n_kept` chunks, which a second backward computes again as those of the others.
     """
 
     operator = "linear_token_logprobs"
 
     @staticmethod
-    def forward(ctx, hidden, weight, ids, main_grad, chunk_rows, entropy):
+    def forward(ctx, hidden, weight, ids, main_grad, chunk_rows, n_kept, entropy):
         rounded = weight.to(hidden.dtype)  # once for both passes
-        found = [
-            logprob.token_stats(matmul.linear(hidden[part], rounded), ids[part], entropy)
-            for part in chunks_of(len(ids), chunk_rows)
-        ]
+        found, ctx.logits = [], []
+        for part in chunks_of(len(ids), chunk_rows):
+            logits = matmul.linear(hidden[part], rounded)
+            found.append(logprob.token_stats(logits, ids[part], entropy))
+            if len(ctx.logits) < n_kept:
+                ctx.logits.append(logits)
+            del logits  # before the next chunk's
         out = [torch.cat(parts) for parts in zip(*found, strict=True)]
         stats = logprob.TokenStats(*out) if out else logprob.TokenStats(*hidden.new_empty((4, 0), dtype=torch.float32))
         ctx.save_for_backward(hidden, rounded, ids, *(t.detach() for t in stats))
@@ -112,17 +118,18 @@ class _LinearTokenLogprobs(Node):
     @staticmethod
     def backward(ctx, g, g_entropy):
         hidden, weight, ids, *kept = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, []
         need_hidden, need_weight, *_ = ctx.needs_input_grad
         if need_weight and ctx.main_grad is not None:
             buffer, holds_sum = open_buffer(ctx.main_grad)
         else:
             buffer, holds_sum = hidden.new_empty(weight.shape if need_weight else 0, dtype=torch.float32), False
         dhidden = _chunked_grad(
-            *(buffer, g, g_entropy if ctx.entropy else None, hidden, weight, ids, *kept),
+            *(buffer, logits, g, g_entropy if ctx.entropy else None, hidden, weight, ids, *kept),
             *(ctx.chunk_rows, need_hidden, need_weight, holds_sum),
         )
         dweight = buffer.to(ctx.weight_dtype) if need_weight and ctx.main_grad is None else None
-        return dhidden if need_hidden else None, dweight, None, None, None, None
+        return dhidden if need_hidden else None, dweight, None, None, None, None, None
 
 
 @overload
@@ -154,15 +161,16 @@ def linear_token_logprobs(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``token_logprobs(linear(hidden, weight), ids)``, bit for bit, with a bounded piece of the logits in memory.
 
-    The backward computes each chunk's logits again, one GEMM more than without chunks, and writes their gradient over
-    them. Gradients are those of the two operators too: a row's own, and a weight gradient that is accumulated over the
+    The backward computes the logits of a chunk that was not kept again, one GEMM more than without chunks, and writes
+    their gradient over them. Gradients are those of the two operators too: a row's own, and a weight gradient that is accumulated over the
     rows front to back in fp32 and rounded once. Logits are never stored in more than the dtype of hidden.
 
     Args:
         hidden: [T, K], bf16, fp16 or fp32. weight: [V, K], the dtype of hidden or fp32. ids: int64 [T], in [0, V).
         main_grad: fp32 [V, K], contiguous, or a `MainGrad`, or None; as in `bi_ops.matmul.linear`.
-        chunk_rows: rows of logits held at once, a multiple of `bi_ops.matmul.TOKEN_STEP`. None: all, kept for the
-            backward, up to 2 GiB of logits (`WHOLE_BYTES`), else 1 GiB (`CHUNK_BYTES`) at a time. It changes no bit.
+        chunk_rows: rows of logits held at once, a multiple of `bi_ops.matmul.TOKEN_STEP`; none are kept for the
+            backward. None: all are kept, up to 2 GiB of logits (`WHOLE_BYTES`); of more 1 GiB (`CHUNK_BYTES`) is
+            computed at a time, and the first 2 GiB are kept, but under torch.compile. It changes no bit.
         return_entropy: also the entropy of each row's softmax, as `bi_ops.logprob.token_logprobs`.
 
     Returns:
@@ -189,9 +197,12 @@ def linear_token_logprobs(
     checks.boolean(op, "return_entropy", return_entropy)
     if main_grad is not None:
         checks.main_grad(op, "main_grad", main_grad, weight.shape, weight.device)
-    chunk_rows = rows_at_once(op, len(ids), weight.shape[0] * hidden.element_size(), chunk_rows)
+    row_bytes, keeps = weight.shape[0] * hidden.element_size(), chunk_rows is None
+    chunk_rows = rows_at_once(op, len(ids), row_bytes, chunk_rows)
     if chunk_rows is None:
         logits = matmul.linear(hidden, weight, main_grad=main_grad)
         return logprob.token_logprobs(logits, ids, return_entropy)
-    out, entropy = _LinearTokenLogprobs.apply(hidden, weight, ids, main_grad, chunk_rows, return_entropy)
+    keeps &= torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    n_kept = WHOLE_BYTES // (chunk_rows * row_bytes) if keeps and not torch.compiler.is_compiling() else 0
+    out, entropy = _LinearTokenLogprobs.apply(hidden, weight, ids, main_grad, chunk_rows, n_kept, return_entropy)
     return (out, entropy) if return_entropy else out

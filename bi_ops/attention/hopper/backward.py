@@ -130,6 +130,7 @@ def attention_backward_kernel(
     q_full = allocate_barriers(STAGES)
     g_full = allocate_barriers(STAGES)
     empty = allocate_barriers(STAGES)
+    cleared = allocate_barriers(1)
     ds_full = allocate_barriers(DQ_STAGES)
     ds_empty = allocate_barriers(DQ_STAGES)
     dq_full = allocate_barriers(WARP_GROUPS * DQ_STAGES)
@@ -145,6 +146,7 @@ def attention_backward_kernel(
     for i in gl.static_range(WARP_GROUPS * DQ_STAGES):
         mbarrier.init(dq_full.index(i), count=1)
         mbarrier.init(dq_ready.index(i), count=1)
+    mbarrier.init(cleared.index(0), count=WARP_GROUPS)
     mbarrier.init(kv_full, count=1)
     fence_async_shared()
 
@@ -158,7 +160,7 @@ def attention_backward_kernel(
     args = PartitionArgs(
         *(d_q, d_g, d_k, d_v, d_neg_lse, d_delta, d_dq, p_semaphores, p_dq, p_dk, p_dv),
         *(q_smem, g_smem, k_smem, v_smem, ds_smem, dq_smem, neg_lse_smem, delta_smem),
-        *(q_full, g_full, empty, kv_full, ds_full, ds_empty, dq_full, dq_ready),
+        *(q_full, g_full, empty, cleared, kv_full, ds_full, ds_empty, dq_full, dq_ready),
         *(tile, scale, q_offset, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL, KV_REGISTERS, S_FIRST),
     )
     if DQ_STAGES == 2:

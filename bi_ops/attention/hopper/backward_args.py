@@ -56,6 +56,7 @@ class PartitionArgs:
     q_full: gl.shared_memory_descriptor  # Q and neg_lse
     g_full: gl.shared_memory_descriptor  # dO and delta
     empty: gl.shared_memory_descriptor  # of both
+    cleared: gl.shared_memory_descriptor  # both warp groups have cleared their shares of Q and dO
     kv_full: gl.shared_memory_descriptor
     ds_full: gl.shared_memory_descriptor
     ds_empty: gl.shared_memory_descriptor

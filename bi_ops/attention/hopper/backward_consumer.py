@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bi_ops.attention.hopper.backward_args import WARP_GROUPS
-from bi_ops.attention.hopper.common import ROWS, clear_rows, wgmma_layout
+from bi_ops.attention.hopper.common import ROWS, clear_share, wgmma_layout
 from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.gluon.aggregate import aggregate
 from bi_ops.gluon.pipeline import arrive, opaque_zero, wait_empty, wait_full
@@ -29,17 +29,22 @@ class StepRows:
 
 
 @gluon.jit
-def _wait_rows(args, step, n_valid):
-    """Wait for the Q of a step, and clear rows past the end of the sequence: `StepRows`, of which dO may yet come."""
+def _wait_rows(args, step, n_valid, WARP_GROUP: gl.constexpr):
+    """Wait for the Q of a step, and clear rows past the end of the sequence: `StepRows`, of which dO may yet come.
+
+    Those are rows of the last query tile, which comes first, a head to a step.
+    """
     STAGES: gl.constexpr = args.q_smem.shape[0]
     i = step % STAGES
     q, g = args.q_smem.index(i), args.g_smem.index(i)
     wait_full(args.q_full, step)
     if n_valid < args.BLOCK_M:
         wait_full(args.g_full, step)
-        clear_rows(q, n_valid, 4)
-        clear_rows(g, n_valid, 4)
+        clear_share(q, n_valid, WARP_GROUP, WARP_GROUPS)
+        clear_share(g, n_valid, WARP_GROUP, WARP_GROUPS)
         fence_async_shared()
+        arrive(args.cleared, step)
+        wait_full(args.cleared, step)
     return StepRows(q, g, args.neg_lse_smem.index(i), args.delta_smem.index(i))
 
 
@@ -199,8 +204,9 @@ def consumer(args, WARP_GROUP: gl.constexpr):
 
     mbarrier.wait(args.kv_full, 0)
     if n_keys < args.BLOCK_N:
-        clear_rows(args.k_smem.index(0), n_keys, 4)
-        clear_rows(args.v_smem.index(0), n_keys, 4)
+        # The other warp group's share of K is read for dQ alone, behind its arrival with dS.
+        clear_share(args.k_smem.index(0), n_keys, WARP_GROUP, WARP_GROUPS)
+        clear_share(args.v_smem.index(0), n_keys, WARP_GROUP, WARP_GROUPS)
         fence_async_shared()
     held_k = zeros  # not used
     held_v = zeros
@@ -213,7 +219,7 @@ def consumer(args, WARP_GROUP: gl.constexpr):
         if n_steps > i:
             m = end - 1 - i // HEADS
             step = n_steps * 0 + i
-            rows = _wait_rows(args, i, q_len - m * BLOCK_M)
+            rows = _wait_rows(args, i, q_len - m * BLOCK_M, WARP_GROUP)
             b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
             o_q = m * BLOCK_M + o_m
             b_p, b_dp, acc_v = _p_dv(args, rows, held_v, b_s, acc_v, i, scale2, first_q, o_q, zeros, WARP_GROUP, True)
@@ -227,7 +233,7 @@ def consumer(args, WARP_GROUP: gl.constexpr):
             stop = n_steps
         for step in range(begin, stop):
             m = end - 1 - step // HEADS
-            rows = _wait_rows(args, step, q_len - m * BLOCK_M)
+            rows = _wait_rows(args, step, q_len - m * BLOCK_M, WARP_GROUP)
             if args.S_FIRST and MASKED == 0:
                 b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
                 b_dq = _issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)

@@ -28,12 +28,20 @@ def clear_rows(tile, n_valid, WARPS: gl.constexpr):
     """
     D: gl.constexpr = tile.shape[1]
     layout: gl.constexpr = row_layout(D, WARPS)
-    PART: gl.constexpr = max(8, 1024 * WARPS // D)  # rows at a time: what fits into few registers
+    # Rows at a time: what fits into few registers.
+    PART: gl.constexpr = min(tile.shape[0], max(8, 1024 * WARPS // D))
     for i in gl.static_range(tile.shape[0] // PART):
         part = tile.slice(i * PART, PART)
         o_r = i * PART + gl.arange(0, PART, gl.SliceLayout(1, layout))
         x = part.load(layout)
         part.store(gl.where((o_r < n_valid)[:, None], x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def clear_share(tile, n_valid, WARP_GROUP: gl.constexpr, WARP_GROUPS: gl.constexpr):
+    """`clear_rows` of a warp group's share of a tile, for warp groups that wait for one another before they read it."""
+    SHARE: gl.constexpr = tile.shape[0] // WARP_GROUPS
+    clear_rows(tile.slice(WARP_GROUP * SHARE, SHARE), n_valid - WARP_GROUP * SHARE, 4)
 
 
 @gluon.jit

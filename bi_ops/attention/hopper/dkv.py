@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.attention.config import DkvConfig, check_order
-from bi_ops.attention.hopper.common import clear_rows, wgmma_layout
+from bi_ops.attention.hopper.common import clear_share, wgmma_layout
 from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.attention.order import TwoPass
 from bi_ops.core import runtime
@@ -31,7 +31,7 @@ from bi_ops.core.launches import recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
-from bi_ops.gluon.pipeline import allocate_barriers, arrive, barrier, opaque_zero, wait_empty, wait_full
+from bi_ops.gluon.pipeline import allocate_barriers, arrive, opaque_zero, wait_empty, wait_full
 from bi_ops.gluon.tile_scheduler import cta_pairs, lpt_order
 
 WARP_GROUPS = gl.constexpr(2)
@@ -79,6 +79,7 @@ class PartitionArgs:
     q_full: gl.shared_memory_descriptor  # Q, neg_lse and delta
     g_full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor  # of all of them
+    cleared: gl.shared_memory_descriptor  # both warp groups have cleared their shares of Q and dO
     kv_full: gl.shared_memory_descriptor
     p_full: gl.shared_memory_descriptor  # both halves of P are there
     ds_full: gl.shared_memory_descriptor
@@ -132,10 +133,11 @@ def _issue_s_dp(args, step, n_valid, b_k, zeros, WARP_GROUP: gl.constexpr):
     wait_full(args.q_full, step)
     if n_valid < BLOCK_R:
         wait_full(args.g_full, step)
-        clear_rows(q, n_valid, 4)
-        clear_rows(g, n_valid, 4)
+        clear_share(q, n_valid, WARP_GROUP, WARP_GROUPS)
+        clear_share(g, n_valid, WARP_GROUP, WARP_GROUPS)
         fence_async_shared()
-        barrier()
+        mbarrier.arrive(args.cleared)
+        mbarrier.wait(args.cleared, 0)  # only the last step has such rows
     q_t = q.slice(WARP_GROUP * HALF, HALF).permute((1, 0))
     g_t = g.slice(WARP_GROUP * HALF, HALF).permute((1, 0))
     FIRST: gl.constexpr = b_k.shape[1]
@@ -294,6 +296,7 @@ def attention_dkv_hopper_kernel(
     empty = allocate_barriers(STAGES)
     p_full = allocate_barriers(STAGES)
     ds_full = allocate_barriers(STAGES)
+    cleared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=2)  # Q, and the producer's own stores of neg_lse and delta
@@ -301,6 +304,7 @@ def attention_dkv_hopper_kernel(
         mbarrier.init(empty.index(i), count=WARP_GROUPS)
         mbarrier.init(p_full.index(i), count=WARP_GROUPS)
         mbarrier.init(ds_full.index(i), count=WARP_GROUPS)
+    mbarrier.init(cleared, count=WARP_GROUPS)
     mbarrier.init(kv_full, count=1)
     fence_async_shared()
 
@@ -310,7 +314,7 @@ def attention_dkv_hopper_kernel(
     args = PartitionArgs(
         *(d_q, d_g, d_k, d_v, p_neg_lse + first_row, p_delta + first_row, p_dk, p_dv),
         *(q_smem, g_smem, k_smem, v_smem, p_smem, ds_smem, neg_lse_smem, delta_smem),
-        *(q_full, g_full, empty, kv_full, p_full, ds_full, tile, scale, q_offset, HKV, HEADS, D, CAUSAL),
+        *(q_full, g_full, empty, cleared, kv_full, p_full, ds_full, tile, scale, q_offset, HKV, HEADS, D, CAUSAL),
     )
     gl.warp_specialize(
         [(_consumer, (args, 0)), (_consumer, (args, 1)), (_producer, (args,))],
