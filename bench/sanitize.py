@@ -197,22 +197,9 @@ def kernel_table(runs: Mapping[str, Mapping[str, Any]], tools: Sequence[str]) ->
 
 def misjudged(runs: Mapping[str, Mapping[str, Any]], tool: str, kernel: str, run: Mapping[str, Any]) -> str | None:
     """What every report on a kernel that was kept is about, if the tool reports that of a right kernel, too."""
-    causes = {explained(tool, r, source_lines(r)) for r in run.get("reports", ()) if kernel in r}
+    causes = {explained(tool, r) for r in run.get("reports", ()) if kernel in r}
     cause = causes.pop() if len(causes) == 1 else None
     return cause if cause and (runs.get(f"{cause} / {tool}") or {}).get("status") == "errors" else None
-
-
-def source_lines(text: str) -> list[str]:
-    """The lines of bi_ops' source that a report names as file.py:12."""
-    sources: dict[str, list[Path]] = {}
-    for path in Path(__file__).resolve().parents[1].glob("bi_ops/**/*.py"):
-        sources.setdefault(path.name, []).append(path)
-    found = []
-    for name, number in re.findall(r"(\w+\.py):(\d+)", text):
-        # Of files of one name those that are that long: any of their lines could be meant.
-        texts = [path.read_text(encoding="utf-8").splitlines() for path in sources.get(name, ())]
-        found.append(" or ".join(lines[int(number) - 1] for lines in texts if len(lines) >= int(number)))
-    return found
 
 
 def report(runs: Mapping[str, Mapping[str, Any]], tools: Sequence[str]) -> dict[str, Any]:

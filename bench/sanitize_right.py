@@ -5,7 +5,11 @@ What `bench/sanitize.py` finds of a kernel counts as unsupported where the tool 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ast
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import bi_ops  # noqa: F401  # isort: skip  (before triton)
 import torch
@@ -19,16 +23,21 @@ SIZE = gl.constexpr(64)
 
 
 @gluon.jit
-def _write(p_out, PART: gl.constexpr):
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    o = gl.arange(0, 128, LAYOUT)
-    gl.store(p_out + PART * 128 + o, o + PART)
+def _fill(smem, PART: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    HALF: gl.constexpr = SIZE // 2
+    smem.slice(PART * HALF, HALF).store(gl.full([HALF, SIZE], 1.0 + PART, smem.dtype, LAYOUT))
 
 
 @gluon.jit
 def specialized_right(p_out):
-    """Two partitions write; they share nothing."""
-    gl.warp_specialize([(_write, (p_out, 0)), (_write, (p_out, 1))], [4], [24])
+    """Two partitions fill a half of shared memory each; they share nothing."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    smem = gl.allocate_shared_memory(gl.float32, [SIZE, SIZE], SHARED)
+    gl.warp_specialize([(_fill, (smem, 0)), (_fill, (smem, 1))], [4], [24])
+    o_r, o_c = gl.arange(0, SIZE, gl.SliceLayout(1, LAYOUT)), gl.arange(0, SIZE, gl.SliceLayout(0, LAYOUT))
+    gl.store(p_out + o_r[:, None] * SIZE + o_c[None, :], smem.load(LAYOUT))
 
 
 @gluon.jit
@@ -42,25 +51,8 @@ def stored_right(d_out):
     tma.store_wait(0)
 
 
-@gluon.jit
-def _fill(smem):
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    smem.store(gl.full([SIZE, SIZE], 1.0, smem.dtype, LAYOUT))
-
-
-@gluon.jit
-def filled_right(p_out):
-    """Two partitions store the same values in the same places, as both consumers of attention's backward may."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    smem = gl.allocate_shared_memory(gl.float32, [SIZE, SIZE], SHARED)
-    gl.warp_specialize([(_fill, (smem,)), (_fill, (smem,))], [4], [24])
-    o_r, o_c = gl.arange(0, SIZE, gl.SliceLayout(1, LAYOUT)), gl.arange(0, SIZE, gl.SliceLayout(0, LAYOUT))
-    gl.store(p_out + o_r[:, None] * SIZE + o_c[None, :], smem.load(LAYOUT))
-
-
 def specialized() -> torch.Tensor:
-    out = torch.zeros(256, dtype=torch.int32, device="cuda")
+    out = torch.zeros(SIZE.value, SIZE.value, device="cuda")
     specialized_right[(1,)](out, num_warps=4)
     return out
 
@@ -72,24 +64,33 @@ def stored() -> torch.Tensor:
     return out + 1  # another kernel reads it
 
 
-def filled() -> torch.Tensor:
-    out = torch.zeros(SIZE.value, SIZE.value, device="cuda")
-    filled_right[(1,)](out, num_warps=4)
-    return out
-
-
 #: By what they have.
-RIGHT: dict[str, Callable[[], torch.Tensor]] = {
-    **{"warp specialisation": specialized, "a store by TMA": stored, "equal values, stored twice": filled},
-}
+RIGHT: dict[str, Callable[[], torch.Tensor]] = {"warp specialisation": specialized, "a store by TMA": stored}
 
 
-def explained(tool: str, report: str, lines: Sequence[str]) -> str | None:
-    """Which of them a tool's report could be about. lines: of bi_ops' source, all that the report names."""
-    if tool == "racecheck" and lines and all("warp_specialize" in line for line in lines):
-        return "warp specialisation"
-    if tool == "racecheck" and lines and all("part.load(" in line or "part.store(" in line for line in lines):
-        return "equal values, stored twice"  # by `clear_rows` of attention
+def explained(tool: str, report: str) -> str | None:
+    """Which of them a tool's report could be about."""
+    if tool == "racecheck" and (places := re.findall(r"(\w+\.py):(\d+)", report)):
+        # Where warps are started and ended: what the compiler tells them so through shared memory.
+        if all(int(number) in lines_of_specialisation().get(name, ()) for name, number in places):
+            return "warp specialisation"
     if tool == "initcheck" and report.startswith("Uninitialized __global__"):
         return "a store by TMA"
     return None
+
+
+@functools.cache
+def lines_of_specialisation() -> dict[str, set[int]]:
+    """By the file's name: the first line of each kernel that starts specialised warps, and the statement that does."""
+    found: dict[str, set[int]] = {}
+    for path in Path(bi_ops.__file__).parent.rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for node in ast.walk(function):
+                calls = isinstance(node, ast.Expr) and "warp_specialize(" in ast.unparse(node).partition("\n")[0]
+                if calls or (isinstance(node, ast.If) and "warp_specialize(" in ast.unparse(node)):
+                    last = node.end_lineno if calls else node.lineno
+                    lines = range(node.lineno, (last or node.lineno) + 1)
+                    found.setdefault(path.name, set()).update((function.lineno, *lines))
+    return found

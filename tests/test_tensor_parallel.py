@@ -299,7 +299,7 @@ def test_what_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="offload is 'masters'; it must be none or states with tp"):
         TrainConfig(segments=2, tp=2, offload="masters")
     with pytest.raises(
-        ValueError, match="peer_memory is True; it must be false without tp or tensor_parallel_size above 1"
+        ValueError, match="peer_memory is True; it must be false without atoms, tp or tensor_parallel_size above 1"
     ):
         TrainConfig(segments=2, peer_memory=True)
     with pytest.raises(ValueError, match="3 ranks are not groups of 2; start a multiple of 2 with torchrun"):
@@ -377,10 +377,27 @@ def test_sums_go_over_peer_memory_where_gpus_reach_each_other(monkeypatch):
         )
         return Trainer._peer_sums(trainer)
 
-    with pytest.warns(UserWarning, match="added by collectives, which takes longer: parallel.peer: 2 ranks cannot"):
+    with pytest.warns(UserWarning, match="train: ranks exchange by collectives, which takes longer: parallel.peer: 2 ranks cannot"):
         assert sums(None) is None
     with pytest.raises(RuntimeError, match="cannot share memory"):
         sums(True)
     assert made == ["tried"] * 2
     assert sums(False) is sums(None, "cpu") is sums(None, size=1) is None
     assert made == ["tried"] * 2
+
+
+def test_gradients_travel_over_peer_memory_on_one_host(monkeypatch):
+    monkeypatch.setattr("bi_ops.parallel.peer.PeerCopies", lambda *args: args)
+
+    def copies(asked: bool | None, n: int, device: str = "cuda", size: int = 2) -> object:
+        ranks, model = parallel.Ranks(0, size), SimpleNamespace(device=torch.device(device))
+        trainer: Any = SimpleNamespace(config=TrainConfig(atoms=2, peer_memory=asked), ranks=ranks, model=model)
+        return Trainer._peer_copies(trainer, n)
+
+    expected = (parallel.Ranks(0, 2), torch.device("cuda"))
+    assert copies(None, 1) == [expected]
+    assert copies(None, 2) == copies(True, 2) == [expected] * 2
+    assert copies(False, 2) == copies(None, 2, "cpu") == copies(None, 2, size=1) == []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert copies(None, 2) == []

@@ -105,9 +105,9 @@ class TrainConfig:
     the same. 1 is one sum from front to back.
     tp: how many neighbouring ranks share the model in training (`bi_ops.parallel.tensor.TensorParallel`); as many
     groups share each batch. It changes no bit.
-    peer_memory: ranks that share the model, in training or in vLLM, write into the other GPUs' memory
-    (`bi_ops.parallel.peer`) and need no collectives; all are on one host. None: where the GPUs reach each other. It
-    changes no bit.
+    peer_memory: ranks that share the model, in training or in vLLM, or the batch, with or without shards, write into
+    the other GPUs' memory (`bi_ops.parallel.peer`) and need no collectives; all are on one host. None: where the GPUs
+    reach each other. It changes no bit.
     ep: how many neighbouring ranks share the experts in training (`bi_ops.parallel.experts.ExpertParallel`), while each
     has its own part of the batch. It changes no bit.
     tensor_parallel_size: vllm: GPUs that share the model that samples. It changes no bit.
@@ -239,8 +239,8 @@ class TrainConfig:
         )
         need(not (self.sleep and named), "sleep", "false with device_ids, whose memory training does not use")
         several = self.tensor_parallel_size > 1
-        shared = self.tp > 1 or several
-        need(shared or not self.peer_memory, "peer_memory", "false without tp or tensor_parallel_size above 1")
+        shared = self.tp > 1 or several or (self.atoms > 1 and self.ep == 1 and self.segments == 1)
+        need(shared or not self.peer_memory, "peer_memory", "false without atoms, tp or tensor_parallel_size above 1")
         need(several or not self.enable_expert_parallel, "enable_expert_parallel", "false for tensor_parallel_size=1")
         need(0 < self.gpu_memory_utilization < 1, "gpu_memory_utilization", "between 0 and 1")
         need(

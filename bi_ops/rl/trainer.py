@@ -7,7 +7,6 @@ import functools
 import math
 import random
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ from bi_ops.verify.parity import ParityReport, compare, joined
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
     from bi_ops.parallel.fsdp import FullySharded
-    from bi_ops.parallel.peer import PeerAllReduce
+    from bi_ops.parallel.peer import PeerAllReduce, PeerCopies
 
 
 #: Tokens whose partial outputs peer memory holds at once; those of more are added one part after the other.
@@ -182,23 +181,28 @@ class Trainer:
         if self.config.fsdp:
             from bi_ops.parallel.fsdp import FullySharded
 
-            return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype)
-        return parallel.Whole(self.model, tree, self.ranks, *memory)
+            # Weights travel beside gradients, so by copies of their own.
+            exchange = iter(copies).__next__ if (copies := self._peer_copies(2)) else None
+            return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype, exchange=exchange)
+        return parallel.Whole(self.model, tree, self.ranks, *memory, exchange=next(iter(self._peer_copies(1)), None))
+
+    def _peer_copies(self, n: int) -> list[PeerCopies]:
+        """What the ranks that share the batch exchange by, so many times; none: collectives."""
+        from bi_ops.parallel.peer import PeerCopies, over_peer_memory
+
+        asked, ranks, device = self.config.peer_memory, self.ranks, self.model.device
+        if asked is None and parallel.spans_hosts():
+            return []
+        made = over_peer_memory(lambda: [PeerCopies(ranks, device) for _ in range(n)], asked, ranks, device, "train")
+        return made or []
 
     def _peer_sums(self) -> PeerAllReduce | None:
-        """Sums over the ranks that share the model by a kernel, where they are to be and can; None: by collectives."""
-        asked, device = self.config.peer_memory, self.model.device
-        if self.tensor.size == 1 or asked is False or (asked is None and device.type != "cuda"):
-            return None
-        from bi_ops.parallel.peer import PeerAllReduce
+        """What adds over the ranks that share the model; None: collectives."""
+        from bi_ops.parallel.peer import PeerAllReduce, over_peer_memory
 
-        try:
-            return PeerAllReduce(self.tensor, PEER_TOKENS * self.model.config.hidden_size, device)
-        except RuntimeError as error:
-            if asked:
-                raise
-            warnings.warn(f"train: partial outputs are added by collectives, which takes longer: {error}", stacklevel=2)
-            return None
+        asked, ranks, device = self.config.peer_memory, self.tensor, self.model.device
+        elements = PEER_TOKENS * self.model.config.hidden_size
+        return over_peer_memory(lambda: PeerAllReduce(ranks, elements, device), asked, ranks, device, "train")
 
     def _optimizer(self) -> optim.AdamW:
         config = self.config

@@ -2,7 +2,7 @@
 
 from bi_ops.parallel.peer.copies import PeerCopies
 from bi_ops.parallel.peer.gather import PeerAllGather
-from bi_ops.parallel.peer.memory import PeerMemory
+from bi_ops.parallel.peer.memory import PeerMemory, over_peer_memory
 from bi_ops.parallel.peer.sums import PeerAllReduce
 
-__all__ = ["PeerAllGather", "PeerAllReduce", "PeerCopies", "PeerMemory"]
+__all__ = ["PeerAllGather", "PeerAllReduce", "PeerCopies", "PeerMemory", "over_peer_memory"]

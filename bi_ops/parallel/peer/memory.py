@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from bi_ops.parallel.ranks import Ranks
+
+Made = TypeVar("Made")
+
+
+def over_peer_memory(
+    make: Callable[[], Made], asked: bool | None, ranks: Ranks, device: torch.device, op: str
+) -> Made | None:
+    """What `make` makes over the memory of ranks; None where they are to use collectives, or, unless asked, have to.
+
+    asked: None means where the GPUs reach each other; a warning, in the name of `op`, says where they do not.
+
+    Raises:
+        RuntimeError: as `PeerMemory`, if it was asked for.
+    """
+    if ranks.size == 1 or asked is False or (asked is None and device.type != "cuda"):
+        return None
+    try:
+        return make()
+    except RuntimeError as error:
+        if asked:
+            raise
+        warnings.warn(f"{op}: ranks exchange by collectives, which takes longer: {error}", stacklevel=2)
+        return None
 
 
 class PeerMemory:
