@@ -141,16 +141,28 @@ def test_a_step_of_a_mixture_is_cut_into_the_units_of_training(step, monkeypatch
 def test_a_mixture_that_learns_and_agrees_is_written_apart(bench, tmp_path, monkeypatch, last, status):
     train = bench("train")
 
-    def run(command: list[str], check: bool) -> None:
-        assert command[command.index("--preset") + 1] == "h100-moe"
-        folder = Path(command[command.index("--output") + 1])
+    def run(options: list[str], folder: Path, gpu: int, kill_after: int | None) -> dict[str, Any]:
+        assert options[options.index("--preset") + 1] == "h100-moe"
         folder.mkdir()
-        summary = {"weights_sha256": "a", "tokens_different": 0, "tokens_checked": 9, "reward_first": 0.1}
-        (folder / "summary.json").write_text(json.dumps(summary | {"reward_last": last}))
-        (folder / "metrics.jsonl").write_text("{}\n")
         (folder / "config.json").write_text("{}")
+        summary = {"weights_sha256": "a", "tokens_different": 0, "tokens_checked": 9, "reward_first": 0.1}
+        return summary | {"reward_last": last, "metrics": []} | ({"killed_after": kill_after} if kill_after else {})
 
-    monkeypatch.setattr(train.subprocess, "run", run)
+    monkeypatch.setattr(train, "train", run)
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--preset", "h100-moe", "--commit", "c"])
     assert train.main() == status
-    assert len(json.loads((tmp_path / "moe_train.json").read_text())["runs"]) == 2
+    runs = json.loads((tmp_path / "moe_train.json").read_text())["runs"]
+    assert [run.get("killed_after") for run in runs] == [None, 12]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(bench, tmp_path, monkeypatch):
+    train = bench("train")
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    options = ["--preset", "demo-moe", "--steps", "3", "--save-every", "1"]
+    whole, killed = (train.train(options, tmp_path / name, 0, after) for name, after in (("a", None), ("b", 1)))
+    assert 1 <= killed["killed_after"] < 3
+    assert whole["weights_sha256"] == killed["weights_sha256"]
+    assert [row["step"] for row in killed["metrics"]] == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="ended with"):
+        train.train(["--preset", "demo-moe", "--steps", "0"], tmp_path / "c", 0, 5)
