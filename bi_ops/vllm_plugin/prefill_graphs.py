@@ -38,10 +38,10 @@ def sizes(captured: list[int], weights: int, most: int) -> list[int]:
 def extend(config: Any, asked: bool | None) -> None:
     """Have vLLM capture longer steps too, where this `VllmConfig` has full graphs of every kind of step.
 
-    asked: whether to; None: on one GPU. On several they were timed, and not yet compared.
+    asked: whether to; None: yes, but without a warning where that cannot be.
     """
     ranks = config.parallel_config.tensor_parallel_size
-    if asked is False or (asked is None and ranks > 1):
+    if asked is False:
         return
     compiled, scheduler = config.compilation_config, config.scheduler_config
     captured = list(compiled.cudagraph_capture_sizes or ())
