@@ -25,20 +25,25 @@ def chunks_of(n_rows: int, chunk_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_rows, n_rows))
 
 
-def rows_at_once(op: str, n_rows: int, row_bytes: int, chunk_rows: int | None) -> int | None:
-    """Rows of logits of a chunk, of `row_bytes` each: `chunk_rows` if given; None: all, which are kept.
+def rows_at_once(op: str, n_rows: int, row_bytes: int, chunk_rows: int | None) -> tuple[int, int]:
+    """(rows of logits of a chunk, how many chunks are kept for the backward); row_bytes: of a row of logits.
+
+    chunk_rows: if given, rows of a chunk, of which none is kept where there are several. Else all rows are one that is
+    kept, up to `WHOLE_BYTES`; of more, chunks of `CHUNK_BYTES`, of which the first are kept.
 
     Raises:
         ValueError: chunk_rows below 1 or no multiple of TOKEN_STEP. TypeError: no integer.
     """
     step = matmul.TOKEN_STEP
     if chunk_rows is None:
-        fits = n_rows * row_bytes <= WHOLE_BYTES
-        return None if fits else max(CHUNK_BYTES // row_bytes // step, 1) * step
+        if n_rows * row_bytes <= WHOLE_BYTES:
+            return max(n_rows, 1), 1
+        chunk_rows = max(CHUNK_BYTES // row_bytes // step, 1) * step
+        return chunk_rows, WHOLE_BYTES // (chunk_rows * row_bytes)
     checks.integer(op, "chunk_rows", chunk_rows)
     if chunk_rows < 1 or chunk_rows % step:
         raise ValueError(f"{op}: chunk_rows must be a positive multiple of {step}, got {chunk_rows}")
-    return chunk_rows
+    return chunk_rows, int(n_rows <= chunk_rows)
 
 
 @custom_op("bi_ops::linear_token_logprobs_backward", mutates_args={"main_grad", "logits_of_chunks"})
@@ -197,12 +202,12 @@ def linear_token_logprobs(
     checks.boolean(op, "return_entropy", return_entropy)
     if main_grad is not None:
         checks.main_grad(op, "main_grad", main_grad, weight.shape, weight.device)
-    row_bytes, keeps = weight.shape[0] * hidden.element_size(), chunk_rows is None
-    chunk_rows = rows_at_once(op, len(ids), row_bytes, chunk_rows)
-    if chunk_rows is None:
+    whole = chunk_rows is None
+    chunk_rows, n_kept = rows_at_once(op, len(ids), weight.shape[0] * hidden.element_size(), chunk_rows)
+    if whole and len(ids) <= chunk_rows:
         logits = matmul.linear(hidden, weight, main_grad=main_grad)
         return logprob.token_logprobs(logits, ids, return_entropy)
-    keeps &= torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    n_kept = WHOLE_BYTES // (chunk_rows * row_bytes) if keeps and not torch.compiler.is_compiling() else 0
+    has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    n_kept = n_kept if has_backward and not torch.compiler.is_compiling() else 0
     out, entropy = _LinearTokenLogprobs.apply(hidden, weight, ids, main_grad, chunk_rows, n_kept, return_entropy)
     return (out, entropy) if return_entropy else out

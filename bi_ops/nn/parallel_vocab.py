@@ -147,24 +147,25 @@ class VocabParallelEmbedding(SharedVocabulary, Embedding):
 class _SegmentedTokenLogprobs(Node):
     """`linear_token_logprobs` of a head with segments: a chunk of rows at a time, front to back in both passes.
 
-    The logits of a single chunk are kept, and their gradient is written over them; a second backward, and one of
-    several chunks, computes them again.
+    The logits of the first `n_kept` chunks are kept, and their gradient is written over them; a second backward
+    computes them again, as those of the others.
     """
 
     operator = "token_logprobs of a head with segments"
 
     @staticmethod
-    def forward(ctx, hidden, weight, ids, main_grad, chunk_rows, layer):
+    def forward(ctx, hidden, weight, ids, main_grad, chunk_rows, n_kept, layer):
         rounded = weight.to(hidden.dtype)  # once for both passes
-        found, logits = [], None
+        found, ctx.logits = [], []
         for part in chunks_of(len(ids), chunk_rows):
-            logits = None  # the last chunk's, before the next one's
             logits = matmul.linear(hidden[part], rounded)
             found.append(layer.stats(logits, ids[part]))
+            if len(ctx.logits) < n_kept:
+                ctx.logits.append(logits)
+            del logits  # before the next chunk's
         stats = [torch.cat(parts) for parts in zip(*found, strict=True)] or [hidden.new_empty(0, dtype=torch.float32)]
         ctx.save_for_backward(hidden, rounded, ids, *stats)
         ctx.main_grad, ctx.chunk_rows, ctx.weight_dtype, ctx.layer = main_grad, chunk_rows, weight.dtype, layer
-        ctx.kept = logits if len(found) == 1 else None
         return stats[0]
 
     @staticmethod
@@ -173,8 +174,9 @@ class _SegmentedTokenLogprobs(Node):
         need_hidden, need_weight, *_ = ctx.needs_input_grad
         dhidden = torch.empty_like(hidden) if need_hidden else None
         own = MainGrad(weight.shape, weight.device) if ctx.main_grad is None else ctx.main_grad
-        logits, ctx.kept = ctx.kept, None
+        kept_logits, ctx.logits = iter(ctx.logits), []
         for part in chunks_of(len(ids), ctx.chunk_rows):
+            logits = next(kept_logits, None)
             logits = matmul.linear(hidden[part], weight) if logits is None else logits
             kept = logprob.TokenStats(*(t[part] for t in stats))
             dlogits = shards.token_stats_backward_(logits, ids[part], kept, g[part], ctx.layer.first)
@@ -186,7 +188,7 @@ class _SegmentedTokenLogprobs(Node):
         dweight = None
         if need_weight and ctx.main_grad is None:
             dweight = own.collect().to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None
 
 
 class VocabParallelHead(SharedVocabulary, ParallelLinear):
@@ -241,5 +243,6 @@ class VocabParallelHead(SharedVocabulary, ParallelLinear):
         if self.segments == 1 and self.exchange is None:
             return linear_token_logprobs(hidden, self.weight, ids, self.main_grad, chunk_rows)
         row_bytes = self.most_rows * hidden.element_size()  # the same chunks on every rank
-        chunk_rows = rows_at_once("linear_token_logprobs", len(ids), row_bytes, chunk_rows) or max(len(ids), 1)
-        return _SegmentedTokenLogprobs.apply(hidden, self.weight, ids, self.main_grad, chunk_rows, self)  # type: ignore[no-any-return]
+        chunk_rows, n_kept = rows_at_once("linear_token_logprobs", len(ids), row_bytes, chunk_rows)
+        given = (hidden, self.weight, ids, self.main_grad, chunk_rows, n_kept, self)
+        return _SegmentedTokenLogprobs.apply(*given)  # type: ignore[no-any-return]
