@@ -39,12 +39,12 @@ def parity(results: Path) -> str:
     return table(head, rows) + "\n" + note + provenance(records, "h100/parity.json")
 
 
-def train(results: Path) -> str:
+def train(results: Path, file: str = "h100/train.json") -> str:
     """The runs of the training benchmark, one row each."""
-    record = load(results, "h100/train.json")
+    record = load(results, file)
     rows = [
         (
-            i,
+            f"{i}, killed after {r['killed_after']} steps and resumed" if "killed_after" in r else i,
             f"{r['reward_first']:.3f}",
             f"{r['reward_last']:.3f}",
             f"{r['tokens_checked']:,}",
@@ -63,7 +63,12 @@ def train(results: Path) -> str:
         f"{config['task']!r}, {config['prompts_per_step']} prompts x {config['group_size']} samples a step, seed "
         f"{config['seed']}, every run in a process of its own. "
     )
-    return table(head, rows) + "\n" + what + provenance([record], "h100/train.json")
+    return table(head, rows) + "\n" + what + provenance([record], file)
+
+
+def train_experts(results: Path) -> str:
+    """`train` of a mixture of experts."""
+    return train(results, "h200/moe_train.json")
 
 
 NAMED = 10  # failed tests that are named, at most; the file names all

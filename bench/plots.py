@@ -101,7 +101,7 @@ def draw_attention_speed(data: dict[str, Any], ax: Any) -> None:
 
 def engine_speed(results: Path) -> dict[str, Any]:
     """Decoding speed by batch size, its span over the rounds too, as ratios to stock vLLM; per process and model."""
-    rows = load_csv(results, "h200/rollout.csv")
+    rows = [r for r in load_csv(results, "h200/rollout.csv") if "," not in r["model"]]  # whole models
     panels: dict[str, dict[str, list[tuple[int, float, float, float]]]] = {}
     for place, model in dict.fromkeys((r["in_process"], r["model"]) for r in rows):
         of = {(r["mode"], int(r["batch"])): r for r in rows if (r["in_process"], r["model"]) == (place, model)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bit_tables import bits, conditions, families, models, parity, tests, train
+from bit_tables import bits, conditions, families, models, parity, tests, train, train_experts
 from cost_tables import tree_cost
 from fault_tables import audit, bisect, faults, sanitizer, verify
 from kernel_tables import (
@@ -82,6 +82,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "parity": parity,
     "train": train,
+    "train_experts": train_experts,
     "tests": tests,
     "gemm": gemm,
     "host": host,

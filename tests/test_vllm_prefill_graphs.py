@@ -81,8 +81,8 @@ def test_without_full_graphs_of_every_step_it_says_so(vllm, caplog, asked):
     assert "long prefills" not in caplog.text  # nobody asked
 
 
-@pytest.mark.parametrize(("asked", "captured"), [(None, False), (True, True), (False, False)])
-def test_on_several_gpus_they_are_captured_where_it_is_asked(asked, captured):
+@pytest.mark.parametrize(("asked", "captured"), [(None, True), (True, True), (False, False)])
+def test_on_several_gpus_they_are_captured_unless_it_is_declined(asked, captured):
     compiled = SimpleNamespace(
         cudagraph_capture_sizes=list(STOCK), cudagraph_mode="FULL", max_cudagraph_capture_size=512
     )

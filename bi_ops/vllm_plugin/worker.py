@@ -21,8 +21,8 @@ class Asked(NamedTuple):
     where they reach it.
     replay: where Python launches, in a prefill outside of CUDA graphs or while these are captured, make launches again
     that differ in addresses alone (`core.replay`); the same bits.
-    prefill_graphs: capture long prefills in CUDA graphs (`prefill_graphs`), of the same kernels. None: on one
-    GPU, where vLLM has full graphs of every kind of step.
+    prefill_graphs: capture long prefills in CUDA graphs (`prefill_graphs`), of the same kernels. None: where vLLM has
+    full graphs of every kind of step.
     """
 
     kernels: str = KERNELS[0]
