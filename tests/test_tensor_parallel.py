@@ -390,7 +390,8 @@ def test_gradients_travel_over_peer_memory_on_one_host(monkeypatch):
     monkeypatch.setattr("bi_ops.parallel.peer.PeerCopies", lambda *args: args)
 
     def copies(asked: bool | None, n: int, device: str = "cuda", size: int = 2) -> object:
-        ranks, model = parallel.Ranks(0, size), SimpleNamespace(device=torch.device(device))
+        weight = SimpleNamespace(device=torch.device(device))
+        ranks, model = parallel.Ranks(0, size), SimpleNamespace(parameters=lambda: iter([weight]))
         trainer: Any = SimpleNamespace(config=TrainConfig(atoms=2, peer_memory=asked), ranks=ranks, model=model)
         return Trainer._peer_copies(trainer, n)
 

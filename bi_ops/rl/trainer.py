@@ -190,7 +190,8 @@ class Trainer:
         """What the ranks that share the batch exchange by, so many times; none: collectives."""
         from bi_ops.parallel.peer import PeerCopies, over_peer_memory
 
-        asked, ranks, device = self.config.peer_memory, self.ranks, self.model.device
+        asked, ranks = self.config.peer_memory, self.ranks
+        device = next(self.model.parameters()).device
         if asked is None and parallel.spans_hosts():
             return []
         made = over_peer_memory(lambda: [PeerCopies(ranks, device) for _ in range(n)], asked, ranks, device, "train")
