@@ -5,7 +5,9 @@
 
 Each row is a process of its own: import; the model made on the GPU with random weights; for bi_ops `model.warmup()`, as
 training calls it: kernels compiled in parallel, GEMMs verified if the cuBLASLt binding is there; a first step of 8,192
-tokens, and a second one. `after_load_s` is from the loaded weights to the end of the first step. The caches of Triton,
+tokens, and a second one. `after_load_s` is from the loaded weights to the end of the first step. Of the warm-up and of
+the first step: the CPU seconds of this process's threads; how many kernels Triton compiled, and how many it loaded onto
+the GPU, found ones too; which one took longest to compile, beside the others. The caches of Triton,
 inductor, CUDA and bi_ops are folders of this benchmark, empty for a side's first row. `--binding` builds the binding
 between the two rows, as `bi-ops warmup` would, and states its seconds in the second. Rows are written as they come.
 """
@@ -22,6 +24,39 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+
+class Kernels:
+    """What Triton compiles and loads in this process from now on, by its own hooks."""
+
+    def __init__(self) -> None:
+        from triton import knobs
+
+        self._compiled: list[tuple[float, str]] = []
+        self._loaded: list[str] = []
+        self._cpu = time.process_time()
+        knobs.compilation.listener = self._note
+        knobs.runtime.kernel_load_end_hook.add(lambda module, function, name, *_: self._loaded.append(name))
+
+    def _note(self, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+        if not cache_hit:
+            self._compiled.append((times.total / 1e6, src.name))
+
+    def since(self, what: str) -> dict[str, object]:
+        """Columns of what was done since the last call."""
+        seconds, name = max(self._compiled, default=(0.0, ""))
+        cpu = time.process_time()
+        found = {
+            f"{what}_cpu_s": round(cpu - self._cpu, 3),
+            f"{what}_compiled": len(self._compiled),
+            f"{what}_loaded": len(self._loaded),
+            f"{what}_longest_s": round(seconds, 3),
+            f"{what}_longest": name,
+        }
+        self._compiled.clear()
+        self._loaded.clear()
+        self._cpu = cpu
+        return found
 
 
 def measure(model: str, side: str, dry: bool, bind: bool) -> dict[str, object]:
@@ -49,10 +84,12 @@ def measure(model: str, side: str, dry: bool, bind: bool) -> dict[str, object]:
         made = theirs(model, list(ids.to(runtime.default_device())), None, side)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    kernels = Kernels()
     loaded = time.perf_counter()
     made.warm()
     warm = time.perf_counter()
-    seconds = []
+    of_warmup = kernels.since("warmup")
+    of_steps, seconds = [], []
     for _ in range(2):
         made.before()
         made.forward().backward()
@@ -60,6 +97,7 @@ def measure(model: str, side: str, dry: bool, bind: bool) -> dict[str, object]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter())
+        of_steps.append(kernels.since("first_step"))
     times = {
         "import_s": imported - start,
         "build_s": loading - bound if bind else 0.0,
@@ -70,7 +108,7 @@ def measure(model: str, side: str, dry: bool, bind: bool) -> dict[str, object]:
         "after_load_s": seconds[0] - loaded,
     }
     gemm = "cublas" if side != "bi_ops" else "triton" if cublaslt.loaded() is None else "cublaslt"
-    return {name: round(value, 3) for name, value in times.items()} | {"gemm": gemm}
+    return {name: round(value, 3) for name, value in times.items()} | {"gemm": gemm} | of_warmup | of_steps[0]
 
 
 def run(command: list[str], caches: dict[str, str], left: float) -> dict[str, object] | str:

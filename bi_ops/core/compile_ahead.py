@@ -1,7 +1,7 @@
 """Kernels compiled in parallel before they are needed: a step is traced, every launch compiled and none run.
 
-Triton compiles a kernel in the call that first launches it, one after the other, then has gcc build what launches it and
-loads both. Here each call hands all of this to a pool and goes on; the results are in Triton's cache, for this process
+Triton compiles a kernel in the call that first launches it, has gcc build its launcher and loads both, one kernel after
+the other. Here each call hands all of this to a pool and goes on; the results are in Triton's cache, for this process
 and for later ones.
 """
 
@@ -58,11 +58,11 @@ class Compiled:
 
 @contextlib.contextmanager
 def compile_only(jobs: int | None = None, progress: Progress = lambda done, total: None) -> Iterator[Compiled]:
-    """While this is entered, launches of Triton's and Gluon's kernels compile and load in `jobs` threads and do not run.
+    """While this is entered, launches of Triton's and Gluon's kernels compile in `jobs` threads and do not run.
 
-    What kernels would have written is undefined memory then, so nothing may depend on values. Leaving it waits for all.
-    LLVM, ptxas and gcc, most of the time, hold no lock of Python's. In the interpreter nothing is compiled. Kernels that
-    Triton tunes by timing several configs are left for their first launch.
+    What kernels would have written is undefined memory then, so nothing may depend on values. Leaving it waits for all,
+    which are then on the GPU. LLVM, ptxas and gcc, most of the time, hold no lock of Python's. In the interpreter
+    nothing is compiled. Kernels that Triton tunes by timing several configs are left for their first launch.
 
     Raises:
         RuntimeError: a kernel does not compile; triton's own error.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -109,6 +110,14 @@ class CausalLM(torch.nn.Module):
         Where every expert has its own, `experts.` and the last name, and the rows of one expert.
         """
         return {}
+
+    @contextlib.contextmanager
+    def one_layer_of_each_kind(self) -> Iterator[None]:
+        """While this is entered the model has no more layers than it takes to launch each kernel of a training step.
+
+        All of them, unless a model says which are alike.
+        """
+        yield
 
     def unsegmented(self, segments: int) -> str | None:
         """Why sums over features of the decoder cannot have so many segments; None: they can."""

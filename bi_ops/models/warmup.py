@@ -46,9 +46,9 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
     """Compile the kernels of a training step of `model` in parallel; returns how many. Weights do not change.
 
     Forward, log-probabilities and backward of up to 16,384 tokens, packed as training does, with gradients in
-    `main_grad`, whole layers run again for the sake of memory (the kernels are the same), then clip and AdamW. Kernels
-    for other features, such as windows and sampling options, and those of a step that the memory does not hold compile
-    when they are first launched.
+    `main_grad`, whole layers run again for the sake of memory (the kernels are the same), then clip and AdamW. Of equal
+    layers one is traced. Kernels for other features, such as windows and sampling options, and those of a step that the
+    memory does not hold compile when they are first launched.
     """
     if runtime.INTERPRET:
         return 0
@@ -59,7 +59,7 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
     def report(done: int, total: int) -> None:
         progress("compiling kernels", done, total)
 
-    with compile_ahead.compile_only(jobs, report) as found:
+    with compile_ahead.compile_only(jobs, report) as found, model.one_layer_of_each_kind():
         try:
             for sequences in SEQUENCES:
                 lengths = [(a, min(b, longest - a)) for a, b in sequences]
