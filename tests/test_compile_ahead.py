@@ -178,11 +178,16 @@ def test_the_warmup_compiles_what_first_steps_launch():
 
 @without_a_gpu
 def test_the_first_step_neither_compiles_nor_loads():
-    """And more equal layers cost no launch more. Negative control: a pool that compiles alone, as Triton's."""
+    """More equal layers cost no launch more, and attention's backward first no kernel more.
+
+    Negative control: a pool that compiles alone, as Triton's.
+    """
     found = printed_by("warm_first_step.py")
     assert found["loaded"] == found["compiled"] > 20
     assert found["in_step"] == []
     assert found["launches"][0] == found["launches"][1] > 0
+    assert found["before_attention"] < 10
+    assert found["in_order"] == found["compiled"]
     assert "attention_backward_kernel" in found["control"]
 
 

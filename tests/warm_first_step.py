@@ -5,8 +5,9 @@
 The process takes itself for one with a GPU of sm_90, GEMMs run in Triton. All of Triton's Python is run, its cache of
 kernels included; compiling, and building and loading what launches a kernel, are noted and done with nothing. Prints
 JSON: kernels that the warm-up has "compiled", and "loaded" in its pool; "in_step", those that a step compiles or loads;
-as the "control" those of a step behind a pool that only compiles; and "launches", which the warm-ups of two layers and
-of five have traced.
+as the "control" those of a step behind a pool that only compiles; "launches", which the warm-ups of two layers and of
+five have traced, how many come "before_attention"'s backward, and how many kernels a warm-up compiles "in_order", which
+does not trace attention first.
 """
 
 from __future__ import annotations
@@ -116,7 +117,11 @@ if __name__ == "__main__":
     two, five = model_of(2), model_of(5)
     traces = [traced(two), traced(five)]
     compiled, loaded = (sum(e[1] == what for e in events) for what in ("compiled", "loaded"))
+    before_attention = launches.index("attention_backward_kernel")
     in_step = step(five)
+    warmup._trace_attention = lambda *_: None
+    traced(five)
+    in_order = sum(e[1] == "compiled" for e in events)
     compile_ahead._ready = lambda compiled, device: compiled()
     traced(five)
     print(
@@ -124,6 +129,8 @@ if __name__ == "__main__":
             {
                 "compiled": compiled,
                 "loaded": loaded,
+                "before_attention": before_attention,
+                "in_order": in_order,
                 "in_step": in_step,
                 "control": step(five),
                 "launches": traces,

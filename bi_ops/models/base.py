@@ -171,6 +171,11 @@ class CausalLM(torch.nn.Module):
                 f"{self.config.max_position_embeddings} positions"
             )
 
+        return self.hidden_states(batch, self.attention_over(batch))[batch.logit_indices]
+
+    def attention_over(self, batch: PackedBatch) -> AttentionFn:
+        """Attention of a batch's sequences, as `token_logprobs` computes it."""
+
         def attention_fn(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return attention.flash_attention(
                 *(q, k, v, batch.cu_seqlens),
@@ -179,7 +184,7 @@ class CausalLM(torch.nn.Module):
                 backend=self.attention_backend,
             )
 
-        return self.hidden_states(batch, attention_fn)[batch.logit_indices]
+        return attention_fn
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probabilities fp32 [S] of `batch.targets`, under `batch.sampling`; differentiable.
