@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 import triton
 from own_process import printed_by, without_a_gpu
 from test_cli import call
 from tiny import tiny_model
+from triton.runtime.errors import OutOfResources
 
 from bi_ops.core import compile_ahead, runtime
 from bi_ops.matmul import Warmup
@@ -21,26 +24,42 @@ from bi_ops.models.warmup import compile_step, warmup_step
 
 
 class Kernel:
-    """A kernel as triton's JITFunction.run sees it: compiles through the mode of its thread, or at once."""
+    """A kernel as triton's JITFunction.run sees it: compiles through the mode of its thread, or at once.
+
+    loaded: on which GPU, each time that its handle is asked for what launches it.
+    """
 
     def __init__(self, name):
         self.fn = SimpleNamespace(__name__=name)
-        self.ran = []
+        self.ran, self.loaded = [], []
+
+    @property
+    def run(self):
+        self.loaded.append(torch.cuda.current_device())
+        if self.fn.__name__ == "too large":
+            raise OutOfResources(2, 1, "shared memory")
 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Names of kernels in the order in which they were compiled; "bad" does not."""
+    """Names of kernels in the order in which they were compiled; "bad" does not. Each thread begins on GPU 0."""
     from triton.runtime import _async_compile
     from triton.runtime.jit import JITFunction
 
-    done = []
+    done, current = [], threading.local()
+
+    @contextlib.contextmanager
+    def on(device):
+        before, current.device = torch.cuda.current_device(), device
+        yield
+        current.device = before
 
     def run(self, *args, grid, warmup, **options):
         def compile_it():
             if self.fn.__name__ == "bad":
                 raise RuntimeError("bad does not compile")
             done.append((self.fn.__name__, threading.current_thread() is threading.main_thread()))
+            return self
 
         mode = _async_compile.active_mode.get()
         if mode is None:
@@ -53,6 +72,8 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(runtime, "INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "device", 0))
+    monkeypatch.setattr(torch.cuda, "device", on)
     return JITFunction, done
 
 
@@ -75,6 +96,18 @@ def test_every_launch_compiles_once_in_the_pool_and_none_runs(compiled):
     assert len(seen) == 2
     launch(a)  # negative control: afterwards it runs, and compiles in its own thread
     assert (a.ran, done[-1]) == ([(1,)], ("a", True))
+
+
+def test_a_kernel_is_loaded_where_it_was_asked_for(compiled):
+    """A thread of the pool has a current GPU of its own, the first. What no GPU holds raises in the launch alone."""
+    jit, _ = compiled
+    first, other, large = Kernel("first"), Kernel("other"), Kernel("too large")
+    with compile_ahead.compile_only(1):
+        jit.run(first, grid=(1,), warmup=False)
+        with torch.cuda.device(3):
+            jit.run(other, grid=(1,), warmup=False)
+            jit.run(large, grid=(1,), warmup=False)
+    assert (first.loaded, other.loaded, large.loaded) == ([0], [3], [3])
 
 
 def test_a_kernel_that_does_not_compile_raises_and_everything_is_as_before(compiled):
@@ -129,18 +162,39 @@ def test_an_import_leaves_the_compiler_alone():
 
 @without_a_gpu
 def test_the_warmup_compiles_what_first_steps_launch():
-    """Packs of many sequences and of one, from graphs and not. Negative control: a warm-up of equal sequences alone."""
+    """Packs of many sequences and of one, from graphs and not. Negative control: a warm-up of equal sequences alone.
+
+    One layer of each kind launches what all do, of models whose layers differ. Negative control: the first layer alone.
+    """
     found = printed_by("traced_first_steps.py")
     assert found["compiled"] > 20
     assert {name: kernels for name, kernels in found["missing"].items() if kernels} == {}
     assert len(found["missing"]) == 11
+    assert "attention_backward_kernel" in found["control"]
+    of_each_kind = {"alike": 2, "frozen below": 5, "frozen between": 4, "frozen": 2, "experts in most": 3}
+    assert found["left_out"] == {name: [n_layers, []] for name, n_layers in of_each_kind.items()}
+    assert "attention_backward_kernel" in found["left_out_control"]["frozen below"]
+
+
+@without_a_gpu
+def test_the_first_step_neither_compiles_nor_loads():
+    """More equal layers cost no launch more, and attention's backward first no kernel more.
+
+    Negative control: a pool that compiles alone, as Triton's.
+    """
+    found = printed_by("warm_first_step.py")
+    assert found["loaded"] == found["compiled"] > 20
+    assert found["in_step"] == []
+    assert found["launches"][0] == found["launches"][1] > 0
+    assert found["before_attention"] < 10
+    assert found["in_order"] == found["compiled"]
     assert "attention_backward_kernel" in found["control"]
 
 
 @pytest.mark.gpu
 def test_after_a_warmup_a_step_compiles_nothing(tmp_path, monkeypatch, device):
     """And the warm-up has changed no weight."""
-    import torch
+    from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
     from bi_ops.matmul import TOKEN_STEP
@@ -152,13 +206,19 @@ def test_after_a_warmup_a_step_compiles_nothing(tmp_path, monkeypatch, device):
     assert compile_step(model) > 5
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     missing = []
-    real = JITFunction._do_compile
+    compile_kernel, load = JITFunction._do_compile, CompiledKernel._init_handles
 
-    def counted(self, *args, **options):
-        missing.append(self.fn.__name__)
-        return real(self, *args, **options)
+    def compiles(self, *args, **options):
+        missing.append(f"{self.fn.__name__} compiles")
+        return compile_kernel(self, *args, **options)
 
-    monkeypatch.setattr(JITFunction, "_do_compile", counted)
+    def loads(self):
+        if self.module is None:
+            missing.append(f"{self.name} loads")
+        load(self)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compiles)
+    monkeypatch.setattr(CompiledKernel, "_init_handles", loads)
     for lengths in ((200,) * 4, (10, 900, 200)):
         batch = pack([[1] * 8] * len(lengths), [[2] * n for n in lengths], device, TOKEN_STEP, None, model.unit_tokens)
         model.allocate_main_grads()

@@ -5,7 +5,8 @@
 The process takes itself for one with a GPU of sm_90 whose memory is the CPU's. A launch is recorded by what Triton
 would compile it for and does not run, so tensors hold anything. Prints JSON: how many kernels `compile_step` has
 "compiled", those "missing" from it in each of several steps, and as the "control" those missing after a warm-up of
-equal sequences alone.
+equal sequences alone; "left_out", those that one layer of each kind does not launch but all do, of several models of
+five layers, with how many stood for all, and as the "left_out_control" those of a model's first layer alone.
 """
 
 from __future__ import annotations
@@ -147,6 +148,42 @@ def launched(model: CausalLM) -> Iterator[tuple[str, set[tuple[str, ...]]]]:
     yield "optimizer", set(seen)
 
 
+def unlike() -> Iterator[tuple[str, CausalLM]]:
+    """Models whose layers differ."""
+    dense = MODEL | {"num_hidden_layers": 5}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "mlp_only_layers": [2]}
+    frozen = {
+        "alike": (),
+        "frozen below": ("embed", "layers.0.", "layers.1.", "layers.3."),
+        "frozen between": ("layers.2.", "layers.4.mlp"),
+        "frozen": ("",),
+    }
+    for name, parts in frozen.items():
+        model = make_model(dense)
+        for n, p in model.named_parameters():
+            p.requires_grad_(not any(part in n for part in parts))
+        yield name, model
+    yield "experts in most", make_model(dense | experts | {"model_type": "qwen3_moe"})
+
+
+@contextlib.contextmanager
+def first_layer(model: Any) -> Iterator[None]:
+    every, model.model.layers = model.model.layers, model.model.layers[:1]
+    yield
+    model.model.layers = every
+
+
+def left_out(model: Any) -> tuple[int, list[str], list[str]]:
+    """How many layers stand for all; the kernels that these do not launch; and those that the first does not."""
+    with model.one_layer_of_each_kind():
+        n_layers = len(model.model.layers)
+    few = compiled(model)
+    model.one_layer_of_each_kind = contextlib.nullcontext
+    every = compiled(model)
+    model.one_layer_of_each_kind = lambda: first_layer(model)
+    return n_layers, sorted(k[0] for k in every - few), sorted(k[0] for k in every - compiled(model))
+
+
 def main() -> None:
     pretend()
     model = make_model(MODEL)
@@ -155,7 +192,18 @@ def main() -> None:
     missing = {name: sorted(k[0] for k in each - warm) for name, each in kernels.items()}
     warmup.SEQUENCES = (((8, 1016),) * 16,)  # type: ignore[assignment]
     control = sorted(k[0] for k in kernels["many"] - compiled(model))
-    print(json.dumps({"compiled": len(warm), "missing": missing, "control": control}))
+    each = {name: left_out(model) for name, model in unlike()}
+    print(
+        json.dumps(
+            {
+                "compiled": len(warm),
+                "missing": missing,
+                "control": control,
+                "left_out": {name: (n_layers, kernels) for name, (n_layers, kernels, _) in each.items()},
+                "left_out_control": {name: kernels for name, (_, _, kernels) in each.items()},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Kernels compiled in parallel before they are needed: a step is traced, every launch compiled and none run.
 
-Triton compiles a kernel in the call that first launches it, one after the other. Here each call hands its kernel to a
-pool and goes on; the results are in Triton's cache, for this process and for later ones.
+Triton compiles a kernel in the call that first launches it, has gcc build its launcher and loads both, one kernel after
+the other. Here each call hands all of this to a pool and goes on; the results are in Triton's cache, for this process
+and for later ones.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,28 @@ from bi_ops.core.files import cache_folder, write_json
 
 #: Called with (kernels compiled, kernels asked for so far).
 Progress = Callable[[int, int], None]
+
+
+class _Pool:
+    """The executor that Triton gives kernels to: a task ends with a kernel that can be launched at once."""
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
+
+    def submit(self, compiled: Callable[[], Any]) -> Future[Any]:
+        # A thread of the pool has a current GPU of its own, and modules belong to one.
+        return self._threads.submit(_ready, compiled, torch.cuda.current_device())
+
+
+def _ready(compiled: Callable[[], Any], device: int) -> Any:
+    """The kernel, its launcher built and both loaded onto the GPU, which Triton leaves to the first launch."""
+    from triton.runtime.errors import OutOfResources
+
+    kernel = compiled()
+    # A config that this GPU does not hold raises where it is launched, and a sweep compiles such ones too.
+    with torch.cuda.device(device), contextlib.suppress(OutOfResources):
+        kernel.run  # noqa: B018  (the property builds and loads)
+    return kernel
 
 
 class Compiled:
@@ -37,9 +60,9 @@ class Compiled:
 def compile_only(jobs: int | None = None, progress: Progress = lambda done, total: None) -> Iterator[Compiled]:
     """While this is entered, launches of Triton's and Gluon's kernels compile in `jobs` threads and do not run.
 
-    What kernels would have written is undefined memory then, so nothing may depend on values. Leaving it waits for all.
-    LLVM and ptxas, most of the time, hold no lock of Python's. In the interpreter nothing is compiled. Kernels that
-    Triton tunes by timing several configs are left for their first launch.
+    What kernels would have written is undefined memory then, so nothing may depend on values. Leaving it waits for all,
+    which are then on the GPU. LLVM, ptxas and gcc, most of the time, hold no lock of Python's. In the interpreter
+    nothing is compiled. Kernels that Triton tunes by timing several configs are left for their first launch.
 
     Raises:
         RuntimeError: a kernel does not compile; triton's own error.
@@ -54,7 +77,7 @@ def compile_only(jobs: int | None = None, progress: Progress = lambda done, tota
 
     lock, run, tune = threading.Lock(), JITFunction.run, Autotuner.run
     with replay.paused(), ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        mode = _async_compile.AsyncCompileMode(pool)
+        mode = _async_compile.AsyncCompileMode(_Pool(pool))
 
         def compile_and_return(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
             with lock:  # the thread of the backward launches too, and it has a context of its own

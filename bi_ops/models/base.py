@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -110,6 +111,14 @@ class CausalLM(torch.nn.Module):
         """
         return {}
 
+    @contextlib.contextmanager
+    def one_layer_of_each_kind(self) -> Iterator[None]:
+        """While this is entered the model has no more layers than it takes to launch each kernel of a training step.
+
+        All of them, unless a model says which are alike.
+        """
+        yield
+
     def unsegmented(self, segments: int) -> str | None:
         """Why sums over features of the decoder cannot have so many segments; None: they can."""
         return "this model has none"
@@ -162,6 +171,11 @@ class CausalLM(torch.nn.Module):
                 f"{self.config.max_position_embeddings} positions"
             )
 
+        return self.hidden_states(batch, self.attention_over(batch))[batch.logit_indices]
+
+    def attention_over(self, batch: PackedBatch) -> AttentionFn:
+        """Attention of a batch's sequences, as `token_logprobs` computes it."""
+
         def attention_fn(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return attention.flash_attention(
                 *(q, k, v, batch.cu_seqlens),
@@ -170,7 +184,7 @@ class CausalLM(torch.nn.Module):
                 backend=self.attention_backend,
             )
 
-        return self.hidden_states(batch, attention_fn)[batch.logit_indices]
+        return attention_fn
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probabilities fp32 [S] of `batch.targets`, under `batch.sampling`; differentiable.

@@ -5,13 +5,15 @@ A model of this kind says what stands in a layer's `mlp`. Parameter names and sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from bi_ops import nn, norm, rope
+from bi_ops.core.rows import ALIGNMENT
 from bi_ops.models.base import AttentionFn, CausalLM
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.models.packing import PackedBatch
@@ -146,6 +148,30 @@ class Decoder(torch.nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
 
+def _kind(layer: torch.nn.Module) -> tuple[Any, ...]:
+    """Equal for layers that launch the same kernels: their modules, the tensors in these, and all other attributes.
+
+    Of an attribute that is no plain value equal means the same object, but where nothing is in it.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            aligned = value.data_ptr() % ALIGNMENT == 0
+            return type(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad, aligned
+        if isinstance(value, int | float | str | tuple | torch.dtype | None):
+            return type(value), value
+        return type(value), id(value) if not hasattr(value, "__len__") or len(value) else 0
+
+    kind: list[Any] = []
+    apart = ("_modules", "_parameters", "_buffers", "layer")  # the last is its number
+    for name, module in layer.named_modules():
+        kind += (name, type(module))
+        others = {k: v for k, v in vars(module).items() if k not in apart}
+        for attributes in (module._parameters, module._buffers, others):
+            kind += ((k, plain(v)) for k, v in attributes.items())
+    return tuple(kind)
+
+
 class DecoderForCausalLM(CausalLM):
     """A `CausalLM` over `Decoder`; a model derives from it with `config_class` and `mlp`. Arguments as `CausalLM`."""
 
@@ -181,6 +207,21 @@ class DecoderForCausalLM(CausalLM):
             "qkv_proj": {"q_proj": c.q_size, "k_proj": c.kv_size, "v_proj": c.kv_size},
             "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size},
         }
+
+    @contextlib.contextmanager
+    def one_layer_of_each_kind(self) -> Iterator[None]:
+        """Layers that begin the residual stream, have a gradient to pass on, or differ in what `_kind` tells apart."""
+        every = self.model.layers
+        kinds: dict[tuple[Any, ...], torch.nn.Module] = {}
+        passes_on = self.model.embed_tokens.weight.requires_grad
+        for i, layer in enumerate(every):
+            kinds.setdefault((i == 0, passes_on, _kind(layer)), layer)
+            passes_on = passes_on or any(p.requires_grad for p in layer.parameters())
+        self.model.layers = torch.nn.ModuleList(kinds.values())
+        try:
+            yield
+        finally:
+            self.model.layers = every
 
     def unsegmented(self, segments: int) -> str | None:
         c = self.config

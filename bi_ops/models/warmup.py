@@ -18,6 +18,7 @@ from bi_ops.models.packing import pack
 
 if TYPE_CHECKING:
     from bi_ops.models.base import CausalLM
+    from bi_ops.models.packing import PackedBatch
 
 #: (what is being done, done, in all)
 Progress = Callable[[str, int, int], None]
@@ -46,26 +47,29 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
     """Compile the kernels of a training step of `model` in parallel; returns how many. Weights do not change.
 
     Forward, log-probabilities and backward of up to 16,384 tokens, packed as training does, with gradients in
-    `main_grad`, whole layers run again for the sake of memory (the kernels are the same), then clip and AdamW. Kernels
-    for other features, such as windows and sampling options, and those of a step that the memory does not hold compile
-    when they are first launched.
+    `main_grad`, whole layers run again for the sake of memory (the kernels are the same), then clip and AdamW. Of equal
+    layers one is traced. Kernels for other features, such as windows and sampling options, and those of a step that the
+    memory does not hold compile when they are first launched.
     """
     if runtime.INTERPRET:
         return 0
-    recompute, model.recompute = model.recompute, "layer"
+    recompute = model.recompute
     requires_grad = any(p.requires_grad for p in model.parameters())
     longest = model.config.max_position_embeddings
 
     def report(done: int, total: int) -> None:
         progress("compiling kernels", done, total)
 
-    with compile_ahead.compile_only(jobs, report) as found:
+    with compile_ahead.compile_only(jobs, report) as found, model.one_layer_of_each_kind():
         try:
             for sequences in SEQUENCES:
                 lengths = [(a, min(b, longest - a)) for a, b in sequences]
                 with contextlib.suppress(torch.OutOfMemoryError):
                     prompts, completions = [[0] * a for a, _ in lengths], [[0] * b for _, b in lengths]
                     batch = pack(prompts, completions, model.device, TOKEN_STEP, None, model.unit_tokens)
+                    model.recompute = "none"
+                    _trace_attention(model, batch)
+                    model.recompute = "layer"
                     model.allocate_main_grads()
                     for _ in range(2):  # a first sum begins from zero, a second one goes on from memory
                         loss = model.token_logprobs(batch).sum()
@@ -85,6 +89,24 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
             optimizer = optim.AdamW([p], betas=(0.9, 0.95), weight_decay=decay, bf16_copies=written)
             optimizer.step(grad_scale=_norm([p]))
     return len(found.kernels)
+
+
+class _TracedAttention(Exception):
+    """Ends a forward."""
+
+
+def _trace_attention(model: CausalLM, batch: PackedBatch) -> None:
+    """Attention of the first layer and at once its backward, which takes longest to compile: the others wait for it."""
+    attention_fn = model.attention_over(batch)
+
+    def forward_and_backward(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = attention_fn(layer, q, k, v)
+        if out.requires_grad:
+            torch.autograd.grad(out, [t for t in (q, k, v) if t.requires_grad], torch.empty_like(out))
+        raise _TracedAttention
+
+    with contextlib.suppress(_TracedAttention):
+        model.hidden_states(batch, forward_and_backward)
 
 
 def _norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor | None:
