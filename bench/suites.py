@@ -252,6 +252,7 @@ def main() -> int:
     args = parser.parse_args()
     if not args.path.exists():
         parser.error(f"{args.path} does not exist: check out the repository of {args.suite}")
+    args.out.mkdir(parents=True, exist_ok=True)
     calls[0] = 0
     DOORS[args.suite](args.path)
     importlib.invalidate_caches()
