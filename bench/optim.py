@@ -272,15 +272,14 @@ def sweep(model: str, device: torch.device, bandwidth: float) -> Iterator[dict[s
         equal = torch.equal(ops.launch_norm(setup.grads, config=how), expected)
         yield row("norm", how, partial(ops.launch_norm, setup.grads, config=how), equal)
     hyper = adamw.Hyper.of(HYPER, 10)
-    zipped = zip(setup.params, setup.grads, strict=True)
-    tensors = [
-        adamw.Tensors(p, g, setup.ours.state[p]["exp_avg"], setup.ours.state[p]["exp_avg_sq"], None) for p, g in zipped
-    ]
+    states = [setup.ours.state[p] for p in setup.params]
+    moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+    tensors = adamw.Columns(list(setup.params), list(setup.grads), *moments, [None] * len(states))
     for block, blocks, warps in itertools.product((512, 1024, 2048), (1, 2, 4, 8), (4, 8)):
         if block // warps not in (128, 256):  # elements of a warp: 4 or 8 a thread
             continue
         tile = config.ElementwiseConfig(block, blocks, warps)
-        yield row("adamw", tile, partial(adamw.launch_adamw, tensors[0].p, tensors, hyper, None, False, tile), "")
+        yield row("adamw", tile, partial(adamw.launch_adamw, tensors.p[0], tensors, hyper, None, False, tile), "")
 
 
 def main() -> int:

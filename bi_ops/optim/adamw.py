@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from bi_ops.optim import config as configs
 from bi_ops.optim import tables
 from bi_ops.optim.config import ElementwiseConfig
 from bi_ops.optim.kernels import adamw_kernel
-from bi_ops.optim.ops import check_capture, check_dense, is_aligned, is_dense
+from bi_ops.optim.ops import Checked, by_alignment, check_capture, check_dense, is_dense, pointers
 
 OP = "AdamW"
 
@@ -74,31 +73,55 @@ class Tensors(NamedTuple):
     v: torch.Tensor
     copy: torch.Tensor | None
 
-    def pointers(self) -> tuple[int, ...]:
-        copy = 0 if self.copy is None else self.copy.data_ptr()
-        return (self.p.data_ptr(), self.g.data_ptr(), self.m.data_ptr(), self.v.data_ptr(), copy)
+
+class Columns(NamedTuple):
+    """`Tensors` of many parameters, a list of each, which Python handles much sooner than a tuple per parameter."""
+
+    p: list[torch.Tensor]
+    g: list[torch.Tensor]
+    m: list[torch.Tensor]
+    v: list[torch.Tensor]
+    copy: list[torch.Tensor | None]
+
+    @classmethod
+    def of(cls, each: Iterable[Tensors]) -> Columns:
+        """Of one or more."""
+        p, g, m, v, copy = zip(*each, strict=True)
+        return cls(list(p), list(g), list(m), list(v), list(copy))
+
+    def copies(self) -> list[torch.Tensor]:
+        """Those that there are."""
+        return [copy for copy in self.copy if copy is not None]
+
+    def to_check(self) -> tuple[list[list[torch.Tensor]], list[bool]]:
+        """All tensors, and which parameters have a copy; nothing where none has."""
+        copies = self.copies()
+        has = [copy is not None for copy in self.copy] if copies else []
+        return [self.p, self.g, self.m, self.v, copies], has
+
+    def chosen(self, which: Sequence[bool]) -> Columns:
+        """Of some of the parameters, one or more."""
+        return Columns.of(map(Tensors._make, itertools.compress(zip(*self, strict=True), which)))
 
 
 @on_device_of_first
 def launch_adamw(
     first: torch.Tensor,
-    tensors: Sequence[Tensors],
+    tensors: Columns,
     hyper: Hyper,
     scale: torch.Tensor | None,
     zero_grad: bool,
     config: ElementwiseConfig,
 ) -> None:
     """One step of checked tensors of one device, one or more."""
-    groups: dict[bool, list[tuple[Tensors, tuple[int, ...]]]] = {}
-    for t in tensors:
-        if numel := t.p.numel():
-            pointers = t.pointers()
-            groups.setdefault(is_aligned(functools.reduce(operator.or_, pointers), numel), []).append((t, pointers))
-    for aligned, group in groups.items():
-        numels = tuple(t.p.numel() for t, _ in group)
+    table = np.zeros((len(tensors), len(tensors.p)), np.int64)
+    table[:-1] = [pointers(column) for column in (tensors.p, tensors.g, tensors.m, tensors.v)]
+    if copies := tensors.copies():
+        table[-1, [copy is not None for copy in tensors.copy]] = pointers(copies)
+    for aligned, addresses, numels in by_alignment(table, tensors.p):
         sizes, tiles = tables.elementwise(numels, config.block * config.blocks, first.device)
         adamw_kernel[(len(tiles),)](
-            tables.addresses(tuple(itertools.chain.from_iterable(pointers for _, pointers in group)), first.device),
+            tables.addresses(addresses, first.device),
             sizes,
             tiles,
             scale,
@@ -108,7 +131,7 @@ def launch_adamw(
             ALIGNED=aligned,
             HAS_SCALE=scale is not None,
             HAS_DECAY=hyper.has_decay,
-            HAS_COPY=any(t.copy is not None for t, _ in group),
+            HAS_COPY=bool(addresses[:, -1].any()),
             LERP_BACK=hyper.lerp_back,
             ZERO_GRAD=zero_grad,
             num_warps=config.num_warps,
@@ -208,6 +231,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.bf16_copies: dict[torch.Tensor, torch.Tensor] = dict(bf16_copies or {})
         self.masters: dict[torch.Tensor, torch.Tensor] = {}
+        self._checked: dict[int, Checked] = {}  # by group, the last tensors
         known = {p for group in self.param_groups for p in group["params"]}
         for t in self.bf16_copies:
             if t not in known:
@@ -216,6 +240,7 @@ class AdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("masters", {})
+        self.__dict__.setdefault("_checked", {})
         self.__dict__.setdefault("bf16_copies", {})  # of an unpickled or copied optimizer: no engine has its weights
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -266,20 +291,30 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        launches: dict[tuple[torch.device, Hyper], list[Tensors]] = {}
+        launches: dict[tuple[torch.device, Hyper], Columns] = {}
         steps: list[torch.Tensor] = []
         for i, group in enumerate(self.param_groups):
             _check_hyper(group)
-            hypers: dict[float, Hyper] = {}
-            for j, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                tensors = self._tensors(p, i, j)
-                step = self.state[p]["step"].item() + 1
-                if step not in hypers:
-                    hypers[step] = Hyper.of(group, step)
-                launches.setdefault((p.device, hypers[step]), []).append(tensors)
-                steps.append(self.state[p]["step"])
+            params = group["params"]
+            grads = [g for p in params if (g := p.grad) is not None]
+            if not grads:
+                continue
+            if len(grads) < len(params):
+                params = [p for p in params if p.grad is not None]
+            states = [self.state[p] for p in params]
+            tensors, devices = self._tensors_of(params, grads, states, i)
+            counted = [state["step"] for state in states]
+            counts = list(map(torch.Tensor.item, counted))
+            steps += counted
+            for device, count in itertools.product(devices, dict.fromkeys(counts)):
+                part = tensors
+                if len(devices) > 1 or counts.count(count) < len(counts):  # seldom
+                    which = [p.device == device and c == count for p, c in zip(params, counts, strict=True)]
+                    if not any(which):
+                        continue
+                    part = tensors.chosen(which)
+                key = device, Hyper.of(group, count + 1)
+                launches[key] = Columns(*map(operator.add, launches[key], part)) if key in launches else part
         for device, _ in launches:
             check_capture(OP, device)
             if grad_scale is not None:
@@ -289,13 +324,15 @@ class AdamW(torch.optim.Optimizer):
                         f"{OP}: grad_scale is {list(grad_scale.shape)} on {grad_scale.device}; it must be one number "
                         f"on {device}, where the parameters are"
                     )
-        # From here on nothing is refused: a step is made by all parameters or by none.
+        # From here on nothing is refused: a step is made by all parameters or by none. First what the GPU waits for.
+        if zero_grad:
+            torch.autograd.graph.increment_version([g for part in launches.values() for g in part.g])
+        for (device, hyper), part in launches.items():
+            self._launch(device, part, hyper, grad_scale, zero_grad)
+        for part in launches.values():
+            torch.autograd.graph.increment_version(part.p + part.m + part.v + part.copies())
         if steps:
             torch._foreach_add_(steps, 1)
-        for (_, hyper), every in launches.items():
-            written = [t for entry in every for t in (entry.p, entry.m, entry.v, entry.copy) if t is not None]
-            torch.autograd.graph.increment_version(written + [entry.g for entry in every if zero_grad])
-            self._launch(every[0].g.device, every, hyper, grad_scale, zero_grad)
         return loss
 
     def set_state(self, p: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
@@ -312,6 +349,14 @@ class AdamW(torch.optim.Optimizer):
         assert p.grad is not None
         return Tensors(p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], self.bf16_copies.get(p))
 
+    def _of_each(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor], states: Sequence[dict[str, torch.Tensor]]
+    ) -> Columns:
+        """`_of` each, sooner."""
+        moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        known = self.bf16_copies
+        return Columns(params, grads, *moments, [known.get(p) for p in params] if known else [None] * len(params))
+
     def _on_host(self, p: torch.Tensor) -> list[torch.Tensor]:
         """What of that waits in host memory."""
         return []
@@ -319,12 +364,31 @@ class AdamW(torch.optim.Optimizer):
     def _launch(
         self,
         device: torch.device,
-        every: Sequence[Tensors],
+        every: Columns,
         hyper: Hyper,
         scale: torch.Tensor | None,
         zero_grad: bool,
     ) -> None:
-        launch_adamw(every[0].p, every, hyper, scale, zero_grad, configs.elementwise())
+        launch_adamw(every.p[0], every, hyper, scale, zero_grad, configs.elementwise())
+
+    def _tensors_of(
+        self,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: Sequence[dict[str, torch.Tensor]],
+        group: int,
+    ) -> tuple[Columns, list[torch.device]]:
+        """What the updates of parameters of a group touch, checked, and their devices; empty states are filled."""
+        checked = self._checked.get(group)
+        if checked is not None and all(states):
+            tensors = self._of_each(params, grads, states)
+            if checked.passes(*tensors.to_check()):
+                return tensors, checked.shared
+        numbers = {p: i for i, p in enumerate(self.param_groups[group]["params"])}
+        tensors = Columns.of(self._tensors(p, group, numbers[p]) for p in params)
+        devices = list(dict.fromkeys(p.device for p in params))
+        self._checked[group] = Checked(*tensors.to_check(), shared=devices)
+        return tensors, devices
 
     def _tensors(self, p: torch.Tensor, group: int, index: int) -> Tensors:
         """What the update of `p` touches, checked; its state is made where there is none."""
@@ -338,6 +402,11 @@ class AdamW(torch.optim.Optimizer):
         for name, t in zip(("", "grad of ", "exp_avg of ", "exp_avg_sq of ", "bf16 copy of "), found, strict=True):
             if t is None:
                 continue
+            if t is not found.g and t.is_inference() and not torch.is_inference_mode_enabled():
+                raise RuntimeError(
+                    f"{OP}: {name}parameter {index} of group {group} {list(t.shape)} is an inference tensor, which "
+                    "nothing may write outside of torch.inference_mode(); use .clone()"
+                )
             dtype = torch.bfloat16 if t is found.copy else torch.float32
             if is_dense(t, dtype) and t.shape == p.shape and t.device == p.device:
                 continue  # nearly always; what follows says what is wrong

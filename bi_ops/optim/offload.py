@@ -7,7 +7,7 @@ the next comes or the last leaves, on streams of their own, through pinned memor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 from bi_ops.optim import config as configs
-from bi_ops.optim.adamw import OP, AdamW, Hyper, Tensors, launch_adamw
+from bi_ops.optim.adamw import OP, AdamW, Columns, Hyper, Tensors, launch_adamw
 from bi_ops.optim.ops import check_dense
 
 #: Elements of a chunk: 128 MiB of each tensor, long enough for the bandwidth of PCIe.
@@ -82,7 +82,7 @@ class Part(NamedTuple):
     at: int
 
 
-def chunks(every: Sequence[Tensors], elements: int) -> Iterator[list[Part]]:
+def chunks(every: Iterable[Tensors], elements: int) -> Iterator[list[Part]]:
     """The parameters in chunks of at most `elements`, a multiple of STEP."""
     chunk: list[Part] = []
     at = 0
@@ -166,6 +166,11 @@ class OffloadedAdamW(AdamW):
             return Tensors(p, p.grad, state["exp_avg"], state["exp_avg_sq"], self.bf16_copies.get(p))
         return Tensors(master, p.grad, state["exp_avg"], state["exp_avg_sq"], p)
 
+    def _of_each(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor], states: Sequence[dict[str, torch.Tensor]]
+    ) -> Columns:
+        return Columns.of(map(self._of, params))
+
     def _on_host(self, p: torch.Tensor) -> list[torch.Tensor]:
         state, master = self.state[p], self.masters.get(p)
         return [state["exp_avg"], state["exp_avg_sq"], *([] if master is None else [master])]
@@ -173,17 +178,17 @@ class OffloadedAdamW(AdamW):
     def _launch(
         self,
         device: torch.device,
-        every: Sequence[Tensors],
+        every: Columns,
         hyper: Hyper,
         scale: torch.Tensor | None,
         zero_grad: bool,
     ) -> None:
         n_waiting = 3 if self.masters else 2
-        n = min(self.elements, sum(cdiv(t.g.numel(), STEP) * STEP for t in every))
+        n = min(self.elements, sum(cdiv(g.numel(), STEP) * STEP for g in every.g))
         slots = torch.empty((SLOTS, n_waiting, n), dtype=torch.float32, device=device)
         streams = self.streams(device)
         stored: list[Any] = [streams.computed()] * SLOTS  # of the slot's last chunk; first, of whoever had the memory
-        for i, chunk in enumerate(chunks(every, n)):
+        for i, chunk in enumerate(chunks(map(Tensors, *every), n)):
             slot = slots[i % SLOTS]
             staging = [[row[at : at + t.g.numel()] for row in slot] for t, at in chunk]
             waiting = [[t.m, t.v, t.p][:n_waiting] for t, _ in chunk]
@@ -193,6 +198,6 @@ class OffloadedAdamW(AdamW):
                 t._replace(m=staged[0], v=staged[1], **({"p": staged[2]} if self.masters else {}))
                 for (t, _), staged in zip(chunk, staging, strict=True)
             ]
-            launch_adamw(here[0].g, here, hyper, scale, zero_grad, configs.elementwise())
+            launch_adamw(here[0].g, Columns.of(here), hyper, scale, zero_grad, configs.elementwise())
             stored[i % SLOTS] = streams.store([(host, staged) for staged, host in both], streams.computed())
         streams.finish()  # and nothing uses the slots any more

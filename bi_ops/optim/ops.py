@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from torch._C._dynamo.guards import TensorGuards
 
 from bi_ops.core import checks, runtime
 from bi_ops.core.operators import is_plain, on_device_of_first
@@ -57,25 +60,74 @@ def check_capture(op: str, device: torch.device) -> None:
         raise RuntimeError(f"{op}: a CUDA graph would replay the addresses of today's tensors; call it outside of one")
 
 
-def _check_grads(op: str, grads: Sequence[torch.Tensor]) -> None:
-    for i, g in enumerate(grads):
-        check_dense(op, lambda i=i: f"gradient {i}", g)  # type: ignore[misc]
-        if g.device != grads[0].device:
-            raise ValueError(
-                f"{op}: gradient 0 is on {grads[0].device}, gradient {i} {list(g.shape)} on {g.device}; call it "
-                "once per device, or row_sums per device and norm_of_row_sums of all"
-            )
+class Checked:
+    """What groups of tensors that passed a check are like, so that groups like them pass in a call each.
+
+    Of each tensor: type, dispatch keys (device, layout, negative views, wrappers), dtype, number of the device, sizes
+    and strides, compared in C++ by torch.compile's guards. Python takes ten times as long to ask for them, and the GPU
+    waits. No tensor is held. `shared` is what follows from all that.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[torch.Tensor]], key: object = None, shared: Any = None) -> None:
+        self._key, self.shared = key, shared
+        self._guards = [(len(tensors), self._of(tensors)) for tensors in groups]
+
+    @staticmethod
+    def _of(tensors: Sequence[torch.Tensor]) -> TensorGuards:
+        sizes: list[Any] = [list(t.shape) for t in tensors]
+        strides: list[Any] = [list(t.stride()) for t in tensors]
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+    def passes(self, groups: Sequence[Sequence[Any]], key: object = None) -> bool:
+        """Are they like the first ones, under modes like theirs, and the key equal? No where a group has one twice."""
+        if self._key != key:
+            return False
+        pairs = zip(self._guards, groups, strict=True)
+        return all(n == len(tensors) and guards.check(*tensors) for (n, guards), tensors in pairs)
+
+
+_checked: dict[str, Checked] = {}  # by operator, the last gradients
+
+
+def _check_grads(op: str, grads: Sequence[torch.Tensor]) -> Checked:
+    """Raise TypeError, ValueError or RuntimeError for what the kernels cannot read."""
+    checked = _checked.get(op)
+    if checked is None or not checked.passes([grads]):
+        for i, g in enumerate(grads):
+            check_dense(op, lambda i=i: f"gradient {i}", g)  # type: ignore[misc]
+            if g.device != grads[0].device:
+                raise ValueError(
+                    f"{op}: gradient 0 is on {grads[0].device}, gradient {i} {list(g.shape)} on {g.device}; call it "
+                    "once per device, or row_sums per device and norm_of_row_sums of all"
+                )
+        checked = _checked[op] = Checked([grads])
     if grads:
         check_capture(op, grads[0].device)
+    return checked
 
 
 # --------------------------------------------------------------------------------------------------------------
 # launches, on checked tensors; `first` is the one on whose GPU they run
 
 
-def is_aligned(pointer: int, numel: int) -> bool:
-    """May a thread load 16 bytes at once, from this address to the end?"""
-    return pointer % 16 == 0 and numel % 4 == 0
+def pointers(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+    """int64 [P]: their addresses."""
+    return np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
+def by_alignment(
+    addresses: np.ndarray, tensors: Sequence[torch.Tensor]
+) -> Iterator[tuple[bool, np.ndarray, tuple[int, ...]]]:
+    """(may a thread load 16 bytes at once; addresses; numbers of elements) of those tensors that have elements.
+
+    addresses: int64 [A, P], of each of the tensors and of others of its size; those yielded are the kernels' [P, A].
+    """
+    numels = np.fromiter(map(torch.Tensor.numel, tensors), np.int64, len(tensors))
+    aligned = (np.bitwise_or.reduce(addresses, axis=0) % 16 == 0) & (numels % 4 == 0)
+    for is_aligned in (False, True):
+        wanted = (aligned == is_aligned) & (numels > 0)
+        if wanted.any():
+            yield is_aligned, addresses[:, wanted].T, tuple(numels[wanted].tolist())
 
 
 @on_device_of_first
@@ -91,15 +143,14 @@ def launch_square_sums(
 
     fp32, tile after tile.
     """
-    pointers = tuple(g.data_ptr() for g in grads)
-    aligned = tuple(is_aligned(p, r.numel) and r.row % 4 == 0 for p, r in zip(pointers, rows, strict=True))
-    groups, counts = tables.norm(rows, aligned, order, config.rows, first.device)
+    addresses = pointers(grads)
+    groups, counts = tables.norm(rows, (addresses % 16 == 0).tobytes(), order, config.rows, first.device)
     out = torch.empty(sum(counts) * (config.rows if each else 1), dtype=torch.float32, device=first.device)
     for is_group_aligned, (sizes, tiles) in zip((False, True), groups, strict=True):
         if len(tiles) == 0:
             continue
         square_sums_kernel[(len(tiles),)](
-            tables.addresses(pointers, first.device),
+            tables.addresses(addresses, first.device),
             sizes,
             tiles,
             out,
@@ -139,14 +190,10 @@ def launch_scale(
     first: torch.Tensor, tensors: Sequence[torch.Tensor], scale: torch.Tensor, config: ElementwiseConfig
 ) -> None:
     """tensors *= scale, a scalar on their device."""
-    groups: dict[bool, list[torch.Tensor]] = {}
-    for t in tensors:
-        if t.numel():
-            groups.setdefault(is_aligned(t.data_ptr(), t.numel()), []).append(t)
-    for aligned, group in groups.items():
-        sizes, tiles = tables.elementwise(tuple(t.numel() for t in group), config.block * config.blocks, first.device)
+    for aligned, addresses, numels in by_alignment(pointers(tensors)[None], tensors):
+        sizes, tiles = tables.elementwise(numels, config.block * config.blocks, first.device)
         scale_kernel[(len(tiles),)](
-            tables.addresses(tuple(t.data_ptr() for t in group), first.device),
+            tables.addresses(addresses, first.device),
             sizes,
             tiles,
             scale,
@@ -159,12 +206,18 @@ def launch_scale(
 
 
 def launch_norm(
-    grads: Sequence[torch.Tensor], order: NormOrder | None = None, config: NormConfig | None = None
+    grads: Sequence[torch.Tensor], config: NormConfig | None = None, checked: Checked | None = None
 ) -> torch.Tensor:
-    """`global_norm` of checked gradients, one or more."""
-    order = order_of() if order is None else order
-    rows = tuple(tables.rows_of(g.shape, order) for g in grads)
-    config = configs.norm(max(r.spans(order) for r in rows)) if config is None else config
+    """`global_norm` of checked gradients, one or more; checked: by whom."""
+    order = order_of()
+    known = None if checked is None else checked.shared
+    if known is None or known[0] != order:
+        rows = tuple(tables.rows_of(g.shape, order) for g in grads)
+        known = order, rows, configs.norm(max(r.spans(order) for r in rows))
+        if checked is not None:
+            checked.shared = known
+    _, rows, usual = known
+    config = usual if config is None else config
     sums, counts = launch_square_sums(grads[0], grads, rows, False, order, config)
     return launch_tree(sums, counts, config)
 
@@ -192,10 +245,10 @@ def global_norm(grads: Iterable[torch.Tensor]) -> torch.Tensor:
         RuntimeError: while a CUDA graph is captured, which would keep the addresses.
     """
     grads = list(grads)
-    _check_grads("global_norm", grads)
+    checked = _check_grads("global_norm", grads)
     if not any(g.numel() for g in grads):
         return torch.zeros((), dtype=torch.float32, device=grads[0].device if grads else runtime.default_device())
-    return launch_norm(grads)
+    return launch_norm(grads, checked=checked)
 
 
 @torch.no_grad()

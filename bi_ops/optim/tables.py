@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from bi_ops.core.integers import cdiv, next_power_of_2
@@ -70,17 +71,19 @@ def rows_of(shape: torch.Size, order: NormOrder) -> Rows:
 
 @functools.lru_cache(maxsize=64)
 def norm(
-    rows: tuple[Rows, ...], aligned: tuple[bool, ...], order: NormOrder, spans: int, device: torch.device
+    rows: tuple[Rows, ...], at_16: bytes, order: NormOrder, spans: int, device: torch.device
 ) -> tuple[tuple[Tiles, Tiles], tuple[int, ...]]:
-    """Tiles of `spans` spans, those of the parameters that are not `aligned` and those of the others.
+    """Tiles of `spans` spans, those of parameters that a thread cannot read 16 bytes at once and those of the others.
 
-    Sizes are (elements, elements of a row, log2 of a row's spans, first tile). And the number of tiles of each
-    parameter; tiles are numbered in the order of the parameters.
+    at_16: of each parameter, whether its address is a multiple of 16. Sizes are (elements, elements of a row, log2 of a
+    row's spans, first tile). And the number of tiles of each parameter; tiles are numbered in the order of the
+    parameters.
     """
     counts = tuple(cdiv(r.spans(order), spans) for r in rows)
     firsts = _firsts(counts)
     sizes = [[*r, order.log2_spans(r.row), first] for r, first in zip(rows, firsts, strict=False)]
     table, owners = torch.tensor(sizes, dtype=torch.int64, device=device), _owners(counts)
+    aligned = [at and r.numel % 4 == 0 and r.row % 4 == 0 for at, r in zip(at_16, rows, strict=True)]
     mask = torch.tensor(aligned, dtype=torch.bool, device="cpu")[owners[:, 0].long()]
     return (Tiles(table, owners[~mask].to(device)), Tiles(table, owners[mask].to(device))), counts
 
@@ -108,12 +111,14 @@ def tree(counts: tuple[int, ...], width: int, device: torch.device) -> tuple[tor
 
 
 @functools.lru_cache(maxsize=64)
-def _addresses(flat: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
-    """int64 [len(flat)]. stream: who reads it has to have sent it."""
-    table = torch.tensor(flat, dtype=torch.int64, device="cpu")
+def _addresses(flat: bytes, device: torch.device, stream: int) -> torch.Tensor:
+    """stream: who reads it has to have sent it."""
+    table = torch.frombuffer(bytearray(flat), dtype=torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def addresses(flat: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """The table of these addresses, sent where the GPU does not have it yet."""
-    return _addresses(flat, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+def addresses(table: np.ndarray, device: torch.device) -> torch.Tensor:
+    """int64, flat: the table of these addresses, sent where the GPU does not have it yet."""
+    return _addresses(
+        table.tobytes(), device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    )
