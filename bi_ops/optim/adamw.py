@@ -301,7 +301,7 @@ class AdamW(torch.optim.Optimizer):
                 continue
             if len(grads) < len(params):
                 params = [p for p in params if p.grad is not None]
-            states = [self.state[p] for p in params]
+            states = self._states(params)
             tensors, devices = self._tensors_of(params, grads, states, i)
             counted = [state["step"] for state in states]
             counts = list(map(torch.Tensor.item, counted))
@@ -348,6 +348,12 @@ class AdamW(torch.optim.Optimizer):
         """What the update of `p` touches, where it lies."""
         assert p.grad is not None
         return Tensors(p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], self.bf16_copies.get(p))
+
+    def _states(self, params: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The state of each. Nearly always all are there, in this order; a tensor's hash is Python, one call each."""
+        if len(self.state) == len(params) and all(map(operator.is_, self.state, params)):
+            return list(self.state.values())
+        return [self.state[p] for p in params]
 
     def _of_each(
         self, params: list[torch.Tensor], grads: list[torch.Tensor], states: Sequence[dict[str, torch.Tensor]]
