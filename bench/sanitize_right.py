@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import bi_ops  # noqa: F401  # isort: skip  (before triton)
+import bi_ops  # isort: skip  (before triton)
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -70,10 +70,11 @@ RIGHT: dict[str, Callable[[], torch.Tensor]] = {"warp specialisation": specializ
 
 def explained(tool: str, report: str) -> str | None:
     """Which of them a tool's report could be about."""
-    if tool == "racecheck" and (places := re.findall(r"(\w+\.py):(\d+)", report)):
-        # Where warps are started and ended: what the compiler tells them so through shared memory.
-        if all(int(number) in lines_of_specialisation().get(name, ()) for name, number in places):
-            return "warp specialisation"
+    # Where warps are started and ended: the compiler has words in shared memory that tell them so.
+    places = re.findall(r"(\w+\.py):(\d+)", report)
+    starts = all(int(number) in lines_of_specialisation().get(name, ()) for name, number in places)
+    if tool == "racecheck" and places and starts:
+        return "warp specialisation"
     if tool == "initcheck" and report.startswith("Uninitialized __global__"):
         return "a store by TMA"
     return None
@@ -88,9 +89,8 @@ def lines_of_specialisation() -> dict[str, set[int]]:
             if not isinstance(function, ast.FunctionDef):
                 continue
             for node in ast.walk(function):
-                calls = isinstance(node, ast.Expr) and "warp_specialize(" in ast.unparse(node).partition("\n")[0]
-                if calls or (isinstance(node, ast.If) and "warp_specialize(" in ast.unparse(node)):
-                    last = node.end_lineno if calls else node.lineno
+                if isinstance(node, ast.Expr | ast.If) and "warp_specialize(" in ast.unparse(node):
+                    last = node.end_lineno if isinstance(node, ast.Expr) else None  # of an `if` its head
                     lines = range(node.lineno, (last or node.lineno) + 1)
                     found.setdefault(path.name, set()).update((function.lineno, *lines))
     return found

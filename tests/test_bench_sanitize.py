@@ -113,7 +113,11 @@ def test_what_a_tool_says_of_a_right_kernel_too_is_no_finding(sanitize):
     assert cell() == "errors: bad"  # it understands that
     runs["warp specialisation / racecheck"] = fine | {"status": "errors"}
     assert cell() == "unsupported: racecheck reports warp specialisation that is right"
-    for other in (race.format(name, start - 3), race.format(name, first + 2), race.format(name, start) + f" at {name} in forward.py:{start - 9}"):
+    for other in (
+        race.format(name, start - 3),
+        race.format(name, first + 2),
+        race.format(name, start) + f" at {name} in forward.py:{start - 9}",
+    ):
         bad["reports"].append(other)
         assert cell() == "errors: bad"
         bad["reports"].pop()

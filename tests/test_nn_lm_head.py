@@ -70,13 +70,14 @@ def test_the_entropy_and_its_gradient_know_no_chunks(device, chunk_rows):
 
 @pytest.mark.parametrize("kept_rows", [31, 63, 69])
 def test_large_logits_are_cut_by_themselves(device, monkeypatch, kept_rows):
-    """No tensor of [T, V] is made of them, in any dtype; the first are kept, and a second backward has none of these."""
+    """No tensor of [T, V] is made of them, in any dtype; the first are kept, for one backward."""
     from bi_ops.nn import lm_head
 
     hidden, weight, ids, g = inputs(device, torch.bfloat16, torch.float32)
     expected = linear_token_logprobs(hidden, weight, ids)
     whole = torch.autograd.grad(expected, (hidden, weight), g)
-    rows, alive, real = [], weakref.WeakSet(), matmul.linear
+    rows, real = [], matmul.linear
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
 
     def counted(x, *rest, **named):
         rows.append(len(x))
@@ -144,5 +145,18 @@ def test_the_backward_of_chunks_is_registered(device):
     stats = logprob.token_stats(matmul.linear(hidden, weight), ids)
     for need_hidden, need_weight, accumulate in ((True, True, True), (False, True, False), (True, False, True)):
         buffer = torch.zeros(V, K, device=device)
-        given = (buffer, [torch.randn(32, V, device=device).bfloat16()], g, None, hidden, weight, ids, *stats, 32, need_hidden, need_weight, accumulate)
+        given = (
+            buffer,
+            [torch.randn(32, V, device=device).bfloat16()],
+            g,
+            None,
+            hidden,
+            weight,
+            ids,
+            *stats,
+            32,
+            need_hidden,
+            need_weight,
+            accumulate,
+        )
         torch.library.opcheck(torch.ops.bi_ops.linear_token_logprobs_backward, given)

@@ -377,7 +377,9 @@ def test_sums_go_over_peer_memory_where_gpus_reach_each_other(monkeypatch):
         )
         return Trainer._peer_sums(trainer)
 
-    with pytest.warns(UserWarning, match="train: ranks exchange by collectives, which takes longer: parallel.peer: 2 ranks cannot"):
+    with pytest.warns(
+        UserWarning, match="train: ranks exchange by collectives, which takes longer: parallel.peer: 2 ranks cannot"
+    ):
         assert sums(None) is None
     with pytest.raises(RuntimeError, match="cannot share memory"):
         sums(True)

@@ -135,8 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer-memory",
         action=argparse.BooleanOptionalAction,
-        help="several ranks of one host: they write into the other GPUs' memory and need no collectives (default: where "
-        "the GPUs reach each other); changes no bit",
+        help="several ranks of one host write into the other GPUs' memory and need no collectives (default: where the "
+        "GPUs reach each other); changes no bit",
         **given,
     )
     parser.add_argument(

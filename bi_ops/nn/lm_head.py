@@ -167,8 +167,9 @@ def linear_token_logprobs(
     """``token_logprobs(linear(hidden, weight), ids)``, bit for bit, with a bounded piece of the logits in memory.
 
     The backward computes the logits of a chunk that was not kept again, one GEMM more than without chunks, and writes
-    their gradient over them. Gradients are those of the two operators too: a row's own, and a weight gradient that is accumulated over the
-    rows front to back in fp32 and rounded once. Logits are never stored in more than the dtype of hidden.
+    their gradient over them. Gradients are those of the two operators too: a row's own, and a weight gradient that is
+    accumulated over the rows front to back in fp32 and rounded once. Logits are never stored in more than the dtype of
+    hidden.
 
     Args:
         hidden: [T, K], bf16, fp16 or fp32. weight: [V, K], the dtype of hidden or fp32. ids: int64 [T], in [0, V).

@@ -167,12 +167,12 @@ class Trainer:
     def _layout(self) -> parallel.Whole | FullySharded:
         """Where weights, gradients and states are."""
         tree = parallel.order(self.config.atoms)
-        memory = (None, False) if self.graphs is None else (self.graphs.begin, True)
+        allocate, keeps_memory = (None, False) if self.graphs is None else (self.graphs.begin, True)
         if self.config.segments > 1:
             from bi_ops.parallel.tensor import TensorParallel
 
             given = (self.model, tree, self.data, self.tensor, self.model.compute_dtype, self._peer_sums())
-            return TensorParallel(*given, *memory)
+            return TensorParallel(*given, allocate, keeps_memory)
         if self.config.ep > 1:
             from bi_ops.parallel.experts import ExpertParallel
 
@@ -182,9 +182,11 @@ class Trainer:
             from bi_ops.parallel.fsdp import FullySharded
 
             # Weights travel beside gradients, so by copies of their own.
-            exchange = iter(copies).__next__ if (copies := self._peer_copies(2)) else None
-            return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype, exchange=exchange)
-        return parallel.Whole(self.model, tree, self.ranks, *memory, exchange=next(iter(self._peer_copies(1)), None))
+            copies = self._peer_copies(2)
+            make = iter(copies).__next__ if copies else None
+            return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype, exchange=make)
+        exchange = next(iter(self._peer_copies(1)), None)
+        return parallel.Whole(self.model, tree, self.ranks, allocate, keeps_memory, exchange=exchange)
 
     def _peer_copies(self, n: int) -> list[PeerCopies]:
         """What the ranks that share the batch exchange by, so many times; none: collectives."""
