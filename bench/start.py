@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["0.6B", "1.7B"])
     parser.add_argument("--sides", nargs="+", default=["bi_ops"], help="bi_ops, and transformers' as bench/step.py")
     parser.add_argument("--binding", action="store_true", help="build the cuBLASLt binding before the warm row")
-    parser.add_argument("--jobs", type=int, help="threads that compile; as many as there are cores unless told")
+    parser.add_argument("--jobs", type=int, help="threads that compile (one per core, 8 at most)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so long, and end the last")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU; figures mean nothing")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")

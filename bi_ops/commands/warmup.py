@@ -27,7 +27,7 @@ exit codes:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face checkpoint folder; config.json is enough")
-    parser.add_argument("--jobs", type=int, metavar="N", help="threads that compile (default: one per core)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="threads that compile (default: one per core, 8 at most)")
     parser.add_argument(
         "--kernel-cache", metavar="DIR", help="where kernels are kept, such as a folder that a cluster shares"
     )

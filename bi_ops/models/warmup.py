@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 #: (what is being done, done, in all)
 Progress = Callable[[str, int, int], None]
 
+#: Threads that compile a step, on as many cores: one kernel takes a quarter of all the time, and more threads than that
+#: needs slow it down (bench/LOG.md).
+JOBS = 8
 #: Sequences of each step, prompt and completion: many tokens and few, which norms have other kernels for; short
 #: sequences and unequal ones, which attention has; few tokens, which the head and experts have.
 SEQUENCES = (
@@ -60,6 +64,7 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
     def report(done: int, total: int) -> None:
         progress("compiling kernels", done, total)
 
+    jobs = jobs or min(os.cpu_count() or 1, JOBS)
     with compile_ahead.compile_only(jobs, report) as found, model.one_layer_of_each_kind():
         try:
             for sequences in SEQUENCES:
@@ -124,7 +129,8 @@ def warmup_step(
     """`compile_step`, then the verification of cuBLASLt's GEMMs (`bi_ops.warmup`); both are kept on the machine.
 
     Args:
-        model: on a GPU; in the interpreter nothing is to be done. jobs: threads; None: as many as there are cores.
+        model: on a GPU; in the interpreter nothing is to be done. jobs: threads that compile; None: a core each, 8 at
+            most.
         build: build the cuBLASLt binding where it is missing, which takes seconds; False leaves GEMMs to Triton.
     """
     start = time.perf_counter()
