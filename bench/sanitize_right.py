@@ -15,8 +15,9 @@ import bi_ops  # isort: skip  (before triton)
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from bi_ops.attention.hopper import dkv
 from bi_ops.gluon import tma
 
 SIZE = gl.constexpr(64)
@@ -38,6 +39,29 @@ def specialized_right(p_out):
     gl.warp_specialize([(_fill, (smem, 0)), (_fill, (smem, 1))], [4], [24])
     o_r, o_c = gl.arange(0, SIZE, gl.SliceLayout(1, LAYOUT)), gl.arange(0, SIZE, gl.SliceLayout(0, LAYOUT))
     gl.store(p_out + o_r[:, None] * SIZE + o_c[None, :], smem.load(LAYOUT))
+
+
+@gluon.jit
+def _hand_over(smem, full):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    smem.store(gl.arange(0, 128, LAYOUT))
+    mbarrier.arrive(full)
+
+
+@gluon.jit
+def _take(p_out, smem, full):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(full, 0)
+    gl.store(p_out + gl.arange(0, 128, LAYOUT), smem.load(LAYOUT))
+
+
+@gluon.jit
+def handed_over_right(p_out):
+    """A partition stores, another one loads what an mbarrier says is there."""
+    smem = gl.allocate_shared_memory(gl.int32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    gl.warp_specialize([(_hand_over, (smem, full)), (_take, (p_out, smem, full))], [4], [24])
 
 
 @gluon.jit
@@ -64,8 +88,16 @@ def stored() -> torch.Tensor:
     return out + 1  # another kernel reads it
 
 
+def handed_over() -> torch.Tensor:
+    out = torch.zeros(128, dtype=torch.int32, device="cuda")
+    handed_over_right[(1,)](out, num_warps=4)
+    return out
+
+
 #: By what they have.
-RIGHT: dict[str, Callable[[], torch.Tensor]] = {"warp specialisation": specialized, "a store by TMA": stored}
+RIGHT: dict[str, Callable[[], torch.Tensor]] = {
+    **{"warp specialisation": specialized, "a hand-over by mbarrier": handed_over, "a store by TMA": stored},
+}
 
 
 def explained(tool: str, report: str) -> str | None:
@@ -75,8 +107,23 @@ def explained(tool: str, report: str) -> str | None:
     starts = all(int(number) in lines_of_specialisation().get(name, ()) for name, number in places)
     if tool == "racecheck" and places and starts:
         return "warp specialisation"
+    # A store and loads of one partition would be a race.
+    accesses = [access_of(name, int(number)) for name, number in places]
+    if tool == "racecheck" and None not in accesses and len(set(accesses)) > 1:
+        return "a hand-over by mbarrier"
     if tool == "initcheck" and report.startswith("Uninitialized __global__"):
         return "a store by TMA"
+    return None
+
+
+@functools.cache
+def access_of(name: str, line: int) -> str | None:
+    """The function of attention's backward whose line stores or loads statistics of rows, which no TMA brings."""
+    path = Path(dkv.__file__)
+    text = path.read_text(encoding="utf-8")
+    if name == path.name and re.search(r"(neg_lse|delta)_smem\b.*\.(store|load)\(", text.splitlines()[line - 1]):
+        functions = [f for f in ast.walk(ast.parse(text)) if isinstance(f, ast.FunctionDef)]
+        return next((f.name for f in functions if f.lineno <= line <= (f.end_lineno or 0)), None)
     return None
 
 

@@ -186,3 +186,16 @@ def test_a_process_ends_with_its_time(sanitize, monkeypatch):
     found = sanitize.run_one("rope", "memcheck", "", 0.5)
     assert found.status == "timeout"
     assert found.seconds < 10
+
+
+def test_what_an_mbarrier_hands_over_is_told_from_a_race_in_one_partition(sanitize):
+    from sanitize_right import explained
+
+    source = (BENCH.parent / "bi_ops/attention/hopper/dkv.py").read_text().splitlines()
+    stores = [i for i, line in enumerate(source, 1) if "neg_lse_smem.index(i).store(" in line]
+    loads = [i for i, line in enumerate(source, 1) if "neg_lse_smem.index(step" in line]
+    race = "Error: Race reported between Write access at k+0x1 in dkv.py:{}\nand Read access at k+0x2 in dkv.py:{}\n"
+    assert explained("racecheck", race.format(stores[0], loads[0])) == "a hand-over by mbarrier"
+    assert explained("racecheck", race.format(stores[0], stores[0] + 1)) is None  # the producer's own
+    assert explained("racecheck", race.format(stores[0], loads[0] + 2)) is None  # another line
+    assert explained("initcheck", race.format(stores[0], loads[0])) is None

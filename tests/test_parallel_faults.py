@@ -19,6 +19,7 @@ from test_parallel import metrics
 from bi_ops import parallel, rl
 from bi_ops.core import tensor_files
 from bi_ops.parallel import gradients
+from bi_ops.parallel.peer import PeerCopies
 from bi_ops.rl import checkpoint
 
 #: Seconds in which the others must have ended. Over gloo they see it at once; the rest is a busy machine.
@@ -45,9 +46,15 @@ def replaced(module: Any, name: str, call: int, by: Callable[..., Any]) -> Itera
         yield
 
 
-def in_a_backward() -> Any:
+@contextmanager
+def in_a_backward() -> Iterator[None]:
     """Between two gradients of the step behind `DONE`: two steps of two atoms of a rank, two FSDP modules each."""
-    return replaced(gradients, "sum_over_ranks", DONE * 2 * 2 + 2, lambda real, *args: kill())
+    call = DONE * 2 * 2 + 2
+    with (
+        replaced(gradients, "sum_over_ranks", call, lambda real, *args: kill()),
+        replaced(PeerCopies, "sum", call, lambda real, *args: kill()),  # on GPUs that reach each other
+    ):
+        yield
 
 
 def half_written(real: Any, path: Path, tensors: Any, names: list[str]) -> None:
