@@ -110,3 +110,35 @@ def sanitizer(results: Path) -> str:
         if set(row.values()) != {"clean"}
     ]
     return f"{table(('kernel', *tools), rows)}\n{provenance([record], 'h200/sanitizer.json')}"
+
+
+def soak(results: Path) -> str:
+    """Operators under load: how many results were compared."""
+    record = load(results, "h200/soak.json")
+    if record is None:
+        return ""
+    head = ("processes, threads of each", "s", "calls compared", "results compared", "different", "flipped bits found")
+    counts = (f"{record['checks']:,}", f"{record['comparisons']:,}", record["different"])
+    found = f"{record['controls_found']} of {record['controls']}"
+    row = (f"{record['processes']}, {record['threads']}", round(record["seconds"]), *counts, found)
+    return f"{table(head, [row])}\n{provenance([record], 'h200/soak.json')}"
+
+
+def suites(results: Path) -> str:
+    """The determinism tests of others on bi_ops' operators."""
+    record = load(results, "h200/suites.json")
+    if record is None:
+        return ""
+    owners = {"flash-attention": "Dao-AILab", "batch_invariant_ops": "thinking-machines-lab", "vllm": "vllm-project"}
+    rows = [
+        (
+            f"{owners[suite]}/{suite}",
+            of["release"],
+            ", ".join(dict.fromkeys(test.partition("::")[2] or test.partition(" ")[0] for test in of["tests"])),
+            of.get("passed", 0),
+            of.get("failed", 0),
+        )
+        for suite, of in record.items()
+    ]
+    head = ("suite", "its commit", "tests", "passed", "failed")
+    return f"{table(head, rows)}\n{provenance(list(record.values()), 'h200/suites.json')}"

@@ -137,9 +137,11 @@ def experts(results: Path) -> str:
 #: The sides of a training step's measurement, and what the table calls them.
 STEP_SIDES = {
     "bi_ops": "bi_ops: batch-invariant, fp32 master weights, fp32 gradients",
+    "bi_ops, graphs": "the same, replayed from a CUDA graph as training does",
     "bi_ops, none": "the same, nothing recomputed",
     "bi_ops, layer": "the same, whole layers recomputed",
     "torch, compiled": "transformers, bf16 weights, `torch.compile`",
+    "torch, cudnn": "the same, cuDNN's attention",
     "torch": "transformers, bf16 weights, eager",
     "torch, autocast": "transformers, fp32 master weights under autocast, eager",
     "torch, checkpoint": "transformers, bf16 weights, `torch.compile`, layers checkpointed",
@@ -158,34 +160,53 @@ def step_speed(results: Path, side: str) -> dict[str, float]:
     return {m: t / ms[m, "bi_ops"] for (m, s), t in ms.items() if s == side and (m, "bi_ops") in ms}
 
 
-def step(results: Path) -> str:
+def step(results: Path, file: str = "h100/step.csv") -> str:
     """A training step beside plain PyTorch's."""
-    rows = load_csv(results, "h100/step.csv")
+    rows = load_csv(results, file)
     if not rows:
         return "Not measured yet.\n"
+
+    def ms(r: dict[str, str], part: str) -> str:
+        return f"{float(r[f'{part}_ms']):.1f}" if r.get(f"{part}_ms") else "-"
+
+    parts = ["forward", "backward", "step", "captured"]
+    titles = ["forward, ms", "backward, ms", "step, ms", "in a CUDA graph, ms"]
+    if any(r.get("clip_ms") for r in rows):
+        parts += ["clip", "optimizer"]
+        titles += ["clip, ms", "AdamW, ms"]
     out = [
         (
             r["model"],
             f"{int(r['tokens']):,}",
             STEP_SIDES[r["side"]],
-            *(f"{float(r[f'{part}_ms']):.1f}" for part in ("forward", "backward", "step")),
-            f"{float(r['captured_ms']):.1f}" if r.get("captured_ms") else "-",
+            *(ms(r, part) for part in parts),
             f"{int(r['tokens_per_s']):,}",
             f"{int(r['peak_bytes']) / 2**30:.1f}",
         )
         for r in sorted(rows, key=lambda r: (r["model"], int(r["tokens"]), list(STEP_SIDES).index(r["side"])))
     ]
-    head = (
-        "Qwen3",
-        "tokens",
-        "what",
-        "forward, ms",
-        "backward, ms",
-        "step, ms",
-        "in a CUDA graph, ms",
-        "tokens/s",
-        "peak, GiB",
-    )
+    head = ("Qwen3", "tokens", "what", *titles, "tokens/s", "peak, GiB")
     seqlen = rows[0]["seqlen"]
     what = f"Sequences {'as an RL step has them' if seqlen == 'rl' else f'of {int(seqlen):,} tokens'}, medians. "
-    return table(head, out) + "\n" + what + csv_provenance(rows, "h100/step.csv")
+    return table(head, out) + "\n" + what + csv_provenance(rows, file)
+
+
+def step_h200(results: Path) -> str:
+    """`step` on an H200."""
+    return step(results, "h200/step.csv")
+
+
+def start(results: Path) -> str:
+    """The first step on a machine: seconds from the loaded weights to its end."""
+    rows = load_csv(results, "h200/start.csv")
+    out = [
+        (
+            r["model"],
+            r["caches"],
+            *(f"{float(r[part]):.1f}" for part in ("import_s", "load_s", "warmup_s", "first_step_s", "after_load_s")),
+            f"{r['warmup_compiled']}, {float(r['warmup_longest_s']):.1f} s",
+        )
+        for r in rows
+    ]
+    head = ("Qwen3", "caches", "import, s", "load, s", "warm-up, s", "first step, s", "after loading, s")
+    return table((*head, "kernels compiled, the longest"), out) + "\n" + csv_provenance(rows, "h200/start.csv")

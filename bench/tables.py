@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bit_tables import bits, conditions, families, models, parity, tests, train, train_experts
 from cost_tables import tree_cost
-from fault_tables import audit, bisect, faults, sanitizer, verify
+from fault_tables import audit, bisect, faults, sanitizer, soak, suites, verify
 from kernel_tables import (
     MAIN_HEAD_DIM,
     PASSES,
@@ -20,7 +20,7 @@ from kernel_tables import (
 )
 from layout_tables import layout_costs, layouts, peer, speed_of_layouts
 from limit_tables import limits, operators
-from speed_tables import beside_stock, experts, rl_seconds, rl_step, rollout, step, step_speed
+from speed_tables import beside_stock, experts, rl_seconds, rl_step, rollout, start, step, step_h200, step_speed
 from table_parts import geometric_mean, load_csv, ratios, table
 
 
@@ -90,6 +90,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "flash_attention_4": flash_attention_4,
     "bits": bits,
     "step": step,
+    "step_h200": step_h200,
+    "start": start,
     "limits": limits,
     "operators": operators,
     "conditions": conditions,
@@ -102,6 +104,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "faults": faults,
     "verify": verify,
     "sanitizer": sanitizer,
+    "soak": soak,
+    "suites": suites,
     "bisect": bisect,
     "audit": audit,
     "tree_cost": tree_cost,
