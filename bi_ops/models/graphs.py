@@ -6,6 +6,7 @@ a bucket changes none (`models.buckets`).
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,8 +60,20 @@ def _captured(step: Call, pool: Any) -> Call:
 
 
 def _has_hooks(m: torch.nn.Module) -> bool:
-    hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-    return any(hooks)
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def _hooked(model: torch.nn.Module, modules: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> str | None:
+    """The first of these modules, or parameters and buffers, that has hooks; names are looked up for an error alone."""
+    if not any(map(_has_hooks, modules)) and not any(map(_is_hooked, tensors)):
+        return None
+    every = (n or "the model" for n, m in model.named_modules() if _has_hooks(m))
+    parameters = (n for n, p in model.named_parameters() if _is_hooked(p))
+    return next(itertools.chain(every, parameters), "a buffer")
+
+
+def _is_hooked(t: torch.Tensor) -> bool:
+    return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
 
 
 class StepGraphs:
@@ -137,19 +150,15 @@ class StepGraphs:
                     f"StepGraphs: attention by {model.attention_backend!r} is not captured; use 'triton', or run "
                     "without graphs"
                 )
-            hooked = [
-                *(n or "the model" for n, m in model.named_modules() if _has_hooks(m)),
-                *(n for n, p in model.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks),
-            ]
-            if hooked:
+            modules = list(model.modules())
+            tensors = [t for m in modules for of in (m._parameters, m._buffers) for t in of.values() if t is not None]
+            if hooked := _hooked(model, modules, tensors):
                 raise ValueError(
-                    f"StepGraphs: {hooked[0]} has hooks, which a replay would not call; remove them, or run without "
-                    "graphs"
+                    f"StepGraphs: {hooked} has hooks, which a replay would not call; remove them, or run without graphs"
                 )
-            for layer in model.modules():
+            for layer in modules:
                 if isinstance(layer, Shared):
                     found.append((layer.all_reduce, layer.exchange if isinstance(layer, SharedVocabulary) else None))
-            tensors = [*model.parameters(), *model.buffers()]
             found.append((model.recompute, model.attention_backend, model.head_chunk_rows, model.training))
             found += [(t.data_ptr(), t.dtype, t.shape, t.requires_grad) for t in tensors]
         return found
