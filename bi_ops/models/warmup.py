@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -65,14 +65,19 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
         progress("compiling kernels", done, total)
 
     jobs = jobs or min(os.cpu_count() or 1, JOBS)
+
+    def batch_of(sequences: Sequence[tuple[int, int]]) -> PackedBatch:
+        lengths = [(a, min(b, longest - a)) for a, b in sequences]
+        prompts, completions = [[0] * a for a, _ in lengths], [[0] * b for _, b in lengths]
+        return pack(prompts, completions, model.device, TOKEN_STEP, None, model.unit_tokens)
+
     with compile_ahead.compile_only(jobs, report) as found, model.one_layer_of_each_kind():
         try:
-            for sequences in SEQUENCES:
-                lengths = [(a, min(b, longest - a)) for a, b in sequences]
+            # What takes longest to compile goes first: the rest is traced meanwhile.
+            _trace_attention(model, batch_of(SEQUENCES[0]))
+            _trace_optimizer(model.device)
+            for batch in map(batch_of, SEQUENCES):
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    prompts, completions = [[0] * a for a, _ in lengths], [[0] * b for _, b in lengths]
-                    batch = pack(prompts, completions, model.device, TOKEN_STEP, None, model.unit_tokens)
-                    model.recompute = "none"
                     _trace_attention(model, batch)
                     model.recompute = "layer"
                     model.allocate_main_grads()
@@ -87,13 +92,17 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
             model.recompute = recompute
             model.collect_main_grads()
             model.zero_grad(set_to_none=True)
-        p = torch.nn.Parameter(torch.zeros(8, 16, device=model.device))
-        p.grad = torch.zeros_like(p)
-        copies = {p: torch.zeros_like(p, dtype=torch.bfloat16)}
-        for written, decay in itertools.product(({}, copies), (0.0, 0.1)):
-            optimizer = optim.AdamW([p], betas=(0.9, 0.95), weight_decay=decay, bf16_copies=written)
-            optimizer.step(grad_scale=_norm([p]))
     return len(found.kernels)
+
+
+def _trace_optimizer(device: torch.device) -> None:
+    """AdamW, whose kernel does not depend on the parameters."""
+    p = torch.nn.Parameter(torch.zeros(8, 16, device=device))
+    p.grad = torch.zeros_like(p)
+    copies = {p: torch.zeros_like(p, dtype=torch.bfloat16)}
+    for written, decay in itertools.product(({}, copies), (0.0, 0.1)):
+        optimizer = optim.AdamW([p], betas=(0.9, 0.95), weight_decay=decay, bf16_copies=written)
+        optimizer.step(grad_scale=_norm([p]))
 
 
 class _TracedAttention(Exception):
@@ -101,7 +110,8 @@ class _TracedAttention(Exception):
 
 
 def _trace_attention(model: CausalLM, batch: PackedBatch) -> None:
-    """Attention of the first layer and at once its backward, which takes longest to compile: the others wait for it."""
+    """Attention of the first layer and at once its backward."""
+    model.recompute = "none"
     attention_fn = model.attention_over(batch)
 
     def forward_and_backward(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -110,7 +120,7 @@ def _trace_attention(model: CausalLM, batch: PackedBatch) -> None:
             torch.autograd.grad(out, [t for t in (q, k, v) if t.requires_grad], torch.empty_like(out))
         raise _TracedAttention
 
-    with contextlib.suppress(_TracedAttention):
+    with contextlib.suppress(_TracedAttention, torch.OutOfMemoryError):
         model.hidden_states(batch, forward_and_backward)
 
 
