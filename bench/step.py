@@ -1,7 +1,7 @@
 """What exactness costs a training step: bi_ops' Qwen3 beside transformers' in plain PyTorch. Writes step.csv.
 
     python bench/step.py --out bench/results/h100 [--models 0.6B 1.7B] [--tokens 8192 32768] [--seqlen 2048 | rl]
-        [--sides ...] [--seconds 300]
+        [--sides ...] [--seconds 300] [--starts 4]
     python bench/step.py --out bench/results/h200 --models 30B-A3B --layers 8 --tokens 8192 16384
         --sides bi_ops "torch, compiled"       with experts: moe_step.csv
 
@@ -24,7 +24,7 @@ and is timed by wall clock, the GPU waited for after each half of a step; median
 of gradients counts; going through the objects of the model for garbage does not. Then the whole step is captured in a
 CUDA graph and replayed: what it takes where the GPU never waits for Python. `first_step_s` is from the loaded weights
 to the end of the first step, compiling included, with the caches that are there. `--update` adds clip and AdamW,
-`--offload` keeps AdamW's states in host memory. `--profile` writes step_profile.csv, the GPU time by kernel. A model
+each by itself and then both as training makes them, one behind the other. `--offload` keeps AdamW's states in host memory. `--profile` writes step_profile.csv, the GPU time by kernel. A model
 that does not fit the memory is tried again with half its layers, all its sides then (`layers` says so). Rows are
 written as they come; `--seconds` ends it, and names what was left out. `--dry` runs it all on a tiny model on the CPU;
 its figures mean nothing.
@@ -39,14 +39,15 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from record import provenance, write_csv
 from step_sides import EXPERTS, SEED, SHAPES, Step, config_of, lengths_of, ours, theirs, wait
+from turns import Turn, wait_for_turn
 
 import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
@@ -121,8 +122,10 @@ def digest(made: Step, loss: torch.Tensor) -> str:
     return found.hexdigest()[:16]
 
 
-def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Median milliseconds of forward, backward, both, and the update, after one or two steps that warm up."""
+def measure(
+    side: str, model: str, tokens: int, args: argparse.Namespace, turn: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Median milliseconds of forward, backward, both, and the update, behind steps that warm up, and `turn`."""
     torch.manual_seed(SEED)
     seqlen = None if args.seqlen == "rl" else min(int(args.seqlen), tokens)
     vocabulary = config_of(model)["vocab_size"]
@@ -152,6 +155,8 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
             first_step = end - start
             bits = digest(made, loss) if own else ""
         clear(made)
+        if i == warm - 1:
+            turn()
         if i == warm - 1 and not runtime.INTERPRET:
             torch.cuda.reset_peak_memory_stats()
             gc.freeze()  # or the time of a step depends on how many objects there are to look at
@@ -167,7 +172,7 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
     graph = not runtime.INTERPRET and args.graphs and made.whole is None
     captured_ms = replayed(made, args.steps, loss) if graph else None
     profiled = kernels(made) if args.profile else []
-    clip_ms, optimizer_ms, update_peak = updated(made, args.steps) if args.update else (None, None, None)
+    clip_ms, optimizer_ms, update_ms, update_peak = updated(made, args.steps) if args.update else [None] * 4
     return {
         "model": model,
         "layers": config_of(model, args.layers)["num_hidden_layers"],
@@ -184,6 +189,7 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
         "captured_ms": captured_ms and round(captured_ms, 2),
         "clip_ms": clip_ms and round(clip_ms, 2),
         "optimizer_ms": optimizer_ms and round(optimizer_ms, 2),
+        "update_ms": update_ms and round(update_ms, 2),
         "tokens_per_s": round(tokens / step_ms * 1e3),
         "peak_bytes": peak,
         "reserved_bytes": reserved,
@@ -194,10 +200,10 @@ def measure(side: str, model: str, tokens: int, args: argparse.Namespace) -> dic
     }
 
 
-def updated(made: Step, steps: int) -> tuple[float, float, int | None]:
-    """(median milliseconds of clip, of AdamW, peak bytes of a step with the states in memory)."""
-    times = []
-    for i in range(steps + 1):
+def updated(made: Step, steps: int) -> tuple[float, float, float, int | None]:
+    """(median milliseconds of clip, of AdamW, of both at once, peak bytes of a step with the states in memory)."""
+    apart, together = [], []
+    for i in range(max(steps, 2) + 1):
         if made.whole is None:
             made.before()
             made.forward().backward()
@@ -208,13 +214,17 @@ def updated(made: Step, steps: int) -> tuple[float, float, int | None]:
             torch.cuda.reset_peak_memory_stats()
         start = wait()
         made.clip()
-        middle = wait()
+        middle = wait() if i % 2 else start
         made.update()
-        times.append((middle - start, wait() - middle))
+        end = wait()
+        if i % 2:
+            apart.append((middle - start, end - middle))
+        elif i:  # the first has made the states
+            together.append(end - start)
         clear(made)
     peak = None if runtime.INTERPRET else torch.cuda.max_memory_allocated()
-    clip, optimizer = zip(*times[1:], strict=True)
-    return 1e3 * statistics.median(clip), 1e3 * statistics.median(optimizer), peak
+    clip, optimizer, both = (1e3 * statistics.median(t) for t in (*zip(*apart, strict=True), together))
+    return clip, optimizer, both, peak
 
 
 def main() -> int:
@@ -240,12 +250,21 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="begin no side after so long, and end the last one"
     )
+    parser.add_argument(
+        "--starts",
+        type=int,
+        default=1,
+        help="sides that compile at a time, and are timed one by one: the GPU has to hold them all; their first steps "
+        "take longer (1)",
+    )
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU; figures mean nothing")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if runtime.INTERPRET and not args.dry:
         parser.error("no GPU: give --dry to try this on the CPU")
+    if args.starts < 1:
+        parser.error(f"--starts is {args.starts}; it must be at least 1")
     if "liger" in args.sides and EXPERTS.keys() & set(args.models):
         parser.error("liger: its kernels are put into the dense Qwen3 only; leave this side out")
     if args.dry:
@@ -255,7 +274,7 @@ def main() -> int:
     if args.one:
         side, model = args.one
         try:
-            print(json.dumps(measure(side, model, args.tokens[0], args)))
+            print(json.dumps(measure(side, model, args.tokens[0], args, wait_for_turn)))
         except torch.OutOfMemoryError as error:
             print(error, file=sys.stderr)
             return OUT_OF_MEMORY
@@ -282,33 +301,37 @@ class Table:
     def sides(self, model: str, tokens: int, layers: int) -> bool:
         """Every side of one model; False: one did not fit the memory, and no row was kept."""
         rows, profiles = list(self.rows), list(self.profiles)
-        for side in self.args.sides:
-            left, name = self.end - time.monotonic(), f"{model} {tokens} {side}"
-            if left <= 0:
-                self._fails(f"{name}: left out, out of time")
+        for first in range(0, len(self.args.sides), self.args.starts):
+            sides = self.args.sides[first : first + self.args.starts]
+            if self._left() == 0:
+                self._fails(f"{model} {tokens} {', '.join(sides)}: left out, out of time")
                 continue
-            try:
-                done = subprocess.run(
-                    self._command(side, model, tokens, layers),
-                    capture_output=True,
-                    text=True,
-                    timeout=None if math.isinf(left) else left,
-                )
-            except subprocess.TimeoutExpired:
-                self._fails(f"{name}: cut off, out of time")
-                continue
-            if done.returncode == OUT_OF_MEMORY:
+            turns = {side: Turn(self._command(side, model, tokens, layers)) for side in sides}
+            for turn in turns.values():
+                turn.wait_ready(self._left())
+            statuses = [self._take(f"{model} {tokens} {side}", turn) for side, turn in turns.items()]
+            if OUT_OF_MEMORY in statuses:
                 self.rows, self.profiles = rows, profiles
                 return False
-            if done.returncode:
-                why = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]  # killed, it says nothing
-                self._fails(f"{name}: {why[-1]}")
-                continue
-            for line in done.stderr.splitlines():
-                if line.startswith("not captured"):
-                    print(f"{name}: {line}", file=sys.stderr)
-            self._add(json.loads(done.stdout.splitlines()[-1]))
         return True
+
+    def _left(self) -> float | None:
+        """Seconds; None: as many as it takes."""
+        return None if math.isinf(self.end) else max(self.end - time.monotonic(), 0)
+
+    def _take(self, name: str, turn: Turn) -> int | None:
+        """Keep what a side has measured, or say why it did not; its exit status."""
+        status = turn.take(self._left())
+        for line in turn.errors:
+            if line.startswith("not captured"):
+                print(f"{name}: {line}", file=sys.stderr)
+        if status is None:
+            self._fails(f"{name}: cut off, out of time")
+        elif status == 0:
+            self._add(json.loads(turn.printed[-1]))
+        elif status != OUT_OF_MEMORY:
+            self._fails(f"{name}: {(turn.errors or [f'exit status {status}'])[-1]}")  # killed, it says nothing
+        return status
 
     def _fails(self, why: str) -> None:
         self.failed = True
@@ -334,8 +357,9 @@ class Table:
         print(
             f"{row['model']:5} {row['tokens']:6} {row['side']:17} {row['step_ms']:9.1f} ms{parts}; captured "
             f"{row['captured_ms']}; first {row['first_step_s']} s; {row['tokens_per_s']:,} tokens/s; clip "
-            f"{row['clip_ms']}, AdamW {row['optimizer_ms']} ms; {(row['peak_bytes'] or 0) / 2**30:.1f} GiB, with AdamW "
-            f"{(row['update_peak_bytes'] or 0) / 2**30:.1f}; GEMMs {row['gemm']}; bits {row['bits']}",
+            f"{row['clip_ms']}, AdamW {row['optimizer_ms']}, both {row['update_ms']} ms; "
+            f"{(row['peak_bytes'] or 0) / 2**30:.1f} GiB, with AdamW {(row['update_peak_bytes'] or 0) / 2**30:.1f}; "
+            f"GEMMs {row['gemm']}; bits {row['bits']}",
             flush=True,
         )
 
