@@ -23,11 +23,11 @@ of unequal lengths are packed for bi_ops and padded to the longest for torch. Ev
 and is timed by wall clock, the GPU waited for after each half of a step; medians. Making and handing over the buffers
 of gradients counts; going through the objects of the model for garbage does not. Then the whole step is captured in a
 CUDA graph and replayed: what it takes where the GPU never waits for Python. `first_step_s` is from the loaded weights
-to the end of the first step, compiling included, with the caches that are there. `--update` adds clip and AdamW,
-each by itself and then both as training makes them, one behind the other. `--offload` keeps AdamW's states in host memory. `--profile` writes step_profile.csv, the GPU time by kernel. A model
-that does not fit the memory is tried again with half its layers, all its sides then (`layers` says so). Rows are
-written as they come; `--seconds` ends it, and names what was left out. `--dry` runs it all on a tiny model on the CPU;
-its figures mean nothing.
+to the end of the first step, compiling included, with the caches that are there. `--update` adds clip and AdamW, each
+by itself and then both as training makes them, one behind the other. `--offload` keeps AdamW's states in host memory.
+`--profile` writes step_profile.csv, the GPU time by kernel. A model that does not fit the memory is tried again with
+half its layers, all its sides then (`layers` says so). Rows are written as they come; `--seconds` ends it, and names
+what was left out. `--dry` runs it all on a tiny model on the CPU; its figures mean nothing.
 """
 
 from __future__ import annotations

@@ -95,7 +95,9 @@ def step(bench):
 def test_rows_of_mixtures_have_files_of_their_own(step, tmp_path):
     args = argparse.Namespace(out=tmp_path, seconds=1.0, commit="c")
     table = step.Table(args)
-    numbers = dict.fromkeys(("forward_ms", "captured_ms", "first_step_s", "clip_ms", "optimizer_ms", "peak_bytes"))
+    numbers = dict.fromkeys(
+        ("forward_ms", "captured_ms", "first_step_s", "clip_ms", "optimizer_ms", "peak_bytes", "update_ms")
+    )
     numbers |= {"tokens": 8, "step_ms": 1.0, "tokens_per_s": 8, "update_peak_bytes": 0, "gemm": "", "bits": ""}
     for model, kernels in (("0.6B", [{"kernel": "k"}]), ("30B-A3B", []), ("30B-A3B", [{"kernel": "k"}])):
         table._add({"model": model, "side": "bi_ops", **numbers, "kernels": kernels})
