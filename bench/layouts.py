@@ -1,6 +1,6 @@
 """Has every layout on the GPUs of one host the bits of one GPU? Writes layouts.json, a row as soon as it is known.
 
-    python bench/layouts.py --out bench/results/h100 [--gpus 4] [--model 0.6B] [--seconds 240] [--only NAME ...]
+    python bench/layouts.py --out bench/results/h100 [--gpus 4] [--model 0.6B] [--beside 2] [--seconds 240] [--only ...]
     python bench/layouts.py --out bench/results/h200 --share-gpu 4       as many ranks on one GPU
     python bench/layouts.py --out bench/results/h200 --model 30B-A3B --layers 4       with experts: moe_layouts.json
 
@@ -175,6 +175,7 @@ class Bench:
         if args.share_gpu:
             self.free = self.free[:1] * args.share_gpu
         self.ranks, self.devices = len(self.free), tuple(self.free)
+        self.free *= args.beside
         self.rows: list[dict[str, Any]] = []
         self.failed: dict[str, str] = {}
         self.too_large: set[str] = set()  # of these, for this machine
@@ -231,8 +232,16 @@ class Bench:
         make = [str(HERE / "layouts_worker.py"), "checkpoint", "--checkpoint", str(self.checkpoint), "--config", config]
         subprocess.run([sys.executable, *make], check=True, env=self.environment(self.free[:1]), timeout=120)
 
+    def devices_for(self, job: Job) -> list[str]:
+        """Those that have most room; fewer than the job needs where there is none."""
+        if self.args.share_gpu:
+            return self.free[: job.gpus]
+        return sorted(sorted(set(self.free), key=lambda device: (-self.free.count(device), device))[: job.gpus])
+
     def start(self, job: Job) -> Run:
-        devices, self.free = self.free[: job.gpus], self.free[job.gpus :]
+        devices = self.devices_for(job)
+        for device in devices:
+            self.free.remove(device)
         log = self.scratch / f"{job.name}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
@@ -257,7 +266,7 @@ class Bench:
         return self.args.seconds - (time.monotonic() - self.began)
 
     def run(self, jobs: list[Job]) -> None:
-        """All jobs, in order, as GPUs and time allow."""
+        """All jobs, the first first, as GPUs and time allow."""
         running: list[Run] = []
         while jobs or running:
             for run in [r for r in running if (code := r.process.poll()) is not None or self.left() < 0]:
@@ -272,8 +281,10 @@ class Bench:
                 if job.gpus > self.ranks or set(job.needs) & self.too_large:
                     self.too_large.add(job.name)
                 jobs.remove(job)
-            if jobs and jobs[0].gpus <= len(self.free) and set(jobs[0].needs) <= self.done:
-                running.append(self.start(jobs.pop(0)))
+            ready = (job for job in jobs if set(job.needs) <= self.done and len(self.devices_for(job)) == job.gpus)
+            if (found := next(ready, None)) is not None:
+                jobs.remove(found)
+                running.append(self.start(found))
                 continue
             time.sleep(0.2)
         self.write()
@@ -404,6 +415,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder that layouts.json is written to")
     parser.add_argument("--gpus", type=int, default=max(torch.cuda.device_count(), 1))
     parser.add_argument("--share-gpu", type=int, metavar="RANKS", help="as many ranks on the first GPU, without graphs")
+    parser.add_argument(
+        "--beside", type=int, default=1, metavar="N", help="jobs at a time on a GPU, if they fit; bits alone count (1)"
+    )
     parser.add_argument("--model", default="0.6B", choices=[*SHAPES, *EXPERTS])
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--engine", default="vllm", help="embedded: on a machine without vLLM, one rank")
@@ -413,6 +427,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help=" ".join(named))
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     args = parser.parse_args()
+    if args.beside < 1:
+        parser.error(f"--beside is {args.beside}; it must be at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args, Path(scratch))
