@@ -203,10 +203,11 @@ def start(results: Path) -> str:
         (
             r["model"],
             r["caches"],
+            r["jobs"],
             *(f"{float(r[part]):.1f}" for part in ("import_s", "load_s", "warmup_s", "first_step_s", "after_load_s")),
             f"{r['warmup_compiled']}, {float(r['warmup_longest_s']):.1f} s",
         )
         for r in rows
     ]
-    head = ("Qwen3", "caches", "import, s", "load, s", "warm-up, s", "first step, s", "after loading, s")
+    head = ("Qwen3", "caches", "threads", "import, s", "load, s", "warm-up, s", "first step, s", "after loading, s")
     return table((*head, "kernels compiled, the longest"), out) + "\n" + csv_provenance(rows, "h200/start.csv")

@@ -6,8 +6,9 @@
 Each row is a process of its own: import; the model made on the GPU with random weights; for bi_ops `model.warmup()`, as
 training calls it: kernels compiled in parallel, GEMMs verified if the cuBLASLt binding is there; a first step of 8,192
 tokens, and a second one. `after_load_s` is from the loaded weights to the end of the first step. Of the warm-up and of
-the first step: the CPU seconds of this process's threads; how many kernels Triton compiled, and how many it loaded onto
-the GPU, found ones too; which one took longest to compile, beside the others, and in which stages.
+the first step: `jobs`, the threads that compile; the CPU seconds of this process's threads; how many kernels Triton
+compiled, and how many it loaded onto the GPU, found ones too; which one took longest to compile, beside the others, and
+in which stages.
 
 The caches of Triton, inductor, CUDA and bi_ops are folders of this benchmark, empty for a side's first row. `--binding`
 builds the binding between the two rows, as `bi-ops warmup` would, and states its seconds in the second. Rows are
@@ -76,7 +77,7 @@ def measure(model: str, side: str, dry: bool, bind: bool, jobs: int | None) -> d
 
     from bi_ops.core import runtime
     from bi_ops.matmul import cublaslt
-    from bi_ops.models.warmup import warmup_step
+    from bi_ops.models.warmup import default_jobs, warmup_step
 
     ids = torch.randint(shape(model)["vocab_size"], (2, 16) if dry else (4, 2048))
     bound = time.perf_counter()
@@ -115,7 +116,8 @@ def measure(model: str, side: str, dry: bool, bind: bool, jobs: int | None) -> d
         "after_load_s": seconds[0] - loaded,
     }
     gemm = "cublas" if side != "bi_ops" else "triton" if cublaslt.loaded() is None else "cublaslt"
-    return {name: round(value, 3) for name, value in times.items()} | {"gemm": gemm} | of_warmup | of_steps[0]
+    threads = {"jobs": jobs or default_jobs() if side == "bi_ops" else ""}
+    return {name: round(value, 3) for name, value in times.items()} | {"gemm": gemm} | threads | of_warmup | of_steps[0]
 
 
 def run(command: list[str], caches: dict[str, str], left: float) -> dict[str, object] | str:

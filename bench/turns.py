@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import IO
 
 READY = "ready for its turn"
+#: Seconds in which what a process has printed is read once it has ended.
+GRACE = 5.0
 
 
 def wait_for_turn() -> None:
@@ -58,7 +60,7 @@ class Turn:
             self.end()
             return None
         for reader in self._readers:
-            reader.join()
+            reader.join(GRACE)  # what the process has started may keep its pipes open
         return status
 
     def end(self) -> None:

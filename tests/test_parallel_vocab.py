@@ -321,3 +321,15 @@ def test_a_warmup_waits_for_no_other_rank(device):
     layout.warmup()
     assert model.lm_head.weight.shape == (76, 32)
     assert model.lm_head.exchange is model.model.embed_tokens.exchange is layout.exchange
+
+
+def test_logits_are_kept_where_a_backward_will_ask_for_them(device, monkeypatch):
+    head = VocabParallelHead(16, 4096, 2, device=device)
+    hidden, ids = torch.randn(20, 16, device=device), torch.randint(4096, (20,), device=device)
+    kept: list[int] = []
+    monkeypatch.setattr("bi_ops.nn.parallel_vocab._SegmentedTokenLogprobs.apply", lambda *given: kept.append(given[5]))
+    head.token_logprobs(hidden, ids)
+    head.token_logprobs(hidden, ids, 16)  # as many rows as asked for, at a time
+    with torch.no_grad():
+        head.token_logprobs(hidden, ids)
+    assert kept == [1, 0, 0]

@@ -23,8 +23,8 @@ import triton
 from bi_ops.core import replay, runtime
 from bi_ops.core.files import cache_folder, write_json
 
-#: Seconds after which a thread that waits for Python's lock gets it: the one that traces gives it back in every call of
-#: torch's, and would wait 5 ms each time for a kernel's front end, which is Python too.
+#: Seconds after which a thread that waits for the GIL gets it. The one that traces releases it in every call of torch's
+#: and would wait 5 ms each time for a kernel's front end, which is Python too.
 SWITCH = 0.0005
 #: Called with (kernels compiled, kernels asked for so far).
 Progress = Callable[[int, int], None]
@@ -65,7 +65,7 @@ def compile_only(jobs: int | None = None, progress: Progress = lambda done, tota
     """While this is entered, launches of Triton's and Gluon's kernels compile in `jobs` threads and do not run.
 
     What kernels would have written is undefined memory then, so nothing may depend on values. Leaving it waits for all,
-    which are then on the GPU. LLVM, ptxas and gcc, most of the time, hold no lock of Python's. In the interpreter
+    which are then on the GPU. LLVM, ptxas and gcc, most of the time, run without the GIL. In the interpreter
     nothing is compiled. Kernels that Triton tunes by timing several configs are left for their first launch.
 
     Raises:

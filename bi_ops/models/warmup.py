@@ -47,6 +47,11 @@ class StepWarmup:
     gemms: matmul.Warmup
 
 
+def default_jobs() -> int:
+    """Threads that compile a step unless told otherwise."""
+    return min(os.cpu_count() or 1, JOBS)
+
+
 def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = lambda what, done, total: None) -> int:
     """Compile the kernels of a training step of `model` in parallel; returns how many. Weights do not change.
 
@@ -64,14 +69,12 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
     def report(done: int, total: int) -> None:
         progress("compiling kernels", done, total)
 
-    jobs = jobs or min(os.cpu_count() or 1, JOBS)
-
     def batch_of(sequences: Sequence[tuple[int, int]]) -> PackedBatch:
         lengths = [(a, min(b, longest - a)) for a, b in sequences]
         prompts, completions = [[0] * a for a, _ in lengths], [[0] * b for _, b in lengths]
         return pack(prompts, completions, model.device, TOKEN_STEP, None, model.unit_tokens)
 
-    with compile_ahead.compile_only(jobs, report) as found, model.one_layer_of_each_kind():
+    with compile_ahead.compile_only(jobs or default_jobs(), report) as found, model.one_layer_of_each_kind():
         try:
             # What takes longest to compile goes first: the rest is traced meanwhile.
             _trace_attention(model, batch_of(SEQUENCES[0]))

@@ -46,6 +46,12 @@ def rows_at_once(op: str, n_rows: int, row_bytes: int, chunk_rows: int | None) -
     return chunk_rows, int(n_rows <= chunk_rows)
 
 
+def may_keep(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Will a backward ask for logits, and may they wait beside the graph? Not in one that torch.compile traces."""
+    has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return has_backward and not torch.compiler.is_compiling()
+
+
 @custom_op("bi_ops::linear_token_logprobs_backward", mutates_args={"main_grad", "logits_of_chunks"})
 def _chunked_grad(
     main_grad: torch.Tensor,
@@ -208,7 +214,6 @@ def linear_token_logprobs(
     if whole and len(ids) <= chunk_rows:
         logits = matmul.linear(hidden, weight, main_grad=main_grad)
         return logprob.token_logprobs(logits, ids, return_entropy)
-    has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    n_kept = n_kept if has_backward and not torch.compiler.is_compiling() else 0
+    n_kept = n_kept if may_keep(hidden, weight) else 0
     out, entropy = _LinearTokenLogprobs.apply(hidden, weight, ids, main_grad, chunk_rows, n_kept, return_entropy)
     return (out, entropy) if return_entropy else out

@@ -20,7 +20,7 @@ from bi_ops.core.transforms import Node
 from bi_ops.embedding import shards as embedding_shards
 from bi_ops.logprob import shards
 from bi_ops.nn.layers import Embedding
-from bi_ops.nn.lm_head import chunks_of, linear_token_logprobs, rows_at_once
+from bi_ops.nn.lm_head import chunks_of, linear_token_logprobs, may_keep, rows_at_once
 from bi_ops.nn.parallel_linear import AllReduce, ParallelLinear, Shared
 
 
@@ -244,5 +244,6 @@ class VocabParallelHead(SharedVocabulary, ParallelLinear):
             return linear_token_logprobs(hidden, self.weight, ids, self.main_grad, chunk_rows)
         row_bytes = self.most_rows * hidden.element_size()  # the same chunks on every rank
         chunk_rows, n_kept = rows_at_once("linear_token_logprobs", len(ids), row_bytes, chunk_rows)
+        n_kept = n_kept if may_keep(hidden, self.weight) else 0
         given = (hidden, self.weight, ids, self.main_grad, chunk_rows, n_kept, self)
         return _SegmentedTokenLogprobs.apply(*given)  # type: ignore[no-any-return]
