@@ -192,13 +192,13 @@ def test_the_config_changes_no_bit(device):
     given, g = inputs(100, 3, 1, 48, device)
     expected = with_gradients(qk_norm_rope, given, g)
     tensors = [t.detach() for t in given[:5]]
-    for rows in (32, 64):  # of 64 columns: 16 bytes of a row in a thread
-        config = RowConfig(rows, 1)
+    for rows, tiles in ((32, 1), (64, 1), (32, 2), (32, 8)):  # of 64 columns: 16 bytes of a row in a thread
+        config = RowConfig(rows, 1, tiles)
         *out, rstd = qk_ops.launch_forward(*tensors, given[5], 1e-6, config)
         dwq, dwk = (torch.empty_like(w) for w in tensors[1:3])
         configs = config, token_config(20, 48)
         dqkv = qk_ops.launch_backward(dwq, dwk, False, *g, *tensors, rstd, given[5], configs)
-        assert all_equal((*out, dqkv, dwq, dwk), expected), rows
+        assert all_equal((*out, dqkv, dwq, dwk), expected), config
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -15,6 +15,9 @@ from bi_ops.norm.order import RowOrder
 #: tree, so the tile does not shrink when rows are few.
 TILE = 2048
 
+#: Tiles of queries from which on a program takes several.
+FULL = 4096
+
 #: Bytes of the longest row that is held in registers, so that it is read once. dX holds g, x and the weight.
 HELD = 16384
 
@@ -22,12 +25,15 @@ HELD = 16384
 class RowConfig(NamedTuple):
     """One program has `rows` rows and holds `chunks` chunks of columns in registers; 0: none, a row is read twice.
 
+    tiles: of the norm of queries and keys, `rows` rows each, one after another.
+
     All have the tree of `RowOrder`: its warps, and 16 bytes of a row next to each other in a thread. That is why a tile
     of several rows must have at least 16 bytes for every thread.
     """
 
     rows: int
     chunks: int
+    tiles: int = 1
 
 
 class TokenConfig(NamedTuple):
@@ -69,18 +75,27 @@ def row_config(n_rows: int, n_cols: int, itemsize: int, order: RowOrder) -> RowC
 
 
 @functools.lru_cache(maxsize=1024)
+def heads_config(n_rows: int, head_dim: int, itemsize: int, order: RowOrder) -> RowConfig:
+    """`row_config` for the heads of queries and keys: where they fill a GPU several times, a program takes eight tiles,
+    and waits for the next one's rows while it computes (bench/LOG.md)."""
+    c = row_config(n_rows, head_dim, itemsize, order)
+    many = not runtime.INTERPRET and n_rows >= FULL * c.rows
+    return c._replace(tiles=8) if many else c
+
+
+@functools.lru_cache(maxsize=1024)
 def token_config(n_chunks: int, n_cols: int) -> TokenConfig:
     """Four elements a thread on a GPU; in the interpreter one program does nearly all. Any gives the same bits.
 
     Rows are a multiple of 4, so that a thread stores 4 chunks of a column at once. Adding the chunks is one chain per
-    column: one warp with a column a thread, so that short rows have as many of them as can be, and 128 chunks, or 512
-    cycles of adds, on their way.
+    column: one warp with a column a thread, so that short rows have as many of them as can be, and 320 chunks, or 1,280
+    cycles of adds, on their way: memory is no nearer.
     """
     if runtime.INTERPRET:
         cols = min(next_power_of_2(n_cols), 1 << 18)
         return TokenConfig(min(next_power_of_2(n_chunks), (1 << 18) // cols), cols, cols, 4, 1)
     cols = max(min(max(next_power_of_2(n_cols), ALIGNMENT), 128), columns_for_grid(n_cols))
-    return TokenConfig(max(512 // cols, 4), cols, 32, 64, 3)
+    return TokenConfig(max(512 // cols, 4), cols, 32, 64, 6)
 
 
 def padded_chunks(n_rows: int, chunk: int, tokens: TokenConfig) -> int:

@@ -30,10 +30,14 @@ def _partner(o_c, HALF: tl.constexpr):
 
 
 @triton.jit
-def _angles(angles, o_r, o_c, R, N, H: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr):
+def _positions(p_pos, o_r, R, H: tl.constexpr):
+    return tl.load(p_pos + o_r // H, mask=o_r < R, other=0).to(tl.int64)
+
+
+@triton.jit
+def _angles(angles, pos, o_r, o_c, R, N, HALF: tl.constexpr, INVERSE: tl.constexpr):
     """Cosine and sine of the tile, of the angle negated if INVERSE. angles: (positions, cache, how many it holds)."""
-    p_pos, p_cos_sin, P = angles
-    pos = tl.load(p_pos + o_r // H, mask=o_r < R, other=0).to(tl.int64)
+    _, p_cos_sin, P = angles
     # A position outside the cache turns its token into NaN: seen at once, and nothing out of bounds is read.
     m = ((o_r < R) & (pos >= 0) & (pos < P))[:, None] & (o_c < N)[None, :]
     p_cos = p_cos_sin + (pos * (2 * HALF))[:, None] + _eights(tl.where(o_c < HALF, o_c, o_c - HALF))[None, :]
@@ -52,6 +56,14 @@ def _rotate(b, b_partner, b_cos, b_sin, o_c, HALF: tl.constexpr, dtype: tl.const
 
 
 @triton.jit
+def _load_rows(p_x, o_r, o_c, o_p, R, N, stride_xt, H: tl.constexpr, HALF: tl.constexpr):
+    """Rows of queries or keys, and the partners of their columns."""
+    m = (o_r < R)[:, None] & (o_c < N)
+    p_row = p_x + row_start(o_r, H, stride_xt, 2 * HALF)
+    return tl.load(p_row + o_c, mask=m, other=0.0), tl.load(p_row + o_p[None, :], mask=m, other=0.0)
+
+
+@triton.jit
 def _forward(
     p_x,
     p_w,
@@ -65,28 +77,38 @@ def _forward(
     H: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     LARGE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Queries or keys: y = the rotation of x * rstd * w, rounded before and after it."""
+    """Queries or keys: y = the rotation of x * rstd * w, rounded before and after it. A tile's rows and positions are
+    asked for while the tile before is computed."""
     dtype: tl.constexpr = p_y.dtype.element_ty
-    o_r, o_1 = widen(tl.program_id(0), LARGE) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    o_1 = tl.arange(0, BLOCK)
     o_c, o_p = o_1[None, :], _partner(o_1, HALF)
-    m = (o_r < R)[:, None] & (o_c < N)
-    b_cos, b_sin = _angles(angles, o_r, o_1, R, N, H, HALF, False)
     b_w = load_weight(p_w, o_1, N, 1.0, dtype)[None, :]
     b_wp = load_weight(p_w, o_p, N, 1.0, dtype)[None, :]
+    o_r = widen(tl.program_id(0), LARGE) * (ROWS * TILES) + tl.arange(0, ROWS)
+    pos = _positions(angles[0], o_r, R, H)
+    if TILES == 1:  # constants, so before the wait
+        b_cos, b_sin = _angles(angles, pos, o_r, o_1, R, N, HALF, False)
     pdl.begin_after_loads(PDL)
-    p_row = p_x + row_start(o_r, H, stride_xt, 2 * HALF)
-    b_x = tl.load(p_row + o_c, mask=m, other=0.0).to(tl.float32)
-    b_xp = tl.load(p_row + o_p[None, :], mask=m, other=0.0).to(tl.float32)
-
-    rstd = 1.0 / tl.sqrt(row_sum(squares(b_x, o_r, o_c, R, N), 1) / N + tl.cast(eps, tl.float32))
-    tl.store(p_rstd + o_r, rstd, mask=o_r < R)
-    b_y = cast(b_x * rstd[:, None] * b_w, dtype).to(tl.float32)
-    b_yp = cast(b_xp * rstd[:, None] * b_wp, dtype).to(tl.float32)
-    tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, _rotate(b_y, b_yp, b_cos, b_sin, o_c, HALF, dtype), mask=m)
+    b_x, b_xp = _load_rows(p_x, o_r, o_c, o_p, R, N, stride_xt, H, HALF)
+    for _ in tl.range(0, TILES):
+        if TILES > 1:
+            b_cos, b_sin = _angles(angles, pos, o_r, o_1, R, N, HALF, False)
+            pos = _positions(angles[0], o_r + ROWS, R, H)
+            b_next, b_nextp = _load_rows(p_x, o_r + ROWS, o_c, o_p, R, N, stride_xt, H, HALF)
+        b, b_p = b_x.to(tl.float32), b_xp.to(tl.float32)
+        rstd = 1.0 / tl.sqrt(row_sum(squares(b, o_r, o_c, R, N), 1) / N + tl.cast(eps, tl.float32))
+        tl.store(p_rstd + o_r, rstd, mask=o_r < R)
+        b_y = cast(b * rstd[:, None] * b_w, dtype).to(tl.float32)
+        b_yp = cast(b_p * rstd[:, None] * b_wp, dtype).to(tl.float32)
+        m = (o_r < R)[:, None] & (o_c < N)
+        tl.store(p_y + row_start(o_r, 1, N, 0) + o_c, _rotate(b_y, b_yp, b_cos, b_sin, o_c, HALF, dtype), mask=m)
+        if TILES > 1:
+            b_x, b_xp, o_r = b_next, b_nextp, o_r + ROWS
 
 
 @triton.jit(do_not_specialize=["T", "prefetch"])
@@ -110,26 +132,33 @@ def qk_norm_rope_kernel(
     HK: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     LARGE: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A program has TILES tiles of ROWS rows, one after another."""
     pdl.begin(prefetch, PDL)
     angles = (p_pos, p_cos_sin, P)
     T = widen(T, LARGE)
+    first = widen(tl.program_id(0), LARGE) * (ROWS * TILES)
     if tl.program_id(1) == 0:
-        _forward(p_qkv, p_wq, angles, p_q, p_rstd, T * HQ, N, eps, stride_t, HQ, HALF, ROWS, BLOCK, LARGE, PDL)
-    elif widen(tl.program_id(0), LARGE) * ROWS < T * HK:
+        _forward(p_qkv, p_wq, angles, p_q, p_rstd, T * HQ, N, eps, stride_t, HQ, HALF, ROWS, TILES, BLOCK, LARGE, PDL)
+    elif first < T * HK:
         p_keys = p_qkv + HQ * 2 * HALF
         if tl.program_id(1) == 1:
             p_rstd += T * HQ
-            _forward(p_keys, p_wk, angles, p_k, p_rstd, T * HK, N, eps, stride_t, HK, HALF, ROWS, BLOCK, LARGE, PDL)
+            _forward(
+                *(p_keys, p_wk, angles, p_k, p_rstd, T * HK, N, eps, stride_t, HK, HALF, ROWS, TILES, BLOCK, LARGE, PDL)
+            )
         else:
             pdl.begin_after_loads(PDL)
-            o_r, o_c = widen(tl.program_id(0), LARGE) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
-            m = (o_r < T * HK)[:, None] & (o_c < N)
-            b_v = tl.load(p_keys + HK * 2 * HALF + row_start(o_r, HK, stride_t, 2 * HALF) + o_c, mask=m)
-            tl.store(p_v + row_start(o_r, 1, N, 0) + o_c, b_v, mask=m)
+            o_c = tl.arange(0, BLOCK)[None, :]
+            for tile in tl.static_range(TILES):
+                o_r = first + tile * ROWS + tl.arange(0, ROWS)
+                m = (o_r < T * HK)[:, None] & (o_c < N)
+                b_v = tl.load(p_keys + HK * 2 * HALF + row_start(o_r, HK, stride_t, 2 * HALF) + o_c, mask=m)
+                tl.store(p_v + row_start(o_r, 1, N, 0) + o_c, b_v, mask=m)
     else:
         pdl.begin_after_loads(PDL)
 
@@ -178,7 +207,7 @@ def _backward(
         b_gp = tl.load(p_row + o_p[None, :], mask=m, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + row_start(o_r, H, stride_xt, 2 * HALF) + o_c, mask=m, other=0.0).to(tl.float32)
         rstd = tl.load(p_rstd + o_r, mask=o_r < R, other=0.0)[:, None]
-        b_cos, b_sin = _angles(angles, o_r, o_1, R, N, H, HALF, True)
+        b_cos, b_sin = _angles(angles, _positions(angles[0], o_r, R, H), o_r, o_1, R, N, HALF, True)
         b_g = tl.where(m, _rotate(b_g, b_gp, b_cos, b_sin, o_c, HALF, dtype).to(tl.float32), 0.0)
 
         b_dx = dx_of_held(b_g, b_g, b_w, b_x, rstd, N, 1, False, True)

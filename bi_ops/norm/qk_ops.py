@@ -18,7 +18,7 @@ from bi_ops.core.rows import ALIGNMENT, aligned_rows
 from bi_ops.core.transforms import Node
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.norm import order as orders
-from bi_ops.norm.config import RowConfig, TokenConfig, padded_chunks, row_config, token_config
+from bi_ops.norm.config import RowConfig, TokenConfig, heads_config, padded_chunks, row_config, token_config
 from bi_ops.norm.qk_kernels import qk_add_chunks_kernel, qk_norm_rope_backward_kernel, qk_norm_rope_kernel
 
 
@@ -65,10 +65,10 @@ def launch_forward(
         if positions.is_cpu:
             _check_positions(positions, cos_sin)
         order = _order(qkv, dim)
-        c = config or row_config(n_tokens * hq, dim, qkv.itemsize, order.rows)
+        c = config or heads_config(n_tokens * hq, dim, qkv.itemsize, order.rows)
         rows = aligned_rows(qkv)
         wq, wk = aligned_rows(q_weight), aligned_rows(k_weight)
-        recorded(qk_norm_rope_kernel)[(cdiv(n_tokens * max(hq, hk), c.rows), 3)](
+        recorded(qk_norm_rope_kernel)[(cdiv(n_tokens * max(hq, hk), c.rows * c.tiles), 3)](
             rows,
             wq,
             wk,
@@ -88,6 +88,7 @@ def launch_forward(
             HK=hk,
             HALF=dim // 2,
             ROWS=c.rows,
+            TILES=c.tiles,
             BLOCK=order.rows.tile(dim, c.chunks > 0),
             LARGE=n_tokens * max(hq, hk) >= SMALL,
             num_warps=order.rows.num_warps,
