@@ -248,6 +248,23 @@ def wgrad_tile_launches() -> Iterator[Launch]:
         yield launch(*options)
 
 
+def segments_launches() -> Iterator[Launch]:
+    from bi_ops.matmul import config, hopper_segments
+
+    def launch(c, transposed, dtype=BF16, out_dtype=None):
+        x, weight = torch.zeros((256, 2048), dtype=dtype), torch.zeros((512, 2048), dtype=dtype)
+        weight = weight if transposed else torch.zeros((2048, 512), dtype=dtype).t()
+        out = torch.zeros((256, 512), dtype=out_dtype or dtype)
+        name = _text(**asdict(c), transposed=transposed, dtype=dtype, out=out.dtype)
+        return name, lambda: hopper_segments.launch(x, weight, out, 2, [1024], c, 132)
+
+    for c in (config.WIDE_SEGMENTS, config.NARROW_SEGMENTS, config.WIDE_SEGMENTS_IN_MEMORY):
+        for transposed in (True, False):
+            yield launch(c, transposed)
+            yield launch(c, transposed, out_dtype=torch.float32)
+    yield launch(config.WIDE_SEGMENTS, True, FP16)
+
+
 def decode_matmul_launches() -> Iterator[Launch]:
     from bi_ops.matmul import config, decode
 
@@ -316,6 +333,7 @@ LAUNCHES = {
     "dkv": dkv_launches,
     "wgrad": wgrad_launches,
     "wgrad_tile": wgrad_tile_launches,
+    "segments": segments_launches,
     "decode_matmul": decode_matmul_launches,
     "grouped_matmul": grouped_matmul_launches,
     "grouped_wgrad": grouped_wgrad_launches,
