@@ -250,19 +250,22 @@ def wgrad_tile_launches() -> Iterator[Launch]:
 
 def segments_launches() -> Iterator[Launch]:
     from bi_ops.matmul import config, hopper_segments
+    from bi_ops.matmul.order import segmented_order
 
-    def launch(c, transposed, dtype=BF16, out_dtype=None):
+    def launch(c, segments, transposed, dtype=BF16, out_dtype=None):
         x, weight = torch.zeros((256, 2048), dtype=dtype), torch.zeros((512, 2048), dtype=dtype)
         weight = weight if transposed else torch.zeros((2048, 512), dtype=dtype).t()
-        out = torch.zeros((256, 512), dtype=out_dtype or dtype)
-        name = _text(**asdict(c), transposed=transposed, dtype=dtype, out=out.dtype)
-        return name, lambda: hopper_segments.launch(x, weight, out, 2, [1024], c, 132)
+        out, order = torch.zeros((256, 512), dtype=out_dtype or dtype), segmented_order(dtype, segments, SM_90)
+        name = _text(**asdict(c), segments=segments, transposed=transposed, dtype=dtype, out=out.dtype)
+        return name, lambda: hopper_segments.launch(x, weight, out, order, [2048 // segments], c, 132)
 
-    for c in (config.WIDE_SEGMENTS, config.NARROW_SEGMENTS, config.WIDE_SEGMENTS_IN_MEMORY):
-        for transposed in (True, False):
-            yield launch(c, transposed)
-            yield launch(c, transposed, out_dtype=torch.float32)
-    yield launch(config.WIDE_SEGMENTS, True, FP16)
+    for segments, transposed in itertools.product((2, 4, 8), (True, False)):
+        yield launch(config.WIDE_SEGMENTS, segments, transposed)
+        yield launch(config.NARROW_SEGMENTS, segments, transposed)
+        yield launch(config.WIDE_SEGMENTS, segments, transposed, out_dtype=torch.float32)
+    for segments in (2, 8):
+        yield launch(config.WIDE_SEGMENTS_IN_MEMORY, segments, True)
+    yield launch(config.WIDE_SEGMENTS, 2, True, FP16)
 
 
 def decode_matmul_launches() -> Iterator[Launch]:

@@ -29,6 +29,7 @@ from bi_ops.gluon.accumulator import join_columns, split_columns
 from bi_ops.gluon.aggregate import Scalar, aggregate
 from bi_ops.gluon.pipeline import allocate_barriers, init_barriers, next_stage, previous_stage
 from bi_ops.matmul.config import HELD_COLUMNS, HopperSegmentsConfig
+from bi_ops.matmul.order import SegmentedOrder
 
 #: Rows of a tile that a consumer warp group owns, half of them.
 HALF = gl.constexpr(64)
@@ -59,8 +60,8 @@ class PartitionArgs:
     K_0: Scalar
     K_1: Scalar
     K_2: Scalar
-    n_segments: Scalar
     n_columns: Scalar
+    SEGMENTS: gl.constexpr
     GROUP_M: gl.constexpr
     TRANSPOSED: gl.constexpr
     IN_MEMORY: gl.constexpr
@@ -101,18 +102,18 @@ def _load_steps(args, m, n, begin, end, stage, phase):
 def _producer(args):
     """Tiles of A and B, in the order in which both warp groups need them: of a segment, its piece of each part of K."""
     BLOCK_N: gl.constexpr = args.b_smem.type.shape[1] if args.TRANSPOSED else args.b_smem.type.shape[2]
-    K_0, K_1, K_2, n_segments = args.K_0, args.K_1, args.K_2, args.n_segments
+    K_0, K_1, K_2 = args.K_0, args.K_1, args.K_2
     stage = args.M * 0
     phase = args.M * 0 + 1  # a stage that was never filled counts as empty
     n_tiles = gl.cdiv(args.M, 2 * HALF) * gl.cdiv(args.N, BLOCK_N)
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
         m, n = _corner(args, tile, BLOCK_N)
-        for segment in range(0, n_segments):
+        for segment in range(0, args.SEGMENTS):
             begin = segment * K_0
             stage, phase = _load_steps(args, m, n, begin, begin + K_0, stage, phase)
-            begin = n_segments * K_0 + segment * K_1
+            begin = args.SEGMENTS * K_0 + segment * K_1
             stage, phase = _load_steps(args, m, n, begin, begin + K_1, stage, phase)
-            begin = n_segments * (K_0 + K_1) + segment * K_2
+            begin = args.SEGMENTS * (K_0 + K_1) + segment * K_2
             stage, phase = _load_steps(args, m, n, begin, begin + K_2, stage, phase)
 
 
@@ -195,7 +196,7 @@ def _add_shared(part, smem):
 def _store(args, part, m, n, c_smem):
     """The sums, rounded, to columns from n on of rows from m on; as many at a time as c_smem has."""
     C: gl.constexpr = part.shape[1]
-    if C > c_smem.shape[1]:
+    if c_smem.shape[1] < C:
         left, right = split_columns(part, C)
         _store(args, left, m, n, c_smem)
         _store(args, right, m, n + C // 2, c_smem)
@@ -225,7 +226,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     n_tiles = gl.cdiv(args.M, 2 * HALF) * gl.cdiv(args.N, BLOCK_N)
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
         m, n = _corner(args, tile, BLOCK_N)
-        for segment in range(0, args.n_segments):
+        for segment in range(0, args.SEGMENTS):
             total, stage, phase = _segment(args, stage, phase, LAYOUT, WARP_GROUP)
             # As a counter carries: level by level the left halves of the subtrees that end with this segment.
             p_left = p_pairs
@@ -245,7 +246,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
                     total = _add_parked(total, p_left)
                     p_left += HALF * BLOCK_N
                     carry = carry // 2
-            if segment == args.n_segments - 1:
+            if segment == args.SEGMENTS - 1:
                 _store(args, total, m + WARP_GROUP * HALF, n, c_smem)
             elif segment % 2 == 1:
                 _park(total, p_left)
@@ -261,7 +262,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "K_0", "K_1", "K_2", "n_segments", "n_columns"])
+@gluon.jit(do_not_specialize=["M", "K_0", "K_1", "K_2", "n_columns"])
 def matmul_segments_hopper_kernel(
     d_a,  # descriptor of A [M, K] with tiles [64, BLOCK_K]
     d_b,  # of B [K, N] with tiles [BLOCK_K, BLOCK_N]; TRANSPOSED: of [N, K] with tiles [BLOCK_N, BLOCK_K]
@@ -272,8 +273,8 @@ def matmul_segments_hopper_kernel(
     K_0,  # elements of each part of K that a segment has, multiples of BLOCK_K
     K_1,
     K_2,
-    n_segments,  # a power of two
     n_columns,
+    SEGMENTS: gl.constexpr,  # a power of two
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     TRANSPOSED: gl.constexpr,
@@ -294,7 +295,7 @@ def matmul_segments_hopper_kernel(
     init_barriers(empty, 2)
     args = PartitionArgs(
         *(d_a, d_b, d_c, p_parked, a_smem, b_smem, c_smem_0, c_smem_1, full, empty),
-        *(M, N, K_0, K_1, K_2, n_segments, n_columns, GROUP_M, TRANSPOSED, IN_MEMORY),
+        *(M, N, K_0, K_1, K_2, n_columns, SEGMENTS, GROUP_M, TRANSPOSED, IN_MEMORY),
     )
     gl.warp_specialize(
         [(_consumer, (args, 0)), (_consumer, (args, 1)), (_producer, (args,))],
@@ -307,17 +308,17 @@ def launch(
     x: torch.Tensor,
     weight: torch.Tensor,
     out: torch.Tensor,
-    segments: int,
+    order: SegmentedOrder,
     sizes: list[int],
     c: HopperSegmentsConfig,
     num_sms: int,
 ) -> None:
-    """out[M, N] = x[M, K] @ weight[N, K].T, K in `segments` with `sizes` of each part; see `segments.hopper_serves`."""
+    """out[M, N] = x[M, K] @ weight[N, K].T; sizes: what a segment has of each part; see `segments.hopper_serves`."""
     (m, k), n = x.shape, weight.shape[0]
-    assert all(size % c.block_k == 0 for size in sizes)  # a step would be of two segments
+    assert all(size % c.block_k == 0 for size in sizes)  # else a step would be of two segments
     transposed = weight.stride(1) == 1
     programs = min(cdiv(m, 2 * HALF.value) * cdiv(n, c.block_n), num_sms)
-    pairs = max(segments // 2, 1)
+    pairs = max(order.segments // 2, 1)
     columns = (pairs.bit_length() - 1) * c.block_n + (c.block_n - HELD.value if c.in_memory else 0)
     stored = weight if transposed else weight.t()
     b_tile = (c.block_n, c.block_k) if transposed else (c.block_k, c.block_n)
@@ -330,8 +331,8 @@ def launch(
         n,
         *sizes,
         *[0] * (3 - len(sizes)),
-        segments,
         columns,
+        SEGMENTS=order.segments,
         STAGES=c.stages,
         GROUP_M=c.group_m,
         TRANSPOSED=transposed,

@@ -117,7 +117,7 @@ def subtree_of(
     if isinstance(config, HopperSegmentsConfig):
         from bi_ops.matmul import hopper_segments
 
-        hopper_segments.launch(x, weight, out, segments, sizes, config, runtime.multiprocessors(x.device))
+        hopper_segments.launch(x, weight, out, order, sizes, config, runtime.multiprocessors(x.device))
         return out
     config = config or segments_config(m, n, segments, x.dtype, arch)
     block_k = order.block_k(config.block_k)
