@@ -208,6 +208,33 @@ def _store(args, part, m, n, c_smem):
 
 
 @gluon.jit
+def _add_left(args, total, held, p_parked, p_pairs, segment, c_smem):
+    """(sum of the largest subtree that ends with a segment, where it waits if it is itself a left half)
+
+    As a counter carries: level by level what waits is added. held, p_parked, c_smem: the left half of a pair.
+    """
+    BLOCK_N: gl.constexpr = total.shape[1]
+    LAYOUT: gl.constexpr = total.type.layout
+    if segment % 2 == 1:
+        if BLOCK_N > HELD:
+            left, right = split_columns(total, BLOCK_N)
+            left = held + left
+            if args.IN_MEMORY:
+                right = _add_parked(right, p_parked)
+            else:
+                right = _add_shared(right, c_smem)
+            total = join_columns(left, right, BLOCK_N, LAYOUT)
+        else:
+            total = held + total
+        carry = segment // 2
+        while carry % 2 == 1:
+            total = _add_parked(total, p_pairs)
+            p_pairs += HALF * BLOCK_N
+            carry = carry // 2
+    return total, p_pairs
+
+
+@gluon.jit
 def _consumer(args, WARP_GROUP: gl.constexpr):
     """Rows [64 WARP_GROUP, 64 WARP_GROUP + 64) of each tile."""
     BLOCK_N: gl.constexpr = args.b_smem.type.shape[1] if args.TRANSPOSED else args.b_smem.type.shape[2]
@@ -226,39 +253,27 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     n_tiles = gl.cdiv(args.M, 2 * HALF) * gl.cdiv(args.N, BLOCK_N)
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
         m, n = _corner(args, tile, BLOCK_N)
-        for segment in range(0, args.SEGMENTS):
+        m += WARP_GROUP * HALF
+        if args.SEGMENTS == 1:
             total, stage, phase = _segment(args, stage, phase, LAYOUT, WARP_GROUP)
-            # As a counter carries: level by level the left halves of the subtrees that end with this segment.
-            p_left = p_pairs
-            if segment % 2 == 1:
-                if SPLIT:
+            _store(args, total, m, n, c_smem)
+        else:
+            for segment in range(0, args.SEGMENTS):
+                total, stage, phase = _segment(args, stage, phase, LAYOUT, WARP_GROUP)
+                total, p_left = _add_left(args, total, held, p_parked, p_pairs, segment, c_smem)
+                if segment == args.SEGMENTS - 1:
+                    _store(args, total, m, n, c_smem)
+                elif segment % 2 == 1:
+                    _park(total, p_left)
+                elif SPLIT:
                     left, right = split_columns(total, BLOCK_N)
-                    left = held + left
                     if args.IN_MEMORY:
-                        right = _add_parked(right, p_parked)
+                        _park(right, p_parked)
                     else:
-                        right = _add_shared(right, c_smem)
-                    total = join_columns(left, right, BLOCK_N, LAYOUT)
-                else:
-                    total = held + total
-                carry = segment // 2
-                while carry % 2 == 1:
-                    total = _add_parked(total, p_left)
-                    p_left += HALF * BLOCK_N
-                    carry = carry // 2
-            if segment == args.SEGMENTS - 1:
-                _store(args, total, m + WARP_GROUP * HALF, n, c_smem)
-            elif segment % 2 == 1:
-                _park(total, p_left)
-            elif SPLIT:
-                left, right = split_columns(total, BLOCK_N)
-                if args.IN_MEMORY:
-                    _park(right, p_parked)
-                else:
-                    _park_shared(right, c_smem)
-            held = total  # after every segment: registers that are written either way hold nothing before
-            if SPLIT:
-                held, right = split_columns(total, BLOCK_N)
+                        _park_shared(right, c_smem)
+                held = total  # after every segment: registers that are written either way hold nothing before
+                if SPLIT:
+                    held, right = split_columns(total, BLOCK_N)
     tma.store_wait(0)
 
 
