@@ -249,7 +249,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     phase = args.M * 0
     held = gl.zeros([HALF, BLOCK_N], gl.float32, LAYOUT)
     if SPLIT:
-        held, right = split_columns(held, BLOCK_N)
+        held, _ = split_columns(held, BLOCK_N)
     n_tiles = gl.cdiv(args.M, 2 * HALF) * gl.cdiv(args.N, BLOCK_N)
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
         m, n = _corner(args, tile, BLOCK_N)
@@ -266,14 +266,14 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
                 elif segment % 2 == 1:
                     _park(total, p_left)
                 elif SPLIT:
-                    left, right = split_columns(total, BLOCK_N)
+                    _, right = split_columns(total, BLOCK_N)
                     if args.IN_MEMORY:
                         _park(right, p_parked)
                     else:
                         _park_shared(right, c_smem)
                 held = total  # after every segment: registers that are written either way hold nothing before
                 if SPLIT:
-                    held, right = split_columns(total, BLOCK_N)
+                    held, _ = split_columns(total, BLOCK_N)
     tma.store_wait(0)
 
 
