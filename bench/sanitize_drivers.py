@@ -21,7 +21,17 @@ from bi_ops.logprob import shards
 from bi_ops.logprob.config import SplitConfig
 from bi_ops.logprob.ops import launch_token_logprobs
 from bi_ops.matmul import subtree
-from bi_ops.matmul.config import NARROW, ONE_WAVE, WIDE, WgradConfig, WgradTileConfig, segments_config
+from bi_ops.matmul.config import (
+    NARROW,
+    NARROW_SEGMENTS,
+    ONE_WAVE,
+    WIDE,
+    WIDE_SEGMENTS,
+    WIDE_SEGMENTS_IN_MEMORY,
+    WgradConfig,
+    WgradTileConfig,
+    segments_config,
+)
 from bi_ops.matmul.launch import launch_wgrad
 from bi_ops.parallel.peer import PeerAllGather, PeerAllReduce, PeerMemory
 from bi_ops.verify import configs, packs
@@ -108,6 +118,14 @@ def _gemms() -> None:
         subtree(x, weight, 2, [128, 64])
         in_memory = replace(segments_config(21, 40, 4, dtype, arches.of(x.device)), block_m=16, block_n=16, kept=1)
         subtree(x, weight, 4, config=in_memory)
+
+
+def _segments() -> None:
+    for config in (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, NARROW_SEGMENTS):
+        x, weight = (torch.randn(n, 1024, device="cuda").to(BF16) for n in (300, 520))
+        for segments in (2, 8):
+            subtree(x, weight, segments, config=config)
+            subtree(x, weight.t().contiguous().t(), segments, [512, 512], dtype=BF16, config=config)
 
 
 def _experts() -> None:
@@ -246,6 +264,7 @@ DRIVERS: dict[str, Driver] = {
     "matmul": Driver(("matmul_kernel", "matmul_segments_kernel"), _gemms),
     "weight gradient on Hopper": Driver(("wgrad_kernel",), _weight_gradients(WIDE, NARROW), gpu=True),
     "weight gradient of one wave on Hopper": Driver(("wgrad_tile_kernel",), _weight_gradients(*ONE_WAVE), gpu=True),
+    "segments on Hopper": Driver(("matmul_segments_hopper_kernel",), _segments, gpu=True),
     "few rows on Hopper": Driver(("decode_matmul_kernel",), _few_rows, gpu=True),
     "mixture of experts": Driver(
         (

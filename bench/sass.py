@@ -248,6 +248,26 @@ def wgrad_tile_launches() -> Iterator[Launch]:
         yield launch(*options)
 
 
+def segments_launches() -> Iterator[Launch]:
+    from bi_ops.matmul import config, hopper_segments
+    from bi_ops.matmul.order import segmented_order
+
+    def launch(c, segments, transposed, dtype=BF16, out_dtype=None):
+        x, weight = torch.zeros((256, 2048), dtype=dtype), torch.zeros((512, 2048), dtype=dtype)
+        weight = weight if transposed else torch.zeros((2048, 512), dtype=dtype).t()
+        out, order = torch.zeros((256, 512), dtype=out_dtype or dtype), segmented_order(dtype, segments, SM_90)
+        name = _text(**asdict(c), segments=segments, transposed=transposed, dtype=dtype, out=out.dtype)
+        return name, lambda: hopper_segments.launch(x, weight, out, order, [2048 // segments], c, 132)
+
+    for segments, transposed in itertools.product((2, 4, 8), (True, False)):
+        yield launch(config.WIDE_SEGMENTS, segments, transposed)
+        yield launch(config.NARROW_SEGMENTS, segments, transposed)
+        yield launch(config.WIDE_SEGMENTS, segments, transposed, out_dtype=torch.float32)
+    for segments in (2, 8):
+        yield launch(config.WIDE_SEGMENTS_IN_MEMORY, segments, True)
+    yield launch(config.WIDE_SEGMENTS, 2, True, FP16)
+
+
 def decode_matmul_launches() -> Iterator[Launch]:
     from bi_ops.matmul import config, decode
 
@@ -316,6 +336,7 @@ LAUNCHES = {
     "dkv": dkv_launches,
     "wgrad": wgrad_launches,
     "wgrad_tile": wgrad_tile_launches,
+    "segments": segments_launches,
     "decode_matmul": decode_matmul_launches,
     "grouped_matmul": grouped_matmul_launches,
     "grouped_wgrad": grouped_wgrad_launches,

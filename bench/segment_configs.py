@@ -3,15 +3,15 @@
     python bench/segment_configs.py --out bench/results/h200 [--models 1.7B 8B] [--seconds 60]
 
 Of a training step the products that ranks share K of: outputs of attention and of the MLP, and dX of what stands before
-them (`parts`: queries, keys and values; gate and up), at 8,192 tokens. Configs are compiled in parallel first and timed
-in turns; each must give the bits of the config in use. A run ends with geometric means of the configs' times over those
-of one segment. Needs a GPU.
+them (`parts`: queries, keys and values; gate and up), at 8,192 tokens. Configs of the Triton kernel and of Hopper's are
+compiled in parallel first. Each must give the bits of the first, Triton's; Hopper's also those of a few rows alone, and
+unrounded ones. All are then timed in turns. A run ends with each model's sums of the times over those of cuBLAS. Needs
+a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,11 +29,24 @@ import torch
 
 from bi_ops import matmul
 from bi_ops.core import arch as arches
+from bi_ops.core import runtime
 from bi_ops.core.compile_ahead import compile_only
-from bi_ops.matmul.config import SegmentsConfig, segments_config
+from bi_ops.matmul.config import (
+    NARROW_SEGMENTS,
+    WIDE_SEGMENTS,
+    WIDE_SEGMENTS_IN_MEMORY,
+    HopperSegmentsConfig,
+    SegmentsConfig,
+    hopper_segments_config,
+    segments_config,
+)
 from bi_ops.matmul.segments import subtree_of
 
-SEGMENTS = (2, 4, 8)
+Config = SegmentsConfig | HopperSegmentsConfig
+
+SEGMENTS = (1, 2, 4, 8)
+#: Of which the bits are compared: less than a tile, a tile and a row, all but one row.
+ROWS = (1, 17, 129, 8191)
 BF16 = torch.bfloat16
 
 
@@ -56,16 +69,46 @@ def products(model: str) -> Iterator[Product]:
     yield Product("dX of gate and up", hidden, 2 * intermediate, (intermediate, intermediate), True)
 
 
-def configs(segments: int, in_use: SegmentsConfig) -> list[SegmentsConfig]:
-    """The one in use, which comes first, and others."""
-    wide, square = (replace(in_use, block_m=128, block_n=n, block_k=64, num_warps=8) for n in (256, 128))
-    found = [in_use, replace(wide, num_stages=3, kept=1), replace(square, num_stages=4, kept=1)]
-    found += [replace(square, num_stages=stages, kept=2) for stages in (3, 4)]
-    return list(dict.fromkeys(found))
+#: Hopper's tiles of each number of segments.
+DEEP, SHALLOW = replace(WIDE_SEGMENTS_IN_MEMORY, block_k=32, stages=8), replace(WIDE_SEGMENTS, block_k=32, stages=6)
+TRIED: dict[int, tuple[HopperSegmentsConfig, ...]] = {
+    1: (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, DEEP, NARROW_SEGMENTS),
+    2: (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, DEEP, SHALLOW, replace(WIDE_SEGMENTS, group_m=16), NARROW_SEGMENTS),
+    4: (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY),
+    8: (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, NARROW_SEGMENTS),
+}
 
 
-def text(c: SegmentsConfig) -> str:
-    return " ".join(f"{k}={v}" for k, v in asdict(c).items())
+def configs(n: int, segments: int, arch: arches.Arch) -> list[Config]:
+    """Triton's for so many rows, which comes first and has the bits that are expected, and Hopper's."""
+    return [segments_config(TOKENS, n, segments, BF16, arch), *TRIED[segments]]
+
+
+def text(c: Config) -> str:
+    kernel = "hopper" if isinstance(c, HopperSegmentsConfig) else "triton"
+    return f"{kernel} " + " ".join(f"{k}={v}" for k, v in asdict(c).items())
+
+
+def same_bits(
+    product: Product,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    segments: int,
+    c: Config,
+    expected: torch.Tensor,
+    unrounded: torch.Tensor | None,
+) -> bool:
+    """Has a config the bits of the expected rows, all of them and a few alone?"""
+
+    def equal(want: torch.Tensor) -> bool:
+        torch.full_like(want, torch.nan)  # what the result's memory holds before
+        return torch.equal(subtree_of(x[: len(want)], weight, segments, product.parts, want.dtype, c), want)
+
+    wanted = [expected]
+    if isinstance(c, HopperSegmentsConfig):
+        wanted += [expected[:rows] for rows in ROWS]
+        wanted += [] if unrounded is None else [unrounded, unrounded[:129]]
+    return all(equal(want) for want in wanted)
 
 
 def operands(product: Product) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,58 +127,71 @@ def main() -> int:
     args = parser.parse_args()
     began, about = time.perf_counter(), row_provenance(args.commit)
     args.out.mkdir(parents=True, exist_ok=True)
-    arch = arches.of(torch.device("cuda"))
+    device = torch.device("cuda")
+    arch, num_sms = arches.of(device), runtime.multiprocessors(device)
     every = [(model, product) for model in args.models for product in products(model)]
-    chosen = {
-        (n, s): configs(s, segments_config(TOKENS, n, s, BF16, arch)) for n in {p.n for _, p in every} for s in SEGMENTS
-    }
+    chosen = {(n, s): configs(n, s, arch) for n in {p.n for _, p in every} for s in SEGMENTS}
+    unrounded = (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, NARROW_SEGMENTS)
     with compile_only(16):
         for _, product in every:
             x, weight = operands(product)
             for segments in SEGMENTS:
                 for c in chosen[product.n, segments]:
                     subtree_of(x, weight, segments, product.parts, BF16, c)
+            for c in (chosen[product.n, 2][0], *unrounded):
+                subtree_of(x, weight, 2, product.parts, torch.float32, c)
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     rows: list[dict[str, object]] = []
-    ratios: dict[tuple[int, str], list[float]] = {}
     failed = 0
     for model, product in every:
         if time.perf_counter() - began > args.seconds:
             print("out of time; the rest is left out")
             break
         x, weight = operands(product)
+        same: dict[tuple[int, Config], bool] = {}
+        for segments in SEGMENTS:
+            first, *_ = chosen[product.n, segments]
+            expected = subtree_of(x, weight, segments, product.parts, BF16, first)
+            exact = subtree_of(x, weight, segments, product.parts, torch.float32, first) if segments == 2 else None
+            for c in chosen[product.n, segments]:
+                fp32 = exact if c in unrounded else None
+                same[segments, c] = same_bits(product, x, weight, segments, c, expected, fp32)
+        failed += sum(not equal for equal in same.values())
         runs: dict[str, Callable[[], object]] = {
             "one segment": partial(matmul.mm, x, weight.t()),
             "cuBLAS": partial(torch.mm, x, weight.t()),
         }
-        for segments in SEGMENTS:
-            for c in chosen[product.n, segments]:
-                runs[f"{segments} {text(c)}"] = partial(subtree_of, x, weight, segments, product.parts, BF16, c)
+        for segments, c in same:
+            runs[f"{segments} {text(c)}"] = partial(subtree_of, x, weight, segments, product.parts, BF16, c)
         times = in_turns(runs, rounds=5)
-        for segments in SEGMENTS:
-            in_use, *_ = chosen[product.n, segments]
-            expected = subtree_of(x, weight, segments, product.parts, BF16, in_use)
-            for c in chosen[product.n, segments]:
-                name = f"{segments} {text(c)}"
-                same = torch.equal(subtree_of(x, weight, segments, product.parts, BF16, c), expected)
-                failed += not same
-                ratio = times[name] / times["one segment"]
-                ratios.setdefault((segments, text(c)), []).append(ratio)
-                rows.append(
-                    {"model": model, "product": product.name, "m": TOKENS, "n": product.n, "k": product.k}
-                    | {
-                        "segments": segments,
-                        "config": text(c),
-                        "in_use": c == in_use,
-                        "us": round(1e6 * times[name], 1),
-                    }
-                    | {"one_segment_us": round(1e6 * times["one segment"], 1), "over_one_segment": round(ratio, 3)}
-                    | {"cublas_us": round(1e6 * times["cuBLAS"], 1), "same_bits": same}
-                    | about
-                )
+        for segments, c in same:
+            name = f"{segments} {text(c)}"
+            us = {"one_segment_us": times["one segment"], "cublas_us": times["cuBLAS"]}
+            rows.append(
+                {"model": model, "product": product.name, "m": TOKENS, "n": product.n, "k": product.k}
+                | {
+                    "segments": segments,
+                    "config": text(c),
+                    "in_use": segments > 1 and c == hopper_segments_config(TOKENS, product.n, num_sms),
+                    "us": round(1e6 * times[name], 1),
+                }
+                | {side: round(1e6 * taken, 1) for side, taken in us.items()}
+                | {"over_cublas": round(times[name] / times["cuBLAS"], 3), "same_bits": same[segments, c]}
+                | about
+            )
         write_csv(args.out / "segment_configs.csv", rows)
-    for (segments, name), found in sorted(ratios.items(), key=lambda item: (item[0][0], math.prod(item[1]))):
-        print(f"{segments} segments: {math.prod(found) ** (1 / len(found)):.3f} of one segment, {name}")
+        for segments in SEGMENTS:
+            best = {text(c): times[f"{segments} {text(c)}"] for s, c in same if s == segments}
+            print(f"{model} {product.name}, {segments} segments, us:")
+            for name, taken in sorted(best.items(), key=lambda item: item[1]):
+                print(f"  {1e6 * taken:7.1f} {taken / times['cuBLAS']:.3f} of cuBLAS, {name}", flush=True)
+    for model, found in dict.fromkeys((str(row["model"]), row["segments"]) for row in rows):
+        mine = [row for row in rows if row["model"] == model and row["segments"] == found]
+        cublas = sum({str(row["product"]): float(str(row["cublas_us"])) for row in mine}.values())
+        print(f"{model}, {found} segments: cuBLAS {cublas:.0f} us of a layer")
+        for name in dict.fromkeys(str(row["config"]) for row in mine):
+            total = sum(float(str(row["us"])) for row in mine if row["config"] == name)
+            print(f"  {total:7.0f} {total / cublas:.3f}, {name}")
     print(f"{time.perf_counter() - began:.0f} s, {failed} failures")
     return 1 if failed or not rows else 0
 

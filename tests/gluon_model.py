@@ -80,7 +80,7 @@ class tma:
     def store_wait(n):
         _finish(here.leaving, n)
 
-    def reinterpret(tile, shape):
+    def reinterpret(tile, shape, dtype=None, layout=None):
         return tile.view(shape, whole=False)
 
 

@@ -53,6 +53,7 @@ ORDER_MAY_TAKE = frozenset(
 FROM_ORDER: dict[str, frozenset[str]] = {
     "matmul_kernel": frozenset({"BLOCK_K"}),
     "matmul_segments_kernel": frozenset({"BLOCK_K", "SEGMENTS"}),
+    "matmul_segments_hopper_kernel": frozenset({"SEGMENTS"}),  # and the tensor cores' step of 16 elements
     "rms_norm_kernel": frozenset({"BLOCK", "num_warps"}),
     "rms_norm_dx_kernel": frozenset({"BLOCK", "num_warps"}),
     "rms_norm_dweight_kernel": frozenset({"CHUNK"}),

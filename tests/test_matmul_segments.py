@@ -11,7 +11,7 @@ from bi_ops import matmul
 from bi_ops.core import arch as arches
 from bi_ops.core.pairwise import pairwise_
 from bi_ops.matmul import reference
-from bi_ops.matmul.config import segments_config
+from bi_ops.matmul.config import NARROW_SEGMENTS, WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, segments_config
 from bi_ops.matmul.launch import launch_triton
 
 subtree = matmul.subtree
@@ -82,6 +82,47 @@ def test_halves_that_wait_in_memory_have_their_bits(segments, device):
     for kept in (1, 2, 4, 8):
         if kept <= segments:
             assert torch.equal(subtree(x, weight, segments, config=replace(given, kept=kept)), whole), kept
+
+
+#: Steps of 32 elements of K have other swizzles.
+ON_HOPPER = [WIDE_SEGMENTS, replace(WIDE_SEGMENTS, block_k=32, stages=6), WIDE_SEGMENTS_IN_MEMORY, NARROW_SEGMENTS]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("segments", "dtype", "config"),
+    [
+        *((segments, BF16, config) for config in ON_HOPPER for segments in (2, 8)),
+        *((segments, BF16, WIDE_SEGMENTS) for segments in (1, 4, 16)),
+        (4, FP16, WIDE_SEGMENTS),
+    ],
+)
+def test_hoppers_kernel_has_the_bits_of_tritons(segments, dtype, config):
+    """For a part of a tile and for more tiles than SMs, in both layouts, with and without parts, rounded and not."""
+    for m, n, parts, transposed, out in (
+        (1, 72, [2048], False, dtype),
+        (129, 520, [2048], True, FP32),
+        (8191, 1032, [1024, 2048, 1024], True, dtype),
+    ):
+        x, weight = operands(m, n, sum(parts), "cuda", dtype)
+        weight = weight.t().contiguous().t() if transposed else weight
+        triton = segments_config(m, n, segments, dtype, arches.of(x.device))
+        want = subtree(x, weight, segments, parts, dtype=out, config=triton)
+        torch.full_like(want, torch.nan)  # what the result's memory holds before
+        assert torch.equal(subtree(x, weight, segments, parts, dtype=out, config=config), want)
+    other = subtree(x, weight, 2 if segments == 1 else 1, parts, dtype=out)
+    assert not torch.equal(want, other)  # the control
+
+
+@pytest.mark.gpu
+def test_hoppers_kernel_is_chosen_for_many_rows():
+    """And Triton's where a segment's piece is no multiple of a step: both in one product's bits."""
+    x, weight = operands(1000, 256, 8 * 96, "cuda")
+    whole = subtree(x, weight, 8, dtype=BF16)
+    assert torch.equal(subtree(x[:100], weight, 8, dtype=BF16), whole[:100])
+    x, weight = operands(1000, 256, 8 * 64, "cuda")
+    whole = subtree(x, weight, 8, dtype=BF16)
+    assert torch.equal(subtree(x[:100], weight, 8, dtype=BF16), whole[:100])
 
 
 def test_one_segment_is_an_ordinary_gemm(device):

@@ -33,9 +33,10 @@ async_atomic_add = getattr(tma, "async_atomic_add", None) or _async_atomic_add
 
 
 @builtin
-def reinterpret(tile, shape, _semantic=None):
-    """The same bytes of shared memory, from the tile's first on, as a tile of another shape."""
-    return _semantic.memdesc_reinterpret(tile, tile.dtype, [int(_unwrap_if_constexpr(n)) for n in shape], tile.layout)
+def reinterpret(tile, shape, dtype=None, layout=None, _semantic=None):
+    """The same bytes of shared memory, from the tile's first on, as a tile of another shape, dtype and layout."""
+    dtype, layout = _unwrap_if_constexpr(dtype) or tile.dtype, _unwrap_if_constexpr(layout) or tile.layout
+    return _semantic.memdesc_reinterpret(tile, dtype, [int(_unwrap_if_constexpr(n)) for n in shape], layout)
 
 
 @functools.cache
@@ -85,13 +86,13 @@ def _descriptor(
 
 
 def descriptor(t: torch.Tensor, shape: tuple[int, int], row: int, block: tuple[int, int]) -> TensorDescriptor:
-    """A matrix of `shape` at t's first element, its rows `row` elements apart, in tiles `block`, swizzled by 128 bytes.
+    """A matrix of `shape` at t's first element, its rows `row` elements apart, in tiles `block`, swizzled.
 
     Made once for an address, because Triton makes one in Python, slowly. It does not keep `t`: the caller does, until
     the kernel is launched.
     """
     bind_context()
-    layout = smem_layout(128, 8 * t.dtype.itemsize, 2)
+    layout = smem_layout(min(128, block[1] * t.dtype.itemsize), 8 * t.dtype.itemsize, 2)
     return _descriptor(_Address(t.data_ptr(), t.dtype), shape, (row, 1), block, layout)
 
 

@@ -10,18 +10,20 @@ import torch
 from bi_ops.core import arch as arches
 from bi_ops.core import checks, runtime
 from bi_ops.core.integers import cdiv
-from bi_ops.core.limits import is_large
+from bi_ops.core.limits import SMALL, is_large
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.matmul.backends import gemm
-from bi_ops.matmul.config import SegmentsConfig, segments_config
+from bi_ops.matmul.config import HopperSegmentsConfig, SegmentsConfig, hopper_segments_config, segments_config
 from bi_ops.matmul.kernels import matmul_segments_kernel
-from bi_ops.matmul.launch import along
+from bi_ops.matmul.launch import TENSOR_CORE_DTYPES, along, is_matrix
 from bi_ops.matmul.ops import check_operands
 from bi_ops.matmul.order import segmented_order
 
 #: Of K: queries, keys and values.
 MOST_PARTS = 3
+#: Up to as many rows Triton's kernel has smaller tiles.
+FEW_ROWS = 512
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every call
@@ -57,7 +59,7 @@ def subtree(
     parts: Sequence[int] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    config: SegmentsConfig | None = None,
+    config: SegmentsConfig | HopperSegmentsConfig | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T``: `segments` equal pieces of K, each summed as `mm` does, then pairwise in fp32; rounded once.
 
@@ -68,7 +70,8 @@ def subtree(
         parts: sizes of up to three consecutive parts of K. A segment then has a piece of each part, one behind the
             other, in one accumulator. None: K is one part. With several segments they are multiples of 16 * segments.
         dtype: of the result. fp32 is unrounded, what ranks add.
-        config: None for that of `config.segments_config`; changes no bit.
+        config: None for that of `config.segments_config`, or on Hopper, of many rows, `config.hopper_segments_config`;
+            changes no bit.
 
     Returns:
         [M, N] in `dtype`, contiguous.
@@ -93,7 +96,7 @@ def subtree_of(
     segments: int,
     parts: tuple[int, ...] | None = None,
     dtype: torch.dtype = torch.float32,
-    config: SegmentsConfig | None = None,
+    config: SegmentsConfig | HopperSegmentsConfig | None = None,
 ) -> torch.Tensor:
     """`subtree` of matrices that fit, as those of a layer's backward do; of its errors those of the segments alone."""
     (m, k), n = x.shape, weight.shape[0]
@@ -107,9 +110,17 @@ def subtree_of(
     out = x.new_empty((m, n), dtype=dtype)
     if out.numel() == 0:
         return out
+    sizes = [part // segments for part in parts]
+    if config is None and m > FEW_ROWS and arch.gluon:
+        wide = hopper_segments_config(m, n, runtime.multiprocessors(x.device))
+        config = wide if hopper_serves(x, weight, out, sizes, wide) else None
+    if isinstance(config, HopperSegmentsConfig):
+        from bi_ops.matmul import hopper_segments
+
+        hopper_segments.launch(x, weight, out, order, sizes, config, runtime.multiprocessors(x.device))
+        return out
     config = config or segments_config(m, n, segments, x.dtype, arch)
     block_k = order.block_k(config.block_k)
-    sizes = [part // segments for part in parts]
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     parked = x if config.kept >= segments else _memory(x, tiles, segments, config)
     matmul_segments_kernel[(tiles if config.kept >= segments else len(parked),)](
@@ -139,6 +150,18 @@ def subtree_of(
         **PINNED,
     )
     return out
+
+
+def hopper_serves(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, sizes: list[int], config: HopperSegmentsConfig
+) -> bool:
+    """Can `hopper_segments.launch` compute this? sizes: the elements of each part of K that a segment has."""
+    if x.dtype not in TENSOR_CORE_DTYPES or not arches.of(x.device).gluon:
+        return False
+    if max(*x.shape, weight.shape[0]) >= SMALL:  # TMA has coordinates in 32 bits
+        return False
+    stored = x.stride(1) == 1 and is_matrix(x) and is_matrix(weight) and out.shape[1] * out.element_size() % 16 == 0
+    return stored and all(size % config.block_k == 0 for size in sizes)
 
 
 def _memory(x: torch.Tensor, tiles: int, segments: int, config: SegmentsConfig) -> torch.Tensor:
