@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import suites_worker
+
+BENCH = Path(suites_worker.__file__).parent
 
 FLASH = """
 import torch
@@ -221,6 +227,21 @@ def test_a_script_runs_under_the_mode(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "suites.json").read_text())["batch_invariant_ops"]
     assert found["passed"] == 1
+
+
+def test_processes_share_the_tests_by_the_kernels_that_these_compile():
+    def test(d, seqlen, causal):
+        return types.SimpleNamespace(
+            callspec=types.SimpleNamespace(params={"d": d, "seqlen_q": seqlen, "causal": causal})
+        )
+
+    items: list[Any] = [test(*p) for p in itertools.product((32, 64, 128), (1, 3, 127), (False, True))]
+    shards: list[list[Any]] = [list(suites_worker.shard_of(items, i, 4)) for i in range(4)]
+    assert sorted(map(id, itertools.chain(*shards))) == sorted(map(id, items))
+    kernels = [[(i.callspec.params["d"], i.callspec.params["causal"]) for i in shard] for shard in shards]
+    assert [len(dict.fromkeys(each)) for each in kernels] == [2, 2, 1, 1]
+    assert sum(len(set(each)) for each in kernels) == 6  # no kernel in two processes
+    assert kernels[0] == [(128, False)] * 3 + [(32, False)] * 3
 
 
 def test_a_checkout_that_is_not_there_is_named(tmp_path):
