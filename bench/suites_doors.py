@@ -86,6 +86,9 @@ def vllm_doors(tests: Path) -> None:
 
     from bi_ops.core.vllm import batch_invariant_module
 
+    with contextlib.suppress(ModuleNotFoundError):  # whose norm some tests compare with: it keeps vLLM's kernel
+        importlib.import_module("vllm.model_executor.layers.layernorm")
+
     module = batch_invariant_module()
     doors: dict[str, Callable[..., Any]] = {
         "rms_norm_batch_invariant": norm.rms_norm,

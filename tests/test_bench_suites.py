@@ -82,11 +82,13 @@ import torch
 from utils import ROWS
 from vllm import _custom_ops
 from vllm.model_executor.layers.batch_invariant import log_softmax, rms_norm_batch_invariant
+from vllm.model_executor.layers.layernorm import theirs
 from bi_ops.core import runtime
 
 x = torch.randn(ROWS, 32, device=runtime.default_device())
 
 def test_norms(default_vllm_config):
+    assert theirs is None
     out, weight = torch.empty_like(x), torch.ones(32, device=x.device)
     _custom_ops.rms_norm(out, x, weight, 1e-6)
     assert torch.equal(out, rms_norm_batch_invariant(x, weight, eps=1e-6))
@@ -166,6 +168,7 @@ def vllm(tmp_path) -> Path:
         "import contextlib\nVllmConfig = object\nset_current_vllm_config = contextlib.nullcontext\n"
     )
     (layers / "batch_invariant.py").write_text("rms_norm_batch_invariant = log_softmax = None\n")
+    (layers / "layernorm.py").write_text("from .batch_invariant import rms_norm_batch_invariant as theirs\n")
     (tmp_path / "vllm-0.26.0.dist-info").mkdir()
     (tmp_path / "vllm-0.26.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n")
     tests = tmp_path / "determinism"
