@@ -125,20 +125,21 @@ def soak(results: Path) -> str:
 
 
 def suites(results: Path) -> str:
-    """The determinism tests of others on bi_ops' operators."""
+    """The determinism tests of others on bi_ops, and why some were skipped."""
     record = load(results, "h200/suites.json")
     if record is None:
         return ""
     owners = {"flash-attention": "Dao-AILab", "batch_invariant_ops": "thinking-machines-lab", "vllm": "vllm-project"}
-    rows = [
-        (
-            f"{owners[suite]}/{suite}",
-            of["release"],
-            ", ".join(dict.fromkeys(test.partition("::")[2] or test.partition(" ")[0] for test in of["tests"])),
-            of.get("passed", 0),
-            of.get("failed", 0),
-        )
-        for suite, of in record.items()
-    ]
-    head = ("suite", "its commit", "tests", "passed", "failed")
-    return f"{table(head, rows)}\n{provenance(list(record.values()), 'h200/suites.json')}"
+    outcomes = ("passed", "failed", "skipped", "not on bi_ops", "not run")
+    rows, skipped = [], []
+    for suite, of in record.items():
+        name = suite.partition(" ")[0]
+        tests = [test.partition("[")[0] for test in of["tests"]]
+        functions = dict.fromkeys(test.partition("::")[2] or test.partition(" ")[0] for test in tests)
+        named = ", ".join(functions) if len(functions) <= 3 else f"{len(functions)} functions"
+        rows.append((f"{owners[name]}/{name}", of["release"], named, *(of.get(outcome, 0) for outcome in outcomes)))
+        if reasons := dict.fromkeys(of.get("reasons", {}).values()):
+            skipped.append(f"- {suite}: {'; '.join(reasons)}.\n")
+    head = ("suite", "its release or commit", "tests", *outcomes)
+    why = "".join(["\nSkipped or not on bi_ops:\n\n", *skipped]) if skipped else ""
+    return f"{table(head, rows)}{why}\n{provenance(list(record.values()), 'h200/suites.json')}"

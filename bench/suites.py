@@ -1,272 +1,366 @@
-"""The determinism tests of others, run on bi_ops' operators from where you have them. Adds to suites.json.
+"""The determinism tests of others, run on bi_ops from where you have them. Adds to suites.json after every test.
 
     python bench/suites.py vllm VLLM/tests/v1/determinism --out bench/results/h200 [-k "rms_norm or matmul"]
     python bench/suites.py flash-attention FLASH/tests/test_flash_attn.py --out bench/results/h200 -k deterministic
     python bench/suites.py batch_invariant_ops FOLDER/test_batch_invariance.py --out bench/results/h200
 
 What these tests import is replaced by bi_ops: vLLM's batch-invariant kernels and its norms, the package flash_attn, the
-module batch_invariant_ops. A test counts as passed only if it called bi_ops. Of vLLM's, those that start an engine need
-checkpoints and are left out, unless -k names them. Exit status 1 if a test failed.
+module batch_invariant_ops (`suites_doors`). A test counts as passed only if it called bi_ops.
+
+vLLM's tests that start an engine run with the plugin, each in a process of its own, on a checkpoint that is made here.
+They name an attention backend, and bi_ops' own is put among those; a test with another's attention is skipped and says
+so, as are those of kernels that bi_ops has not. Processes share the GPUs, for nothing is timed. What --limit leaves is
+in the file as not run. Tests that ran before, of the same release at the same commit, stay in the file. Exit status 1
+if a test failed, or none passed.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
-import importlib
-import io
-import itertools
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
 import os
-import runpy
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import pytest
-from record import provenance
+from engine_processes import each, environment, visible_gpus
+from record import offer_plugin, provenance
+from suites_worker import NOT_RUN, RUNNING, Outcome
 from table_parts import load
 
-import bi_ops  # isort: skip  (before triton)
+import bi_ops  # noqa: F401  # isort: skip  (before triton)
 import torch
 
-from bi_ops import attention, logprob, matmul, norm
+from bi_ops.core import runtime
 from bi_ops.core.files import write_json
 
-Tensor = torch.Tensor
 FILE = "suites.json"
+WORKER = Path(__file__).with_name("suites_worker.py")
+SUITES = ("vllm", "flash-attention", "batch_invariant_ops")
 
-#: Files of vLLM's that test operators which bi_ops has.
+#: vLLM's files of tests: of operators that bi_ops has, and of engines.
 OPERATORS = ("test_rms_norm_batch", "test_matmul_batch", "test_log_softmax", "test_softmax", "test_common_ops")
+ENGINES = ("test_batch_invariance.py", "test_online_batch_invariance.py")
+#: Why the other files are left out, by the beginning of their names.
+ELSEWHERE = {
+    "test_cutlass": "fp8 and NVFP4 kernels of CUTLASS; bi_ops has none",
+    "test_nvfp4": "NVFP4, which needs sm_100",
+    "test_mx": "MX formats, on ROCm",
+    "test_xpu": "Intel XPU",
+    "test_lora": "LoRA, which the plugin refuses",
+    "test_batch_invariance_vlm": "a vision model's checkpoint",
+}
+LEAST_S = 20  # a process that has less time left is not started
 
-calls = [0]
+#: The checkpoint for engines: decoder layers of Qwen3-1.7B's shapes.
+MODEL = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32768,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
+TINY = MODEL | {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 512},
+}
 
 
-def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        return function(*args, **kwargs)
+def write_checkpoint(folder: Path, sizes: Mapping[str, Any]) -> None:
+    """Random weights, and a tokenizer of a token per byte.
 
-    return call
+    The likeliest token is a letter or a digit, so that text gives its tokens back, for vLLM's tests of 0.26 go through
+    text. Every other id has the logit 0 and a name.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from bi_ops.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, "<|endoftext|>"]
+    names += [f"<unused_{i}>" for i in range(len(names), sizes["vocab_size"])]
+    letters = torch.tensor([i for i, c in enumerate(alphabet) if c.isascii() and c.isalnum()])
+    network = Qwen3ForCausalLM(Qwen3Config(**sizes), torch.bfloat16)
+    network.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if name.endswith("norm.weight"):  # all ones would hide a norm that forgets its weight
+                p.add_((torch.randn(p.shape, generator=generator) * 0.1).to(p.device, p.dtype))
+        network.model.norm.weight.mul_(4)  # logits whose softmax is not flat
+        head = network.lm_head.weight
+        kept = head[letters.to(head.device)].clone()
+        head.zero_()
+        head[letters.to(head.device)] = kept
+    network.save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------------------
-# doors: bi_ops behind the names that the tests import
+# what came of the tests
 
 
-def _last(x: Tensor, dim: int) -> None:
-    if dim not in (-1, x.ndim - 1):
-        raise NotImplementedError(f"bi_ops' softmax is over the last dimension, not {dim} of {list(x.shape)}")
+def release(suite: str, path: Path) -> str:
+    """vLLM's tests go with the release that is installed; else the commit of the checkout that holds `path`."""
+    if suite == "vllm":
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version("vllm")
+    command = ["git", "-C", str(path if path.is_dir() else path.parent), "describe", "--always", "--tags"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
-def _log_softmax(x: Tensor, dim: int = -1) -> Tensor:
-    _last(x, dim)
-    return logprob.log_softmax(x)
+def summary(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """tests: how many of each outcome, by function, or by test where it starts an engine. failures and reasons: what
+    failed, or why it was skipped, first of each. seconds: of tests that start an engine."""
+    found: dict[str, dict[str, Any]] = {"failures": {}, "reasons": {}, "seconds": {}, "tests": {}}
+    for name, (outcome, message, seconds) in outcomes.items():
+        engine = name.startswith(ENGINES)
+        key = name if engine else name.partition("[")[0]
+        counts = found["tests"].setdefault(key, {})
+        counts[outcome] = counts.get(outcome, 0) + 1
+        if message and outcome != "passed":
+            found["failures" if outcome == "failed" else "reasons"].setdefault(key, message)
+        if engine and seconds:
+            found["seconds"][name] = seconds
+    return found
 
 
-def _softmax(x: Tensor, dim: int = -1, *_: Any) -> Tensor:
-    _last(x, dim)
-    return logprob.softmax(x)
+def totals(tests: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    kinds = sorted({kind for counts in tests.values() for kind in counts})
+    return {kind: sum(counts.get(kind, 0) for counts in tests.values()) for kind in kinds}
 
 
-def _rms_norm_into(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
-    out.copy_(norm.rms_norm(x, weight, eps))
+class Record:
+    """What is known of a suite, and its place in suites.json, of which other processes may write other suites."""
 
+    def __init__(self, out: Path, key: str, head: dict[str, Any]) -> None:
+        self._out, self._key, self._head = out, key, head
+        self._lock, self._last = threading.Lock(), 0.0
+        earlier = (load(out, FILE) or {}).get(key, {})
+        same = all(earlier.get(name) == head[name] for name in ("device", "versions", "commit", "release"))
+        self._earlier = earlier if same else {}
+        self.outcomes: dict[str, Outcome] = {}
 
-def _add_rms_norm_in_place(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-    for t, new in zip((x, residual), norm.add_rms_norm(x, residual, weight, eps), strict=True):
-        t.copy_(new)
+    def add(self, outcomes: Mapping[str, Outcome], now: bool = True) -> None:
+        with self._lock:
+            self.outcomes.update(outcomes)
+            if now or time.monotonic() > self._last + 1:
+                self._write()
+                self._last = time.monotonic()
 
-
-def vllm_doors(tests: Path) -> None:
-    os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    sys.path.insert(0, str(tests if tests.is_dir() else tests.parent))  # they import the `utils` beside them
-    from vllm import _custom_ops
-
-    from bi_ops.core.vllm import batch_invariant_module
-
-    module = batch_invariant_module()
-    doors: dict[str, Callable[..., Any]] = {
-        "rms_norm_batch_invariant": norm.rms_norm,
-        "matmul_batch_invariant": matmul.matmul,
-        "mm_batch_invariant": matmul.mm,
-        "linear_batch_invariant": matmul.linear,
-        "log_softmax": _log_softmax,
-        "softmax": _softmax,
-        "softmax_batch_invariant": _softmax,
-    }
-    for name, function in doors.items():
-        if hasattr(module, name):
-            setattr(module, name, counted(function))
-    _custom_ops.rms_norm = counted(_rms_norm_into)
-    _custom_ops.fused_add_rms_norm = counted(_add_rms_norm_in_place)
-
-
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *_: Any, **options: Any
-):
-    """flash_attn_varlen_func, without dropout and ALiBi; every backward is deterministic."""
-    window = tuple(int(n) for n in options.get("window_size", (-1, -1)))
-    left, right = (window[0], window[1])
-    return attention.flash_attention(
-        *(q, k, v, cu_q),
-        cu_seqlens_k=cu_k,
-        max_seqlen=max_q,
-        max_seqlen_k=max_k,
-        causal=options.get("causal", False),
-        softmax_scale=options.get("softmax_scale"),
-        window_size=(left, right),
-        softcap=options.get("softcap", 0.0),
-    )
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, *_: Any, **options: Any) -> Tensor:
-    """flash_attn_func: [B, S, H, D]."""
-    starts = [torch.arange(len(t) + 1, dtype=torch.int32, device=t.device) * t.shape[1] for t in (q, k)]
-    packed = [t.reshape(-1, *t.shape[2:]) for t in (q, k, v)]
-    out = _varlen(packed[0], packed[1], packed[2], starts[0], starts[1], q.shape[1], k.shape[1], **options)
-    return out.view(*q.shape[:3], v.shape[3])
-
-
-def _refused(*_: Any, **__: Any) -> None:
-    raise NotImplementedError("bi_ops has no such door")
-
-
-def flash_attention_doors(tests: Path) -> None:
-    """The package, with what is plain Python of it from the folder beside the tests."""
-    names = ["", *("kvpacked_", "qkvpacked_", "varlen_", "varlen_kvpacked_", "varlen_qkvpacked_")]
-    functions: dict[str, Callable[..., Any]] = {f"flash_attn_{n}func": _refused for n in names}
-    functions |= {"flash_attn_func": counted(_dense), "flash_attn_varlen_func": counted(_varlen)}
-    package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
-    package.__path__ = [str(parent / "flash_attn") for parent in tests.resolve().parents]
-    for name, function in {**functions, "flash_attn_with_kvcache": _refused, "_get_block_size_n": _refused}.items():
-        setattr(package, name, function)
-        setattr(interface, name, function)
-    interface.USE_TRITON_ROCM = False  # type: ignore[attr-defined]
-    sys.modules |= {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
-
-
-def batch_invariant_ops_doors(_: Path) -> None:
-    @contextlib.contextmanager
-    def set_batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
-        calls[0] += enabled
-        with bi_ops.batch_invariant_backward_mode() if enabled else contextlib.nullcontext():
-            yield
-
-    module = ModuleType("batch_invariant_ops")
-    module.set_batch_invariant_mode = set_batch_invariant_mode  # type: ignore[attr-defined]
-    sys.modules["batch_invariant_ops"] = module
-
-
-DOORS = {
-    "vllm": vllm_doors,
-    "flash-attention": flash_attention_doors,
-    "batch_invariant_ops": batch_invariant_ops_doors,
-}
+    def _write(self) -> None:
+        found = {part: {**self._earlier.get(part, {})} for part in ("failures", "reasons", "seconds", "tests")}
+        for part, new in summary(self.outcomes).items():
+            for key in summary(self.outcomes)["tests"]:
+                found[part].pop(key, None)
+            found[part] |= new
+        with open(self._out / f".{FILE}.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            whole = load(self._out, FILE) or {}
+            write_json(self._out / FILE, {**whole, self._key: {**self._head, **totals(found["tests"]), **found}})
 
 
 # --------------------------------------------------------------------------------------------------------------
 # running them
 
 
-class Recorder:
-    """A pytest plugin that keeps each test's outcome, and whether it called bi_ops."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A process of suites_worker.py. doors: its suite. arguments: its tests and options. test: the only one, if one."""
 
-    def __init__(self) -> None:
-        self.outcomes: dict[str, tuple[str, str]] = {}
-        self._before = 0
-
-    def pytest_runtest_setup(self) -> None:
-        self._before = calls[0]
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            outcome: str = report.outcome
-            if outcome == "passed" and calls[0] == self._before:
-                outcome = "not on bi_ops"
-            message = "" if report.passed else str(report.longrepr).strip().splitlines()[-1][:200]
-            self.outcomes[report.nodeid.rsplit("/", 1)[-1]] = (outcome, message)
+    name: str
+    doors: str
+    arguments: tuple[str, ...]
+    test: str = ""
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-class VllmConfig:
-    """The one fixture that vLLM's operator tests need of its conftest, which imports far more than operators."""
+class Runner:
+    """Runs jobs; one of a single test may take `timeout` seconds, all may until `limit` seconds from now."""
 
-    @pytest.fixture
-    def default_vllm_config(self) -> Iterator[None]:
-        config = importlib.import_module("vllm.config")
-        with config.set_current_vllm_config(config.VllmConfig()):
-            yield
+    def __init__(self, record: Record, work: Path, timeout: float, limit: float) -> None:
+        self.record, self.work, self.timeout = record, work, timeout
+        self.end = time.monotonic() + limit
+        self.plugin = offer_plugin(work / "plugin")
+
+    def run(self, job: Job, gpu: str, listing: bool = False) -> dict[str, Outcome]:
+        """The outcomes of a job's tests, which the record has; with `listing` the names of its tests, not run."""
+        left = self.end - time.monotonic()
+        patience = min(self.timeout, left) if job.test else left
+        if patience < LEAST_S:
+            return {}
+        safe = "".join(c if c.isalnum() else "_" for c in job.name)[:120]
+        result, log = self.work / f"{safe}.json", self.work / f"{safe}.log"
+        result.unlink(missing_ok=True)
+        command = [sys.executable, str(WORKER), job.doors, *job.arguments, f"--result={result}"]
+        env = environment({"CUDA_VISIBLE_DEVICES": gpu, **job.env}, job.doors == "vllm engines", self.plugin)
+        began, stopped = time.monotonic(), ""
+        with log.open("w") as file:
+            whole = [*command, *(["--list"] if listing else [])]
+            process = subprocess.Popen(whole, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                while process.poll() is None:
+                    time.sleep(0.2)
+                    if not listing:
+                        self.record.add(read(result), now=False)
+                    if time.monotonic() - began > patience and not stopped:
+                        stopped = f"not done after {patience:.0f} s"
+                        end(process)
+            finally:
+                end(process)
+        found = read(result)
+        seconds = round(time.monotonic() - began, 3)
+        why = stopped or f"its process ended with {process.returncode}: {last_line(log)}"
+        if not result.exists():  # it died before it had collected its tests
+            found = {job.test or job.name: Outcome(RUNNING)}
+        for name, (outcome, message, _) in found.items():
+            if job.test and outcome != "skipped":  # its time with the start of its process
+                over = outcome != "passed" if stopped else outcome in (RUNNING, NOT_RUN)
+                found[name] = Outcome("failed", why, seconds) if over else Outcome(outcome, message, seconds)
+            elif outcome == RUNNING:
+                found[name] = Outcome(NOT_RUN if stopped else "failed", why)
+        if not listing:
+            self.record.add(found)
+            if job.test:
+                print(f"{job.test}: {' '.join(map(str, found[job.test]))}"[:300], flush=True)
+        return found
 
 
-def run_pytest(paths: list[str], keyword: str, *options: str) -> Mapping[str, tuple[str, str]]:
-    recorder = Recorder()
-    options = ("-q", "-p", "no:cacheprovider", "-o", "addopts=", *options, *(["-k", keyword] if keyword else []))
-    pytest.main([*paths, *options], plugins=[recorder, VllmConfig()])
-    return recorder.outcomes
+def read(result: Path) -> dict[str, Outcome]:
+    if not result.exists():
+        return {}
+    return {name: Outcome(*outcome) for name, outcome in json.loads(result.read_text()).items()}
 
 
-def run_script(path: Path) -> Mapping[str, tuple[str, str]]:
-    """A script that prints a line with True or False for each check; those under the mode, which come last, count."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        runpy.run_path(str(path), run_name="__main__")
-    print(out.getvalue())
-    lines = [line for line in out.getvalue().partition("Batch-Invariant Mode")[2].splitlines() if "istic" in line]
-    return {
-        f"{path.name} {i}": ("passed" if "True" in line and calls[0] else "failed", line[:200])
-        for i, line in enumerate(lines)
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return ([line for line in lines if "Error" in line] or lines or ["no output"])[-1].strip()[-250:]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started: it is asked first, so that it shuts an engine down, then killed."""
+    for how, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        if how == signal.SIGTERM and process.poll() is not None:
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+
+
+def run_vllm(runner: Runner, path: Path, keyword: str, jobs: int) -> None:
+    files = sorted(path.glob("test_*.py")) if path.is_dir() else [path]
+    operators = [f for f in files if f.name.startswith(OPERATORS)]
+    engines = [f for f in files if f.name in ENGINES]
+    for file in files if not keyword else []:
+        if file not in (*operators, *engines):
+            reason = next(
+                (r for b, r in ELSEWHERE.items() if file.name.startswith(b)), "neither bi_ops' nor an engine's"
+            )
+            runner.record.add({file.name: Outcome("skipped", reason)})
+    given = ("-k", keyword) if keyword else ()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        job = Job("operators", "vllm", (*map(str, operators), *given))
+        beside = [pool.submit(runner.run, job, visible_gpus()[-1])] if operators else []
+        if engines:
+            run_engines(runner, engines, given, jobs)
+        for future in beside:
+            future.result()
+
+
+def run_engines(runner: Runner, files: list[Path], given: tuple[str, ...], jobs: int) -> None:
+    checkpoint = runner.work / "checkpoint"
+    if not (checkpoint / "tokenizer_config.json").exists():
+        write_checkpoint(checkpoint, TINY if runtime.INTERPRET else MODEL)
+    env = {"VLLM_TEST_MODEL": str(checkpoint), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    listed = Job("engines", "vllm engines", (*map(str, files), *given), env=env)
+    found = runner.run(listed, visible_gpus()[0], listing=True)
+    runner.record.add(found)
+    folders = {f.name: f for f in files}
+    each_job = {
+        name: Job(
+            name, "vllm engines", (str(folders[name.partition("::")[0]]) + "::" + name.partition("::")[2],), name, env
+        )
+        for name, (outcome, _, _) in found.items()
+        if outcome == NOT_RUN
     }
+    each(in_order(each_job), lambda name, gpu: void(runner.run(each_job[name], gpu)), jobs, "engines")
 
 
-def release(path: Path) -> str:
-    """The commit of the checkout that holds `path`."""
-    command = ["git", "-C", str(path if path.is_dir() else path.parent), "describe", "--always", "--tags"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+def in_order(names: Iterable[str]) -> list[str]:
+    """bi_ops' own attention first, and of tests that differ in a parameter which it has not, the others last."""
+    names = list(names)
+    return sorted(names, key=lambda n: ("CUSTOM" not in n, "8-16" in n, "vllm_c" in n, names.index(n)))
 
 
-def summary(outcomes: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """How many of each outcome, in all and by function; what failed first in each."""
-    by_test: dict[str, dict[str, int]] = {}
-    failures: dict[str, str] = {}
-    for name, (outcome, message) in outcomes.items():
-        function = name.partition("[")[0]
-        counts = by_test.setdefault(function, {})
-        counts[outcome] = counts.get(outcome, 0) + 1
-        if outcome == "failed":
-            failures.setdefault(function, message)
-    kinds = [o for o, _ in outcomes.values()]
-    return {**{k: kinds.count(k) for k in sorted(set(kinds))}, "failures": failures, "tests": by_test}
+def void(_: object) -> None:
+    """For functions of which nothing is wanted."""
+
+
+def run_shards(runner: Runner, path: Path, keyword: str, jobs: int) -> None:
+    given = ("-k", keyword) if keyword else ()
+    shards = {
+        f"shard {i}": Job(f"shard {i}", "flash-attention", (str(path), *given, f"--shard={i}/{jobs}"))
+        for i in range(jobs)
+    }
+    each(shards, lambda name, gpu: void(runner.run(shards[name], gpu)), jobs, "flash-attention")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=sorted(DOORS))
+    parser.add_argument("suite", choices=SUITES)
     parser.add_argument("path", type=Path, help="a file or folder of tests, in a checkout of theirs")
     parser.add_argument("--out", type=Path, required=True, help="folder that suites.json is in")
     parser.add_argument("-k", default="", dest="keyword", help="as pytest's")
+    parser.add_argument("--jobs", type=int, default=6, help="processes at a time on all GPUs together (6)")
+    parser.add_argument("--timeout", type=float, default=200, help="seconds for a test that starts an engine (200)")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for all (1800)")
+    parser.add_argument("--work", type=Path, help="folder of the checkpoint and the logs; kept")
     parser.add_argument("--release", help="of their checkout, where it is no git repository")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     args = parser.parse_args()
     if not args.path.exists():
         parser.error(f"{args.path} does not exist: check out the repository of {args.suite}")
     args.out.mkdir(parents=True, exist_ok=True)
-    calls[0] = 0
-    DOORS[args.suite](args.path)
-    importlib.invalidate_caches()
-    if args.suite == "batch_invariant_ops":
-        outcomes = run_script(args.path)
+    theirs = args.release or release(args.suite, args.path)
+    key = f"vllm {theirs}" if args.suite == "vllm" else args.suite
+    work = args.work or Path(tempfile.gettempdir()) / f"bi_ops_suites_{key.replace(' ', '_')}"
+    work.mkdir(parents=True, exist_ok=True)
+    record = Record(args.out, key, {**provenance(args.commit), "release": theirs})
+    path = args.path.resolve()
+    if args.suite == "vllm":
+        run_vllm(Runner(record, work, args.timeout, args.limit), path, args.keyword, args.jobs)
     else:
-        some = [str(args.path)]
-        if args.suite == "vllm" and args.path.is_dir() and not args.keyword:
-            some = sorted(str(p) for p in itertools.chain(*(args.path.glob(f"{n}*.py") for n in OPERATORS)))
-        outcomes = run_pytest(some, args.keyword, *(["--noconftest"] if args.suite == "vllm" else []))
-    found = {**provenance(args.commit), "release": args.release or release(args.path), **summary(outcomes)}
-    write_json(args.out / FILE, {**(load(args.out, FILE) or {}), args.suite: found})
-    print({k: v for k, v in found.items() if k != "tests"})
-    return 0 if outcomes and "failed" not in found else 1
+        runner = Runner(record, work, args.limit, args.limit)
+        if args.suite == "flash-attention":
+            run_shards(runner, path, args.keyword, args.jobs)
+        else:
+            runner.run(Job(path.name, "batch_invariant_ops", (str(path),)), visible_gpus()[0])
+    found = totals(summary(record.outcomes)["tests"])
+    print(f"{key}: {found}; logs in {work}")
+    for name, why in summary(record.outcomes)["failures"].items():
+        print(f"failed: {name}: {why}")
+    return 0 if found.get("passed") and "failed" not in found else 1
 
 
 if __name__ == "__main__":

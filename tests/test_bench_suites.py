@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import suites_worker
+
+BENCH = Path(suites_worker.__file__).parent
 
 FLASH = """
 import torch
@@ -54,7 +60,7 @@ for name, enabled in (("Standard PyTorch", False), ("Batch-Invariant Mode", True
 
 def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCH / "suites.py"), *map(str, args), "--release", "here"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | environment)
 
 
 def test_flash_attentions_tests_call_bi_ops(tmp_path):
@@ -76,11 +82,13 @@ import torch
 from utils import ROWS
 from vllm import _custom_ops
 from vllm.model_executor.layers.batch_invariant import log_softmax, rms_norm_batch_invariant
+from vllm.model_executor.layers.layernorm import theirs
 from bi_ops.core import runtime
 
 x = torch.randn(ROWS, 32, device=runtime.default_device())
 
 def test_norms(default_vllm_config):
+    assert theirs is None
     out, weight = torch.empty_like(x), torch.ones(32, device=x.device)
     _custom_ops.rms_norm(out, x, weight, 1e-6)
     assert torch.equal(out, rms_norm_batch_invariant(x, weight, eps=1e-6))
@@ -94,27 +102,125 @@ def test_log_softmax():
 """
 
 
-@pytest.mark.slow
-def test_vllms_tests_call_bi_ops(tmp_path):
-    """A package that has the names alone stands in for vLLM."""
+UTILS = """
+import os
+import vllm.config  # as theirs, which fails unless vllm.config came first
+ROWS = 3
+BACKENDS = ["FLASH_ATTN", "TRITON_ATTN"]
+TEST_MODEL = os.environ.get("VLLM_TEST_MODEL", "none")
+"""
+
+ENGINES = """
+import time
+import pytest
+import torch
+from utils import BACKENDS, TEST_MODEL
+from vllm import LLM
+from bi_ops.core import runtime
+
+x = torch.ones(2, 32, dtype=torch.bfloat16, device=runtime.default_device())
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_engine(backend):
+    llm = LLM(TEST_MODEL, gpu_memory_utilization=0.9)
+    assert llm.memory == 0.1
+    llm.compute(x)
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTN"])
+def test_decode(backend):
+    LLM(TEST_MODEL).compute(x)
+
+def test_that_calls_nothing():
+    LLM(TEST_MODEL)
+
+def test_that_hangs():
+    time.sleep(600)
+
+def test_that_ends_its_process():
+    import os
+    os._exit(3)
+
+def test_logprobs_without_batch_invariance_should_fail():
+    assert False
+"""
+
+LLM = """
+from bi_ops import matmul
+
+class LLM:
+    def __init__(self, model, gpu_memory_utilization=0.9, kv_cache_memory_bytes=None):
+        assert (__import__("pathlib").Path(model) / "tokenizer.json").exists()
+        self.memory = gpu_memory_utilization
+
+    def compute(self, x):
+        return matmul.inference_linear(x, x)
+"""
+
+
+@pytest.fixture
+def vllm(tmp_path) -> Path:
+    """A package that has the names alone stands in for vLLM; the folder of its tests."""
     layers = tmp_path / "vllm" / "model_executor" / "layers"
     layers.mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").write_text(LLM)
     (tmp_path / "vllm" / "_custom_ops.py").write_text("")
     (tmp_path / "vllm" / "config.py").write_text(
         "import contextlib\nVllmConfig = object\nset_current_vllm_config = contextlib.nullcontext\n"
     )
     (layers / "batch_invariant.py").write_text("rms_norm_batch_invariant = log_softmax = None\n")
+    (layers / "layernorm.py").write_text("from .batch_invariant import rms_norm_batch_invariant as theirs\n")
     (tmp_path / "vllm-0.26.0.dist-info").mkdir()
     (tmp_path / "vllm-0.26.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n")
     tests = tmp_path / "determinism"
     tests.mkdir()
-    (tests / "utils.py").write_text("ROWS = 3\n")
+    (tests / "utils.py").write_text(UTILS)
     (tests / "test_rms_norm_batch_invariant.py").write_text(VLLM)
-    (tests / "test_engine.py").write_text("assert False\n")  # not an operator's
-    done = run("vllm", tests, "--out", tmp_path, PYTHONPATH=f"{BENCH.parent}:{tmp_path}")
+    (tests / "test_nvfp4_batch_invariant.py").write_text("assert False\n")
+    return tests
+
+
+@pytest.mark.slow
+def test_vllms_tests_of_operators_call_bi_ops(vllm, tmp_path):
+    done = run("vllm", vllm, "--out", tmp_path, PYTHONPATH=f"{BENCH.parent}:{tmp_path}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = json.loads((tmp_path / "suites.json").read_text())["vllm"]
-    assert found["passed"] == 2
+    found = json.loads((tmp_path / "suites.json").read_text())["vllm here"]
+    assert (found["passed"], found["skipped"]) == (2, 1)
+    assert found["reasons"] == {"test_nvfp4_batch_invariant.py": "NVFP4, which needs sm_100"}
+
+
+@pytest.mark.slow
+def test_each_of_vllms_engines_has_a_process_and_a_time(vllm, tmp_path):
+    pytest.importorskip("transformers")
+    (vllm / "test_rms_norm_batch_invariant.py").unlink()
+    (vllm / "test_batch_invariance.py").write_text(ENGINES)
+    path = f"{BENCH.parent}:{tmp_path}"
+    options = ("--out", tmp_path, "--work", tmp_path / "work", "--jobs", 2, "--timeout", 60)
+    done = run("vllm", vllm, *options, PYTHONPATH=path)
+    assert done.returncode == 1
+    found = json.loads((tmp_path / "suites.json").read_text())["vllm here"]
+    of = {name.partition("::")[2]: next(iter(counts)) for name, counts in found["tests"].items()}
+    assert of == {
+        "": "skipped",
+        "test_engine[CUSTOM]": "passed",
+        "test_engine[FLASH_ATTN]": "passed",
+        "test_engine[TRITON_ATTN]": "skipped",
+        "test_decode[CUSTOM]": "passed",
+        "test_decode[FLASH_ATTN]": "passed",
+        "test_that_calls_nothing": "not on bi_ops",
+        "test_that_hangs": "failed",
+        "test_that_ends_its_process": "failed",
+        "test_logprobs_without_batch_invariance_should_fail": "skipped",
+    }, done.stdout[-2000:] + done.stderr[-2000:]
+    file = "test_batch_invariance.py::"
+    assert found["failures"][f"{file}test_that_hangs"].startswith("not done after 60 s")
+    assert "ended with 3" in found["failures"][f"{file}test_that_ends_its_process"]
+    assert "TRITON_ATTN" in found["reasons"][f"{file}test_engine[TRITON_ATTN]"]
+    assert found["seconds"][f"{file}test_engine[CUSTOM]"] > 0
+    # Another run of some adds to what is there, and time that is over leaves tests not run.
+    again = run("vllm", vllm, *options, "-k", "calls_nothing or decode", "--limit", 5, PYTHONPATH=path)
+    assert again.returncode == 1
+    now = json.loads((tmp_path / "suites.json").read_text())["vllm here"]
+    assert {**now, "date": ""} == {**found, "date": ""}
 
 
 @pytest.mark.slow
@@ -124,6 +230,21 @@ def test_a_script_runs_under_the_mode(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "suites.json").read_text())["batch_invariant_ops"]
     assert found["passed"] == 1
+
+
+def test_processes_share_the_tests_by_the_kernels_that_these_compile():
+    def test(d, seqlen, causal):
+        return types.SimpleNamespace(
+            callspec=types.SimpleNamespace(params={"d": d, "seqlen_q": seqlen, "causal": causal})
+        )
+
+    items: list[Any] = [test(*p) for p in itertools.product((32, 64, 128), (1, 3, 127), (False, True))]
+    shards: list[list[Any]] = [list(suites_worker.shard_of(items, i, 4)) for i in range(4)]
+    assert sorted(map(id, itertools.chain(*shards))) == sorted(map(id, items))
+    kernels = [[(i.callspec.params["d"], i.callspec.params["causal"]) for i in shard] for shard in shards]
+    assert [len(dict.fromkeys(each)) for each in kernels] == [2, 2, 1, 1]
+    assert sum(len(set(each)) for each in kernels) == 6  # no kernel in two processes
+    assert kernels[0] == [(128, False)] * 3 + [(32, False)] * 3
 
 
 def test_a_checkout_that_is_not_there_is_named(tmp_path):
