@@ -25,7 +25,8 @@ HELD = 16384
 class RowConfig(NamedTuple):
     """One program has `rows` rows and holds `chunks` chunks of columns in registers; 0: none, a row is read twice.
 
-    tiles: of the norm of queries and keys, `rows` rows each, one after another.
+    tiles: of the norm of queries and keys, `rows` rows each, one after another. stages: of a backward that goes row by row:
+    `stages - 1` rows to come are on their way.
 
     All have the tree of `RowOrder`: its warps, and 16 bytes of a row next to each other in a thread. That is why a tile
     of several rows must have at least 16 bytes for every thread.
@@ -34,6 +35,7 @@ class RowConfig(NamedTuple):
     rows: int
     chunks: int
     tiles: int = 1
+    stages: int = 1
 
 
 class TokenConfig(NamedTuple):
@@ -83,6 +85,11 @@ def heads_config(n_rows: int, head_dim: int, itemsize: int, order: RowOrder) -> 
     return c._replace(tiles=8) if many else c
 
 
+def heads_backward_config(n_chunks: int, head_dim: int, itemsize: int, order: RowOrder) -> RowConfig:
+    """`row_config` for the backward of the heads of queries and keys."""
+    return row_config(n_chunks, head_dim, itemsize, order)._replace(stages=3)
+
+
 @functools.lru_cache(maxsize=1024)
 def token_config(n_chunks: int, n_cols: int) -> TokenConfig:
     """Four elements a thread on a GPU; in the interpreter one program does nearly all. Any gives the same bits.
@@ -110,4 +117,4 @@ def backward_config(
     to fill the GPU."""
     rows, tokens = row_config(n_rows, n_cols, itemsize, order), token_config(cdiv(n_rows, chunk), n_cols)
     fills = padded_chunks(n_rows, chunk, tokens) >= 2 * rows.rows * num_sms
-    return BackwardConfig(rows, tokens, fills and 0 < rows.chunks <= 4)
+    return BackwardConfig(rows._replace(stages=4), tokens, fills and 0 < rows.chunks <= 4)

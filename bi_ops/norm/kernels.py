@@ -313,6 +313,7 @@ def rms_norm_backward_kernel(
     ROWS: tl.constexpr,  # chunks of a program: side by side, each row by row
     CHUNKS: tl.constexpr,  # of columns; not 0
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,  # rows on their way, and one
     HAS_SUM: tl.constexpr,
     LARGE: tl.constexpr,
 ):
@@ -321,7 +322,7 @@ def rms_norm_backward_kernel(
     o_i, o_c = _tile(0, ROWS, CHUNKS, BLOCK, LARGE)
     b_w = _weight(p_w, 0, N, 0.0, dtype, CHUNKS, BLOCK, True)
     acc = tl.zeros([ROWS * CHUNKS, BLOCK], dtype=tl.float32)
-    for step in tl.range(0, CHUNK):
+    for step in tl.range(0, CHUNK, num_stages=STAGES):
         o_r = o_i * CHUNK + step
         rstd = tl.load(p_rstd + o_r, mask=o_r < R, other=0.0)[:, None]
         b_g = _load_g(p_g, o_r, o_c, R, N, H, stride_gt, stride_gh)

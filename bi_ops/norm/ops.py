@@ -124,6 +124,7 @@ def launch_backward(
             ROWS=c.rows,
             CHUNKS=c.chunks,
             BLOCK=order.rows.tile(n_cols, c.chunks > 0),
+            STAGES=c.stages,
             HAS_SUM=g_sum is not None,
             LARGE=large,
             num_warps=order.rows.num_warps,

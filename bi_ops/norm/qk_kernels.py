@@ -154,7 +154,7 @@ def qk_norm_rope_kernel(
         else:
             pdl.begin_after_loads(PDL)
             o_c = tl.arange(0, BLOCK)[None, :]
-            for tile in tl.static_range(TILES):
+            for tile in tl.range(0, TILES):
                 o_r = first + tile * ROWS + tl.arange(0, ROWS)
                 m = (o_r < T * HK)[:, None] & (o_c < N)
                 b_v = tl.load(p_keys + HK * 2 * HALF + row_start(o_r, HK, stride_t, 2 * HALF) + o_c, mask=m)
@@ -184,6 +184,7 @@ def _backward(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     LARGE: tl.constexpr,
 ):
     """Queries or keys: the gradient turned back and rounded, then dx and the chunks' sums of dweight."""
@@ -192,7 +193,7 @@ def _backward(
     o_c, o_p = o_1[None, :], _partner(o_1, HALF)
     b_w = load_weight(p_w, o_1, N, 0.0, dtype)[None, :]
     acc = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for step in tl.range(0, CHUNK):
+    for step in tl.range(0, CHUNK, num_stages=STAGES):
         if SEGMENTS == 1:
             o_r = o_i * CHUNK + step
         else:  # a chunk has rows of one segment's heads, token by token
@@ -246,6 +247,7 @@ def qk_norm_rope_backward_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     LARGE: tl.constexpr,
 ):
     """A program has ROWS chunks of rows; a chunk's rows are added front to back, as in `rms_norm_dweight_kernel`."""
@@ -272,6 +274,7 @@ def qk_norm_rope_backward_kernel(
             CHUNK,
             ROWS,
             BLOCK,
+            STAGES,
             LARGE,
         )
     elif widen(tl.program_id(0), LARGE) * ROWS < CK:
@@ -299,11 +302,12 @@ def qk_norm_rope_backward_kernel(
                 CHUNK,
                 ROWS,
                 BLOCK,
+                STAGES,
                 LARGE,
             )
         else:
             o_c = tl.arange(0, BLOCK)[None, :]
-            for step in tl.range(0, CHUNK):
+            for step in tl.range(0, CHUNK, num_stages=STAGES):
                 o_r = (widen(tl.program_id(0), LARGE) * CHUNK + step) * ROWS + tl.arange(0, ROWS)
                 m = (o_r < T * HK)[:, None] & (o_c < N)
                 b_g = tl.load(p_gv + row_start(o_r, 1, stride_gv, 0) + o_c, mask=m)

@@ -18,7 +18,14 @@ from bi_ops.core.rows import ALIGNMENT, aligned_rows
 from bi_ops.core.transforms import Node
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.norm import order as orders
-from bi_ops.norm.config import RowConfig, TokenConfig, heads_config, padded_chunks, row_config, token_config
+from bi_ops.norm.config import (
+    RowConfig,
+    TokenConfig,
+    heads_backward_config,
+    heads_config,
+    padded_chunks,
+    token_config,
+)
 from bi_ops.norm.qk_kernels import qk_add_chunks_kernel, qk_norm_rope_backward_kernel, qk_norm_rope_kernel
 
 
@@ -128,7 +135,7 @@ def launch_backward(
     own = [padded_chunks(n_tokens * h // order.heads.segments, order.tokens.chunk, add) for h in (hq, hk)]
     chunks = [order.heads.segments * n for n in own]
     partial = empty(qkv, (sum(chunks), dim), torch.float32)
-    c = config[0] if config else row_config(max(chunks), dim, qkv.itemsize, order.rows)
+    c = config[0] if config else heads_backward_config(max(chunks), dim, qkv.itemsize, order.rows)
     g_rows = [aligned_rows(g) for g in (gq, gk, gv)]
     rows = aligned_rows(qkv)
     recorded(qk_norm_rope_backward_kernel)[(cdiv(max(chunks), c.rows), 3)](
@@ -155,6 +162,7 @@ def launch_backward(
         CHUNK=order.tokens.chunk,
         ROWS=c.rows,
         BLOCK=order.rows.tile(dim, c.chunks > 0),
+        STAGES=c.stages,
         LARGE=n_tokens * max(hq, hk) >= SMALL,
         num_warps=order.rows.num_warps,
         **PINNED,
