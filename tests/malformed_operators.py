@@ -42,6 +42,12 @@ def normed(x, weight=None, eps=1e-6, main_grad=None):
     return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps).to(x.dtype)
 
 
+def silu_and_mul_backward(grad, x):
+    gate, up = x.chunk(2, -1)
+    s = gate.sigmoid()
+    return torch.cat((grad * up * s * (1 + gate * (1 - s)), grad * gate * s), -1), F.silu(gate) * up
+
+
 def heads(qkv, num_heads, **rest):
     parts = qkv.unflatten(1, (-1, 16))
     kv = (parts.shape[1] - num_heads) // 2
@@ -172,6 +178,12 @@ OPERATORS = {
         call=activation.silu_and_mul,
         args=lambda: {"x": rand(3, 8)},
         reference=lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    ),
+    "activation.silu_and_mul_backward": named(
+        "silu_and_mul_backward",
+        call=activation.silu_and_mul_backward,
+        args=lambda: {"grad": rand(3, 4), "x": rand(3, 8)},
+        reference=silu_and_mul_backward,
     ),
     "rope.apply_rope": named(
         "apply_rope",

@@ -139,6 +139,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[tuple[Any, ...], d
         of(activation_ops._silu_and_mul_grad),
         lambda: ((rand(TOKENS, 64), rand(TOKENS, 128)), {}),
     ),
+    "silu_and_mul backward and again": (
+        of(activation_ops._silu_and_mul_again),
+        lambda: ((rand(TOKENS, 64), rand(TOKENS, 128)), {}),
+    ),
     "accumulate_weight_grad": (linear._wgrad, lambda: ((rand(32, 64), rand(32, 48), fp32(64, 48)), {})),
     "accumulate_weight_grad, large": (linear._wgrad, lambda: ((rand(64, 512), rand(64, 1024), fp32(512, 1024)), {})),
     "accumulate_weight_grad, first": (
@@ -293,7 +297,7 @@ def test_what_the_dispatcher_has_to_see_is_not_replayed(silu, kept, monkeypatch)
 ATTENDING = {"_rms_norm", "_add_rms_norm", "_accumulate_backward", "_qk_norm_rope", "_qk_norm_rope_backward"} | {
     *("_forward", "_backward", "launch_wgrad")
 }
-DENSE = {"_silu_and_mul", "_silu_and_mul_grad"}
+DENSE = {"_silu_and_mul", "_silu_and_mul_again"}
 EXPERTS = {
     "_router",
     "_router_grad",

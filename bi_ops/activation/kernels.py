@@ -37,12 +37,14 @@ def silu_and_mul_backward_kernel(
     p_g,  # [R, D], gradient of y
     p_x,  # [R, 2D]
     p_dx,  # [R, 2D]
+    p_y,  # [R, D], or None: the forward's, with its bits
     R,
     D,
     stride_x,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     LARGE: tl.constexpr,  # D is too long for columns in 32 bits
+    HAS_Y: tl.constexpr,
 ):
     """The gradients of gate and up, rounded once."""
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -57,3 +59,5 @@ def silu_and_mul_backward_kernel(
     p_out = p_dx + o_r * (2 * widen(D, LARGE)) + o_c
     tl.store(p_out, cast(b_dgate, dtype), mask=m)
     tl.store(p_out + D, cast(b_dup, dtype), mask=m)
+    if HAS_Y:
+        tl.store(p_y + o_r * D + o_c, cast(silu_and_mul(b_gate, b_up, dtype), dtype), mask=m)

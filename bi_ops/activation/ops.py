@@ -26,11 +26,15 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def launch(
-    x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None = None, config: TileConfig | None = None
+    x: torch.Tensor,
+    out: torch.Tensor,
+    g: torch.Tensor | None = None,
+    config: TileConfig | None = None,
+    y: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`out`, filled by the forward kernel, or by the backward kernel when the gradient `g` is given.
 
-    config: None for the one of this size.
+    config: None for the one of this size. y: contiguous, gets what the forward gave, from the backward kernel.
     """
     if x.numel() == 0:
         return out
@@ -44,7 +48,8 @@ def launch(
         pdl_options = pdl.launch_options(arches.of(x.device))
         recorded(silu_and_mul_kernel)[grid](x2, out, *sizes, **options, **pdl_options, **PINNED)
     else:
-        recorded(silu_and_mul_backward_kernel)[grid](g.contiguous(), x2, out, *sizes, **options, **PINNED)
+        options["HAS_Y"] = y is not None
+        recorded(silu_and_mul_backward_kernel)[grid](g.contiguous(), x2, out, y, *sizes, **options, **PINNED)
     return out
 
 
@@ -74,6 +79,18 @@ def _(g, x):
     return x.new_empty(x.shape)
 
 
+@custom_op("bi_ops::silu_and_mul_backward_again")
+@replayed
+def _silu_and_mul_again(g: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    y = empty(x, (*x.shape[:-1], x.shape[-1] // 2))
+    return launch(x, empty(x, x.shape), g, y=y), y
+
+
+@_silu_and_mul_again.register_fake
+def _(g, x):
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -87,6 +104,13 @@ _silu_and_mul.register_autograd(_backward, setup_context=_setup)
 
 # --------------------------------------------------------------------------------------------------------------
 # public functions
+
+
+def _check(op: str, x: torch.Tensor) -> None:
+    checks.tensor(op, "x", x)
+    checks.dtype(op, "x", x)
+    ok = x.ndim >= 1 and x.shape[-1] > 0 and x.shape[-1] % 2 == 0
+    checks.shape(op, ok, lambda: f"the last dimension of x holds gate and up, so it is even; got {list(x.shape)}")
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
@@ -104,10 +128,30 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError: an unsupported dtype. ValueError: wrong device, or a last dimension that does not halve.
     """
-    checks.tensor("silu_and_mul", "x", x)
-    checks.dtype("silu_and_mul", "x", x)
-    ok = x.ndim >= 1 and x.shape[-1] > 0 and x.shape[-1] % 2 == 0
-    checks.shape(
-        "silu_and_mul", ok, lambda: f"the last dimension of x holds gate and up, so it is even; got {list(x.shape)}"
-    )
+    _check("silu_and_mul", x)
     return _silu_and_mul(x)
+
+
+def silu_and_mul_backward(grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of x, and ``silu_and_mul(x)`` once more, from one read of x; both have the bits of their own call.
+
+    For a backward that needs both: what follows takes the activation for its weight's gradient. Not differentiable.
+
+    Args:
+        grad: [..., D], the gradient of silu_and_mul(x), in the dtype of x. x: as `silu_and_mul`.
+
+    Returns:
+        ([..., 2D], [..., D]), contiguous.
+
+    Raises:
+        TypeError, ValueError: as `silu_and_mul`, or grad of another shape or dtype.
+    """
+    op = "silu_and_mul_backward"
+    checks.tensor(op, "grad", grad)
+    _check(op, x)
+    checks.same_dtype(op, grad=grad, x=x)
+    checks.same_device(op, grad=grad, x=x)
+    half = (*x.shape[:-1], x.shape[-1] // 2)
+    fits = grad.shape == half
+    checks.shape(op, fits, lambda: f"grad must be {list(half)} for x {list(x.shape)}, got {list(grad.shape)}")
+    return _silu_and_mul_again(grad, x)  # type: ignore[no-any-return]

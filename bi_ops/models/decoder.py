@@ -17,6 +17,7 @@ from bi_ops.core.rows import ALIGNMENT
 from bi_ops.models.base import AttentionFn, CausalLM
 from bi_ops.models.config import CausalLMConfig
 from bi_ops.models.packing import PackedBatch
+from bi_ops.nn.gated import gated_linear
 from bi_ops.nn.parallel_linear import ColumnParallelLinear, RowParallelLinear
 from bi_ops.nn.parallel_vocab import VocabParallelEmbedding
 from bi_ops.nn.recompute import Recompute, checkpointed, recomputed
@@ -89,10 +90,7 @@ class MLP(torch.nn.Module):
         self.act_fn = nn.SiluAndMul()
 
     def forward(self, x: torch.Tensor, cu_units: torch.Tensor | None = None, selective: bool = False) -> torch.Tensor:
-        gate_up = self.gate_up_proj(x)
-        y, kept = self.act_fn(gate_up), gate_up.detach()
-        with recomputed(selective, (y,), lambda: (self.act_fn.forward(kept),)):
-            return self.down_proj(y)
+        return gated_linear(selective, self.gate_up_proj(x), self.act_fn, self.down_proj)
 
 
 class DecoderLayer(torch.nn.Module):

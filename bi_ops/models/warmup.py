@@ -56,9 +56,9 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
     """Compile the kernels of a training step of `model` in parallel; returns how many. Weights do not change.
 
     Forward, log-probabilities and backward of up to 16,384 tokens, packed as training does, with gradients in
-    `main_grad`, whole layers run again for the sake of memory (the kernels are the same), then clip and AdamW. Of equal
-    layers one is traced. Kernels for other features, such as windows and sampling options, and those of a step that the
-    memory does not hold compile when they are first launched.
+    `main_grad`, recomputed as the model does, then clip and AdamW. Of equal layers one is traced. Kernels for other
+    features, such as windows and sampling options, and those of a step that the memory does not hold compile when they
+    are first launched.
     """
     if runtime.INTERPRET:
         return 0
@@ -82,7 +82,7 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
             for batch in map(batch_of, SEQUENCES):
                 with contextlib.suppress(torch.OutOfMemoryError):
                     _trace_attention(model, batch)
-                    model.recompute = "layer"
+                    model.recompute = recompute
                     model.allocate_main_grads()
                     for _ in range(2):  # a first sum begins from zero, a second one goes on from memory
                         loss = model.token_logprobs(batch).sum()

@@ -61,6 +61,11 @@ class Shared:
     segments: int = 1
     all_reduce: AllReduce | None = None
 
+    @property
+    def is_shared(self) -> bool:
+        """Is a sum over features one by segments, or over ranks?"""
+        return self.segments > 1 or self.all_reduce is not None
+
     def place(self, own: torch.Tensor, rank: int, size: int) -> Rows:
         """Where `own` lies in the whole, if it is what rank `rank` of `size` has of the weight, or of each of its rows.
 
@@ -93,7 +98,7 @@ class ParallelLinear(Shared, Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As `nn.Linear`. Of a slice every rank makes the call, and its backward."""
-        if self.segments == 1 and self.all_reduce is None:
+        if not self.is_shared:
             return super().forward(input)
         # A view of a matrix would be one more node, in both passes.
         rows = input if input.ndim == 2 else input.reshape(-1, input.shape[-1])

@@ -25,8 +25,8 @@ HELD = 16384
 class RowConfig(NamedTuple):
     """One program has `rows` rows and holds `chunks` chunks of columns in registers; 0: none, a row is read twice.
 
-    tiles: of the norm of queries and keys, `rows` rows each, one after another. stages: of a backward that goes row by row:
-    `stages - 1` rows to come are on their way.
+    tiles: of the norm of queries and keys, `rows` rows each, one after another. stages: of a backward that goes row by
+    row: `stages - 1` rows to come are on their way.
 
     All have the tree of `RowOrder`: its warps, and 16 bytes of a row next to each other in a thread. That is why a tile
     of several rows must have at least 16 bytes for every thread.
