@@ -132,6 +132,11 @@ def forward_launches() -> Iterator[Launch]:
     yield launch(128, True, "packed", other="not persistent", persistent=False)
     for head_dim in (64, 128, 256):
         yield launch(head_dim, True, "packed", other="consumers clear", consumers_clear=True)
+    for head_dim, lengths in itertools.product((64, 128, 256), LENGTHS):
+        yield launch(head_dim, True, lengths, other="heads packed", pack_heads=True)
+        yield launch(head_dim, True, lengths, other="heads packed, by tile", pack_heads=True, by_tile=True)
+        yield launch(head_dim, True, lengths, other="heads packed, ahead", pack_heads=True, by_tile=True, ahead=True)
+        yield launch(head_dim, True, lengths, other="ahead", by_tile=True, ahead=True)
     yield launch(64, True, "packed", other="ping-pong", ping_pong=True, overlap=False, stages=4)
 
 

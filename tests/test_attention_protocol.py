@@ -34,6 +34,19 @@ def lists(lengths, block):
     return starts(-(-lengths[i] // block) for i in longest_first)[:-1] + longest_first
 
 
+def tile_list(lens_q, lens_k, block, causal, size):
+    """As `tile_scheduler.tile_list` makes them."""
+    tiles = [
+        (-((m - n) // block + i) if causal else -m, b, -i, (b, i * block, n, m))
+        for b, (n, m) in enumerate(zip(lens_q, lens_k, strict=True))
+        for i in range(-(-n // block))
+    ]
+    starts_q, starts_k = starts(lens_q), starts(lens_k)
+    records = [[b, m, starts_q[b], n, starts_k[b], k, 0, 0] for *_, (b, m, n, k) in sorted(tiles)]
+    records += [[-(10**6)] * 8] * (size - len(records))
+    return [*itertools.chain(*records), len(tiles)]
+
+
 def grid(lengths, longest, block, tokens=None):
     """(tiles, whether all sequences count as equal) of the launches."""
     tokens = sum(lengths) if tokens is None else tokens
@@ -70,14 +83,16 @@ def run_forward(
     turns=True,
     ahead=False,
     consumers_clear=False,
+    pack=1,
+    order="sequence",
     **options,
 ):
     causal, stay, page = options.pop("causal", True), options.pop("stay", True), options.pop("page", 0)
     before, after = options.pop("outside", (0, 0))  # rows of q that belong to no sequence
-    d, block_n, block_m, t = 64, 64, 64 * teams, before + sum(lens_q) + after
+    d, block_n, block_m, t = 64, 64, 64 * teams // pack, before + sum(lens_q) + after
     n_tiles, equal = grid(lens_q, options.pop("longest", 0) or max(lens_q), block_m, t)
-    programs = min(n_tiles * h, 3) if stay else n_tiles * h
-    d_q, d_k = Descriptor([t, h * d], [64, d], 2), Descriptor([sum(lens_k), h // heads * d], [block_n, d], 2)
+    programs = min(n_tiles * h // pack, 3) if stay else n_tiles * h // pack
+    d_q, d_k = Descriptor([t, h * d], [64 // pack, d], 2), Descriptor([sum(lens_k), h // heads * d], [block_n, d], 2)
     cu_k, table = starts(lens_k), None
     layout: tuple[Any, ...] = (None,) * 4
     if page:
@@ -85,11 +100,17 @@ def run_forward(
         layout = (columns, page, 0, d)
     out, lse = outputs(t * h * d, t * h)
     numbers = pointers(inside(lens_q, before), cu_k)
-    numbers += [table, *pointers(lists(lens_q, block_m), [0], [-1] * (programs * queries))]
+    if order == "sequence":
+        tiles = lists(lens_q, block_m)
+    else:
+        tiles = tile_list(lens_q, lens_k, block_m, causal, n_tiles)
+        for i in range(2, len(tiles) - 1, 8):
+            tiles[i] += before
+    numbers += [table, *pointers(tiles, [0], [-1] * (programs * queries))]
     unused = model.launch(
         *(kernels.attention_forward_kernel, programs, d_q, d_k, d_k, out, lse, *numbers, 1.0),
         *(t, len(lens_q), n_tiles, *layout, h, heads, d, block_n, teams, stages, queries),
-        *(causal, turns, ahead, stay, equal, page, consumers_clear),
+        *(causal, turns, ahead, stay, equal, page, consumers_clear, pack, order != "sequence", order == "ahead"),
         **options,
     )
     assert once(out, lse)
@@ -224,8 +245,8 @@ WAYS = [
 RUNS = {
     "forward": lambda r, q, k, **options: run_forward(
         *(q, k),
-        h=r.choice([1, 6]),
-        heads=1,
+        **r.choice([{"h": 1, "heads": 1}, {"h": 6, "heads": 1}, {"h": 4, "heads": 4, "pack": 4}, {"h": 4, "pack": 2}]),
+        order=r.choice(["sequence", "tile", "ahead", "ahead"]),
         queries=r.choice([1, 2]),
         page=r.choice([0, 0, 16, 48, 256]),
         stay=r.random() < 0.6,

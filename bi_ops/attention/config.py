@@ -40,7 +40,10 @@ class ForwardConfig:
     turns, so that one multiplies while the others take exponentials. persistent: as many CTAs as SMs take tile after
     tile, else one CTA runs for each tile. overlap: a step's S is issued before the exponentials of the step before,
     within a warp group; then without ping_pong, and from 3 stages on. consumers_clear: they clear what the last V has
-    past the end of a sequence, else the producer, which loads nothing meanwhile.
+    past the end of a sequence, else the producer, which loads nothing meanwhile. pack_heads: a tile has fewer queries,
+    of up to 8 heads that share a KV head, so that less of a sequence's last tile is empty. by_tile: tiles with most
+    keys first, of whichever sequence, else longest sequences first. ahead: with by_tile, the producer takes a tile
+    while it still loads for the one before, and consumers read which it is before they write theirs.
     """
 
     warp_groups: int
@@ -50,6 +53,9 @@ class ForwardConfig:
     persistent: bool = True
     overlap: bool = False
     consumers_clear: bool = False
+    pack_heads: bool = False
+    by_tile: bool = False
+    ahead: bool = False
 
     @staticmethod
     def computes(order: Order) -> bool:

@@ -56,6 +56,7 @@ def mainloop(
     l_s: gl.constexpr = l_r.parent
     l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
     NEXT: gl.constexpr = (WARP_GROUP + 1) % args.WARP_GROUPS
+    EARLY: gl.constexpr = args.AHEAD and args.q_empty.shape[0] == 1  # Q is wanted back as soon as the last S is there
     FIRST: gl.constexpr = 1 if WARP_GROUP == 0 else 0  # the first warp group waits for no one at its first step
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
     acc = gl.zeros((ROWS, D), gl.float32, l_o)
@@ -69,6 +70,8 @@ def mainloop(
         mbarrier.arrive(args.scheduler.index(NEXT))
     b_s = warpgroup_mma_wait(0, deps=(b_s,))
     arrive(args.k_empty, step)
+    if EARLY:
+        mbarrier.arrive(q_empty, pred=n_steps == 1)
     if n_full > 0:
         b_p, row_max, rescale, row_sum = online_softmax(b_s, row_max, row_sum, 0, n_seen, scale2, False)
     else:
@@ -95,6 +98,8 @@ def mainloop(
                 mbarrier.arrive(args.scheduler.index(NEXT))
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
             arrive(args.k_empty, step)
+            if EARLY:
+                mbarrier.arrive(q_empty, pred=i + 1 == n_steps)
             b_p, row_max, rescale, row_sum = online_softmax(
                 b_s, row_max, row_sum, i * BLOCK_N, n_seen, scale2, MASKED == 1
             )
@@ -104,7 +109,8 @@ def mainloop(
             acc = warpgroup_mma_wait(0, deps=(b_o,))
             mbarrier.arrive(args.v_empty.index(v_stage))
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, l_o))[:, None]
-    mbarrier.arrive(q_empty)
+    if not EARLY:
+        mbarrier.arrive(q_empty)
     v_stage = (step - 1) % STAGES
     wait_full(args.v_full, step - 1)
     _clear_tail(args, v_smem.index(v_stage), n_valid)
