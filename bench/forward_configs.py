@@ -33,7 +33,7 @@ from bi_ops.attention.params import AttentionParams, Seqlens
 from bi_ops.core import arch as arches
 from bi_ops.core.compile_ahead import compile_only
 from bi_ops.core.integers import cdiv
-from bi_ops.gluon.tile_scheduler import lpt_order, tile_list
+from bi_ops.gluon.tile_scheduler import tile_list
 
 #: How often each config's bits are compared, and in how many turns it is timed.
 RERUNS, TURNS = 10, 5
@@ -57,14 +57,11 @@ class Bench:
         return launch.forward(self.q, self.k, self.v, self.seqlens, self.params, None, self.order, self.arch, chosen)
 
 
-def variants(one: ForwardConfig, head_dim: int) -> list[ForwardConfig]:
+def variants(one: ForwardConfig) -> list[ForwardConfig]:
     """The config in use, which comes first, and others."""
-    ahead = replace(one, by_tile=True, ahead=True)
-    packed = replace(ahead, pack_heads=True)
-    cleared = replace(packed, consumers_clear=True)
-    some = [one, ahead, replace(packed, ahead=False), packed, cleared]
-    if head_dim == 128:
-        some += [replace(one, pack_heads=True), replace(one, by_tile=True), replace(cleared, ping_pong=False)]
+    some = [one, replace(one, consumers_clear=not one.consumers_clear)]
+    if one.q_stages > 1:
+        some += [replace(c, ahead=not one.ahead) for c in some]
     return some
 
 
@@ -110,7 +107,7 @@ def main() -> int:
     with compile_only(16):
         for d, lengths in itertools.product(args.head_dims, ((256, 256), (256, 130))):
             bench = Bench(Case("fwd", lengths, d, WIDTH // d, WIDTH // d // GROUP))
-            for chosen in variants(bench.in_use, d):
+            for chosen in variants(bench.in_use):
                 bench.run(chosen)
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     rows: list[dict[str, object]] = []
@@ -121,7 +118,7 @@ def main() -> int:
             break
         case = Case("fwd", of_one, d, WIDTH // d, WIDTH // d // GROUP)
         bench = Bench(case, name == "as unequal")
-        configs = variants(bench.in_use, d)
+        configs = variants(bench.in_use)
         expected = bench.run(bench.in_use)
         # Bits first: a config that hangs is the last one that was named.
         same = {}
@@ -132,11 +129,9 @@ def main() -> int:
         failed += sum(not s for s in same.values())
         starts, n_tiles = bench.seqlens[0], TOKENS * 2 // 32
         runs = {text(c): partial(bench.run, c) for c in configs}
-        orders = {
-            "order of sequences": partial(lpt_order, starts, 128),
-            "order of tiles": partial(tile_list, starts, starts, n_tiles, 32, True, False),
-        }
-        times = in_turns({**runs, **orders}, rounds=TURNS)
+        tiles = partial(tile_list, starts, starts, n_tiles, 32, True, False)
+        times = in_turns({**runs, "order of tiles": tiles}, rounds=TURNS)
+        order_us = round(times["order of tiles"] * 1e6, 1)
         other = tried("FlashAttention 3", lambda case=case, b=bench: fa3(case, b.q, b.k, b.v, b.g))  # type: ignore[misc]
         for c in configs:
             tflops = round(case.flops / times[text(c)] / 1e12, 1)
@@ -146,14 +141,11 @@ def main() -> int:
                 | {"config": text(c), "in_use": c == bench.in_use, "us": round(times[text(c)] * 1e6, 1)}
                 | {"tflops": tflops, "over_in_use": over}
                 | {"fa3_tflops": other and round(case.flops / other / 1e12, 1), "same_bits": same[text(c)]}
-                | {f"{k} us".replace(" ", "_"): round(times[k] * 1e6, 1) for k in orders}
+                | {"order_of_tiles_us": order_us}
                 | about
             )
             print(f"    {tflops:6} {over:.4f} {text(c)}", flush=True)
-        print(
-            f"    FlashAttention 3 {rows[-1]['fa3_tflops']}; "
-            + ", ".join(f"{k} {times[k] * 1e6:.1f} us" for k in orders)
-        )
+        print(f"    FlashAttention 3 {rows[-1]['fa3_tflops']}; order of tiles {order_us} us")
         write_csv(args.out / "forward_exploration.csv", rows)
         del bench, expected
     print(f"{time.perf_counter() - began:.0f} s, {failed} failures")

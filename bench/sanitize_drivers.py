@@ -174,10 +174,6 @@ def _logprobs() -> None:
 def _plain_attention() -> None:
     for head_dim in (64, 128, 256, 80):
         call("flash_attention", size=(head_dim, 0))
-    from bi_ops.gluon.tile_scheduler import tile_list  # which no config in use asks for
-
-    starts = torch.tensor([0, 5, 5, 300], dtype=torch.int32, device=runtime.default_device())
-    tile_list(starts, starts, 300 // 32 + 3, 32, True, False)
 
 
 def _written_cache() -> None:

@@ -86,11 +86,11 @@ def used_config(head_dim) -> ForwardConfig:
     return found
 
 
-def tile_configs(used: ForwardConfig) -> list[ForwardConfig]:
-    """What tiles may be, and in which order they are taken."""
-    ways = itertools.product((True, False), ((False, False), (True, False), (True, True)))
-    some = [dataclasses.replace(used, pack_heads=p, by_tile=t, ahead=a) for p, (t, a) in ways]
-    return [*some, dataclasses.replace(some[2], consumers_clear=True), dataclasses.replace(some[2], persistent=False)]
+def other_configs(used: ForwardConfig) -> list[ForwardConfig]:
+    """Who clears the last V, and when a tile is taken."""
+    ahead = (True, False) if used.q_stages > 1 else (False,)
+    ways = itertools.product((True, False), ahead)
+    return [dataclasses.replace(used, consumers_clear=c, ahead=a) for c, a in ways]
 
 
 @gpu
@@ -98,14 +98,9 @@ def tile_configs(used: ForwardConfig) -> list[ForwardConfig]:
 @pytest.mark.parametrize(("head_dim", "block_n"), [(64, 64), (64, 128), (128, 128), (128, 64), (256, 64)])
 def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal):
     used = used_config(head_dim)
-    used = dataclasses.replace(used, overlap=False, ping_pong=True, stages=min(used.stages, 4))
+    used = dataclasses.replace(used, overlap=False, stages=min(used.stages, 4))
     any_groups = (2, 3) if head_dim == block_n == 64 else (2,)  # the others' registers do not hold a third
-    any_config = [
-        dataclasses.replace(used, warp_groups=groups, ping_pong=ping_pong, persistent=persistent)
-        for groups, ping_pong, persistent in itertools.product(any_groups, (True, False), (True, False))
-    ]
-    any_config.append(dataclasses.replace(used, consumers_clear=not used.consumers_clear))
-    any_config += tile_configs(used)
+    any_config = [c for groups in any_groups for c in other_configs(dataclasses.replace(used, warp_groups=groups))]
     order = KeySteps(block_n)
     for dtype, hq, hkv, configs in (
         (torch.bfloat16, 8, 2, any_config if causal else [used]),
@@ -133,9 +128,9 @@ def test_forward_with_overlap_equals_triton_bit_for_bit(dtype, causal):
         given = (q, k, v, seqlens_of(cu_q, cu_k), AttentionParams(causal, 0.125))
         order = own_order(q, given[-1]).forward
         want = triton_forward(*given)
-        some = itertools.product((2, 3), (3, 8), (True, False)) if dtype == torch.bfloat16 else []
-        any_config = [dataclasses.replace(used, warp_groups=g, stages=s, persistent=p) for g, s, p in some]
-        any_config += [dataclasses.replace(used, consumers_clear=not used.consumers_clear), *tile_configs(used)]
+        some = itertools.product((2, 3), (3, 8)) if dtype == torch.bfloat16 else []
+        any_config = [dataclasses.replace(used, warp_groups=g, stages=s) for g, s in some]
+        any_config += other_configs(used)
         for c in (*any_config, used):
             for _ in range(100 if c == used else 10):
                 assert equal(launch.forward(*given, None, order, arches.of(q.device), c), want), c

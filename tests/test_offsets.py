@@ -31,7 +31,6 @@ BOUNDED = {
         attention.kernels.backward.attention_dkv_kernel: first_q * HEADS
         attention.kernels.backward.attention_dkv_kernel: end_q * HEADS
         attention.kernels.common.find_tile: (tl.load(p_cu + low) - start) * PER_TOKEN
-        gluon.tile_scheduler.get_listed_tile: ((q_len + BLOCK_M - 1) // BLOCK_M - 1 - i // sequences.n_seqs) * BLOCK_M
     """,
     "8 numbers of a tile of 8 tokens or more": """
         gluon.tile_scheduler.count_tiles: sequences.n_tiles * RECORD
@@ -42,7 +41,6 @@ BOUNDED = {
         attention.hopper.backward_copies._dq_tile: (tile.kv_head * HEADS + step % HEADS) * tile.n_slots
         attention.hopper.forward._consumer: sequences.n_tiles * (args.H // args.PACK)
         attention.hopper.forward._producer: count_tiles(sequences, args.EQUAL) * TILE_HEADS
-        attention.hopper.forward._producer: sequences.n_tiles * TILE_HEADS
         gluon.tile_scheduler.get_listed_tile: sequences.n_tiles * H
         gluon.tile_scheduler.cta_pairs: n_seqs * HKV
         gluon.tile_scheduler.cta_pairs: first * HKV

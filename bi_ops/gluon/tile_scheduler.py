@@ -1,4 +1,4 @@
-"""Which tile a CTA takes: longest sequences first (LPT), from an atomic counter where CTAs are persistent.
+"""Which tile a CTA takes: longest sequences or tiles first (LPT), from an atomic counter where CTAs are persistent.
 
 What starts last should be short, or SMs are idle at the end. Which CTA computes a tile, and when, changes no bit.
 """
@@ -221,7 +221,7 @@ class Sequences:
 
     cu_q: gl.tensor  # int32 [B + 1]
     cu_k: gl.tensor  # int32 [B + 1], or lengths int32 [B] if paged
-    order: gl.tensor  # int32 [2, B] of `lpt_order`; not read if the lengths are equal
+    order: gl.tensor  # of `lpt_order` or `tile_list`; not read if the lengths are equal
     counter: gl.tensor  # int32 [1], 0 at the start: tiles taken after each CTA's first
     tile_ids: gl.tensor  # int32 [CTAs, stages of Q]: which tile the Q in each stage belongs to
     n_seqs: Scalar
@@ -242,12 +242,9 @@ class QueryTile:
 
 
 @gluon.jit
-def get_tile(
-    sequences, i_tile, H: gl.constexpr, BLOCK_M: gl.constexpr, EQUAL: gl.constexpr, PAGED: gl.constexpr = False
-):
-    """The query tile `i_tile`: heads side by side, so that KV heads are shared in L2; tiles with most keys first.
-
-    EQUAL: all sequences have as many queries. PAGED: a sequence's keys start at 0 of its own pages.
+def get_tile(sequences, i_tile, H: gl.constexpr, BLOCK_M: gl.constexpr, EQUAL: gl.constexpr):
+    """The query tile `i_tile`: heads side by side, so that KV heads are shared in L2; longest sequences first,
+    of one its tiles with most keys. sequences.order is of `lpt_order`. EQUAL: all sequences have as many queries.
     """
     if EQUAL:
         of_one = sequences.n_tiles // sequences.n_seqs
@@ -259,17 +256,14 @@ def get_tile(
     q_start = gl.load(sequences.cu_q + i_b)
     q_len = gl.load(sequences.cu_q + i_b + 1) - q_start
     k_start = gl.load(sequences.cu_k + i_b)
-    if PAGED:
-        k_len = k_start
-    else:
-        k_len = gl.load(sequences.cu_k + i_b + 1) - k_start
+    k_len = gl.load(sequences.cu_k + i_b + 1) - k_start
     i_m = (q_len + BLOCK_M - 1) // BLOCK_M - 1 - from_last
     return QueryTile(i_b, i_tile % H, q_start, k_start, gl.where(i_m >= 0, i_m * BLOCK_M, q_len), q_len, k_len)
 
 
 @gluon.jit
 def count_tiles(sequences, EQUAL: gl.constexpr):
-    """How many tiles of one head there are in `get_listed_tile`'s order, all of which exist."""
+    """How many tiles of a head, or of heads packed together, there are in `get_listed_tile`'s order."""
     n_tiles = sequences.n_tiles
     if not EQUAL:
         n_tiles = gl.load(sequences.order + sequences.n_tiles * RECORD)
@@ -278,11 +272,11 @@ def count_tiles(sequences, EQUAL: gl.constexpr):
 
 @gluon.jit
 def get_listed_tile(
-    sequences, i_tile, H: gl.constexpr, BLOCK_M: gl.constexpr, EQUAL: gl.constexpr, PAGED: gl.constexpr = False
+    sequences, i_tile, H: gl.constexpr, BLOCK_M: gl.constexpr, EQUAL: gl.constexpr, PAGED: gl.constexpr
 ):
     """`get_tile` with the tiles with most keys first, of whichever sequence: sequences.order is of `tile_list`.
 
-    One load from memory. Past the last tile it is some tile.
+    One trip to memory. Past the last tile it is some tile. PAGED: a sequence's keys start at 0 of its own pages.
     """
     i_tile = gl.minimum(i_tile, sequences.n_tiles * H - 1)
     head = i_tile % H
@@ -296,7 +290,8 @@ def get_listed_tile(
             k_len = k_start
         else:
             k_len = gl.load(sequences.cu_k + i_b + 1) - k_start
-        m = ((q_len + BLOCK_M - 1) // BLOCK_M - 1 - i // sequences.n_seqs) * BLOCK_M
+        i_m = (q_len + BLOCK_M - 1) // BLOCK_M - 1 - i // sequences.n_seqs
+        m = gl.where(i_m >= 0, i_m * BLOCK_M, q_len)
     else:
         p_record = sequences.order + i * RECORD
         i_b = gl.load(p_record)

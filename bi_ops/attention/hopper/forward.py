@@ -2,7 +2,8 @@
 
 Keys and values are packed, or in pages, as prefill finds them. The grid depends on no length of a sequence.
 
-A CTA takes a tile of queries of one head. If it is persistent it takes another when that is done, until none is left.
+A tile has queries of up to 8 heads that share a KV head, so that less of a sequence's last tile is empty. CTAs are
+persistent: each takes a tile, those with most keys first, and another when that is done, until none is left.
 
     producer  1 warp                           has TMA copy the tile's Q, then K and V step by step, into their stages
     consumers 2 or 3 warp groups of 4 warps    64 rows each: S, the online softmax, O, as `mainloop` says; the epilogue
@@ -31,16 +32,7 @@ from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
 from bi_ops.gluon.pipeline import allocate_barriers, init_barriers, stage_and_phase, wait_empty
-from bi_ops.gluon.tile_scheduler import (
-    Sequences,
-    count_tiles,
-    fetch_add,
-    get_listed_tile,
-    get_tile,
-    key_steps,
-    lpt_order,
-    tile_list,
-)
+from bi_ops.gluon.tile_scheduler import Sequences, count_tiles, fetch_add, get_listed_tile, key_steps, tile_list
 
 
 @aggregate
@@ -62,7 +54,7 @@ class PartitionArgs:
     k_empty: gl.shared_memory_descriptor
     v_empty: gl.shared_memory_descriptor
     v_tail: gl.shared_memory_descriptor  # the last, partial V has come, and is to be cleared past the end
-    scheduler: gl.shared_memory_descriptor  # ping-pong: warp group i may issue its GEMMs
+    scheduler: gl.shared_memory_descriptor  # without OVERLAP: warp group i may issue its GEMMs
     sequences: Sequences
     table: Scalar  # None if packed, as are the next
     stride_table: Scalar
@@ -75,14 +67,11 @@ class PartitionArgs:
     HEADS: gl.constexpr
     WARP_GROUPS: gl.constexpr
     CAUSAL: gl.constexpr
-    PINGPONG: gl.constexpr
     OVERLAP: gl.constexpr
-    PERSISTENT: gl.constexpr
     EQUAL: gl.constexpr
     PAGE: gl.constexpr  # 0: packed
     CONSUMERS_CLEAR: gl.constexpr
     PACK: gl.constexpr  # heads of a tile
-    BY_TILE: gl.constexpr
     AHEAD: gl.constexpr
 
 
@@ -90,11 +79,7 @@ class PartitionArgs:
 def _get_tile(args, i_tile):
     """The tile and, for its `head`, the first one that it has."""
     BLOCK_M: gl.constexpr = args.WARP_GROUPS * ROWS // args.PACK
-    if args.BY_TILE:
-        tile = get_listed_tile(args.sequences, i_tile, args.H // args.PACK, BLOCK_M, args.EQUAL, args.PAGE != 0)
-    else:
-        tile = get_tile(args.sequences, i_tile, args.H // args.PACK, BLOCK_M, args.EQUAL, args.PAGE != 0)
-    return tile
+    return get_listed_tile(args.sequences, i_tile, args.H // args.PACK, BLOCK_M, args.EQUAL, args.PAGE != 0)
 
 
 @gluon.jit
@@ -136,13 +121,10 @@ def _end_tiles(args, i_tile, tiles):
 
 @gluon.jit
 def _take_tile(args, n_items, tiles):
-    """Take the next of `n_items` for the CTA's tile number `tiles`; its Q, if there is room for it meanwhile."""
-    i_tile = n_items
-    if args.PERSISTENT:
-        i_tile = gl.num_programs(0) + fetch_add(args.sequences.counter)
-    if args.q_empty.shape[0] > 1:  # noqa: SIM102  (known when it is compiled)
-        if i_tile < n_items:
-            _load_queries(args, i_tile, _get_tile(args, i_tile), tiles)
+    """Take the next of `n_items` for the CTA's tile number `tiles`, and have its Q copied."""
+    i_tile = gl.num_programs(0) + fetch_add(args.sequences.counter)
+    if i_tile < n_items:
+        _load_queries(args, i_tile, _get_tile(args, i_tile), tiles)
     return i_tile
 
 
@@ -216,38 +198,30 @@ def _producer(args):
     D: gl.constexpr = args.k_smem.shape[2]
     BLOCK_M: gl.constexpr = args.WARP_GROUPS * ROWS // args.PACK
     BLOCK_N: gl.constexpr = args.k_smem.shape[1]
-    Q_STAGES: gl.constexpr = args.q_empty.shape[0]
     TILE_HEADS: gl.constexpr = args.H // args.PACK
     sequences = args.sequences
-    end = sequences.n_tiles * TILE_HEADS
-    tiles = end * 0
-    step = end * 0
-    tails = end * 0
+    n_items = count_tiles(sequences, args.EQUAL) * TILE_HEADS
+    tiles = n_items * 0
+    step = n_items * 0
+    tails = n_items * 0
     i_tile = gl.program_id(0)
     if args.AHEAD:
-        n_items = count_tiles(sequences, args.EQUAL) * TILE_HEADS
-        if Q_STAGES > 1:  # noqa: SIM102  (known when it is compiled)
-            if i_tile < n_items:
-                _load_queries(args, i_tile, _get_tile(args, i_tile), tiles)
+        if i_tile < n_items:
+            _load_queries(args, i_tile, _get_tile(args, i_tile), tiles)
         while i_tile < n_items:
             tile = _get_tile(args, i_tile)
-            if Q_STAGES == 1:
-                _load_queries(args, i_tile, tile, tiles)
             tiles += 1
             n_steps, _ = key_steps(tile.m, tile.q_len, tile.k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
             step, tails, i_tile = _load_keys(args, step, tails, tile, n_steps, n_items, tiles)
     else:
-        while i_tile < end:
+        while i_tile < n_items:
             tile = _get_tile(args, i_tile)
             n_steps, _ = key_steps(tile.m, tile.q_len, tile.k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
-            if tile.m < tile.q_len:
-                _load_queries(args, i_tile, tile, tiles)
-                tiles += 1
-                step, tails, _ = _load_keys(args, step, tails, tile, n_steps, end, tiles)
-            i_tile = end
-            if args.PERSISTENT:
-                i_tile = gl.num_programs(0) + fetch_add(sequences.counter)
-    _end_tiles(args, end, tiles)
+            _load_queries(args, i_tile, tile, tiles)
+            tiles += 1
+            step, tails, _ = _load_keys(args, step, tails, tile, n_steps, n_items, tiles)
+            i_tile = gl.num_programs(0) + fetch_add(sequences.counter)
+    _end_tiles(args, sequences.n_tiles * TILE_HEADS, tiles)
     # While consumers compute the last tile.
     clear_outside(args.out, sequences.cu_q, sequences.n_seqs, args.n_tokens, args.H * D, 1, args.H * D)
     clear_outside(args.lse, sequences.cu_q, sequences.n_seqs, args.n_tokens, 1, args.n_tokens, args.H)
@@ -301,7 +275,6 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     D: gl.constexpr = args.k_smem.shape[2]
     Q_STAGES: gl.constexpr = args.q_empty.shape[0]
     SLOTS: gl.constexpr = args.q_full.shape[0] // Q_STAGES  # for warp groups: a power of two
-    EARLY: gl.constexpr = args.AHEAD and Q_STAGES > 1
     sequences = args.sequences
     p_tile_id = sequences.tile_ids + gl.program_id(0) * Q_STAGES
     end = sequences.n_tiles * (args.H // args.PACK)
@@ -314,10 +287,10 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     stage = end * 0
     mbarrier.wait(args.q_full.index(WARP_GROUP), 0)
     i_tile = gl.load(p_tile_id)
-    if EARLY:
+    if args.AHEAD:
         following = _get_tile(args, i_tile)
     while i_tile < end:
-        tile = following if EARLY else _get_tile(args, i_tile)
+        tile = following if args.AHEAD else _get_tile(args, i_tile)
         m, q_len, k_len = tile.m, tile.q_len, tile.k_len
         n_steps, n_full = key_steps(m, q_len, k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
         n_loaded = n_steps
@@ -352,12 +325,12 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
             step += n_loaded
         tiles += 1
         stage = tiles % Q_STAGES
-        if EARLY:  # what is read here is on its way while O is written
+        if args.AHEAD:  # what is read here is on its way while O is written
             mbarrier.wait(args.q_full.index(stage * SLOTS + WARP_GROUP), tiles // Q_STAGES & 1)
             i_tile = gl.load(p_tile_id + stage)
             following = _get_tile(args, i_tile)
         _epilogue(args, acc, row_max, row_sum, tile, WARP_GROUP)
-        if not EARLY:
+        if not args.AHEAD:
             mbarrier.wait(args.q_full.index(stage * SLOTS + WARP_GROUP), tiles // Q_STAGES & 1)
             i_tile = gl.load(p_tile_id + stage)
 
@@ -375,13 +348,13 @@ def attention_forward_kernel(
     p_cu_q,  # int32 [B + 1]
     p_cu_k,  # int32 [B + 1], or lengths int32 [B] if paged
     p_table,  # int32 [B, max_blocks] if paged
-    p_order,  # int32 [2, B] of `lpt_order`, or of `tile_list`; not read if EQUAL
+    p_order,  # int32 [8 * n_tiles + 1] of `tile_list`; not read if EQUAL
     p_counter,  # int32 [1]: 0; tiles taken after each CTA's first
     p_tile_ids,  # int32 [CTAs, Q_STAGES], uninitialised: which tile the Q in each stage belongs to
     scale,  # softmax_scale
     n_tokens,
     n_seqs,
-    n_tiles,  # of WARP_GROUPS * ROWS queries: as many as there are if EQUAL, else at least
+    n_tiles,  # of WARP_GROUPS * ROWS // PACK queries: as many as there are if EQUAL, else at least
     stride_table,
     page_rows,  # of d_k and d_v if paged: rows from page to page
     head_rows,  # rows from head to head
@@ -394,15 +367,12 @@ def attention_forward_kernel(
     STAGES: gl.constexpr,  # of K, and of V
     Q_STAGES: gl.constexpr,  # of Q: this tile's, and the next ones'
     CAUSAL: gl.constexpr,
-    PINGPONG: gl.constexpr,  # consumer warp groups issue their GEMMs one after the other
-    OVERLAP: gl.constexpr,  # a step's S is issued before the exponentials of the step before; then no ping-pong
-    PERSISTENT: gl.constexpr,  # a CTA takes tiles until none is left, else one
+    OVERLAP: gl.constexpr,  # a step's S is issued before the exponentials of the step before; else ping-pong
     EQUAL: gl.constexpr,  # all sequences have as many queries
     PAGE: gl.constexpr,  # tokens of a page; 0: packed
     CONSUMERS_CLEAR: gl.constexpr,  # of the last V what is past the end of its sequence; else the producer does
     PACK: gl.constexpr,  # heads of a tile, which share a KV head; it has as many fewer queries
-    BY_TILE: gl.constexpr,  # p_order is of `tile_list`: tiles with most keys first
-    AHEAD: gl.constexpr,  # with BY_TILE: a tile is taken while K and V of the one before are being loaded
+    AHEAD: gl.constexpr,  # with 2 Q_STAGES: a tile is taken while K and V of the one before are being loaded
 ):
     DTYPE: gl.constexpr = d_q.dtype
     SLOTS: gl.constexpr = 4 if WARP_GROUPS == 3 else WARP_GROUPS
@@ -418,19 +388,17 @@ def attention_forward_kernel(
     # barrier's bits were then seen.
     if OVERLAP:
         k_empty = v_empty
+        scheduler = q_full
     else:
         k_empty = allocate_barriers(STAGES)
-    if PINGPONG:
         scheduler = allocate_barriers(SLOTS)
-    else:
-        scheduler = q_full
     if CONSUMERS_CLEAR:
         v_tail = q_full
     else:
         v_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     init_barriers(q_full, 1)
     init_barriers(q_empty, WARP_GROUPS)
-    if PINGPONG:
+    if not OVERLAP:
         for i in gl.static_range(WARP_GROUPS):
             mbarrier.init(scheduler.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -447,8 +415,7 @@ def attention_forward_kernel(
     args = PartitionArgs(
         *(d_q, d_k, d_v, p_out, p_lse, q_smem, k_smem, v_smem, q_full, k_full, v_full, q_empty, k_empty, v_empty),
         *(v_tail, scheduler, sequences, p_table, stride_table, page_rows, head_rows, head_columns, scale, n_tokens),
-        *(H, HEADS, WARP_GROUPS, CAUSAL, PINGPONG, OVERLAP, PERSISTENT, EQUAL, PAGE, CONSUMERS_CLEAR),
-        *(PACK, BY_TILE, AHEAD),
+        *(H, HEADS, WARP_GROUPS, CAUSAL, OVERLAP, EQUAL, PAGE, CONSUMERS_CLEAR, PACK, AHEAD),
     )
     if WARP_GROUPS == 2:
         gl.warp_specialize(
@@ -494,18 +461,14 @@ def launch(
     (n_tokens, hq, head_dim), hkv = q.shape, k.shape[-2]
     n_seqs = cu_q.shape[0] - 1
     equal = max_q is not None and max_q * n_seqs == n_tokens
-    pack = math.gcd(hq // hkv, 8) if config.pack_heads else 1
+    pack = math.gcd(hq // hkv, 8)
     block_m = config.warp_groups * ROWS.value // pack
     n_tiles = cdiv(n_tokens // n_seqs, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
     if equal:
         tile_order, counter = cu_q, filled(cu_q, 1)
-    elif config.by_tile:
-        tile_order, counter = tile_list(cu_q, cu_k, n_tiles, block_m, causal, table is not None)
     else:
-        tile_order, counter = lpt_order(cu_q, block_m)
-    programs = n_tiles * hq // pack
-    if config.persistent:
-        programs = min(programs, runtime.multiprocessors(q.device))
+        tile_order, counter = tile_list(cu_q, cu_k, n_tiles, block_m, causal, table is not None)
+    programs = min(n_tiles * hq // pack, runtime.multiprocessors(q.device))
     tile_ids = empty(cu_q, (programs, config.q_stages))
     if table is None:
         page = 0
@@ -527,14 +490,11 @@ def launch(
         STAGES=config.stages,
         Q_STAGES=config.q_stages,
         CAUSAL=causal,
-        PINGPONG=config.ping_pong,
         OVERLAP=config.overlap,
-        PERSISTENT=config.persistent,
         EQUAL=equal,
         PAGE=page,
         CONSUMERS_CLEAR=config.consumers_clear,
         PACK=pack,
-        BY_TILE=config.by_tile,
         AHEAD=config.ahead,
         num_warps=4,
         **PINNED,

@@ -44,6 +44,8 @@ def mainloop(
 ):
     """(O before it is divided, row_max, row_sum, next step of the pipeline) of a tile that sees keys from `step` on.
 
+    Warp groups issue their GEMMs in turns (ping-pong).
+
     args: `forward.PartitionArgs`. q_empty: where the warp group arrives when Q has been read. n_valid: keys from the
     last step's first to the sequence's last.
     """
@@ -56,22 +58,17 @@ def mainloop(
     l_s: gl.constexpr = l_r.parent
     l_p: gl.constexpr = gl.DotOperandLayout(0, l_o, 2)
     NEXT: gl.constexpr = (WARP_GROUP + 1) % args.WARP_GROUPS
-    EARLY: gl.constexpr = args.AHEAD and args.q_empty.shape[0] == 1  # Q is wanted back as soon as the last S is there
     FIRST: gl.constexpr = 1 if WARP_GROUP == 0 else 0  # the first warp group waits for no one at its first step
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
     acc = gl.zeros((ROWS, D), gl.float32, l_o)
     row_sum = gl.zeros((ROWS,), gl.float32, l_r)
     row_max = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
     wait_full(args.k_full, step)
-    if args.PINGPONG:
-        mbarrier.wait(args.scheduler.index(WARP_GROUP), (step & 1) ^ FIRST)
+    mbarrier.wait(args.scheduler.index(WARP_GROUP), (step & 1) ^ FIRST)
     b_s = warpgroup_mma(q, k_smem.index(step % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if args.PINGPONG:
-        mbarrier.arrive(args.scheduler.index(NEXT))
+    mbarrier.arrive(args.scheduler.index(NEXT))
     b_s = warpgroup_mma_wait(0, deps=(b_s,))
     arrive(args.k_empty, step)
-    if EARLY:
-        mbarrier.arrive(q_empty, pred=n_steps == 1)
     if n_full > 0:
         b_p, row_max, rescale, row_sum = online_softmax(b_s, row_max, row_sum, 0, n_seen, scale2, False)
     else:
@@ -88,18 +85,14 @@ def mainloop(
         for i in range(begin, stop):
             k_stage = step % STAGES
             v_stage = (step - 1) % STAGES
-            if args.PINGPONG:
-                mbarrier.wait(args.scheduler.index(WARP_GROUP), (step & 1) ^ FIRST)
+            mbarrier.wait(args.scheduler.index(WARP_GROUP), (step & 1) ^ FIRST)
             b_s = warpgroup_mma(q, k_smem.index(k_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
             wait_full(args.v_full, step - 1)
             b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
             b_o = warpgroup_mma(b_pt, v_smem.index(v_stage), acc, is_async=True)
-            if args.PINGPONG:
-                mbarrier.arrive(args.scheduler.index(NEXT))
+            mbarrier.arrive(args.scheduler.index(NEXT))
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
             arrive(args.k_empty, step)
-            if EARLY:
-                mbarrier.arrive(q_empty, pred=i + 1 == n_steps)
             b_p, row_max, rescale, row_sum = online_softmax(
                 b_s, row_max, row_sum, i * BLOCK_N, n_seen, scale2, MASKED == 1
             )
@@ -109,8 +102,7 @@ def mainloop(
             acc = warpgroup_mma_wait(0, deps=(b_o,))
             mbarrier.arrive(args.v_empty.index(v_stage))
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, l_o))[:, None]
-    if not EARLY:
-        mbarrier.arrive(q_empty)
+    mbarrier.arrive(q_empty)
     v_stage = (step - 1) % STAGES
     wait_full(args.v_full, step - 1)
     _clear_tail(args, v_smem.index(v_stage), n_valid)
