@@ -288,7 +288,7 @@ DRIVERS: dict[str, Driver] = {
     "attention on Hopper": Driver(
         (
             *_named("attention_", "forward", "backward", "prepare", "dq_hopper", "dkv_hopper", "decode"),
-            "lpt_order_kernel",
+            *("lpt_order_kernel", "tile_list_kernel"),
         ),
         _plain_attention,
         gpu=True,

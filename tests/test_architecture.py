@@ -97,6 +97,7 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         ),  # the tensor cores' step of 16 elements, whatever the tile
         *("attention_dq_hopper_kernel", "attention_dkv_hopper_kernel"),  # of one order, which `check_order` compares
         *("attention_add_chunks_kernel", "attention_clear_kernel", "lpt_order_kernel"),
+        "tile_list_kernel",
         *("row_part_max_kernel", "shard_max_kernel"),
         "add_shards_kernel",  # chunks front to back, which are the whole row's however many shards there are
         *("embedding_backward_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),

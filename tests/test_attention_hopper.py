@@ -86,18 +86,21 @@ def used_config(head_dim) -> ForwardConfig:
     return found
 
 
+def other_configs(used: ForwardConfig) -> list[ForwardConfig]:
+    """Who clears the last V, and when a tile is taken."""
+    ahead = (True, False) if used.q_stages > 1 else (False,)
+    ways = itertools.product((True, False), ahead)
+    return [dataclasses.replace(used, consumers_clear=c, ahead=a) for c, a in ways]
+
+
 @gpu
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("head_dim", "block_n"), [(64, 64), (64, 128), (128, 128), (128, 64), (256, 64)])
 def test_forward_equals_triton_bit_for_bit(head_dim, block_n, causal):
     used = used_config(head_dim)
-    used = dataclasses.replace(used, overlap=False, ping_pong=True, stages=min(used.stages, 4))
+    used = dataclasses.replace(used, overlap=False, stages=min(used.stages, 4))
     any_groups = (2, 3) if head_dim == block_n == 64 else (2,)  # the others' registers do not hold a third
-    any_config = [
-        dataclasses.replace(used, warp_groups=groups, ping_pong=ping_pong, persistent=persistent)
-        for groups, ping_pong, persistent in itertools.product(any_groups, (True, False), (True, False))
-    ]
-    any_config.append(dataclasses.replace(used, consumers_clear=not used.consumers_clear))
+    any_config = [c for groups in any_groups for c in other_configs(dataclasses.replace(used, warp_groups=groups))]
     order = KeySteps(block_n)
     for dtype, hq, hkv, configs in (
         (torch.bfloat16, 8, 2, any_config if causal else [used]),
@@ -125,9 +128,10 @@ def test_forward_with_overlap_equals_triton_bit_for_bit(dtype, causal):
         given = (q, k, v, seqlens_of(cu_q, cu_k), AttentionParams(causal, 0.125))
         order = own_order(q, given[-1]).forward
         want = triton_forward(*given)
-        some = itertools.product((2, 3), (3, 8), (True, False)) if dtype == torch.bfloat16 else []
-        any_config = [dataclasses.replace(used, warp_groups=g, stages=s, persistent=p) for g, s, p in some]
-        for c in (*any_config, dataclasses.replace(used, consumers_clear=not used.consumers_clear), used):
+        some = itertools.product((2, 3), (3, 8)) if dtype == torch.bfloat16 else []
+        any_config = [dataclasses.replace(used, warp_groups=g, stages=s) for g, s in some]
+        any_config += other_configs(used)
+        for c in (*any_config, used):
             for _ in range(100 if c == used else 10):
                 assert equal(launch.forward(*given, None, order, arches.of(q.device), c), want), c
 
@@ -457,6 +461,31 @@ def test_ctas_take_the_longest_sequence_first(lengths):
     assert counter.tolist() == [0]
     assert sequence == longest_first
     assert first == [0, *itertools.accumulate(tiles)][:-1]
+
+
+@pytest.mark.parametrize("block", [32, 48, 128])
+@pytest.mark.parametrize(("causal", "paged"), [(True, False), (True, True), (False, False)])
+def test_tiles_with_most_keys_come_first(block, causal, paged):
+    """Each once; among those with as many blocks of keys the sequence that comes first."""
+    from bi_ops.gluon.tile_scheduler import tile_list
+
+    device, before = runtime.default_device(), 5
+    lens_q = [0, 300, 5, 0, 300, 129, 128, *range(70)]
+    lens_k = [n + block * (i % 3) for i, n in enumerate(lens_q)]
+    lens_k[1] = 40  # fewer keys than queries
+    starts_q, starts_k = ([0, *itertools.accumulate(lens)] for lens in (lens_q, lens_k))
+    cu_q = torch.tensor(starts_q, dtype=torch.int32, device=device) + before
+    cu_k = torch.tensor(lens_k if paged else starts_k, dtype=torch.int32, device=device)
+    n_tiles = (sum(lens_q) + before) // block + len(lens_q)
+    found, counter = tile_list(cu_q, cu_k, n_tiles, block, causal, paged)
+    tiles = [
+        (-(int((m - n) / block) + i) if causal else -m, b, -i, [b, i * block, starts_q[b] + before, n, k, m])
+        for b, (n, m, k) in enumerate(zip(lens_q, lens_k, lens_k if paged else starts_k[:-1], strict=True))
+        for i in range(-(-n // block))
+    ]
+    assert counter.tolist() == [0]
+    assert found[-1] == len(tiles)
+    assert found[:-1].view(n_tiles, 8)[: len(tiles), :6].tolist() == [record for *_, record in sorted(tiles)]
 
 
 @pytest.mark.parametrize("arch", [arches.PORTABLE, arches.INTERPRETER, arches.SM_90], ids=lambda a: a.name)

@@ -34,6 +34,19 @@ def lists(lengths, block):
     return starts(-(-lengths[i] // block) for i in longest_first)[:-1] + longest_first
 
 
+def tile_list(lens_q, lens_k, block, causal, size):
+    """As `tile_scheduler.tile_list` makes them; behind the last, memory that held a tile before."""
+    tiles = [
+        (-((m - n) // block + i) if causal else -m, b, -i, (b, i * block, n, m))
+        for b, (n, m) in enumerate(zip(lens_q, lens_k, strict=True))
+        for i in range(-(-n // block))
+    ]
+    starts_q, starts_k = starts(lens_q), starts(lens_k)
+    records = [[b, m, starts_q[b], n, starts_k[b], k, 0, 0] for *_, (b, m, n, k) in sorted(tiles)]
+    records += [records[0]] * (size - len(records))
+    return [*itertools.chain(*records), len(tiles)]
+
+
 def grid(lengths, longest, block, tokens=None):
     """(tiles, whether all sequences count as equal) of the launches."""
     tokens = sum(lengths) if tokens is None else tokens
@@ -67,17 +80,17 @@ def run_forward(
     teams=2,
     stages=2,
     queries=2,
-    turns=True,
-    ahead=False,
+    overlap=False,
     consumers_clear=False,
+    ahead=False,
     **options,
 ):
-    causal, stay, page = options.pop("causal", True), options.pop("stay", True), options.pop("page", 0)
+    causal, page, pack = options.pop("causal", True), options.pop("page", 0), math.gcd(heads, 8)
     before, after = options.pop("outside", (0, 0))  # rows of q that belong to no sequence
-    d, block_n, block_m, t = 64, 64, 64 * teams, before + sum(lens_q) + after
+    d, block_n, block_m, t = 64, 64, 64 * teams // pack, before + sum(lens_q) + after
     n_tiles, equal = grid(lens_q, options.pop("longest", 0) or max(lens_q), block_m, t)
-    programs = min(n_tiles * h, 3) if stay else n_tiles * h
-    d_q, d_k = Descriptor([t, h * d], [64, d], 2), Descriptor([sum(lens_k), h // heads * d], [block_n, d], 2)
+    programs = min(n_tiles * h // pack, 3)
+    d_q, d_k = Descriptor([t, h * d], [64 // pack, d], 2), Descriptor([sum(lens_k), h // heads * d], [block_n, d], 2)
     cu_k, table = starts(lens_k), None
     layout: tuple[Any, ...] = (None,) * 4
     if page:
@@ -85,11 +98,14 @@ def run_forward(
         layout = (columns, page, 0, d)
     out, lse = outputs(t * h * d, t * h)
     numbers = pointers(inside(lens_q, before), cu_k)
-    numbers += [table, *pointers(lists(lens_q, block_m), [0], [-1] * (programs * queries))]
+    tiles = tile_list(lens_q, lens_k, block_m, causal, n_tiles)
+    for i in range(2, len(tiles) - 1, 8):
+        tiles[i] += before
+    numbers += [table, *pointers(tiles, [0], [-1] * (programs * queries))]
     unused = model.launch(
         *(kernels.attention_forward_kernel, programs, d_q, d_k, d_k, out, lse, *numbers, 1.0),
         *(t, len(lens_q), n_tiles, *layout, h, heads, d, block_n, teams, stages, queries),
-        *(causal, turns, ahead, stay, equal, page, consumers_clear),
+        *(causal, overlap, equal, page, consumers_clear, pack, ahead),
         **options,
     )
     assert once(out, lse)
@@ -213,22 +229,19 @@ def run_dq(lens_q, lens_k, kernels=dq, h=4, heads=2, causal=True, **options):
 
 
 WAYS = [
-    {"teams": 2, "stages": 2},
+    {"teams": 2, "stages": 2, "queries": 1},
     {"teams": 3, "stages": 2},
-    {"teams": 2, "stages": 3, "turns": False},
-    {"teams": 3, "stages": 8, "turns": False, "ahead": True},
-    {"teams": 2, "stages": 3, "turns": False, "ahead": True},
-    {"teams": 2, "stages": 2, "consumers_clear": True},
-    {"teams": 3, "stages": 3, "turns": False, "ahead": True, "consumers_clear": True},
+    {"teams": 2, "stages": 2, "ahead": True, "consumers_clear": True},
+    {"teams": 2, "stages": 2, "ahead": True},
+    {"teams": 3, "stages": 8, "overlap": True},
+    {"teams": 2, "stages": 3, "overlap": True},
+    {"teams": 3, "stages": 3, "overlap": True, "ahead": True, "consumers_clear": True},
 ]
 RUNS = {
     "forward": lambda r, q, k, **options: run_forward(
         *(q, k),
-        h=r.choice([1, 6]),
-        heads=1,
-        queries=r.choice([1, 2]),
+        **r.choice([{"h": 1, "heads": 1}, {"h": 6, "heads": 3}, {"h": 4, "heads": 4}, {"h": 4, "heads": 2}]),
         page=r.choice([0, 0, 16, 48, 256]),
-        stay=r.random() < 0.6,
         **r.choice(WAYS),
         **options,
     ),
@@ -279,11 +292,14 @@ def test_any_lengths_decode(seed):
 @pytest.mark.parametrize("outside", [(0, 1), (3, 0), (70, 200)])
 def test_rows_that_belong_to_no_sequence_are_written_once(outside):
     for lengths in ([65, 0, 3], [1], [64, 64]):
-        run_forward(lengths, lengths, outside=outside)
-        run_forward(lengths, lengths, outside=outside, stay=False)
+        for way in WAYS:
+            run_forward(lengths, lengths, outside=outside, **way)
         run_decode([1, 3], [65, 0], outside=outside)
     assert sum(outside) != 1 or grid([127], 128, 128, 128) == (1, True)
-    run_forward([127], [127], outside=(0, 1), longest=128)  # counts as one of equal lengths
+    for way in WAYS:  # these count as equal lengths
+        run_forward([127], [127], outside=(0, 1), longest=128, **way)
+        for lengths in ([1, 127], [127, 0]):
+            run_forward(lengths, lengths, outside=(0, 256 - sum(lengths)), longest=128, **way)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -32,9 +32,16 @@ BOUNDED = {
         attention.kernels.backward.attention_dkv_kernel: end_q * HEADS
         attention.kernels.common.find_tile: (tl.load(p_cu + low) - start) * PER_TOKEN
     """,
+    "8 numbers of a tile of 8 tokens or more": """
+        gluon.tile_scheduler.count_tiles: sequences.n_tiles * RECORD
+        gluon.tile_scheduler.tile_list_kernel: n_tiles * RECORD
+        gluon.tile_scheduler.tile_list_kernel: position * RECORD
+    """,
     "tiles or sequences, times heads": """
         attention.hopper.backward_copies._dq_tile: (tile.kv_head * HEADS + step % HEADS) * tile.n_slots
-        attention.hopper.forward._producer: n_tiles * args.H
+        attention.hopper.forward._consumer: sequences.n_tiles * (args.H // args.PACK)
+        attention.hopper.forward._producer: count_tiles(sequences, args.EQUAL) * TILE_HEADS
+        gluon.tile_scheduler.get_listed_tile: sequences.n_tiles * H
         gluon.tile_scheduler.cta_pairs: n_seqs * HKV
         gluon.tile_scheduler.cta_pairs: first * HKV
     """,

@@ -448,7 +448,7 @@ def test_descriptions_are_bounded_and_hold_no_tensor(kept, monkeypatch):
 def test_a_gpu_is_launched_what_an_ordinary_call_launches():
     """On a GPU that ends before the driver: the Hopper kernels, their grids, arguments and TMA descriptors."""
     found = printed_by("replayed_launches.py")
-    kernels = ["lpt_order_kernel", "attention_forward_kernel"]
+    kernels = ["tile_list_kernel", "attention_forward_kernel"]
     assert found["kernels"]["paged_attention"] == kernels
     assert found["kernels"]["paged_attention, few tokens"] == ["attention_decode_kernel"]
     assert found["kernels"]["wgrad"] == found["kernels"]["wgrad, first"] == ["wgrad_kernel"]

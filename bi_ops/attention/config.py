@@ -35,21 +35,21 @@ class KernelConfig:
 class ForwardConfig:
     """Of the Gluon forward.
 
-    warp_groups: consumer warp groups of 64 queries each, 2 or 3. stages: of K and V in shared memory. q_stages: tiles
-    of queries in it, so that the next one is there when a tile is done. ping_pong: warp groups issue their GEMMs in
-    turns, so that one multiplies while the others take exponentials. persistent: as many CTAs as SMs take tile after
-    tile, else one CTA runs for each tile. overlap: a step's S is issued before the exponentials of the step before,
-    within a warp group; then without ping_pong, and from 3 stages on. consumers_clear: they clear what the last V has
-    past the end of a sequence, else the producer, which loads nothing meanwhile.
+    warp_groups: consumer warp groups of 64 rows each, 2 or 3. stages: of K and V in shared memory. q_stages: tiles of
+    queries in it, so that the next one is there when a tile is done. overlap: a step's S is issued before the
+    exponentials of the step before, within a warp group, from 3 stages on; else warp groups issue their GEMMs in turns
+    (ping-pong), so that one multiplies while the others take exponentials. consumers_clear: they clear what the last V
+    has past the end of a sequence, else the producer, which loads nothing meanwhile. ahead: with 2 q_stages, the
+    producer takes a tile while it still loads for the one before, and consumers read which it is before they write
+    theirs.
     """
 
     warp_groups: int
     stages: int
     q_stages: int
-    ping_pong: bool = True
-    persistent: bool = True
     overlap: bool = False
     consumers_clear: bool = False
+    ahead: bool = False
 
     @staticmethod
     def computes(order: Order) -> bool:
@@ -263,12 +263,17 @@ def gluon_forward(max_q: int, head_dim: int, dtype: torch.dtype, order: KeySteps
     2k / 8k, where the Triton kernel has 370 / 473; at 256 543 / 653 and 436 / 516. At head_dim 64, where GEMMs take no
     longer than exponentials, 367 / 428 with three warp groups and S issued ahead, 338 / 435 without, and then below 2k
     less than the Triton kernel, which has 349 / 377.
+
+    On an H200 (bench/results/h200/forward_exploration.csv) consumers that clear and tiles taken ahead bring a packed
+    batch from 436 to 471 at head_dim 128; at 64 they lose up to 1%, at 256 up to 2% at equal lengths.
     """
     if max_q <= 64 or not gluon_serves(head_dim, dtype, arch) or not ForwardConfig.computes(order):
         return None
     if head_dim <= 64:
-        return ForwardConfig(3, 8, 2, ping_pong=False, overlap=True)
-    return ForwardConfig(2, 2, 2 if head_dim <= 128 else 1)
+        return ForwardConfig(3, 8, 2, overlap=True)
+    if head_dim <= 128:
+        return ForwardConfig(2, 2, 2, consumers_clear=True, ahead=True)
+    return ForwardConfig(2, 2, 1)
 
 
 def gluon_decode(

@@ -1,4 +1,4 @@
-"""Which tile a CTA takes: longest sequences first (LPT), from an atomic counter where CTAs are persistent.
+"""Which tile a CTA takes: longest sequences or tiles first (LPT), from an atomic counter where CTAs are persistent.
 
 What starts last should be short, or SMs are idle at the end. Which CTA computes a tile, and when, changes no bit.
 """
@@ -18,6 +18,8 @@ from bi_ops.gluon.aggregate import Scalar, aggregate
 
 #: Sequences of a program of `lpt_order_kernel`, and how many others it compares them with at a time.
 ROWS, STEP = 32, 128
+#: Tiles of a program of `tile_list_kernel`, and how many sequences it looks at at a time.
+TILES = 64
 
 
 # Where these pointers lie depends on the number of sequences, for which nothing should be compiled anew.
@@ -65,6 +67,108 @@ def lpt_order(cu_seqlens: torch.Tensor, block: int) -> tuple[torch.Tensor, torch
         *(cu_seqlens, first, sequence, counter, n_seqs), BLOCK=block, ROWS=ROWS, STEP=STEP, num_warps=4, **PINNED
     )
     return memory[: 2 * n_seqs].view(2, n_seqs), counter
+
+
+#: Integers of a tile in `tile_list`: its sequence, first query, and where its sequence starts and how long it is, in
+#: queries and keys.
+RECORD = gl.constexpr(8)
+
+
+@triton.jit(do_not_specialize=["n_seqs", "n_tiles"])
+def tile_list_kernel(
+    p_cu_q,  # int32 [B + 1]
+    p_cu_k,  # int32 [B + 1], or lengths int32 [B] if PAGED
+    p_list,  # int32 [n_tiles, 8], then how many tiles exist, and a counter that becomes 0
+    n_seqs,
+    n_tiles,
+    BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PAGED: tl.constexpr,
+    RECORD: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Each tile counts those before it: with more blocks of keys, or as many in a sequence of a lower index.
+
+    Sequence b has the numbers from (cu[b] - cu[0]) // BLOCK + b on, of which it may leave the last one out.
+    """
+    o_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = tl.load(p_cu_q)
+    i_b = tl.full((ROWS,), -1, tl.int32)
+    exist = tl.zeros((1,), tl.int32)
+    for b in range(0, n_seqs, STEP):
+        o_b = b + tl.arange(0, STEP)
+        m_b = o_b < n_seqs
+        begin_b = tl.load(p_cu_q + o_b, mask=m_b, other=0)
+        length_b = tl.load(p_cu_q + o_b + 1, mask=m_b, other=0) - begin_b
+        first_b = (begin_b - start) // BLOCK + o_b
+        i_b += tl.sum(((first_b[None, :] <= o_i[:, None]) & m_b[None, :]).to(tl.int32), 1)
+        exist += tl.sum((length_b + BLOCK - 1) // BLOCK, 0)
+    q_start = tl.load(p_cu_q + i_b)
+    q_len = tl.load(p_cu_q + i_b + 1) - q_start
+    k_start = tl.load(p_cu_k + i_b)
+    k_len = k_start if PAGED else tl.load(p_cu_k + i_b + 1) - k_start
+    tile = o_i - (q_start - start) // BLOCK - i_b
+    of_one = (q_len + BLOCK - 1) // BLOCK
+    if CAUSAL:
+        blocks = (k_len - q_len) // BLOCK + tile
+        position = tl.zeros((ROWS,), tl.int32)
+    else:
+        blocks = k_len
+        position = of_one - 1 - tile
+    for b in range(0, n_seqs, STEP):
+        o_b = b + tl.arange(0, STEP)
+        m_b = o_b < n_seqs
+        length_b = tl.load(p_cu_q + o_b + 1, mask=m_b, other=0) - tl.load(p_cu_q + o_b, mask=m_b, other=0)
+        keys_b = tl.load(p_cu_k + o_b, mask=m_b, other=0)
+        if not PAGED:
+            keys_b = tl.load(p_cu_k + o_b + 1, mask=m_b, other=0) - keys_b
+        tiles_b = ((length_b + BLOCK - 1) // BLOCK)[None, :]
+        lower = o_b[None, :] < i_b[:, None]
+        if CAUSAL:
+            same = blocks[:, None] - ((keys_b - length_b) // BLOCK)[None, :]  # the tile with as many blocks of keys
+            before = tiles_b - tl.minimum(tl.maximum(same + 1, 0), tiles_b)
+            before += (lower & (same >= 0) & (same < tiles_b)).to(tl.int32)
+        else:
+            more = (keys_b[None, :] > blocks[:, None]) | ((keys_b[None, :] == blocks[:, None]) & lower)
+            before = tl.where(more, tiles_b, 0)
+        position += tl.sum(before, 1)
+    m_i = (tile < of_one) & (o_i < n_tiles)
+    p_record = p_list + position * RECORD
+    tl.store(p_record, i_b, mask=m_i)
+    tl.store(p_record + 1, tile * BLOCK, mask=m_i)
+    tl.store(p_record + 2, q_start, mask=m_i)
+    tl.store(p_record + 3, q_len, mask=m_i)
+    tl.store(p_record + 4, k_start, mask=m_i)
+    tl.store(p_record + 5, k_len, mask=m_i)
+    if tl.program_id(0) == 0:
+        tl.store(p_list + n_tiles * RECORD + tl.arange(0, 1), exist)
+        tl.store(p_list + n_tiles * RECORD + 1, 0)
+
+
+def tile_list(
+    cu_q: torch.Tensor, cu_k: torch.Tensor, n_tiles: int, block: int, causal: bool, paged: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int32 [8 * n_tiles + 1]: the tiles of `block` queries, most keys first, and their number; int32 [1]: 0).
+
+    Args:
+        cu_q: int32 [B + 1], B > 0. cu_k: int32 [B + 1], or lengths int32 [B] if paged. n_tiles: at least
+            n_tokens // block + B.
+    """
+    n_seqs = cu_q.shape[0] - 1
+    memory = empty(cu_q, RECORD.value * n_tiles + 2)
+    recorded(tile_list_kernel)[(cdiv(n_tiles, TILES),)](
+        *(cu_q, cu_k, memory, n_seqs, n_tiles),
+        BLOCK=block,
+        CAUSAL=causal,
+        PAGED=paged,
+        RECORD=RECORD.value,
+        ROWS=TILES,
+        STEP=TILES,
+        num_warps=4,
+        **PINNED,
+    )
+    return memory[:-1], memory[-1:]
 
 
 @gluon.jit
@@ -117,7 +221,7 @@ class Sequences:
 
     cu_q: gl.tensor  # int32 [B + 1]
     cu_k: gl.tensor  # int32 [B + 1], or lengths int32 [B] if paged
-    order: gl.tensor  # int32 [2, B] of `lpt_order`; not read if the lengths are equal
+    order: gl.tensor  # of `lpt_order` or `tile_list`; not read if the lengths are equal
     counter: gl.tensor  # int32 [1], 0 at the start: tiles taken after each CTA's first
     tile_ids: gl.tensor  # int32 [CTAs, stages of Q]: which tile the Q in each stage belongs to
     n_seqs: Scalar
@@ -138,12 +242,9 @@ class QueryTile:
 
 
 @gluon.jit
-def get_tile(
-    sequences, i_tile, H: gl.constexpr, BLOCK_M: gl.constexpr, EQUAL: gl.constexpr, PAGED: gl.constexpr = False
-):
-    """The query tile `i_tile`: heads side by side, so that KV heads are shared in L2; tiles with most keys first.
-
-    EQUAL: all sequences have as many queries. PAGED: a sequence's keys start at 0 of its own pages.
+def get_tile(sequences, i_tile, H: gl.constexpr, BLOCK_M: gl.constexpr, EQUAL: gl.constexpr):
+    """The query tile `i_tile`: heads side by side, so that KV heads are shared in L2; longest sequences first,
+    of one its tiles with most keys. sequences.order is of `lpt_order`. EQUAL: all sequences have as many queries.
     """
     if EQUAL:
         of_one = sequences.n_tiles // sequences.n_seqs
@@ -155,12 +256,51 @@ def get_tile(
     q_start = gl.load(sequences.cu_q + i_b)
     q_len = gl.load(sequences.cu_q + i_b + 1) - q_start
     k_start = gl.load(sequences.cu_k + i_b)
-    if PAGED:
-        k_len = k_start
-    else:
-        k_len = gl.load(sequences.cu_k + i_b + 1) - k_start
+    k_len = gl.load(sequences.cu_k + i_b + 1) - k_start
     i_m = (q_len + BLOCK_M - 1) // BLOCK_M - 1 - from_last
     return QueryTile(i_b, i_tile % H, q_start, k_start, gl.where(i_m >= 0, i_m * BLOCK_M, q_len), q_len, k_len)
+
+
+@gluon.jit
+def count_tiles(sequences, EQUAL: gl.constexpr):
+    """How many tiles of a head, or of heads packed together, there are in `get_listed_tile`'s order."""
+    n_tiles = sequences.n_tiles
+    if not EQUAL:
+        n_tiles = gl.load(sequences.order + sequences.n_tiles * RECORD)
+    return n_tiles
+
+
+@gluon.jit
+def get_listed_tile(
+    sequences, i_tile, H: gl.constexpr, BLOCK_M: gl.constexpr, EQUAL: gl.constexpr, PAGED: gl.constexpr
+):
+    """`get_tile` with the tiles with most keys first, of whichever sequence: sequences.order is of `tile_list`.
+
+    One trip to memory. Past the last tile it is some tile. PAGED: a sequence's keys start at 0 of its own pages.
+    """
+    i_tile = gl.minimum(i_tile, sequences.n_tiles * H - 1)
+    head = i_tile % H
+    i = i_tile // H
+    if EQUAL:
+        i_b = i % sequences.n_seqs
+        q_start = gl.load(sequences.cu_q + i_b)
+        q_len = gl.load(sequences.cu_q + i_b + 1) - q_start
+        k_start = gl.load(sequences.cu_k + i_b)
+        if PAGED:
+            k_len = k_start
+        else:
+            k_len = gl.load(sequences.cu_k + i_b + 1) - k_start
+        i_m = (q_len + BLOCK_M - 1) // BLOCK_M - 1 - i // sequences.n_seqs
+        m = gl.where(i_m >= 0, i_m * BLOCK_M, q_len)
+    else:
+        p_record = sequences.order + i * RECORD
+        i_b = gl.load(p_record)
+        m = gl.load(p_record + 1)
+        q_start = gl.load(p_record + 2)
+        q_len = gl.load(p_record + 3)
+        k_start = gl.load(p_record + 4)
+        k_len = gl.load(p_record + 5)
+    return QueryTile(i_b, head, q_start, k_start, m, q_len, k_len)
 
 
 @gluon.jit

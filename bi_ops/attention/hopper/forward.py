@@ -2,7 +2,8 @@
 
 Keys and values are packed, or in pages, as prefill finds them. The grid depends on no length of a sequence.
 
-A CTA takes a tile of queries of one head. If it is persistent it takes another when that is done, until none is left.
+A tile has queries of up to 8 heads that share a KV head, so that less of a sequence's last tile is empty. CTAs are
+persistent: each takes a tile, those with most keys first, and another when that is done, until none is left.
 
     producer  1 warp                           has TMA copy the tile's Q, then K and V step by step, into their stages
     consumers 2 or 3 warp groups of 4 warps    64 rows each: S, the online softmax, O, as `mainloop` says; the epilogue
@@ -31,7 +32,7 @@ from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
 from bi_ops.gluon.pipeline import allocate_barriers, init_barriers, stage_and_phase, wait_empty
-from bi_ops.gluon.tile_scheduler import Sequences, fetch_add, get_tile, key_steps, lpt_order
+from bi_ops.gluon.tile_scheduler import Sequences, count_tiles, fetch_add, get_listed_tile, key_steps, tile_list
 
 
 @aggregate
@@ -53,7 +54,7 @@ class PartitionArgs:
     k_empty: gl.shared_memory_descriptor
     v_empty: gl.shared_memory_descriptor
     v_tail: gl.shared_memory_descriptor  # the last, partial V has come, and is to be cleared past the end
-    scheduler: gl.shared_memory_descriptor  # ping-pong: warp group i may issue its GEMMs
+    scheduler: gl.shared_memory_descriptor  # without OVERLAP: warp group i may issue its GEMMs
     sequences: Sequences
     table: Scalar  # None if packed, as are the next
     stride_table: Scalar
@@ -66,12 +67,65 @@ class PartitionArgs:
     HEADS: gl.constexpr
     WARP_GROUPS: gl.constexpr
     CAUSAL: gl.constexpr
-    PINGPONG: gl.constexpr
     OVERLAP: gl.constexpr
-    PERSISTENT: gl.constexpr
     EQUAL: gl.constexpr
     PAGE: gl.constexpr  # 0: packed
     CONSUMERS_CLEAR: gl.constexpr
+    PACK: gl.constexpr  # heads of a tile
+    AHEAD: gl.constexpr
+
+
+@gluon.jit
+def _get_tile(args, i_tile):
+    """The tile and, for its `head`, the first one that it has."""
+    BLOCK_M: gl.constexpr = args.WARP_GROUPS * ROWS // args.PACK
+    return get_listed_tile(args.sequences, i_tile, args.H // args.PACK, BLOCK_M, args.EQUAL, args.PAGE != 0)
+
+
+@gluon.jit
+def _load_queries(args, i_tile, tile, tiles):
+    """Have TMA copy a tile's Q into the stage of the CTA's tile number `tiles`, when that is empty."""
+    D: gl.constexpr = args.k_smem.shape[2]
+    PACK: gl.constexpr = args.PACK
+    QUERIES: gl.constexpr = ROWS // PACK  # of a warp group
+    Q_STAGES: gl.constexpr = args.q_empty.shape[0]
+    SLOTS: gl.constexpr = args.q_full.shape[0] // Q_STAGES  # for warp groups: a power of two
+    stage = tiles % Q_STAGES
+    wait_empty(args.q_empty, tiles)
+    gl.store(args.sequences.tile_ids + gl.program_id(0) * Q_STAGES + stage, i_tile)
+    for group in gl.static_range(args.WARP_GROUPS):
+        slot = stage * SLOTS + group
+        full = args.q_full.index(slot)
+        row = tile.q_start + tile.m + group * QUERIES
+        if PACK == 1:
+            mbarrier.expect(full, args.q_desc.block_type.nbytes)
+            tma.async_load(args.q_desc, [row, tile.head * D], full, args.q_smem.index(slot))
+        else:
+            mbarrier.expect(full, PACK * args.q_desc.block_type.nbytes)
+            for i in gl.static_range(PACK):
+                column = (tile.head * PACK + i) * D
+                tma.async_load(args.q_desc, [row, column], full, args.q_smem.index(slot).slice(i * QUERIES, QUERIES))
+
+
+@gluon.jit
+def _end_tiles(args, i_tile, tiles):
+    """No tile is left: consumers find a number past the last."""
+    Q_STAGES: gl.constexpr = args.q_empty.shape[0]
+    SLOTS: gl.constexpr = args.q_full.shape[0] // Q_STAGES
+    stage = tiles % Q_STAGES
+    wait_empty(args.q_empty, tiles)
+    gl.store(args.sequences.tile_ids + gl.program_id(0) * Q_STAGES + stage, i_tile)
+    for group in gl.static_range(args.WARP_GROUPS):
+        mbarrier.arrive(args.q_full.index(stage * SLOTS + group))
+
+
+@gluon.jit
+def _take_tile(args, n_items, tiles):
+    """Take the next of `n_items` for the CTA's tile number `tiles`, and have its Q copied."""
+    i_tile = gl.num_programs(0) + fetch_add(args.sequences.counter)
+    if i_tile < n_items:
+        _load_queries(args, i_tile, _get_tile(args, i_tile), tiles)
+    return i_tile
 
 
 @gluon.jit
@@ -88,7 +142,7 @@ def _load_tile(args, desc, tile, column, n, full, smem):
         BOX: gl.constexpr = desc.block_type.shape[0]
         BOXES: gl.constexpr = smem.shape[0] // BOX
         mbarrier.expect(full, BOXES * desc.block_type.nbytes)
-        kv_head = tile.head // args.HEADS
+        kv_head = tile.head * args.PACK // args.HEADS
         cache = CacheLayout(args.page_rows, kv_head * args.head_rows, kv_head * args.head_columns)
         last = last_box(tile.k_len, BOX)
         p_table = args.table + tile.sequence.to(gl.int64) * args.stride_table
@@ -97,8 +151,9 @@ def _load_tile(args, desc, tile, column, n, full, smem):
 
 
 @gluon.jit
-def _load_keys(args, step, tails, tile, n_steps):
-    """(next step, next tail) after K and V of a tile, in the order in which consumers wait: V comes a step after its K.
+def _load_keys(args, step, tails, tile, n_steps, n_items, tiles):
+    """(next step, next tail, next tile if AHEAD) after K and V of a tile, in the order in which consumers wait: V comes
+    a step after its K.
 
     The rows of the last V past the end of the sequence are cleared before consumers see them, or by consumers: P is 0
     there, but 0 * NaN would be NaN.
@@ -106,7 +161,9 @@ def _load_keys(args, step, tails, tile, n_steps):
     STAGES: gl.constexpr = args.k_smem.shape[0]
     BLOCK_N: gl.constexpr = args.k_smem.shape[1]
     D: gl.constexpr = args.k_smem.shape[2]
-    column = tile.head // args.HEADS * D
+    column = tile.head * args.PACK // args.HEADS * D
+    i_next = step * 0
+    taken = gl.minimum(gl.maximum(n_steps - 2, 1), n_steps)
     for i in range(0, n_steps + 1):
         if i < n_steps:
             stage = step % STAGES
@@ -129,69 +186,82 @@ def _load_keys(args, step, tails, tile, n_steps):
                 mbarrier.arrive(args.v_full.index(stage))
             else:
                 _load_tile(args, args.v_desc, tile, column, n, args.v_full.index(stage), args.v_smem.index(stage))
+        if args.AHEAD:  # noqa: SIM102  (known when it is compiled)
+            if i == taken:
+                i_next = _take_tile(args, n_items, tiles)
         step += 1
-    return step - 1, tails
+    return step - 1, tails, i_next
 
 
 @gluon.jit
 def _producer(args):
     D: gl.constexpr = args.k_smem.shape[2]
-    BLOCK_M: gl.constexpr = args.WARP_GROUPS * ROWS
+    BLOCK_M: gl.constexpr = args.WARP_GROUPS * ROWS // args.PACK
     BLOCK_N: gl.constexpr = args.k_smem.shape[1]
-    Q_STAGES: gl.constexpr = args.q_empty.shape[0]
-    SLOTS: gl.constexpr = args.q_full.shape[0] // Q_STAGES  # for warp groups: a power of two
+    TILE_HEADS: gl.constexpr = args.H // args.PACK
     sequences = args.sequences
-    p_tile_id = sequences.tile_ids + gl.program_id(0) * Q_STAGES
-    n_tiles = sequences.n_tiles
-    tiles = n_tiles * 0
-    step = n_tiles * 0
-    tails = n_tiles * 0
+    n_items = count_tiles(sequences, args.EQUAL) * TILE_HEADS
+    tiles = n_items * 0
+    step = n_items * 0
+    tails = n_items * 0
     i_tile = gl.program_id(0)
-    while i_tile < n_tiles * args.H:
-        tile = get_tile(sequences, i_tile, args.H, BLOCK_M, args.EQUAL, args.PAGE != 0)
-        n_steps, _ = key_steps(tile.m, tile.q_len, tile.k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
-        if tile.m < tile.q_len:
-            stage = tiles % Q_STAGES
-            wait_empty(args.q_empty, tiles)
+    if args.AHEAD:
+        if i_tile < n_items:
+            _load_queries(args, i_tile, _get_tile(args, i_tile), tiles)
+        while i_tile < n_items:
+            tile = _get_tile(args, i_tile)
             tiles += 1
-            gl.store(p_tile_id + stage, i_tile)
-            for group in gl.static_range(args.WARP_GROUPS):
-                slot = stage * SLOTS + group
-                full = args.q_full.index(slot)
-                mbarrier.expect(full, args.q_desc.block_type.nbytes)
-                row = tile.q_start + tile.m + group * ROWS
-                tma.async_load(args.q_desc, [row, tile.head * D], full, args.q_smem.index(slot))
-            step, tails = _load_keys(args, step, tails, tile, n_steps)
-        i_tile = n_tiles * args.H
-        if args.PERSISTENT:
+            n_steps, _ = key_steps(tile.m, tile.q_len, tile.k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
+            step, tails, i_tile = _load_keys(args, step, tails, tile, n_steps, n_items, tiles)
+    else:
+        while i_tile < n_items:
+            tile = _get_tile(args, i_tile)
+            n_steps, _ = key_steps(tile.m, tile.q_len, tile.k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
+            _load_queries(args, i_tile, tile, tiles)
+            tiles += 1
+            step, tails, _ = _load_keys(args, step, tails, tile, n_steps, n_items, tiles)
             i_tile = gl.num_programs(0) + fetch_add(sequences.counter)
-    # No tile is left: consumers find a number past the last.
-    stage = tiles % Q_STAGES
-    wait_empty(args.q_empty, tiles)
-    gl.store(p_tile_id + stage, n_tiles * args.H)
-    for group in gl.static_range(args.WARP_GROUPS):
-        mbarrier.arrive(args.q_full.index(stage * SLOTS + group))
+    _end_tiles(args, sequences.n_tiles * TILE_HEADS, tiles)
     # While consumers compute the last tile.
     clear_outside(args.out, sequences.cu_q, sequences.n_seqs, args.n_tokens, args.H * D, 1, args.H * D)
     clear_outside(args.lse, sequences.cu_q, sequences.n_seqs, args.n_tokens, 1, args.n_tokens, args.H)
 
 
 @gluon.jit
-def _epilogue(args, acc, row_max, row_sum, lane, tile, WARP_GROUP: gl.constexpr):
+def _query_and_head(rows, tile, WARP_GROUP: gl.constexpr, PACK: gl.constexpr):
+    """(query from the tile's first on, head) of a warp group's rows: queries of the first head, then of the next one.
+
+    rows: 0 to 63.
+    """
+    if PACK == 1:
+        query = WARP_GROUP * ROWS + rows
+        head = tile.head
+    else:
+        QUERIES: gl.constexpr = ROWS // PACK
+        query = WARP_GROUP * QUERIES + rows % QUERIES
+        head = tile.head * PACK + rows // QUERIES
+    return query, head
+
+
+@gluon.jit
+def _epilogue(args, acc, row_max, row_sum, tile, WARP_GROUP: gl.constexpr):
     """Divide O by the row sums, and store O and the logarithms of the row sums."""
     D: gl.constexpr = acc.shape[1]
     l_o: gl.constexpr = acc.type.layout
+    l_r: gl.constexpr = row_sum.type.layout
     l_out: gl.constexpr = row_layout(D, 4)
     m = tile.m
     seen = row_sum > 0
     divisor = gl.where(seen, row_sum, 1.0)
     lse = gl.where(seen, (row_max + gl.log2(divisor)) * LN2, float("inf"))
+    lane, head = _query_and_head(gl.arange(0, ROWS, l_r), tile, WARP_GROUP, args.PACK)
     m_r = m + lane < tile.q_len
-    gl.store(args.lse + tile.head.to(gl.int64) * args.n_tokens + tile.q_start + m + lane, lse, mask=m_r)
+    gl.store(args.lse + head.to(gl.int64) * args.n_tokens + tile.q_start + m + lane, lse, mask=m_r)
     b_out = acc * gl.convert_layout(reciprocal(divisor), gl.SliceLayout(1, l_o))[:, None]
     b_out = gl.convert_layout(b_out.to(args.q_smem.dtype), l_out)
-    o_t = m + WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_out))
-    o_out = ((tile.q_start + o_t).to(gl.int64) * args.H + tile.head) * D
+    o_r, o_head = _query_and_head(gl.arange(0, ROWS, gl.SliceLayout(1, l_out)), tile, WARP_GROUP, args.PACK)
+    o_t = m + o_r
+    o_out = ((tile.q_start + o_t).to(gl.int64) * args.H + o_head) * D
     o_d = gl.arange(0, D, gl.SliceLayout(0, l_out))
     gl.store(args.out + o_out[:, None] + o_d[None, :], b_out, mask=(o_t < tile.q_len)[:, None])
 
@@ -199,32 +269,35 @@ def _epilogue(args, acc, row_max, row_sum, lane, tile, WARP_GROUP: gl.constexpr)
 @gluon.jit
 def _consumer(args, WARP_GROUP: gl.constexpr):
     STAGES: gl.constexpr = args.k_smem.shape[0]
-    BLOCK_M: gl.constexpr = args.WARP_GROUPS * ROWS
+    BLOCK_M: gl.constexpr = args.WARP_GROUPS * ROWS // args.PACK
+    QUERIES: gl.constexpr = ROWS // args.PACK
     BLOCK_N: gl.constexpr = args.k_smem.shape[1]
     D: gl.constexpr = args.k_smem.shape[2]
     Q_STAGES: gl.constexpr = args.q_empty.shape[0]
     SLOTS: gl.constexpr = args.q_full.shape[0] // Q_STAGES  # for warp groups: a power of two
     sequences = args.sequences
     p_tile_id = sequences.tile_ids + gl.program_id(0) * Q_STAGES
-    n_tiles = sequences.n_tiles
+    end = sequences.n_tiles * (args.H // args.PACK)
     l_s: gl.constexpr = wgmma_layout(BLOCK_N)
     l_o: gl.constexpr = wgmma_layout(D)
     l_r: gl.constexpr = gl.SliceLayout(1, l_s)
-    lane = WARP_GROUP * ROWS + gl.arange(0, ROWS, l_r)
     scale2 = LOG2E * args.scale
-    tiles = n_tiles * 0
-    step = n_tiles * 0
-    stage = n_tiles * 0
+    tiles = end * 0
+    step = end * 0
+    stage = end * 0
     mbarrier.wait(args.q_full.index(WARP_GROUP), 0)
     i_tile = gl.load(p_tile_id)
-    while i_tile < n_tiles * args.H:
-        tile = get_tile(sequences, i_tile, args.H, BLOCK_M, args.EQUAL, args.PAGE != 0)
+    if args.AHEAD:
+        following = _get_tile(args, i_tile)
+    while i_tile < end:
+        tile = following if args.AHEAD else _get_tile(args, i_tile)
         m, q_len, k_len = tile.m, tile.q_len, tile.k_len
         n_steps, n_full = key_steps(m, q_len, k_len, BLOCK_M, BLOCK_N, args.CAUSAL)
         n_loaded = n_steps
         if args.OVERLAP:  # the steps of the warp group's own rows: without ping-pong it need not keep pace
-            n_steps, n_full = key_steps(m + WARP_GROUP * ROWS, q_len, k_len, ROWS, BLOCK_N, args.CAUSAL)
+            n_steps, n_full = key_steps(m + WARP_GROUP * QUERIES, q_len, k_len, QUERIES, BLOCK_N, args.CAUSAL)
         n_valid = k_len - (n_steps - 1) * BLOCK_N
+        lane, _ = _query_and_head(gl.arange(0, ROWS, l_r), tile, WARP_GROUP, args.PACK)
         n_seen = lane * 0 + k_len
         if args.CAUSAL:
             n_seen = gl.minimum(gl.maximum(m + lane + (k_len - q_len) + 1, 0), k_len)
@@ -250,11 +323,16 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
                 mbarrier.wait(args.k_full.index(k_stage), phase)
                 mbarrier.arrive(args.v_empty.index(k_stage))
             step += n_loaded
-        _epilogue(args, acc, row_max, row_sum, lane, tile, WARP_GROUP)
         tiles += 1
         stage = tiles % Q_STAGES
-        mbarrier.wait(args.q_full.index(stage * SLOTS + WARP_GROUP), tiles // Q_STAGES & 1)
-        i_tile = gl.load(p_tile_id + stage)
+        if args.AHEAD:  # what is read here is on its way while O is written
+            mbarrier.wait(args.q_full.index(stage * SLOTS + WARP_GROUP), tiles // Q_STAGES & 1)
+            i_tile = gl.load(p_tile_id + stage)
+            following = _get_tile(args, i_tile)
+        _epilogue(args, acc, row_max, row_sum, tile, WARP_GROUP)
+        if not args.AHEAD:
+            mbarrier.wait(args.q_full.index(stage * SLOTS + WARP_GROUP), tiles // Q_STAGES & 1)
+            i_tile = gl.load(p_tile_id + stage)
 
 
 @gluon.jit(
@@ -270,13 +348,13 @@ def attention_forward_kernel(
     p_cu_q,  # int32 [B + 1]
     p_cu_k,  # int32 [B + 1], or lengths int32 [B] if paged
     p_table,  # int32 [B, max_blocks] if paged
-    p_order,  # int32 [2, B] of `lpt_order`; not read if EQUAL
+    p_order,  # int32 [8 * n_tiles + 1] of `tile_list`; not read if EQUAL
     p_counter,  # int32 [1]: 0; tiles taken after each CTA's first
     p_tile_ids,  # int32 [CTAs, Q_STAGES], uninitialised: which tile the Q in each stage belongs to
     scale,  # softmax_scale
     n_tokens,
     n_seqs,
-    n_tiles,  # of WARP_GROUPS * ROWS queries: as many as there are if EQUAL, else at least
+    n_tiles,  # of WARP_GROUPS * ROWS // PACK queries: as many as there are if EQUAL, else at least
     stride_table,
     page_rows,  # of d_k and d_v if paged: rows from page to page
     head_rows,  # rows from head to head
@@ -289,12 +367,12 @@ def attention_forward_kernel(
     STAGES: gl.constexpr,  # of K, and of V
     Q_STAGES: gl.constexpr,  # of Q: this tile's, and the next ones'
     CAUSAL: gl.constexpr,
-    PINGPONG: gl.constexpr,  # consumer warp groups issue their GEMMs one after the other
-    OVERLAP: gl.constexpr,  # a step's S is issued before the exponentials of the step before; then no ping-pong
-    PERSISTENT: gl.constexpr,  # a CTA takes tiles until none is left, else one
+    OVERLAP: gl.constexpr,  # a step's S is issued before the exponentials of the step before; else ping-pong
     EQUAL: gl.constexpr,  # all sequences have as many queries
     PAGE: gl.constexpr,  # tokens of a page; 0: packed
     CONSUMERS_CLEAR: gl.constexpr,  # of the last V what is past the end of its sequence; else the producer does
+    PACK: gl.constexpr,  # heads of a tile, which share a KV head; it has as many fewer queries
+    AHEAD: gl.constexpr,  # with 2 Q_STAGES: a tile is taken while K and V of the one before are being loaded
 ):
     DTYPE: gl.constexpr = d_q.dtype
     SLOTS: gl.constexpr = 4 if WARP_GROUPS == 3 else WARP_GROUPS
@@ -310,19 +388,17 @@ def attention_forward_kernel(
     # barrier's bits were then seen.
     if OVERLAP:
         k_empty = v_empty
+        scheduler = q_full
     else:
         k_empty = allocate_barriers(STAGES)
-    if PINGPONG:
         scheduler = allocate_barriers(SLOTS)
-    else:
-        scheduler = q_full
     if CONSUMERS_CLEAR:
         v_tail = q_full
     else:
         v_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     init_barriers(q_full, 1)
     init_barriers(q_empty, WARP_GROUPS)
-    if PINGPONG:
+    if not OVERLAP:
         for i in gl.static_range(WARP_GROUPS):
             mbarrier.init(scheduler.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -339,7 +415,7 @@ def attention_forward_kernel(
     args = PartitionArgs(
         *(d_q, d_k, d_v, p_out, p_lse, q_smem, k_smem, v_smem, q_full, k_full, v_full, q_empty, k_empty, v_empty),
         *(v_tail, scheduler, sequences, p_table, stride_table, page_rows, head_rows, head_columns, scale, n_tokens),
-        *(H, HEADS, WARP_GROUPS, CAUSAL, PINGPONG, OVERLAP, PERSISTENT, EQUAL, PAGE, CONSUMERS_CLEAR),
+        *(H, HEADS, WARP_GROUPS, CAUSAL, OVERLAP, EQUAL, PAGE, CONSUMERS_CLEAR, PACK, AHEAD),
     )
     if WARP_GROUPS == 2:
         gl.warp_specialize(
@@ -385,12 +461,14 @@ def launch(
     (n_tokens, hq, head_dim), hkv = q.shape, k.shape[-2]
     n_seqs = cu_q.shape[0] - 1
     equal = max_q is not None and max_q * n_seqs == n_tokens
-    block_m = config.warp_groups * ROWS.value
+    pack = math.gcd(hq // hkv, 8)
+    block_m = config.warp_groups * ROWS.value // pack
     n_tiles = cdiv(n_tokens // n_seqs, block_m) * n_seqs if equal else n_tokens // block_m + n_seqs
-    tile_order, counter = (cu_q, filled(cu_q, 1)) if equal else lpt_order(cu_q, block_m)
-    programs = n_tiles * hq
-    if config.persistent:
-        programs = min(programs, runtime.multiprocessors(q.device))
+    if equal:
+        tile_order, counter = cu_q, filled(cu_q, 1)
+    else:
+        tile_order, counter = tile_list(cu_q, cu_k, n_tiles, block_m, causal, table is not None)
+    programs = min(n_tiles * hq // pack, runtime.multiprocessors(q.device))
     tile_ids = empty(cu_q, (programs, config.q_stages))
     if table is None:
         page = 0
@@ -401,7 +479,7 @@ def launch(
         (d_k, *rows), (d_v, *_) = (tma.cache_descriptor(t, math.gcd(page, order.block_n), head_dim) for t in (k, v))
         layout = [table.stride(0), *rows]
     recorded(attention_forward_kernel)[(programs,)](
-        *(tma.head_descriptor(q, ROWS.value), d_k, d_v, out, lse, cu_q, cu_k, table),
+        *(tma.head_descriptor(q, ROWS.value // pack), d_k, d_v, out, lse, cu_q, cu_k, table),
         *(tile_order, counter, tile_ids, scale, n_tokens, n_seqs, n_tiles),
         *layout,
         H=hq,
@@ -412,12 +490,12 @@ def launch(
         STAGES=config.stages,
         Q_STAGES=config.q_stages,
         CAUSAL=causal,
-        PINGPONG=config.ping_pong,
         OVERLAP=config.overlap,
-        PERSISTENT=config.persistent,
         EQUAL=equal,
         PAGE=page,
         CONSUMERS_CLEAR=config.consumers_clear,
+        PACK=pack,
+        AHEAD=config.ahead,
         num_warps=4,
         **PINNED,
     )

@@ -44,6 +44,8 @@ def mainloop(
 ):
     """(O before it is divided, row_max, row_sum, next step of the pipeline) of a tile that sees keys from `step` on.
 
+    Warp groups issue their GEMMs in turns (ping-pong).
+
     args: `forward.PartitionArgs`. q_empty: where the warp group arrives when Q has been read. n_valid: keys from the
     last step's first to the sequence's last.
     """
@@ -62,11 +64,9 @@ def mainloop(
     row_sum = gl.zeros((ROWS,), gl.float32, l_r)
     row_max = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
     wait_full(args.k_full, step)
-    if args.PINGPONG:
-        mbarrier.wait(args.scheduler.index(WARP_GROUP), (step & 1) ^ FIRST)
+    mbarrier.wait(args.scheduler.index(WARP_GROUP), (step & 1) ^ FIRST)
     b_s = warpgroup_mma(q, k_smem.index(step % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if args.PINGPONG:
-        mbarrier.arrive(args.scheduler.index(NEXT))
+    mbarrier.arrive(args.scheduler.index(NEXT))
     b_s = warpgroup_mma_wait(0, deps=(b_s,))
     arrive(args.k_empty, step)
     if n_full > 0:
@@ -85,14 +85,12 @@ def mainloop(
         for i in range(begin, stop):
             k_stage = step % STAGES
             v_stage = (step - 1) % STAGES
-            if args.PINGPONG:
-                mbarrier.wait(args.scheduler.index(WARP_GROUP), (step & 1) ^ FIRST)
+            mbarrier.wait(args.scheduler.index(WARP_GROUP), (step & 1) ^ FIRST)
             b_s = warpgroup_mma(q, k_smem.index(k_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
             wait_full(args.v_full, step - 1)
             b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
             b_o = warpgroup_mma(b_pt, v_smem.index(v_stage), acc, is_async=True)
-            if args.PINGPONG:
-                mbarrier.arrive(args.scheduler.index(NEXT))
+            mbarrier.arrive(args.scheduler.index(NEXT))
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
             arrive(args.k_empty, step)
             b_p, row_max, rescale, row_sum = online_softmax(
