@@ -27,7 +27,6 @@ from bi_ops.matmul.config import (
     ONE_WAVE,
     WIDE,
     WIDE_SEGMENTS,
-    WIDE_SEGMENTS_IN_MEMORY,
     WgradConfig,
     WgradTileConfig,
     segments_config,
@@ -121,7 +120,7 @@ def _gemms() -> None:
 
 
 def _segments() -> None:
-    for config in (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, NARROW_SEGMENTS):
+    for config in (WIDE_SEGMENTS, NARROW_SEGMENTS):
         x, weight = (torch.randn(n, 1024, device="cuda").to(BF16) for n in (300, 520))
         for segments in (2, 8):
             subtree(x, weight, segments, config=config)

@@ -264,8 +264,6 @@ def segments_launches() -> Iterator[Launch]:
         yield launch(config.WIDE_SEGMENTS, segments, transposed)
         yield launch(config.NARROW_SEGMENTS, segments, transposed)
         yield launch(config.WIDE_SEGMENTS, segments, transposed, out_dtype=torch.float32)
-    for segments in (2, 8):
-        yield launch(config.WIDE_SEGMENTS_IN_MEMORY, segments, True)
     yield launch(config.WIDE_SEGMENTS, 2, True, FP16)
 
 

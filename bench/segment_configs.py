@@ -34,7 +34,6 @@ from bi_ops.core.compile_ahead import compile_only
 from bi_ops.matmul.config import (
     NARROW_SEGMENTS,
     WIDE_SEGMENTS,
-    WIDE_SEGMENTS_IN_MEMORY,
     HopperSegmentsConfig,
     SegmentsConfig,
     hopper_segments_config,
@@ -70,12 +69,11 @@ def products(model: str) -> Iterator[Product]:
 
 
 #: Hopper's tiles of each number of segments.
-DEEP, SHALLOW = replace(WIDE_SEGMENTS_IN_MEMORY, block_k=32, stages=8), replace(WIDE_SEGMENTS, block_k=32, stages=6)
 TRIED: dict[int, tuple[HopperSegmentsConfig, ...]] = {
-    1: (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, DEEP, NARROW_SEGMENTS),
-    2: (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, DEEP, SHALLOW, replace(WIDE_SEGMENTS, group_m=16), NARROW_SEGMENTS),
-    4: (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY),
-    8: (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, NARROW_SEGMENTS),
+    1: (WIDE_SEGMENTS, NARROW_SEGMENTS),
+    2: (WIDE_SEGMENTS, replace(WIDE_SEGMENTS, block_k=32, stages=6), NARROW_SEGMENTS),
+    4: (WIDE_SEGMENTS, NARROW_SEGMENTS),
+    8: (WIDE_SEGMENTS, NARROW_SEGMENTS),
 }
 
 
@@ -131,7 +129,7 @@ def main() -> int:
     arch, num_sms = arches.of(device), runtime.multiprocessors(device)
     every = [(model, product) for model in args.models for product in products(model)]
     chosen = {(n, s): configs(n, s, arch) for n in {p.n for _, p in every} for s in SEGMENTS}
-    unrounded = (WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, NARROW_SEGMENTS)
+    unrounded = (WIDE_SEGMENTS, NARROW_SEGMENTS)
     with compile_only(16):
         for _, product in every:
             x, weight = operands(product)
@@ -172,7 +170,7 @@ def main() -> int:
                 | {
                     "segments": segments,
                     "config": text(c),
-                    "in_use": segments > 1 and c == hopper_segments_config(TOKENS, product.n, num_sms),
+                    "in_use": segments > 1 and c == hopper_segments_config(TOKENS, product.n, segments, num_sms),
                     "us": round(1e6 * times[name], 1),
                 }
                 | {side: round(1e6 * taken, 1) for side, taken in us.items()}

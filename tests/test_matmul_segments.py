@@ -11,7 +11,7 @@ from bi_ops import matmul
 from bi_ops.core import arch as arches
 from bi_ops.core.pairwise import pairwise_
 from bi_ops.matmul import reference
-from bi_ops.matmul.config import NARROW_SEGMENTS, WIDE_SEGMENTS, WIDE_SEGMENTS_IN_MEMORY, segments_config
+from bi_ops.matmul.config import NARROW_SEGMENTS, WIDE_SEGMENTS, segments_config
 from bi_ops.matmul.launch import launch_triton
 
 subtree = matmul.subtree
@@ -85,7 +85,7 @@ def test_halves_that_wait_in_memory_have_their_bits(segments, device):
 
 
 #: Steps of 32 elements of K have other swizzles.
-ON_HOPPER = [WIDE_SEGMENTS, replace(WIDE_SEGMENTS, block_k=32, stages=6), WIDE_SEGMENTS_IN_MEMORY, NARROW_SEGMENTS]
+ON_HOPPER = [WIDE_SEGMENTS, replace(WIDE_SEGMENTS, block_k=32, stages=6), NARROW_SEGMENTS]
 
 
 @pytest.mark.gpu

@@ -13,24 +13,22 @@ import pytest
 from gluon_values import Descriptor, Failure, Pointer
 
 from bi_ops.matmul import hopper_segments
-from bi_ops.matmul.config import HELD_COLUMNS
 
 BLOCK_K = 64
 
 
-def run(m, n, sizes, segments, block_n, programs, stages=3, width=128, in_memory=False, transposed=True, **how):
+def run(m, n, sizes, segments, block_n, programs, stages=3, width=128, transposed=True, **how):
     """sizes: of each part of K what a segment has."""
     kernels = how.pop("kernels", hopper_segments)
     k = sum(sizes) * segments
     a, c = Descriptor([m, k], [64, BLOCK_K], 2), Descriptor([-(-m // 128) * 128, n], [64, width], 2)
     b = Descriptor(*(([n, k], [block_n, BLOCK_K]) if transposed else ([k, n], [BLOCK_K, block_n])), 2)
-    in_pairs = (max(segments // 2, 1).bit_length() - 1) * block_n
-    columns = in_pairs + (block_n - HELD_COLUMNS if in_memory else 0)
-    parked = np.zeros(programs * 2 * columns * 64, np.int64)
+    levels = max(segments // 2, 1).bit_length() - 1
+    parked = np.zeros(levels * programs * 2 * 64 * block_n, np.int64)
     parts = [*sizes, 0, 0][:3]
     unused = model.launch(
-        *(kernels.matmul_segments_hopper_kernel, programs, a, b, c, Pointer(parked), m, n, *parts, columns),
-        *(segments, stages, 2, transposed, in_memory),
+        *(kernels.matmul_segments_hopper_kernel, programs, a, b, c, Pointer(parked), m, n, *parts),
+        *(segments, stages, 2, transposed),
         **how,
     )
     assert unused == 0
@@ -44,15 +42,14 @@ def run(m, n, sizes, segments, block_n, programs, stages=3, width=128, in_memory
     assert set(b.history) == (at_b if transposed else {(step, column) for column, step in at_b})
     # Of a tile's sums those of all levels wait, the lowest in half of the pairs, the next in a quarter.
     tiles = -(-m // 128) * -(-n // block_n)
-    waits = in_pairs // block_n and (segments // 2 - 1) * block_n
-    assert parked.sum() == tiles * 128 * (waits + (segments // 2 * (block_n - HELD_COLUMNS) if in_memory else 0))
+    assert parked.sum() == tiles * 128 * block_n * max(segments // 2 - 1, 0)
     assert (parked > 0).all()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_size(seed):
     r = random.Random(seed)
-    for block_n, in_memory in ((256, False), (256, True), (128, False)):
+    for block_n in (256, 128):
         m, n = r.choice([1, 128, 333]), r.choice([block_n, 3 * block_n])
         sizes = r.choice([[64], [128, 64, 64], [64, 192]])
         programs = r.randint(1, -(-m // 128) * n // block_n)
@@ -60,7 +57,6 @@ def test_any_size(seed):
             *(m, n, sizes, r.choice([2, 4, 8, 16]), block_n, programs),
             stages=r.choice([2, 3, 6]),
             width=r.choice([64, 128]),
-            in_memory=in_memory,
             transposed=r.random() < 0.5,
             resident=r.choice([1, 2]),
             seed=seed,
@@ -80,9 +76,9 @@ def test_one_segment():
         ("tma.store_wait(0)  # the sums of the tile before have left it", "pass"),
         ("tma.store_wait(0)  # the sums before have left shared memory", "pass"),
         ("begin = args.SEGMENTS * K_0 + segment * K_1", "begin = segment * K_1"),
-        ("p_pairs += HALF * BLOCK_N\n", "pass\n"),
+        ("p_pairs += gl.num_programs(0) * 2 * HALF * BLOCK_N", "pass"),
         ("_park(total, p_left)", "_park(total, p_pairs)"),
-        ("+ WARP_GROUP).to(gl.int64)", "+ 0).to(gl.int64)"),
+        ("(gl.program_id(0) * 2 + WARP_GROUP) * HALF", "gl.program_id(0) * 2 * HALF"),
     ],
 )
 def test_what_is_broken_is_caught(line, instead, tmp_path):

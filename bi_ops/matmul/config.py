@@ -73,38 +73,30 @@ def segments_config(m: int, n: int, segments: int, dtype: torch.dtype, arch: Arc
     return SegmentsConfig(**dataclasses.asdict(config), kept=segments)
 
 
-#: Columns of a tile of 128 rows whose sums have room in registers beside an accumulator.
-HELD_COLUMNS = 128
-
-
 @dataclass(frozen=True)
 class HopperSegmentsConfig:
-    """Tiles of `hopper_segments`: 128 rows by `block_n` columns; `stages` steps of `block_k` elements of K in flight.
-
-    in_memory: of a left sum, what has no room in registers waits in global memory, and shared memory is for stages.
-    """
+    """Tiles of `hopper_segments`, 128 rows by `block_n` columns; `stages` steps of `block_k` elements in flight."""
 
     block_n: int
     block_k: int
     stages: int
-    group_m: int = 8
-    in_memory: bool = False
+    group_m: int
 
     def columns_leaving(self, dtype: torch.dtype) -> int:
-        """Of 64 rows at a time, rounded to `dtype`: in 32 KiB of shared memory where half a left sum waits, or 16."""
-        room = 256 if self.block_n > HELD_COLUMNS and not self.in_memory else 128
-        return min(room // (dtype.itemsize // 2), self.block_n)
+        """Of 64 rows at a time, rounded to `dtype`: all in two bytes, in the 32 KiB where half a left sum waits."""
+        return self.block_n * 2 // dtype.itemsize
 
 
-#: The tiles that are chosen from, and one that has more stages instead of half a left sum in shared memory.
-WIDE_SEGMENTS = HopperSegmentsConfig(256, 64, 3)
-NARROW_SEGMENTS = HopperSegmentsConfig(128, 64, 6)
-WIDE_SEGMENTS_IN_MEMORY = HopperSegmentsConfig(256, 64, 4, in_memory=True)
+#: The tiles that are chosen from.
+WIDE_SEGMENTS = HopperSegmentsConfig(256, 64, 3, 16)
+NARROW_SEGMENTS = HopperSegmentsConfig(128, 64, 6, 8)
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every launch
-def hopper_segments_config(m: int, n: int, num_sms: int) -> HopperSegmentsConfig:
-    """The tile of an [m, n] result whose K has segments: the narrow one where wide ones leave more SMs idle."""
+def hopper_segments_config(m: int, n: int, segments: int, num_sms: int) -> HopperSegmentsConfig:
+    """The tile of an [m, n] result whose K has segments: the narrow one of many, or where wide ones leave SMs idle."""
+    if segments >= 8:
+        return NARROW_SEGMENTS  # more sums wait in memory, but a pair's in registers alone (bench/LOG.md)
     wide, narrow = (-(-m // 128) * -(-n // c.block_n) for c in (WIDE_SEGMENTS, NARROW_SEGMENTS))
     return WIDE_SEGMENTS if -(-wide // num_sms) <= 0.55 * -(-narrow // num_sms) else NARROW_SEGMENTS
 

@@ -1,9 +1,9 @@
 """GEMMs with K in segments on Hopper, in Gluon: C[M, N] = A[M, K] @ B[K, N], segments added pairwise, rounded once.
 
 CTAs are persistent: each takes every num_programs-th tile of 128 rows. Segments come in pairs, front to back. Of a
-pair's left sum 128 columns wait in registers, the others in shared memory or in global memory. The sum of a pair that
-is a left half itself waits in global memory, as carries of a counter do: a thread loads what it has stored, so no
-barrier is needed, and few CTAs use so little of it that it stays in L2.
+pair's left sum 128 columns wait in registers, the others in shared memory. The sum of a pair that is a left half itself
+waits in global memory, as carries of a counter do: a thread loads what it has stored, so no barrier is needed, and few
+CTAs use so little of it that it stays in L2.
 
     producer  1 warp       has TMA copy tiles of A and B, step by step, into stages of shared memory
     consumers 2 x 4 warps  64 rows each of a tile. While one adds and stores its sums the other one has the tensor cores
@@ -28,13 +28,13 @@ from bi_ops.gluon import tma
 from bi_ops.gluon.accumulator import join_columns, split_columns
 from bi_ops.gluon.aggregate import Scalar, aggregate
 from bi_ops.gluon.pipeline import allocate_barriers, init_barriers, next_stage, previous_stage
-from bi_ops.matmul.config import HELD_COLUMNS, HopperSegmentsConfig
+from bi_ops.matmul.config import HopperSegmentsConfig
 from bi_ops.matmul.order import SegmentedOrder
 
 #: Rows of a tile that a consumer warp group owns, half of them.
 HALF = gl.constexpr(64)
 #: Columns of a pair's left sum that wait in registers: as many as fit beside the accumulator.
-HELD = gl.constexpr(HELD_COLUMNS)
+HELD = gl.constexpr(128)
 #: A vector in shared memory.
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 #: Columns that a thread has under way from memory at a time.
@@ -60,11 +60,9 @@ class PartitionArgs:
     K_0: Scalar
     K_1: Scalar
     K_2: Scalar
-    n_columns: Scalar
     SEGMENTS: gl.constexpr
     GROUP_M: gl.constexpr
     TRANSPOSED: gl.constexpr
-    IN_MEMORY: gl.constexpr
 
 
 @gluon.jit
@@ -208,10 +206,10 @@ def _store(args, part, m, n, c_smem):
 
 
 @gluon.jit
-def _add_left(args, total, held, p_parked, p_pairs, segment, c_smem):
+def _add_left(total, held, c_smem, p_pairs, segment):
     """(sum of the largest subtree that ends with a segment, where it waits if it is itself a left half)
 
-    As a counter carries: level by level what waits is added. held, p_parked, c_smem: the left half of a pair.
+    As a counter carries: level by level what waits is added. held, c_smem: the left half of a pair.
     """
     BLOCK_N: gl.constexpr = total.shape[1]
     LAYOUT: gl.constexpr = total.type.layout
@@ -219,17 +217,14 @@ def _add_left(args, total, held, p_parked, p_pairs, segment, c_smem):
         if BLOCK_N > HELD:
             left, right = split_columns(total, BLOCK_N)
             left = held + left
-            if args.IN_MEMORY:
-                right = _add_parked(right, p_parked)
-            else:
-                right = _add_shared(right, c_smem)
+            right = _add_shared(right, c_smem)
             total = join_columns(left, right, BLOCK_N, LAYOUT)
         else:
             total = held + total
         carry = segment // 2
         while carry % 2 == 1:
             total = _add_parked(total, p_pairs)
-            p_pairs += HALF * BLOCK_N
+            p_pairs += gl.num_programs(0) * 2 * HALF * BLOCK_N
             carry = carry // 2
     return total, p_pairs
 
@@ -241,10 +236,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SPLIT: gl.constexpr = BLOCK_N > HELD
     c_smem = args.c_smem_0 if WARP_GROUP == 0 else args.c_smem_1
-    p_parked = args.p_parked + (gl.program_id(0) * 2 + WARP_GROUP).to(gl.int64) * args.n_columns * HALF
-    p_pairs = p_parked
-    if SPLIT and args.IN_MEMORY:
-        p_pairs += HALF * (BLOCK_N - HELD)
+    p_pairs = args.p_parked + (gl.program_id(0) * 2 + WARP_GROUP) * HALF * BLOCK_N
     stage = args.M * 0
     phase = args.M * 0
     held = gl.zeros([HALF, BLOCK_N], gl.float32, LAYOUT)
@@ -260,40 +252,35 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         else:
             for segment in range(0, args.SEGMENTS):
                 total, stage, phase = _segment(args, stage, phase, LAYOUT, WARP_GROUP)
-                total, p_left = _add_left(args, total, held, p_parked, p_pairs, segment, c_smem)
+                total, p_left = _add_left(total, held, c_smem, p_pairs, segment)
                 if segment == args.SEGMENTS - 1:
                     _store(args, total, m, n, c_smem)
                 elif segment % 2 == 1:
                     _park(total, p_left)
                 elif SPLIT:
                     _, right = split_columns(total, BLOCK_N)
-                    if args.IN_MEMORY:
-                        _park(right, p_parked)
-                    else:
-                        _park_shared(right, c_smem)
+                    _park_shared(right, c_smem)
                 held = total  # after every segment: registers that are written either way hold nothing before
                 if SPLIT:
                     held, _ = split_columns(total, BLOCK_N)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "K_0", "K_1", "K_2", "n_columns"])
+@gluon.jit(do_not_specialize=["M", "K_0", "K_1", "K_2"])
 def matmul_segments_hopper_kernel(
     d_a,  # descriptor of A [M, K] with tiles [64, BLOCK_K]
     d_b,  # of B [K, N] with tiles [BLOCK_K, BLOCK_N]; TRANSPOSED: of [N, K] with tiles [BLOCK_N, BLOCK_K]
     d_c,  # of C [M, N] with tiles [64, columns that leave at a time]
-    p_parked,  # [programs, 2, n_columns, 64], fp32
+    p_parked,  # [levels of the tree above pairs, programs, 2, BLOCK_N * 64], fp32
     M,
     N,
     K_0,  # elements of each part of K that a segment has, multiples of BLOCK_K
     K_1,
     K_2,
-    n_columns,
     SEGMENTS: gl.constexpr,  # a power of two
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     TRANSPOSED: gl.constexpr,
-    IN_MEMORY: gl.constexpr,  # the columns of a pair's left sum that have no room in registers wait in p_parked
 ):
     """Each segment of K in an accumulator of its own, from zero; these are added pairwise and rounded once."""
     a_smem = gl.allocate_shared_memory(
@@ -310,7 +297,7 @@ def matmul_segments_hopper_kernel(
     init_barriers(empty, 2)
     args = PartitionArgs(
         *(d_a, d_b, d_c, p_parked, a_smem, b_smem, c_smem_0, c_smem_1, full, empty),
-        *(M, N, K_0, K_1, K_2, n_columns, SEGMENTS, GROUP_M, TRANSPOSED, IN_MEMORY),
+        *(M, N, K_0, K_1, K_2, SEGMENTS, GROUP_M, TRANSPOSED),
     )
     gl.warp_specialize(
         [(_consumer, (args, 0)), (_consumer, (args, 1)), (_producer, (args,))],
@@ -333,25 +320,22 @@ def launch(
     assert all(size % c.block_k == 0 for size in sizes)  # else a step would be of two segments
     transposed = weight.stride(1) == 1
     programs = min(cdiv(m, 2 * HALF.value) * cdiv(n, c.block_n), num_sms)
-    pairs = max(order.segments // 2, 1)
-    columns = (pairs.bit_length() - 1) * c.block_n + (c.block_n - HELD.value if c.in_memory else 0)
+    levels = max(order.segments // 2, 1).bit_length() - 1
     stored = weight if transposed else weight.t()
     b_tile = (c.block_n, c.block_k) if transposed else (c.block_k, c.block_n)
     recorded(matmul_segments_hopper_kernel)[(programs,)](
         tma.descriptor(x, (m, k), x.stride(0), (HALF.value, c.block_k)),
         tma.descriptor(stored, (stored.shape[0], stored.shape[1]), stored.stride(0), b_tile),
         tma.descriptor(out, (m, n), n, (HALF.value, c.columns_leaving(out.dtype))),
-        empty(out, max(programs * 2 * columns * HALF.value, 4), torch.float32),
+        empty(out, max(levels * programs * 2 * HALF.value * c.block_n, 4), torch.float32),
         m,
         n,
         *sizes,
         *[0] * (3 - len(sizes)),
-        columns,
         SEGMENTS=order.segments,
         STAGES=c.stages,
         GROUP_M=c.group_m,
         TRANSPOSED=transposed,
-        IN_MEMORY=c.in_memory,
         num_warps=4,
         maxnreg=168,
         **PINNED,

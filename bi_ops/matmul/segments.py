@@ -112,8 +112,8 @@ def subtree_of(
         return out
     sizes = [part // segments for part in parts]
     if config is None and m > FEW_ROWS and arch.gluon:
-        wide = hopper_segments_config(m, n, runtime.multiprocessors(x.device))
-        config = wide if hopper_serves(x, weight, out, sizes, wide) else None
+        tile = hopper_segments_config(m, n, segments, runtime.multiprocessors(x.device))
+        config = tile if hopper_serves(x, weight, out, sizes, tile) else None
     if isinstance(config, HopperSegmentsConfig):
         from bi_ops.matmul import hopper_segments
 
