@@ -1,6 +1,6 @@
 """Which config of a GEMM in segments is fastest, beside the GEMM of one segment and cuBLAS? Writes segment_configs.csv.
 
-    python bench/segment_configs.py --out bench/results/h200 [--models 1.7B 8B] [--seconds 60]
+    python bench/segment_configs.py --out bench/results/h200 [--models 1.7B 8B] [--segments 1 2 4 8] [--seconds 60]
 
 Of a training step the products that ranks share K of: outputs of attention and of the MLP, and dX of what stands before
 them (`parts`: queries, keys and values; gate and up), at 8,192 tokens. Configs of the Triton kernel and of Hopper's are
@@ -43,7 +43,6 @@ from bi_ops.matmul.segments import subtree_of
 
 Config = SegmentsConfig | HopperSegmentsConfig
 
-SEGMENTS = (1, 2, 4, 8)
 #: Of which the bits are compared: less than a tile, a tile and a row, all but one row.
 ROWS = (1, 17, 129, 8191)
 BF16 = torch.bfloat16
@@ -120,6 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that segment_configs.csv is written to")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["1.7B", "8B"])
+    parser.add_argument("--segments", nargs="+", type=int, choices=list(TRIED), default=list(TRIED))
     parser.add_argument("--seconds", type=float, default=60, help="start no product after as many")
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
     args = parser.parse_args()
@@ -128,16 +128,16 @@ def main() -> int:
     device = torch.device("cuda")
     arch, num_sms = arches.of(device), runtime.multiprocessors(device)
     every = [(model, product) for model in args.models for product in products(model)]
-    chosen = {(n, s): configs(n, s, arch) for n in {p.n for _, p in every} for s in SEGMENTS}
-    unrounded = (WIDE_SEGMENTS, NARROW_SEGMENTS)
+    chosen = {(n, s): configs(n, s, arch) for n in {p.n for _, p in every} for s in args.segments}
+    unrounded, most = (WIDE_SEGMENTS, NARROW_SEGMENTS), max(args.segments)
     with compile_only(16):
         for _, product in every:
             x, weight = operands(product)
-            for segments in SEGMENTS:
+            for segments in args.segments:
                 for c in chosen[product.n, segments]:
                     subtree_of(x, weight, segments, product.parts, BF16, c)
-            for c in (chosen[product.n, 2][0], *unrounded):
-                subtree_of(x, weight, 2, product.parts, torch.float32, c)
+            for c in (chosen[product.n, most][0], *unrounded):
+                subtree_of(x, weight, most, product.parts, torch.float32, c)
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     rows: list[dict[str, object]] = []
     failed = 0
@@ -147,10 +147,10 @@ def main() -> int:
             break
         x, weight = operands(product)
         same: dict[tuple[int, Config], bool] = {}
-        for segments in SEGMENTS:
+        for segments in args.segments:
             first, *_ = chosen[product.n, segments]
             expected = subtree_of(x, weight, segments, product.parts, BF16, first)
-            exact = subtree_of(x, weight, segments, product.parts, torch.float32, first) if segments == 2 else None
+            exact = subtree_of(x, weight, most, product.parts, torch.float32, first) if segments == most else None
             for c in chosen[product.n, segments]:
                 fp32 = exact if c in unrounded else None
                 same[segments, c] = same_bits(product, x, weight, segments, c, expected, fp32)
@@ -178,7 +178,7 @@ def main() -> int:
                 | about
             )
         write_csv(args.out / "segment_configs.csv", rows)
-        for segments in SEGMENTS:
+        for segments in args.segments:
             best = {text(c): times[f"{segments} {text(c)}"] for s, c in same if s == segments}
             print(f"{model} {product.name}, {segments} segments, us:")
             for name, taken in sorted(best.items(), key=lambda item: item[1]):

@@ -23,11 +23,12 @@ def run(m, n, sizes, segments, block_n, programs, stages=3, width=128, transpose
     k = sum(sizes) * segments
     a, c = Descriptor([m, k], [64, BLOCK_K], 2), Descriptor([-(-m // 128) * 128, n], [64, width], 2)
     b = Descriptor(*(([n, k], [block_n, BLOCK_K]) if transposed else ([k, n], [BLOCK_K, block_n])), 2)
-    levels = max(segments // 2, 1).bit_length() - 1
+    wait = 2 if block_n == 256 else 8  # the smallest subtrees whose sums wait in memory
+    levels = max(segments // wait, 1).bit_length() - 1
     parked = np.zeros(levels * programs * 2 * 64 * block_n, np.int64)
     parts = [*sizes, 0, 0][:3]
     unused = model.launch(
-        *(kernels.matmul_segments_hopper_kernel, programs, a, b, c, Pointer(parked), m, n, *parts),
+        *(kernels.matmul_segments_hopper_kernel, programs, a, b, c, Pointer(parked), m, n, *parts, segments),
         *(segments, stages, 2, transposed),
         **how,
     )
@@ -40,9 +41,9 @@ def run(m, n, sizes, segments, block_n, programs, stages=3, width=128, transpose
     assert set(a.history) == {(row, step) for row in rows for step in steps}
     at_b = {(column, step) for column in range(0, n, block_n) for step in steps}
     assert set(b.history) == (at_b if transposed else {(step, column) for column, step in at_b})
-    # Of a tile's sums those of all levels wait, the lowest in half of the pairs, the next in a quarter.
+    # Of a tile's sums those of all levels wait, of the lowest in half of the subtrees, of the next in a quarter.
     tiles = -(-m // 128) * -(-n // block_n)
-    assert parked.sum() == tiles * 128 * block_n * max(segments // 2 - 1, 0)
+    assert parked.sum() == tiles * 128 * block_n * max(segments // wait - 1, 0)
     assert (parked > 0).all()
 
 
@@ -54,7 +55,7 @@ def test_any_size(seed):
         sizes = r.choice([[64], [128, 64, 64], [64, 192]])
         programs = r.randint(1, -(-m // 128) * n // block_n)
         run(
-            *(m, n, sizes, r.choice([2, 4, 8, 16]), block_n, programs),
+            *(m, n, sizes, r.choice([2, 4, 8, 16, 32]), block_n, programs),
             stages=r.choice([2, 3, 6]),
             width=r.choice([64, 128]),
             transposed=r.random() < 0.5,
@@ -76,15 +77,15 @@ def test_one_segment():
         ("tma.store_wait(0)  # the sums of the tile before have left it", "pass"),
         ("tma.store_wait(0)  # the sums before have left shared memory", "pass"),
         ("begin = args.SEGMENTS * K_0 + segment * K_1", "begin = segment * K_1"),
-        ("p_pairs += gl.num_programs(0) * 2 * HALF * BLOCK_N", "pass"),
-        ("_park(total, p_left)", "_park(total, p_pairs)"),
+        ("p_left += gl.num_programs(0) * 2 * HALF * BLOCK_N", "pass"),
+        ("total, p_left = _add_left", "total, _ = _add_left"),
         ("(gl.program_id(0) * 2 + WARP_GROUP) * HALF", "gl.program_id(0) * 2 * HALF"),
     ],
 )
 def test_what_is_broken_is_caught(line, instead, tmp_path):
     """Negative control: each line left out is noticed."""
     other = model.edited(hopper_segments, line, instead, tmp_path)
-    some = [(256, 512, [64, 128], 8, 256, 2), (384, 512, [64], 8, 256, 1)]
+    some = [(256, 512, [64, 128], 8, 256, 2), (384, 512, [64], 8, 256, 1), (256, 256, [64], 16, 128, 1)]
     [run(*sizes) for sizes in some]
     with pytest.raises((Failure, AssertionError)):
         [run(*sizes, kernels=other, seed=seed, resident=2) for seed in range(10) for sizes in some]

@@ -83,20 +83,20 @@ class HopperSegmentsConfig:
     group_m: int
 
     def columns_leaving(self, dtype: torch.dtype) -> int:
-        """Of 64 rows at a time, rounded to `dtype`: all in two bytes, in the 32 KiB where half a left sum waits."""
-        return self.block_n * 2 // dtype.itemsize
+        """Of 64 rows at a time, rounded to `dtype`: as many as fit in the 32 KiB where sums wait."""
+        return min(512 // dtype.itemsize, self.block_n)
 
 
 #: The tiles that are chosen from.
 WIDE_SEGMENTS = HopperSegmentsConfig(256, 64, 3, 16)
-NARROW_SEGMENTS = HopperSegmentsConfig(128, 64, 6, 8)
+NARROW_SEGMENTS = HopperSegmentsConfig(128, 64, 5, 8)
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every launch
 def hopper_segments_config(m: int, n: int, segments: int, num_sms: int) -> HopperSegmentsConfig:
     """The tile of an [m, n] result whose K has segments: the narrow one of many, or where wide ones leave SMs idle."""
     if segments >= 8:
-        return NARROW_SEGMENTS  # more sums wait in memory, but a pair's in registers alone (bench/LOG.md)
+        return NARROW_SEGMENTS  # of eight all sums have room in registers and shared memory
     wide, narrow = (-(-m // 128) * -(-n // c.block_n) for c in (WIDE_SEGMENTS, NARROW_SEGMENTS))
     return WIDE_SEGMENTS if -(-wide // num_sms) <= 0.55 * -(-narrow // num_sms) else NARROW_SEGMENTS
 

@@ -1,9 +1,10 @@
 """GEMMs with K in segments on Hopper, in Gluon: C[M, N] = A[M, K] @ B[K, N], segments added pairwise, rounded once.
 
-CTAs are persistent: each takes every num_programs-th tile of 128 rows. Segments come in pairs, front to back. Of a
-pair's left sum 128 columns wait in registers, the others in shared memory. The sum of a pair that is a left half itself
-waits in global memory, as carries of a counter do: a thread loads what it has stored, so no barrier is needed, and few
-CTAs use so little of it that it stays in L2.
+CTAs are persistent: each takes every num_programs-th tile of 128 rows. Sums of segments are added as a counter carries,
+and of each level of the tree one left half waits. A tile of 128 columns has room for two in registers and for a third
+in shared memory; of one of 256 half the columns of the first level wait in registers, half in shared memory. What waits
+of other levels is in global memory: a thread loads what it has stored, so no barrier is needed, and few CTAs use so
+little of it that it stays in L2.
 
     producer  1 warp       has TMA copy tiles of A and B, step by step, into stages of shared memory
     consumers 2 x 4 warps  64 rows each of a tile. While one adds and stores its sums the other one has the tensor cores
@@ -33,7 +34,7 @@ from bi_ops.matmul.order import SegmentedOrder
 
 #: Rows of a tile that a consumer warp group owns, half of them.
 HALF = gl.constexpr(64)
-#: Columns of a pair's left sum that wait in registers: as many as fit beside the accumulator.
+#: Columns of sums that a warp group has room for in shared memory, and beside an accumulator of 256 in registers.
 HELD = gl.constexpr(128)
 #: A vector in shared memory.
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -51,7 +52,7 @@ class PartitionArgs:
     p_parked: gl.tensor
     a_smem: gl.shared_memory_descriptor
     b_smem: gl.shared_memory_descriptor
-    c_smem_0: gl.shared_memory_descriptor  # for each warp group: sums that leave, or half of a left sum
+    c_smem_0: gl.shared_memory_descriptor  # for each warp group: sums that leave, or HELD columns that wait
     c_smem_1: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
@@ -60,6 +61,7 @@ class PartitionArgs:
     K_0: Scalar
     K_1: Scalar
     K_2: Scalar
+    segments: Scalar
     SEGMENTS: gl.constexpr
     GROUP_M: gl.constexpr
     TRANSPOSED: gl.constexpr
@@ -194,26 +196,27 @@ def _add_shared(part, smem):
 def _store(args, part, m, n, c_smem):
     """The sums, rounded, to columns from n on of rows from m on; as many at a time as c_smem has."""
     C: gl.constexpr = part.shape[1]
-    if c_smem.shape[1] < C:
+    if c_smem.shape[2] < C:
         left, right = split_columns(part, C)
         _store(args, left, m, n, c_smem)
         _store(args, right, m, n + C // 2, c_smem)
     else:
         tma.store_wait(0)  # the sums before have left shared memory
-        c_smem.store(part.to(args.c_desc.dtype))
+        c_smem.index(0).store(part.to(args.c_desc.dtype))
         fence_async_shared()
-        tma.async_store(args.c_desc, [m, n], c_smem)
+        tma.async_store(args.c_desc, [m, n], c_smem.index(0))
 
 
 @gluon.jit
-def _add_left(total, held, c_smem, p_pairs, segment):
-    """(sum of the largest subtree that ends with a segment, where it waits if it is itself a left half)
+def _add_left(total, held, held_pair, c_smem, p_left, segment, SEGMENTS: gl.constexpr):
+    """(sum of the largest subtree that ends with a segment, where in memory it waits if it is itself a left half)
 
-    As a counter carries: level by level what waits is added. held, c_smem: the left half of a pair.
+    As a counter carries: level by level what waits is added.
     """
     BLOCK_N: gl.constexpr = total.shape[1]
     LAYOUT: gl.constexpr = total.type.layout
     if segment % 2 == 1:
+        carry = segment // 2
         if BLOCK_N > HELD:
             left, right = split_columns(total, BLOCK_N)
             left = held + left
@@ -221,12 +224,19 @@ def _add_left(total, held, c_smem, p_pairs, segment):
             total = join_columns(left, right, BLOCK_N, LAYOUT)
         else:
             total = held + total
-        carry = segment // 2
-        while carry % 2 == 1:
-            total = _add_parked(total, p_pairs)
-            p_pairs += gl.num_programs(0) * 2 * HALF * BLOCK_N
-            carry = carry // 2
-    return total, p_pairs
+            if SEGMENTS > 2 and carry % 2 == 1:
+                total = held_pair + total
+                carry = carry // 2
+                if carry % 2 == 1:
+                    total = _add_shared(total, c_smem)
+                    carry = carry // 2
+        IN_MEMORY: gl.constexpr = SEGMENTS // (2 if BLOCK_N > HELD else 8)
+        if IN_MEMORY > 1:
+            while carry % 2 == 1:
+                total = _add_parked(total, p_left)
+                p_left += gl.num_programs(0) * 2 * HALF * BLOCK_N
+                carry = carry // 2
+    return total, p_left
 
 
 @gluon.jit
@@ -236,10 +246,12 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SPLIT: gl.constexpr = BLOCK_N > HELD
     c_smem = args.c_smem_0 if WARP_GROUP == 0 else args.c_smem_1
-    p_pairs = args.p_parked + (gl.program_id(0) * 2 + WARP_GROUP) * HALF * BLOCK_N
+    p_parked = args.p_parked + (gl.program_id(0) * 2 + WARP_GROUP) * HALF * BLOCK_N
+    segments = args.SEGMENTS if SPLIT else args.segments  # ptxas spills 200 bytes if it knows that they are four
     stage = args.M * 0
     phase = args.M * 0
     held = gl.zeros([HALF, BLOCK_N], gl.float32, LAYOUT)
+    held_pair = held
     if SPLIT:
         held, _ = split_columns(held, BLOCK_N)
     n_tiles = gl.cdiv(args.M, 2 * HALF) * gl.cdiv(args.N, BLOCK_N)
@@ -250,34 +262,42 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
             total, stage, phase = _segment(args, stage, phase, LAYOUT, WARP_GROUP)
             _store(args, total, m, n, c_smem)
         else:
-            for segment in range(0, args.SEGMENTS):
+            for segment in range(0, segments):
                 total, stage, phase = _segment(args, stage, phase, LAYOUT, WARP_GROUP)
-                total, p_left = _add_left(total, held, c_smem, p_pairs, segment)
-                if segment == args.SEGMENTS - 1:
+                total, p_left = _add_left(total, held, held_pair, c_smem, p_parked, segment, args.SEGMENTS)
+                if segment == segments - 1:
                     _store(args, total, m, n, c_smem)
-                elif segment % 2 == 1:
-                    _park(total, p_left)
                 elif SPLIT:
-                    _, right = split_columns(total, BLOCK_N)
-                    _park_shared(right, c_smem)
+                    if segment % 2 == 1:
+                        _park(total, p_left)
+                    else:
+                        _, right = split_columns(total, BLOCK_N)
+                        _park_shared(right, c_smem)
+                elif segment % 8 == 3:
+                    _park_shared(total, c_smem)
+                elif segment % 8 == 7:
+                    _park(total, p_left)
                 held = total  # after every segment: registers that are written either way hold nothing before
                 if SPLIT:
                     held, _ = split_columns(total, BLOCK_N)
+                elif args.SEGMENTS > 2 and segment % 4 == 1:
+                    held_pair = total
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "K_0", "K_1", "K_2"])
+@gluon.jit(do_not_specialize=["M", "K_0", "K_1", "K_2", "segments"])
 def matmul_segments_hopper_kernel(
     d_a,  # descriptor of A [M, K] with tiles [64, BLOCK_K]
     d_b,  # of B [K, N] with tiles [BLOCK_K, BLOCK_N]; TRANSPOSED: of [N, K] with tiles [BLOCK_N, BLOCK_K]
     d_c,  # of C [M, N] with tiles [64, columns that leave at a time]
-    p_parked,  # [levels of the tree above pairs, programs, 2, BLOCK_N * 64], fp32
+    p_parked,  # [levels whose left halves wait there, programs, 2, BLOCK_N * 64], fp32
     M,
     N,
     K_0,  # elements of each part of K that a segment has, multiples of BLOCK_K
     K_1,
     K_2,
-    SEGMENTS: gl.constexpr,  # a power of two
+    segments,  # a power of two
+    SEGMENTS: gl.constexpr,  # the same
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     TRANSPOSED: gl.constexpr,
@@ -289,15 +309,17 @@ def matmul_segments_hopper_kernel(
     b_smem = gl.allocate_shared_memory(
         d_b.dtype, [STAGES, d_b.block_type.shape[0], d_b.block_type.shape[1]], d_b.layout
     )
-    c_smem_0 = gl.allocate_shared_memory(d_c.dtype, d_c.block_type.shape, d_c.layout)
-    c_smem_1 = gl.allocate_shared_memory(d_c.dtype, d_c.block_type.shape, d_c.layout)
+    PLACES: gl.constexpr = 4 * HALF * HELD // d_c.block_type.nbytes
+    c_shape: gl.constexpr = [PLACES, d_c.block_type.shape[0], d_c.block_type.shape[1]]
+    c_smem_0 = gl.allocate_shared_memory(d_c.dtype, c_shape, d_c.layout)
+    c_smem_1 = gl.allocate_shared_memory(d_c.dtype, c_shape, d_c.layout)
     full = allocate_barriers(STAGES)
     empty = allocate_barriers(STAGES)
     init_barriers(full, 1)
     init_barriers(empty, 2)
     args = PartitionArgs(
         *(d_a, d_b, d_c, p_parked, a_smem, b_smem, c_smem_0, c_smem_1, full, empty),
-        *(M, N, K_0, K_1, K_2, SEGMENTS, GROUP_M, TRANSPOSED),
+        *(M, N, K_0, K_1, K_2, segments, SEGMENTS, GROUP_M, TRANSPOSED),
     )
     gl.warp_specialize(
         [(_consumer, (args, 0)), (_consumer, (args, 1)), (_producer, (args,))],
@@ -320,7 +342,7 @@ def launch(
     assert all(size % c.block_k == 0 for size in sizes)  # else a step would be of two segments
     transposed = weight.stride(1) == 1
     programs = min(cdiv(m, 2 * HALF.value) * cdiv(n, c.block_n), num_sms)
-    levels = max(order.segments // 2, 1).bit_length() - 1
+    levels = max(order.segments // (2 if c.block_n > HELD.value else 8), 1).bit_length() - 1
     stored = weight if transposed else weight.t()
     b_tile = (c.block_n, c.block_k) if transposed else (c.block_k, c.block_n)
     recorded(matmul_segments_hopper_kernel)[(programs,)](
@@ -332,6 +354,7 @@ def launch(
         n,
         *sizes,
         *[0] * (3 - len(sizes)),
+        order.segments,
         SEGMENTS=order.segments,
         STAGES=c.stages,
         GROUP_M=c.group_m,
