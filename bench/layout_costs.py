@@ -13,7 +13,7 @@ A row is one of our sides beside one baseline; `fastest` marks the faster baseli
               with sums by NCCL; "transformers, compiled", bf16 weights, gradients and states, layers under
               torch.compile, torch's DDP, FSDP2 or tensor parallelism; of dp "ordered, at the end" too:
               all gradients are exchanged behind the backward
-    segments  forward and backward on one GPU in 2, 4 and 8 segments, beside one segment
+    segments  forward and backward on one GPU in 2, 4 and 8 segments, beside one segment, all from CUDA graphs
     decode    vLLM at tensor-parallel size N: a token step of a batch. ours: the plugin, also by
               collectives alone; baseline: stock with full CUDA
               graphs, not batch-invariant

@@ -36,6 +36,7 @@ from bi_ops import optim, parallel
 from bi_ops.core import runtime
 from bi_ops.core.files import write_json
 from bi_ops.core.rows import TOKEN_STEP
+from bi_ops.models.graphs import StepGraphs
 from bi_ops.models.packing import PackedBatch, pack
 from bi_ops.parallel.fsdp import ExchangeAllGather, FullySharded, TreeReduceScatter, local_rows
 from bi_ops.parallel.gradients import Collectives, Exchange
@@ -279,23 +280,25 @@ def whole_sums(layout: parallel.Whole, found: Found) -> dict[str, Callable[[], N
 
 
 def segments(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
-    """Forward and backward on one GPU, of one segment and of more."""
+    """Forward and backward on one GPU, of one segment and of more, in turns, replayed: none of it waits for Python."""
+    steps: dict[str, Callable[[], None]] = {}
+    captured: list[StepGraphs] = []
     for n in (1, *args.segments):
         network = made_network(args.model, args.layers, "selective", n)
         network.warmup()
-        layout = parallel.Whole(network, parallel.order())
-        batch = packed(rows_of(args, 0), network.device)
+        graphs, replay = from_graphs(network, packed(rows_of(args, 0), network.device))
 
-        def step(layout: parallel.Whole = layout, network: Any = network, batch: PackedBatch = batch) -> None:
-            layout.begin_atom()
-            network.token_logprobs(batch).mean().backward()
-            layout.end_atom()
+        def step(network: Any = network, graphs: StepGraphs = graphs, replay: Any = replay) -> None:
+            graphs.begin()
+            replay()
+            network.collect_main_grads()
 
-        side = f"segments {n}"
-        found.add(side, "forward and backward", in_turn({side: step}, args.steps, ranks, args.profile)[side])
-        del network, layout, batch, step
-        gc.unfreeze()
-        free()
+        steps[f"segments {n}"] = step
+        captured.append(graphs)
+    for side, seconds in in_turn(steps, args.steps, ranks, args.profile).items():
+        found.add(side, "forward and backward", seconds)
+    for graphs in captured:
+        graphs.release()
 
 
 def transformers(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
