@@ -24,10 +24,11 @@ and is timed by wall clock, the GPU waited for after each half of a step; median
 of gradients counts; going through the objects of the model for garbage does not. Then the whole step is captured in a
 CUDA graph and replayed: what it takes where the GPU never waits for Python. `first_step_s` is from the loaded weights
 to the end of the first step, compiling included, with the caches that are there. `--update` adds clip and AdamW, each
-by itself and then both as training makes them, one behind the other. `--offload` keeps AdamW's states in host memory.
-`--profile` writes step_profile.csv, the GPU time by kernel. A model that does not fit the memory is tried again with
-half its layers, all its sides then (`layers` says so). Rows are written as they come; `--seconds` ends it, and names
-what was left out. `--dry` runs it all on a tiny model on the CPU; its figures mean nothing.
+by itself and then both as training makes them, behind a step that the GPU is not through with. `--offload` keeps
+AdamW's states in host memory. `--profile` writes step_profile.csv, the GPU time by kernel. A model that does not fit
+the memory is tried again with half its layers, all its sides then (`layers` says so). Rows are written as they come;
+`--seconds` ends it, and names what was left out. `--dry` runs it all on a tiny model on the CPU; its figures mean
+nothing.
 """
 
 from __future__ import annotations
@@ -200,8 +201,24 @@ def measure(
     }
 
 
+def behind(*works: Callable[[], object]) -> float:
+    """Seconds that `works` take the GPU behind what it still has to do: the host is ahead of it, as in training."""
+    if runtime.INTERPRET:
+        began = wait()
+        for work in works:
+            work()
+        return wait() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for work in works:
+        work()
+    end.record()
+    wait()
+    return start.elapsed_time(end) / 1e3
+
+
 def updated(made: Step, steps: int) -> tuple[float, float, float, int | None]:
-    """(median milliseconds of clip, of AdamW, of both at once, peak bytes of a step with the states in memory)."""
+    """(median milliseconds of clip, of AdamW, of both behind a step, peak bytes of a step with the states in memory)."""
     apart, together = [], []
     for i in range(max(steps, 2) + 1):
         if made.whole is None:
@@ -212,15 +229,15 @@ def updated(made: Step, steps: int) -> tuple[float, float, float, int | None]:
         made.after()
         if i == 0 and not runtime.INTERPRET:
             torch.cuda.reset_peak_memory_stats()
-        start = wait()
-        made.clip()
-        middle = wait() if i % 2 else start
-        made.update()
-        end = wait()
         if i % 2:
-            apart.append((middle - start, end - middle))
-        elif i:  # the first has made the states
-            together.append(end - start)
+            start = wait()
+            made.clip()
+            middle = wait()
+            made.update()
+            apart.append((middle - start, wait() - middle))
+        else:  # the first makes the states
+            seconds = behind(made.clip, made.update)
+            together += [seconds] * bool(i)
         clear(made)
     peak = None if runtime.INTERPRET else torch.cuda.max_memory_allocated()
     clip, optimizer, both = (1e3 * statistics.median(t) for t in (*zip(*apart, strict=True), together))
