@@ -39,6 +39,10 @@ def grouped_config(rows: int, experts: int, n: int, dtype: torch.dtype, arch: Ar
     return GroupedConfig(128, 128, 64, 8, 8, 3)
 
 
+#: Rows of an expert, padding counted in, from which on tiles have 128 rows.
+WIDE_ROWS = 48
+
+
 class HopperConfig(NamedTuple):
     """Tiles of `hopper.grouped_matmul_hopper_kernel`: `stages` steps of `block_k` elements of K in flight."""
 
@@ -51,12 +55,11 @@ class HopperConfig(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def hopper_config(rows: int, experts: int, n: int, num_sms: int) -> HopperConfig:
-    """Tiles of 64 rows waste fewer of an expert's last tile; those of 128 read a weight half as often.
+    """Tiles of 128 rows read a weight once where an expert has up to as many; of few rows half a tile is skipped.
 
-    With few experts in use, as in decoding, narrow tiles and more of them in flight keep more SMs reading weights. What
-    was not timed yet: every number here.
+    With few experts in use, as in decoding, narrow tiles and more of them in flight keep more SMs reading weights.
     """
-    if rows >= 96 * experts:
+    if rows >= WIDE_ROWS * experts:
         return HopperConfig(128, 256, 64, 4, 8)
     in_use = min(experts, cdiv(rows, 16))
     return HopperConfig(64, 128, 64, 8, 8) if in_use * cdiv(n, 256) < 2 * num_sms else HopperConfig(64, 256, 64, 4, 8)
@@ -112,5 +115,5 @@ def router_config(num_tokens: int, block_e: int) -> RowConfig:
 #: Tokens of which one program counts and places the pairs. A unit starts at a multiple.
 CHUNK_TOKENS = 16
 
-#: Pairs that one program dispatches in one launch.
-FEW_PAIRS = 512
+#: Pairs and experts up to which one launch dispatches a unit, each program counting all pairs.
+ONE_LAUNCH_PAIRS, ONE_LAUNCH_EXPERTS = 16384, 512

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bi_ops.core import arch as arches
-from bi_ops.core import runtime
+from bi_ops.core import pdl, runtime
 from bi_ops.core.integers import cdiv, next_power_of_2
 from bi_ops.core.launches import empty, filled, recorded
 from bi_ops.core.limits import SMALL
@@ -13,7 +13,9 @@ from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.moe.config import (
     CHUNK_TOKENS,
-    FEW_PAIRS,
+    ONE_LAUNCH_EXPERTS,
+    ONE_LAUNCH_PAIRS,
+    HopperConfig,
     grouped_config,
     hopper_config,
     hopper_wgrad_config,
@@ -28,7 +30,7 @@ from bi_ops.moe.kernels.rows import (
     chunk_starts_kernel,
     combine_rows_kernel,
     count_pairs_kernel,
-    dispatch_few_kernel,
+    dispatch_kernel,
     expert_offsets_kernel,
     gather_rows_kernel,
     place_pairs_kernel,
@@ -105,24 +107,44 @@ def launch_dispatch(
     experts: torch.Tensor, num_experts: int, cu_units: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rows [R], places [T, k], offsets [E + 1]), all int32; see `ops.dispatch`."""
+    return _dispatch(experts, num_experts, cu_units, 0)[:3]
+
+
+def _dispatch(
+    experts: torch.Tensor, num_experts: int, cu_units: torch.Tensor | None, block_m: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As `launch_dispatch`, and the tile table of `block_m` rows, unless that is 0 or has to be asked for."""
+    (tokens, top_k), experts = experts.shape, experts.contiguous()
+    pairs, units = tokens * top_k, 1 if cu_units is None else cu_units.shape[0] - 1
+    n_rows, places = most_rows(pairs, num_experts, units), empty(experts, (tokens, top_k))
+    if pairs == 0:
+        return filled(experts, n_rows, value=-1), places, filled(experts, num_experts + 1), None
+    if cu_units is not None or pairs > ONE_LAUNCH_PAIRS or num_experts > ONE_LAUNCH_EXPERTS:
+        return *_dispatch_many(experts, num_experts, cu_units, n_rows, places), None
+    rows, offsets = empty(experts, n_rows), empty(experts, num_experts + 1)
+    tiles = _empty_tiles(offsets, n_rows, block_m) if block_m else None
+    block_p = 1024 if runtime.INTERPRET else 64
+    recorded(dispatch_kernel)[(cdiv(pairs, block_p),)](
+        *(experts, rows, places, offsets, tiles, pairs, num_experts, n_rows),
+        STEP=TOKEN_STEP,
+        BLOCK_M=block_m,
+        BLOCK_P=block_p,
+        BLOCK=min(max(next_power_of_2(pairs), 256), 4096),
+        BLOCK_E=max(next_power_of_2(num_experts), 32),
+        num_warps=8,
+        **pdl.launch_options(arches.of(experts.device)),
+        **PINNED,
+    )
+    return rows, places, offsets, tiles
+
+
+def _dispatch_many(
+    experts: torch.Tensor, num_experts: int, cu_units: torch.Tensor | None, n_rows: int, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(rows, places, offsets) of any number of pairs, units and experts."""
     tokens, top_k = experts.shape
     chunks, units = cdiv(tokens, CHUNK_TOKENS), 1 if cu_units is None else cu_units.shape[0] - 1
-    experts = experts.contiguous()
-    rows = filled(experts, most_rows(tokens * top_k, num_experts, units), value=-1)
-    places = empty(experts, (tokens, top_k))
-    if tokens == 0 or top_k == 0:
-        return rows, places, filled(experts, num_experts + 1)
-    offsets = empty(experts, num_experts + 1)
-    if tokens * top_k <= FEW_PAIRS and cu_units is None:
-        recorded(dispatch_few_kernel)[(1,)](
-            *(experts, rows, places, offsets, tokens * top_k, num_experts),
-            STEP=TOKEN_STEP,
-            BLOCK_P=max(next_power_of_2(tokens * top_k), 16),
-            BLOCK=32,
-            num_warps=16,
-            **PINNED,
-        )
-        return rows, places, offsets
+    rows, offsets = filled(experts, n_rows, value=-1), empty(experts, num_experts + 1)
     counts, totals = empty(experts, (chunks, num_experts)), empty(experts, num_experts)
     block_p = next_power_of_2(CHUNK_TOKENS * top_k)
     sizes = {"TOP_K": top_k, "TOKENS": CHUNK_TOKENS, "BLOCK_P": block_p}
@@ -149,16 +171,25 @@ def launch_dispatch(
     return rows, places, offsets
 
 
-def launch_gather(x: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tensor:
-    """[R, N]: of each row its token's row of x [T, N], or zeros."""
+def launch_gather(x: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[R, N]: of each row its token's row of x [T, N], or zeros. rows, places: of `ops.Dispatch`."""
     y = empty(x, (rows.shape[0], x.shape[1]))
     if y.numel() == 0:
         return y
     x = x if x.stride(1) == 1 else x.contiguous()
-    c = row_config(*y.shape)
-    grid = (cdiv(y.shape[0], c.rows), cdiv(y.shape[1], c.cols))
-    sizes = (*y.shape, x.stride(0))
-    recorded(gather_rows_kernel)[grid](x, rows, y, *sizes, top_k, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+    tokens, top_k = places.shape
+    c = row_config(max(tokens, 1), y.shape[1])
+    grid = (cdiv(tokens, c.rows) + cdiv(y.shape[0], TOKEN_STEP), cdiv(y.shape[1], c.cols))
+    recorded(gather_rows_kernel)[grid](
+        *(x, rows, places.contiguous(), y, tokens, *y.shape, x.stride(0)),
+        TOP_K=top_k,
+        ROWS=c.rows,
+        COLS=c.cols,
+        STEP=TOKEN_STEP,
+        num_warps=c.num_warps,
+        **pdl.launch_options(arches.of(x.device)),
+        **PINNED,
+    )
     return y
 
 
@@ -171,8 +202,15 @@ def launch_combine(y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     y = y if y.stride(1) == 1 else y.contiguous()
     c = row_config(*out.shape, elements=1024)
     grid = (cdiv(tokens, c.rows), cdiv(out.shape[1], c.cols))
-    sizes = (*out.shape, y.stride(0))
-    recorded(combine_rows_kernel)[grid](y, places, out, *sizes, top_k, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+    recorded(combine_rows_kernel)[grid](
+        *(y, places, out, *out.shape, y.stride(0)),
+        TOP_K=top_k,
+        ROWS=c.rows,
+        COLS=c.cols,
+        num_warps=c.num_warps,
+        **pdl.launch_options(arches.of(y.device)),
+        **PINNED,
+    )
     return out
 
 
@@ -180,12 +218,15 @@ def launch_combine(y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 # GEMMs
 
 
+def _empty_tiles(offsets: torch.Tensor, n_rows: int, block_m: int) -> torch.Tensor:
+    """Room for a tile table, whatever the offsets are."""
+    return empty(offsets, (2 + n_rows // block_m + min(offsets.shape[0] - 1, n_rows), 4))
+
+
 def _tile_table(offsets: torch.Tensor, n_rows: int, block_m: int) -> torch.Tensor:
     """The tile rows of `block_m` rows, as `tile_table_kernel` writes them."""
-    num_experts = offsets.shape[0] - 1
-    capacity = n_rows // block_m + min(num_experts, n_rows) + 1
-    tiles = empty(offsets, (1 + capacity, 4))
-    sizes = (n_rows, num_experts, capacity, block_m, next_power_of_2(num_experts + 1), 32)
+    num_experts, tiles = offsets.shape[0] - 1, _empty_tiles(offsets, n_rows, block_m)
+    sizes = (n_rows, num_experts, tiles.shape[0] - 1, block_m, next_power_of_2(num_experts + 1), 32)
     recorded(tile_table_kernel)[(num_experts + 1,)](offsets, tiles, *sizes, num_warps=1, **PINNED)
     return tiles
 
@@ -328,3 +369,64 @@ def launch_activation_backward(
         **PINNED,
     )
     return dx, y, dweights
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the layer
+
+
+def launch_experts(
+    hidden: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    cu_units: torch.Tensor | None,
+    keep_h: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out [T, H], h, rows, places, offsets) of a layer; see `layer.experts`. All operands have one dtype.
+
+    h [R, 2I]: gate and up, rounded, which a backward wants. Unless keep_h it may have no rows.
+    """
+    num_experts, doubled, _ = gate_up.shape
+    configs = _layer_configs(hidden, gate_up, down, experts, 1 if cu_units is None else cu_units.shape[0] - 1)
+    if configs is None:
+        rows, places, offsets = launch_dispatch(experts, num_experts, cu_units)
+        h = launch_grouped_matmul(launch_gather(hidden, rows, places), gate_up, offsets)
+        y = launch_grouped_matmul(launch_activation(h), down, offsets, (weights, rows))
+        return launch_combine(y, places), h, rows, places, offsets
+    from bi_ops.moe.hopper import grouped_gemm
+
+    # Each kernel of this chain lets the next one start when its own predecessors have ended (`core.pdl`, rule 4). So the
+    # GEMMs may read ahead all that is older than the kernel before: weights and tiles.
+    first, second = configs
+    num_sms = runtime.multiprocessors(hidden.device)
+    rows, places, offsets, tiles = _dispatch(experts, num_experts, cu_units, first.block_m)
+    n_rows = rows.shape[0]
+    tiles = _tile_table(offsets, n_rows, first.block_m) if tiles is None else tiles
+    x = launch_gather(hidden, rows, places)
+    y, h = empty(x, (n_rows, doubled // 2)), empty(x, (n_rows if keep_h else 0, doubled))
+    grouped_gemm.launch(
+        *(x, gate_up, y, tiles, None, first, num_sms), activation=True, h=h if keep_h else None, prefetch=True
+    )
+    out = empty(x, (n_rows, hidden.shape[1]))
+    grouped_gemm.launch(y, down, out, tiles, (weights, rows), second, num_sms, prefetch=True)
+    return launch_combine(out, places), h, rows, places, offsets
+
+
+def _layer_configs(
+    hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, experts: torch.Tensor, units: int
+) -> tuple[HopperConfig, HopperConfig] | None:
+    """Of both GEMMs where they are Hopper's, with one tile table, the activation in the first one; else None."""
+    (num_experts, doubled, k), n_rows = gate_up.shape, most_rows(experts.numel(), gate_up.shape[0], units)
+    if n_rows == 0 or not (gate_up.is_contiguous() and hopper_serves(hidden, gate_up)):
+        return None
+    # The activation [R, I] and what is gathered are made here, dense.
+    if not (down.is_contiguous() or down.mT.is_contiguous()) or down.data_ptr() % 16 or (doubled // 2) % 64 or k % 8:
+        return None
+    if num_experts * down.shape[1] >= SMALL:
+        return None
+    num_sms = runtime.multiprocessors(hidden.device)
+    first, second = (hopper_config(n_rows, num_experts, n, num_sms) for n in (doubled, k))
+    fits = first.block_m == second.block_m and first.block_n == 256 and doubled % first.block_n == 0
+    return (first, second) if fits else None
