@@ -251,7 +251,7 @@ DRIVERS: dict[str, Driver] = {
         (
             *(*_named("router", "", "_backward"), "count_pairs_kernel", "chunk_starts_kernel", "expert_offsets_kernel"),
             *(
-                "dispatch_few_kernel",
+                "dispatch_kernel",
                 "place_pairs_kernel",
                 *_named("gather", "_rows"),
                 *_named("combine", "_rows"),

@@ -269,16 +269,16 @@ def grouped_matmul_launches() -> Iterator[Launch]:
     from bi_ops.moe import config
     from bi_ops.moe.hopper import grouped_gemm
 
-    def launch(block_m, transposed, weights=False, dtype=BF16, block_n=256, activation=False, h=False, prefetch=False):
+    def launch(block_m, transposed, weights=False, dtype=BF16, block_n=256, activation=False, h=False, x_rows=0):
         x, y, w = (torch.zeros(s, dtype=dtype) for s in ((256, 768), (256, 2048), (4, 2048, 768)))
         w = torch.zeros((4, 768, 2048), dtype=dtype).mT if transposed else w
         tiles, rows = torch.zeros((16, 4), dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
         routing = (torch.zeros(32, 8), rows) if weights else None
         name = _text(block_m=block_m, block_n=block_n, transposed=transposed, weights=weights, dtype=dtype)
-        if activation or prefetch:
-            name += " " + _text(activation=activation, h=h, prefetch=prefetch)
-        c = config.HopperConfig(block_m, block_n, 64, 8 if block_n == 128 else 4, 8)
-        how: dict[str, Any] = {"activation": activation, "h": y if h else None, "prefetch": prefetch}
+        if x_rows:  # of a layer
+            name += " " + _text(activation=activation, h=h, x_rows=x_rows)
+        c = config.HopperConfig(block_m, block_n, 64, 8 if block_n == 128 else 4, 8, x_rows or 64)
+        how: dict[str, Any] = {"activation": activation, "h": y if h else None, "prefetch": x_rows > 0}
         out = y[:, :1024].contiguous() if activation else y
         return name, lambda: grouped_gemm.launch(x, w, out, tiles, routing, c, 132, **how)
 
@@ -289,10 +289,10 @@ def grouped_matmul_launches() -> Iterator[Launch]:
             yield launch(block_m, transposed, weights=True)
     for transposed in (False, True):
         yield launch(64, transposed, block_n=128)
-    for block_m in (64, 128):
+    for block_m, x_rows in ((64, 64), (64, 16), (128, 64), (128, 16)):
         for h in (False, True):
-            yield launch(block_m, False, activation=True, h=h, prefetch=True)
-        yield launch(block_m, False, weights=True, prefetch=True)
+            yield launch(block_m, False, activation=True, h=h, x_rows=x_rows)
+        yield launch(block_m, False, weights=True, x_rows=x_rows)
 
 
 def grouped_wgrad_launches() -> Iterator[Launch]:

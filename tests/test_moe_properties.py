@@ -12,7 +12,7 @@ import torch
 
 from bi_ops import matmul, moe
 from bi_ops.core import runtime
-from bi_ops.moe import reference
+from bi_ops.moe import launch, reference
 from bi_ops.nn import MainGrad
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 from bi_ops.verify.properties import bits_equal
@@ -152,9 +152,25 @@ def check_dispatch(experts, num_experts, units):
         assert place == (expected.index(p) if 0 <= flat[p] < num_experts else -1)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 50, 170, 171, 333])  # up to 512 pairs a kernel of its own
-def test_pairs_are_sorted_by_expert_and_padded(tokens, device):
+@pytest.mark.parametrize("most", [launch.ONE_LAUNCH_PAIRS, 0])  # in one launch, in four
+@pytest.mark.parametrize("tokens", [1, 16, 50, 171, 700])  # 700 * 3 pairs: of several programs in the interpreter too
+def test_pairs_are_sorted_by_expert_and_padded(tokens, most, device, monkeypatch):
+    monkeypatch.setattr(launch, "ONE_LAUNCH_PAIRS", most)
     check_dispatch(distinct(tokens, device, 11, 3), 11, (0, tokens))
+
+
+@pytest.mark.parametrize("block_m", [64, 128])
+@pytest.mark.parametrize("tokens", [1, 90, 700])
+def test_dispatch_writes_the_tile_table_of_the_gemms(tokens, block_m, device):
+    experts = distinct(tokens, device, 11, 3)
+    experts[:, 0] = torch.where(experts[:, 0] > 4, 3, experts[:, 0])  # twice in some rows: many of one expert
+    rows, _, offsets, tiles = launch._dispatch(experts, 11, None, block_m)
+    expected = launch._tile_table(offsets, rows.shape[0], block_m)
+    n = int(expected[0, 0]) + 1
+    assert tiles is not None
+    assert tiles.shape == expected.shape
+    assert tiles[0, 0] == n - 1
+    assert torch.equal(tiles[1:n, :3], expected[1:n, :3])
 
 
 @pytest.mark.parametrize("units", [(0, 16, 64, 90), (0, 0, 32, 32, 90), (0, 80, 90)])
@@ -428,6 +444,8 @@ def test_operators_are_registered(device):
     y = torch.randn(rows.shape[0], HIDDEN, device=device, requires_grad=True)
     torch.library.opcheck(torch.ops.bi_ops.moe_combine, (y, rows, places))
     torch.library.opcheck(torch.ops.bi_ops.grouped_matmul, (y.detach(), inputs["gate_up"], offsets))
+    operands = [inputs[name] for name in ("hidden", "gate_up", "down", "weights", "experts")]
+    torch.library.opcheck(torch.ops.bi_ops.moe_experts, (*operands, None, True))
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

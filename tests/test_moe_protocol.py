@@ -57,13 +57,14 @@ def run_matmul(
     activation=False,
     has_h=False,
     prefetch=False,
+    x_rows=64,
     kernels=grouped_gemm,
     **options,
 ):
     rows, experts, block_k = sum(counts) + extra, len(counts), 64
     width = 32 if split_n else 64
     table = Pointer(tile_rows(counts, rows, 64 if split_n else 128), shared=not prefetch)
-    x = Descriptor([rows, k], [64, block_k], 2, shared=True)
+    x = Descriptor([rows, k], [x_rows, block_k], 2, shared=True)
     w_rows, columns = (width // 2, n // 2) if activation else (width, n)
     w_shape = ([experts * k, n], [block_k, width]) if transposed else ([experts * n, k], [w_rows, block_k])
     w = Descriptor(*w_shape, 2, shared=not prefetch)
@@ -94,7 +95,7 @@ def run_matmul(
 def test_every_element_of_y_is_written_once(split_n, transposed, prefetch):
     r = random.Random(split_n + 2 * transposed)
     for counts in ((130, 0, 64, 7), (0, 0), (300,), (1, 1, 1)):
-        how = {"resident": r.choice([1, 3]), "seed": r.random(), "prefetch": prefetch}
+        how = {"resident": r.choice([1, 3]), "seed": r.random(), "prefetch": prefetch, "x_rows": r.choice([16, 64])}
         size = r.choice([64, 136, 200]), r.choice([64, 256])
         run_matmul(counts, r.choice([0, 70]) or 1, *size, r.choice([1, 2, 5]), split_n, transposed, **how)
 
@@ -110,9 +111,11 @@ def test_every_element_of_the_activation_is_written_once(split_n, has_h):
         run_matmul(counts, r.choice([0, 70]) or 1, *size, programs, split_n, False, prefetch=prefetch, **how)
 
 
-def test_rows_behind_an_experts_last_are_not_loaded_as_a_second_half():
-    history = run_matmul((64, 16, 130), 1, 64, 64, 1, False, False)
-    assert sorted(history) == [(0, 0), (64, 0), (80, 0), (144, 0), (208, 0)]
+def test_no_box_of_x_behind_an_experts_rows_is_loaded():
+    counts = (64, 16, 130)
+    assert sorted(run_matmul(counts, 1, 64, 64, 1, False, False)) == [(m, 0) for m in (0, 64, 80, 144, 208)]
+    found = run_matmul(counts, 1, 64, 64, 1, False, False, prefetch=True, x_rows=16)
+    assert sorted(found) == [(m, 0) for m in range(0, 224, 16)]
 
 
 def run_wgrad(counts, n, k, programs, accumulate, kernels=wgrad, **options):

@@ -89,6 +89,7 @@ BOUNDED = {
         moe.kernels.grouped_gemm.grouped_wgrad_kernel: E * n_tiles_m * n_tiles_n
         moe.kernels.grouped_gemm.grouped_wgrad_kernel: n_tiles_m * n_tiles_n
         moe.kernels.grouped_gemm.tile_table_kernel: (1 + before + o_t) * 4
+        moe.kernels.rows.dispatch_kernel: (1 + n_tiles + t + o_p) * 4
     """,
 }
 

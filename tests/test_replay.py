@@ -297,12 +297,13 @@ DENSE = {"_silu_and_mul", "_silu_and_mul_grad"}
 EXPERTS = {
     "_router",
     "_router_grad",
-    "_dispatch",
+    "experts_op",
     "gather_op",
     "combine_op",
     "grouped_matmul",
     "accumulate_grad_op",
-} | {*("activation_op", "activation_grad_op")}
+    "activation_grad_op",
+}
 
 
 @pytest.mark.parametrize(
@@ -449,6 +450,8 @@ def test_a_gpu_is_launched_what_an_ordinary_call_launches():
     assert found["kernels"]["paged_attention, few tokens"] == ["attention_decode_kernel"]
     assert found["kernels"]["wgrad"] == found["kernels"]["wgrad, first"] == ["wgrad_kernel"]
     assert found["kernels"]["grouped_matmul"] == ["tile_table_kernel", "grouped_matmul_hopper_kernel"]
+    layer = ["dispatch_kernel", "gather_rows_kernel", *["grouped_matmul_hopper_kernel"] * 2, "combine_rows_kernel"]
+    assert found["kernels"]["experts"] == found["kernels"]["experts, for a backward"] == layer
     assert found["kernels"]["grouped wgrad"] == ["grouped_wgrad_hopper_kernel"]
     assert found["kernels"]["attention backward, equal"] == ["attention_prepare_kernel", "attention_backward_kernel"]
     assert all(len(kernels) >= 1 for kernels in found["kernels"].values())

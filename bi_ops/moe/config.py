@@ -44,13 +44,17 @@ WIDE_ROWS = 48
 
 
 class HopperConfig(NamedTuple):
-    """Tiles of `hopper.grouped_matmul_hopper_kernel`: `stages` steps of `block_k` elements of K in flight."""
+    """Tiles of `hopper.grouped_matmul_hopper_kernel`: `stages` steps of `block_k` elements of K in flight.
+
+    x_rows: rows that one copy loads, where an expert has any of them.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     stages: int
     group_m: int
+    x_rows: int = 64
 
 
 @functools.lru_cache(maxsize=4096)

@@ -106,15 +106,32 @@ def _load_weight(args, expert, n, k, full, stage, wanted):
 
 
 @gluon.jit
-def _expect(args, full, has_upper, wanted):
-    """The bytes of a step. has_upper: x has rows for the second consumer."""
+def _n_boxes(args, m, last):
+    """TMA tiles of x that hold an expert's rows from m on, of those that a tile has."""
+    X_ROWS: gl.constexpr = args.x_desc.block_type.shape[0]
+    return gl.cdiv(min(last - m, HALF if args.SPLIT_N else 2 * HALF), X_ROWS)
+
+
+@gluon.jit
+def _expect(args, full, n_boxes, wanted):
+    """The bytes of a step, with n_boxes TMA tiles of x."""
     N_W: gl.constexpr = (2 if args.SPLIT_N else 1) * (2 if args.ACTIVATION else 1) * args.w_desc.block_type.nbytes
-    X: gl.constexpr = args.x_desc.block_type.nbytes
-    if args.SPLIT_N:
-        mbarrier.expect(full, X + N_W, pred=wanted)
-    else:
-        mbarrier.expect(full, 2 * X + N_W, pred=wanted & has_upper)
-        mbarrier.expect(full, X + N_W, pred=wanted & (not has_upper))
+    MOST: gl.constexpr = (1 if args.SPLIT_N else 2) * HALF // args.x_desc.block_type.shape[0]
+    for i in gl.static_range(1, MOST + 1):  # constants alone can be expected
+        mbarrier.expect(full, i * args.x_desc.block_type.nbytes + N_W, pred=wanted & (n_boxes == i))
+
+
+@gluon.jit
+def _load_x(args, m, k, full, stage, n_boxes):
+    """A step's rows of x, as far as the expert has any."""
+    X_ROWS: gl.constexpr = args.x_desc.block_type.shape[0]
+    N: gl.constexpr = HALF // X_ROWS
+    n_x: gl.constexpr = 1 if args.SPLIT_N else 2
+    for i in gl.static_range(n_x):
+        boxes = tma.reinterpret(args.x_smem.index(n_x * stage + i), [N, X_ROWS, args.x_smem.type.shape[2]])
+        for j in gl.static_range(N):
+            at = [m + i * HALF + j * X_ROWS, k]
+            tma.async_load(args.x_desc, at, full, boxes.index(j), pred=i * N + j < n_boxes)
 
 
 @gluon.jit
@@ -125,7 +142,6 @@ def _producer(args):
     BLOCK_K: gl.constexpr = args.x_smem.type.shape[2]
     WIDTH: gl.constexpr = args.w_smem.type.shape[2 if args.TRANSPOSED else 1]
     COLUMNS: gl.constexpr = 2 * WIDTH if SPLIT_N else WIDTH
-    n_x: gl.constexpr = 1 if SPLIT_N else 2
     n_ahead = 0
     if args.PREFETCH:  # the first tile's weights, before x is there
         n_tiles = _n_tiles(args, COLUMNS)
@@ -133,7 +149,7 @@ def _producer(args):
             expert, m, last, n = _get_tile(args, gl.program_id(0), COLUMNS)
             n_ahead = min(gl.cdiv(gl.where(expert < args.E, args.K, 0), BLOCK_K), STAGES)
             for s in range(0, n_ahead):
-                _expect(args, args.full.index(s), m + HALF < last, True)
+                _expect(args, args.full.index(s), _n_boxes(args, m, last), True)
                 _load_weight(args, expert, n, s * BLOCK_K, args.full.index(s), s, True)
     wait_for_predecessors()
     launch_dependents()
@@ -142,14 +158,12 @@ def _producer(args):
     phase = 1  # a stage that was never filled counts as empty
     for tile in range(gl.program_id(0), _n_tiles(args, COLUMNS), gl.num_programs(0)):
         expert, m, last, n = _get_tile(args, tile, COLUMNS)
-        has_upper = m + HALF < last
+        n_boxes = _n_boxes(args, m, last)
         for k in range(0, gl.where(expert < args.E, args.K, 0), BLOCK_K):
             mbarrier.wait(args.empty.index(stage), phase)
             full = args.full.index(stage)
-            _expect(args, full, has_upper, step >= n_ahead)
-            for i in gl.static_range(n_x):
-                wanted = has_upper if i == 1 else True
-                tma.async_load(args.x_desc, [m + i * HALF, k], full, args.x_smem.index(n_x * stage + i), pred=wanted)
+            _expect(args, full, n_boxes, step >= n_ahead)
+            _load_x(args, m, k, full, stage, n_boxes)
             _load_weight(args, expert, n, k, full, stage, step >= n_ahead)
             step += 1
             stage, phase = next_stage(stage, phase, STAGES)
@@ -236,7 +250,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
 
 @gluon.jit
 def grouped_matmul_hopper_kernel(
-    d_x,  # descriptor of x [R, K] with tiles [64, BLOCK_K]
+    d_x,  # descriptor of x [R, K] with tiles of 16 to 64 rows and BLOCK_K columns
     d_w,  # of the weights [E * N, K] with tiles [WIDTH, BLOCK_K], half as wide if ACTIVATION; TRANSPOSED: [E * K, N]
     d_y,  # of y [R, N], or [R, N // 2] if ACTIVATION, with tiles of 64 rows
     d_h,  # of h [R, N], with the same tiles
@@ -264,9 +278,7 @@ def grouped_matmul_hopper_kernel(
     """
     n_x: gl.constexpr = 1 if SPLIT_N else 2
     n_w: gl.constexpr = 2 if SPLIT_N else 1
-    x_smem = gl.allocate_shared_memory(
-        d_x.dtype, [n_x * STAGES, d_x.block_type.shape[0], d_x.block_type.shape[1]], d_x.layout
-    )
+    x_smem = gl.allocate_shared_memory(d_x.dtype, [n_x * STAGES, HALF, d_x.block_type.shape[1]], d_x.layout)
     w_smem = gl.allocate_shared_memory(
         d_w.dtype,
         [n_w * STAGES, d_w.block_type.shape[0] if TRANSPOSED else WIDTH, d_w.block_type.shape[1]],
@@ -285,7 +297,7 @@ def grouped_matmul_hopper_kernel(
     gl.warp_specialize(
         [(_consumer, (args, 0)), (_consumer, (args, 1)), (_producer, (args,))],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )
 
 
@@ -317,7 +329,7 @@ def launch(
     stored = (num_experts * k, n) if transposed else (num_experts * n, k)
     weights, rows = routing or (None, None)
     recorded(grouped_matmul_hopper_kernel)[(num_sms,)](
-        tma.descriptor(x, (n_rows, k), x.stride(0), (HALF.value, c.block_k)),
+        tma.descriptor(x, (n_rows, k), x.stride(0), (c.x_rows, c.block_k)),
         tma.descriptor(weight, stored, stored[1], (c.block_k, width) if transposed else (w_rows, c.block_k)),
         tma.descriptor(y, (n_rows, y.shape[1]), y.shape[1], y_block),
         None if h is None else tma.descriptor(h, (n_rows, n), n, y_block),
