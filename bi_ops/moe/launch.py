@@ -397,8 +397,8 @@ def launch_experts(
         return launch_combine(y, places), h, rows, places, offsets
     from bi_ops.moe.hopper import grouped_gemm
 
-    # The kernel before a GEMM lets it start when all before that one have ended (`core.pdl`, rule 4). So it may read ahead
-    # what is older: weights and tiles.
+    # The kernel before a GEMM lets it start when all before that one have ended (`core.pdl`, rule 4). So it may read
+    # ahead what is older: weights and tiles.
     first, second = configs
     num_sms = runtime.multiprocessors(hidden.device)
     rows, places, offsets, tiles = _dispatch(experts, num_experts, cu_units, first.block_m)

@@ -69,20 +69,28 @@ class PartitionArgs:
 
 
 @gluon.jit
-def _n_tiles(args, COLUMNS: gl.constexpr):
-    return gl.load(args.p_tiles) * gl.cdiv(args.N, COLUMNS)
+def _load_tile(p, AHEAD: gl.constexpr):
+    """Of the tile table. AHEAD of the wait for the kernels before, L1 might still have what was there earlier."""
+    CACHE: gl.constexpr = ".cg" if AHEAD else ""
+    return gl.load(p, cache_modifier=CACHE)
 
 
 @gluon.jit
-def _get_tile(args, tile, COLUMNS: gl.constexpr):
+def _n_tiles(args, COLUMNS: gl.constexpr, AHEAD: gl.constexpr = False):
+    return _load_tile(args.p_tiles, AHEAD) * gl.cdiv(args.N, COLUMNS)
+
+
+@gluon.jit
+def _get_tile(args, tile, COLUMNS: gl.constexpr, AHEAD: gl.constexpr = False):
     """(expert, first row, end of the expert's rows, first column). L2 swizzle: GROUP_M tile rows share the weight."""
     GROUP_M: gl.constexpr = args.GROUP_M
     n_n = gl.cdiv(args.N, COLUMNS)
     first_m = tile // (GROUP_M * n_n) * GROUP_M
-    rows = min(gl.load(args.p_tiles) - first_m, GROUP_M)
+    rows = min(_load_tile(args.p_tiles, AHEAD) - first_m, GROUP_M)
     within = tile % (GROUP_M * n_n)
     p_tile = args.p_tiles + 4 * (1 + first_m + within % rows)
-    return gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2), within // rows * COLUMNS
+    expert, m, last = _load_tile(p_tile, AHEAD), _load_tile(p_tile + 1, AHEAD), _load_tile(p_tile + 2, AHEAD)
+    return expert, m, last, within // rows * COLUMNS
 
 
 @gluon.jit
@@ -144,9 +152,9 @@ def _producer(args):
     COLUMNS: gl.constexpr = 2 * WIDTH if SPLIT_N else WIDTH
     n_ahead = 0
     if args.PREFETCH:  # the first tile's weights, before x is there
-        n_tiles = _n_tiles(args, COLUMNS)
+        n_tiles = _n_tiles(args, COLUMNS, True)
         if gl.program_id(0) < n_tiles:
-            expert, m, last, n = _get_tile(args, gl.program_id(0), COLUMNS)
+            expert, m, last, n = _get_tile(args, gl.program_id(0), COLUMNS, True)
             n_ahead = min(gl.cdiv(gl.where(expert < args.E, args.K, 0), BLOCK_K), STAGES)
             for s in range(0, n_ahead):
                 _expect(args, args.full.index(s), _n_boxes(args, m, last), True)
