@@ -269,18 +269,15 @@ def grouped_matmul_launches() -> Iterator[Launch]:
     from bi_ops.moe import config
     from bi_ops.moe.hopper import grouped_gemm
 
-    def launch(block_m, transposed, weights=False, dtype=BF16, block_n=256, activation=False, h=False, x_rows=0):
+    def launch(block_m, transposed, weights=False, dtype=BF16, block_n=256, prefetch=False):
         x, y, w = (torch.zeros(s, dtype=dtype) for s in ((256, 768), (256, 2048), (4, 2048, 768)))
         w = torch.zeros((4, 768, 2048), dtype=dtype).mT if transposed else w
         tiles, rows = torch.zeros((16, 4), dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
         routing = (torch.zeros(32, 8), rows) if weights else None
         name = _text(block_m=block_m, block_n=block_n, transposed=transposed, weights=weights, dtype=dtype)
-        if x_rows:  # of a layer
-            name += " " + _text(activation=activation, h=h, x_rows=x_rows)
-        c = config.HopperConfig(block_m, block_n, 64, 8 if block_n == 128 else 4, 8, x_rows or 64)
-        how: dict[str, Any] = {"activation": activation, "h": y if h else None, "prefetch": x_rows > 0}
-        out = y[:, :1024].contiguous() if activation else y
-        return name, lambda: grouped_gemm.launch(x, w, out, tiles, routing, c, 132, **how)
+        name += " prefetch" if prefetch else ""
+        c = config.HopperConfig(block_m, block_n, 64, 8 if block_n == 128 else 4, 1 if prefetch else 8)
+        return name, lambda: grouped_gemm.launch(x, w, y, tiles, routing, c, 132, prefetch)
 
     for block_m, transposed in itertools.product((64, 128), (False, True)):
         yield launch(block_m, transposed)
@@ -289,10 +286,8 @@ def grouped_matmul_launches() -> Iterator[Launch]:
             yield launch(block_m, transposed, weights=True)
     for transposed in (False, True):
         yield launch(64, transposed, block_n=128)
-    for block_m, x_rows in ((64, 64), (64, 16), (128, 64), (128, 16)):
-        for h in (False, True):
-            yield launch(block_m, False, activation=True, h=h, x_rows=x_rows)
-        yield launch(block_m, False, weights=True, x_rows=x_rows)
+    for block_m, weights in itertools.product((64, 128), (False, True)):  # of a layer
+        yield launch(block_m, False, weights=weights, prefetch=True)
 
 
 def grouped_wgrad_launches() -> Iterator[Launch]:

@@ -282,7 +282,6 @@ OURS = {
     **{"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait},
     **{"launch_dependents": _nothing, "wait_for_predecessors": _wait_for_predecessors},
     **{"fence_async_shared": _nothing, "barrier": _nothing, "wgmma_layout": _layout, "row_layout": _layout},
-    "silu_and_mul": lambda gate, up, dtype: _same(gate),
     "clear_rows": lambda tile, n_valid, warps: tile.use(),
     "clear_end": lambda tile, n_valid, n_copied, copied: copied and tile.use(),
     "range": lambda *args: map(Index, range(*args)),

@@ -79,7 +79,8 @@ BOUNDED = {
         moe.hopper.grouped_gemm._get_tile: 4 * (1 + first_m + within % rows)
         moe.hopper.grouped_gemm._get_tile: tile // (GROUP_M * n_n) * GROUP_M
         moe.hopper.grouped_gemm._get_tile: within // rows * COLUMNS
-        moe.hopper.grouped_gemm._n_tiles: _load_tile(args.p_tiles, AHEAD) * gl.cdiv(args.N, COLUMNS)
+        moe.hopper.grouped_gemm._consumer: n_m * n_n
+        moe.hopper.grouped_gemm._producer: n_m * n_n
         moe.hopper.wgrad._get_tile: n_m * n_n
         moe.hopper.wgrad._n_tiles: args.E * (args.N // (2 * HALF))
         moe.hopper.wgrad._n_tiles: args.E * (args.N // (2 * HALF)) * gl.cdiv(args.K, args.x_smem.type.shape[2])
@@ -89,7 +90,6 @@ BOUNDED = {
         moe.kernels.grouped_gemm.grouped_wgrad_kernel: E * n_tiles_m * n_tiles_n
         moe.kernels.grouped_gemm.grouped_wgrad_kernel: n_tiles_m * n_tiles_n
         moe.kernels.grouped_gemm.tile_table_kernel: (1 + before + o_t) * 4
-        moe.kernels.rows.dispatch_kernel: (1 + n_tiles + t + o_p) * 4
     """,
 }
 

@@ -47,17 +47,16 @@ def experts_op(
     weights: torch.Tensor,
     experts: torch.Tensor,
     cu_units: torch.Tensor | None,
-    keep_h: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, h, rows, places, offsets): the layer, and what its backward needs; see `launch.launch_experts`."""
-    return launch_experts(hidden, gate_up, down, weights, experts, cu_units, keep_h)
+    return launch_experts(hidden, gate_up, down, weights, experts, cu_units)
 
 
 @experts_op.register_fake
-def _(hidden, gate_up, down, weights, experts, cu_units, keep_h):
+def _(hidden, gate_up, down, weights, experts, cu_units):
     num_experts, units = gate_up.shape[0], 1 if cu_units is None else cu_units.shape[0] - 1
     n_rows = most_rows(experts.shape[0] * experts.shape[1], num_experts, units)
-    h = hidden.new_empty((n_rows if keep_h else 0, gate_up.shape[1]))
+    h = hidden.new_empty((n_rows, gate_up.shape[1]))
     ints = experts.new_empty(n_rows), experts.new_empty(experts.shape), experts.new_empty(num_experts + 1)
     return hidden.new_empty(hidden.shape), h, *ints
 
@@ -68,9 +67,9 @@ class _Experts(Node):
     operator = "experts"
 
     @staticmethod
-    def forward(ctx, hidden, gate_up, down, weights, experts, cu_units, gate_up_main_grad, down_main_grad, keep_h):
+    def forward(ctx, hidden, gate_up, down, weights, experts, cu_units, gate_up_main_grad, down_main_grad):
         w1, w2 = gate_up.to(hidden.dtype), down.to(hidden.dtype)
-        out, h, rows, places, offsets = experts_op(hidden, w1, w2, weights, experts, cu_units, keep_h)
+        out, h, rows, places, offsets = experts_op(hidden, w1, w2, weights, experts, cu_units)
         # With a buffer the rounded weight stays in memory until the backward, so that a master is rounded once.
         kept = gate_up if gate_up_main_grad is None else w1, down if down_main_grad is None else w2
         ctx.save_for_backward(hidden, *kept, weights, h, rows, places, offsets)
@@ -96,7 +95,7 @@ class _Experts(Node):
             del x_rows
         if need_hidden:
             dhidden = combine_op(grouped_matmul(dh, gate_up.to(g.dtype).mT, offsets), rows, places)
-        return dhidden, dgate_up, ddown, dweights if need_weights else None, None, None, None, None, None
+        return dhidden, dgate_up, ddown, dweights if need_weights else None, None, None, None, None
 
 
 def experts(
@@ -159,6 +158,6 @@ def experts(
     ):
         if buffer is not None:
             core_checks.main_grad(op, name, buffer, weight.shape, hidden.device)
-    operands = hidden, gate_up, down, weights.contiguous()
-    keep_h = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    return _Experts.apply(*operands, experts, cu_units, gate_up_main_grad, down_main_grad, keep_h)
+    return _Experts.apply(
+        hidden, gate_up, down, weights.contiguous(), experts, cu_units, gate_up_main_grad, down_main_grad
+    )

@@ -83,7 +83,7 @@ def _(experts, num_experts, cu_units=None):
 @custom_op("bi_ops::moe_gather")
 @replayed
 def gather_op(x: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    return launch_gather(x, rows, places)
+    return launch_gather(x, rows, places.shape[1])
 
 
 @gather_op.register_fake

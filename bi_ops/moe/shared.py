@@ -61,4 +61,4 @@ def owned_experts(
         at = torch.arange(len(of_slots), dtype=torch.int32, device=of_slots.device)
         return combine_op(of_slots, at, at.view(-1, k))
 
-    return exchange(gather_op(y, places.view(-1), rows.view(-1, 1)), k, combine)
+    return exchange(gather_op(y, places.view(-1), places.view(-1, 1)), k, combine)

@@ -110,123 +110,82 @@ def place_pairs_kernel(
     tl.store(p_places + pairs, tl.where(m, places, -1), mask=is_pair)
 
 
-@triton.jit
-def _counts(p_experts, first, end, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """[BLOCK_E]: pairs of each expert among pairs [first, end)."""
-    counts = tl.zeros([BLOCK_E], dtype=tl.int32)
-    for p in range(first, end, BLOCK):
-        o = p + tl.arange(0, BLOCK)
-        experts = tl.load(p_experts + o, mask=o < end, other=-1)
-        counts += tl.histogram(experts, BLOCK_E, mask=(experts >= 0) & (experts < E))
-    return counts
+@triton.jit(do_not_specialize=["P"])
+def count_expert_kernel(
+    p_experts,  # [T, TOP_K], int32
+    p_counts,  # [E], int32
+    P,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Pairs of a program's expert, of few: each program reads all of them."""
+    pdl.begin(0, PDL)
+    counts = tl.zeros([BLOCK], dtype=tl.int32)
+    for p in range(0, P, BLOCK):
+        o_p = p + tl.arange(0, BLOCK)
+        counts += (tl.load(p_experts + o_p, mask=o_p < P, other=-1) == tl.program_id(0)).to(tl.int32)
+    tl.store(p_counts + tl.program_id(0), tl.sum(counts, axis=0))
 
 
 @triton.jit(do_not_specialize=["P", "R"])
-def dispatch_kernel(
+def place_expert_kernel(
     p_experts,  # [T, TOP_K], int32
+    p_counts,  # [E], int32
     p_rows,  # [R], int32: the pair of a row; -1 for padding
     p_places,  # [T, TOP_K], int32: the row of a pair; -1 for a pair without an expert
     p_offsets,  # [E + 1], int32
-    p_tiles,  # what `tile_table_kernel` writes; BLOCK_M == 0: nothing
-    P,  # pairs
+    P,
     E,
     R,
     STEP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_P: tl.constexpr,  # pairs of a program
-    BLOCK: tl.constexpr,  # pairs that are counted at a time
+    BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """What the four kernels above do, in one, for one unit; and the tile table of the GEMMs that follow.
-
-    Each program counts all pairs, those before its own first. Of the rest, experts' padding and tiles, it has a share.
-    """
+    """Rows of a program's expert, in one unit. Program E has the pairs of no expert, and the rows behind the last."""
     pdl.begin(0, PDL)
-    i, n = tl.program_id(0), tl.num_programs(0)
+    i_e = tl.program_id(0)
     o_e = tl.arange(0, BLOCK_E)
-    before = _counts(p_experts, 0, i * BLOCK_P, E, BLOCK, BLOCK_E)
-    counts = before + _counts(p_experts, i * BLOCK_P, P, E, BLOCK, BLOCK_E)
-    padded = (counts + STEP - 1) // STEP * STEP
-    starts = tl.cumsum(padded, axis=0) - padded
-    total = tl.sum(padded, axis=0)
-    if i == 0:
-        tl.store(p_offsets + o_e, starts, mask=o_e < E)
-        tl.store(p_offsets + E, total)
-
-    o_p = tl.arange(0, BLOCK_P)
-    pairs = i * BLOCK_P + o_p
-    experts = tl.load(p_experts + pairs, mask=pairs < P, other=-1)
-    experts = tl.where(experts < E, experts, -1)
-    is_before = (experts[:, None] == experts[None, :]) & (o_p[None, :] < o_p[:, None])
-    is_of = experts[:, None] == o_e[None, :]
-    places = tl.sum(is_before.to(tl.int32), axis=1) + tl.sum(tl.where(is_of, (starts + before)[None, :], 0), axis=1)
-    tl.store(p_rows + places, pairs, mask=experts >= 0)
-    tl.store(p_places + pairs, tl.where(experts >= 0, places, -1), mask=pairs < P)
-
-    is_own = (o_e % n == i) & (o_e < E)
-    o_s = tl.arange(0, STEP)
-    m_s = is_own[:, None] & (o_s[None, :] < (padded - counts)[:, None])
-    tl.store(p_rows + (starts + counts)[:, None] + o_s[None, :], tl.full([BLOCK_E, STEP], -1, tl.int32), mask=m_s)
-    for r in range(total + i * BLOCK_P, R, n * BLOCK_P):
-        tl.store(p_rows + r + o_p, tl.full([BLOCK_P], -1, tl.int32), mask=r + o_p < R)
-
-    if BLOCK_M > 0:
-        tiles = tl.cdiv(padded, BLOCK_M)
-        first = tl.cumsum(tiles, axis=0) - tiles
-        n_tiles = tl.sum(tiles, axis=0)
-        n_behind = tl.cdiv(R - total, BLOCK_M)
-        if i == 0:
-            tl.store(p_tiles, n_tiles + n_behind)
-        for t in range(0, tl.max(tl.where(is_own, tiles, 0), axis=0)):
-            p_tile = p_tiles + (1 + first + t) * 4
-            m_t = is_own & (t < tiles)
-            tl.store(p_tile, o_e, mask=m_t)
-            tl.store(p_tile + 1, starts + t * BLOCK_M, mask=m_t)
-            tl.store(p_tile + 2, starts + padded, mask=m_t)
-        for t in range(i * BLOCK_P, n_behind, n * BLOCK_P):
-            p_tile = p_tiles + (1 + n_tiles + t + o_p) * 4
-            m_t = t + o_p < n_behind
-            tl.store(p_tile, tl.zeros([BLOCK_P], tl.int32) + E, mask=m_t)
-            tl.store(p_tile + 1, total + (t + o_p) * BLOCK_M, mask=m_t)
-            tl.store(p_tile + 2, tl.zeros([BLOCK_P], tl.int32) + R, mask=m_t)
+    padded = tl.cdiv(tl.load(p_counts + o_e, mask=o_e < E, other=0), STEP) * STEP
+    start = tl.sum(tl.where(o_e < i_e, padded, 0), axis=0)
+    end = tl.where(i_e < E, start + tl.sum(tl.where(o_e == i_e, padded, 0), axis=0), R)
+    tl.store(p_offsets + i_e, start)
+    o = tl.arange(0, BLOCK)
+    for p in range(0, P, BLOCK):
+        experts = tl.load(p_experts + p + o, mask=p + o < P, other=0)
+        experts = tl.where((experts >= 0) & (experts < E), experts, E)
+        is_own = (experts == i_e) & (p + o < P)
+        is_row = is_own & (i_e < E)
+        places = start + tl.cumsum(is_row.to(tl.int32), axis=0) - 1
+        tl.store(p_rows + places, p + o, mask=is_row)
+        tl.store(p_places + p + o, tl.where(is_row, places, -1), mask=is_own)
+        start += tl.sum(is_row.to(tl.int32), axis=0)
+    for r in range(start, end, BLOCK):
+        tl.store(p_rows + r + o, tl.full([BLOCK], -1, tl.int32), mask=r + o < end)
 
 
-@triton.jit(do_not_specialize=["T", "R"])
+@triton.jit(do_not_specialize=["R"])
 def gather_rows_kernel(
     p_x,  # [T, N]
     p_rows,  # [R], int32
-    p_places,  # [T, TOP_K], int32
     p_y,  # [R, N]
-    T,
     R,
     N,
     stride_x,
     TOP_K: tl.constexpr,
-    ROWS: tl.constexpr,  # tokens of a program
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    STEP: tl.constexpr,  # rows of a program that looks for padding
     PDL: tl.constexpr,
 ):
-    """y[r] = x[token of row r]; zeros for a row without a pair. A token's row is read once."""
-    if PDL:  # in turn: what follows may read ahead what an earlier kernel than this has written
-        pdl.wait_for_predecessors()
-        pdl.launch_dependents()
-    i, n_t = tl.program_id(0), tl.cdiv(T, ROWS)
+    """y[r] = x[token of row r]; zeros for a row without a pair."""
+    pdl.begin_in_turn(PDL)
+    o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_n = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    pairs = tl.load(p_rows + o_r, mask=o_r < R, other=-1)
     m_n = (o_n < N)[None, :]
-    if i < n_t:
-        o_t = i.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        m_t = o_t < T
-        b_x = tl.load(p_x + o_t[:, None] * stride_x + o_n[None, :], mask=m_t[:, None] & m_n, other=0.0)
-        for k in tl.static_range(TOP_K):
-            place = tl.load(p_places + o_t * TOP_K + k, mask=m_t, other=-1).to(tl.int64)
-            tl.store(p_y + place[:, None] * N + o_n[None, :], b_x, mask=(place >= 0)[:, None] & m_n)
-    else:
-        o_r = (i - n_t).to(tl.int64) * STEP + tl.arange(0, STEP)
-        is_padding = tl.load(p_rows + o_r, mask=o_r < R, other=0) < 0
-        zeros = tl.zeros([STEP, COLS], p_y.dtype.element_ty)
-        tl.store(p_y + o_r[:, None] * N + o_n[None, :], zeros, mask=is_padding[:, None] & m_n)
+    tokens = (pairs // TOP_K).to(tl.int64)
+    b_x = tl.load(p_x + tokens[:, None] * stride_x + o_n[None, :], mask=(pairs >= 0)[:, None] & m_n, other=0.0)
+    tl.store(p_y + o_r[:, None] * N + o_n[None, :], b_x, mask=(o_r < R)[:, None] & m_n)
 
 
 @triton.jit(do_not_specialize=["T"])
