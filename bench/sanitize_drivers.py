@@ -269,7 +269,8 @@ DRIVERS: dict[str, Driver] = {
         (
             *(*_named("router", "", "_backward"), "count_pairs_kernel", "chunk_starts_kernel", "expert_offsets_kernel"),
             *(
-                "dispatch_few_kernel",
+                "count_expert_kernel",
+                "place_expert_kernel",
                 "place_pairs_kernel",
                 *_named("gather", "_rows"),
                 *_named("combine", "_rows"),

@@ -288,15 +288,15 @@ def grouped_matmul_launches() -> Iterator[Launch]:
     from bi_ops.moe import config
     from bi_ops.moe.hopper import grouped_gemm
 
-    def launch(block_m, transposed, weights=False, dtype=BF16, block_n=256):
+    def launch(block_m, transposed, weights=False, dtype=BF16, block_n=256, prefetch=False):
         x, y, w = (torch.zeros(s, dtype=dtype) for s in ((256, 768), (256, 2048), (4, 2048, 768)))
         w = torch.zeros((4, 768, 2048), dtype=dtype).mT if transposed else w
         tiles, rows = torch.zeros((16, 4), dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
         routing = (torch.zeros(32, 8), rows) if weights else None
         name = _text(block_m=block_m, block_n=block_n, transposed=transposed, weights=weights, dtype=dtype)
-        c = config.hopper_config(block_m * 4, 4, 2048, 132 if block_n == 128 else 1)
-        assert (c.block_m, c.block_n) == (block_m, block_n)
-        return name, lambda: grouped_gemm.launch(x, w, y, tiles, routing, c, 132)
+        name += " prefetch" if prefetch else ""
+        c = config.HopperConfig(block_m, block_n, 64, 8 if block_n == 128 else 4, 1 if prefetch else 8)
+        return name, lambda: grouped_gemm.launch(x, w, y, tiles, routing, c, 132, prefetch)
 
     for block_m, transposed in itertools.product((64, 128), (False, True)):
         yield launch(block_m, transposed)
@@ -305,6 +305,8 @@ def grouped_matmul_launches() -> Iterator[Launch]:
             yield launch(block_m, transposed, weights=True)
     for transposed in (False, True):
         yield launch(64, transposed, block_n=128)
+    for block_m, weights in itertools.product((64, 128), (False, True)):  # of a layer
+        yield launch(block_m, False, weights=weights, prefetch=True)
 
 
 def grouped_wgrad_launches() -> Iterator[Launch]:

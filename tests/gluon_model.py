@@ -204,7 +204,7 @@ class gl:
     def inline_asm_elementwise(asm, constraints, args, **kwargs):
         return _same(args[0])
 
-    def load(pointer, mask=None, other=None):
+    def load(pointer, mask=None, other=None, cache_modifier=""):
         if pointer.shared and not here.waited:
             fail(f"{here.name}: reads what the kernels before may write, without waiting for them")
         if isinstance(pointer.at, Tensor):

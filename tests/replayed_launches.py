@@ -115,7 +115,8 @@ def training_parts() -> dict[str, Callable[[], object]]:
     )
     w1, w2 = given(n_experts, 2 * size, hidden), given(n_experts, hidden, size)
     xs, hs, gate = given(n_rows, hidden), given(n_rows, size), given(n_rows, 2 * size)
-    logits = given(tokens, n_experts)
+    logits, many = given(tokens, n_experts), given(512, hidden)
+    routing = fp32(512, top_k), torch.zeros(512, top_k, dtype=torch.int32)
     for name, operator, arguments in (
         ("router", moe_ops._router, (logits, top_k, True)),
         ("router backward", moe_ops._router_grad, (routed, logits, routed, chosen, True)),
@@ -128,6 +129,7 @@ def training_parts() -> dict[str, Callable[[], object]]:
         ("grouped_matmul, transposed", moe_ops.grouped_matmul, (gate, w1.mT, offsets, None, None)),
         ("grouped wgrad", moe_ops.accumulate_grad_op, (fp32(*w2.shape), xs, hs, offsets, True, True)),
         ("expert activation", moe_layer.activation_op, (gate,)),
+        ("experts", moe_layer.experts_op, (many, w1, w2, *routing, None)),
         ("expert activation backward", moe_layer.activation_grad_op, (hs, gate, routed, ids)),
     ):
         parts[name] = functools.partial(replayed_of(operator), *arguments)

@@ -102,7 +102,8 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         "add_shards_kernel",  # chunks front to back, which are the whole row's however many shards there are
         *("embedding_backward_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),
         *(
-            "dispatch_few_kernel",
+            "count_expert_kernel",
+            "place_expert_kernel",
             "count_pairs_kernel",
             "chunk_starts_kernel",
             "expert_offsets_kernel",

@@ -75,6 +75,51 @@ def test_routing_weights_multiply_the_accumulator(both):
     assert bits_equal(hopper, triton)
 
 
+@pytest.mark.parametrize("tokens", [1, 37, 1000, 3000])
+@pytest.mark.parametrize(("block_m", "group_m"), [(64, 1), (128, 1), (128, 8)])
+def test_a_layer_has_the_bits_of_its_parts(tokens, block_m, group_m, both, monkeypatch):
+    config = HopperConfig(block_m, 256, 64, 4, group_m)
+    monkeypatch.setattr(launch, "hopper_config", lambda *_: config)
+    x, gate_up, down = (
+        (torch.randn(shape, device="cuda") * scale).to(BF16)
+        for shape, scale in (((tokens, 2048), 1.0), ((64, 1536, 2048), 0.02), ((64, 2048, 768), 0.04))
+    )
+    weights, experts = moe.router(torch.randn(tokens, 64, device="cuda") * 2, 8)
+    torch.full((1 << 28,), torch.nan, device="cuda", dtype=BF16)  # what is not written shows
+    hopper, triton = both(lambda: launch.launch_experts(x, gate_up, down, weights, experts, None))
+    for name, a, b in zip(("out", "h", "rows", "places", "offsets"), hopper, triton, strict=True):
+        assert bits_equal(a, b), name
+    halved = launch.launch_experts(x, gate_up, down, weights / 2, experts, None)[0]
+    assert not bits_equal(halved, hopper[0])  # negative control
+
+
+def test_layers_in_a_graph_read_nothing_too_early():
+    """Kernels overlap (`bi_ops.core.pdl`): inputs change between replays, and what comes too early is the last ones."""
+    gate_up, down = (torch.randn(s, device="cuda").to(BF16) * 0.03 for s in ((64, 1536, 2048), (64, 2048, 768)))
+    hidden, logits = torch.randn(700, 2048, device="cuda").to(BF16), torch.randn(700, 64, device="cuda")
+
+    def layers() -> torch.Tensor:
+        x = hidden
+        with torch.no_grad():
+            for _ in range(4):
+                x = moe.experts(x, gate_up, down, *moe.router(logits, 8))
+        return x
+
+    layers()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layers()
+    for _ in range(5):
+        hidden.normal_()
+        logits.normal_()
+        gate_up.copy_(gate_up.roll(1, 0))
+        graph.replay()
+        found = captured.clone()
+        torch.cuda.synchronize()
+        assert bits_equal(found, layers())
+
+
 @pytest.mark.parametrize("kind", ["rounded", "fp32", "accumulated"])
 @pytest.mark.parametrize(("n", "k"), [(1536, 2048), (2048, 768), (128, 72)])
 @pytest.mark.parametrize("counts", COUNTS)

@@ -12,7 +12,7 @@ import torch
 
 from bi_ops import matmul, moe
 from bi_ops.core import runtime
-from bi_ops.moe import reference
+from bi_ops.moe import launch, reference
 from bi_ops.nn import MainGrad
 from bi_ops.verify import gradient_errors, order_variant, rerun_variant, row_variant
 from bi_ops.verify.properties import bits_equal
@@ -152,9 +152,18 @@ def check_dispatch(experts, num_experts, units):
         assert place == (expected.index(p) if 0 <= flat[p] < num_experts else -1)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 50, 170, 171, 333])  # up to 512 pairs a kernel of its own
-def test_pairs_are_sorted_by_expert_and_padded(tokens, device):
+@pytest.mark.parametrize("most", [launch.FEW_PAIRS, 0])  # a program for each expert, or for some pairs
+@pytest.mark.parametrize("tokens", [1, 16, 50, 171, 700])
+def test_pairs_are_sorted_by_expert_and_padded(tokens, most, device, monkeypatch):
+    monkeypatch.setattr(launch, "FEW_PAIRS", most)
     check_dispatch(distinct(tokens, device, 11, 3), 11, (0, tokens))
+
+
+def test_a_program_reads_more_pairs_than_at_once(device):
+    """5000 pairs, of which few have an expert, and none may be read twice."""
+    experts = distinct(5000, device, 9, 2)
+    experts[:, 1] = torch.where(experts[:, 1] > 2, 9, experts[:, 1])
+    check_dispatch(experts, 9, (0, 5000))
 
 
 @pytest.mark.parametrize("units", [(0, 16, 64, 90), (0, 0, 32, 32, 90), (0, 80, 90)])
@@ -428,6 +437,8 @@ def test_operators_are_registered(device):
     y = torch.randn(rows.shape[0], HIDDEN, device=device, requires_grad=True)
     torch.library.opcheck(torch.ops.bi_ops.moe_combine, (y, rows, places))
     torch.library.opcheck(torch.ops.bi_ops.grouped_matmul, (y.detach(), inputs["gate_up"], offsets))
+    operands = [inputs[name] for name in ("hidden", "gate_up", "down", "weights", "experts")]
+    torch.library.opcheck(torch.ops.bi_ops.moe_experts, (*operands, None))
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

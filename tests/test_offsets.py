@@ -86,7 +86,8 @@ BOUNDED = {
         moe.hopper.grouped_gemm._get_tile: 4 * (1 + first_m + within % rows)
         moe.hopper.grouped_gemm._get_tile: tile // (GROUP_M * n_n) * GROUP_M
         moe.hopper.grouped_gemm._get_tile: within // rows * COLUMNS
-        moe.hopper.grouped_gemm._n_tiles: gl.load(args.p_tiles) * gl.cdiv(args.N, COLUMNS)
+        moe.hopper.grouped_gemm._consumer: n_m * n_n
+        moe.hopper.grouped_gemm._producer: n_m * n_n
         moe.hopper.wgrad._get_tile: n_m * n_n
         moe.hopper.wgrad._n_tiles: args.E * (args.N // (2 * HALF))
         moe.hopper.wgrad._n_tiles: args.E * (args.N // (2 * HALF)) * gl.cdiv(args.K, args.x_smem.type.shape[2])

@@ -301,12 +301,13 @@ DENSE = {"_silu_and_mul", "_silu_and_mul_again"}
 EXPERTS = {
     "_router",
     "_router_grad",
-    "_dispatch",
+    "experts_op",
     "gather_op",
     "combine_op",
     "grouped_matmul",
     "accumulate_grad_op",
-} | {*("activation_op", "activation_grad_op")}
+    "activation_grad_op",
+}
 
 
 @pytest.mark.parametrize(
@@ -453,6 +454,11 @@ def test_a_gpu_is_launched_what_an_ordinary_call_launches():
     assert found["kernels"]["paged_attention, few tokens"] == ["attention_decode_kernel"]
     assert found["kernels"]["wgrad"] == found["kernels"]["wgrad, first"] == ["wgrad_kernel"]
     assert found["kernels"]["grouped_matmul"] == ["tile_table_kernel", "grouped_matmul_hopper_kernel"]
+    assert found["kernels"]["experts"] == [
+        *("count_expert_kernel", "place_expert_kernel", "tile_table_kernel", "gather_rows_kernel"),
+        *("grouped_matmul_hopper_kernel", "expert_activation_kernel", "grouped_matmul_hopper_kernel"),
+        "combine_rows_kernel",
+    ]
     assert found["kernels"]["grouped wgrad"] == ["grouped_wgrad_hopper_kernel"]
     assert found["kernels"]["attention backward, equal"] == ["attention_prepare_kernel", "attention_backward_kernel"]
     assert all(len(kernels) >= 1 for kernels in found["kernels"].values())

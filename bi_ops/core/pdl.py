@@ -1,7 +1,7 @@
 """Programmatic dependent launch (PDL): a kernel starts while the kernel before it in the stream still runs.
 
 A kernel launched with `launch_pdl=True` may start as soon as every CTA of the kernel before has called
-`launch_dependents` or ended. What it does until its own wait is hidden behind that kernel. Three rules keep it safe:
+`launch_dependents` or ended. What it does until its own wait is hidden behind that kernel. Four rules keep it safe:
 
 1. A kernel waits before it reads what an earlier kernel may write, and before it writes anything. The wait is over when
    the kernel before has ended and what that wrote is visible, to TMA too.
@@ -10,6 +10,8 @@ A kernel launched with `launch_pdl=True` may start as soon as every CTA of the k
 3. Only what no kernel in flight writes may be read before the wait. Weights are such inside a captured CUDA graph that
    writes none: its first kernel starts when all earlier work of the stream has ended, a weight update say, and what
    follows starts when the graph has ended. Outside a graph the host cannot know: the kernel before may be that update.
+4. A kernel that calls `launch_dependents` after its own wait lets the next one begin when all before it have ended. So
+   that one may read, before its wait, whatever the kernel before it does not write: of any age, in a graph or not.
 
 Rules 1 and 2 are the kernel's own business, so it may run anywhere, a training step included, whatever ran before it.
 Rule 3 is the caller's: who captures a graph says what that does not write (`constant_weight`, `constant_metadata`).
@@ -29,7 +31,10 @@ from triton.language.extra.cuda import gdc_wait as wait_for_predecessors
 from bi_ops.core.arch import Arch
 from bi_ops.core.runtime import INTERPRET
 
-__all__ = ["begin", "begin_after_loads", "launch_dependents", "launch_options", "prefetch", "wait_for_predecessors"]
+__all__ = [
+    *("begin", "begin_after_loads", "begin_in_turn", "launch_dependents", "launch_options", "prefetch"),
+    "wait_for_predecessors",
+]
 
 
 @triton.jit
@@ -42,6 +47,14 @@ def begin(prefetch, PDL: tl.constexpr):
         launch_dependents()
         if prefetch == 0:
             wait_for_predecessors()
+
+
+@triton.jit
+def begin_in_turn(PDL: tl.constexpr):
+    """First of all in a Triton kernel, after which one may read ahead what is older than this kernel (rule 4)."""
+    if PDL:
+        wait_for_predecessors()
+        launch_dependents()
 
 
 @triton.jit

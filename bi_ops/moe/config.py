@@ -39,6 +39,11 @@ def grouped_config(rows: int, experts: int, n: int, dtype: torch.dtype, arch: Ar
     return GroupedConfig(128, 128, 64, 8, 8, 3)
 
 
+#: Rows of an average expert, padding counted in, from which on tiles have 128 rows; and from which on tile rows that
+#: share a weight go together.
+WIDE_ROWS, MANY_ROWS = 48, 512
+
+
 class HopperConfig(NamedTuple):
     """Tiles of `hopper.grouped_matmul_hopper_kernel`: `stages` steps of `block_k` elements of K in flight."""
 
@@ -51,15 +56,18 @@ class HopperConfig(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def hopper_config(rows: int, experts: int, n: int, num_sms: int) -> HopperConfig:
-    """Tiles of 64 rows waste fewer of an expert's last tile; those of 128 read a weight half as often.
+    """Tiles of 128 rows read a weight once where an expert has up to as many; of few rows half a tile is skipped.
 
-    With few experts in use, as in decoding, narrow tiles and more of them in flight keep more SMs reading weights. What
-    was not timed yet: every number here.
+    With few experts in use, as in decoding, narrow tiles and more of them in flight keep more SMs reading weights.
+    Weights stream through L2 in microseconds. While an expert has few tile rows, what tiles share is x: so CTAs side by
+    side take a tile row's columns. With more, several tile rows go together and share the weight.
     """
-    if rows >= 96 * experts:
-        return HopperConfig(128, 256, 64, 4, 8)
+    group_m = 8 if rows >= MANY_ROWS * experts else 1
+    if rows >= WIDE_ROWS * experts:
+        return HopperConfig(128, 256, 64, 4, group_m)
     in_use = min(experts, cdiv(rows, 16))
-    return HopperConfig(64, 128, 64, 8, 8) if in_use * cdiv(n, 256) < 2 * num_sms else HopperConfig(64, 256, 64, 4, 8)
+    narrow = in_use * cdiv(n, 256) < 2 * num_sms
+    return HopperConfig(64, 128, 64, 8, group_m) if narrow else HopperConfig(64, 256, 64, 4, group_m)
 
 
 class HopperWgradConfig(NamedTuple):
@@ -98,7 +106,8 @@ class RowConfig(NamedTuple):
 def row_config(n_rows: int, n_cols: int, elements: int = 2048) -> RowConfig:
     """Of kernels that copy rows, or compute them element by element."""
     elements = 1 << 18 if runtime.INTERPRET else elements
-    cols = min(next_power_of_2(n_cols), elements)
+    dividing = n_cols & -n_cols  # no column is masked then
+    cols = min(dividing if dividing >= 64 else next_power_of_2(n_cols), elements)
     return RowConfig(max(min(next_power_of_2(n_rows), elements // cols), 1), cols)
 
 
@@ -112,5 +121,5 @@ def router_config(num_tokens: int, block_e: int) -> RowConfig:
 #: Tokens of which one program counts and places the pairs. A unit starts at a multiple.
 CHUNK_TOKENS = 16
 
-#: Pairs that one program dispatches in one launch.
-FEW_PAIRS = 512
+#: Pairs up to which a unit is dispatched by a program for each expert, which reads all of them.
+FEW_PAIRS = 16384

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bi_ops.core import arch as arches
-from bi_ops.core import runtime
+from bi_ops.core import pdl, runtime
 from bi_ops.core.integers import cdiv, next_power_of_2
 from bi_ops.core.launches import empty, filled, recorded
 from bi_ops.core.limits import SMALL
@@ -14,6 +14,8 @@ from bi_ops.core.triton_helpers import PINNED
 from bi_ops.moe.config import (
     CHUNK_TOKENS,
     FEW_PAIRS,
+    GroupedConfig,
+    HopperConfig,
     grouped_config,
     hopper_config,
     hopper_wgrad_config,
@@ -27,10 +29,11 @@ from bi_ops.moe.kernels.router import router_backward_kernel, router_kernel
 from bi_ops.moe.kernels.rows import (
     chunk_starts_kernel,
     combine_rows_kernel,
+    count_expert_kernel,
     count_pairs_kernel,
-    dispatch_few_kernel,
     expert_offsets_kernel,
     gather_rows_kernel,
+    place_expert_kernel,
     place_pairs_kernel,
 )
 from bi_ops.moe.order import Problem
@@ -105,24 +108,26 @@ def launch_dispatch(
     experts: torch.Tensor, num_experts: int, cu_units: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rows [R], places [T, k], offsets [E + 1]), all int32; see `ops.dispatch`."""
-    tokens, top_k = experts.shape
-    chunks, units = cdiv(tokens, CHUNK_TOKENS), 1 if cu_units is None else cu_units.shape[0] - 1
-    experts = experts.contiguous()
-    rows = filled(experts, most_rows(tokens * top_k, num_experts, units), value=-1)
-    places = empty(experts, (tokens, top_k))
-    if tokens == 0 or top_k == 0:
-        return rows, places, filled(experts, num_experts + 1)
+    (tokens, top_k), experts = experts.shape, experts.contiguous()
+    pairs, units = tokens * top_k, 1 if cu_units is None else cu_units.shape[0] - 1
+    n_rows, places = most_rows(pairs, num_experts, units), empty(experts, (tokens, top_k))
+    if pairs == 0:
+        return filled(experts, n_rows, value=-1), places, filled(experts, num_experts + 1)
     offsets = empty(experts, num_experts + 1)
-    if tokens * top_k <= FEW_PAIRS and cu_units is None:
-        recorded(dispatch_few_kernel)[(1,)](
-            *(experts, rows, places, offsets, tokens * top_k, num_experts),
+    if pairs <= FEW_PAIRS and cu_units is None:
+        rows, counts = empty(experts, n_rows), empty(experts, num_experts)
+        options = {"BLOCK": min(max(next_power_of_2(pairs), 512), 4096), "num_warps": 16}
+        options |= pdl.launch_options(arches.of(experts.device))
+        recorded(count_expert_kernel)[(num_experts,)](experts, counts, pairs, **options, **PINNED)
+        recorded(place_expert_kernel)[(num_experts + 1,)](
+            *(experts, counts, rows, places, offsets, pairs, num_experts, n_rows),
             STEP=TOKEN_STEP,
-            BLOCK_P=max(next_power_of_2(tokens * top_k), 16),
-            BLOCK=32,
-            num_warps=16,
+            BLOCK_E=next_power_of_2(num_experts),
+            **options,
             **PINNED,
         )
         return rows, places, offsets
+    rows, chunks = filled(experts, n_rows, value=-1), cdiv(tokens, CHUNK_TOKENS)
     counts, totals = empty(experts, (chunks, num_experts)), empty(experts, num_experts)
     block_p = next_power_of_2(CHUNK_TOKENS * top_k)
     sizes = {"TOP_K": top_k, "TOKENS": CHUNK_TOKENS, "BLOCK_P": block_p}
@@ -149,16 +154,20 @@ def launch_dispatch(
     return rows, places, offsets
 
 
-def launch_gather(x: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tensor:
-    """[R, N]: of each row its token's row of x [T, N], or zeros."""
-    y = empty(x, (rows.shape[0], x.shape[1]))
+def launch_gather(x: torch.Tensor, rows: torch.Tensor, top_k: int, y: torch.Tensor | None = None) -> torch.Tensor:
+    """[R, N], in y if that is given: of each row its token's row of x [T, N], or zeros."""
+    y = empty(x, (rows.shape[0], x.shape[1])) if y is None else y
     if y.numel() == 0:
         return y
     x = x if x.stride(1) == 1 else x.contiguous()
     c = row_config(*y.shape)
     grid = (cdiv(y.shape[0], c.rows), cdiv(y.shape[1], c.cols))
-    sizes = (*y.shape, x.stride(0))
-    recorded(gather_rows_kernel)[grid](x, rows, y, *sizes, top_k, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+    recorded(gather_rows_kernel)[grid](
+        *(x, rows, y, *y.shape, x.stride(0), top_k, c.rows, c.cols),
+        num_warps=c.num_warps,
+        **pdl.launch_options(arches.of(x.device)),
+        **PINNED,
+    )
     return y
 
 
@@ -171,8 +180,12 @@ def launch_combine(y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     y = y if y.stride(1) == 1 else y.contiguous()
     c = row_config(*out.shape, elements=1024)
     grid = (cdiv(tokens, c.rows), cdiv(out.shape[1], c.cols))
-    sizes = (*out.shape, y.stride(0))
-    recorded(combine_rows_kernel)[grid](y, places, out, *sizes, top_k, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+    recorded(combine_rows_kernel)[grid](
+        *(y, places, out, *out.shape, y.stride(0), top_k, c.rows, c.cols),
+        num_warps=c.num_warps,
+        **pdl.launch_options(arches.of(y.device)),
+        **PINNED,
+    )
     return out
 
 
@@ -186,7 +199,8 @@ def _tile_table(offsets: torch.Tensor, n_rows: int, block_m: int) -> torch.Tenso
     capacity = n_rows // block_m + min(num_experts, n_rows) + 1
     tiles = empty(offsets, (1 + capacity, 4))
     sizes = (n_rows, num_experts, capacity, block_m, next_power_of_2(num_experts + 1), 32)
-    recorded(tile_table_kernel)[(num_experts + 1,)](offsets, tiles, *sizes, num_warps=1, **PINNED)
+    options = pdl.launch_options(arches.of(offsets.device))
+    recorded(tile_table_kernel)[(num_experts + 1,)](offsets, tiles, *sizes, num_warps=1, **options, **PINNED)
     return tiles
 
 
@@ -201,35 +215,44 @@ def hopper_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return dense and aligned and k > 0 and k % 64 == 0 and n % 8 == 0 and num_experts * max(n, k) < SMALL
 
 
+def _gemm_config(x: torch.Tensor, weight: torch.Tensor) -> HopperConfig | GroupedConfig:
+    """The tiles of x [R, K] @ weight [E, N, K], of Hopper's kernel where that can compute it."""
+    n_rows, (num_experts, n, _) = x.shape[0], weight.shape
+    if hopper_serves(x, weight):
+        return hopper_config(n_rows, num_experts, n, runtime.multiprocessors(x.device))
+    return grouped_config(n_rows, num_experts, n, x.dtype, arches.of(x.device))
+
+
 def launch_grouped_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
     offsets: torch.Tensor,
     routing: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tiles: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[R, N]: x[r] @ weight[e].T for rows r of expert e, zeros behind the last one.
 
     weight: [E, N, K], any strides. routing: (weights [T, k], rows [R]): the accumulator is multiplied by the routing
-    weight of its row before it is rounded.
+    weight of its row before it is rounded. tiles: `_tile_table`, of `_gemm_config`'s rows, if that and the weight are
+    older than the kernel before this one, and that begins in turn (`core.pdl`, rule 4).
     """
     (n_rows, k), (num_experts, n, _) = x.shape, weight.shape
     y = empty(x, (n_rows, n))
     if y.numel() == 0:
         return y
-    arch, num_sms = arches.of(x.device), runtime.multiprocessors(x.device)
-    if hopper_serves(x, weight):
+    c, num_sms = _gemm_config(x, weight), runtime.multiprocessors(x.device)
+    order, prefetch = order_of(Problem(x.dtype, num_experts), arches.of(x.device)), tiles is not None
+    tiles = _tile_table(offsets, n_rows, c.block_m) if tiles is None else tiles
+    if isinstance(c, HopperConfig):
         from bi_ops.moe.hopper import grouped_gemm
 
-        hopper_c = hopper_config(n_rows, num_experts, n, num_sms)
-        assert hopper_c.block_k % order_of(Problem(x.dtype, num_experts), arch).gemm.k_step == 0
-        grouped_gemm.launch(x, weight, y, _tile_table(offsets, n_rows, hopper_c.block_m), routing, hopper_c, num_sms)
+        assert c.block_k % order.gemm.k_step == 0
+        grouped_gemm.launch(x, weight, y, tiles, routing, c, num_sms, prefetch)
         return y
     x = x if x.stride(1) == 1 else x.contiguous()
-    order = order_of(Problem(x.dtype, num_experts), arch)
-    c = grouped_config(n_rows, num_experts, n, x.dtype, arch)
     weights, rows = routing or (None, None)
     recorded(grouped_matmul_kernel)[(num_sms * c.ctas,)](
-        *(x, weight, _tile_table(offsets, n_rows, c.block_m), weights, rows, y),
+        *(x, weight, tiles, weights, rows, y),
         *(n, k, num_experts, x.stride(0), *weight.stride()),
         BLOCK_M=c.block_m,
         BLOCK_N=c.block_n,
@@ -301,9 +324,14 @@ def launch_activation(x: torch.Tensor) -> torch.Tensor:
     n_rows, d = x.shape[0], x.shape[1] // 2
     y = empty(x, (n_rows, d))
     if y.numel():
-        c = row_config(n_rows, d, elements=1024)
+        c = row_config(n_rows, d)
         grid = (cdiv(n_rows, c.rows), cdiv(d, c.cols))
-        recorded(expert_activation_kernel)[grid](x, y, n_rows, d, c.rows, c.cols, num_warps=c.num_warps, **PINNED)
+        recorded(expert_activation_kernel)[grid](
+            *(x, y, n_rows, d, c.rows, c.cols),
+            num_warps=c.num_warps,
+            **pdl.launch_options(arches.of(x.device)),
+            **PINNED,
+        )
     return y
 
 
@@ -328,3 +356,32 @@ def launch_activation_backward(
         **PINNED,
     )
     return dx, y, dweights
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the layer
+
+
+def launch_experts(
+    hidden: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    cu_units: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out [T, H], h [R, 2I], rows, places, offsets) of a layer; see `layer.experts`. All operands have one dtype.
+
+    h: gate and up, rounded. The table of tiles is made before x is, for both GEMMs, which so may read ahead.
+    """
+    rows, places, offsets = launch_dispatch(experts, gate_up.shape[0], cu_units)
+    x = empty(hidden, (rows.shape[0], hidden.shape[1]))
+    block_m = _gemm_config(x, gate_up).block_m
+    tiles = _tile_table(offsets, rows.shape[0], block_m)
+    x = launch_gather(hidden, rows, experts.shape[1], x)
+    h = launch_grouped_matmul(x, gate_up, offsets, tiles=tiles)
+    y = launch_activation(h)
+    out = launch_grouped_matmul(
+        y, down, offsets, (weights, rows), tiles if _gemm_config(y, down).block_m == block_m else None
+    )
+    return launch_combine(out, places), h, rows, places, offsets

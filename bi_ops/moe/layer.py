@@ -10,8 +10,8 @@ from bi_ops.core.operators import custom_op
 from bi_ops.core.replay import replayed
 from bi_ops.core.transforms import Node
 from bi_ops.moe import checks
-from bi_ops.moe.launch import launch_activation, launch_activation_backward
-from bi_ops.moe.ops import combine_op, dispatch, gather_op, grouped_matmul, weight_grad
+from bi_ops.moe.launch import launch_activation, launch_activation_backward, launch_experts, most_rows
+from bi_ops.moe.ops import combine_op, gather_op, grouped_matmul, weight_grad
 
 
 @custom_op("bi_ops::moe_activation")
@@ -38,6 +38,29 @@ def _(g, x, weights, rows):
     return x.new_empty(x.shape), x.new_empty(g.shape), weights.new_empty(weights.shape)
 
 
+@custom_op("bi_ops::moe_experts")
+@replayed
+def experts_op(
+    hidden: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    cu_units: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, h, rows, places, offsets): the layer, and what its backward needs; see `launch.launch_experts`."""
+    return launch_experts(hidden, gate_up, down, weights, experts, cu_units)
+
+
+@experts_op.register_fake
+def _(hidden, gate_up, down, weights, experts, cu_units):
+    num_experts, units = gate_up.shape[0], 1 if cu_units is None else cu_units.shape[0] - 1
+    n_rows = most_rows(experts.shape[0] * experts.shape[1], num_experts, units)
+    h = hidden.new_empty((n_rows, gate_up.shape[1]))
+    ints = experts.new_empty(n_rows), experts.new_empty(experts.shape), experts.new_empty(num_experts + 1)
+    return hidden.new_empty(hidden.shape), h, *ints
+
+
 class _Experts(Node):
     """The gradient of a routing weight is dot(h, down.T @ dout), h the activation: no expert's output is kept."""
 
@@ -45,35 +68,33 @@ class _Experts(Node):
 
     @staticmethod
     def forward(ctx, hidden, gate_up, down, weights, experts, cu_units, gate_up_main_grad, down_main_grad):
-        rows, places, offsets = dispatch(experts, gate_up.shape[0], cu_units)
         w1, w2 = gate_up.to(hidden.dtype), down.to(hidden.dtype)
-        x = grouped_matmul(gather_op(hidden, rows, places), w1, offsets)
-        out = combine_op(grouped_matmul(activation_op(x), w2, offsets, weights, rows), rows, places)
+        out, h, rows, places, offsets = experts_op(hidden, w1, w2, weights, experts, cu_units)
         # With a buffer the rounded weight stays in memory until the backward, so that a master is rounded once.
         kept = gate_up if gate_up_main_grad is None else w1, down if down_main_grad is None else w2
-        ctx.save_for_backward(hidden, *kept, weights, x, rows, places, offsets)
+        ctx.save_for_backward(hidden, *kept, weights, h, rows, places, offsets)
         ctx.main_grads, ctx.dtypes = (gate_up_main_grad, down_main_grad), (gate_up.dtype, down.dtype)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        hidden, gate_up, down, weights, x, rows, places, offsets = ctx.saved_tensors
+        hidden, gate_up, down, weights, h, rows, places, offsets = ctx.saved_tensors
         need_hidden, need_gate_up, need_down, need_weights, *_ = ctx.needs_input_grad
         dhidden = dgate_up = ddown = None
         g_rows = gather_op(g, rows, places)
         dy = grouped_matmul(g_rows, down.to(g.dtype).mT, offsets)
-        dx, y, dweights = activation_grad_op(dy, x, weights, rows)
+        dh, y, dweights = activation_grad_op(dy, h, weights, rows)
         del dy
         if need_down:
             ddown = weight_grad(g_rows, y, offsets, ctx.dtypes[1], ctx.main_grads[1], aligned=True)
         del g_rows, y
         if need_gate_up:
             x_rows = gather_op(hidden, rows, places)
-            dgate_up = weight_grad(dx, x_rows, offsets, ctx.dtypes[0], ctx.main_grads[0], aligned=True)
+            dgate_up = weight_grad(dh, x_rows, offsets, ctx.dtypes[0], ctx.main_grads[0], aligned=True)
             del x_rows
         if need_hidden:
-            dhidden = combine_op(grouped_matmul(dx, gate_up.to(g.dtype).mT, offsets), rows, places)
+            dhidden = combine_op(grouped_matmul(dh, gate_up.to(g.dtype).mT, offsets), rows, places)
         return dhidden, dgate_up, ddown, dweights if need_weights else None, None, None, None, None
 
 

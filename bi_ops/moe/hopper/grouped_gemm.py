@@ -3,8 +3,11 @@
 CTAs are persistent and take tiles of a table that another kernel has made of the experts' counts on the device.
 
     producer  1 warp       has TMA copy tiles of x and the weight, step by step, into stages of shared memory
-    consumers 2 x 4 warps  64 rows each of a tile of 128; of a tile of 64 rows half the columns each. A tile whose rows
-                           are all the expert's is stored by TMA during the next mainloop, others with a mask
+    consumers 2 x 4 warps  64 rows each of a tile of 128, none where the expert has no such rows; of a tile of 64 rows
+                           half the columns each. A tile whose rows are all the expert's is stored by TMA during the
+                           next mainloop, others with a mask
+
+The kernel starts while the one before it runs (`bi_ops.core.pdl`). In a layer it then loads its first tile's weights.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bi_ops.core.launches import recorded
+from bi_ops.core.pdl import launch_dependents, wait_for_predecessors
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
@@ -54,23 +58,49 @@ class PartitionArgs:
     GROUP_M: gl.constexpr
     TRANSPOSED: gl.constexpr
     HAS_WEIGHTS: gl.constexpr
+    PREFETCH: gl.constexpr
 
 
 @gluon.jit
-def _n_tiles(args, COLUMNS: gl.constexpr):
-    return gl.load(args.p_tiles) * gl.cdiv(args.N, COLUMNS)
+def _load_tile(p):
+    """A number of the tile table, past L1: that may hold what was there before the kernels before ended."""
+    return gl.load(p, cache_modifier=".cg")
 
 
 @gluon.jit
-def _get_tile(args, tile, COLUMNS: gl.constexpr):
+def _get_tile(args, tile, n_m, n_n, COLUMNS: gl.constexpr):
     """(expert, first row, end of the expert's rows, first column). L2 swizzle: GROUP_M tile rows share the weight."""
     GROUP_M: gl.constexpr = args.GROUP_M
-    n_n = gl.cdiv(args.N, COLUMNS)
     first_m = tile // (GROUP_M * n_n) * GROUP_M
-    rows = min(gl.load(args.p_tiles) - first_m, GROUP_M)
+    rows = min(n_m - first_m, GROUP_M)
     within = tile % (GROUP_M * n_n)
     p_tile = args.p_tiles + 4 * (1 + first_m + within % rows)
-    return gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2), within // rows * COLUMNS
+    return _load_tile(p_tile), _load_tile(p_tile + 1), _load_tile(p_tile + 2), within // rows * COLUMNS
+
+
+@gluon.jit
+def _expect(args, full, has_upper, wanted):
+    """A step's bytes. has_upper: rows for the second consumer are among them."""
+    X: gl.constexpr = args.x_desc.block_type.nbytes
+    W: gl.constexpr = (2 if args.SPLIT_N else 1) * args.w_desc.block_type.nbytes
+    if args.SPLIT_N:
+        mbarrier.expect(full, X + W, pred=wanted)
+    else:  # constants alone can be expected
+        mbarrier.expect(full, 2 * X + W, pred=wanted & has_upper)
+        mbarrier.expect(full, X + W, pred=wanted & (not has_upper))
+
+
+@gluon.jit
+def _load_weight(args, expert, n, k, full, stage, wanted):
+    """A step's columns of the weight, in a tile for each consumer if these differ."""
+    N_W: gl.constexpr = 2 if args.SPLIT_N else 1
+    WIDTH: gl.constexpr = args.y_desc.block_type.shape[1] if args.SPLIT_N else 2 * args.y_desc.block_type.shape[1]
+    for i in gl.static_range(N_W):
+        if args.TRANSPOSED:
+            at = [expert * args.K + k, n + i * WIDTH]
+        else:
+            at = [expert * args.N + n + i * WIDTH, k]
+        tma.async_load(args.w_desc, at, full, args.w_smem.index(N_W * stage + i), pred=wanted)
 
 
 @gluon.jit
@@ -79,26 +109,36 @@ def _producer(args):
     SPLIT_N: gl.constexpr = args.SPLIT_N
     STAGES: gl.constexpr = args.full.shape[0]
     BLOCK_K: gl.constexpr = args.x_smem.type.shape[2]
-    WIDTH: gl.constexpr = args.y_desc.block_type.shape[1] if SPLIT_N else 2 * args.y_desc.block_type.shape[1]
     COLUMNS: gl.constexpr = 2 * args.y_desc.block_type.shape[1]
     n_x: gl.constexpr = 1 if SPLIT_N else 2
-    n_w: gl.constexpr = 2 if SPLIT_N else 1
+    n_n = gl.cdiv(args.N, COLUMNS)
+    n_ahead = 0
+    if args.PREFETCH:
+        n_m = _load_tile(args.p_tiles)
+        if gl.program_id(0) < n_m * n_n:
+            expert, m, last, n = _get_tile(args, gl.program_id(0), n_m, n_n, COLUMNS)
+            n_ahead = min(gl.cdiv(gl.where(expert < args.E, args.K, 0), BLOCK_K), STAGES)
+            for i in range(0, n_ahead):
+                _expect(args, args.full.index(i), m + HALF < last, True)
+                _load_weight(args, expert, n, i * BLOCK_K, args.full.index(i), i, True)
+    wait_for_predecessors()
+    launch_dependents()
+    n_m = _load_tile(args.p_tiles)
+    step = 0
     stage = 0
     phase = 1  # a stage that was never filled counts as empty
-    for tile in range(gl.program_id(0), _n_tiles(args, COLUMNS), gl.num_programs(0)):
-        expert, m, _, n = _get_tile(args, tile, COLUMNS)
+    for tile in range(gl.program_id(0), n_m * n_n, gl.num_programs(0)):
+        expert, m, last, n = _get_tile(args, tile, n_m, n_n, COLUMNS)
+        has_upper = m + HALF < last
         for k in range(0, gl.where(expert < args.E, args.K, 0), BLOCK_K):
             mbarrier.wait(args.empty.index(stage), phase)
             full = args.full.index(stage)
-            mbarrier.expect(full, n_x * args.x_desc.block_type.nbytes + n_w * args.w_desc.block_type.nbytes)
+            _expect(args, full, has_upper, step >= n_ahead)
             for i in gl.static_range(n_x):
-                tma.async_load(args.x_desc, [m + i * HALF, k], full, args.x_smem.index(n_x * stage + i))
-            for i in gl.static_range(n_w):
-                if args.TRANSPOSED:
-                    at = [expert * args.K + k, n + i * WIDTH]
-                else:
-                    at = [expert * args.N + n + i * WIDTH, k]
-                tma.async_load(args.w_desc, at, full, args.w_smem.index(n_w * stage + i))
+                wanted = has_upper if i == 1 else True
+                tma.async_load(args.x_desc, [m + i * HALF, k], full, args.x_smem.index(n_x * stage + i), pred=wanted)
+            _load_weight(args, expert, n, k, full, stage, step >= n_ahead)
+            step += 1
             stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -130,17 +170,21 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     y_smem = args.y_smem_0 if WARP_GROUP == 0 else args.y_smem_1
     dtype: gl.constexpr = args.y_desc.dtype
+    n_n = gl.cdiv(args.N, COLUMNS)
+    wait_for_predecessors()
+    n_m = _load_tile(args.p_tiles)
     stage = 0
     phase = 0
-    for tile in range(gl.program_id(0), _n_tiles(args, COLUMNS), gl.num_programs(0)):
-        expert, m, last, n = _get_tile(args, tile, COLUMNS)
+    for tile in range(gl.program_id(0), n_m * n_n, gl.num_programs(0)):
+        expert, m, last, n = _get_tile(args, tile, n_m, n_n, COLUMNS)
         if SPLIT_N:
             n += WARP_GROUP * WIDTH
         else:
             m += WARP_GROUP * HALF
         acc = gl.zeros([HALF, WIDTH], gl.float32, LAYOUT)
         end = gl.where(expert < args.E, args.K, 0)
-        for k in range(0, end, BLOCK_K):
+        n_multiplied = end if SPLIT_N or WARP_GROUP == 0 else gl.where(m < last, end, 0)
+        for k in range(0, n_multiplied, BLOCK_K):
             mbarrier.wait(args.full.index(stage), phase)
             x = args.x_smem.index(stage if SPLIT_N else 2 * stage + WARP_GROUP)
             w = args.w_smem.index(2 * stage + WARP_GROUP if SPLIT_N else stage)
@@ -151,7 +195,11 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
             mbarrier.arrive(args.empty.index(previous_stage(stage, STAGES)), pred=k != 0)
             stage, phase = next_stage(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(args.empty.index(previous_stage(stage, STAGES)), pred=end > 0)
+        mbarrier.arrive(args.empty.index(previous_stage(stage, STAGES)), pred=n_multiplied > 0)
+        for _ in range(n_multiplied, end, BLOCK_K):  # no rows
+            mbarrier.wait(args.full.index(stage), phase)
+            mbarrier.arrive(args.empty.index(stage))
+            stage, phase = next_stage(stage, phase, STAGES)
         if args.HAS_WEIGHTS:
             o_m = m + gl.arange(0, HALF, gl.SliceLayout(1, LAYOUT))
             pairs = gl.load(args.p_rows + o_m, mask=o_m < last, other=-1)
@@ -159,7 +207,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         y = acc.to(dtype)
         if SPLIT_N:
             _store(args, y, m, last, n, y_smem)
-        else:
+        elif m < last:
             left, right = gl.split(y.reshape([HALF, 2, WIDTH // 2]).permute([0, 2, 1]))
             _store(args, left, m, last, n, y_smem)
             _store(args, right, m, last, n + WIDTH // 2, y_smem)
@@ -183,6 +231,7 @@ def grouped_matmul_hopper_kernel(
     GROUP_M: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     HAS_WEIGHTS: gl.constexpr,
+    PREFETCH: gl.constexpr,  # the table and the weight are older than the kernel before (rule 4 of `bi_ops.core.pdl`)
 ):
     """y[r] = x[r] @ w[expert of r].T (* routing weight of r, in the accumulator); zeros behind the last expert."""
     n_x: gl.constexpr = 1 if SPLIT_N else 2
@@ -201,12 +250,12 @@ def grouped_matmul_hopper_kernel(
     init_barriers(empty, 2)
     args = PartitionArgs(
         *(d_x, d_w, d_y, p_tiles, p_y, p_weights, p_rows, x_smem, w_smem, y_smem_0, y_smem_1, full, empty),
-        *(N, K, E, SPLIT_N, GROUP_M, TRANSPOSED, HAS_WEIGHTS),
+        *(N, K, E, SPLIT_N, GROUP_M, TRANSPOSED, HAS_WEIGHTS, PREFETCH),
     )
     gl.warp_specialize(
         [(_consumer, (args, 0)), (_consumer, (args, 1)), (_producer, (args,))],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )
 
 
@@ -218,10 +267,11 @@ def launch(
     routing: tuple[torch.Tensor, torch.Tensor] | None,
     c: HopperConfig,
     num_sms: int,
+    prefetch: bool,
 ) -> None:
     """y[R, N] of x [R, K] and weight [E, N, K], contiguous or the transpose of what is; see `launch.hopper_serves`.
 
-    tiles: of `c.block_m` rows.
+    tiles: of `c.block_m` rows. prefetch: tiles and the weight are older than the kernel before, which begins in turn.
     """
     (n_rows, k), (num_experts, n, _) = x.shape, weight.shape
     transposed = weight.stride(2) != 1
@@ -239,7 +289,9 @@ def launch(
         GROUP_M=c.group_m,
         TRANSPOSED=transposed,
         HAS_WEIGHTS=routing is not None,
+        PREFETCH=prefetch,
         num_warps=4,
         maxnreg=168,
+        launch_pdl=True,
         **PINNED,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bi_ops.core import pdl
 from bi_ops.core.triton_helpers import cast, fma, silu_and_mul, silu_and_mul_backward
 
 
@@ -16,7 +17,9 @@ def expert_activation_kernel(
     D,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl.begin_in_turn(PDL)
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
     m = (o_r < R) & (o_c < D)

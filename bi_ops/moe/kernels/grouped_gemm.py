@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bi_ops.core import pdl
 from bi_ops.core.triton_helpers import cast, dot
 
 
@@ -31,11 +32,13 @@ def tile_table_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,  # more than E
     BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Tile rows, expert by expert, a program for each. Program E has the rows behind the last expert's.
 
     Whatever p_offsets holds, no row outside of [0, R) is named.
     """
+    pdl.begin(0, PDL)
     i_e = tl.program_id(0)
     o_e = tl.arange(0, BLOCK_E)
     starts = tl.load(p_offsets + o_e, mask=o_e <= E, other=R)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bi_ops.core import pdl
 from bi_ops.core.triton_helpers import cast
 
 
@@ -110,38 +111,57 @@ def place_pairs_kernel(
 
 
 @triton.jit(do_not_specialize=["P"])
-def dispatch_few_kernel(
+def count_expert_kernel(
     p_experts,  # [T, TOP_K], int32
-    p_rows,  # [R], int32, filled with -1
-    p_places,  # [T, TOP_K], int32
-    p_offsets,  # [E + 1], int32
-    P,  # pairs, at most BLOCK_P
-    E,
-    STEP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK: tl.constexpr,  # experts, or pairs, that are compared with all pairs at a time
+    p_counts,  # [E], int32
+    P,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """What the four kernels above do, in one program, for few pairs in one unit."""
-    o_p = tl.arange(0, BLOCK_P)
-    experts = tl.load(p_experts + o_p, mask=o_p < P, other=-1)
-    experts = tl.where(experts < E, experts, -1)
-    places = tl.zeros([BLOCK_P], dtype=tl.int32)
-    total = 0
-    for e in range(0, E + 1, BLOCK):
-        o_e = e + tl.arange(0, BLOCK)
-        is_of = experts[:, None] == o_e[None, :]
-        counts = (tl.sum(is_of.to(tl.int32), axis=0) + STEP - 1) // STEP * STEP
-        offsets = total + tl.cumsum(counts, axis=0) - counts
-        tl.store(p_offsets + o_e, offsets, mask=o_e <= E)
-        places += tl.sum(tl.where(is_of, offsets[None, :], 0), axis=1)
-        total += tl.sum(counts, axis=0)
+    """Pairs of a program's expert, of few: each program reads all of them."""
+    pdl.begin(0, PDL)
+    counts = tl.zeros([BLOCK], dtype=tl.int32)
     for p in range(0, P, BLOCK):
-        o = p + tl.arange(0, BLOCK)
-        others = tl.load(p_experts + o, mask=o < P, other=-2)
-        is_before = (experts[:, None] == others[None, :]) & (o[None, :] < o_p[:, None])
-        places += tl.sum(is_before.to(tl.int32), axis=1)
-    tl.store(p_rows + places, o_p, mask=experts >= 0)
-    tl.store(p_places + o_p, tl.where(experts >= 0, places, -1), mask=o_p < P)
+        o_p = p + tl.arange(0, BLOCK)
+        counts += (tl.load(p_experts + o_p, mask=o_p < P, other=-1) == tl.program_id(0)).to(tl.int32)
+    tl.store(p_counts + tl.program_id(0), tl.sum(counts, axis=0))
+
+
+@triton.jit(do_not_specialize=["P", "R"])
+def place_expert_kernel(
+    p_experts,  # [T, TOP_K], int32
+    p_counts,  # [E], int32
+    p_rows,  # [R], int32: the pair of a row; -1 for padding
+    p_places,  # [T, TOP_K], int32: the row of a pair; -1 for a pair without an expert
+    p_offsets,  # [E + 1], int32
+    P,
+    E,
+    R,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rows of a program's expert, in one unit. Program E has the pairs of no expert, and the rows behind the last."""
+    pdl.begin(0, PDL)
+    i_e = tl.program_id(0)
+    o_e = tl.arange(0, BLOCK_E)
+    padded = tl.cdiv(tl.load(p_counts + o_e, mask=o_e < E, other=0), STEP) * STEP
+    start = tl.sum(tl.where(o_e < i_e, padded, 0), axis=0)
+    end = tl.where(i_e < E, start + tl.sum(tl.where(o_e == i_e, padded, 0), axis=0), R)
+    tl.store(p_offsets + i_e, start)
+    o = tl.arange(0, BLOCK)
+    for p in range(0, P, BLOCK):
+        experts = tl.load(p_experts + p + o, mask=p + o < P, other=0)
+        experts = tl.where((experts >= 0) & (experts < E), experts, E)
+        is_own = (experts == i_e) & (p + o < P)
+        is_row = is_own & (i_e < E)
+        places = start + tl.cumsum(is_row.to(tl.int32), axis=0) - 1
+        tl.store(p_rows + places, p + o, mask=is_row)
+        tl.store(p_places + p + o, tl.where(is_row, places, -1), mask=is_own)
+        start += tl.sum(is_row.to(tl.int32), axis=0)
+    for r in range(start, end, BLOCK):
+        tl.store(p_rows + r + o, tl.full([BLOCK], -1, tl.int32), mask=r + o < end)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -155,8 +175,10 @@ def gather_rows_kernel(
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y[r] = x[token of row r]; zeros for a row without a pair."""
+    pdl.begin_in_turn(PDL)
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_n = tl.program_id(1) * COLS + tl.arange(0, COLS)
     pairs = tl.load(p_rows + o_r, mask=o_r < R, other=-1)
@@ -177,8 +199,10 @@ def combine_rows_kernel(
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out[t] = the sum of its rows of y, slot after slot in fp32, from +0; rounded once."""
+    pdl.begin(0, PDL)
     o_t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_n = tl.program_id(1) * COLS + tl.arange(0, COLS)
     m_n = (o_n < N)[None, :]
