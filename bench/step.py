@@ -218,7 +218,7 @@ def behind(*works: Callable[[], object]) -> float:
 
 
 def updated(made: Step, steps: int) -> tuple[float, float, float, int | None]:
-    """(median milliseconds of clip, of AdamW, of both behind a step, peak bytes of a step with the states in memory)."""
+    """(median milliseconds of clip, AdamW, and both behind a step; peak bytes of a step with the states in memory)."""
     apart, together = [], []
     for i in range(max(steps, 2) + 1):
         if made.whole is None:
