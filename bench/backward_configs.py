@@ -50,7 +50,8 @@ def variants(one: BackwardConfig, case: Case) -> list[BackwardConfig]:
         return [one]
     two = replace(one, dq_group=True, stages=4, kv_registers=True, s_first=False)
     three = replace(two, dq_stages=3)
-    return list(dict.fromkeys([one, three, two, replace(three, kv_registers=False), replace(three, stages=3)]))
+    unheld = replace(three, kv_registers=False)
+    return list(dict.fromkeys([one, three, two, unheld, replace(unheld, s_first=True)]))
 
 
 def in_use(case: Case, num_sms: int) -> BackwardConfig:

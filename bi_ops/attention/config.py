@@ -103,7 +103,8 @@ class BackwardConfig:
     V in registers for S and dP, which reads less shared memory. s_first: S is issued before the dQ of an earlier step,
     so that exponentials start earlier. At head_dim 128 there is room for s_first alone.
     dq_group: a third warp group computes dQ, and S of the next step is issued with dK of this one, as `backward_ahead`
-    says: at head_dim 64, from 3 stages on, with 2 or 3 dq_stages; s_first then means nothing.
+    says: at head_dim 64, from 3 stages on, with 2 or 3 dq_stages. With s_first S is issued with dV instead, for which
+    there are registers without kv_registers alone.
     """
 
     stages: int

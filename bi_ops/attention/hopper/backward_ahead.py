@@ -1,15 +1,20 @@
 """The partitions that compute in attention's backward where a warp group of its own takes dQ: at head_dim 64.
 
 Registers are left there for a third warp group, and the two that hold keys then wait for no dQ. They issue S of the
-next step behind dK of this one, so that a step begins with its exponentials. Sums and their orders are those of
-`backward_consumer`, and so are the bits.
+next step behind dK of this one, or dV if S_FIRST, so that a step begins with its exponentials. Sums and their orders
+are those of `backward_consumer`, and so are the bits.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from bi_ops.attention.hopper.backward_consumer import (
     epilogue,
@@ -55,10 +60,15 @@ def _step(
         b_p = gl.where(first_q[:, None] <= o_q[None, :], b_p, 0.0)
     acc_v = warpgroup_mma(gl.convert_layout(b_p.to(g.dtype), l_p), g, acc_v, is_async=True)
     b_delta = args.delta_smem.index(i).load(gl.SliceLayout(0, l_s))
-    b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
+    if args.S_FIRST:
+        b_next = issue_by_key(args, held_k, args.k_smem, rows_next.q, step, zeros, WARP_GROUP)
+        b_dp = warpgroup_mma_wait(2, deps=(b_dp,))
+    else:
+        b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(q.dtype)
     acc_k = warpgroup_mma(gl.convert_layout(b_ds, l_p), q, acc_k, is_async=True)
-    b_next = issue_by_key(args, held_k, args.k_smem, rows_next.q, step, zeros, WARP_GROUP)
+    if not args.S_FIRST:
+        b_next = issue_by_key(args, held_k, args.k_smem, rows_next.q, step, zeros, WARP_GROUP)
     wait_empty(args.ds_empty, step)
     args.ds_smem.index(step % DS_STAGES).slice(WARP_GROUP * ROWS, ROWS).store(b_ds)
     fence_async_shared()
@@ -101,6 +111,7 @@ def dq_group(args):
     tile = args.tile
     l_dq: gl.constexpr = wgmma_layout(args.D)
     zeros = gl.zeros((args.BLOCK_M, args.D), gl.float32, l_dq)
+    mbarrier.wait(args.kv_full, 0)
     for step in range(0, (tile.end - tile.first) * args.HEADS):
         b_dq = warpgroup_mma_wait(0, deps=(issue_dq(args, step, zeros, 0),))
         arrive(args.ds_empty, step)
