@@ -185,6 +185,10 @@ def backward_launches() -> Iterator[Launch]:
         if (dq_stages, held, s_first) != (chosen.dq_stages, chosen.kv_registers, chosen.s_first):
             yield launch(64, True, "equal", dq_stages=dq_stages, kv_registers=held, s_first=s_first)
     yield launch(128, True, "equal", s_first=True)
+    for dq_stages, lengths in itertools.product((2, 3), LENGTHS):
+        yield launch(64, True, lengths, dq_stages=dq_stages, s_first=False, dq_group=True)
+    for s_first in (False, True):
+        yield launch(64, True, "equal", kv_registers=False, s_first=s_first, dq_group=True)
 
 
 def dq_launches() -> Iterator[Launch]:

@@ -175,6 +175,11 @@ KERNELS_64: tuple[dict[str, Any], ...] = (
     {"kv_registers": True, "s_first": True, "dq_stages": 4},
     {"kv_registers": True, "s_first": True, "stages": 4},
     {"kv_registers": False, "s_first": False, "stages": 3},
+    *(
+        {"dq_group": True, "dq_stages": n, "kv_registers": held, "s_first": not held}
+        for n in (2, 3)
+        for held in (True, False)
+    ),
 )
 
 

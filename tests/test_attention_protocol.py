@@ -168,19 +168,20 @@ def run_backward(
 ):
     causal, tokens, keys, n_seqs = options.pop("causal", True), sum(lens_q), sum(lens_k), len(lens_q)
     config = options.pop("dq_stages", 2), options.pop("kv_registers", False), options.pop("s_first", False)
+    dq_group = options.pop("dq_group", False)
     programs, equal = grid(lens_k, options.pop("longest", 0) or max(lens_k), 128)
     h, n_tiles = hkv * heads, tokens // 64 + n_seqs
     n_slots = backward.n_slots(tokens, keys, n_seqs, OnePass(64, 128))
     last = max(n_seqs * hkv - side_by_side, 0) // together * together
     d_q, d_k = Descriptor([tokens, h * d], [64, d], 2), Descriptor([keys, hkv * d], [128, d], 2)
     numbers = Descriptor([h * n_tiles * 64], [64], 4)
-    sums = Descriptor([h * n_slots * d // 4, 256], [d // 8, 256], 4)
+    sums = Descriptor([h * n_slots * d // 4, 256], [d // (4 if dq_group else 8), 256], 4)
     dq, dk, dv = outputs(tokens * h * d, keys * hkv * d, keys * hkv * d)
     turns, cu_q, cu_k, order = pointers([0] * (h * n_slots), starts(lens_q), starts(lens_k), lists(lens_k, 128))
     unused = model.launch(
         *(kernels.attention_backward_kernel, programs * hkv, d_q, d_q, d_k, d_k, numbers, numbers, sums, turns),
         *(dq, dk, dv, cu_q, cu_k, order, 1.0, n_seqs, together, last, n_tiles, n_slots),
-        *(hkv, heads, d, 64, 128, stages, causal, equal, *config),
+        *(hkv, heads, d, 64, 128, stages, causal, equal, *config, dq_group),
         **options,
     )
     assert once(dk, dv)
@@ -237,6 +238,8 @@ WAYS = [
     {"teams": 2, "stages": 3, "overlap": True},
     {"teams": 3, "stages": 3, "overlap": True, "ahead": True, "consumers_clear": True},
 ]
+BACKWARDS = [{"stages": s, "dq_stages": n} for s in (2, 3) for n in (2, 4)]
+BACKWARDS += [{"stages": s, "dq_stages": n, "dq_group": True} for s in (3, 4) for n in (2, 3)]
 RUNS = {
     "forward": lambda r, q, k, **options: run_forward(
         *(q, k),
@@ -248,8 +251,9 @@ RUNS = {
     "backward": lambda r, q, k, **options: run_backward(
         *(q, k),
         **{"hkv": r.choice([1, 3]), "heads": r.choice([1, 2, 3]), "d": r.choice([64, 128])},
-        **{"stages": r.choice([2, 3]), "together": r.choice([1, 2, 5, 8]), "side_by_side": r.choice([0, 1, 3, 100])},
-        **{"dq_stages": r.choice([2, 4]), "kv_registers": r.random() < 0.5, "s_first": r.random() < 0.5},
+        **{"together": r.choice([1, 2, 5, 8]), "side_by_side": r.choice([0, 1, 3, 100])},
+        **{"kv_registers": r.random() < 0.5, "s_first": r.random() < 0.5},
+        **r.choice(BACKWARDS),
         **options,
     ),
     "dq": lambda r, q, k, **options: run_dq(q, k, h=r.choice([1, 6]), heads=1, **options),

@@ -20,7 +20,8 @@ ROOT = Path(bi_ops.__file__).parent
 #: are less than 2**31 (`attention.checks.check_rows`), and so is a grid.
 BOUNDED = {
     "rows of a sequence, or tiles of them": """
-        attention.hopper.backward_consumer._epilogue: (tile.end - 1 - step // HEADS) * BLOCK_M
+        attention.hopper.backward_ahead.dq_group: (tile.end - tile.first) * args.HEADS
+        attention.hopper.backward_consumer.epilogue: (tile.end - 1 - step // HEADS) * BLOCK_M
         attention.hopper.backward_consumer.consumer: (end - tile.first) * HEADS
         attention.hopper.backward_consumer.consumer: (end - tile.full) * HEADS
         attention.hopper.backward_copies.reduce: (tile.end - tile.first) * HEADS

@@ -102,6 +102,9 @@ class BackwardConfig:
     dq_stages: steps between dS and its dQ, stages of both, and reduce warps, 2 or 4. kv_registers: consumers hold K and
     V in registers for S and dP, which reads less shared memory. s_first: S is issued before the dQ of an earlier step,
     so that exponentials start earlier. At head_dim 128 there is room for s_first alone.
+    dq_group: a third warp group computes dQ, and S of the next step is issued with dK of this one, as `backward_ahead`
+    says: at head_dim 64, from 3 stages on, with 2 or 3 dq_stages. With s_first S is issued with dV instead, for which
+    there are registers without kv_registers alone.
     """
 
     stages: int
@@ -110,6 +113,7 @@ class BackwardConfig:
     dq_stages: int = 2
     kv_registers: bool = False
     s_first: bool = False
+    dq_group: bool = False
 
     @staticmethod
     def computes(order: Order) -> bool:

@@ -71,5 +71,7 @@ class PartitionArgs:
     BLOCK_N: gl.constexpr
     D: gl.constexpr
     CAUSAL: gl.constexpr
+    DQ_STAGES: gl.constexpr
     KV_REGISTERS: gl.constexpr
     S_FIRST: gl.constexpr
+    DQ_GROUP: gl.constexpr  # a warp group of its own takes dQ, else each consumer half its columns

@@ -29,7 +29,7 @@ class StepRows:
 
 
 @gluon.jit
-def _wait_rows(args, step, n_valid, WARP_GROUP: gl.constexpr):
+def wait_rows(args, step, n_valid, WARP_GROUP: gl.constexpr):
     """Wait for the Q of a step, and clear rows past the end of the sequence: `StepRows`, of which dO may yet come.
 
     Those are rows of the last query tile, which comes first, a head to a step.
@@ -49,18 +49,18 @@ def _wait_rows(args, step, n_valid, WARP_GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _issue_dq(args, step, zeros, WARP_GROUP: gl.constexpr):
+def issue_dq(args, step, zeros, WARP_GROUP: gl.constexpr):
     """Issue the GEMM of a warp group's half of a step's dQ."""
     COLS: gl.constexpr = zeros.shape[1]
     wait_full(args.ds_full, step)
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
+    DS_STAGES: gl.constexpr = args.ds_smem.shape[0]
     k = args.k_smem.index(opaque_zero(step)).slice(WARP_GROUP * COLS, COLS, 1)
-    ds = args.ds_smem.index(step % DQ_STAGES).permute((1, 0))
+    ds = args.ds_smem.index(step % DS_STAGES).permute((1, 0))
     return warpgroup_mma(ds, k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _issue_by_key(args, held, smem, rows, step, zeros, WARP_GROUP: gl.constexpr):
+def issue_by_key(args, held, smem, rows, step, zeros, WARP_GROUP: gl.constexpr):
     """Issue S or dP: the GEMM of a warp group's K or V, in shared memory or `held` in registers, and a step's rows."""
     if args.KV_REGISTERS:
         return warpgroup_mma(held, rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -80,7 +80,7 @@ def _p_dv(
     l_p: gl.constexpr = gl.DotOperandLayout(0, acc_v.type.layout, 2)
     b_neg_lse = rows.neg_lse.load(gl.SliceLayout(0, l_s))
     wait_full(args.g_full, step)
-    b_dp = _issue_by_key(args, held_v, args.v_smem, g, step, zeros, WARP_GROUP)
+    b_dp = issue_by_key(args, held_v, args.v_smem, g, step, zeros, WARP_GROUP)
     b_s = warpgroup_mma_wait(PENDING, deps=(b_s,))
     b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_neg_lse[None, :], b_s)[0]))
     if MASKED:
@@ -125,19 +125,20 @@ def _by_row(x, COLS: gl.constexpr):
 
 
 @gluon.jit
-def _store_smem(args, b_dq, step, WARP_GROUP: gl.constexpr):
+def store_smem(args, b_dq, step, WARP_GROUP: gl.constexpr):
     """A part of dQ to shared memory, for the reduce warp."""
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
+    DQ_STAGES: gl.constexpr = args.DQ_STAGES
     i = WARP_GROUP * DQ_STAGES + step % DQ_STAGES
     mbarrier.wait(args.dq_ready.index(i), step // DQ_STAGES & 1)
     args.dq_smem.index(i).store(_by_thread(b_dq))
     fence_async_shared()
     mbarrier.arrive(args.dq_full.index(i))
-    arrive(args.ds_empty, step)
+    if not args.DQ_GROUP:
+        arrive(args.ds_empty, step)
 
 
 @gluon.jit
-def _epilogue(args, b_dq, step, WARP_GROUP: gl.constexpr):
+def epilogue(args, b_dq, step, WARP_GROUP: gl.constexpr):
     """Add the last part of a tile of dQ to the sum of those before, which the reduce warp has loaded; round, store."""
     tile = args.tile
     HKV: gl.constexpr = args.HKV
@@ -146,13 +147,14 @@ def _epilogue(args, b_dq, step, WARP_GROUP: gl.constexpr):
     BLOCK_M: gl.constexpr = b_dq.shape[0]
     COLS: gl.constexpr = b_dq.shape[1]
     l_dq: gl.constexpr = b_dq.type.layout
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
+    DQ_STAGES: gl.constexpr = args.DQ_STAGES
     i = WARP_GROUP * DQ_STAGES + step % DQ_STAGES
     mbarrier.wait(args.dq_ready.index(i), step // DQ_STAGES & 1)
     b_last = _by_thread(b_dq)
     b_sum = args.dq_smem.index(i).load(b_last.type.layout)
     mbarrier.arrive(args.dq_full.index(i))
-    arrive(args.ds_empty, step)
+    if not args.DQ_GROUP:
+        arrive(args.ds_empty, step)
     # Of the first tile of keys there is no part before.
     b_sum = gl.where(tile.i_n > 0, b_sum + b_last, b_last)
     b_sum = gl.convert_layout(_by_row(b_sum, COLS), l_dq, assert_trivial=True)
@@ -167,7 +169,7 @@ def _epilogue(args, b_dq, step, WARP_GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _store_dk_dv(args, acc_k, acc_v, WARP_GROUP: gl.constexpr):
+def store_dk_dv(args, acc_k, acc_v, WARP_GROUP: gl.constexpr):
     D: gl.constexpr = args.D
     l_kv: gl.constexpr = acc_k.type.layout
     o_k = (args.tile.k_row + WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_kv))).to(gl.int64)
@@ -179,29 +181,16 @@ def _store_dk_dv(args, acc_k, acc_v, WARP_GROUP: gl.constexpr):
 
 
 @gluon.jit
-def consumer(args, WARP_GROUP: gl.constexpr):
-    tile = args.tile
-    HEADS: gl.constexpr = args.HEADS
-    BLOCK_M: gl.constexpr = args.BLOCK_M
-    D: gl.constexpr = args.D
-    l_s: gl.constexpr = wgmma_layout(BLOCK_M)
-    l_kv: gl.constexpr = wgmma_layout(D)
-    l_dq: gl.constexpr = wgmma_layout(D // WARP_GROUPS)
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
-    q_len, n_keys, end, n_open = tile.q_len, tile.n_keys, tile.end, tile.n_open
-    scale2 = LOG2E * args.scale
-    zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, l_s)
-    zeros_q = gl.zeros((BLOCK_M, D // WARP_GROUPS), gl.float32, l_dq)
-    acc_k = gl.zeros((ROWS, D), gl.float32, l_kv)
-    acc_v = gl.zeros((ROWS, D), gl.float32, l_kv)
-    # The first query that sees each key; past the last key there is none.
+def wait_keys(args, zeros, WARP_GROUP: gl.constexpr):
+    """Wait for a warp group's keys: (the first query that sees each; K, V in registers if they are held there)"""
+    l_s: gl.constexpr = zeros.type.layout
+    n_keys = args.tile.n_keys
+    # Past the last key there is none.
     o_n = WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_s))
     first_q = o_n * 0
     if args.CAUSAL:
         first_q = o_n + args.q_offset
     first_q = gl.where(o_n < n_keys, first_q, 2147483647)
-    o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, l_s))
-
     mbarrier.wait(args.kv_full, 0)
     if n_keys < args.BLOCK_N:
         # The other warp group's share of K is read for dQ alone, behind its arrival with dS.
@@ -214,13 +203,34 @@ def consumer(args, WARP_GROUP: gl.constexpr):
         l_kv_s: gl.constexpr = gl.DotOperandLayout(0, l_s, 2)
         held_k = args.k_smem.index(0).slice(WARP_GROUP * ROWS, ROWS).load(l_kv_s)
         held_v = args.v_smem.index(0).slice(WARP_GROUP * ROWS, ROWS).load(l_kv_s)
+    return first_q, held_k, held_v
+
+
+@gluon.jit
+def consumer(args, WARP_GROUP: gl.constexpr):
+    tile = args.tile
+    HEADS: gl.constexpr = args.HEADS
+    BLOCK_M: gl.constexpr = args.BLOCK_M
+    D: gl.constexpr = args.D
+    l_s: gl.constexpr = wgmma_layout(BLOCK_M)
+    l_kv: gl.constexpr = wgmma_layout(D)
+    l_dq: gl.constexpr = wgmma_layout(D // WARP_GROUPS)
+    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
+    q_len, end, n_open = tile.q_len, tile.end, tile.n_open
+    scale2 = LOG2E * args.scale
+    zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, l_s)
+    zeros_q = gl.zeros((BLOCK_M, D // WARP_GROUPS), gl.float32, l_dq)
+    acc_k = gl.zeros((ROWS, D), gl.float32, l_kv)
+    acc_v = gl.zeros((ROWS, D), gl.float32, l_kv)
+    o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, l_s))
+    first_q, held_k, held_v = wait_keys(args, zeros, WARP_GROUP)
     n_steps = (end - tile.first) * HEADS
     for i in gl.static_range(DQ_STAGES):
         if n_steps > i:
             m = end - 1 - i // HEADS
             step = n_steps * 0 + i
-            rows = _wait_rows(args, i, q_len - m * BLOCK_M, WARP_GROUP)
-            b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
+            rows = wait_rows(args, i, q_len - m * BLOCK_M, WARP_GROUP)
+            b_s = issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
             o_q = m * BLOCK_M + o_m
             b_p, b_dp, acc_v = _p_dv(args, rows, held_v, b_s, acc_v, i, scale2, first_q, o_q, zeros, WARP_GROUP, True)
             acc_k, acc_v = _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, i, WARP_GROUP)
@@ -233,30 +243,30 @@ def consumer(args, WARP_GROUP: gl.constexpr):
             stop = n_steps
         for step in range(begin, stop):
             m = end - 1 - step // HEADS
-            rows = _wait_rows(args, step, q_len - m * BLOCK_M, WARP_GROUP)
+            rows = wait_rows(args, step, q_len - m * BLOCK_M, WARP_GROUP)
             if args.S_FIRST and MASKED == 0:
-                b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
-                b_dq = _issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
+                b_s = issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
+                b_dq = issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
             else:
-                b_dq = _issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
-                b_s = _issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
+                b_dq = issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
+                b_s = issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
                 b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
                 if MASKED and step - DQ_STAGES >= n_open:
-                    _epilogue(args, b_dq, step - DQ_STAGES, WARP_GROUP)
+                    epilogue(args, b_dq, step - DQ_STAGES, WARP_GROUP)
                 else:
-                    _store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
+                    store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
             o_q = m * BLOCK_M + o_m
             b_p, b_dp, acc_v = _p_dv(
                 args, rows, held_v, b_s, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP, MASKED
             )
             if args.S_FIRST and MASKED == 0:
                 b_dq = warpgroup_mma_wait(2, deps=(b_dq,))
-                _store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
+                store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
             acc_k, acc_v = _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, step, WARP_GROUP)
     for step in range(gl.maximum(n_steps - DQ_STAGES, 0), n_steps):
-        b_dq = warpgroup_mma_wait(0, deps=(_issue_dq(args, step, zeros_q, WARP_GROUP),))
+        b_dq = warpgroup_mma_wait(0, deps=(issue_dq(args, step, zeros_q, WARP_GROUP),))
         if step >= n_open:
-            _epilogue(args, b_dq, step, WARP_GROUP)
+            epilogue(args, b_dq, step, WARP_GROUP)
         else:
-            _store_smem(args, b_dq, step, WARP_GROUP)
-    _store_dk_dv(args, acc_k, acc_v, WARP_GROUP)
+            store_smem(args, b_dq, step, WARP_GROUP)
+    store_dk_dv(args, acc_k, acc_v, WARP_GROUP)

@@ -46,41 +46,42 @@ def _dq_tile(tile, step, HEADS: gl.constexpr):
 
 @gluon.jit
 def reduce(args, WARP: gl.constexpr):
-    """Serves every second step: adds dQ of both warp groups to global memory, or loads the sum that the step closes."""
+    """Serves one step of DQ_STAGES: adds its dQ to global memory, or loads the sum that the step closes."""
     tile = args.tile
     HEADS: gl.constexpr = args.HEADS
     dq_desc, dq_smem = args.dq_desc, args.dq_smem
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
+    DQ_STAGES: gl.constexpr = args.DQ_STAGES
+    PARTS: gl.constexpr = 1 if args.DQ_GROUP else WARP_GROUPS  # of a tile of dQ
     DQ_ROWS: gl.constexpr = dq_smem.shape[1]
     i_n, n_open = tile.i_n, tile.n_open
     n_steps = (tile.end - tile.first) * HEADS
     seen = n_steps * 0 - 1
     if n_open > WARP:
-        for group in gl.static_range(WARP_GROUPS):
-            mbarrier.arrive(args.dq_ready.index(group * DQ_STAGES + WARP))
+        for part in gl.static_range(PARTS):
+            mbarrier.arrive(args.dq_ready.index(part * DQ_STAGES + WARP))
     for step in range(WARP, n_steps, DQ_STAGES):
         i_tile = _dq_tile(tile, step, HEADS)
         if step < n_open:
             if seen != i_n:
                 acquire(args.semaphores + i_tile, i_n)
-            for group in gl.static_range(WARP_GROUPS):
-                i = group * DQ_STAGES + WARP
+            for part in gl.static_range(PARTS):
+                i = part * DQ_STAGES + WARP
                 mbarrier.wait(args.dq_full.index(i), step // DQ_STAGES & 1)
                 if i_n == 0:
-                    tma.async_store(dq_desc, [(i_tile * WARP_GROUPS + group) * DQ_ROWS, 0], dq_smem.index(i))
+                    tma.async_store(dq_desc, [(i_tile * PARTS + part) * DQ_ROWS, 0], dq_smem.index(i))
                 else:
-                    tma.async_atomic_add(dq_desc, [(i_tile * WARP_GROUPS + group) * DQ_ROWS, 0], dq_smem.index(i))
+                    tma.async_atomic_add(dq_desc, [(i_tile * PARTS + part) * DQ_ROWS, 0], dq_smem.index(i))
             tma.store_wait(0)
             if step + DQ_STAGES < n_open:
-                for group in gl.static_range(WARP_GROUPS):
-                    mbarrier.arrive(args.dq_ready.index(group * DQ_STAGES + WARP))
+                for part in gl.static_range(PARTS):
+                    mbarrier.arrive(args.dq_ready.index(part * DQ_STAGES + WARP))
             next_tile = _dq_tile(tile, gl.minimum(step + DQ_STAGES, n_steps - 1), HEADS)
             seen = release(args.semaphores + i_tile, args.semaphores + next_tile)
         else:
             if i_n > 0:
                 acquire(args.semaphores + i_tile, i_n)
-            for group in gl.static_range(WARP_GROUPS):
-                i = group * DQ_STAGES + WARP
+            for part in gl.static_range(PARTS):
+                i = part * DQ_STAGES + WARP
                 if step - DQ_STAGES >= n_open:
                     mbarrier.wait(args.dq_full.index(i), (step - DQ_STAGES) // DQ_STAGES & 1)
                 if i_n == 0:
@@ -88,4 +89,4 @@ def reduce(args, WARP: gl.constexpr):
                 else:
                     ready = args.dq_ready.index(i)
                     mbarrier.expect(ready, dq_desc.block_type.nbytes)
-                    tma.async_load(dq_desc, [(i_tile * WARP_GROUPS + group) * DQ_ROWS, 0], ready, dq_smem.index(i))
+                    tma.async_load(dq_desc, [(i_tile * PARTS + part) * DQ_ROWS, 0], ready, dq_smem.index(i))
