@@ -94,7 +94,7 @@ ON_HOPPER = [WIDE_SEGMENTS, replace(WIDE_SEGMENTS, block_k=32, stages=6), NARROW
     [
         *((segments, BF16, config) for config in ON_HOPPER for segments in (2, 8)),
         *((segments, BF16, WIDE_SEGMENTS) for segments in (1, 4, 16)),
-        *((segments, BF16, NARROW_SEGMENTS) for segments in (4, 32)),  # one in registers, two in memory
+        *((segments, BF16, NARROW_SEGMENTS) for segments in (4, 16)),  # two in registers; one in memory besides
         (4, FP16, WIDE_SEGMENTS),
     ],
 )

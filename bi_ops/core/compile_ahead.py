@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,9 +22,6 @@ import triton
 from bi_ops.core import replay, runtime
 from bi_ops.core.files import cache_folder, write_json
 
-#: Seconds after which a thread that waits for the GIL gets it. The one that traces releases it in every call of torch's
-#: and would wait 5 ms each time for a kernel's front end, which is Python too.
-SWITCH = 0.0005
 #: Called with (kernels compiled, kernels asked for so far).
 Progress = Callable[[int, int], None]
 
@@ -102,14 +98,11 @@ def compile_only(jobs: int | None = None, progress: Progress = lambda done, tota
             found.done += 1
             progress(found.done, len(found.kernels))
 
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(min(interval, SWITCH))
         JITFunction.run, Autotuner.run = compile_and_return, tune_later
         try:
             yield found
         finally:
             JITFunction.run, Autotuner.run = run, tune
-            sys.setswitchinterval(interval)
             for future in list(mode.future_kernels.values()):
                 future.result()
 

@@ -77,11 +77,11 @@ def compile_step(model: CausalLM, jobs: int | None = None, progress: Progress = 
     with compile_ahead.compile_only(jobs or default_jobs(), report) as found, model.one_layer_of_each_kind():
         try:
             # What takes longest to compile goes first: the rest is traced meanwhile.
-            _trace_attention(model, batch_of(SEQUENCES[0]))
+            for batch in map(batch_of, SEQUENCES):
+                _trace_attention(model, batch)
             _trace_optimizer(model.device)
             for batch in map(batch_of, SEQUENCES):
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    _trace_attention(model, batch)
                     model.recompute = recompute
                     model.allocate_main_grads()
                     for _ in range(2):  # a first sum begins from zero, a second one goes on from memory
