@@ -265,9 +265,10 @@ def segments_launches() -> Iterator[Launch]:
         return name, lambda: hopper_segments.launch(x, weight, out, order, [2048 // segments], c, 132)
 
     for segments, transposed in itertools.product((2, 4, 8), (True, False)):
-        yield launch(config.WIDE_SEGMENTS, segments, transposed)
         yield launch(config.NARROW_SEGMENTS, segments, transposed)
-        yield launch(config.WIDE_SEGMENTS, segments, transposed, out_dtype=torch.float32)
+    for transposed, out in itertools.product((True, False), (BF16, torch.float32)):
+        yield launch(config.WIDE_SEGMENTS, 2, transposed, out_dtype=out)
+    yield launch(config.NARROW_SEGMENTS, 8, True, out_dtype=torch.float32)
     yield launch(config.WIDE_SEGMENTS, 2, True, FP16)
 
 

@@ -71,8 +71,8 @@ def products(model: str) -> Iterator[Product]:
 TRIED: dict[int, tuple[HopperSegmentsConfig, ...]] = {
     1: (WIDE_SEGMENTS, NARROW_SEGMENTS),
     2: (WIDE_SEGMENTS, replace(WIDE_SEGMENTS, block_k=32, stages=6), NARROW_SEGMENTS),
-    4: (WIDE_SEGMENTS, NARROW_SEGMENTS),
-    8: (WIDE_SEGMENTS, NARROW_SEGMENTS),
+    4: (NARROW_SEGMENTS,),
+    8: (NARROW_SEGMENTS,),
 }
 
 
@@ -129,7 +129,8 @@ def main() -> int:
     arch, num_sms = arches.of(device), runtime.multiprocessors(device)
     every = [(model, product) for model in args.models for product in products(model)]
     chosen = {(n, s): configs(n, s, arch) for n in {p.n for _, p in every} for s in args.segments}
-    unrounded, most = (WIDE_SEGMENTS, NARROW_SEGMENTS), max(args.segments)
+    most = max(args.segments)
+    unrounded = TRIED[most]
     with compile_only(16):
         for _, product in every:
             x, weight = operands(product)

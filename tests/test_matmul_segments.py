@@ -11,7 +11,7 @@ from bi_ops import matmul
 from bi_ops.core import arch as arches
 from bi_ops.core.pairwise import pairwise_
 from bi_ops.matmul import reference
-from bi_ops.matmul.config import NARROW_SEGMENTS, WIDE_SEGMENTS, segments_config
+from bi_ops.matmul.config import NARROW_SEGMENTS, WIDE_SEGMENTS, hopper_segments_config, segments_config
 from bi_ops.matmul.launch import launch_triton
 
 subtree = matmul.subtree
@@ -86,16 +86,17 @@ def test_halves_that_wait_in_memory_have_their_bits(segments, device):
 
 #: Steps of 32 elements of K have other swizzles.
 ON_HOPPER = [WIDE_SEGMENTS, replace(WIDE_SEGMENTS, block_k=32, stages=6), NARROW_SEGMENTS]
+ON_HOPPER += [replace(NARROW_SEGMENTS, block_k=32, stages=6)]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("segments", "dtype", "config"),
     [
-        *((segments, BF16, config) for config in ON_HOPPER for segments in (2, 8)),
-        *((segments, BF16, WIDE_SEGMENTS) for segments in (1, 4, 16)),
-        *((segments, BF16, NARROW_SEGMENTS) for segments in (4, 16)),  # two in registers; one in memory besides
-        (4, FP16, WIDE_SEGMENTS),
+        *((segments, BF16, config) for config in ON_HOPPER for segments in (1, 2)),
+        *((segments, BF16, config) for config in ON_HOPPER[2:] for segments in (4, 8)),
+        (2, FP16, WIDE_SEGMENTS),
+        (8, FP16, NARROW_SEGMENTS),
     ],
 )
 def test_hoppers_kernel_has_the_bits_of_tritons(segments, dtype, config):
@@ -117,13 +118,21 @@ def test_hoppers_kernel_has_the_bits_of_tritons(segments, dtype, config):
 
 @pytest.mark.gpu
 def test_hoppers_kernel_is_chosen_for_many_rows():
-    """And Triton's where a segment's piece is no multiple of a step: both in one product's bits."""
+    """And Triton's where a segment's piece is no multiple of a step, or of 16 segments: both in one product's bits."""
     x, weight = operands(1000, 256, 8 * 96, "cuda")
     whole = subtree(x, weight, 8, dtype=BF16)
     assert torch.equal(subtree(x[:100], weight, 8, dtype=BF16), whole[:100])
-    x, weight = operands(1000, 256, 8 * 64, "cuda")
-    whole = subtree(x, weight, 8, dtype=BF16)
-    assert torch.equal(subtree(x[:100], weight, 8, dtype=BF16), whole[:100])
+    for segments in (8, 16):
+        x, weight = operands(1000, 256, segments * 64, "cuda")
+        whole = subtree(x, weight, segments, dtype=BF16)
+        assert torch.equal(subtree(x[:100], weight, segments, dtype=BF16), whole[:100])
+
+
+def test_more_segments_than_have_room_are_left_to_triton():
+    """`hopper_serves` asks the same of a tile."""
+    for segments in (1, 2, 4, 8, 16, 64):
+        config = hopper_segments_config(8192, 2048, segments, 132)
+        assert (segments <= config.most_segments) == (segments <= 8)
 
 
 def test_one_segment_is_an_ordinary_gemm(device):

@@ -86,6 +86,11 @@ class HopperSegmentsConfig:
         """Of 64 rows at a time, rounded to `dtype`: as many as fit in the 32 KiB where sums wait."""
         return min(512 // dtype.itemsize, self.block_n)
 
+    @property
+    def most_segments(self) -> int:
+        """Of so many what waits has room beside a tile's sums, in registers and shared memory."""
+        return 2 if self.block_n > 128 else 8
+
 
 #: The tiles that are chosen from.
 WIDE_SEGMENTS = HopperSegmentsConfig(256, 64, 3, 16)
@@ -95,8 +100,8 @@ NARROW_SEGMENTS = HopperSegmentsConfig(128, 64, 5, 8)
 @functools.lru_cache(maxsize=4096)  # asked in every launch
 def hopper_segments_config(m: int, n: int, segments: int, num_sms: int) -> HopperSegmentsConfig:
     """The tile of an [m, n] result whose K has segments: the narrow one of many, or where wide ones leave SMs idle."""
-    if segments >= 8:
-        return NARROW_SEGMENTS  # of eight all sums have room in registers and shared memory
+    if segments > WIDE_SEGMENTS.most_segments:
+        return NARROW_SEGMENTS
     wide, narrow = (-(-m // 128) * -(-n // c.block_n) for c in (WIDE_SEGMENTS, NARROW_SEGMENTS))
     return WIDE_SEGMENTS if -(-wide // num_sms) <= 0.55 * -(-narrow // num_sms) else NARROW_SEGMENTS
 

@@ -1,10 +1,8 @@
 """GEMMs with K in segments on Hopper, in Gluon: C[M, N] = A[M, K] @ B[K, N], segments added pairwise, rounded once.
 
-CTAs are persistent: each takes every num_programs-th tile of 128 rows. Sums of segments are added as a counter carries,
-and of each level of the tree one left half waits. A tile of 128 columns has room for two in registers and for a third
-in shared memory; of one of 256 half the columns of the first level wait in registers, half in shared memory. What waits
-of other levels is in global memory: a thread loads what it has stored, so no barrier is needed, and few CTAs use so
-little of it that it stays in L2.
+CTAs are persistent: each takes every num_programs-th tile of 128 rows. Of each level of the tree one left half waits.
+A tile of 128 columns has room for two in registers and for a third in shared memory, so for eight segments; of one of
+256, for two segments, half the columns wait in registers, half in shared memory.
 
     producer  1 warp       has TMA copy tiles of A and B, step by step, into stages of shared memory
     consumers 2 x 4 warps  64 rows each of a tile. While one adds and stores its sums the other one has the tensor cores
@@ -23,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bi_ops.core.integers import cdiv
-from bi_ops.core.launches import empty, recorded
+from bi_ops.core.launches import recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.accumulator import join_columns, split_columns
@@ -38,8 +36,6 @@ HALF = gl.constexpr(64)
 HELD = gl.constexpr(128)
 #: A vector in shared memory.
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-#: Columns that a thread has under way from memory at a time.
-CHUNK = gl.constexpr(128)
 
 
 @aggregate
@@ -49,7 +45,6 @@ class PartitionArgs:
     a_desc: tma.tensor_descriptor
     b_desc: tma.tensor_descriptor
     c_desc: tma.tensor_descriptor
-    p_parked: gl.tensor
     a_smem: gl.shared_memory_descriptor
     b_smem: gl.shared_memory_descriptor
     c_smem_0: gl.shared_memory_descriptor  # for each warp group: sums that leave, or HELD columns that wait
@@ -155,36 +150,14 @@ def _columns(flat, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _park(part, p_at):
-    """Store a warp group's sums where `_add_parked` finds them."""
-    flat = _flat(part)
-    gl.store(p_at + gl.arange(0, flat.shape[0], flat.type.layout), flat)
-
-
-@gluon.jit
-def _add_parked(part, p_at):
-    """What waits at `p_at` + part."""
-    C: gl.constexpr = part.shape[1]
-    LAYOUT: gl.constexpr = part.type.layout
-    if C > CHUNK:  # fewer loads at a time: registers
-        left, right = split_columns(part, C)
-        left = _add_parked(left, p_at)
-        right = _add_parked(right, p_at + HALF * C // 2)
-        return join_columns(left, right, C, LAYOUT)
-    else:
-        flat = _flat(part)
-        return _columns(gl.load(p_at + gl.arange(0, HALF * C, flat.type.layout)) + flat, LAYOUT)
-
-
-@gluon.jit
-def _park_shared(part, smem):
-    """`_park` in shared memory."""
+def _put_aside(part, smem):
+    """Store a warp group's sums where `_add_waiting` finds them."""
     tma.store_wait(0)  # the sums of the tile before have left it
     tma.reinterpret(smem, [HALF * part.shape[1]], gl.float32, VECTOR).store(_flat(part))
 
 
 @gluon.jit
-def _add_shared(part, smem):
+def _add_waiting(part, smem):
     """What waits in shared memory + part."""
     flat = _flat(part)
     FLAT: gl.constexpr = flat.type.layout
@@ -208,35 +181,23 @@ def _store(args, part, m, n, c_smem):
 
 
 @gluon.jit
-def _add_left(total, held, held_pair, c_smem, p_left, segment, SEGMENTS: gl.constexpr):
-    """(sum of the largest subtree that ends with a segment, where in memory it waits if it is itself a left half)
-
-    As a counter carries: level by level what waits is added.
-    """
+def _add_left(total, held, held_pair, c_smem, segment, SEGMENTS: gl.constexpr):
+    """The sum of the largest subtree that ends with a segment: level by level what waits is added to the segment's."""
     BLOCK_N: gl.constexpr = total.shape[1]
     LAYOUT: gl.constexpr = total.type.layout
     if segment % 2 == 1:
-        carry = segment // 2
         if BLOCK_N > HELD:
             left, right = split_columns(total, BLOCK_N)
             left = held + left
-            right = _add_shared(right, c_smem)
+            right = _add_waiting(right, c_smem)
             total = join_columns(left, right, BLOCK_N, LAYOUT)
         else:
             total = held + total
-            if SEGMENTS > 2 and carry % 2 == 1:
+            if SEGMENTS > 2 and segment % 4 == 3:
                 total = held_pair + total
-                carry = carry // 2
-                if carry % 2 == 1:
-                    total = _add_shared(total, c_smem)
-                    carry = carry // 2
-        IN_MEMORY: gl.constexpr = SEGMENTS // (2 if BLOCK_N > HELD else 8)
-        if IN_MEMORY > 1:
-            while carry % 2 == 1:
-                total = _add_parked(total, p_left)
-                p_left += gl.num_programs(0) * 2 * HALF * BLOCK_N
-                carry = carry // 2
-    return total, p_left
+                if SEGMENTS > 4 and segment == 7:
+                    total = _add_waiting(total, c_smem)
+    return total
 
 
 @gluon.jit
@@ -246,7 +207,6 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SPLIT: gl.constexpr = BLOCK_N > HELD
     c_smem = args.c_smem_0 if WARP_GROUP == 0 else args.c_smem_1
-    p_parked = args.p_parked + (gl.program_id(0) * 2 + WARP_GROUP) * HALF * BLOCK_N
     segments = args.SEGMENTS if SPLIT else args.segments  # ptxas spills 200 bytes if it knows that they are four
     stage = args.M * 0
     phase = args.M * 0
@@ -264,19 +224,14 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         else:
             for segment in range(0, segments):
                 total, stage, phase = _segment(args, stage, phase, LAYOUT, WARP_GROUP)
-                total, p_left = _add_left(total, held, held_pair, c_smem, p_parked, segment, args.SEGMENTS)
+                total = _add_left(total, held, held_pair, c_smem, segment, args.SEGMENTS)
                 if segment == segments - 1:
                     _store(args, total, m, n, c_smem)
                 elif SPLIT:
-                    if segment % 2 == 1:
-                        _park(total, p_left)
-                    else:
-                        _, right = split_columns(total, BLOCK_N)
-                        _park_shared(right, c_smem)
-                elif segment % 8 == 3:
-                    _park_shared(total, c_smem)
-                elif segment % 8 == 7:
-                    _park(total, p_left)
+                    _, right = split_columns(total, BLOCK_N)
+                    _put_aside(right, c_smem)
+                elif args.SEGMENTS > 4 and segment == 3:
+                    _put_aside(total, c_smem)
                 held = total  # after every segment: registers that are written either way hold nothing before
                 if SPLIT:
                     held, _ = split_columns(total, BLOCK_N)
@@ -290,13 +245,12 @@ def matmul_segments_hopper_kernel(
     d_a,  # descriptor of A [M, K] with tiles [64, BLOCK_K]
     d_b,  # of B [K, N] with tiles [BLOCK_K, BLOCK_N]; TRANSPOSED: of [N, K] with tiles [BLOCK_N, BLOCK_K]
     d_c,  # of C [M, N] with tiles [64, columns that leave at a time]
-    p_parked,  # [levels whose left halves wait there, programs, 2, BLOCK_N * 64], fp32
     M,
     N,
     K_0,  # elements of each part of K that a segment has, multiples of BLOCK_K
     K_1,
     K_2,
-    segments,  # a power of two
+    segments,  # a power of two: up to two if BLOCK_N is 256, to eight if it is 128
     SEGMENTS: gl.constexpr,  # the same
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -318,7 +272,7 @@ def matmul_segments_hopper_kernel(
     init_barriers(full, 1)
     init_barriers(empty, 2)
     args = PartitionArgs(
-        *(d_a, d_b, d_c, p_parked, a_smem, b_smem, c_smem_0, c_smem_1, full, empty),
+        *(d_a, d_b, d_c, a_smem, b_smem, c_smem_0, c_smem_1, full, empty),
         *(M, N, K_0, K_1, K_2, segments, SEGMENTS, GROUP_M, TRANSPOSED),
     )
     gl.warp_specialize(
@@ -339,17 +293,16 @@ def launch(
 ) -> None:
     """out[M, N] = x[M, K] @ weight[N, K].T; sizes: what a segment has of each part; see `segments.hopper_serves`."""
     (m, k), n = x.shape, weight.shape[0]
+    assert order.segments <= c.most_segments
     assert all(size % c.block_k == 0 for size in sizes)  # else a step would be of two segments
     transposed = weight.stride(1) == 1
     programs = min(cdiv(m, 2 * HALF.value) * cdiv(n, c.block_n), num_sms)
-    levels = max(order.segments // (2 if c.block_n > HELD.value else 8), 1).bit_length() - 1
     stored = weight if transposed else weight.t()
     b_tile = (c.block_n, c.block_k) if transposed else (c.block_k, c.block_n)
     recorded(matmul_segments_hopper_kernel)[(programs,)](
         tma.descriptor(x, (m, k), x.stride(0), (HALF.value, c.block_k)),
         tma.descriptor(stored, (stored.shape[0], stored.shape[1]), stored.stride(0), b_tile),
         tma.descriptor(out, (m, n), n, (HALF.value, c.columns_leaving(out.dtype))),
-        empty(out, max(levels * programs * 2 * HALF.value * c.block_n, 4), torch.float32),
         m,
         n,
         *sizes,

@@ -113,7 +113,7 @@ def subtree_of(
     sizes = [part // segments for part in parts]
     if config is None and m > FEW_ROWS and arch.gluon:
         tile = hopper_segments_config(m, n, segments, runtime.multiprocessors(x.device))
-        config = tile if hopper_serves(x, weight, out, sizes, tile) else None
+        config = tile if hopper_serves(x, weight, out, segments, sizes, tile) else None
     if isinstance(config, HopperSegmentsConfig):
         from bi_ops.matmul import hopper_segments
 
@@ -153,10 +153,15 @@ def subtree_of(
 
 
 def hopper_serves(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, sizes: list[int], config: HopperSegmentsConfig
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    segments: int,
+    sizes: list[int],
+    config: HopperSegmentsConfig,
 ) -> bool:
     """Can `hopper_segments.launch` compute this? sizes: the elements of each part of K that a segment has."""
-    if x.dtype not in TENSOR_CORE_DTYPES or not arches.of(x.device).gluon:
+    if segments > config.most_segments or x.dtype not in TENSOR_CORE_DTYPES or not arches.of(x.device).gluon:
         return False
     if max(*x.shape, weight.shape[0]) >= SMALL:  # TMA has coordinates in 32 bits
         return False
