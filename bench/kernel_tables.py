@@ -103,9 +103,14 @@ def attention(results: Path) -> str:
     )
 
 
-def flash_attention_4(results: Path) -> str:
+def flash_attention_4_h200(results: Path) -> str:
+    """`flash_attention_4` on an H200."""
+    return flash_attention_4(results, "h200/flash_attention_4.csv")
+
+
+def flash_attention_4(results: Path, file: str = "h100/flash_attention_4.csv") -> str:
     """Attention against FlashAttention 4: one row per case, its head sizes side by side."""
-    rows = load_csv(results, "h100/flash_attention_4.csv")
+    rows = load_csv(results, file)
     if not rows:
         return "Not measured yet.\n"
     sizes = sorted({r["head_dim"] for r in rows}, key=int)
@@ -139,7 +144,7 @@ def flash_attention_4(results: Path) -> str:
             table(head, out),
             f"head_dim {' and '.join(sizes)}, causal, four query heads to a key head. " + HEAD_SIZES + "\n",
             head_sizes(rows, comparisons),
-            csv_provenance(rows, "h100/flash_attention_4.csv"),
+            csv_provenance(rows, file),
         )
     )
 

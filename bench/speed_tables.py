@@ -160,6 +160,16 @@ def step_speed(results: Path, side: str) -> dict[str, float]:
     return {m: t / ms[m, "bi_ops"] for (m, s), t in ms.items() if s == side and (m, "bi_ops") in ms}
 
 
+#: Layers of the models that are timed.
+LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "30B-A3B": 48}
+
+
+def _of_layers(row: dict[str, str]) -> str:
+    """The model; how many layers of it, if not all."""
+    layers = int(row.get("layers") or LAYERS[row["model"]])
+    return row["model"] if layers == LAYERS[row["model"]] else f"{row['model']}, {layers} layers"
+
+
 def step(results: Path, file: str = "h100/step.csv") -> str:
     """A training step beside plain PyTorch's."""
     rows = load_csv(results, file)
@@ -174,9 +184,12 @@ def step(results: Path, file: str = "h100/step.csv") -> str:
     if any(r.get("clip_ms") for r in rows):
         parts += ["clip", "optimizer"]
         titles += ["clip, ms", "AdamW, ms"]
+    if any(r.get("update_ms") for r in rows):
+        parts.append("update")
+        titles.append("both behind a step, ms")
     out = [
         (
-            r["model"],
+            _of_layers(r),
             f"{int(r['tokens']):,}",
             STEP_SIDES[r["side"]],
             *(ms(r, part) for part in parts),
@@ -194,6 +207,11 @@ def step(results: Path, file: str = "h100/step.csv") -> str:
 def step_h200(results: Path) -> str:
     """`step` on an H200."""
     return step(results, "h200/step.csv")
+
+
+def moe_step(results: Path) -> str:
+    """`step` of some layers of a mixture of experts, on an H200."""
+    return step(results, "h200/moe_step.csv")
 
 
 def start(results: Path) -> str:

@@ -15,12 +15,24 @@ from kernel_tables import (
     attention_ratios,
     decode_layer,
     flash_attention_4,
+    flash_attention_4_h200,
     gemm,
     host,
 )
 from layout_tables import layout_costs, layouts, peer, speed_of_layouts
 from limit_tables import limits, operators
-from speed_tables import beside_stock, experts, rl_seconds, rl_step, rollout, start, step, step_h200, step_speed
+from speed_tables import (
+    beside_stock,
+    experts,
+    moe_step,
+    rl_seconds,
+    rl_step,
+    rollout,
+    start,
+    step,
+    step_h200,
+    step_speed,
+)
 from table_parts import geometric_mean, load_csv, ratios, table
 
 
@@ -88,9 +100,11 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "host": host,
     "attention": attention,
     "flash_attention_4": flash_attention_4,
+    "flash_attention_4_h200": flash_attention_4_h200,
     "bits": bits,
     "step": step,
     "step_h200": step_h200,
+    "moe_step": moe_step,
     "start": start,
     "limits": limits,
     "operators": operators,

@@ -424,6 +424,7 @@ ONE_DOOR_FUNCTIONS = {
     "matmul.linear_backward": "what linear's backward calls",
     "matmul.subtree_of": "what subtree calls",
     "matmul.subtree": "without a gradient; one GEMM a segment, in test_matmul_segments",
+    "activation.silu_and_mul_backward": "a backward and a result; compared with other doors' in test_nn_gated.py",
     "attention.paged_attention": "decoding: no gradient; compared with flash_attention in test_attention_paged.py",
     "attention.write_cache": "a copy, in test_attention_cache.py",
     "attention.check_cu_seqlens": "a check",

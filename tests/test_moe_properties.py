@@ -159,8 +159,9 @@ def test_pairs_are_sorted_by_expert_and_padded(tokens, most, device, monkeypatch
     check_dispatch(distinct(tokens, device, 11, 3), 11, (0, tokens))
 
 
-def test_a_program_reads_more_pairs_than_at_once(device):
-    """5000 pairs, of which few have an expert, and none may be read twice."""
+def test_a_program_reads_more_pairs_than_at_once(device, monkeypatch):
+    """10,000 pairs, of which half have an expert at most, and none may be read twice."""
+    monkeypatch.setattr(launch, "FEW_PAIRS", 10_000)
     experts = distinct(5000, device, 9, 2)
     experts[:, 1] = torch.where(experts[:, 1] > 2, 9, experts[:, 1])
     check_dispatch(experts, 9, (0, 5000))
@@ -180,6 +181,13 @@ def test_a_pair_without_an_expert_has_no_row_and_adds_nothing(device):
     out = moe.combine(moe.gather(x, dispatched), dispatched)
     assert out[20].eq(0).all()
     assert bits_equal(out[3], (x[3].float() + x[3].float()).to(BF16))
+
+
+@pytest.mark.parametrize("n_rows", [100, 8195])  # copied one by one on a GPU, and two at a time
+def test_a_row_is_its_tokens_or_zeros(n_rows, device):
+    x, rows = randn(50, 2048, device=device), torch.randint(-1, 100, (n_rows,), device=device, dtype=torch.int32)
+    expected = torch.where((rows >= 0)[:, None], x[rows.clamp_min(0).long() // 2], 0)
+    assert bits_equal(launch.launch_gather(x, rows, 2), expected)
 
 
 def test_slots_are_added_in_order_from_zero_and_rounded_once(device):

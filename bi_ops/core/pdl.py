@@ -32,7 +32,7 @@ from bi_ops.core.arch import Arch
 from bi_ops.core.runtime import INTERPRET
 
 __all__ = [
-    *("begin", "begin_after_loads", "begin_in_turn", "launch_dependents", "launch_options", "prefetch"),
+    *("begin", "begin_after_loads", "begin_in_order", "launch_dependents", "launch_options", "prefetch"),
     "wait_for_predecessors",
 ]
 
@@ -50,7 +50,7 @@ def begin(prefetch, PDL: tl.constexpr):
 
 
 @triton.jit
-def begin_in_turn(PDL: tl.constexpr):
+def begin_in_order(PDL: tl.constexpr):
     """First of all in a Triton kernel, after which one may read ahead what is older than this kernel (rule 4)."""
     if PDL:
         wait_for_predecessors()

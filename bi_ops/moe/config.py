@@ -41,7 +41,7 @@ def grouped_config(rows: int, experts: int, n: int, dtype: torch.dtype, arch: Ar
 
 #: Rows of an average expert, padding counted in, from which on tiles have 128 rows; and from which on tile rows that
 #: share a weight go together.
-WIDE_ROWS, MANY_ROWS = 48, 512
+WIDE_ROWS, MANY_ROWS = 48, 1024
 
 
 class HopperConfig(NamedTuple):
@@ -111,6 +111,11 @@ def row_config(n_rows: int, n_cols: int, elements: int = 2048) -> RowConfig:
     return RowConfig(max(min(next_power_of_2(n_rows), elements // cols), 1), cols)
 
 
+def gather_config(n_rows: int, n_cols: int) -> RowConfig:
+    """Of the copy of tokens' rows: many are copied two at a time, of 2,048 columns."""
+    return row_config(n_rows, n_cols, elements=4096 if n_rows >= 8192 else 2048)
+
+
 @functools.lru_cache(maxsize=4096)
 def router_config(num_tokens: int, block_e: int) -> RowConfig:
     """Tokens of a program of the router, which holds all experts."""
@@ -122,4 +127,4 @@ def router_config(num_tokens: int, block_e: int) -> RowConfig:
 CHUNK_TOKENS = 16
 
 #: Pairs up to which a unit is dispatched by a program for each expert, which reads all of them.
-FEW_PAIRS = 16384
+FEW_PAIRS = 8192

@@ -16,6 +16,7 @@ from bi_ops.moe.config import (
     FEW_PAIRS,
     GroupedConfig,
     HopperConfig,
+    gather_config,
     grouped_config,
     hopper_config,
     hopper_wgrad_config,
@@ -160,7 +161,7 @@ def launch_gather(x: torch.Tensor, rows: torch.Tensor, top_k: int, y: torch.Tens
     if y.numel() == 0:
         return y
     x = x if x.stride(1) == 1 else x.contiguous()
-    c = row_config(*y.shape)
+    c = gather_config(*y.shape)
     grid = (cdiv(y.shape[0], c.rows), cdiv(y.shape[1], c.cols))
     recorded(gather_rows_kernel)[grid](
         *(x, rows, y, *y.shape, x.stride(0), top_k, c.rows, c.cols),

@@ -396,6 +396,7 @@ NOT_SUBJECTS = {
     "matmul.linear_backward": "what linear's backward calls",
     "matmul.subtree_of": "what subtree calls",
     "matmul.subtree": "no gradient; its bits are those of one GEMM a segment in tests/test_matmul_segments.py",
+    "activation.silu_and_mul_backward": "silu_and_mul's backward, and its result; compared in tests/test_nn_gated.py",
     "attention.paged_attention": "the other door of flash_attention: decode and paged",
     "attention.write_cache": "a copy",
     "attention.check_cu_seqlens": "a check",

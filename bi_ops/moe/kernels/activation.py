@@ -19,7 +19,7 @@ def expert_activation_kernel(
     COLS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    pdl.begin_in_turn(PDL)
+    pdl.begin_in_order(PDL)
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
     m = (o_r < R) & (o_c < D)

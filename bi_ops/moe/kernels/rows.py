@@ -178,7 +178,7 @@ def gather_rows_kernel(
     PDL: tl.constexpr,
 ):
     """y[r] = x[token of row r]; zeros for a row without a pair."""
-    pdl.begin_in_turn(PDL)
+    pdl.begin_in_order(PDL)
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_n = tl.program_id(1) * COLS + tl.arange(0, COLS)
     pairs = tl.load(p_rows + o_r, mask=o_r < R, other=-1)
