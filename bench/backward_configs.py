@@ -2,10 +2,10 @@
 
     python bench/backward_configs.py --out bench/results/h200 [--head-dims 64 128] [--seqlens 4096 ...] [--seconds 70]
 
-Configs are compiled in parallel first, for equal and packed sequences. All of a case are timed in turns in this
+Kernels are compiled in parallel first, for equal and packed sequences. All of a case are timed in turns in this
 process, the kernel and what prepares it, beside FlashAttention 4's default backward where it is installed; before,
-each must give the gradients of the config in use, RERUNS times. After the kernel's variants, the swizzles and tails of
-the fastest one. Cases and counting are those of bench/attention.py. `--dry` runs the lines of this without a GPU.
+each must give the gradients of the config in use, RERUNS times. Cases and counting are those of bench/attention.py.
+`--dry` runs the lines of this without a GPU.
 """
 
 from __future__ import annotations
@@ -44,14 +44,10 @@ SWIZZLES, TAILS = (4, 5, 6, 8, 16), (1 << 24, 1 << 25, 1 << 26)
 RERUNS = 10
 
 
-def variants(one: BackwardConfig, case: Case) -> list[BackwardConfig]:
-    """The kernel of the config in use, which comes first, and others."""
-    if case.head_dim == 128:  # registers and shared memory are full
-        return [one]
-    two = replace(one, dq_group=True, stages=4, kv_registers=True, s_first=False)
-    three = replace(two, dq_stages=3)
-    unheld = replace(three, kv_registers=False)
-    return list(dict.fromkeys([one, three, two, unheld, replace(unheld, s_first=True)]))
+def others(one: BackwardConfig) -> list[BackwardConfig]:
+    """Swizzles and tails beside those of the config in use."""
+    placed = [replace(one, swizzle=s) for s in SWIZZLES] + [replace(one, tail_bytes=n) for n in TAILS]
+    return [c for c in dict.fromkeys(placed) if c != one]
 
 
 def in_use(case: Case, num_sms: int) -> BackwardConfig:
@@ -90,8 +86,7 @@ def compile_all(head_dims: list[int], num_sms: int) -> float:
     with compile_only(16):
         for d, lengths in itertools.product(head_dims, ((256, 256), (256, 130))):
             bench = Bench(Case("bwd", lengths, d, WIDTH // d, WIDTH // d // GROUP))
-            for chosen in variants(in_use(bench.case, num_sms), bench.case):
-                bench.run(chosen)
+            bench.run(in_use(bench.case, num_sms))
     return time.perf_counter() - start
 
 
@@ -145,38 +140,30 @@ def main() -> int:
         case = Case("bwd", of_one, d, WIDTH // d, WIDTH // d // GROUP)
         bench, one = Bench(case), in_use(case, num_sms)
         expected = bench.run(one)
-        kernels = variants(one, case)
+        chosen = [one, *others(one)]
         # Bits first: a config that hangs is the last one that was named.
         same = {}
-        for c in kernels:
+        for c in chosen:
             print(f"{case}: {text(c)}", end="", flush=True)
             same[c] = all(equal(bench.run(c), expected) for _ in range(RERUNS))
             print("" if same[c] else " OTHER BITS", flush=True)
-        times = in_turns({text(c): partial(bench.run, c) for c in kernels})
-        best = min(kernels, key=lambda c: times[text(c)])
-        placed = [replace(best, swizzle=s, tail_bytes=t) for s in SWIZZLES for t in (best.tail_bytes,)]
-        placed += [replace(best, tail_bytes=t) for t in TAILS]
-        placed = [one, best, *dict.fromkeys(c for c in placed if c not in (one, best))]
-        later = in_turns({text(c): partial(bench.run, c) for c in dict.fromkeys(placed)})
-        # Of what was timed twice, in which the config in use is among the others both times, the ratio to that.
-        ratios = {c: times[text(one)] / times[text(c)] for c in kernels}
-        ratios |= {c: later[text(one)] / later[text(c)] for c in placed if c not in ratios}
+        times = in_turns({text(c): partial(bench.run, c) for c in chosen})
         other = rival(case, bench)
-        for c, ratio in ratios.items():
-            same[c] = same.get(c, True) and equal(bench.run(c), expected)
+        for c in chosen:
+            same[c] = same[c] and equal(bench.run(c), expected)
             failed += not same[c]
-            time_s = times.get(text(c), later.get(text(c)))
-            assert time_s is not None
+            time_s = times[text(c)]
             rows.append(
                 {"seqlen": max(of_one), "batch": len(of_one), "packed": case.packed, "head_dim": d}
                 | {"config": text(c), "in_use": c == one, "tflops": round(case.flops / time_s / 1e12, 1)}
-                | {"over_in_use": round(ratio, 4), "fa4_tflops": other and round(case.flops / other / 1e12, 1)}
+                | {"over_in_use": round(times[text(one)] / time_s, 4)}
+                | {"fa4_tflops": other and round(case.flops / other / 1e12, 1)}
                 | {"same_bits": same[c]}
                 | about
             )
-        mine = rows[-len(ratios) :]
+        mine = rows[-len(chosen) :]
         print(f"{case}: in use {mine[0]['tflops']} TFLOP/s, FlashAttention 4 {mine[0]['fa4_tflops']}")
-        for row in sorted(mine, key=lambda r: str(r["over_in_use"]), reverse=True)[:4] + mine[1 : len(kernels)]:
+        for row in sorted(mine, key=lambda r: str(r["over_in_use"]), reverse=True)[:4]:
             wrong = "" if row["same_bits"] else "OTHER BITS "
             print(f"    {row['over_in_use']:.4f} {row['tflops']:6} {wrong}{row['config']}", flush=True)
         write_csv(args.out / "backward_exploration.csv", rows)

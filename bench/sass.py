@@ -171,24 +171,18 @@ def backward_launches() -> Iterator[Launch]:
     from bi_ops.attention import config
     from bi_ops.attention.hopper import backward
 
-    def launch(head_dim, causal, lengths, **changes):
-        order, chosen = _order(head_dim, BF16).backward, replace(config.one_pass(1, head_dim, 132), **changes)
-        q, k, cu, _ = _backward_tensors(head_dim)
+    def launch(head_dim, causal, lengths, dtype=BF16, hkv=8):
+        order, chosen = _order(head_dim, dtype).backward, config.one_pass(1, head_dim, 132)
+        q, k, cu = _packed(256, 32, head_dim, dtype), _packed(256, hkv, head_dim, dtype), _starts(128, 256)
         lse, longest = torch.zeros((32, 256)), LENGTHS[lengths]
-        name = _text(head_dim=head_dim, causal=causal, lengths=lengths, **changes)
+        name = _text(head_dim=head_dim, causal=causal, lengths=lengths, dtype=dtype, kv_heads=hkv)
         return name, lambda: backward.launch(q, q, k, k, q, lse, None, cu, cu, longest, causal, 0.1, order, chosen)
 
     for options in itertools.product((64, 128), (True, False), LENGTHS):
         yield launch(*options)
-    chosen = config.one_pass(1, 64, 132)  # compiled above: a kernel is compiled once
-    for dq_stages, held, s_first in itertools.product((2, 4), (False, True), (False, True)):
-        if (dq_stages, held, s_first) != (chosen.dq_stages, chosen.kv_registers, chosen.s_first):
-            yield launch(64, True, "equal", dq_stages=dq_stages, kv_registers=held, s_first=s_first)
-    yield launch(128, True, "equal", s_first=True)
-    for dq_stages, lengths in itertools.product((2, 3), LENGTHS):
-        yield launch(64, True, lengths, dq_stages=dq_stages, s_first=False, dq_group=True)
-    for s_first in (False, True):
-        yield launch(64, True, "equal", kv_registers=False, s_first=s_first, dq_group=True)
+    for head_dim in (64, 128):
+        yield launch(head_dim, True, "packed", FP16)
+        yield launch(head_dim, False, "packed", hkv=32)
 
 
 def dq_launches() -> Iterator[Launch]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -168,21 +167,6 @@ def test_neighbours_full_of_nan_do_not_leak(head_dim):
     assert all(t[start:end].isnan().any() for t in got)
 
 
-#: What only head_dim 64 has registers and shared memory for.
-KERNELS_64: tuple[dict[str, Any], ...] = (
-    {"kv_registers": True},
-    {"dq_stages": 4},
-    {"kv_registers": True, "s_first": True, "dq_stages": 4},
-    {"kv_registers": True, "s_first": True, "stages": 4},
-    {"kv_registers": False, "s_first": False, "stages": 3},
-    *(
-        {"dq_group": True, "dq_stages": n, "kv_registers": held, "s_first": not held}
-        for n in (2, 3)
-        for held in (True, False)
-    ),
-)
-
-
 @gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("lengths", [LENGTHS, [4096], [512] * 9, [300, 40, 2048]])
@@ -195,9 +179,7 @@ def test_backward_reruns_and_configs_give_one_result(lengths, head_dim):
     for other in (
         dataclasses.replace(used, swizzle=1),
         dataclasses.replace(used, swizzle=7),
-        BackwardConfig(2, 2, 64),
-        dataclasses.replace(used, s_first=True),
-        *(dataclasses.replace(used, **kernel) for kernel in KERNELS_64 if head_dim == 64),
+        BackwardConfig(2, 64),
     ):
         params = AttentionParams(True, head_dim**-0.5)
         out, _, *grads = run(q, k, v, g, seqlens_of(cu), params, backward=BackwardConfigs(one_pass=other))

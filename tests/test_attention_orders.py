@@ -162,7 +162,7 @@ GLUON = [
     (DecodeConfig(4), KeySteps(128), KeySteps(256)),
     (DqConfig(), TwoPass(64, 32), TwoPass(32, 32)),
     (DkvConfig(), TwoPass(64, 32), TwoPass(64, 24)),
-    (BackwardConfig(2, 4, 2**25), OnePass(64, 128), OnePass(128, 128)),
+    (BackwardConfig(4, 2**25), OnePass(64, 128), OnePass(128, 128)),
 ]
 
 
@@ -188,7 +188,7 @@ def test_the_check_comes_before_the_launch(device):
         launch.forward(q, k, v, seqlens, params, None, KeySteps(32), arch, ForwardConfig(2, 2, 1))
     saved = (q, q, k, v, q, stats, None)
     with pytest.raises(ValueError, match="does not compute OnePass"):
-        launch.launch_one_pass(*saved, seqlens, params, OnePass(64, 64), BackwardConfig(2, 4, 1))
+        launch.launch_one_pass(*saved, seqlens, params, OnePass(64, 64), BackwardConfig(4, 1))
 
 
 def test_the_gluon_kernels_compute_the_steps_that_they_say():

@@ -157,7 +157,7 @@ def test_the_one_pass_backward_prepares_what_its_kernel_leaves(device, monkeypat
 
     monkeypatch.setattr(torch.Tensor, "new_empty", unset)
     given = (g, q, k, v, out, lse, None, starts, starts, 200, True, 0.1)
-    dq, dk, dv = backward.launch(*given, OnePass(64, 128), BackwardConfig(2, 4, 0))
+    dq, dk, dv = backward.launch(*given, OnePass(64, 128), BackwardConfig(4, 0))
     *_, neg_lse, delta, _, semaphores = seen["args"][:8]
     for b, (start, n) in enumerate(zip(starts.tolist(), lens, strict=False)):
         for i in range(-(-n // 64)):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from gluon_values import Descriptor, Failure, Pointer
 
-from bi_ops.attention.hopper import backward, backward_consumer, decode, dkv, dq, forward
+from bi_ops.attention.hopper import backward, backward_ahead, backward_consumer, decode, dkv, dq, forward
 from bi_ops.attention.order import OnePass
 
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 192, 193, 257, 300)
@@ -164,24 +164,23 @@ def run_decode(n_queries, lengths, kernels=decode, hkv=2, heads=2, page=16, slot
 
 
 def run_backward(
-    lens_q, lens_k, kernels=backward, hkv=2, heads=2, d=64, stages=2, together=4, side_by_side=2, **options
+    lens_q, lens_k, kernels=backward, hkv=2, heads=2, d=64, stages=None, together=4, side_by_side=2, **options
 ):
     causal, tokens, keys, n_seqs = options.pop("causal", True), sum(lens_q), sum(lens_k), len(lens_q)
-    config = options.pop("dq_stages", 2), options.pop("kv_registers", False), options.pop("s_first", False)
-    dq_group = options.pop("dq_group", False)
+    stages = stages or (4 if d == 64 else 2)
     programs, equal = grid(lens_k, options.pop("longest", 0) or max(lens_k), 128)
     h, n_tiles = hkv * heads, tokens // 64 + n_seqs
     n_slots = backward.n_slots(tokens, keys, n_seqs, OnePass(64, 128))
     last = max(n_seqs * hkv - side_by_side, 0) // together * together
     d_q, d_k = Descriptor([tokens, h * d], [64, d], 2), Descriptor([keys, hkv * d], [128, d], 2)
     numbers = Descriptor([h * n_tiles * 64], [64], 4)
-    sums = Descriptor([h * n_slots * d // 4, 256], [d // (4 if dq_group else 8), 256], 4)
+    sums = Descriptor([h * n_slots * d // 4, 256], [d // (4 if d == 64 else 8), 256], 4)
     dq, dk, dv = outputs(tokens * h * d, keys * hkv * d, keys * hkv * d)
     turns, cu_q, cu_k, order = pointers([0] * (h * n_slots), starts(lens_q), starts(lens_k), lists(lens_k, 128))
     unused = model.launch(
         *(kernels.attention_backward_kernel, programs * hkv, d_q, d_q, d_k, d_k, numbers, numbers, sums, turns),
         *(dq, dk, dv, cu_q, cu_k, order, 1.0, n_seqs, together, last, n_tiles, n_slots),
-        *(hkv, heads, d, 64, 128, stages, causal, equal, *config, dq_group),
+        *(hkv, heads, d, 64, 128, stages, causal, equal),
         **options,
     )
     assert once(dk, dv)
@@ -238,8 +237,7 @@ WAYS = [
     {"teams": 2, "stages": 3, "overlap": True},
     {"teams": 3, "stages": 3, "overlap": True, "ahead": True, "consumers_clear": True},
 ]
-BACKWARDS = [{"stages": s, "dq_stages": n} for s in (2, 3) for n in (2, 4)]
-BACKWARDS += [{"stages": s, "dq_stages": n, "dq_group": True} for s in (3, 4) for n in (2, 3)]
+BACKWARDS = [{"d": 64, "stages": 3}, {"d": 64, "stages": 4}, {"d": 128, "stages": 2}, {"d": 128, "stages": 3}]
 RUNS = {
     "forward": lambda r, q, k, **options: run_forward(
         *(q, k),
@@ -250,9 +248,8 @@ RUNS = {
     ),
     "backward": lambda r, q, k, **options: run_backward(
         *(q, k),
-        **{"hkv": r.choice([1, 3]), "heads": r.choice([1, 2, 3]), "d": r.choice([64, 128])},
+        **{"hkv": r.choice([1, 3]), "heads": r.choice([1, 2, 3])},
         **{"together": r.choice([1, 2, 5, 8]), "side_by_side": r.choice([0, 1, 3, 100])},
-        **{"kv_registers": r.random() < 0.5, "s_first": r.random() < 0.5},
         **r.choice(BACKWARDS),
         **options,
     ),
@@ -276,6 +273,14 @@ def test_any_lengths(kernel, seed):
         longest = max(lens_q if kernel in ("forward", "dq") else lens_k) + r.choice([0, 0, 1, 150])
         options = {"causal": r.random() < 0.7, "longest": longest, "resident": r.choice([1, 2, 4]), "seed": seed}
         RUNS[kernel](r, lens_q, lens_k, **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_backward_with_and_without_grouped_heads(causal, heads, head_dim):
+    for lengths in ([300, 1, 0, 129], [257, 257], [640]):
+        run_backward(lengths, lengths, hkv=2, heads=heads, d=head_dim, causal=causal)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -344,10 +349,13 @@ def test_every_barrier_is_used():
     """What nobody uses has no place of its own: the compiler gives it to what is written."""
     lengths = [130, 300]
     assert not any(run_forward(lengths, lengths, **way) for way in WAYS)
-    assert run_backward(lengths, lengths) == run_dkv(lengths, lengths) == run_decode([1, 3], lengths) == 0
+    assert run_backward(lengths, lengths) == run_backward(lengths, lengths, d=128) == 0
+    assert run_dkv(lengths, lengths) == run_decode([1, 3], lengths) == 0
     assert run_dq(lengths, lengths) == 0
 
 
+#: Of attention's backward at head_dim 128.
+run_two_halves = functools.partial(run_backward, d=128)
 #: With metadata that no kernel in flight writes, and a sequence without keys, whose producers copy nothing.
 run_ahead = functools.partial(run_decode, prefetch=1, outside=(1, 1))
 
@@ -356,7 +364,10 @@ BROKEN = [
     (forward, run_forward, "wait_empty(empty, step)", "pass"),
     (forward, run_forward, "return step - 1, tails", "return step, tails"),
     (backward, run_backward, "last_group = (HKV - 1) // swizzle * swizzle", "last_group = n_pairs * 100"),
-    (backward_consumer, run_backward, "wait_empty(args.ds_empty, step)", "pass"),
+    (backward_ahead, run_backward, "wait_empty(args.ds_empty, step)", "pass"),
+    (backward_ahead, run_backward, "arrive(args.ds_empty, step)", "pass"),
+    (backward_ahead, run_backward, "wait_full(args.g_full, step)", "pass"),
+    (backward_consumer, run_two_halves, "wait_empty(args.ds_empty, step)", "pass"),
     (backward, run_backward, "// BLOCK_M, end)\n    if n_keys", "// BLOCK_M + 1, end)\n    if n_keys"),
     (dkv, run_dkv, "wait_empty(args.empty, step)", "pass"),
     (dq, run_dq, "mbarrier.wait(args.v_empty, (step & 1) ^ 1)", "pass"),
@@ -372,7 +383,7 @@ BROKEN = [
 def test_what_is_broken_is_caught(broken, tmp_path):
     """Negative control: each line left out or changed is noticed."""
     module, run, line, instead = broken
-    kernel = backward if module is backward_consumer else None
+    kernel = backward if module in (backward_ahead, backward_consumer) else None
     other = model.edited(module, line, instead, tmp_path, kernel)
     first = [1, 3] if module is decode else [128, 640]
     second = [0, 128] if run is run_ahead else [128, 640]

@@ -94,26 +94,14 @@ class DkvConfig:
 class BackwardConfig:
     """Of the Gluon backward in one pass.
 
-    stages: of Q and dO in shared memory. swizzle: (sequence, KV head) pairs of an L2 swizzle group, which run side by
-    side, of one sequence unless all are as long. With few pairs CTAs wait longer on each other's semaphores, with many
-    they lose their dQ from L2 in between. tail_bytes: the last pairs, those whose fp32 dQ fits into so many bytes, are
-    all side by side, so that SMs end together.
-
-    dq_stages: steps between dS and its dQ, stages of both, and reduce warps, 2 or 4. kv_registers: consumers hold K and
-    V in registers for S and dP, which reads less shared memory. s_first: S is issued before the dQ of an earlier step,
-    so that exponentials start earlier. At head_dim 128 there is room for s_first alone.
-    dq_group: a third warp group computes dQ, and S of the next step is issued with dK of this one, as `backward_ahead`
-    says: at head_dim 64, from 3 stages on, with 2 or 3 dq_stages. With s_first S is issued with dV instead, for which
-    there are registers without kv_registers alone.
+    swizzle: (sequence, KV head) pairs of an L2 swizzle group, which run side by side, of one sequence unless all are as
+    long. With few pairs CTAs wait longer on each other's semaphores, with many they lose their dQ from L2 in between.
+    tail_bytes: the last pairs, those whose fp32 dQ fits into so many bytes, are all side by side, so that SMs end
+    together.
     """
 
-    stages: int
     swizzle: int
     tail_bytes: int
-    dq_stages: int = 2
-    kv_registers: bool = False
-    s_first: bool = False
-    dq_group: bool = False
 
     @staticmethod
     def computes(order: Order) -> bool:
@@ -349,11 +337,10 @@ def one_pass(n_tiles: int, head_dim: int, num_sms: int) -> BackwardConfig:
 
     Measured on an H100 (bench/results/h100/attention_exploration.csv), causal, head_dim 128, 16k tokens: pairs that
     together just fill the SMs all wait for the first, and again in every wave: at 4k 4 pairs (128 CTAs) run at 433
-    TFLOP/s and 5 at 505, at 8k 2 at 486 and 4 at 527. `tail_bytes` of 64 MiB costs a sixth at 1k. At head_dim 64 there
-    is room for a fourth stage; keys and values in registers and scores first are 5 to 16% faster than neither, on an
-    H200 (bench/results/h200/backward_exploration.csv), and 8 pairs are at most 2% behind the best at every length.
+    TFLOP/s and 5 at 505, at 8k 2 at 486 and 4 at 527. `tail_bytes` of 64 MiB costs a sixth at 1k. At head_dim 64, on an
+    H200 (bench/results/h200/backward_exploration.csv), 8 pairs are at most 2% behind the best at 4k to 32k.
     """
-    if head_dim <= 64:
-        return BackwardConfig(4, 8, 2**25, kv_registers=True, s_first=True)
+    if head_dim == 64:
+        return BackwardConfig(8, 2**25)
     fills = 0.75 < 4 * n_tiles / num_sms <= 1
-    return BackwardConfig(2, 5 if fills else 4, 2**25)
+    return BackwardConfig(5 if fills else 4, 2**25)

@@ -12,7 +12,7 @@ with the last part closes the sum and rounds it.
     reduce    2 x 1 warp   every second step each: acquire the semaphore of a tile of dQ, add both halves, release it.
                            That takes longer than a step: poll, add, complete and publish are four round trips to L2
 
-At head_dim 64 a third warp group may take dQ, as `backward_ahead` says.
+At head_dim 64 a third warp group takes dQ, and one reduce warp a step whole, as `backward_ahead` says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bi_ops.attention.config import BackwardConfig, check_order
 from bi_ops.attention.hopper.backward_ahead import consumer_ahead, dq_group
-from bi_ops.attention.hopper.backward_args import WARP_GROUPS, KeyTile, PartitionArgs
+from bi_ops.attention.hopper.backward_args import DQ_STAGES, WARP_GROUPS, KeyTile, PartitionArgs
 from bi_ops.attention.hopper.backward_consumer import consumer
 from bi_ops.attention.hopper.backward_copies import producer, reduce
 from bi_ops.attention.kernels.backward import attention_prepare_kernel
@@ -63,38 +63,6 @@ def _rasterize(
     return i_b + (i + j % width) // HKV, (i + j % width) % HKV, j // width
 
 
-@gluon.jit
-def _specialize_ahead(args):
-    if args.DQ_STAGES == 2:
-        gl.warp_specialize(
-            [
-                (consumer_ahead, (args, 0)),
-                (consumer_ahead, (args, 1)),
-                (dq_group, (args,)),
-                (producer, (args,)),
-                (reduce, (args, 0)),
-                (reduce, (args, 1)),
-            ],
-            [4, 4, 1, 1, 1],
-            [208, 72, 24, 24, 24],
-        )
-    else:
-        gl.static_assert(args.DQ_STAGES == 3)
-        gl.warp_specialize(
-            [
-                (consumer_ahead, (args, 0)),
-                (consumer_ahead, (args, 1)),
-                (dq_group, (args,)),
-                (producer, (args,)),
-                (reduce, (args, 0)),
-                (reduce, (args, 1)),
-                (reduce, (args, 2)),
-            ],
-            [4, 4, 1, 1, 1, 1],
-            [208, 72, 24, 24, 24, 24],
-        )
-
-
 @gluon.jit(do_not_specialize=["n_seqs", "swizzle", "last_group", "n_tiles", "n_slots"])
 def attention_backward_kernel(
     d_q,  # [T, HKV * HEADS * D], tiles [BLOCK_M, D]
@@ -125,10 +93,6 @@ def attention_backward_kernel(
     STAGES: gl.constexpr,  # of Q and dO
     CAUSAL: gl.constexpr,
     EQUAL: gl.constexpr,  # all sequences have as many keys
-    DQ_STAGES: gl.constexpr,  # steps between dS and its dQ; stages of dS and of dQ; reduce warps: 2 or 4
-    KV_REGISTERS: gl.constexpr,  # consumers hold K and V in registers for S and dP
-    S_FIRST: gl.constexpr,  # S is issued before the dQ of an earlier step
-    DQ_GROUP: gl.constexpr,  # a warp group of its own takes dQ; then DQ_STAGES are 2 or 3
 ):
     # A CTA waits only for CTAs with a lower id, which run or are done: no deadlock on any number of SMs.
     i_b, i_h, i_n = _rasterize(p_cu_k, p_order, n_seqs, swizzle, last_group, HKV, BLOCK_N, EQUAL)
@@ -155,14 +119,14 @@ def attention_backward_kernel(
         open = end
 
     DTYPE: gl.constexpr = d_q.dtype
+    DQ_GROUP: gl.constexpr = D == 64  # a warp group of its own takes dQ
     PARTS: gl.constexpr = 1 if DQ_GROUP else WARP_GROUPS
-    DS_STAGES: gl.constexpr = 2 if DQ_GROUP else DQ_STAGES
-    DQ_SLOTS: gl.constexpr = 4 if DQ_STAGES == 3 else PARTS * DQ_STAGES  # a power of two
+    DQ_SLOTS: gl.constexpr = PARTS * DQ_STAGES
     k_smem = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_k.layout)
     v_smem = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, D], d_v.layout)
     q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, D], d_q.layout)
     g_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, D], d_g.layout)
-    ds_smem = gl.allocate_shared_memory(DTYPE, [DS_STAGES, BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(128, 16, 2))
+    ds_smem = gl.allocate_shared_memory(DTYPE, [DQ_STAGES, BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(128, 16, 2))
     dq_smem = gl.allocate_shared_memory(gl.float32, [DQ_SLOTS, D // (4 * PARTS), 256], d_dq.layout)
     neg_lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], d_neg_lse.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], d_delta.layout)
@@ -170,8 +134,8 @@ def attention_backward_kernel(
     g_full = allocate_barriers(STAGES)
     empty = allocate_barriers(STAGES)
     cleared = allocate_barriers(1)
-    ds_full = allocate_barriers(DS_STAGES)
-    ds_empty = allocate_barriers(DS_STAGES)
+    ds_full = allocate_barriers(DQ_STAGES)
+    ds_empty = allocate_barriers(DQ_STAGES)
     dq_full = allocate_barriers(DQ_SLOTS)
     dq_ready = allocate_barriers(DQ_SLOTS)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -179,10 +143,10 @@ def attention_backward_kernel(
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(g_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARP_GROUPS)
-    for i in gl.static_range(DS_STAGES):
+    for i in gl.static_range(DQ_STAGES):
         mbarrier.init(ds_full.index(i), count=WARP_GROUPS)
         mbarrier.init(ds_empty.index(i), count=PARTS)
-    for i in gl.static_range(PARTS * DQ_STAGES):
+    for i in gl.static_range(DQ_SLOTS):
         mbarrier.init(dq_full.index(i), count=1)
         mbarrier.init(dq_ready.index(i), count=1)
     mbarrier.init(cleared.index(0), count=WARP_GROUPS)
@@ -200,12 +164,23 @@ def attention_backward_kernel(
         *(d_q, d_g, d_k, d_v, d_neg_lse, d_delta, d_dq, p_semaphores, p_dq, p_dk, p_dv),
         *(q_smem, g_smem, k_smem, v_smem, ds_smem, dq_smem, neg_lse_smem, delta_smem),
         *(q_full, g_full, empty, cleared, kv_full, ds_full, ds_empty, dq_full, dq_ready),
-        *(tile, scale, q_offset, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL, DQ_STAGES, KV_REGISTERS, S_FIRST, DQ_GROUP),
+        *(tile, scale, q_offset, HKV, HEADS, BLOCK_M, BLOCK_N, D, CAUSAL, DQ_GROUP),
     )
     if DQ_GROUP:
         gl.static_assert(STAGES > 2)  # Q of the next step is there while that of the step before still is
-        _specialize_ahead(args)
-    elif DQ_STAGES == 2:
+        gl.warp_specialize(
+            [
+                (consumer_ahead, (args, 0)),
+                (consumer_ahead, (args, 1)),
+                (dq_group, (args,)),
+                (producer, (args,)),
+                (reduce, (args, 0)),
+                (reduce, (args, 1)),
+            ],
+            [4, 4, 1, 1, 1],
+            [208, 72, 24, 24, 24],
+        )
+    else:
         gl.warp_specialize(
             [
                 (consumer, (args, 0)),
@@ -216,21 +191,6 @@ def attention_backward_kernel(
             ],
             [4, 1, 1, 1],
             [240, 24, 24, 24],
-        )
-    else:
-        gl.static_assert(DQ_STAGES == 4)  # there is a reduce warp for each stage
-        gl.warp_specialize(
-            [
-                (consumer, (args, 0)),
-                (consumer, (args, 1)),
-                (producer, (args,)),
-                (reduce, (args, 0)),
-                (reduce, (args, 1)),
-                (reduce, (args, 2)),
-                (reduce, (args, 3)),
-            ],
-            [4, 1, 1, 1, 1, 1],
-            [232, 24, 24, 24, 24, 24],
         )
 
 
@@ -293,7 +253,7 @@ def launch(
             f"flash_attention: the backward pads {n_tokens} tokens in {n_seqs} sequences, times {hq} heads, to 2**31 "
             "rows or more; split the batch"
         )
-    rows = head_dim // (4 if config.dq_group else 8)
+    rows = head_dim // (4 if head_dim == 64 else 8)
     d_dq = TensorDescriptor.from_tensor(total, [rows, 256], tma.smem_layout(0, 32, 2))
     dq, dk, dv = empty(q, q.shape), empty(k, k.shape), empty(k, k.shape)
     recorded(attention_prepare_kernel)[(n_tiles * hq,)](
@@ -323,13 +283,9 @@ def launch(
         D=head_dim,
         BLOCK_M=order.block_m,
         BLOCK_N=order.block_n,
-        STAGES=config.stages,
+        STAGES=4 if head_dim == 64 else 2,
         CAUSAL=causal,
         EQUAL=equal,
-        DQ_STAGES=config.dq_stages,
-        KV_REGISTERS=config.kv_registers,
-        S_FIRST=config.s_first,
-        DQ_GROUP=config.dq_group,
         num_warps=4,
         **PINNED,
     )

@@ -1,7 +1,7 @@
-"""The partitions that compute in attention's backward where a warp group of its own takes dQ: at head_dim 64.
+"""The partitions that compute in attention's backward at head_dim 64, where a warp group of its own takes dQ.
 
-Registers are left there for a third warp group, and the two that hold keys then wait for no dQ. They issue S of the
-next step behind dK of this one, or dV if S_FIRST, so that a step begins with its exponentials. Sums and their orders
+There are registers for a third warp group there, and for K and V of the two that hold keys, which then wait for no dQ.
+They issue S of the next step behind dK of this one, so that a step begins with its exponentials. Sums and their orders
 are those of `backward_consumer`, and so are the bits.
 """
 
@@ -16,9 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from bi_ops.attention.hopper.backward_args import DQ_STAGES
 from bi_ops.attention.hopper.backward_consumer import (
     epilogue,
-    issue_by_key,
     issue_dq,
     store_dk_dv,
     store_smem,
@@ -31,6 +31,12 @@ from bi_ops.gluon.pipeline import arrive, wait_empty, wait_full
 
 
 @gluon.jit
+def _issue_by_key(held, rows, zeros):
+    """Issue S or dP: the GEMM of a warp group's K or V, in registers, and a step's rows."""
+    return warpgroup_mma(held, rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _step(
     args, held_k, held_v, b_s, acc_k, acc_v, step, n_steps, first_q, WARP_GROUP: gl.constexpr, MASKED: gl.constexpr
 ):
@@ -39,7 +45,6 @@ def _step(
     HEADS: gl.constexpr = args.HEADS
     BLOCK_M: gl.constexpr = args.BLOCK_M
     STAGES: gl.constexpr = args.q_smem.shape[0]
-    DS_STAGES: gl.constexpr = args.ds_smem.shape[0]
     l_s: gl.constexpr = b_s.type.layout
     l_p: gl.constexpr = gl.DotOperandLayout(0, acc_k.type.layout, 2)
     zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, l_s)
@@ -52,7 +57,7 @@ def _step(
     q, g = args.q_smem.index(i), args.g_smem.index(i)
     b_neg_lse = args.neg_lse_smem.index(i).load(gl.SliceLayout(0, l_s))
     wait_full(args.g_full, step)
-    b_dp = issue_by_key(args, held_v, args.v_smem, g, step, zeros, WARP_GROUP)
+    b_dp = _issue_by_key(held_v, g, zeros)
     scale2 = LOG2E * args.scale
     b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_neg_lse[None, :], b_s)[0]))
     if MASKED:
@@ -60,17 +65,12 @@ def _step(
         b_p = gl.where(first_q[:, None] <= o_q[None, :], b_p, 0.0)
     acc_v = warpgroup_mma(gl.convert_layout(b_p.to(g.dtype), l_p), g, acc_v, is_async=True)
     b_delta = args.delta_smem.index(i).load(gl.SliceLayout(0, l_s))
-    if args.S_FIRST:
-        b_next = issue_by_key(args, held_k, args.k_smem, rows_next.q, step, zeros, WARP_GROUP)
-        b_dp = warpgroup_mma_wait(2, deps=(b_dp,))
-    else:
-        b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
+    b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(q.dtype)
     acc_k = warpgroup_mma(gl.convert_layout(b_ds, l_p), q, acc_k, is_async=True)
-    if not args.S_FIRST:
-        b_next = issue_by_key(args, held_k, args.k_smem, rows_next.q, step, zeros, WARP_GROUP)
+    b_next = _issue_by_key(held_k, rows_next.q, zeros)
     wait_empty(args.ds_empty, step)
-    args.ds_smem.index(step % DS_STAGES).slice(WARP_GROUP * ROWS, ROWS).store(b_ds)
+    args.ds_smem.index(step % DQ_STAGES).slice(WARP_GROUP * ROWS, ROWS).store(b_ds)
     fence_async_shared()
     arrive(args.ds_full, step)
     acc_k, acc_v, b_next = warpgroup_mma_wait(0, deps=(acc_k, acc_v, b_next))
@@ -89,12 +89,14 @@ def consumer_ahead(args, WARP_GROUP: gl.constexpr):
     zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, l_s)
     acc_k = gl.zeros((ROWS, args.D), gl.float32, l_kv)
     acc_v = gl.zeros((ROWS, args.D), gl.float32, l_kv)
-    first_q, held_k, held_v = wait_keys(args, zeros, WARP_GROUP)
+    first_q = wait_keys(args, l_s, WARP_GROUP)
+    l_held: gl.constexpr = gl.DotOperandLayout(0, l_s, 2)
+    held_k = args.k_smem.index(0).slice(WARP_GROUP * ROWS, ROWS).load(l_held)
+    held_v = args.v_smem.index(0).slice(WARP_GROUP * ROWS, ROWS).load(l_held)
     n_steps = (tile.end - tile.first) * HEADS
     if n_steps > 0:
-        first = n_steps * 0
-        rows = wait_rows(args, first, tile.q_len - (tile.end - 1) * BLOCK_M, WARP_GROUP)
-        b_s = issue_by_key(args, held_k, args.k_smem, rows.q, first, zeros, WARP_GROUP)
+        rows = wait_rows(args, n_steps * 0, tile.q_len - (tile.end - 1) * BLOCK_M, WARP_GROUP)
+        b_s = _issue_by_key(held_k, rows.q, zeros)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         n_full = (tile.end - tile.full) * HEADS
         for MASKED in gl.static_range(2):

@@ -8,6 +8,8 @@ from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
 
 WARP_GROUPS = gl.constexpr(2)
+#: Stages of dS and of dQ, and reduce warps; where consumers compute dQ, they do so as many steps after dS.
+DQ_STAGES = gl.constexpr(2)
 
 
 @aggregate
@@ -71,7 +73,4 @@ class PartitionArgs:
     BLOCK_N: gl.constexpr
     D: gl.constexpr
     CAUSAL: gl.constexpr
-    DQ_STAGES: gl.constexpr
-    KV_REGISTERS: gl.constexpr
-    S_FIRST: gl.constexpr
     DQ_GROUP: gl.constexpr  # a warp group of its own takes dQ, else each consumer half its columns

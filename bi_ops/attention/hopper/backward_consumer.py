@@ -1,4 +1,7 @@
-"""The partition that computes in attention's backward: a warp group's keys, and half the columns of dQ."""
+"""The partition that computes in attention's backward at head_dim 128: a warp group's keys, and half the columns of dQ.
+
+And what it shares with those of `backward_ahead`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bi_ops.attention.hopper.backward_args import WARP_GROUPS
+from bi_ops.attention.hopper.backward_args import DQ_STAGES, WARP_GROUPS
 from bi_ops.attention.hopper.common import ROWS, clear_share, wgmma_layout
 from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.gluon.aggregate import aggregate
@@ -53,35 +56,28 @@ def issue_dq(args, step, zeros, WARP_GROUP: gl.constexpr):
     """Issue the GEMM of a warp group's half of a step's dQ."""
     COLS: gl.constexpr = zeros.shape[1]
     wait_full(args.ds_full, step)
-    DS_STAGES: gl.constexpr = args.ds_smem.shape[0]
     k = args.k_smem.index(opaque_zero(step)).slice(WARP_GROUP * COLS, COLS, 1)
-    ds = args.ds_smem.index(step % DS_STAGES).permute((1, 0))
+    ds = args.ds_smem.index(step % DQ_STAGES).permute((1, 0))
     return warpgroup_mma(ds, k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def issue_by_key(args, held, smem, rows, step, zeros, WARP_GROUP: gl.constexpr):
-    """Issue S or dP: the GEMM of a warp group's K or V, in shared memory or `held` in registers, and a step's rows."""
-    if args.KV_REGISTERS:
-        return warpgroup_mma(held, rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    else:
-        keys = smem.index(opaque_zero(step)).slice(WARP_GROUP * ROWS, ROWS)
-        return warpgroup_mma(keys, rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
+def _issue_by_key(smem, rows, step, zeros, WARP_GROUP: gl.constexpr):
+    """Issue S or dP: the GEMM of a warp group's K or V and a step's rows."""
+    keys = smem.index(opaque_zero(step)).slice(WARP_GROUP * ROWS, ROWS)
+    return warpgroup_mma(keys, rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _p_dv(
-    args, rows, held_v, b_s, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP: gl.constexpr, MASKED: gl.constexpr
-):
-    """From a step's S, in flight, to P; dP and dV are in flight then, after what else was issued behind S."""
-    PENDING: gl.constexpr = 2 if args.S_FIRST and MASKED == 0 else 1
+def _p_dv(args, rows, b_s, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP: gl.constexpr, MASKED: gl.constexpr):
+    """From a step's S, in flight, to P; dP and dV are in flight then."""
     g = rows.g
     l_s: gl.constexpr = zeros.type.layout
     l_p: gl.constexpr = gl.DotOperandLayout(0, acc_v.type.layout, 2)
     b_neg_lse = rows.neg_lse.load(gl.SliceLayout(0, l_s))
     wait_full(args.g_full, step)
-    b_dp = issue_by_key(args, held_v, args.v_smem, g, step, zeros, WARP_GROUP)
-    b_s = warpgroup_mma_wait(PENDING, deps=(b_s,))
+    b_dp = _issue_by_key(args.v_smem, g, step, zeros, WARP_GROUP)
+    b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_p = gl.exp2(gl.fma(b_s, gl.full_like(b_s, scale2), gl.broadcast(b_neg_lse[None, :], b_s)[0]))
     if MASKED:
         b_p = gl.where(first_q[:, None] <= o_q[None, :], b_p, 0.0)
@@ -93,7 +89,6 @@ def _p_dv(
 @gluon.jit
 def _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, step, WARP_GROUP: gl.constexpr):
     """From P and dP, in flight, to dS in shared memory, and dK. Nothing is in flight afterwards."""
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
     q = rows.q
     l_p: gl.constexpr = gl.DotOperandLayout(0, acc_k.type.layout, 2)
     b_delta = rows.delta.load(gl.SliceLayout(0, b_p.type.layout))
@@ -127,7 +122,6 @@ def _by_row(x, COLS: gl.constexpr):
 @gluon.jit
 def store_smem(args, b_dq, step, WARP_GROUP: gl.constexpr):
     """A part of dQ to shared memory, for the reduce warp."""
-    DQ_STAGES: gl.constexpr = args.DQ_STAGES
     i = WARP_GROUP * DQ_STAGES + step % DQ_STAGES
     mbarrier.wait(args.dq_ready.index(i), step // DQ_STAGES & 1)
     args.dq_smem.index(i).store(_by_thread(b_dq))
@@ -147,7 +141,6 @@ def epilogue(args, b_dq, step, WARP_GROUP: gl.constexpr):
     BLOCK_M: gl.constexpr = b_dq.shape[0]
     COLS: gl.constexpr = b_dq.shape[1]
     l_dq: gl.constexpr = b_dq.type.layout
-    DQ_STAGES: gl.constexpr = args.DQ_STAGES
     i = WARP_GROUP * DQ_STAGES + step % DQ_STAGES
     mbarrier.wait(args.dq_ready.index(i), step // DQ_STAGES & 1)
     b_last = _by_thread(b_dq)
@@ -181,9 +174,8 @@ def store_dk_dv(args, acc_k, acc_v, WARP_GROUP: gl.constexpr):
 
 
 @gluon.jit
-def wait_keys(args, zeros, WARP_GROUP: gl.constexpr):
-    """Wait for a warp group's keys: (the first query that sees each; K, V in registers if they are held there)"""
-    l_s: gl.constexpr = zeros.type.layout
+def wait_keys(args, l_s: gl.constexpr, WARP_GROUP: gl.constexpr):
+    """Wait for a warp group's keys: the first query that sees each."""
     n_keys = args.tile.n_keys
     # Past the last key there is none.
     o_n = WARP_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, l_s))
@@ -197,13 +189,7 @@ def wait_keys(args, zeros, WARP_GROUP: gl.constexpr):
         clear_share(args.k_smem.index(0), n_keys, WARP_GROUP, WARP_GROUPS)
         clear_share(args.v_smem.index(0), n_keys, WARP_GROUP, WARP_GROUPS)
         fence_async_shared()
-    held_k = zeros  # not used
-    held_v = zeros
-    if args.KV_REGISTERS:
-        l_kv_s: gl.constexpr = gl.DotOperandLayout(0, l_s, 2)
-        held_k = args.k_smem.index(0).slice(WARP_GROUP * ROWS, ROWS).load(l_kv_s)
-        held_v = args.v_smem.index(0).slice(WARP_GROUP * ROWS, ROWS).load(l_kv_s)
-    return first_q, held_k, held_v
+    return first_q
 
 
 @gluon.jit
@@ -215,7 +201,6 @@ def consumer(args, WARP_GROUP: gl.constexpr):
     l_s: gl.constexpr = wgmma_layout(BLOCK_M)
     l_kv: gl.constexpr = wgmma_layout(D)
     l_dq: gl.constexpr = wgmma_layout(D // WARP_GROUPS)
-    DQ_STAGES: gl.constexpr = args.ds_smem.shape[0]
     q_len, end, n_open = tile.q_len, tile.end, tile.n_open
     scale2 = LOG2E * args.scale
     zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, l_s)
@@ -223,16 +208,16 @@ def consumer(args, WARP_GROUP: gl.constexpr):
     acc_k = gl.zeros((ROWS, D), gl.float32, l_kv)
     acc_v = gl.zeros((ROWS, D), gl.float32, l_kv)
     o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, l_s))
-    first_q, held_k, held_v = wait_keys(args, zeros, WARP_GROUP)
+    first_q = wait_keys(args, l_s, WARP_GROUP)
     n_steps = (end - tile.first) * HEADS
     for i in gl.static_range(DQ_STAGES):
         if n_steps > i:
             m = end - 1 - i // HEADS
             step = n_steps * 0 + i
             rows = wait_rows(args, i, q_len - m * BLOCK_M, WARP_GROUP)
-            b_s = issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
+            b_s = _issue_by_key(args.k_smem, rows.q, step, zeros, WARP_GROUP)
             o_q = m * BLOCK_M + o_m
-            b_p, b_dp, acc_v = _p_dv(args, rows, held_v, b_s, acc_v, i, scale2, first_q, o_q, zeros, WARP_GROUP, True)
+            b_p, b_dp, acc_v = _p_dv(args, rows, b_s, acc_v, i, scale2, first_q, o_q, zeros, WARP_GROUP, True)
             acc_k, acc_v = _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, i, WARP_GROUP)
     for MASKED in gl.static_range(2):
         if MASKED == 0:
@@ -244,24 +229,15 @@ def consumer(args, WARP_GROUP: gl.constexpr):
         for step in range(begin, stop):
             m = end - 1 - step // HEADS
             rows = wait_rows(args, step, q_len - m * BLOCK_M, WARP_GROUP)
-            if args.S_FIRST and MASKED == 0:
-                b_s = issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
-                b_dq = issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
+            b_dq = issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
+            b_s = _issue_by_key(args.k_smem, rows.q, step, zeros, WARP_GROUP)
+            b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
+            if MASKED and step - DQ_STAGES >= n_open:
+                epilogue(args, b_dq, step - DQ_STAGES, WARP_GROUP)
             else:
-                b_dq = issue_dq(args, step - DQ_STAGES, zeros_q, WARP_GROUP)
-                b_s = issue_by_key(args, held_k, args.k_smem, rows.q, step, zeros, WARP_GROUP)
-                b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
-                if MASKED and step - DQ_STAGES >= n_open:
-                    epilogue(args, b_dq, step - DQ_STAGES, WARP_GROUP)
-                else:
-                    store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
-            o_q = m * BLOCK_M + o_m
-            b_p, b_dp, acc_v = _p_dv(
-                args, rows, held_v, b_s, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP, MASKED
-            )
-            if args.S_FIRST and MASKED == 0:
-                b_dq = warpgroup_mma_wait(2, deps=(b_dq,))
                 store_smem(args, b_dq, step - DQ_STAGES, WARP_GROUP)
+            o_q = m * BLOCK_M + o_m
+            b_p, b_dp, acc_v = _p_dv(args, rows, b_s, acc_v, step, scale2, first_q, o_q, zeros, WARP_GROUP, MASKED)
             acc_k, acc_v = _ds_dk(args, rows, b_p, b_dp, acc_k, acc_v, step, WARP_GROUP)
     for step in range(gl.maximum(n_steps - DQ_STAGES, 0), n_steps):
         b_dq = warpgroup_mma_wait(0, deps=(issue_dq(args, step, zeros_q, WARP_GROUP),))

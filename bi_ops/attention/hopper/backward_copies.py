@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from bi_ops.attention.hopper.backward_args import WARP_GROUPS
+from bi_ops.attention.hopper.backward_args import DQ_STAGES, WARP_GROUPS
 from bi_ops.gluon import tma
 from bi_ops.gluon.pipeline import wait_empty
 from bi_ops.gluon.semaphore import acquire, release
@@ -50,7 +50,6 @@ def reduce(args, WARP: gl.constexpr):
     tile = args.tile
     HEADS: gl.constexpr = args.HEADS
     dq_desc, dq_smem = args.dq_desc, args.dq_smem
-    DQ_STAGES: gl.constexpr = args.DQ_STAGES
     PARTS: gl.constexpr = 1 if args.DQ_GROUP else WARP_GROUPS  # of a tile of dQ
     DQ_ROWS: gl.constexpr = dq_smem.shape[1]
     i_n, n_open = tile.i_n, tile.n_open
