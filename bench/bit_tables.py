@@ -71,17 +71,25 @@ def train_experts(results: Path) -> str:
     return train(results, "h200/moe_train.json")
 
 
+#: Runs of the tests: the GPU, the file, and which tests, if not all.
+RUNS = (
+    ("h200", "tests", ""),
+    ("h200", "tests_since", "tests that ran since"),
+    ("h200", "tests_attention", "attention's kernels since"),
+    ("h200", "tests_flash_attn", "with flash-attn 2.8"),
+    ("h100", "tests", ""),
+)
 NAMED = 10  # failed tests that are named, at most; the file names all
 
 
 def tests(results: Path) -> str:
     """The outcome of the test suite, a row per GPU; and of the tests that ran after it."""
     rows, lines = [], []
-    for gpu, file in (("h200", "tests"), ("h200", "tests_since"), ("h100", "tests")):
+    for gpu, file, what in RUNS:
         record = load(results, f"{gpu}/{file}.json")
         if record is None:
             continue
-        who = gpu.upper() if file == "tests" else f"{gpu.upper()}, tests that ran since"
+        who = f"{gpu.upper()}, {what}" if what else gpu.upper()
         not_run = record.get("not_run", 0)
         rows.append((who, record["commit"], record["passed"], record["failed"], record["skipped"], not_run))
         failed = [f"`{t['file']}::{t['test']}`" for t in record["tests"] if t["outcome"] == "failed"]

@@ -53,8 +53,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from record import row_provenance, write_csv
-from rollout import build_binding, kept
+from record import kept, row_provenance, write_csv
+from rollout import build_binding
 from rollout_worker import FIRST_TOKEN
 from step_sides import SHAPES
 from torchrun import environment, launcher, stop

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
 import os
 import re
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import row_provenance, write_csv
+from record import kept, row_provenance, write_csv
 
 from bi_ops import matmul, moe
 from bi_ops.core import vllm
@@ -294,15 +293,6 @@ def rows(layer: Layer, rounds: int, passes: str) -> Iterator[dict[str, object]]:
             torch.cuda.empty_cache()
 
 
-def kept(path: Path, found: list[dict[str, object]]) -> list[dict[str, object]]:
-    """The rows of an existing file that `found` does not replace."""
-    if not path.exists():
-        return []
-    new = {(r["pass"], str(r["tokens"]), r["routing"]) for r in found}
-    with path.open(newline="") as file:
-        return [dict(r) for r in csv.DictReader(file) if (r["pass"], r["tokens"], r["routing"]) not in new]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -322,7 +312,7 @@ def main() -> int:
                 torch.manual_seed(0)
                 for row in rows(Layer(tokens, routing), given.rounds, given.passes):
                     found.append(row | where)
-                    write_csv(path, [*kept(path, found), *found])
+                    write_csv(path, [*kept(path, found, ("pass", "tokens", "routing")), *found])
                     print(*row.values(), sep="  ", flush=True)
                     if time.monotonic() - began > given.seconds:
                         print("out of time")

@@ -6,7 +6,7 @@ import contextlib
 import csv
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import bi_ops  # noqa: F401  (before triton)
@@ -37,16 +37,26 @@ def row_provenance(commit: str | None = None) -> dict[str, object]:
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """`rows` with the columns of the first one, written atomically."""
+    """`rows` with the columns of all of them, written atomically."""
     rows = list(rows)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
 
     def write(partial: Path) -> None:
         with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
     write_atomically(path, write)
+
+
+def kept(path: Path, rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> list[dict[str, object]]:
+    """The rows of an existing file that `rows` do not replace: those with other values of `keys`."""
+    if not (rows and path.exists()):
+        return []
+    new = {tuple(str(row[key]) for key in keys) for row in rows}
+    with path.open(newline="") as file:
+        return [{**row} for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in new]
 
 
 def offer_plugin(folder: Path) -> Path:

@@ -32,8 +32,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from record import row_provenance, write_csv
-from rollout import build_binding, kept
+from record import kept, row_provenance, write_csv
+from rollout import build_binding
 from step_sides import LR, MAX_NORM, shape, wait
 
 import bi_ops  # noqa: F401  (before triton)  # isort: skip

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import itertools
 import json
 import os
@@ -43,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_processes import environment
-from record import offer_plugin, row_provenance, write_csv
+from record import kept, offer_plugin, row_provenance, write_csv
 from rollout_worker import LAYERS
 
 from bi_ops.core.provenance import versions
@@ -68,17 +67,6 @@ def build_binding() -> bool:
     if done.returncode:
         print(f"no binding, Triton serves: {done.stderr.splitlines()[-1:]}", file=sys.stderr)
     return done.returncode == 0
-
-
-def kept(
-    path: Path, rows: list[dict[str, Any]], keys: tuple[str, ...] = ("release", "model", "mode", "in_process")
-) -> list[dict[str, Any]]:
-    """The rows of an existing file that `rows` do not replace: those with other values of `keys`."""
-    if not path.exists():
-        return []
-    new = {tuple(str(row[key]) for key in keys) for row in rows}
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in new]
 
 
 def plugin_environment(folder: Path) -> dict[str, str]:
@@ -230,7 +218,7 @@ def main() -> int:
                 continue
             known[pair] = [{"release": release} | row | record for row in found]
             rows = [row for of_pair in known.values() for row in of_pair]
-            write_csv(path, [*kept(path, rows), *rows])
+            write_csv(path, [*kept(path, rows, ("release", "model", "mode", "in_process")), *rows])
             rates = ", ".join(f"{r['batch']}: {r['decode_tok_s']:,.0f}" for r in found)
             one = found[0]
             print(

@@ -63,7 +63,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-#: Kept of a process, of those that differ in more than threads, blocks and addresses.
+#: Kept of a kernel, of those that differ in more than threads, blocks and addresses.
 REPORTS = 20
 _PLACE = re.compile(r"\((?:\d+,)+\d+\)|0x[0-9a-f]{6,}|\d+ hazards?")
 _TITLE = re.compile(r"^========= (?! )(.+)$")
@@ -92,9 +92,10 @@ def parse(log: str, kernels: Sequence[str]) -> Outcome:
         where = known.search(block[0]) or known.search("\n".join(block))
         report = "\n".join(" ".join(line.removeprefix("=========").split()) for line in block)
         report = _PLACE.sub("", report)
-        if report not in found.reports and len(found.reports) < REPORTS:
+        name = where[0] if where else ""
+        if report not in found.reports and sum(name in r for r in found.reports) < REPORTS:
             found.reports.append(report)
-        found.by_kernel.setdefault(where[0] if where else "", " ".join(block[0].split())[:200])
+        found.by_kernel.setdefault(name, " ".join(block[0].split())[:200])
         found.message = found.message or next(iter(found.by_kernel.values()))
     if found.errors:
         found.status = "errors"
@@ -189,17 +190,17 @@ def kernel_table(runs: Mapping[str, Mapping[str, Any]], tools: Sequence[str]) ->
                     message = run["by_kernel"].get(kernel, "")
                     status = "errors" if message else "clean"
                 if status == "errors" and (why := misjudged(runs, tool, kernel, run)):
-                    status, message = "unsupported", f"{tool} reports {why} that is right"
+                    status, message = "unsupported", f"{tool} reports {why}, which is right"
                 cells.append((WORST.index(status), status if status == "clean" else f"{status}: {message}"))
             table.setdefault(kernel, {})[tool] = min(cells)[1] if cells else "not run"
     return table
 
 
 def misjudged(runs: Mapping[str, Mapping[str, Any]], tool: str, kernel: str, run: Mapping[str, Any]) -> str | None:
-    """What every report on a kernel that was kept is about, if the tool reports that of a right kernel, too."""
+    """What the reports on a kernel that were kept are about, if the tool says each of right kernels, too."""
     causes = {explained(tool, r) for r in run.get("reports", ()) if kernel in r}
-    cause = causes.pop() if len(causes) == 1 else None
-    return cause if cause and (runs.get(f"{cause} / {tool}") or {}).get("status") == "errors" else None
+    known = all(c and (runs.get(f"{c} / {tool}") or {}).get("status") == "errors" for c in causes)
+    return " and ".join(sorted(filter(None, causes))) if known and causes else None
 
 
 def report(runs: Mapping[str, Mapping[str, Any]], tools: Sequence[str]) -> dict[str, Any]:

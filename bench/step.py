@@ -26,9 +26,9 @@ CUDA graph and replayed: what it takes where the GPU never waits for Python. `fi
 to the end of the first step, compiling included, with the caches that are there. `--update` adds clip and AdamW, each
 by itself and then both as training makes them, behind a step that the GPU is not through with. `--offload` keeps
 AdamW's states in host memory. `--profile` writes step_profile.csv, the GPU time by kernel. A model that does not fit
-the memory is tried again with half its layers, all its sides then (`layers` says so). Rows are written as they come;
-`--seconds` ends it, and names what was left out. `--dry` runs it all on a tiny model on the CPU; its figures mean
-nothing.
+the memory is tried again with half its layers, all its sides then (`layers` says so). Rows are written as they come,
+and others in an existing file stay; `--seconds` ends it, and names what was left out. `--dry` runs it all on a tiny
+model on the CPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import provenance, write_csv
+from record import kept, provenance, write_csv
 from step_sides import EXPERTS, SEED, SHAPES, Step, config_of, lengths_of, ours, theirs, wait
 from turns import Turn, wait_for_turn
 
@@ -305,6 +305,10 @@ def main() -> int:
     return 1 if table.failed else 0
 
 
+#: What a row is of; a new one replaces that of an existing file.
+KEYS = {"step": ("model", "tokens", "seqlen", "side", "offload"), "step_profile": ("model", "side")}
+
+
 class Table:
     """Runs sides in processes of their own and writes their rows as they come."""
 
@@ -369,7 +373,8 @@ class Table:
         for name, found in (("step", self.rows), ("step_profile", self.profiles)):
             for prefix, experts in (("", False), ("moe_", True)):
                 if rows := [r for r in found if (r["model"] in EXPERTS) == experts]:
-                    write_csv(self.args.out / f"{prefix}{name}.csv", rows)
+                    path = self.args.out / f"{prefix}{name}.csv"
+                    write_csv(path, [*rows, *kept(path, rows, KEYS[name])])
         parts = "" if row["forward_ms"] is None else f" = {row['forward_ms']:.1f} + {row['backward_ms']:.1f}"
         print(
             f"{row['model']:5} {row['tokens']:6} {row['side']:17} {row['step_ms']:9.1f} ms{parts}; captured "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import json
 import sys
@@ -98,11 +99,18 @@ def test_rows_of_mixtures_have_files_of_their_own(step, tmp_path):
     numbers = dict.fromkeys(
         ("forward_ms", "captured_ms", "first_step_s", "clip_ms", "optimizer_ms", "peak_bytes", "update_ms")
     )
-    numbers |= {"tokens": 8, "step_ms": 1.0, "tokens_per_s": 8, "update_peak_bytes": 0, "gemm": "", "bits": ""}
+    numbers |= {"tokens": 8, "seqlen": 8, "offload": "none", "step_ms": 1.0, "tokens_per_s": 8, "update_peak_bytes": 0}
+    numbers |= {"gemm": "", "bits": ""}
     for model, kernels in (("0.6B", [{"kernel": "k"}]), ("30B-A3B", []), ("30B-A3B", [{"kernel": "k"}])):
         table._add({"model": model, "side": "bi_ops", **numbers, "kernels": kernels})
     lines = {path.name: len(path.read_text().splitlines()) - 1 for path in tmp_path.iterdir()}
     assert lines == {"step.csv": 1, "step_profile.csv": 1, "moe_step.csv": 2, "moe_step_profile.csv": 1}
+    # Another process with the same folder, or a later one: it replaces what it has measured again.
+    table = step.Table(args)
+    for model, ms in (("1.7B", 2.0), ("0.6B", 3.0)):
+        table._add({"model": model, "side": "bi_ops", **numbers, "step_ms": ms, "kernels": []})
+    with (tmp_path / "step.csv").open(newline="") as file:
+        assert [(r["model"], r["step_ms"]) for r in csv.DictReader(file)] == [("1.7B", "2.0"), ("0.6B", "3.0")]
 
 
 def test_transformers_computes_the_same_mixture_with_grouped_gemms(step, monkeypatch):

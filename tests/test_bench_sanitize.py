@@ -93,7 +93,7 @@ def test_what_says_nothing_is_not_clean(sanitize):
     assert sanitize.parse(log, []).status == "unsupported"
 
 
-def test_what_a_tool_says_of_a_right_kernel_too_is_no_finding(sanitize):
+def test_what_a_tool_says_of_a_right_kernel_too_is_no_finding(sanitize, monkeypatch):
     """Unless it says something else as well."""
     race = "Error: Race reported between Read access at {0}+0x250 in forward.py:{1}\nand Write access"
     source = (BENCH.parent / "bi_ops/attention/hopper/forward.py").read_text().splitlines()
@@ -112,7 +112,7 @@ def test_what_a_tool_says_of_a_right_kernel_too_is_no_finding(sanitize):
     runs["warp specialisation / racecheck"] = fine
     assert cell() == "errors: bad"  # it understands that
     runs["warp specialisation / racecheck"] = fine | {"status": "errors"}
-    assert cell() == "unsupported: racecheck reports warp specialisation that is right"
+    assert cell() == "unsupported: racecheck reports warp specialisation, which is right"
     for other in (
         race.format(name, start - 3),
         race.format(name, first + 2),
@@ -121,6 +121,22 @@ def test_what_a_tool_says_of_a_right_kernel_too_is_no_finding(sanitize):
         bad["reports"].append(other)
         assert cell() == "errors: bad"
         bad["reports"].pop()
+    monkeypatch.setattr(sanitize, "explained", lambda tool, report: "a hand-over by mbarrier")
+    assert cell() == "errors: bad"
+    runs["a hand-over by mbarrier / racecheck"] = fine | {"status": "errors"}
+    causes = iter(("warp specialisation", "a hand-over by mbarrier"))  # each is known
+    monkeypatch.setattr(sanitize, "explained", lambda tool, report: next(causes))
+    assert cell() == "unsupported: racecheck reports a hand-over by mbarrier and warp specialisation, which is right"
+
+
+def test_one_kernels_reports_leave_room_for_anothers(sanitize):
+    """Seen: a kernel with a hundred reports had those of the next ones dropped, which then could not be explained."""
+    block = "========= Error: Race reported between Read access at {}_kernel+0x10 in a.py:{}\n"
+    log = "".join(block.format("sum", i) for i in range(2 * sanitize.REPORTS)) + block.format("rms_norm", 1)
+    log += "========= RACECHECK SUMMARY: 41 hazards displayed\n"
+    found = sanitize.parse(log, ["sum_kernel", "rms_norm_kernel"])
+    assert len(found.reports) == sanitize.REPORTS + 1
+    assert "rms_norm_kernel" in found.reports[-1]
 
 
 def test_a_kernel_has_the_worst_of_its_families_and_only_its_own_errors(sanitize):
