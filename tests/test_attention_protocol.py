@@ -18,7 +18,16 @@ import numpy as np
 import pytest
 from gluon_values import Descriptor, Failure, Pointer
 
-from bi_ops.attention.hopper import backward, backward_ahead, backward_consumer, decode, dkv, dq, forward
+from bi_ops.attention.hopper import (
+    backward,
+    backward_ahead,
+    backward_consumer,
+    decode,
+    dkv,
+    dq,
+    forward,
+    forward_copies,
+)
 from bi_ops.attention.order import OnePass
 
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 192, 193, 257, 300)
@@ -361,8 +370,8 @@ run_ahead = functools.partial(run_decode, prefetch=1, outside=(1, 1))
 
 BROKEN = [
     (forward, run_forward, "(v_empty.index(i), count=WARP_GROUPS)", "(v_empty.index(i), count=1)"),
-    (forward, run_forward, "wait_empty(empty, step)", "pass"),
-    (forward, run_forward, "return step - 1, tails", "return step, tails"),
+    (forward_copies, run_forward, "wait_empty(empty, step)", "pass"),
+    (forward_copies, run_forward, "return step - 1, tails", "return step, tails"),
     (backward, run_backward, "last_group = (HKV - 1) // swizzle * swizzle", "last_group = n_pairs * 100"),
     (backward_ahead, run_backward, "wait_empty(args.ds_empty, step)", "pass"),
     (backward_ahead, run_backward, "arrive(args.ds_empty, step)", "pass"),
@@ -383,7 +392,7 @@ BROKEN = [
 def test_what_is_broken_is_caught(broken, tmp_path):
     """Negative control: each line left out or changed is noticed."""
     module, run, line, instead = broken
-    kernel = backward if module in (backward_ahead, backward_consumer) else None
+    kernel = {backward_ahead: backward, backward_consumer: backward, forward_copies: forward}.get(module)
     other = model.edited(module, line, instead, tmp_path, kernel)
     first = [1, 3] if module is decode else [128, 640]
     second = [0, 128] if run is run_ahead else [128, 640]

@@ -40,8 +40,8 @@ BOUNDED = {
     """,
     "tiles or sequences, times heads": """
         attention.hopper.backward_copies._dq_tile: (tile.kv_head * HEADS + step % HEADS) * tile.n_slots
-        attention.hopper.forward._consumer: sequences.n_tiles * (args.H // args.PACK)
-        attention.hopper.forward._producer: count_tiles(sequences, args.EQUAL) * TILE_HEADS
+        attention.hopper.forward_consumer.consumer: sequences.n_tiles * (args.H // args.PACK)
+        attention.hopper.forward_copies.producer: count_tiles(sequences, args.EQUAL) * TILE_HEADS
         gluon.tile_scheduler.get_listed_tile: sequences.n_tiles * H
         gluon.tile_scheduler.cta_pairs: n_seqs * HKV
         gluon.tile_scheduler.cta_pairs: first * HKV
