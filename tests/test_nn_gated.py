@@ -54,8 +54,10 @@ def test_modules_that_are_watched_are_called(watch, device):
     layer, act = RowParallelLinear(K, N, device=device), nn.SiluAndMul()
     layer.main_grad = torch.zeros(N, K, device=device)
     watch(act, layer)
-    out = gated_linear(True, torch.randn(T, 2 * K, device=device).bfloat16().requires_grad_(), act, layer)
+    gate_up = torch.randn(T, 2 * K, device=device).bfloat16().requires_grad_()
+    out = gated_linear(True, gate_up, act, layer)
     assert type(out.grad_fn).__name__ != "_GatedBackward"
+    assert bits_equal(out.detach(), layer(act(gate_up)).detach())
 
 
 def test_what_is_computed_again_reaches_the_weight(device, monkeypatch):

@@ -33,6 +33,12 @@ def on_device_of_first(fn: Fn) -> Fn:
     return run
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Does somebody watch this module's forward or backward?"""
+    m = module
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
 def dispatcher_is_watched() -> bool:
     """Is a call traced or transformed, or does a mode wait for it?"""
     return (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from bi_ops.core.main_grad import MainGrad
+from bi_ops.core.operators import has_hooks
 from bi_ops.models.buckets import Bucket, bucket_of, copied, pad, tensors_of
 from bi_ops.models.packing import PackedBatch
 from bi_ops.nn.main_grad import allocate_main_grads, main_grad_memory, without_main_grad
@@ -59,15 +60,11 @@ def _captured(step: Call, pool: Any) -> Call:
     return replay
 
 
-def _has_hooks(m: torch.nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-
-
 def _hooked(model: torch.nn.Module, modules: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> str | None:
     """The first of these modules, or parameters and buffers, that has hooks; names are looked up for an error alone."""
-    if not any(map(_has_hooks, modules)) and not any(map(_is_hooked, tensors)):
+    if not any(map(has_hooks, modules)) and not any(map(_is_hooked, tensors)):
         return None
-    every = (n or "the model" for n, m in model.named_modules() if _has_hooks(m))
+    every = (n or "the model" for n, m in model.named_modules() if has_hooks(m))
     parameters = (n for n, p in model.named_parameters() if _is_hooked(p))
     return next(itertools.chain(every, parameters), "a buffer")
 

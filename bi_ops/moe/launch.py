@@ -235,7 +235,7 @@ def launch_grouped_matmul(
 
     weight: [E, N, K], any strides. routing: (weights [T, k], rows [R]): the accumulator is multiplied by the routing
     weight of its row before it is rounded. tiles: `_tile_table`, of `_gemm_config`'s rows, if that and the weight are
-    older than the kernel before this one, and that begins in turn (`core.pdl`, rule 4).
+    older than the kernel before this one, and that begins in order (`core.pdl`, rule 4).
     """
     (n_rows, k), (num_experts, n, _) = x.shape, weight.shape
     y = empty(x, (n_rows, n))

@@ -9,7 +9,7 @@ import torch
 
 from bi_ops import activation, matmul
 from bi_ops.core import dtypes
-from bi_ops.core.operators import dispatcher_is_watched
+from bi_ops.core.operators import dispatcher_is_watched, has_hooks
 from bi_ops.core.transforms import Node
 from bi_ops.nn.layers import SiluAndMul
 from bi_ops.nn.parallel_linear import RowParallelLinear
@@ -44,8 +44,7 @@ class _Gated(Node):
 
 def _is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
     """Is it just that, and nobody watches or replaces its forward?"""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
+    return type(module) is kind and not has_hooks(module) and "forward" not in vars(module)
 
 
 def gated_linear(again: bool, gate_up: torch.Tensor, act: torch.nn.Module, layer: torch.nn.Module) -> torch.Tensor:

@@ -79,7 +79,7 @@ def row_config(n_rows: int, n_cols: int, itemsize: int, order: RowOrder) -> RowC
 @functools.lru_cache(maxsize=1024)
 def heads_config(n_rows: int, head_dim: int, itemsize: int, order: RowOrder) -> RowConfig:
     """`row_config` for the heads of queries and keys: where they fill a GPU several times, a program takes eight tiles,
-    and waits for the next one's rows while it computes (bench/LOG.md)."""
+    and loads the next one's rows while it computes (bench/LOG.md)."""
     c = row_config(n_rows, head_dim, itemsize, order)
     many = not runtime.INTERPRET and n_rows >= FULL * c.rows
     return c._replace(tiles=8) if many else c

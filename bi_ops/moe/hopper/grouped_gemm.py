@@ -271,7 +271,7 @@ def launch(
 ) -> None:
     """y[R, N] of x [R, K] and weight [E, N, K], contiguous or the transpose of what is; see `launch.hopper_serves`.
 
-    tiles: of `c.block_m` rows. prefetch: tiles and the weight are older than the kernel before, which begins in turn.
+    tiles: of `c.block_m` rows. prefetch: tiles and the weight are older than the kernel before, which begins in order.
     """
     (n_rows, k), (num_experts, n, _) = x.shape, weight.shape
     transposed = weight.stride(2) != 1
