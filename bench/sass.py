@@ -128,12 +128,12 @@ def forward_launches() -> Iterator[Launch]:
     for head_dim, page in itertools.product((64, 128, 256), (16, 128)):
         yield launch(head_dim, True, "packed", page=page)
     yield launch(128, True, "packed", hkv=32)
-    for head_dim in (64, 256):
-        yield launch(head_dim, True, "packed", other="consumers clear", consumers_clear=True)
+    yield launch(256, True, "packed", other="consumers clear", consumers_clear=True)
     yield launch(128, True, "packed", other="the producer clears", consumers_clear=False)
     yield launch(64, True, "packed", other="ahead", ahead=True)
     yield launch(128, True, "packed", other="not ahead", ahead=False)
     yield launch(64, True, "packed", other="ping-pong", overlap=False, stages=4)
+    yield launch(64, True, "packed", other="ping-pong, consumers clear", overlap=False, stages=4, consumers_clear=True)
 
 
 def decode_launches() -> Iterator[Launch]:

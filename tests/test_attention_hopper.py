@@ -85,6 +85,11 @@ def used_config(head_dim) -> ForwardConfig:
     return found
 
 
+def test_consumers_that_clear_need_a_common_last_step():
+    with pytest.raises(ValueError, match="overlap excludes consumers_clear"):
+        ForwardConfig(3, 8, 2, overlap=True, consumers_clear=True)
+
+
 def other_configs(used: ForwardConfig) -> list[ForwardConfig]:
     """Who clears the last V, and when a tile is taken."""
     ahead = (True, False) if used.q_stages > 1 else (False,)

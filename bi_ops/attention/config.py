@@ -38,10 +38,10 @@ class ForwardConfig:
     warp_groups: consumer warp groups of 64 rows each, 2 or 3. stages: of K and V in shared memory. q_stages: tiles of
     queries in it, so that the next one is there when a tile is done. overlap: a step's S is issued before the
     exponentials of the step before, within a warp group, from 3 stages on; else warp groups issue their GEMMs in turns
-    (ping-pong), so that one multiplies while the others take exponentials. consumers_clear: they clear what the last V
-    has past the end of a sequence, else the producer, which loads nothing meanwhile. ahead: with 2 q_stages, the
-    producer takes a tile while it still loads for the one before, and consumers read which it is before they write
-    theirs.
+    (ping-pong), so that one multiplies while the others take exponentials. consumers_clear, of ping-pong alone: they
+    clear what the last V has past the end of a sequence, else the producer, which loads nothing meanwhile. ahead: with
+    2 q_stages, the producer takes a tile while it still loads for the one before, and consumers read which it is before
+    they write theirs.
     """
 
     warp_groups: int
@@ -50,6 +50,12 @@ class ForwardConfig:
     overlap: bool = False
     consumers_clear: bool = False
     ahead: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overlap and self.consumers_clear:
+            raise ValueError(
+                "ForwardConfig: overlap excludes consumers_clear, for warp groups have last steps of theirs"
+            )
 
     @staticmethod
     def computes(order: Order) -> bool:

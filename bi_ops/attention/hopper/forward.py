@@ -90,10 +90,7 @@ def attention_forward_kernel(
     else:
         k_empty = allocate_barriers(STAGES)
         scheduler = allocate_barriers(SLOTS)
-    if CONSUMERS_CLEAR:
-        v_tail = q_full
-    else:
-        v_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    v_tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     init_barriers(q_full, 1)
     init_barriers(q_empty, WARP_GROUPS)
     if not OVERLAP:
@@ -105,8 +102,7 @@ def attention_forward_kernel(
         mbarrier.init(v_empty.index(i), count=WARP_GROUPS)
         if not OVERLAP:
             mbarrier.init(k_empty.index(i), count=WARP_GROUPS)
-    if not CONSUMERS_CLEAR:
-        mbarrier.init(v_tail, count=1)
+    mbarrier.init(v_tail, count=WARP_GROUPS if CONSUMERS_CLEAR else 1)
     fence_async_shared()
 
     sequences = Sequences(p_cu_q, p_cu_k, p_order, p_counter, p_tile_ids, n_seqs, n_tiles)

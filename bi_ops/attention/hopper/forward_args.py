@@ -29,7 +29,7 @@ class PartitionArgs:
     q_empty: gl.shared_memory_descriptor
     k_empty: gl.shared_memory_descriptor
     v_empty: gl.shared_memory_descriptor
-    v_tail: gl.shared_memory_descriptor  # the last, partial V has come, and is to be cleared past the end
+    v_tail: gl.shared_memory_descriptor  # of a partial V: has come, to be cleared; or consumers have cleared it
     scheduler: gl.shared_memory_descriptor  # without OVERLAP: warp group i may issue its GEMMs
     sequences: Sequences
     table: Scalar  # None if packed, as are the next

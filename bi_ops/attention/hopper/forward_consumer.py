@@ -72,6 +72,7 @@ def consumer(args, WARP_GROUP: gl.constexpr):
     scale2 = LOG2E * args.scale
     tiles = end * 0
     step = end * 0
+    tails = end * 0
     stage = end * 0
     mbarrier.wait(args.q_full.index(WARP_GROUP), 0)
     i_tile = gl.load(p_tile_id)
@@ -84,7 +85,6 @@ def consumer(args, WARP_GROUP: gl.constexpr):
         n_loaded = n_steps
         if args.OVERLAP:  # the steps of the warp group's own rows: without ping-pong it need not keep pace
             n_steps, n_full = key_steps(m + WARP_GROUP * QUERIES, q_len, k_len, QUERIES, BLOCK_N, args.CAUSAL)
-        n_valid = k_len - (n_steps - 1) * BLOCK_N
         lane, _ = _query_and_head(gl.arange(0, ROWS, l_r), tile, WARP_GROUP, args.PACK)
         n_seen = lane * 0 + k_len
         if args.CAUSAL:
@@ -96,13 +96,14 @@ def consumer(args, WARP_GROUP: gl.constexpr):
         row_max = gl.full((ROWS,), float("-inf"), gl.float32, l_r)
         if n_steps > 0:
             if args.OVERLAP:
-                acc, row_max, row_sum = mainloop_overlap(
-                    args, q, q_empty, n_seen, scale2, step, n_steps, n_full, n_valid, l_o
-                )
+                acc, row_max, row_sum = mainloop_overlap(args, q, q_empty, n_seen, scale2, step, n_steps, n_full, l_o)
             else:
+                n_valid = k_len - (n_steps - 1) * BLOCK_N
                 acc, row_max, row_sum, step = mainloop(
-                    args, q, q_empty, n_seen, scale2, step, n_steps, n_full, n_valid, l_o, WARP_GROUP
+                    args, q, q_empty, n_seen, scale2, step, n_steps, n_full, n_valid, tails, l_o, WARP_GROUP
                 )
+                if args.CONSUMERS_CLEAR:
+                    tails += (n_valid < BLOCK_N).to(gl.int32)
         else:
             mbarrier.arrive(q_empty)
         if args.OVERLAP:

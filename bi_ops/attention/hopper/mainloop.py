@@ -15,17 +15,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bi_ops.attention.hopper.common import ROWS, clear_rows
+from bi_ops.attention.hopper.common import ROWS, clear_share
 from bi_ops.attention.hopper.softmax import exponents, online_softmax
 from bi_ops.gluon.pipeline import arrive, stage_and_phase, wait_full
 
 
 @gluon.jit
-def _clear_tail(args, v, n_valid):
-    """The last V of a sequence without the rows past its end, if the producer has not cleared them: P is 0 there."""
-    if args.CONSUMERS_CLEAR and n_valid < v.shape[0]:
-        clear_rows(v, n_valid, 4)
+def _clear_tail(args, v, n_valid, tails, WARP_GROUP: gl.constexpr):
+    """Clear rows of the last V past the end of its sequence, a share by each warp group; wait for the others."""
+    if n_valid < v.shape[0]:
+        clear_share(v, n_valid, WARP_GROUP, args.WARP_GROUPS)
         fence_async_shared()
+        mbarrier.arrive(args.v_tail)
+        mbarrier.wait(args.v_tail, tails & 1)
 
 
 @gluon.jit
@@ -39,6 +41,7 @@ def mainloop(
     n_steps,
     n_full,
     n_valid,
+    tails,
     l_o: gl.constexpr,
     WARP_GROUP: gl.constexpr,
 ):
@@ -47,7 +50,7 @@ def mainloop(
     Warp groups issue their GEMMs in turns (ping-pong).
 
     args: `forward.PartitionArgs`. q_empty: where the warp group arrives when Q has been read. n_valid: keys from the
-    last step's first to the sequence's last.
+    last step's first to the sequence's last. tails: tiles before whose last step had fewer keys than others.
     """
     k_smem, v_smem = args.k_smem, args.v_smem
     STAGES: gl.constexpr = k_smem.shape[0]
@@ -105,7 +108,8 @@ def mainloop(
     mbarrier.arrive(q_empty)
     v_stage = (step - 1) % STAGES
     wait_full(args.v_full, step - 1)
-    _clear_tail(args, v_smem.index(v_stage), n_valid)
+    if args.CONSUMERS_CLEAR:
+        _clear_tail(args, v_smem.index(v_stage), n_valid, tails, WARP_GROUP)
     b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
     b_o = warpgroup_mma(b_pt, v_smem.index(v_stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(b_o,))
@@ -114,7 +118,7 @@ def mainloop(
 
 
 @gluon.jit
-def mainloop_overlap(args, q, q_empty, n_seen, scale2, step, n_steps, n_full, n_valid, l_o: gl.constexpr):
+def mainloop_overlap(args, q, q_empty, n_seen, scale2, step, n_steps, n_full, l_o: gl.constexpr):
     """`mainloop` with S further ahead: the next step's S runs while this step's exponentials are taken, as P V does.
 
     Without ping-pong. K and V of a step leave their stage together. (O before it is divided, row_max, row_sum)
@@ -173,7 +177,6 @@ def mainloop_overlap(args, q, q_empty, n_seen, scale2, step, n_steps, n_full, n_
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, l_o))[:, None]
     mbarrier.arrive(q_empty)
     last, _ = stage_and_phase(step + n_steps - 1, STAGES)
-    _clear_tail(args, v_smem.index(last), n_valid)
     b_pt = gl.convert_layout(b_p.to(DTYPE), l_p)
     b_o = warpgroup_mma(b_pt, v_smem.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(b_o,))
