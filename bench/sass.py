@@ -133,7 +133,6 @@ def forward_launches() -> Iterator[Launch]:
     yield launch(64, True, "packed", other="ahead", ahead=True)
     yield launch(128, True, "packed", other="not ahead", ahead=False)
     yield launch(64, True, "packed", other="ping-pong", overlap=False, stages=4)
-    yield launch(64, True, "packed", other="ping-pong, consumers clear", overlap=False, stages=4, consumers_clear=True)
 
 
 def decode_launches() -> Iterator[Launch]:

@@ -85,15 +85,18 @@ def used_config(head_dim) -> ForwardConfig:
     return found
 
 
-def test_consumers_that_clear_need_a_common_last_step():
-    with pytest.raises(ValueError, match="overlap excludes consumers_clear"):
-        ForwardConfig(3, 8, 2, overlap=True, consumers_clear=True)
+@pytest.mark.parametrize("other", [{"overlap": True}, {"warp_groups": 3}])
+def test_two_warp_groups_in_ping_pong_clear(other):
+    two = ForwardConfig(2, 2, 2, consumers_clear=True)
+    with pytest.raises(ValueError, match="consumers_clear takes two warp groups in ping-pong"):
+        dataclasses.replace(two, **other)
 
 
 def other_configs(used: ForwardConfig) -> list[ForwardConfig]:
     """Who clears the last V, and when a tile is taken."""
     ahead = (True, False) if used.q_stages > 1 else (False,)
-    ways = itertools.product((True, False), ahead)
+    clear = (True, False) if used.warp_groups == 2 and not used.overlap else (False,)
+    ways = itertools.product(clear, ahead)
     return [dataclasses.replace(used, consumers_clear=c, ahead=a) for c, a in ways]
 
 

@@ -244,7 +244,7 @@ WAYS = [
     {"teams": 2, "stages": 2, "ahead": True},
     {"teams": 3, "stages": 8, "overlap": True},
     {"teams": 2, "stages": 3, "overlap": True},
-    {"teams": 3, "stages": 3, "ahead": True, "consumers_clear": True},
+    {"teams": 2, "stages": 3, "consumers_clear": True},
     {"teams": 3, "stages": 3, "overlap": True, "ahead": True},
 ]
 BACKWARDS = [{"d": 64, "stages": 3}, {"d": 64, "stages": 4}, {"d": 128, "stages": 2}, {"d": 128, "stages": 3}]

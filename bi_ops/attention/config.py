@@ -38,7 +38,7 @@ class ForwardConfig:
     warp_groups: consumer warp groups of 64 rows each, 2 or 3. stages: of K and V in shared memory. q_stages: tiles of
     queries in it, so that the next one is there when a tile is done. overlap: a step's S is issued before the
     exponentials of the step before, within a warp group, from 3 stages on; else warp groups issue their GEMMs in turns
-    (ping-pong), so that one multiplies while the others take exponentials. consumers_clear, of ping-pong alone: they
+    (ping-pong), so that one multiplies while the others take exponentials. consumers_clear, of two in ping-pong: they
     clear what the last V has past the end of a sequence, else the producer, which loads nothing meanwhile. ahead: with
     2 q_stages, the producer takes a tile while it still loads for the one before, and consumers read which it is before
     they write theirs.
@@ -52,9 +52,9 @@ class ForwardConfig:
     ahead: bool = False
 
     def __post_init__(self) -> None:
-        if self.overlap and self.consumers_clear:
+        if self.consumers_clear and (self.overlap or self.warp_groups != 2):
             raise ValueError(
-                "ForwardConfig: overlap excludes consumers_clear, for warp groups have last steps of theirs"
+                "ForwardConfig: consumers_clear takes two warp groups in ping-pong, each half of the last V"
             )
 
     @staticmethod
