@@ -72,9 +72,9 @@ def rounded(figures: Iterable[str]) -> list[str]:
     return [f"{float(f):,.0f}" if f else "-" for f in figures]
 
 
-def attention(results: Path) -> str:
+def attention(results: Path, file: str = "h100/attention.csv") -> str:
     """Attention against its baselines: every case of the main head size, then the means of every head size."""
-    rows = load_csv(results, "h100/attention.csv")
+    rows = load_csv(results, file)
     if not rows:
         return "Not measured yet.\n"
     sides = ("ours", "fa3", "cudnn", "cudnn_deterministic", "fa2")
@@ -98,9 +98,14 @@ def attention(results: Path) -> str:
             table(head, out),
             f"head_dim {MAIN_HEAD_DIM}, causal, four query heads to a key head. " + HEAD_SIZES + "\n",
             head_sizes(rows, comparisons),
-            csv_provenance(rows, "h100/attention.csv"),
+            csv_provenance(rows, file),
         )
     )
+
+
+def attention_h200(results: Path) -> str:
+    """`attention` on an H200."""
+    return attention(results, "h200/attention.csv")
 
 
 def flash_attention_4_h200(results: Path) -> str:
