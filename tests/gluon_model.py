@@ -58,8 +58,8 @@ class tma:
                 fail(f"{here.name}: corner {corner}")
             if descriptor.shared and not here.waited:
                 fail(f"{here.name}: reads what the kernels before may write, without waiting for them")
-            if tile.root.readers[tile.slot]:
-                fail(f"{here.name}: copies over slot {tile.slot}, read by {tile.root.readers[tile.slot]}")
+            if tile.those(tile.root.readers):
+                fail(f"{here.name}: copies over slot {tile.slot}, read by {tile.those(tile.root.readers)}")
             tile.root.coming[tile.slot] += 1
             descriptor.history[tuple(map(int, corner))].append(("load", here.program))
             machine.copies.append((bar.barrier, descriptor.block_type.nbytes, tile))
@@ -69,7 +69,7 @@ class tma:
         with lock:
             if not 0 <= corner[0] < descriptor.shape[0]:
                 fail(f"{here.name}: corner {corner} of {descriptor.shape}")
-            tile.root.readers[tile.slot].append(here.name)
+            tile.root.readers[tile.slot].append((here.name, tile.rows))
             here.leaving.append([tile])
             for events in (descriptor.log, descriptor.history):
                 events[tuple(map(int, corner))].append((how, here.program))
@@ -88,7 +88,7 @@ def _finish(groups, n):
     with lock:
         while len(groups) > n:
             for tile in groups.pop(0):
-                tile.root.readers[tile.slot].remove(here.name)
+                tile.root.readers[tile.slot].remove((here.name, tile.rows))
 
 
 def warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
@@ -98,7 +98,9 @@ def warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
     with lock:
         for tile in tiles:
             tile.use()
-            tile.root.readers[tile.slot].append(here.name)
+            if tile.those(tile.root.writers):
+                fail(f"{here.name}: reads slot {tile.slot}, of which {tile.those(tile.root.writers)} write")
+            tile.root.readers[tile.slot].append((here.name, tile.rows))
     here.groups.append(tiles)
     if machine.random.random() < 0.1:
         time.sleep(1e-4)  # others go on while the product is in flight: what they overwrite too early is noticed
@@ -276,14 +278,26 @@ def _layout(*args):
     return Layout()
 
 
+def _clear_rows(tile, n_valid, warps):
+    """A warp group that clears all of a tile stores what is there; one that clears a share, what others wait for."""
+    tile.use()
+    if tile.rows:
+        mine = here.name, tile.rows
+        tile.root.writers[tile.slot].append(mine)
+        if machine.random.random() < 0.3:
+            time.sleep(1e-3)  # others go on, and read it too early
+        tile.store(None)
+        tile.root.writers[tile.slot].remove(mine)
+
+
 #: What kernels call by these names, and what runs instead.
 OURS = {
     **{"gl": gl, "mbarrier": mbarrier, "tma": tma, "acquire": acquire, "release": release, "fetch_add": fetch_add},
     **{"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait},
     **{"launch_dependents": _nothing, "wait_for_predecessors": _wait_for_predecessors},
     **{"fence_async_shared": _nothing, "barrier": _nothing, "wgmma_layout": _layout, "row_layout": _layout},
-    "clear_rows": lambda tile, n_valid, warps: tile.use(),
-    "clear_end": lambda tile, n_valid, n_copied, copied: copied and tile.use(),
+    "clear_rows": _clear_rows,
+    "clear_end": lambda tile, n_valid, n_copied, copied: copied and tile.store(None),
     "range": lambda *args: map(Index, range(*args)),
 }
 
@@ -346,25 +360,26 @@ def launch(kernel, programs, *args, resident=2, seed=0, **kwargs):
 
 
 def edited(
-    module: types.ModuleType, line: str, instead: str, folder: Path, used_by: types.ModuleType | None = None
+    module: types.ModuleType, line: str, instead: str, folder: Path, *users: types.ModuleType
 ) -> types.ModuleType:
     """A copy of a module in which its one occurrence of `line` is replaced: for negative controls.
 
-    used_by: the module of the kernel, where that is another one; a copy of it, which uses the first copy, is returned.
+    users: where the kernel is in another module, from one that uses the edited one to the kernel's. Of each a copy is
+    made that uses the copy before, and the last one is returned.
     """
     assert module.__file__ is not None
     source = Path(module.__file__).read_text(encoding="utf-8")
     assert source.count(line) == 1
     (folder / "edited.py").write_text(source.replace(line, instead), encoding="utf-8")
     made = _loaded("edited", folder / "edited.py")
-    if used_by is None:
-        return made
-    assert used_by.__file__ is not None
-    user, before, after = _loaded("user_of_edited", Path(used_by.__file__)), vars(module), vars(made)
-    for name in vars(user).keys() & before.keys():
-        if vars(user)[name] is before[name]:
-            setattr(user, name, after[name])
-    return user
+    for i, used_by in enumerate(users):
+        assert used_by.__file__ is not None
+        user, before, after = _loaded(f"user_of_edited_{i}", Path(used_by.__file__)), vars(module), vars(made)
+        for name in vars(user).keys() & before.keys():
+            if vars(user)[name] is before[name]:
+                setattr(user, name, after[name])
+        module, made = used_by, user
+    return made
 
 
 def _loaded(name: str, path: Path) -> types.ModuleType:

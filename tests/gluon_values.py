@@ -205,15 +205,19 @@ class Barrier:
 
 
 class Shared:
-    """Tiles or barriers in shared memory. What is known is known of a whole tile, a `slot`."""
+    """Tiles or barriers in shared memory. What has come is known of a whole tile, a `slot`; what is read, of its rows.
 
-    def __init__(self, dtype, shape, layout, root=None, slot=0, whole=True):
+    rows: from and to; None: all. axis: the dimension that counts them.
+    """
+
+    def __init__(self, dtype, shape, layout, root=None, slot=0, whole=True, rows=None, axis=0):
         self.dtype, self.shape, self.layout, self.slot = dtype, tuple(int(n) for n in shape), layout, slot
-        self.root, self.whole = root or self, whole
+        self.root, self.whole, self.rows, self.axis = root or self, whole, rows, axis
         if root is None:
             self.barriers = {}
             self.coming: collections.Counter[Any] = collections.Counter()
             self.readers: collections.defaultdict[Any, list[Any]] = collections.defaultdict(list)
+            self.writers: collections.defaultdict[Any, list[Any]] = collections.defaultdict(list)
             here.allocated += 1
             with lock:
                 machine.shared[here.allocated].append(self)
@@ -221,25 +225,34 @@ class Shared:
     type = property(lambda self: self)
     barrier = property(lambda self: self.root.barriers[self.slot])
 
-    def view(self, shape, slot=None, whole=None):
+    def view(self, shape, slot=None, whole=None, rows=None, axis=None):
         slot, whole = self.slot if slot is None else int(slot), self.whole if whole is None else whole
-        return Shared(self.dtype, shape, self.layout, self.root, slot, whole)
+        return Shared(self.dtype, shape, self.layout, self.root, slot, whole, rows, axis)
 
     def index(self, i):
         if not 0 <= i < self.shape[0]:
             fail(f"{here.name}: {i} of {self.shape}")
-        return self.view(self.shape[1:], i if self.whole else None)  # else a part of the slot
+        return self.view(self.shape[1:], i if self.whole else None, axis=0 if self.whole else None)  # or a part of it
 
     def slice(self, start, size, dim=0):
         if not 0 <= start <= start + size <= self.shape[dim]:
             fail(f"{here.name}: {start} to {start + size} of {self.shape}")
-        return self.view([*self.shape[:dim], size, *self.shape[dim + 1 :]])
+        first, rows = self.rows[0] if self.rows else 0, self.rows
+        if dim == self.axis:
+            rows = first + start, first + start + size
+        return self.view([*self.shape[:dim], size, *self.shape[dim + 1 :]], rows=rows, axis=self.axis)
 
     def permute(self, order):
-        return self.view([self.shape[i] for i in order])
+        axis = None if self.axis is None else order.index(self.axis)
+        return self.view([self.shape[i] for i in order], rows=self.rows, axis=axis)
 
     def reshape(self, shape):
-        return self.view(shape)
+        return self.view(shape, rows=self.rows)
+
+    def those(self, users):
+        """Who of a slot's readers or writers has any of these rows."""
+        mine = self.rows
+        return [n for n, r in users[self.slot] if not (r and mine) or (r[0] < mine[1] and mine[0] < r[1])]
 
     def use(self):
         if self.root.coming[self.slot]:
@@ -251,8 +264,8 @@ class Shared:
 
     def store(self, x):
         self.use()
-        if self.root.readers[self.slot]:
-            fail(f"{here.name}: writes {self.shape} in slot {self.slot}, read by {self.root.readers[self.slot]}")
+        if self.those(self.root.readers):
+            fail(f"{here.name}: writes {self.shape} in slot {self.slot}, read by {self.those(self.root.readers)}")
 
 
 class Descriptor:

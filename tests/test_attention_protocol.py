@@ -26,7 +26,9 @@ from bi_ops.attention.hopper import (
     dkv,
     dq,
     forward,
+    forward_consumer,
     forward_copies,
+    mainloop,
 )
 from bi_ops.attention.order import OnePass
 
@@ -369,10 +371,22 @@ run_two_halves = functools.partial(run_backward, d=128)
 #: With metadata that no kernel in flight writes, and a sequence without keys, whose producers copy nothing.
 run_ahead = functools.partial(run_decode, prefetch=1, outside=(1, 1))
 
+
+def run_clearing(_first, _second, run=run_forward, **options):
+    """Of lengths whose last tiles are not full."""
+    ways = {"consumers_clear": True, "ahead": True} if run is run_forward else {}
+    lengths = [100, 300, 45, 200]
+    return run(lengths, lengths, **ways, **options)
+
+
+run_clearing_halves = functools.partial(run_clearing, run=run_two_halves)
+
 BROKEN = [
     (forward, run_forward, "(v_empty.index(i), count=WARP_GROUPS)", "(v_empty.index(i), count=1)"),
     (forward_copies, run_forward, "wait_empty(empty, step)", "pass"),
     (forward_copies, run_forward, "return step - 1, tails", "return step, tails"),
+    (mainloop, run_clearing, "mbarrier.wait(args.v_tail, tails & 1)", "pass"),
+    (backward_consumer, run_clearing_halves, "wait_full(args.cleared, step)", "pass"),
     (backward, run_backward, "last_group = (HKV - 1) // swizzle * swizzle", "last_group = n_pairs * 100"),
     (backward_ahead, run_backward, "wait_empty(args.ds_empty, step)", "pass"),
     (backward_ahead, run_backward, "arrive(args.ds_empty, step)", "pass"),
@@ -393,8 +407,11 @@ BROKEN = [
 def test_what_is_broken_is_caught(broken, tmp_path):
     """Negative control: each line left out or changed is noticed."""
     module, run, line, instead = broken
-    kernel = {backward_ahead: backward, backward_consumer: backward, forward_copies: forward}.get(module)
-    other = model.edited(module, line, instead, tmp_path, kernel)
+    users = {
+        **{backward_ahead: (backward,), backward_consumer: (backward,)},
+        **{forward_copies: (forward,), mainloop: (forward_consumer, forward)},
+    }
+    other = model.edited(module, line, instead, tmp_path, *users.get(module, ()))
     first = [1, 3] if module is decode else [128, 640]
     second = [0, 128] if run is run_ahead else [128, 640]
     with pytest.raises((Failure, AssertionError)):
