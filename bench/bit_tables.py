@@ -75,7 +75,7 @@ def train_experts(results: Path) -> str:
 RUNS = (
     ("h200", "tests", ""),
     ("h200", "tests_since", "tests that ran since"),
-    ("h200", "tests_attention", "kernels since"),
+    ("h200", "tests_kernels", "kernels since"),
     ("h200", "tests_flash_attn", "with flash-attn 2.8"),
     ("h100", "tests", ""),
 )

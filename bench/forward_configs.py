@@ -59,7 +59,9 @@ class Bench:
 
 def variants(one: ForwardConfig) -> list[ForwardConfig]:
     """The config in use, which comes first, and others."""
-    some = [one] if one.overlap else [one, replace(one, consumers_clear=not one.consumers_clear)]
+    some = [one]
+    if one.consumers_may_clear:
+        some.append(replace(one, consumers_clear=not one.consumers_clear))
     if one.q_stages > 1:
         some += [replace(c, ahead=not one.ahead) for c in some]
     return some

@@ -74,6 +74,6 @@ def provenance(records: Sequence[Mapping[str, Any]], file: str) -> str:
         return " ".join(f"{name} {found.split('+')[0]}" for name in LIBRARIES if (found := versions.get(name)))
 
     versions = all_of(named(r["versions"]) for r in records)
-    where, commits = all_of(r["device"] for r in records), all_of(r["commit"] for r in records)
+    where, commits = all_of(r["device"] for r in records), all_of(c for r in records for c in r["commit"].split(", "))
     dates = all_of(r["date"][:10] for r in records)
     return f"{where}; {versions}; commit {commits}; {dates}; `bench/results/{file}`.\n"

@@ -283,11 +283,13 @@ def _clear_rows(tile, n_valid, warps):
     tile.use()
     if tile.rows:
         mine = here.name, tile.rows
-        tile.root.writers[tile.slot].append(mine)
+        with lock:
+            tile.root.writers[tile.slot].append(mine)
         if machine.random.random() < 0.3:
             time.sleep(1e-3)  # others go on, and read it too early
-        tile.store(None)
-        tile.root.writers[tile.slot].remove(mine)
+        with lock:
+            tile.store(None)
+            tile.root.writers[tile.slot].remove(mine)
 
 
 #: What kernels call by these names, and what runs instead.

@@ -237,9 +237,10 @@ class Shared:
     def slice(self, start, size, dim=0):
         if not 0 <= start <= start + size <= self.shape[dim]:
             fail(f"{here.name}: {start} to {start + size} of {self.shape}")
-        first, rows = self.rows[0] if self.rows else 0, self.rows
+        rows = self.rows
         if dim == self.axis:
-            rows = first + start, first + start + size
+            first = start + (rows[0] if rows else 0)
+            rows = first, first + size
         return self.view([*self.shape[:dim], size, *self.shape[dim + 1 :]], rows=rows, axis=self.axis)
 
     def permute(self, order):

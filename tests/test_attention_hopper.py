@@ -95,7 +95,7 @@ def test_two_warp_groups_in_ping_pong_clear(other):
 def other_configs(used: ForwardConfig) -> list[ForwardConfig]:
     """Who clears the last V, and when a tile is taken."""
     ahead = (True, False) if used.q_stages > 1 else (False,)
-    clear = (True, False) if used.warp_groups == 2 and not used.overlap else (False,)
+    clear = (True, False) if used.consumers_may_clear else (False,)
     ways = itertools.product(clear, ahead)
     return [dataclasses.replace(used, consumers_clear=c, ahead=a) for c, a in ways]
 

@@ -52,10 +52,15 @@ class ForwardConfig:
     ahead: bool = False
 
     def __post_init__(self) -> None:
-        if self.consumers_clear and (self.overlap or self.warp_groups != 2):
+        if self.consumers_clear and not self.consumers_may_clear:
             raise ValueError(
                 "ForwardConfig: consumers_clear takes two warp groups in ping-pong, each half of the last V"
             )
+
+    @property
+    def consumers_may_clear(self) -> bool:
+        """Do all warp groups end with the same step, and is its V cut evenly into their shares?"""
+        return self.warp_groups == 2 and not self.overlap
 
     @staticmethod
     def computes(order: Order) -> bool:
@@ -263,7 +268,7 @@ def gluon_forward(max_q: int, head_dim: int, dtype: torch.dtype, order: KeySteps
     less than the Triton kernel, which has 349 / 377.
 
     On an H200 (bench/results/h200/forward_exploration.csv) consumers that clear and tiles taken ahead bring a packed
-    batch from 436 to 471 at head_dim 128; at 64 they lose up to 1%, at 256 up to 2% at equal lengths.
+    batch from 436 to 471 at head_dim 128; at 256 they lose up to 2% at equal lengths.
     """
     if max_q <= 64 or not gluon_serves(head_dim, dtype, arch) or not ForwardConfig.computes(order):
         return None
