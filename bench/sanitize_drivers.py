@@ -191,6 +191,18 @@ def _logprobs() -> None:
 def _plain_attention() -> None:
     for head_dim in (64, 128, 256, 80):
         call("flash_attention", size=(head_dim, 0))
+    _shared_tails()
+
+
+def _shared_tails() -> None:
+    """Last tiles of keys that are not full and that both warp groups' queries see."""
+    starts, starts_k = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ((0, 100, 230), (0, 40, 110)))
+    for head_dim in (64, 128, 256):
+        q, k, v = (
+            torch.randn(n, h, head_dim, dtype=BF16, device="cuda", requires_grad=True)
+            for n, h in ((230, 4), (110, 2), (110, 2))
+        )
+        attention.flash_attention(q, k, v, starts, cu_seqlens_k=starts_k, causal=False).sum().backward()
 
 
 def _written_cache() -> None:

@@ -279,17 +279,16 @@ def _layout(*args):
 
 
 def _clear_rows(tile, n_valid, warps):
-    """A warp group that clears all of a tile stores what is there; one that clears a share, what others wait for."""
+    """Of what others may read as soon as they do not wait for it."""
     tile.use()
-    if tile.rows:
-        mine = here.name, tile.rows
-        with lock:
-            tile.root.writers[tile.slot].append(mine)
-        if machine.random.random() < 0.3:
-            time.sleep(1e-3)  # others go on, and read it too early
-        with lock:
-            tile.store(None)
-            tile.root.writers[tile.slot].remove(mine)
+    mine = here.name, tile.rows
+    with lock:
+        tile.root.writers[tile.slot].append(mine)
+    if machine.random.random() < 0.3:
+        time.sleep(1e-3)  # others go on, and read it too early
+    with lock:
+        tile.store(None)
+        tile.root.writers[tile.slot].remove(mine)
 
 
 #: What kernels call by these names, and what runs instead.

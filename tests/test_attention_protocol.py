@@ -380,6 +380,7 @@ def run_clearing(_first, _second, run=run_forward, **options):
 
 
 run_clearing_halves = functools.partial(run_clearing, run=run_two_halves)
+run_clearing_keys = functools.partial(run_clearing, run=run_dq)
 
 BROKEN = [
     (forward, run_forward, "(v_empty.index(i), count=WARP_GROUPS)", "(v_empty.index(i), count=1)"),
@@ -395,6 +396,9 @@ BROKEN = [
     (backward, run_backward, "// BLOCK_M, end)\n    if n_keys", "// BLOCK_M + 1, end)\n    if n_keys"),
     (dkv, run_dkv, "wait_empty(args.empty, step)", "pass"),
     (dq, run_dq, "mbarrier.wait(args.v_empty, (step & 1) ^ 1)", "pass"),
+    (dq, run_clearing_keys, "mbarrier.wait(args.cleared, tails & 1)", "pass"),
+    (dq, run_clearing_keys, "mbarrier.wait(args.cleared, tails & 1)", "mbarrier.wait(args.cleared, 0)"),
+    (dq, run_clearing_keys, "_clear_share(args, i, k_len - (i - step) * BLOCK_N, WARP_GROUP)", "pass"),
     (decode, run_decode, "return gl.maximum(2 * i - 1, 0)", "return 2 * i"),
     (decode, run_decode, "    if prefetch == 0:\n        wait_for_predecessors()", "    pass"),
     (decode, run_ahead, "BOX, BOXES)\n        wait_for_predecessors()", "BOX, BOXES)"),

@@ -22,10 +22,7 @@ def row_layout(d, warps):
 
 @gluon.jit
 def clear_rows(tile, n_valid, WARPS: gl.constexpr):
-    """Zeros in a tile's rows from `n_valid` on: those rows are another sequence's, and 0 * NaN would be NaN.
-
-    Two warp groups may clear a tile at the same time: what one stores again is what is there.
-    """
+    """Zeros in a tile's rows from `n_valid` on: those rows are another sequence's, and 0 * NaN would be NaN."""
     D: gl.constexpr = tile.shape[1]
     layout: gl.constexpr = row_layout(D, WARPS)
     # Rows at a time: what fits into few registers.

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bi_ops.attention.config import DqConfig, check_order
-from bi_ops.attention.hopper.common import ROWS, clear_rows, wgmma_layout
+from bi_ops.attention.hopper.common import ROWS, clear_share, wgmma_layout
 from bi_ops.attention.kernels.common import LOG2E
 from bi_ops.attention.order import TwoPass
 from bi_ops.core import runtime
@@ -30,7 +30,7 @@ from bi_ops.core.launches import empty, filled, recorded
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.gluon import tma
 from bi_ops.gluon.aggregate import Scalar, aggregate
-from bi_ops.gluon.pipeline import allocate_barriers, arrive, barrier, opaque_zero, wait_empty, wait_full
+from bi_ops.gluon.pipeline import allocate_barriers, arrive, opaque_zero, wait_empty, wait_full
 from bi_ops.gluon.tile_scheduler import Sequences, fetch_add, get_tile, key_steps, lpt_order
 
 WARP_GROUPS = gl.constexpr(2)
@@ -62,6 +62,7 @@ class PartitionArgs:
     g_empty: gl.shared_memory_descriptor
     k_empty: gl.shared_memory_descriptor
     v_empty: gl.shared_memory_descriptor
+    cleared: gl.shared_memory_descriptor  # of a last K that is not full: each warp group has cleared its share
     sequences: Sequences
     scale: Scalar
     n_tokens: Scalar
@@ -132,13 +133,21 @@ def _issue_nt(a, b, zeros):
 
 
 @gluon.jit
-def _clear_keys(args, step, n_valid):
-    """Clear keys past the end of the sequence: dS is 0 there, but 0 * NaN would be NaN."""
+def _clear_share(args, step, n_valid, WARP_GROUP: gl.constexpr):
+    """Clear keys past the end of the sequence, a share by each warp group, also by one whose rows do not see them."""
     if n_valid < BLOCK_N:
         wait_full(args.k_full, step)
-        clear_rows(args.k_smem.index(step % STAGES), n_valid, 4)
+        clear_share(args.k_smem.index(step % STAGES), n_valid, WARP_GROUP, WARP_GROUPS)
         fence_async_shared()
-        barrier()
+        mbarrier.arrive(args.cleared)
+
+
+@gluon.jit
+def _clear_keys(args, step, n_valid, tails, WARP_GROUP: gl.constexpr):
+    """Wait until the keys past the end of the sequence are cleared: dS is 0 there, but 0 * NaN would be NaN."""
+    _clear_share(args, step, n_valid, WARP_GROUP)
+    if n_valid < BLOCK_N:
+        mbarrier.wait(args.cleared, tails & 1)
 
 
 @gluon.jit
@@ -166,6 +175,7 @@ def _mainloop(
     scale2,
     step,
     tiles,
+    tails,
     n_steps,
     n_full,
     l_o: gl.constexpr,
@@ -180,7 +190,7 @@ def _mainloop(
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, l_s)
     acc = gl.zeros((ROWS, D), gl.float32, l_o)
     wait_full(args.k_full, step)
-    _clear_keys(args, step, k_len)
+    _clear_keys(args, step, k_len, tails, WARP_GROUP)
     b_s = _issue_nt(q_smem.index(opaque_zero(step) + WARP_GROUP), k_smem.index(step % STAGES), zeros)
     mbarrier.wait(args.g_full.index(WARP_GROUP), tiles & 1)
     mbarrier.wait(args.v_full, step & 1)
@@ -204,7 +214,7 @@ def _mainloop(
             now = step + i
             stage, before = now % STAGES, (now - 1) % STAGES
             if MASKED:
-                _clear_keys(args, now, k_len - i * BLOCK_N)
+                _clear_keys(args, now, k_len - i * BLOCK_N, tails, WARP_GROUP)
             b_o = warpgroup_mma(gl.convert_layout(b_ds, l_ds), k_smem.index(before), acc, is_async=True)
             wait_full(args.k_full, now)
             b_s = _issue_nt(q_smem.index(opaque_zero(now) + WARP_GROUP), k_smem.index(stage), zeros)
@@ -262,6 +272,7 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
     scale2 = LOG2E * args.scale
     tiles = n_tiles * 0
     step = n_tiles * 0
+    tails = n_tiles * 0
     mbarrier.wait(args.q_full.index(WARP_GROUP), 0)
     i_tile = gl.load(p_tile_id)
     while i_tile < n_tiles * args.H:
@@ -279,17 +290,21 @@ def _consumer(args, WARP_GROUP: gl.constexpr):
         delta = gl.load(args.delta + o_row, mask=m_r, other=0.0)
         acc = gl.zeros((ROWS, D), gl.float32, l_o)
         if n_steps > 0:
-            acc = _mainloop(args, n_seen, k_len, neg_lse, delta, scale2, step, tiles, n_steps, n_full, l_o, WARP_GROUP)
+            acc = _mainloop(
+                args, n_seen, k_len, neg_lse, delta, scale2, step, tiles, tails, n_steps, n_full, l_o, WARP_GROUP
+            )
         else:
             mbarrier.wait(args.g_full.index(WARP_GROUP), tiles & 1)
             mbarrier.arrive(args.q_empty.index(WARP_GROUP))
             mbarrier.arrive(args.g_empty.index(WARP_GROUP))
         for i in range(step + n_steps, step + n_loaded):  # what only the other warp group's rows see
             wait_full(args.k_full, i)
+            _clear_share(args, i, k_len - (i - step) * BLOCK_N, WARP_GROUP)
             arrive(args.k_empty, i)
             mbarrier.wait(args.v_full, i & 1)
             mbarrier.arrive(args.v_empty)
         step += n_loaded
+        tails += (n_loaded * BLOCK_N > k_len).to(gl.int32)
         _epilogue(args, acc, tile, WARP_GROUP)
         tiles += 1
         mbarrier.wait(args.q_full.index(WARP_GROUP), tiles & 1)
@@ -333,6 +348,8 @@ def attention_dq_hopper_kernel(
     g_empty = allocate_barriers(WARP_GROUPS)
     k_empty = allocate_barriers(STAGES)
     v_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    cleared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(cleared, count=WARP_GROUPS)
     for i in gl.static_range(WARP_GROUPS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(g_full.index(i), count=1)
@@ -348,7 +365,7 @@ def attention_dq_hopper_kernel(
     sequences = Sequences(p_cu_q, p_cu_k, p_order, p_counter, p_tile_ids, n_seqs, n_tiles)
     args = PartitionArgs(
         *(d_q, d_g, d_k, d_v, p_neg_lse, p_delta, p_dq, q_smem, g_smem, k_smem, v_smem),
-        *(q_full, g_full, k_full, v_full, q_empty, g_empty, k_empty, v_empty),
+        *(q_full, g_full, k_full, v_full, q_empty, g_empty, k_empty, v_empty, cleared),
         *(sequences, scale, n_tokens, H, HEADS, CAUSAL, EQUAL),
     )
     gl.warp_specialize(
