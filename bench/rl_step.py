@@ -139,9 +139,7 @@ class Ours:
         self.trainer.optimizer.step(grad_scale=self.scale)
 
     def weights(self) -> None:
-        copies = self.trainer.optimizer.bf16_copies
-        written: dict[str, Any] = {"written": copies} if copies else {}
-        self.trainer.engine.update_weights(self.trainer.model, **written)
+        self.trainer.update_engine(updated=True)
 
 
 class Theirs:

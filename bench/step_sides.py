@@ -168,7 +168,7 @@ def ours(
     network: CausalLM | None = None,
 ) -> Step:
     """graphs: `whole` replays forward and backward from a CUDA graph. network: of an earlier call; None: a new one."""
-    from bi_ops import optim
+    from bi_ops import nn, optim
     from bi_ops.matmul import TOKEN_STEP, cublaslt, warmup
     from bi_ops.models.packing import pack
 
@@ -180,6 +180,9 @@ def ours(
     prompts, completions = [row[:1] for row in ids], [row[1:] for row in ids]
     batch = pack(prompts, completions, network.device, TOKEN_STEP, unit_tokens=network.unit_tokens)
     parameters = list(network.parameters())
+    # As in training: AdamW writes what forwards read, where memory is not what is short.
+    is_short = offload != "none" or recompute == "layer"
+    rounded = {} if is_short else nn.keep_rounded_weights(network)
     optimizer: list[optim.AdamW] = []  # its states are there from the first update on
     if offload != "none":
         optimizer.append(optim.OffloadedAdamW(parameters, lr=LR, masters=offload == "masters"))
@@ -195,7 +198,7 @@ def ours(
 
     def update() -> None:
         if not optimizer:
-            optimizer.append(optim.AdamW(parameters, lr=LR))
+            optimizer.append(optim.AdamW(parameters, lr=LR, bf16_copies=rounded))
         optimizer[0].step(grad_scale=scales[0])
 
     made = Step(

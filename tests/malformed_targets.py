@@ -163,6 +163,11 @@ OTHERS = {
     "nn.allocate_main_grads": named(
         "allocate_main_grads", call=nn.allocate_main_grads, args=lambda: {"module": layer()}
     ),
+    "nn.keep_rounded_weights": named(
+        *("keep_rounded_weights", "rounded_weights"),
+        call=nn.keep_rounded_weights,
+        args=lambda: {"module": layer(), "dtype": torch.bfloat16},
+    ),
     "nn.collect_main_grads": named("collect_main_grads", call=nn.collect_main_grads, args=lambda: {"module": layer()}),
     "models.make_model": named(
         *("make_model", "config", "Qwen3ForCausalLM", "Qwen3ForCausalLM.__init__"),

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from bi_ops.core import checks
+from bi_ops.core import checks, rounding
 from bi_ops.core.main_grad import MainGrad, open_buffer
 from bi_ops.core.operators import custom_op, dispatcher_is_watched, is_plain
 from bi_ops.core.replay import replayed
@@ -107,7 +107,7 @@ class _Linear(Node):
 
     @staticmethod
     def forward(ctx, x, weight, bias, main_grad, backend, in_accumulator):
-        rounded = weight.to(x.dtype)
+        rounded = rounding.rounded(weight, x.dtype)
         # With a buffer the rounded weight stays in memory until the backward, so that a master is rounded once.
         ctx.save_for_backward(x, weight if main_grad is None else rounded, bias)
         ctx.main_grad, ctx.backend = main_grad, backend

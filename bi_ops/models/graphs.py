@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from bi_ops.core import rounding
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.operators import has_hooks
 from bi_ops.models.buckets import Bucket, bucket_of, copied, pad, tensors_of
@@ -130,7 +131,7 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle() if self.model.device.type == "cuda" else None
 
     def state(self) -> object:
-        """What a graph holds of the models; checked where it is asked for.
+        """What a graph holds of the models; checked where it is asked for. Weights that stay rounded are so afterwards.
 
         Raises:
             ValueError: as the class.
@@ -157,7 +158,7 @@ class StepGraphs:
                 if isinstance(layer, Shared):
                     found.append((layer.all_reduce, layer.exchange if isinstance(layer, SharedVocabulary) else None))
             found.append((model.recompute, model.attention_backend, model.head_chunk_rows, model.training))
-            found += [(t.data_ptr(), t.dtype, t.shape, t.requires_grad) for t in tensors]
+            found += [(t.data_ptr(), t.dtype, t.shape, t.requires_grad, rounding.refresh(t)) for t in tensors]
         return found
 
     def begin(self) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from bi_ops.core import rounding
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.transforms import Node
 from bi_ops.moe.layer import activation_grad_op, activation_op
@@ -46,7 +47,7 @@ class _Exchanged(Node):
     def forward(ctx, hidden, gate_up, down, weights, experts, cu_units, num_experts, exchange, main_grads):
         rows, places, offsets = dispatch(experts, num_experts, cu_units)
         routes = exchange.routes(offsets)
-        w1, w2 = gate_up.to(hidden.dtype), down.to(hidden.dtype)
+        w1, w2 = (rounding.rounded(w, hidden.dtype) for w in (gate_up, down))
         pairs = rows.clamp_min(0).long()
         routing = torch.stack([weights.view(-1)[pairs].view(torch.int32), rows], 1)  # one message
         sent = list(zip(routes.there(gather_op(hidden, rows, places)), routes.there(routing), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bi_ops.core import checks as core_checks
+from bi_ops.core import rounding
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.operators import custom_op
 from bi_ops.core.replay import replayed
@@ -68,7 +69,7 @@ class _Experts(Node):
 
     @staticmethod
     def forward(ctx, hidden, gate_up, down, weights, experts, cu_units, gate_up_main_grad, down_main_grad):
-        w1, w2 = gate_up.to(hidden.dtype), down.to(hidden.dtype)
+        w1, w2 = (rounding.rounded(w, hidden.dtype) for w in (gate_up, down))
         out, h, rows, places, offsets = experts_op(hidden, w1, w2, weights, experts, cu_units)
         # With a buffer the rounded weight stays in memory until the backward, so that a master is rounded once.
         kept = gate_up if gate_up_main_grad is None else w1, down if down_main_grad is None else w2

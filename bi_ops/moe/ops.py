@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from bi_ops.core import checks as core_checks
+from bi_ops.core import rounding
 from bi_ops.core.launches import empty
 from bi_ops.core.main_grad import MainGrad, open_buffer
 from bi_ops.core.operators import custom_op
@@ -183,7 +184,7 @@ class _GroupedLinear(Node):
 
     @staticmethod
     def forward(ctx, x, weight, offsets, main_grad, aligned):
-        rounded = weight.to(x.dtype)
+        rounded = rounding.rounded(weight, x.dtype)
         ctx.save_for_backward(x, weight if main_grad is None else rounded, offsets)
         ctx.main_grad, ctx.dtype, ctx.aligned = main_grad, weight.dtype, aligned
         return grouped_matmul(x, rounded, offsets)

@@ -6,6 +6,7 @@ from bi_ops.nn.experts import Experts, GroupedLinear, MoE
 from bi_ops.nn.layers import Attention, Embedding, Linear, RMSNorm, SiluAndMul
 from bi_ops.nn.lm_head import linear_token_logprobs
 from bi_ops.nn.main_grad import allocate_main_grads, collect_main_grads
+from bi_ops.nn.rounded_weights import keep_rounded_weights
 
 __all__ = [
     "Attention",
@@ -20,5 +21,6 @@ __all__ = [
     "allocate_main_grads",
     "collect_main_grads",
     "convert",
+    "keep_rounded_weights",
     "linear_token_logprobs",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from bi_ops import activation, matmul
-from bi_ops.core import dtypes
+from bi_ops.core import dtypes, rounding
 from bi_ops.core.operators import dispatcher_is_watched, has_hooks
 from bi_ops.core.transforms import Node
 from bi_ops.nn.layers import SiluAndMul
@@ -23,7 +23,7 @@ class _Gated(Node):
 
     @staticmethod
     def forward(ctx, gate_up, weight, main_grad, layer):
-        rounded = weight.to(gate_up.dtype)  # once for both passes
+        rounded = rounding.rounded(weight, gate_up.dtype)  # once for both passes
         ctx.save_for_backward(gate_up, rounded)
         ctx.main_grad = main_grad
         y = activation.silu_and_mul(gate_up)

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 
 from bi_ops import logprob, matmul
-from bi_ops.core import checks
+from bi_ops.core import checks, rounding
 from bi_ops.core.main_grad import MainGrad, open_buffer
 from bi_ops.core.operators import custom_op
 from bi_ops.core.transforms import Node
@@ -110,7 +110,7 @@ class _LinearTokenLogprobs(Node):
 
     @staticmethod
     def forward(ctx, hidden, weight, ids, main_grad, chunk_rows, n_kept, entropy):
-        rounded = weight.to(hidden.dtype)  # once for both passes
+        rounded = rounding.rounded(weight, hidden.dtype)  # once for both passes
         found, ctx.logits = [], []
         for part in chunks_of(len(ids), chunk_rows):
             logits = matmul.linear(hidden[part], rounded)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bi_ops import matmul
+from bi_ops.core import rounding
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.tensor_files import Rows
 from bi_ops.core.transforms import Node
@@ -30,7 +31,7 @@ class _ParallelLinear(Node):
 
     @staticmethod
     def forward(ctx, x, weight, main_grad, layer):
-        rounded = weight.to(x.dtype)
+        rounded = rounding.rounded(weight, x.dtype)
         ctx.save_for_backward(x, rounded)
         ctx.main_grad, ctx.layer, ctx.weight_dtype = main_grad, layer, weight.dtype
         return layer.product(x, rounded)

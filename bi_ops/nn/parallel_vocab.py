@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from bi_ops import embedding, logprob, matmul
+from bi_ops.core import rounding
 from bi_ops.core.integers import cdiv
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.pairwise import pairwise_
@@ -155,7 +156,7 @@ class _SegmentedTokenLogprobs(Node):
 
     @staticmethod
     def forward(ctx, hidden, weight, ids, main_grad, chunk_rows, n_kept, layer):
-        rounded = weight.to(hidden.dtype)  # once for both passes
+        rounded = rounding.rounded(weight, hidden.dtype)  # once for both passes
         found, ctx.logits = [], []
         for part in chunks_of(len(ids), chunk_rows):
             logits = matmul.linear(hidden[part], rounded)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bi_ops.core import checks
+from bi_ops.core import checks, rounding
 from bi_ops.core.operators import on_device_of_first
 from bi_ops.core.triton_helpers import PINNED
 from bi_ops.optim import config as configs
@@ -189,7 +189,8 @@ class AdamW(torch.optim.Optimizer):
     Args:
         params, lr, betas, eps, weight_decay: as torch's; numbers, no tensors. Parameters are fp32 and contiguous.
         bf16_copies: for a parameter the bf16 tensor of its shape that gets its rounded value in the same pass, such as
-            the weight an engine computes with. Also an attribute; not part of the state. None: none.
+            the weight an engine computes with, or those of `bi_ops.nn.keep_rounded_weights`. Also an attribute; not
+            part of the state. None: none.
         amsgrad, maximize, foreach, fused, capturable, differentiable: refused unless False or None.
 
     Raises:
@@ -331,6 +332,9 @@ class AdamW(torch.optim.Optimizer):
             self._launch(device, part, hyper, grad_scale, zero_grad)
         for part in launches.values():
             torch.autograd.graph.increment_version(part.p + part.m + part.v + part.copies())
+            for p, copy in zip(part.p, part.copy, strict=True):
+                if copy is not None:
+                    rounding.written(p, copy)
         if steps:
             torch._foreach_add_(steps, 1)
         return loss

@@ -7,13 +7,13 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bi_ops import optim, parallel
+from bi_ops import nn, optim, parallel
 from bi_ops.core import replay
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.graphs import StepGraphs
@@ -153,7 +153,7 @@ class Trainer:
         self.graphs = self._graphs() if config.step_graphs else None
         self.layout = self._layout()
         self.parameters = list(self.layout.parameters.values())
-        # An engine that lets the optimizer write its weights has them rounded in the pass that updates the masters.
+        self._engine_weights = self._shared_weights()
         self.optimizer = self._optimizer()
 
     def _graphs(self) -> StepGraphs:
@@ -207,18 +207,38 @@ class Trainer:
         elements = PEER_TOKENS * self.model.config.hidden_size
         return over_peer_memory(lambda: PeerAllReduce(ranks, elements, device), asked, ranks, device, "train")
 
+    def _shared_weights(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The engine's own weights by the parameters that are trained, where they may be written from here."""
+        config = self.config
+        if config.offload == "masters" or config.fsdp or config.tp > 1 or config.ep > 1:
+            return {}  # the engine reads the model's bf16 weights; or a rank updates a part, and the engine has all
+        found: dict[torch.nn.Parameter, torch.Tensor] = getattr(self.engine, "weight_copies", lambda model: {})(
+            self.model
+        )
+        return {p: weight for p, weight in found.items() if p.requires_grad}
+
+    def _rounded_weights(self) -> dict[torch.Tensor, torch.Tensor]:
+        """What forwards read in place of rounding masters again.
+
+        Not where memory is what is short, or where a rank has the master of a part alone. The engine's own weights
+        would do, but then no check would see that an engine has others.
+        """
+        config, dtype = self.config, getattr(self.model, "compute_dtype", torch.float32)
+        is_short = config.sleep or config.offload != "none" or config.recompute == "layer"
+        if is_short or config.fsdp or dtype != torch.bfloat16:
+            return {}
+        return nn.keep_rounded_weights(self.model, dtype)
+
     def _optimizer(self) -> optim.AdamW:
         config = self.config
         given = (self.parameters, config.lr, config.betas)
         if config.offload == "masters":  # the kernel writes the model's own bf16 weights, and the engine reads these
             return optim.OffloadedAdamW(*given, weight_decay=config.weight_decay, masters=True)
-        copies: dict[torch.nn.Parameter, torch.Tensor] = {}
-        if not config.fsdp and config.tp == config.ep == 1:  # else a rank updates a part, and the engine has all
-            copies = getattr(self.engine, "weight_copies", lambda m: {})(self.model)
+        # Weights are rounded in the pass that updates the masters.
+        trained = set(self.parameters)
+        rounded = {p: copy for p, copy in self._rounded_weights().items() if p in trained}
         return (optim.OffloadedAdamW if config.offload == "states" else optim.AdamW)(
-            *given,
-            weight_decay=config.weight_decay,
-            bf16_copies={p: copy for p, copy in copies.items() if p.requires_grad},
+            *given, weight_decay=config.weight_decay, bf16_copies={**self._engine_weights, **rounded}
         )
 
     def step(self, step: int) -> StepMetrics:
@@ -254,7 +274,7 @@ class Trainer:
             for _ in range(config.updates_per_rollout - 1):  # from here on the ratio is not 1, and the clip has work
                 result = self.backward(completions, advantages)
                 self.optimizer.step(grad_scale=result.clip_scale)
-            self.update_engine(self.optimizer.bf16_copies)
+            self.update_engine(updated=True)
 
         mean = sum(rewards) / len(rewards)
         return StepMetrics(
@@ -273,8 +293,12 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
 
-    def update_engine(self, written: Collection[torch.Tensor] = ()) -> None:
-        """Hand the weights to the engine; `written`: those that it has already."""
+    def update_engine(self, updated: bool = False) -> None:
+        """Hand the weights to the engine. updated: the optimizer has rounded what it may write since they changed."""
+        written = self._engine_weights if updated else {}
+        rounded = self.optimizer.bf16_copies
+        if behind := [p for p, weight in written.items() if rounded[p] is not weight]:
+            torch._foreach_copy_([written[p] for p in behind], [rounded[p] for p in behind])
         with self.layout.gathered():
             if written:
                 self.engine.update_weights(self.model, written=written)  # type: ignore[call-arg]
