@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,11 @@ def conditions(results: Path) -> str:
         found = load(results, f"{gpu}/conditions.json")
         for r in found or ():
             rows.append((r["release"], r["condition"], *(outcome(r[side]) for side in ("plugin", "stock"))))
-        if found:
-            lines.append(provenance(found, f"{gpu}/conditions.json"))
+        for release in sorted({r["release"] for r in found or ()}):
+            of_release = [r for r in found if r["release"] == release]
+            commits = Counter(r["commit"] for r in of_release).most_common()
+            counts = ", ".join(f"{n} rows of {commit}" for commit, n in commits)
+            lines.append(f"- {release}, {counts}: {provenance(of_release, f'{gpu}/conditions.json')}")
     if not rows:
         return "Not measured yet.\n"
     head = ("vLLM", "condition", "other bits with the plugin", "other bits of stock vLLM")

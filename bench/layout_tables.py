@@ -88,11 +88,11 @@ def layout_costs(results: Path) -> str:
     found = load_csv(results, "h200/layouts.csv")
     rows = []
     for r in found:
-        if r["fastest"] != "True" and not r["baseline"].startswith("library"):
+        if r["fastest"] != "True" and not r["baseline"].startswith(("library", "transformers")):
             continue
         ranks = f"TP {r['tp']}" if r["tp"] != "1" else f"{'FSDP2' if r['fsdp'] == 'True' else 'DP'} {r['dp']}"
         where = ranks if r["what"] != "segments" else "1 GPU"
-        share = f"{float(r['transfer_share']):.0%}" if r["transfer_share"] else ""
+        share = f"{abs(float(r['transfer_share'])):.0%}" if r["transfer_share"] else ""
         what = f"{r['what']} of {int(r['tokens']):,}" if r["what"] != "segments" else "forward and backward"
         times = f"{float(r['ours_ms']):.1f}", f"{float(r['baseline_ms']):.1f}"
         cost = f"{float(r['ours_ms']) / float(r['baseline_ms']):.2f}x"

@@ -137,11 +137,11 @@ def experts(results: Path) -> str:
 #: The sides of a training step's measurement, and what the table calls them.
 STEP_SIDES = {
     "bi_ops": "bi_ops: batch-invariant, fp32 master weights, fp32 gradients",
-    "bi_ops, graphs": "the same, replayed from a CUDA graph as training does",
-    "bi_ops, none": "the same, nothing recomputed",
-    "bi_ops, layer": "the same, whole layers recomputed",
+    "bi_ops, graphs": "bi_ops, replayed from a CUDA graph as training does",
+    "bi_ops, none": "bi_ops, nothing recomputed",
+    "bi_ops, layer": "bi_ops, whole layers recomputed",
     "torch, compiled": "transformers, bf16 weights, `torch.compile`",
-    "torch, cudnn": "the same, cuDNN's attention",
+    "torch, cudnn": "transformers, bf16 weights, `torch.compile`, cuDNN's attention",
     "torch": "transformers, bf16 weights, eager",
     "torch, autocast": "transformers, fp32 master weights under autocast, eager",
     "torch, checkpoint": "transformers, bf16 weights, `torch.compile`, layers checkpointed",

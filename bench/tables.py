@@ -86,7 +86,8 @@ def headline(results: Path) -> str:
             best = {"grouped_mm": "torch._grouped_mm", "vllm": "vLLM's tuned MoE"}
             beside = " or ".join(best[b] for b in dict.fromkeys(r["best"] for r in layers))
             rows.append((f"a layer of 128 experts, {name} (H200)", beside, f"{geometric_mean(faster):.2f}x"))
-    what = "\nNVIDIA H100. Above 1x, bi_ops is faster. Operators and layers: geometric means over shapes.\n"
+    where = "NVIDIA H100, or H200 where a row says so. Above 1x, bi_ops is faster."
+    what = f"\n{where} Operators and layers: geometric means over shapes.\n"
     return table(("bi_ops, bitwise batch-invariant", "baseline", "speed"), rows) + what
 
 

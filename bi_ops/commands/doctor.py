@@ -28,7 +28,7 @@ examples:
   bi-ops doctor --json
 
 exit codes:
-  0  every operator has a backend here     1  some have none     2  bad usage"""
+  0  every operator has a backend here     1  some have none     2  bad usage     3  the probe failed"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ examples:
 
 exit codes:
   0  printed; with --compare: equal     1  the orders differ
-  2  bad usage or bad input     3  they cannot be computed in here"""
+  2  bad usage or bad input     3  they cannot be computed here"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompts", type=int, default=8, help="how many prompts (8)")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens to sample for each (8)")
-    parser.add_argument("--max-prompt-tokens", type=int, default=None, help="prompts have 1 to this many tokens")
+    parser.add_argument("--max-prompt-tokens", type=int, help="prompts have 1 to this many tokens (256 if they fit)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (1)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from that many most likely tokens (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely with this much (1: all)")

@@ -21,7 +21,8 @@ Train a language model with GRPO on a task generated on the spot. Every step com
 rollout engine reported with the one training computes, bit for bit; a difference stops the run and names the token.
 
 Without --model, a tiny model with random weights is written to OUTPUT/model first. Settings come from --preset, then
---config (a JSON file, such as an earlier run's config.json), then the options here, the later over the earlier."""
+--config (a JSON file, such as an earlier run's config.json; with --resume the run's own), then the options here, the
+later over the earlier. What none of them sets is as in --preset demo, and stands in brackets."""
 
 EPILOG = """\
 examples:
@@ -69,7 +70,7 @@ _PLAIN: tuple[tuple[str, type, str], ...] = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from bi_ops.models.base import Recompute
-    from bi_ops.rl.config import Offload
+    from bi_ops.rl.config import Offload, TrainConfig
     from bi_ops.rl.presets import PRESETS
     from bi_ops.rl.tasks import TASKS
     from bi_ops.rollout import factory
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from")
     parser.add_argument("--config", metavar="FILE", help="a JSON file of settings")
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint folder", **given)
-    parser.add_argument("--engine", choices=factory.names(), help="what samples", **given)
+    parser.add_argument("--engine", choices=factory.names(), help="what samples (embedded)", **given)
     parser.add_argument(
         "--attention",
         choices=("triton", "vllm"),
@@ -91,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "FlashAttention 3",
         **given,
     )
-    parser.add_argument("--task", choices=sorted(TASKS), help="what is learned", **given)
+    parser.add_argument("--task", choices=sorted(TASKS), help="what is learned (repeat)", **given)
     parser.add_argument(
         "--recompute",
         choices=get_args(Recompute),
@@ -106,9 +107,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "master weights; changes no bit",
         **given,
     )
-    parser.add_argument("--mean", choices=("token", "sequence"), help="what counts equally in the loss", **given)
+    parser.add_argument("--mean", choices=("token", "sequence"), help="what counts alike in the loss (token)", **given)
     parser.add_argument(
-        "--on-difference", choices=("stop", "warn"), help="what a differing log-probability does", **given
+        "--on-difference", choices=("stop", "warn"), help="what a differing log-probability does (stop)", **given
     )
     parser.add_argument(
         "--tp-rollout",
@@ -170,8 +171,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sleep", action="store_true", help="vllm: its weights and KV cache leave the GPU while training runs", **given
     )
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
     for name, kind, text in _PLAIN:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, **given)
+        shown = text if defaults[name] is None else f"{text} ({defaults[name]})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=shown, **given)
 
 
 def make_config(args: argparse.Namespace) -> TrainConfig:

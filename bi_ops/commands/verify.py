@@ -27,7 +27,7 @@ interpreter.
 EPILOG = """\
 examples:
   bi-ops verify                                            about a minute
-  bi-ops verify --level full --html report.html            about ten minutes on a GPU
+  bi-ops verify --level full --html report.html            4 to 10 minutes on a GPU
   bi-ops verify --op rms_norm --property "batch size"
   bi-ops verify --op my_module:MY_OP                       your own: see examples/verify_operator.py
   bi-ops verify --record here.json                         digests of every operator's bits

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 HELP = "compile a model's training step ahead of time"
 
 DESCRIPTION = """\
-Compile all kernels of a model's training step in parallel, compile the cuBLASLt binding where no installed one
-fits, and verify which of the model's
-GEMMs it may compute. Without it the first step compiles kernels as it comes to them, and GEMMs run in Triton: the same
-bits, more slowly. Results are kept per GPU, driver and versions; weights are not read."""
+Compile all kernels of a model's training step in parallel, compile the cuBLASLt binding where no installed one fits,
+and verify which of the model's GEMMs it may compute. `bi-ops train` does so before its first step, but for the binding;
+without it GEMMs run in Triton: the same bits, more slowly. Results are kept per GPU, driver and versions; weights are
+not read."""
 
 EPILOG = """\
 examples:
