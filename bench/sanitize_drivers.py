@@ -13,7 +13,7 @@ from typing import Any
 import bi_ops  # isort: skip  (before torch and triton)
 import torch
 
-from bi_ops import attention, moe, optim, parallel
+from bi_ops import attention, moe, nn, optim, parallel
 from bi_ops.attention.launch import clear_outside
 from bi_ops.core import arch as arches
 from bi_ops.core import runtime
@@ -153,6 +153,18 @@ def _peers() -> None:
             gather.launch(own, own.new_empty(40, 600 * size), (phase,))
 
 
+def _tied_table() -> None:
+    """Its gradient: that of the head, and of the table the rows that two micro-batches touch."""
+    table = nn.Embedding(70, 40, device=runtime.default_device())
+    head = nn.Linear(40, 70, bias=False, device=runtime.default_device())
+    head.weight = table.weight
+    both = torch.nn.ModuleList((table, head))
+    nn.allocate_main_grads(both)
+    for ids in torch.tensor([[3, 69] * 8, [3, 20] * 8], device=table.weight.device):
+        head(table(ids)).sum().backward()
+    nn.collect_main_grads(both)
+
+
 def _vocabulary_shards() -> None:
     """Ranks that share rows of logits, in one process."""
     logits = torch.randn(40, 2500).to(runtime.default_device(), BF16)
@@ -260,6 +272,7 @@ DRIVERS: dict[str, Driver] = {
     "activation": Driver(_named("silu_and_mul", "", "_backward"), each("silu_and_mul")),
     "rope": Driver(("rope_kernel",), each("apply_rope")),
     "embedding": Driver(_named("embedding", "", "_backward"), each("embedding", "embedding_backward")),
+    "tied table": Driver(("add_touched_rows_kernel",), _tied_table),
     "reduction": Driver(("sum_kernel",), each("sum", "sum, first axis", "sum, everything", "mean")),
     "logprob": Driver(
         (*_named("softmax", "", "_dx"), *_named("token_logprobs", "", "_dx"), *_named("row_", *SPLIT)),

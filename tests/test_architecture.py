@@ -100,7 +100,7 @@ NO_CONSTANT_SHAPES_A_SUM = frozenset(
         "tile_list_kernel",
         *("row_part_max_kernel", "shard_max_kernel"),
         "add_shards_kernel",  # chunks front to back, which are the whole row's however many shards there are
-        *("embedding_backward_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),
+        *("embedding_backward_kernel", "add_touched_rows_kernel", "add_chunks_kernel", "qk_add_chunks_kernel"),
         *(
             "count_expert_kernel",
             "place_expert_kernel",

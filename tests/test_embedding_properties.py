@@ -95,7 +95,7 @@ def test_the_config_changes_no_bit(device):
     first = embedding_backward(g, ids, 5)
     for rows, cols, unroll in ((1, 64, 1), (4, 16, 3), (16, 32, 8)):
         dw = torch.zeros_like(first)
-        ops.launch_gradient(dw, g, ids, -1, False, TileConfig(rows, cols, unroll))
+        ops.launch_gradient(dw, g, ids, -1, False, config=TileConfig(rows, cols, unroll))
         assert bits_equal(dw, first), (rows, cols, unroll)
 
 

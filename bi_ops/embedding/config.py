@@ -28,6 +28,14 @@ def lookup_config(n_rows: int, n_cols: int) -> TileConfig:
 
 
 @functools.lru_cache(maxsize=1024)
+def touched_config(n_rows: int, n_cols: int) -> TileConfig:
+    """Most programs find no row that is touched, so on a GPU one looks at sixteen."""
+    if runtime.INTERPRET:
+        return lookup_config(n_rows, n_cols)
+    return TileConfig(rows=16, cols=max(min(next_power_of_2(n_cols), 256), columns_for_grid(n_cols)))
+
+
+@functools.lru_cache(maxsize=1024)
 def gradient_config(n_runs: int, n_cols: int) -> TileConfig:
     """Many ids per program in the interpreter. On a GPU one, narrow and with loads ahead of its sums.
 

@@ -38,6 +38,7 @@ def embedding_backward_kernel(
     p_token,  # [N] int64, where each sorted id stood; ascending within one id
     p_start,  # [S + 1] int64, where each run of equal ids begins; N once there are no more
     p_dw,  # [V, D], zeros, or what the sums start from
+    p_touched,  # bool [V + 1], where p_dw holds a sum; None: everywhere
     S,
     N,
     D,
@@ -62,7 +63,10 @@ def embedding_backward_kernel(
     p_out = p_dw + ids[:, None] * D + o_c
     m_out = (ids < V)[:, None] & m_c
     if ACCUMULATE:
-        acc = tl.load(p_out, mask=m_out, other=0.0)
+        m_sum = m_out
+        if p_touched is not None:
+            m_sum = m_out & tl.load(p_touched + ids)[:, None]
+        acc = tl.load(p_out, mask=m_sum, other=0.0)
     else:
         acc = tl.zeros([ROWS, COLS], dtype=tl.float32)
     for first in range(0, tl.max(length, axis=0), UNROLL):
@@ -72,3 +76,29 @@ def embedding_backward_kernel(
             # A run that has ended adds 0.0, which changes no bit: a sum that began at 0.0 is never -0.0.
             acc += tl.load(p_col + token[:, None] * D, mask=m_t[:, None] & m_c, other=0.0).to(tl.float32)
     tl.store(p_out, cast(acc, p_dw.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def add_touched_rows_kernel(
+    p_total,  # [V, D] fp32
+    p_rows,  # [V, D] fp32
+    p_touched,  # bool [V + 1]
+    V,
+    D,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LARGE: tl.constexpr,
+):
+    """total += rows where a row is touched; of the others nothing is read.
+
+    Zeros add nothing, not even to the sign of a zero: batches that are padded touch rows that others do not.
+    """
+    o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    touched = tl.load(p_touched + o_r, mask=o_r < V, other=0).to(tl.int32)
+    if tl.max(touched, axis=0) > 0:
+        o_c = widen(tl.program_id(1), LARGE) * COLS + tl.arange(0, COLS)[None, :]
+        m = (touched > 0)[:, None] & (o_c < D)
+        o = o_r[:, None] * D + o_c
+        total = tl.load(p_total + o, mask=m, other=0.0)
+        row = tl.load(p_rows + o, mask=m, other=0.0)
+        tl.store(p_total + o, tl.where(row == 0.0, total, total + row), mask=m)

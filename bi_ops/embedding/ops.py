@@ -7,7 +7,7 @@ import torch
 from bi_ops.core import checks
 from bi_ops.core.integers import cdiv
 from bi_ops.core.limits import SMALL
-from bi_ops.core.main_grad import MainGrad, open_buffer
+from bi_ops.core.main_grad import MainGrad, open_rows
 from bi_ops.core.operators import custom_op
 from bi_ops.core.transforms import Node
 from bi_ops.core.triton_helpers import PINNED
@@ -60,10 +60,12 @@ def launch_gradient(
     ids: torch.Tensor,
     padding_idx: int,
     accumulate: bool,
+    touched: torch.Tensor | None = None,
     config: TileConfig | None = None,
 ) -> None:
     """dw[V, D] = each id's rows of g, summed; accumulate: dw is fp32 and where the sums start, else it holds zeros.
 
+    touched: bool [V + 1], where sums start from dw, the others from zero; rows of the ids are added to it.
     Ids outside 0..V-1 have no row of it. No step of it waits for the device. config: None for the one of this size.
     """
     num_embeddings = dw.shape[0]
@@ -87,6 +89,7 @@ def launch_gradient(
         token,
         starts,
         dw,
+        touched,
         n_runs,
         n_rows,
         n_cols,
@@ -99,6 +102,8 @@ def launch_gradient(
         num_warps=c.num_warps,
         **PINNED,
     )
+    if touched is not None:  # behind the kernel, whose programs of other columns ask for the same row
+        touched.index_fill_(0, sorted_ids, True)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -130,14 +135,16 @@ def _(g, ids, num_embeddings, padding_idx, dtype):
     return g.new_empty((num_embeddings, g.shape[-1]), dtype=dtype)
 
 
-@custom_op("bi_ops::accumulate_embedding_grad", mutates_args={"main_grad"})
-def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int) -> None:
+@custom_op("bi_ops::accumulate_embedding_grad", mutates_args=("main_grad", "touched"))
+def _accumulate(
+    main_grad: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int, touched: torch.Tensor | None = None
+) -> None:
     check_range("embedding_backward", ids, main_grad.shape[0])
-    launch_gradient(main_grad, g, ids, padding_idx, accumulate=True)
+    launch_gradient(main_grad, g, ids, padding_idx, True, touched)
 
 
 @_accumulate.register_fake
-def _(main_grad, g, ids, padding_idx):
+def _(main_grad, g, ids, padding_idx, touched=None):
     return None
 
 
@@ -169,10 +176,8 @@ class _EmbeddingIntoBuffer(Node):
     @staticmethod
     def backward(ctx, g):
         (ids,) = ctx.saved_tensors
-        buffer, holds_sum = open_buffer(ctx.main_grad)
-        if not holds_sum:
-            buffer.zero_()  # most rows of a table belong to no token of the batch
-        _accumulate(buffer, g, ids, ctx.padding_idx)
+        buffer, touched = open_rows(ctx.main_grad)
+        _accumulate(buffer, g, ids, ctx.padding_idx, touched)
         return None, None, None, None, None
 
 

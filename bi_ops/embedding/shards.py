@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bi_ops.core import checks
-from bi_ops.core.main_grad import MainGrad, open_buffer
+from bi_ops.core.main_grad import MainGrad, open_rows
 from bi_ops.core.operators import on_device_of_first
 from bi_ops.embedding.ops import launch_gradient
 
@@ -24,11 +24,9 @@ def accumulate_rows(
     Raises:
         ValueError: a gradient of another width.
     """
-    buffer, holds_sum = open_buffer(main_grad)
+    buffer, touched = open_rows(main_grad)
     fits = grad.shape[:-1] == ids.shape and grad.shape[-1:] == buffer.shape[1:]
     shapes = f"grad {list(grad.shape)}, ids {list(ids.shape)}, main_grad {list(buffer.shape)}"
     checks.shape("accumulate_rows", fits, lambda: f"{shapes} do not fit")
-    if not holds_sum:
-        buffer.zero_()  # most rows belong to no token of the batch
     own = ids.long() - first
-    _launch(buffer, grad, own.masked_fill(ids == padding_idx, -1), -1, True)
+    _launch(buffer, grad, own.masked_fill(ids == padding_idx, -1), -1, True, touched)

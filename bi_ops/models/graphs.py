@@ -18,7 +18,7 @@ from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.operators import has_hooks
 from bi_ops.models.buckets import Bucket, bucket_of, copied, pad, tensors_of
 from bi_ops.models.packing import PackedBatch
-from bi_ops.nn.main_grad import allocate_main_grads, main_grad_memory, without_main_grad
+from bi_ops.nn.main_grad import Memory, allocate_main_grads, main_grad_memory, without_main_grad
 from bi_ops.nn.parallel_linear import Shared
 from bi_ops.nn.parallel_vocab import SharedVocabulary
 
@@ -123,7 +123,7 @@ class StepGraphs:
 
         A process group of NCCL that they call must not be destroyed before: it would wait for them.
         """
-        self._memory: dict[torch.nn.Module, torch.Tensor] = {}
+        self._memory: dict[torch.nn.Module, Memory] = {}
         self._state: object = None
         self._calls: OrderedDict[tuple[object, ...], Call] = OrderedDict()
         self._inputs: dict[tuple[object, ...], tuple[PackedBatch, list[torch.Tensor]]] = {}
@@ -204,7 +204,7 @@ class StepGraphs:
         if not self._began:
             for module in self._memory:  # a replay runs no Python that would say so
                 if isinstance(module.main_grad, MainGrad):
-                    module.main_grad.open()
+                    module.main_grad.written()
             self._began = True
         return tuple(t.index_select(0, padded.rows) for t in outputs)
 

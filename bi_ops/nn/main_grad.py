@@ -7,6 +7,7 @@ activations of later layers are gone; the many small buffers of norms share allo
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -14,11 +15,15 @@ import torch
 from bi_ops.core.integers import cdiv
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.core.pairwise import pairwise_
+from bi_ops.embedding import tied
 from bi_ops.nn.experts import GroupedLinear
 from bi_ops.nn.layers import Embedding, Linear, RMSNorm
 
 #: Layers that can carry a weight gradient.
 Layer = Linear | RMSNorm | Embedding | GroupedLinear
+
+#: Of the sum of a layer, and of a tied table `MainGrad.touched`.
+Memory = tuple[torch.Tensor, torch.Tensor | None]
 
 #: Elements that share an allocation at most, because each allocation costs a launch: 256 MiB of fp32.
 ELEMENTS = 1 << 26
@@ -70,18 +75,33 @@ def _sums(layer: Layer) -> int:
     return layer.sources if isinstance(layer, GroupedLinear) else 1
 
 
-def main_grad_memory(module: torch.nn.Module) -> dict[torch.nn.Module, torch.Tensor]:
-    """fp32 memory for the sum of every layer of `module` that gets one, for `allocate_main_grads` of many steps.
+def _touched(layers: Sequence[Layer]) -> dict[Layer, torch.Tensor]:
+    """`MainGrad.touched` of each table that is the weight of one head too: its sum is then added to the head's by rows.
+
+    Of more layers that share a weight the order of the additions counts, and a table that is not tied has to be whole.
+    """
+    sharers = defaultdict(list)
+    for layer in layers:
+        sharers[layer.weight].append(layer)
+    pairs = [s for s in sharers.values() if len(s) == 2 and any(isinstance(layer, Linear) for layer in s)]
+    tables = [layer for pair in pairs for layer in pair if isinstance(layer, Embedding)]
+    return {t: torch.empty(t.weight.shape[0] + 1, dtype=torch.bool, device=t.weight.device) for t in tables}
+
+
+def main_grad_memory(module: torch.nn.Module) -> dict[torch.nn.Module, Memory]:
+    """Memory for the sum of every layer of `module` that gets one, for `allocate_main_grads` of many steps.
 
     Raises TypeError for what is no module.
     """
     layers = [layer for layer in _layers("main_grad_memory", module) if layer.weight.requires_grad]
-    return dict(zip(layers, zeros([_summed(layer) for layer in layers]), strict=True))
+    touched = _touched(layers)
+    sums = zeros([_summed(layer) for layer in layers])
+    return {layer: (own, touched.get(layer)) for layer, own in zip(layers, sums, strict=True)}
 
 
 def allocate_main_grads(
     module: torch.nn.Module,
-    memory: Mapping[torch.nn.Module, torch.Tensor] | None = None,
+    memory: Mapping[torch.nn.Module, Memory] | None = None,
     *,
     tensors: bool = False,
 ) -> None:
@@ -107,15 +127,16 @@ def allocate_main_grads(
     elif memory is None:
         buffers = zeros([_summed(layer) for layer in filled])
     else:
-        buffers = [memory[layer] for layer in filled]
+        buffers = [memory[layer][0] for layer in filled]
         if buffers:
             torch._foreach_zero_(buffers)
     for layer, buffer in zip(filled, buffers, strict=True):
         layer.main_grad = buffer.view(-1) if isinstance(layer, RMSNorm) and layer.segments == 1 else buffer
+    touched = _touched(layers) if memory is None and not tensors else {}
     for layer in layers:
         if not (tensors or isinstance(layer, RMSNorm)):
-            own = None if memory is None else memory[layer]
-            layer.main_grad = MainGrad(_summed(layer).shape, layer.weight.device, own)
+            given = (None, touched.get(layer)) if memory is None else memory[layer]
+            layer.main_grad = MainGrad(_summed(layer).shape, layer.weight.device, *given)
 
 
 def without_main_grad(module: torch.nn.Module) -> list[str]:
@@ -130,12 +151,16 @@ def without_main_grad(module: torch.nn.Module) -> list[str]:
 def collect_main_grads(module: torch.nn.Module) -> None:
     """Hand the finished sums over as `.grad`, in the dtype of the weight, or in its `grad_dtype`.
 
-    The buffers of layers that share a weight are added here, in the order of `module.modules()`. A backward that comes
-    later raises. Raises TypeError for what is no module.
+    The buffers of layers that share a weight are added here, in the order of `module.modules()`; of a tied table only
+    the rows that the step touched. A backward that comes later raises. Raises TypeError for what is no module.
     """
     sums: dict[torch.Tensor, torch.Tensor] = {}
+    tables: dict[torch.Tensor, MainGrad] = {}
     for layer in _layers("collect_main_grads", module):
         if layer.main_grad is None:
+            continue
+        if isinstance(layer.main_grad, MainGrad) and layer.main_grad.touched is not None:
+            tables[layer.weight], layer.main_grad = layer.main_grad, None
             continue
         found = layer.main_grad.collect() if isinstance(layer.main_grad, MainGrad) else layer.main_grad
         if _sums(layer) > 1:
@@ -145,6 +170,13 @@ def collect_main_grads(module: torch.nn.Module) -> None:
         else:
             sums[layer.weight] = found
         layer.main_grad = None
+    for weight, table in tables.items():
+        if weight not in sums:  # of a part of the model, say
+            sums[weight] = table.collect()
+            continue
+        rows, touched = table.collect_rows()
+        assert touched is not None
+        tied.add_touched_rows(sums[weight], rows, touched)
     for weight, total in sums.items():
         dtype = getattr(weight, "grad_dtype", None) or weight.dtype  # fp32 of bf16 weights whose masters are elsewhere
         weight.grad = total.view(weight.shape).to(dtype)
