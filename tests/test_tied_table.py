@@ -281,4 +281,4 @@ def test_the_config_changes_no_bit_and_rows_are_added(device):
 def test_the_operator_says_what_it_writes(device):
     table, g = torch.zeros(5, 8, device=device), torch.randn(3, 8, device=device)
     ids, touched = torch.tensor([1, 1, 4], device=device), torch.zeros(6, dtype=torch.bool, device=device)
-    torch.library.opcheck(torch.ops.bi_ops.accumulate_embedding_grad, (table, g, ids, -1, touched))
+    torch.library.opcheck(torch.ops.bi_ops.accumulate_embedding_rows, (table, touched, g, ids, -1))

@@ -120,8 +120,7 @@ class Operator:
             # Without a backward of its own the operator raises when a gradient reaches it, as torch's do.
             return self._op(*args) if self._function is None else self._function.apply(*args)
         for i in self._mutated:
-            if args[i] is not None:
-                launches.written(args[i])
+            launches.written(args[i])
         return self._run_plain(*args)
 
     def _watched(self, *args: Any) -> Any:

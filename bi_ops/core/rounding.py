@@ -68,7 +68,7 @@ def refresh(weight: torch.Tensor) -> int:
 
 def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``weight.to(dtype)``, of a weight with a copy in `dtype` that copy."""
-    if weight.dtype == dtype or not _KEPT or dispatcher_is_watched():
+    if weight.dtype == dtype or dispatcher_is_watched() or not _KEPT:  # in this order for torch.compile
         return weight.to(dtype)
     kept = _KEPT.get(weight)
     if kept is None or kept.copy.dtype != dtype:

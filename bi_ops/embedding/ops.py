@@ -135,16 +135,27 @@ def _(g, ids, num_embeddings, padding_idx, dtype):
     return g.new_empty((num_embeddings, g.shape[-1]), dtype=dtype)
 
 
-@custom_op("bi_ops::accumulate_embedding_grad", mutates_args=("main_grad", "touched"))
-def _accumulate(
-    main_grad: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int, touched: torch.Tensor | None = None
+@custom_op("bi_ops::accumulate_embedding_grad", mutates_args={"main_grad"})
+def _accumulate(main_grad: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int) -> None:
+    check_range("embedding_backward", ids, main_grad.shape[0])
+    launch_gradient(main_grad, g, ids, padding_idx, accumulate=True)
+
+
+@_accumulate.register_fake
+def _(main_grad, g, ids, padding_idx):
+    return None
+
+
+@custom_op("bi_ops::accumulate_embedding_rows", mutates_args={"main_grad", "touched"})
+def _accumulate_rows(
+    main_grad: torch.Tensor, touched: torch.Tensor, g: torch.Tensor, ids: torch.Tensor, padding_idx: int
 ) -> None:
     check_range("embedding_backward", ids, main_grad.shape[0])
     launch_gradient(main_grad, g, ids, padding_idx, True, touched)
 
 
-@_accumulate.register_fake
-def _(main_grad, g, ids, padding_idx, touched=None):
+@_accumulate_rows.register_fake
+def _(main_grad, touched, g, ids, padding_idx):
     return None
 
 
@@ -177,7 +188,10 @@ class _EmbeddingIntoBuffer(Node):
     def backward(ctx, g):
         (ids,) = ctx.saved_tensors
         buffer, touched = open_rows(ctx.main_grad)
-        _accumulate(buffer, g, ids, ctx.padding_idx, touched)
+        if touched is None:
+            _accumulate(buffer, g, ids, ctx.padding_idx)
+        else:
+            _accumulate_rows(buffer, touched, g, ids, ctx.padding_idx)
         return None, None, None, None, None
 
 
