@@ -13,6 +13,7 @@ FILES = ("layouts.json", "layouts_shared.json", "moe_layouts.json", "moe_whole.j
 def _layout(row: dict[str, Any]) -> str:
     """How ranks share the work of a row."""
     parts = [f"vLLM at TP {row['rollout_tp']}" if row["what"] != "train" else ""]
+    parts += [f"`bi-ops train` on {row['dp']} {'ranks' if row['dp'] > 1 else 'rank'}" if row["what"] == "loop" else ""]
     parts += [f"{row['ep']} with whole experts" if row.get("ep", 1) > 1 else ""]
     if row["what"] == "train":
         ranks = row["dp"] * row["train_tp"]
@@ -57,7 +58,7 @@ def speed_of_layouts(results: Path) -> dict[str, float]:
         if r["what"] == "step" and r["baseline"] == "transformers, compiled":
             how, gpus = names.get((r["fsdp"], r["tp"]), "tensor-parallel"), int(r["tp"]) * int(r["dp"])
             how += ", from CUDA graphs" if r["ours"].endswith(", graphs") else ""
-            label = f"a training step of Qwen3-{r['model']} on {gpus} GPUs, {how} (H200)"
+            label = f"a training step of Qwen3-{r['model']} on {gpus} GPUs, {how}"
             layout = r["model"], r["tp"], r["dp"], r["fsdp"]
             best[layout] = max(best.get(layout, (0.0, "")), (float(r["ratio"]), label))
     return {label: ratio for ratio, label in best.values()}

@@ -1,7 +1,7 @@
 """Has every layout on the GPUs of one host the bits of one GPU? Writes layouts.json, a row as soon as it is known.
 
     python bench/layouts.py --out bench/results/h100 [--gpus 4] [--model 0.6B] [--beside 2] [--seconds 240] [--only ...]
-    python bench/layouts.py --out bench/results/h200 --share-gpu 4       as many ranks on one GPU
+    python bench/layouts.py --out bench/results/h200 --share-gpu 4       as many ranks on one GPU, none in shards
     python bench/layouts.py --out bench/results/h200 --model 30B-A3B --layers 4       with experts: moe_layouts.json
 
 Three questions, each a job in processes of its own, several at once where GPUs are free:
@@ -433,8 +433,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args, Path(scratch))
         bench.prepare()
-        # vLLM itself gives each of the processes that it starts a GPU; and ranks that share one use collectives.
-        jobs = [job for job in bench.jobs if not (args.share_gpu and (job.executor or job.collectives))]
+        # vLLM itself gives each of the processes that it starts a GPU; ranks that share one use collectives; and gloo's
+        # reduce-scatter of tensors on a GPU ends the process.
+        jobs = [job for job in bench.jobs if not (args.share_gpu and (job.executor or job.collectives or job.fsdp))]
         bench.run([job for job in jobs if args.only is None or job.name in args.only])
         (args.out / f"{bench.file}.log").write_text("\n\n".join(f"{n}\n{why}" for n, why in bench.failed.items()))
         return bench.verdict()
