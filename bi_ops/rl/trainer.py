@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bi_ops import nn, optim, parallel
+from bi_ops import optim, parallel
 from bi_ops.core import replay
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.graphs import StepGraphs
@@ -227,7 +227,7 @@ class Trainer:
         is_short = config.sleep or config.offload != "none" or config.recompute == "layer"
         if is_short or config.fsdp or dtype != torch.bfloat16:
             return {}
-        return nn.keep_rounded_weights(self.model, dtype)
+        return self.model.keep_rounded_weights()
 
     def _optimizer(self) -> optim.AdamW:
         config = self.config

@@ -19,13 +19,19 @@ TAKES: dict[OpOverload, Callable[..., bool]] = {}
 
 
 def check_arguments(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise what torch would for these arguments, or a ValueError that `refuse` makes torch's error of."""
+    """Raise what torch would for these arguments, or a TypeError that `refuse` makes torch's error of.
+
+    The TypeError stays where a release of torch takes what others refuse.
+    """
     takes = TAKES.get(op)
     if takes is None:
         return
     with torch._C.DisableTorchFunction():
         if not takes(*args, **kwargs):
-            raise ValueError(f"{op._schema.name} does not take these arguments")
+            given = [f"{str(a.dtype).removeprefix('torch.')} {list(a.shape)}" for a in args if isinstance(a, Tensor)]
+            raise TypeError(
+                f"{op._schema.name} is not served for {', '.join(given)}: use one dtype, and shapes that fit"
+            )
 
 
 def judges(*names: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
