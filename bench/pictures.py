@@ -11,7 +11,7 @@ from table_parts import load
 from bi_ops.verify import report, suite
 
 #: The run of `bench/verify.py` that is shown: one in which something failed.
-VERIFY = "cpu/verify_torch_2.13.0.json"
+VERIFY = "cpu/verify_torch_2.14.1.json"
 
 
 def verify(results: Path) -> str:
