@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from bi_ops import nn, optim, parallel
+from bi_ops import optim, parallel
 from bi_ops.core import runtime
 from bi_ops.core.files import write_json
 from bi_ops.core.rows import TOKEN_STEP
@@ -176,7 +176,7 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
         behind = parallel.Whole(network, tree, ranks, graphs.begin, keeps_memory=True)
         of_behind = whole_sums(behind, found)
         replays = {f"{side}, graphs": of_behind[side] for side in ("ordered", COPIES, "no sums") if side in of_behind}
-    rounded = {} if args.fsdp else nn.keep_rounded_weights(network)  # as in training
+    rounded = layout.keep_rounded_weights(torch.bfloat16)  # as in training
     optimizer = optim.AdamW(list(layout.parameters.values()), lr=LR, bf16_copies=rounded)
 
     def step(side: str, take: Callable[[], None]) -> None:

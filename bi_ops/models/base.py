@@ -236,10 +236,6 @@ class CausalLM(torch.nn.Module):
         """See `bi_ops.nn.collect_main_grads`."""
         nn.collect_main_grads(self)
 
-    def keep_rounded_weights(self) -> dict[torch.Tensor, torch.Tensor]:
-        """See `bi_ops.nn.keep_rounded_weights`; none where the model computes in fp32."""
-        return {} if self.compute_dtype == torch.float32 else nn.keep_rounded_weights(self, self.compute_dtype)
-
     # Orders.
 
     def shapes(self) -> orders.Shapes:

@@ -218,6 +218,10 @@ class FullySharded:
 
     # Rows, and whole weights.
 
+    def keep_rounded_weights(self, dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
+        """None: weights are rounded before they are gathered."""
+        return {}
+
     def rows(self) -> dict[str, tuple[Rows, torch.Tensor]]:
         """Of every parameter this rank's rows, and what the optimizer updates."""
         found = {}

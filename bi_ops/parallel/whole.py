@@ -140,6 +140,10 @@ class Whole:
                     p.grad = total
         return self.norm()
 
+    def keep_rounded_weights(self, dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
+        """See `bi_ops.nn.keep_rounded_weights`: of this rank's matrices, for the optimizer to write."""
+        return {p: copy for p, copy in nn.keep_rounded_weights(self.model, dtype).items() if p.requires_grad}
+
     def norm(self) -> torch.Tensor:
         return optim.global_norm([p.grad for p in self.parameters.values() if p.grad is not None])
 

@@ -218,16 +218,13 @@ class Trainer:
         return {p: weight for p, weight in found.items() if p.requires_grad}
 
     def _rounded_weights(self) -> dict[torch.Tensor, torch.Tensor]:
-        """What forwards read in place of rounding masters again.
+        """What forwards read in place of rounding masters again; none where memory is what is short.
 
-        Not where memory is what is short, or where a rank has the master of a part alone. The engine's own weights
-        would do, but then no check would see that an engine has others.
+        The engine's own weights would do, but then no check would see that an engine has others.
         """
         config, dtype = self.config, getattr(self.model, "compute_dtype", torch.float32)
         is_short = config.sleep or config.offload != "none" or config.recompute == "layer"
-        if is_short or config.fsdp or dtype != torch.bfloat16:
-            return {}
-        return self.model.keep_rounded_weights()
+        return {} if is_short or dtype != torch.bfloat16 else self.layout.keep_rounded_weights(dtype)
 
     def _optimizer(self) -> optim.AdamW:
         config = self.config
@@ -235,10 +232,9 @@ class Trainer:
         if config.offload == "masters":  # the kernel writes the model's own bf16 weights, and the engine reads these
             return optim.OffloadedAdamW(*given, weight_decay=config.weight_decay, masters=True)
         # Weights are rounded in the pass that updates the masters.
-        trained = set(self.parameters)
-        rounded = {p: copy for p, copy in self._rounded_weights().items() if p in trained}
+        copies: dict[torch.Tensor, torch.Tensor] = {**self._engine_weights, **self._rounded_weights()}
         return (optim.OffloadedAdamW if config.offload == "states" else optim.AdamW)(
-            *given, weight_decay=config.weight_decay, bf16_copies={**self._engine_weights, **rounded}
+            *given, weight_decay=config.weight_decay, bf16_copies=copies
         )
 
     def step(self, step: int) -> StepMetrics:
