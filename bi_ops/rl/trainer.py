@@ -207,15 +207,13 @@ class Trainer:
         elements = PEER_TOKENS * self.model.config.hidden_size
         return over_peer_memory(lambda: PeerAllReduce(ranks, elements, device), asked, ranks, device, "train")
 
-    def _shared_weights(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+    def _shared_weights(self) -> dict[torch.Tensor, torch.Tensor]:
         """The engine's own weights by the parameters that are trained, where they may be written from here."""
         config = self.config
         if config.offload == "masters" or config.fsdp or config.tp > 1 or config.ep > 1:
             return {}  # the engine reads the model's bf16 weights; or a rank updates a part, and the engine has all
-        found: dict[torch.nn.Parameter, torch.Tensor] = getattr(self.engine, "weight_copies", lambda model: {})(
-            self.model
-        )
-        return {p: weight for p, weight in found.items() if p.requires_grad}
+        found = getattr(self.engine, "weight_copies", lambda model: {})(self.model).items()
+        return {p: weight for p, weight in found if p.requires_grad}
 
     def _rounded_weights(self) -> dict[torch.Tensor, torch.Tensor]:
         """What forwards read in place of rounding masters again; none where memory is what is short.
@@ -232,7 +230,7 @@ class Trainer:
         if config.offload == "masters":  # the kernel writes the model's own bf16 weights, and the engine reads these
             return optim.OffloadedAdamW(*given, weight_decay=config.weight_decay, masters=True)
         # Weights are rounded in the pass that updates the masters.
-        copies: dict[torch.Tensor, torch.Tensor] = {**self._engine_weights, **self._rounded_weights()}
+        copies = self._engine_weights | self._rounded_weights()
         return (optim.OffloadedAdamW if config.offload == "states" else optim.AdamW)(
             *given, weight_decay=config.weight_decay, bf16_copies=copies
         )
