@@ -212,8 +212,9 @@ class Trainer:
         config = self.config
         if config.offload == "masters" or config.fsdp or config.tp > 1 or config.ep > 1:
             return {}  # the engine reads the model's bf16 weights; or a rank updates a part, and the engine has all
-        found = getattr(self.engine, "weight_copies", lambda model: {})(self.model).items()
-        return {p: weight for p, weight in found if p.requires_grad}
+        if not hasattr(self.engine, "weight_copies"):
+            return {}
+        return {p: weight for p, weight in self.engine.weight_copies(self.model).items() if p.requires_grad}
 
     def _rounded_weights(self) -> dict[torch.Tensor, torch.Tensor]:
         """What forwards read in place of rounding masters again; none where memory is what is short.
