@@ -419,4 +419,4 @@ def test_what_is_broken_is_caught(broken, tmp_path):
     first = [1, 3] if module is decode else [128, 640]
     second = [0, 128] if run is run_ahead else [128, 640]
     with pytest.raises((Failure, AssertionError)):
-        [run(first, second, kernels=other, seed=seed) for seed in range(10)]
+        [run(first, second, kernels=other, seed=seed) for seed in range(model.TRIES)]

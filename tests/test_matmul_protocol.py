@@ -89,7 +89,7 @@ def test_what_is_broken_is_caught(broken, accumulate, tmp_path):
     [run_wgrad(*sizes, accumulate=accumulate) for sizes in some]
     how = {"kernels": other, "accumulate": accumulate, "resident": 4}
     with pytest.raises((Failure, AssertionError)):
-        [run_wgrad(*sizes, seed=seed, **how) for seed in range(10) for sizes in some]
+        [run_wgrad(*sizes, seed=seed, **how) for seed in range(model.TRIES) for sizes in some]
 
 
 def run_tiles(m, n, t, groups, block_n, block_t, stages, transposed=False, accumulate=True, kernels=hopper_tile, **how):
@@ -140,4 +140,4 @@ def test_what_is_broken_in_tiles_is_caught(line, instead, tmp_path):
     sizes = [(192, 260, 512, *tile, 16, 4) for tile in TILES]
     [run_tiles(*s) for s in sizes]
     with pytest.raises((Failure, AssertionError)):
-        [run_tiles(*s, kernels=other, seed=seed, resident=4) for seed in range(10) for s in sizes]
+        [run_tiles(*s, kernels=other, seed=seed, resident=4) for seed in range(model.TRIES) for s in sizes]
