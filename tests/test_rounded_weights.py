@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -103,17 +104,14 @@ def test_a_backward_after_the_weights_have_changed_is_refused(layer, device):
 
 
 def test_copies_go_with_their_weights_and_are_in_no_state(layer):
-    n = len(rounding._KEPT)
-    nn.keep_rounded_weights(layer)
-    assert len(rounding._KEPT) == n + 1
+    kept = weakref.ref(nn.keep_rounded_weights(layer)[layer.weight])
     twin = copy.deepcopy(layer)
     assert read(twin) is not read(twin)
     assert list(layer.state_dict()) == ["weight"]
-    weight = layer.weight
-    layer.weight = torch.nn.Parameter(torch.ones_like(weight))
-    del weight
+    assert kept() is read(layer)
+    layer.weight = torch.nn.Parameter(torch.ones_like(layer.weight))
     gc.collect()
-    assert len(rounding._KEPT) == n
+    assert kept() is None
 
 
 def test_a_weight_that_was_moved_has_no_copy(layer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import itertools
@@ -51,26 +50,6 @@ class Direct:
     def __call__(self, step, pool):
         self.made += 1
         return step
-
-
-class Unseen(Direct):
-    """As a replay does it, the step leaves no trace in `model`'s Python objects, but in memory."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.layers = [m for m in model.modules() if hasattr(m, "main_grad")]
-
-    def __call__(self, step, pool):
-        def replay():
-            before = [m.main_grad for m in self.layers]
-            for m in self.layers:
-                m.main_grad = copy.copy(m.main_grad)
-            found = step()
-            for m, main_grad in zip(self.layers, before, strict=True):
-                m.main_grad = main_grad
-            return found
-
-        return super().__call__(replay, pool)
 
 
 def batch_of(i, device, align=TOKEN_STEP, unit=1):
@@ -206,22 +185,6 @@ def test_padded_micro_batches_have_the_bits_of_plain_ones(recompute, coarse, rep
     for _ in range(2 if runtime.INTERPRET else 4):  # as it is, captured, replayed
         assert differing(gradients(model, which, through(run), run.begin), expected) == []
     assert run.captured > 0
-
-
-def test_sums_go_on_behind_a_replay(coarse):
-    """Among them a tied table's, of which memory alone says what rows it has."""
-    model = tiny_model(num_hidden_layers=1)
-    expected = gradients(model, [1, 1], begin=lambda: model.allocate_main_grads(tensors=True))
-    run = StepGraphs(model, step_of(model), capture=Unseen(model))
-
-    def begin():
-        run.begin()
-        table, _ = run._memory[model.model.embed_tokens]
-        table.fill_(float("nan"))
-
-    for _ in range(2):
-        assert differing(gradients(model, [1, 1], through(run), begin), expected) == []
-    assert run.captured == 2
 
 
 def test_experts_have_the_bits_of_plain_micro_batches(coarse, replaced):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
 import pytest
 import torch
+from test_step_graphs import Direct, coarse, differing, gradients, step_of, through  # noqa: F401  (a fixture)
+from tiny import tiny_model
 from torch import nn
 
 import bi_ops
@@ -16,6 +19,7 @@ from bi_ops.embedding.config import TileConfig
 from bi_ops.embedding.shards import accumulate_rows
 from bi_ops.embedding.tied import add_touched_rows
 from bi_ops.matmul import TOKEN_STEP, accumulate_weight_grad
+from bi_ops.models.graphs import StepGraphs
 from bi_ops.nn import MainGrad
 from bi_ops.nn.main_grad import main_grad_memory
 from bi_ops.verify.properties import bits_equal
@@ -153,6 +157,43 @@ def test_a_replay_goes_on_from_what_it_finds_in_memory(device):
         assert found[replayed].any(1).nonzero().view(-1).tolist() == INSIDE
         found[replayed] = found[replayed].clone()
     assert bits_equal(found[True], found[False])
+
+
+class Unseen(Direct):
+    """As a replay does it, the step leaves no trace in `model`'s Python objects, but in memory."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.layers = [m for m in model.modules() if hasattr(m, "main_grad")]
+
+    def __call__(self, step, pool):
+        def replay():
+            before = [m.main_grad for m in self.layers]
+            for m in self.layers:
+                m.main_grad = copy.copy(m.main_grad)
+            found = step()
+            for m, main_grad in zip(self.layers, before, strict=True):
+                m.main_grad = main_grad
+            return found
+
+        return super().__call__(replay, pool)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_the_sums_of_a_model_go_on_behind_a_replay():
+    """Of the table memory alone says what rows it has."""
+    model = tiny_model(num_hidden_layers=1)
+    expected = gradients(model, [1, 1], begin=lambda: model.allocate_main_grads(tensors=True))
+    run = StepGraphs(model, step_of(model), capture=Unseen(model))
+
+    def begin():
+        run.begin()
+        table, _ = run._memory[model.model.embed_tokens]
+        table.fill_(float("nan"))
+
+    for _ in range(2):
+        assert differing(gradients(model, [1, 1], through(run), begin), expected) == []
+    assert run.captured == 2
 
 
 def test_micro_batches_that_reach_one_of_the_two(device):

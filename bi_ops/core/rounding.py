@@ -46,11 +46,6 @@ def _fits(weight: torch.Tensor, copy: torch.Tensor) -> bool:
     return weight.shape == copy.shape and weight.device == copy.device
 
 
-def forget(weight: torch.Tensor) -> None:
-    """`rounded` rounds the weight itself again."""
-    _KEPT.pop(weight, None)
-
-
 @torch.no_grad()
 def refresh(weight: torch.Tensor) -> int:
     """Round a weight that has changed into its copy, if it has one; the copy's address, 0 without one."""
@@ -58,7 +53,7 @@ def refresh(weight: torch.Tensor) -> int:
     if kept is None:
         return 0
     if not _fits(weight, kept.copy):  # it was moved
-        forget(weight)
+        del _KEPT[weight]
         return 0
     if _state(weight, kept.copy) != kept.state:
         kept.copy.copy_(weight)

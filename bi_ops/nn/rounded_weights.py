@@ -22,10 +22,10 @@ def keep_rounded_weights(
 
         optimizer = bi_ops.optim.AdamW(model.parameters(), bf16_copies=bi_ops.nn.keep_rounded_weights(model))
 
-    A step keeps all rounded weights until its backward anyway: its peak stays as it is, but between steps the copies
-    stay too, 2 bytes a weight. They belong to these parameters, not to the state: they go when the parameters go. A
-    backward after its weights have changed is refused by autograd. In-place writes to ``weight.data`` go unseen, as
-    they do in autograd: write to the weight itself under ``torch.no_grad()``.
+    A step that recomputes no whole layers keeps all rounded weights until its backward anyway, so its peak stays as it
+    is; between steps the copies stay too, 2 bytes a weight. They belong to these parameters, not to the state, and go
+    when the parameters go. A backward after its weights have changed is refused by autograd. In-place writes to
+    ``weight.data`` go unseen, as they do in autograd: write to the weight itself under ``torch.no_grad()``.
 
     Args:
         module: whose `Linear`, `GroupedLinear` and derived layers get copies; the weights of norms and embeddings are

@@ -153,7 +153,7 @@ class Trainer:
         self.graphs = self._graphs() if config.step_graphs else None
         self.layout = self._layout()
         self.parameters = list(self.layout.parameters.values())
-        self._engine_weights = self._shared_weights()
+        self._engine_weights = self._weights_of_engine()
         self.optimizer = self._optimizer()
 
     def _graphs(self) -> StepGraphs:
@@ -207,7 +207,7 @@ class Trainer:
         elements = PEER_TOKENS * self.model.config.hidden_size
         return over_peer_memory(lambda: PeerAllReduce(ranks, elements, device), asked, ranks, device, "train")
 
-    def _shared_weights(self) -> dict[torch.Tensor, torch.Tensor]:
+    def _weights_of_engine(self) -> dict[torch.Tensor, torch.Tensor]:
         """The engine's own weights by the parameters that are trained, where they may be written from here."""
         config = self.config
         if config.offload == "masters" or config.fsdp or config.tp > 1 or config.ep > 1:
