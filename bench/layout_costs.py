@@ -9,7 +9,7 @@ A row is one of our sides beside one baseline; `fastest` marks the faster baseli
               whole (dp), in shards (fsdp), or sharing a model of N segments (tp; all have the same tokens). ours:
               "ordered", sums in the order over collectives, "peer copies" (dp, fsdp), the same over the GPUs' copy
               engines, or (tp) "peer memory", by a kernel; of tp and dp also "..., graphs": forward and backward
-              replayed from a CUDA graph, behind which dp exchanges gradients. baseline: "library sums", our model
+              replayed from a CUDA graph, beside which dp exchanges gradients. baseline: "library sums", our model
               with sums by NCCL; "transformers, compiled", bf16 weights, gradients and states, layers under
               torch.compile, torch's DDP, FSDP2 or tensor parallelism; of dp "ordered, at the end" too:
               all gradients are exchanged behind the backward
@@ -67,7 +67,7 @@ from bi_ops.core import runtime
 WORKER = Path(__file__).with_name("layout_costs_worker.py")
 SEGMENTS = (2, 4, 8)
 #: Layers that one GPU holds with 16 bytes a parameter and the sums of a tree, where not all of them.
-WHOLE_LAYERS = {"8B": 18}
+WHOLE_LAYERS = {"8B": 16}
 COMPILED, EAGER = "transformers, compiled", "transformers, eager"
 GRAPHS = "peer memory, graphs"
 COPIES = "peer copies"

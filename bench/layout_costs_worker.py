@@ -158,7 +158,6 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
     if args.tp == 1:
         network.warmup()
     layout: parallel.Whole | FullySharded
-    behind: parallel.Whole | None = None
     if args.tp > 1:
         graphs, replay = from_graphs(network, batch)
         allocate = lambda: (graphs.begin if now in replays else network.allocate_main_grads)()  # noqa: E731
@@ -172,10 +171,6 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
     else:
         layout = parallel.Whole(network, tree, ranks)
         sums = whole_sums(layout, found)
-        graphs, replay = from_graphs(network, batch)
-        behind = parallel.Whole(network, tree, ranks, graphs.begin, keeps_memory=True)
-        of_behind = whole_sums(behind, found)
-        replays = {f"{side}, graphs": of_behind[side] for side in ("ordered", COPIES, "no sums") if side in of_behind}
     rounded = layout.keep_rounded_weights(torch.bfloat16)  # as in training
     optimizer = optim.AdamW(list(layout.parameters.values()), lr=LR, bf16_copies=rounded)
 
@@ -183,15 +178,14 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
         nonlocal now
         now = side
         take()
-        used = behind if side in replays and behind is not None else layout
-        used.begin_atom()
-        used.before_backward(last=side != AT_END)
+        layout.begin_atom()
+        layout.before_backward(last=side != AT_END)
         if side in replays:
             replay()
         else:
             network.token_logprobs(batch).mean().backward()
-        used.end_atom()
-        optimizer.step(grad_scale=optim.clip_scale(used.finish(), MAX_NORM))
+        layout.end_atom()
+        optimizer.step(grad_scale=optim.clip_scale(layout.finish(), MAX_NORM))
 
     def timed(sides: Mapping[str, Callable[[], None]]) -> None:
         steps = {side: lambda side=side, take=take: step(side, take) for side, take in sides.items()}  # type: ignore[misc]
@@ -199,9 +193,12 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
             found.add(side, "step", seconds)
 
     timed(sums)
-    if behind is not None:
-        for module in network.modules():  # those of `layout`, which a replay would not call
-            module._forward_pre_hooks.clear()
+    if type(layout) is parallel.Whole:
+        layout.remove_hooks()  # which a replay would not call
+        graphs, replay = from_graphs(network, batch)
+        layout = parallel.Whole(network, tree, ranks, graphs.begin, keeps_memory=True)
+        sums = whole_sums(layout, found)
+        replays = {f"{side}, graphs": sums[side] for side in ("ordered", COPIES, "no sums") if side in sums}
     for side, take in replays.items():  # one after the other: each has graphs and memory of its own
         free()
         try:

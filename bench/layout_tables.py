@@ -14,6 +14,10 @@ def _layout(row: dict[str, Any]) -> str:
     """How ranks share the work of a row."""
     parts = [f"vLLM at TP {row['rollout_tp']}" if row["what"] != "train" else ""]
     parts += [f"`bi-ops train` on {row['dp']} {'ranks' if row['dp'] > 1 else 'rank'}" if row["what"] == "loop" else ""]
+    parts += [
+        "in shards" if row["what"] == "loop" and row["fsdp"] else "",
+        "from CUDA graphs" * row.get("step_graphs", 0),
+    ]
     parts += [f"{row['ep']} with whole experts" if row.get("ep", 1) > 1 else ""]
     if row["what"] == "train":
         ranks = row["dp"] * row["train_tp"]

@@ -13,8 +13,8 @@ Three questions, each a job in processes of its own, several at once where GPUs 
              and weights against one rank's
              with segments: the same, a model shared by 1, 2 and 4 ranks (train_tp), 1 or 2 groups of them; against one
              rank of as many segments, log-probabilities too
-    loop     `bi_ops train` of a tiny model, sampling and training on the same ranks, whole or in shards: the final
-             weights
+    loop     `bi_ops train` of a tiny model, sampling and training on the same ranks, whole or in shards, or from
+             CUDA graphs: the final weights
 
 Controls, which have to differ: partial outputs that vLLM adds over ranks; gradients that NCCL adds over ranks, in
 shards by FSDP2's own reduce-scatter; partial outputs that NCCL adds over the ranks of a model. With --share-gpu rows
@@ -55,7 +55,7 @@ class Job:
     """tp: of the rollout. dp x train_tp: ranks that train. fsdp: in shards. needs: jobs that must have ended well.
 
     ep: ranks have whole experts while sampling. train_ep: neighbours that share experts in training. collectives: ranks
-    that sample gather by these, not over each other's memory.
+    that sample gather by these, not over each other's memory. graphs: training replays its micro-batches.
     """
 
     kind: str
@@ -70,6 +70,7 @@ class Job:
     collectives: bool = False
     train_tp: int = 1
     segments: int = 1
+    graphs: bool = False
 
     @property
     def name(self) -> str:
@@ -77,6 +78,7 @@ class Job:
         parts = [self.kind, f"tp{self.tp}", f"dp{self.dp}" if self.dp else "", self.executor or ""]
         parts += [
             "fsdp" if self.fsdp else "",
+            "graphs" if self.graphs else "",
             "ep" if self.ep else "",
             "collectives" if self.collectives else "",
             "control" if self.control else "",
@@ -113,6 +115,7 @@ JOBS = (
     Job("loop", 1, 1),
     Job("loop", 2, 2),
     Job("loop", 2, 2, fsdp=True),
+    Job("loop", 2, 2, graphs=True),
     Job("loop", 4, 4),
     Job("sample", 2, executor="mp"),
     Job("loop", 2, 4),
@@ -147,7 +150,7 @@ class Run:
 #: Columns that say what a row is of.
 OF = (
     *("what", "model", "engine", "executor", "rollout_tp", "train_tp", "dp", "fsdp", "ep", "train_ep", "segments"),
-    *("peer_memory", "control", "shared", "microbatches"),
+    *("step_graphs", "peer_memory", "control", "shared", "microbatches"),
 )
 
 
@@ -188,7 +191,8 @@ class Bench:
         start = launcher(job.gpus) if torchrun else []
         if job.kind == "loop":
             out = str(self.scratch / job.name)
-            loop = [*LOOP, *(["--fsdp"] if job.fsdp else []), f"--tp-rollout={job.tp}", "--output", out]
+            loop = [*LOOP, *["--fsdp"] * job.fsdp, *["--step-graphs"] * job.graphs, f"--tp-rollout={job.tp}"]
+            loop += ["--output", out]
             # Not measured: others give memory back meanwhile.
             loop += ["--gpu-memory-utilization", "0.1", f"--kv-cache-memory-bytes={1 << 30}"]
             program = ["-m", "bi_ops"]
@@ -302,6 +306,7 @@ class Bench:
                 "ep": job.tp if job.ep else 1,
                 "train_ep": job.train_ep,
                 "segments": job.segments,
+                "step_graphs": job.graphs,
                 "peer_memory": job.kind == "sample" and job.tp > 1 and not (job.collectives or self.args.share_gpu),
                 "control": job.control,
                 "shared": bool(self.args.share_gpu),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 from unittest import mock
 
@@ -19,6 +20,9 @@ from tiny import tiny_model
 
 from bi_ops import nn, optim, parallel
 from bi_ops.core import runtime
+from bi_ops.core.operators import has_hooks
+from bi_ops.matmul import TOKEN_STEP
+from bi_ops.models.graphs import StepGraphs
 from bi_ops.models.packing import pack
 from bi_ops.nn.main_grad import main_grad_memory
 from bi_ops.parallel import gradients, overlap
@@ -70,7 +74,8 @@ class NaiveSum(parallel.GradientTree):
     """The control: each rank adds its atoms, then a library adds the ranks."""
 
     def add(self, gradients):
-        self._totals = list(gradients) if self._totals is None else [*map(torch.add, self._totals, gradients)]
+        gradients = [g.clone() for g in gradients]
+        self._totals = gradients if self._totals is None else [*map(torch.add, self._totals, gradients)]
 
     def total(self):
         totals = super().total()
@@ -85,9 +90,11 @@ ATOMS = (2, 4, 8)
 TRAINING: dict[str, Any] = {"recompute": "layer", "kl": 0.1, "updates_per_rollout": 2}
 
 
-def in_the_same_memory(atoms: int, here: parallel.Ranks = parallel.ALONE) -> parallel.Whole:
+def in_the_same_memory(
+    atoms: int, here: parallel.Ranks = parallel.ALONE, make: Callable[[], torch.nn.Module] = StackModel
+) -> parallel.Whole:
     """Every atom's sums lie where the last one's did, as in a CUDA graph."""
-    model = StackModel()
+    model = make()
     again = functools.partial(nn.allocate_main_grads, model, main_grad_memory(model))
     return parallel.Whole(model, parallel.order(atoms), here, again, keeps_memory=True)
 
@@ -101,8 +108,8 @@ def on_a_rank() -> dict[Any, Any]:
                 layout = parallel.Whole(make(), parallel.order(atoms), here, overlap=overlaps)
                 assert len(layout.sums) == (1 if not overlaps else {"stack": 3, "odd": 5}[name])
                 found[name, atoms, overlaps] = gradients_of(layout)
-    for atoms in ATOMS:
-        found["kept", atoms] = gradients_of(in_the_same_memory(atoms, here))
+    for name, atoms in itertools.product(MODELS, ATOMS):
+        found["kept", name, atoms] = gradients_of(in_the_same_memory(atoms, here, MODELS[name]))
     with small_messages():
         found["small"] = gradients_of(parallel.Whole(OddModel(), parallel.order(8), here))
     layout = parallel.Whole(StackModel(), parallel.order(4), here)
@@ -123,9 +130,8 @@ def test_gradients_that_are_exchanged_early_have_the_bits_of_one_process():
         for (name, atoms), wanted in one.items():
             for overlaps in (False, True):
                 assert equal(result[name, atoms, overlaps], wanted), (name, atoms, overlaps)
+            assert equal(result["kept", name, atoms], wanted), (name, atoms)
         assert equal(result["small"], one["odd", 8])
-        for atoms in ATOMS:
-            assert equal(result["kept", atoms], one["stack", atoms])
     for atoms in ATOMS:
         assert equal(gradients_of(in_the_same_memory(atoms)), one["stack", atoms])
         assert not equal(result["naive"], one["stack", 4])
@@ -258,12 +264,150 @@ def test_a_micro_batch_behind_the_last_is_refused(events, last):
     model(torch.zeros(16, dtype=torch.long, device=model.embed.weight.device))
 
 
-def test_one_rank_and_kept_memory_have_no_hooks():
-    for ranks_, options in ((parallel.ALONE, {}), (parallel.Ranks(0, 2), {"keeps_memory": True})):
-        model = StackModel()
-        layout = parallel.Whole(model, parallel.order(2), ranks_, **cast(Any, options))
-        assert not any(m._forward_pre_hooks for m in model.modules())
-        assert len(layout.sums) == 1
+def test_one_rank_has_no_hooks_and_several_can_let_go_of_theirs():
+    for ranks_, n in ((parallel.ALONE, 0), (parallel.Ranks(0, 2), 2)):
+        for keeps_memory in (False, True):
+            model = StackModel()
+            layout = parallel.Whole(model, parallel.order(2), ranks_, keeps_memory=keeps_memory)
+            assert [has_hooks(m) for m in model.layers] == [n > 0] * 2
+            assert any(has_hooks(m, captured=False) for m in model.layers) == (n > 0 and not keeps_memory)
+            assert len(layout.sums) == 1 + n
+            layout.remove_hooks()
+            assert not any(map(has_hooks, model.modules()))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# where micro-batches may be replays
+
+
+def marked(monkeypatch: pytest.MonkeyPatch, seen: list[str], model: StackModel) -> None:
+    """`seen` gets what a side stream marks, and behind which mark work is launched."""
+    names = {layer: f"of {i}" for i, layer in enumerate(model.layers)} | {None: "of the rest"}
+    monkeypatch.setattr(SideStream, "mark", lambda self, place: seen.append(f"marked the end {names[place]}"))
+    run = SideStream.run
+
+    def noted(self: SideStream, work: Callable[[], None], inputs: Any = (), place: Any = None) -> None:
+        if isinstance(work, functools.partial):  # an exchange
+            seen.append(f"behind that {names[place]}")
+        run(self, work, inputs, place)
+
+    monkeypatch.setattr(SideStream, "run", noted)
+
+
+def test_a_replay_marks_where_backwards_end_and_exchanges_follow_their_marks(events, monkeypatch):
+    layout = in_the_same_memory(2, parallel.Ranks(0, 2))
+    model = cast(StackModel, layout.model)
+    marked(monkeypatch, events, model)
+    note_backwards(model.layers, events)
+    layout.begin_atom()
+    for j in range(2):
+        layout.before_backward(last=j == 1)
+        backward(model, 0, j)
+    events.append("end")
+    layout.end_atom()
+    layout.finish()
+    each = ["backward of 1", "marked the end of 1", "backward of 0", "marked the end of 0"]
+    exchanged = [e for of in ("of 1", "of 0", "of the rest") for e in (f"behind that {of}", "sent", "gathered")]
+    assert events == [*each, *each, "end", *exchanged]
+
+
+def test_a_layer_that_is_not_marked_any_more_is_exchanged_behind_all(monkeypatch):
+    layout = in_the_same_memory(2, parallel.Ranks(0, 2))
+    model, gone = cast(StackModel, layout.model), []
+    monkeypatch.setattr(SideStream, "unmark", lambda self, place: gone.append(place))
+    layout.begin_atom()
+    layout.before_backward(last=True)
+    model.embed.requires_grad_(False)  # nothing in front of the first layer has a gradient
+    (model.head(model(torch.zeros(16, dtype=torch.long, device=model.embed.weight.device))).sum()).backward()
+    assert gone == [model.layers[0]]
+    with torch.no_grad():
+        model(torch.zeros(16, dtype=torch.long, device=model.embed.weight.device))
+    assert gone == [model.layers[0]]
+
+
+def read(out: torch.Tensor, value: torch.Tensor) -> None:
+    out.copy_(value)
+
+
+@pytest.mark.gpu
+def test_work_waits_for_its_mark_in_each_replay_and_for_no_more():
+    """The control: a mark that is too early lets work read what is not there yet."""
+    device = torch.device("cuda")
+    value, early, late = (torch.zeros((), device=device) for _ in range(3))
+    found: dict[str, list[float]] = {"mark": [], "early": []}
+    for where in found:
+        side, graph = SideStream(device), torch.cuda.CUDAGraph()
+        value.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            if where == "early":
+                side.mark("place")
+            torch.cuda._sleep(20_000_000)
+            value.add_(1)
+            if where == "mark":
+                side.mark("place")
+            torch.cuda._sleep(400_000_000)
+            late.add_(1)
+        for _ in range(3):
+            graph.replay()
+            through = torch.cuda.Event()
+            through.record()
+            side.run(functools.partial(read, early, value), place="place")
+            side._stream.synchronize()  # type: ignore[union-attr]
+            assert not through.query()  # the graph goes on
+            found[where].append(float(early))
+            side.wait()
+            torch.cuda.synchronize()
+    assert found == {"mark": [1, 2, 3], "early": [0, 1, 2]}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("marks", ["where they belong", "too early"])
+def test_gradients_that_are_exchanged_beside_a_replay_have_the_bits_of_those_behind_it(events, monkeypatch, marks):
+    """The control: marks at the beginning of the backward."""
+    of = {"num_hidden_layers": 3, "hidden_size": 256, "intermediate_size": 1024}
+    batch = pack([[1, 2, 3], [4] * 9], [[4, 5] * 900, [7] * 100], torch.device("cuda"), TOKEN_STEP)
+    weights = torch.linspace(-1, 1, len(batch.targets), device="cuda")
+    if marks == "too early":
+        mark = SideStream.mark
+        monkeypatch.setattr(SideStream, "mark", lambda self, place: None)
+
+    def step_of(model: Any, layout: parallel.Whole | None = None) -> Any:
+        def step(batch: Any, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            scores = model.token_logprobs(batch)
+            if marks == "too early" and layout is not None:
+                for layer in model.model.layers:
+                    mark(layout._side, layer)
+            torch.cuda._sleep(20_000_000)
+            (scores * weights).sum().backward()
+            return (scores.detach(),)
+
+        return step
+
+    def gradients(layout: parallel.Whole, run: Callable[[], object], n: int) -> list[list[torch.Tensor]]:
+        found = []
+        for i in range(n):
+            layout.begin_atom()
+            layout.before_backward(last=True)
+            weights.mul_(1 + i)  # or a gradient of the step before would do
+            run()
+            layout.end_atom()
+            layout.finish()
+            found.append([cast(torch.Tensor, p.grad).clone() for p in layout.parameters.values()])
+        weights.copy_(torch.linspace(-1, 1, len(batch.targets), device="cuda"))
+        return found
+
+    plain = tiny_model(**of)
+    behind = parallel.Whole(plain, parallel.order(2), parallel.Ranks(0, 2), overlap=False)
+    wanted = gradients(behind, lambda: step_of(plain)(batch, weights), 4)
+    model = tiny_model(**of)
+    layout: parallel.Whole
+    graphs = StepGraphs(model, lambda *given: step_of(model, layout)(*given))
+    layout = parallel.Whole(model, parallel.order(2), parallel.Ranks(0, 2), graphs.begin, keeps_memory=True)
+    found = gradients(layout, lambda: graphs.run(graphs.pad(batch, weights)), 4)
+    assert graphs.captured == 1
+    assert [equal(a, b) for a, b in zip(found, wanted, strict=True)][2:] == [marks == "where they belong"] * 2
+    graphs.release()
 
 
 # --------------------------------------------------------------------------------------------------------------

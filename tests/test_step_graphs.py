@@ -419,6 +419,32 @@ def test_training_ends_in_the_same_bytes(settings, coarse, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------------------
+# ranks that share the batch
+
+
+#: Each of four sequences is an atom: two of each rank.
+BATCH: dict[str, Any] = {"atoms": 4, "lr": 0.05, "model": {"vocab_size": 1100}}
+
+
+def of_a_batch(steps, peer_memory):
+    """What a rank found from graphs, beside whose replays gradients are exchanged."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bi_ops.models.packing.UNIT_TOKENS", 8)
+        return trained(steps, True, patch, here=parallel.Ranks.of(), peer_memory=peer_memory, **BATCH)
+
+
+@pytest.mark.parametrize("peer_memory", [False, pytest.param(True, marks=gpu)])
+def test_ranks_that_share_a_batch_replay_the_bits_of_one_process(peer_memory, coarse, monkeypatch):
+    """test_parallel_overlap.py has the controls: a library's sums, and exchanges that come too early."""
+    ranks.need_gpus(2)
+    steps = 2 if runtime.INTERPRET else 5
+    of_ranks = ranks.run(2, of_a_batch, steps, peer_memory)
+    monkeypatch.setattr("bi_ops.models.packing.UNIT_TOKENS", 8)
+    one = trained(steps, False, monkeypatch, **BATCH)
+    assert all(differing(found, one) == [] for found in of_ranks)
+
+
+# --------------------------------------------------------------------------------------------------------------
 # ranks that share the model
 
 #: Two segments of everything, a short one of the vocabulary.

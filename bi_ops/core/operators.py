@@ -33,10 +33,21 @@ def on_device_of_first(fn: Fn) -> Fn:
     return run
 
 
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Does somebody watch this module's forward or backward?"""
+class CapturedHook:
+    """A hook of a module that launches work, if anything: a CUDA graph captures it, so that a replay needs no call."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args)
+
+
+def has_hooks(module: torch.nn.Module, captured: bool = True) -> bool:
+    """Does somebody watch this module's forward or backward? captured: a `CapturedHook` counts too."""
     m = module
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+    hooks = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+    return any(hooks) and (captured or any(not isinstance(h, CapturedHook) for each in hooks for h in each.values()))
 
 
 def dispatcher_is_watched() -> bool:

@@ -62,10 +62,13 @@ def _captured(step: Call, pool: Any) -> Call:
 
 
 def _hooked(model: torch.nn.Module, modules: Sequence[torch.nn.Module], tensors: Sequence[torch.Tensor]) -> str | None:
-    """The first of these modules, or parameters and buffers, that has hooks; names are looked up for an error alone."""
-    if not any(map(has_hooks, modules)) and not any(map(_is_hooked, tensors)):
+    """The first of these modules, or parameters and buffers, that has hooks which a replay would not call.
+
+    Names are looked up for an error alone.
+    """
+    if not any(has_hooks(m, captured=False) for m in modules) and not any(map(_is_hooked, tensors)):
         return None
-    every = (n or "the model" for n, m in model.named_modules() if has_hooks(m))
+    every = (n or "the model" for n, m in model.named_modules() if has_hooks(m, captured=False))
     parameters = (n for n, p in model.named_parameters() if _is_hooked(p))
     return next(itertools.chain(every, parameters), "a buffer")
 

@@ -74,21 +74,38 @@ class SideStream:
         is_gpu = device is not None and device.type == "cuda"
         self._stream = torch.cuda.Stream(device, priority=-1) if is_gpu else None
         self._held: deque[tuple[torch.cuda.Event, Sequence[torch.Tensor]]] = deque()
+        self._marks: dict[object, torch.cuda.Event] = {}
 
-    def run(self, work: Callable[[], None], inputs: Sequence[torch.Tensor]) -> None:
-        """Launch `work` behind everything that the current stream has now; nobody else needs `inputs`.
+    def mark(self, place: object) -> None:
+        """The current stream is at `place`. In a capture: so it is whenever the graph is replayed at this point."""
+        if self._stream is not None:
+            if place not in self._marks:
+                self._marks[place] = torch.cuda.Event(external=True)  # a node of the graph, not an edge in it
+            self._marks[place].record(torch.cuda.current_stream(self._stream.device))
 
-        They are held until the current stream may reuse their memory, `HELD` calls later: it then waits for this work.
-        So what is held does not depend on how far the host is ahead of the GPU, as it would with `record_stream`.
+    def unmark(self, place: object) -> None:
+        """Nobody marks it any more."""
+        self._marks.pop(place, None)
+
+    def run(self, work: Callable[[], None], inputs: Sequence[torch.Tensor] = (), place: object = None) -> None:
+        """Launch `work` behind everything that the current stream has now, or behind `place`, if that was marked.
+
+        inputs: nobody else needs them. They are held until the current stream may reuse their memory, `HELD` calls
+        later: it then waits for this work. So what is held does not depend on how far the host is ahead of the GPU, as
+        it would with `record_stream`.
         """
         if self._stream is None:
             work()
             return
         current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
+        if (event := self._marks.get(place)) is not None:
+            self._stream.wait_event(event)
+        else:
+            self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             work()
-        self._held.append((self._stream.record_event(), inputs))
+        if inputs:
+            self._held.append((self._stream.record_event(), inputs))
         if len(self._held) > HELD:
             current.wait_event(self._held.popleft()[0])
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bi_ops import nn, optim
+from bi_ops.core.operators import CapturedHook
 from bi_ops.core.tensor_files import Rows
 from bi_ops.parallel.gradients import Exchange, GradientTree
 from bi_ops.parallel.order import AtomTree
@@ -28,11 +29,14 @@ class Whole:
     What stands outside of layers, or shares a weight with another module, follows in `end_atom`. Every rank sends
     layers in one order, from the last to the first, whichever is through first, and in an atom without sequences too.
 
+    A replay of a CUDA graph runs no Python in the middle of a backward. There a graph marks where a layer's backward
+    ends, `end_atom` launches all exchanges, and each waits for its mark alone.
+
     Args:
         allocate: makes room for the sums of an atom; None: `nn.allocate_main_grads`. keeps_memory: the gradients lie in
-            memory that the next atom takes again, so one rank alone copies them, in `end_atom`. overlap: False
-            exchanges all gradients in `end_atom`; the bits are the same. exchange: how they travel; None: by
-            collectives.
+            memory that the next atom takes again, as those of `StepGraphs`, so one rank alone copies them, in
+            `end_atom`; micro-batches may be replays. overlap: False exchanges all gradients behind the atom's last
+            backward; the bits are the same. exchange: how they travel; None: by collectives.
 
     Raises:
         ValueError: a number of ranks that does not divide the atoms.
@@ -57,7 +61,8 @@ class Whole:
         self.steps = tree.atoms // ranks.size
         self._allocate = (lambda: nn.allocate_main_grads(model)) if allocate is None else allocate
         self._keeps_memory = keeps_memory
-        overlap = overlap and ranks.size > 1 and not keeps_memory
+        overlap = overlap and ranks.size > 1
+        self._marks = overlap and keeps_memory
         layers = dict(reversed(separate_layers(model).items())) if overlap else {}
         inside = {p for parameters in layers.values() for p in parameters}
         #: Layers from the last to the first, then None for all else: what is exchanged together, in this order.
@@ -70,22 +75,31 @@ class Whole:
         self._begun: set[torch.nn.Module] = set()
         self._through: set[torch.nn.Module | None] = set()
         self._next = 0
-        for layer in layers:
-            layer.register_forward_pre_hook(self._before_layer)
+        before = CapturedHook(self._mark_behind) if self._marks else self._before_layer
+        self._hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+
+    def remove_hooks(self) -> None:
+        """The model is as it was before; nothing is exchanged early any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     def begin_atom(self) -> None:
         """Begin the sums of this rank's next atom."""
         for p in self.parameters.values():
             p.grad = None
         self._begun, self._through, self._next = set(), set(), 0
+        if self._marks:
+            self._side.wait()  # what it reads is written again
         self._allocate()
+        if self._marks:
+            self._side.run(lambda: None)  # nor is a mark of an earlier atom before what was filled here
 
     def before_backward(self, last: bool) -> None:
         """The next micro-batch, of one forward and backward, is on its way, the `last` of its atom or not.
 
         Where gradients are exchanged early, a forward with gradients behind the last backward raises RuntimeError.
         """
-        self._overlaps = last
+        self._overlaps, self._begun = last, set()
 
     def _before_layer(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Behind the backward of a layer, or of the first of several calls, its sums are done."""
@@ -101,6 +115,17 @@ class Whole:
             self._begun.add(layer)
         return handed
 
+    def _mark_behind(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """As `_before_layer`, in every micro-batch: a graph of one does not know whether it is the last."""
+        if not torch.is_grad_enabled() or layer in self._begun:
+            return None
+        handed = None if torch.compiler.is_compiling() else behind(args, lambda: self._side.mark(layer))
+        if handed is None:
+            self._side.unmark(layer)
+        else:
+            self._begun.add(layer)
+        return handed
+
     def _after_layer(self, layer: torch.nn.Module) -> None:
         nn.collect_main_grads(layer)
         self._through.add(layer)
@@ -109,6 +134,10 @@ class Whole:
     def end_atom(self) -> None:
         """The atom's last backward was launched. Nothing waits for the GPU."""
         self._overlaps = False
+        if self._marks:
+            for at, layer in enumerate(self._exchanged):
+                self._side.run(functools.partial(self._collect_and_add, at), place=layer)
+            return
         self._collect()
         if self.tree.atoms > 1:
             self._through.update(self._exchanged)
@@ -122,14 +151,28 @@ class Whole:
     def _exchange(self) -> None:
         """Add what is through, if it is all that comes before it: ranks call their collectives in one order."""
         while self._next < len(self.sums) and self._exchanged[self._next] in self._through:
-            sums, parameters = self.sums[self._next], self._together[self._next]
-            self._next += 1
-            each = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters]
+            each = self._taken(self._next)
             if self._keeps_memory and self.ranks.size == 1:  # else a sum over ranks has memory of its own
                 each = [g.clone() for g in each]
-            for p in parameters:
-                p.grad = None
-            self._side.run(functools.partial(sums.add, each), each)
+            self._side.run(functools.partial(self.sums[self._next].add, each), each)
+            self._next += 1
+
+    def _collect_and_add(self, at: int) -> None:
+        """What is exchanged at this place, whose backward is through where the current stream is."""
+        layer = self._exchanged[at]
+        if layer is None:
+            self._collect()
+        else:
+            nn.collect_main_grads(layer)
+        self.sums[at].add(self._taken(at))
+
+    def _taken(self, at: int) -> list[torch.Tensor]:
+        """The gradients of what is exchanged at this place, which are the parameters' own no more."""
+        parameters = self._together[at]
+        each = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        return each
 
     def finish(self) -> torch.Tensor:
         """Every parameter gets its gradient of the whole batch; the norm of all, fp32 []."""
