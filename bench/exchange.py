@@ -2,15 +2,16 @@
 
     torchrun --nproc-per-node 2 bench/exchange.py --out bench/results/h200 [--elements 25165824] [--rounds 9]
 
-A row: gradients of so many fp32 elements on every rank are added in the order of the tree, and the sums gathered, as
-training does with a layer's, on a stream of its own. ways:
+A row: gradients of so many fp32 elements on every rank, in matrices as a layer of Qwen3 has them, are added in the
+order of the tree, and the sums gathered, as training does with a layer's, on a stream of its own. ways:
 
     collectives   all-to-all, additions, all-gather (`parallel.gradients.Collectives`)
     copies        the same parts by the GPUs' copy engines (`parallel.peer.PeerCopies`)
 
 exchange_ms: alone. gemms_ms: dW and dX of an MLP of 1.7B at 8,192 tokens, as often as fill the time, alone.
-gemms_beside_ms, both_ms: the GEMMs and everything, when both run at once. slower: gemms_beside_ms / gemms_ms. Medians
-over rounds of the slowest rank. bits_equal: the sums are those of the other way, on every rank. Exit status 1 if not.
+gemms_beside_ms, both_ms: the GEMMs and everything, when both run at once; both are launched before either begins.
+slower: gemms_beside_ms / gemms_ms. Medians over rounds of the slowest rank. bits_equal: the sums are those of the other
+way, on every rank. Exit status 1 if not.
 `--dry` runs a tiny size on the CPU over gloo; its figures mean nothing.
 """
 
@@ -35,9 +36,24 @@ from bi_ops.parallel import Ranks
 from bi_ops.parallel.gradients import Collectives, Exchange
 from bi_ops.parallel.peer import PeerCopies
 
-#: Of a matrix of an MLP of 1.7B, and of a whole layer of it.
-ELEMENTS = (2048 * 12288, 3 * (1 << 24))
+#: Of a layer of 0.6B, 1.7B and 8B.
+ELEMENTS = (15 << 20, 3 << 24, 23 << 23)
+#: Of a layer's elements: q, k and v, what comes out of attention, gate and up, down.
+SHARES = (2, 1, 6, 3)
+#: Cycles of a GPU in which the host launches everything.
+LAUNCHING = 20_000_000
 TOKENS, HIDDEN, INNER = 8192, 2048, 6144
+
+
+#: Of a clock.
+Moment = float | torch.cuda.Event
+
+
+def matrices(flat: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """A layer's, one after the other; each in as many parts as there are ranks."""
+    unit = len(flat) // sum(SHARES) // (4 * size) * (4 * size)
+    sizes = [share * unit for share in SHARES[:-1]]
+    return list(flat.split([*sizes, len(flat) - sum(sizes)]))
 
 
 class Clock:
@@ -46,7 +62,7 @@ class Clock:
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self._stream = stream
 
-    def now(self) -> float | torch.cuda.Event:
+    def now(self) -> Moment:
         return time.perf_counter() if self._stream is None else self._stream.record_event(self._event())
 
     @staticmethod
@@ -54,7 +70,7 @@ class Clock:
         return torch.cuda.Event(enable_timing=True)
 
     @staticmethod
-    def between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    def between(begin: Moment, end: Moment) -> float:
         """Once the GPU has nothing left to do."""
         if isinstance(begin, float) and isinstance(end, float):
             return 1e3 * (end - begin)
@@ -86,29 +102,33 @@ def measure(ranks: Ranks, exchange: Exchange, n: int, run: Callable[[], None], r
     of_main, of_side = Clock(main), Clock(side)
     flat = torch.randn(n, device=device)
 
-    def begin() -> None:
+    def begin() -> Moment:
         if is_gpu:
             torch.cuda.synchronize()
         ranks.gather(None)
+        if is_gpu:
+            torch.cuda._sleep(LAUNCHING)
+        start = of_main.now()
+        if side is not None and isinstance(start, torch.cuda.Event):
+            side.wait_event(start)
+        return start
 
     def exchanged() -> tuple[float, ...]:
-        out = flat.clone()
-        begin()
+        outs = matrices(flat.clone(), ranks.size)
+        start = begin()
         with torch.cuda.stream(side):
-            start = of_side.now()
-            exchange.gather(out, exchange.sum(out))
+            exchange.gather(outs, exchange.sum(outs))
             end = of_side.now()
         if is_gpu:
             torch.cuda.synchronize()
         return (Clock.between(start, end),)
 
     def beside(times: int, with_exchange: bool) -> tuple[float, ...]:
-        out = flat.clone()
-        begin()
-        start = of_main.now()
+        outs = matrices(flat.clone(), ranks.size)
+        start = begin()
         if with_exchange:
             with torch.cuda.stream(side):
-                exchange.gather(out, exchange.sum(out))
+                exchange.gather(outs, exchange.sum(outs))
                 ends = of_side.now()
         for _ in range(times):
             run()
@@ -153,7 +173,7 @@ def main() -> int:
     for n in args.elements:
         generator = torch.Generator().manual_seed(ranks.rank)
         given = torch.randn(n, generator=generator).to(runtime.default_device())
-        sums = {way: exchange.sum(given.clone()) for way, exchange in ways.items()}
+        sums = {way: torch.cat(exchange.sum(matrices(given, ranks.size))) for way, exchange in ways.items()}
         first, *others = (t.view(torch.int32) for t in sums.values())
         equal = all(ranks.gather(all(torch.equal(first, other) for other in others)))
         for way, exchange in ways.items():

@@ -53,18 +53,29 @@ def on_a_rank(memory: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tens
             time.sleep(0.02)
         given = partial(here.rank, here.size * n).to(device)
         before = given.clone()
-        shard = exchange.sum(given)
+        [shard] = exchange.sum([given])
         assert torch.equal(bits(given), bits(before)), "what is sent is written over"
         out = torch.full((here.size * n,), 7.0, device=device)
-        exchange.gather(out, shard)
+        exchange.gather([out], [shard])
         of_out = out.view(here.size, n)[here.rank]  # as FSDP2 calls it
         of_out.mul_(2.0)
-        exchange.gather(out, of_out)
+        exchange.gather([out], [of_out])
         found.append((shard.cpu(), out.cpu()))
         halves = torch.arange(here.size * n).bfloat16().to(device).view(here.size, n)
         apart = torch.zeros(here.size * n, dtype=torch.bfloat16, device=device)
-        exchange.gather(apart, halves[here.rank])
+        exchange.gather([apart], [halves[here.rank]])
         assert torch.equal(apart, halves.flatten())
+    every = [partial(here.rank, here.size * n).to(device) for n in (*SIZES, 0, *SIZES)]  # many in a call: some are cut
+    shards = exchange.sum(every)
+    into = [torch.full_like(shard, 3.0) for shard in shards]
+    assert all(a is b for a, b in zip(exchange.sum(every, into), into, strict=True))
+    outs = [torch.empty_like(t) for t in every]
+    exchange.gather(outs, shards)
+    for i, n in enumerate((*SIZES, 0, *SIZES)):
+        wanted = found[SIZES.index(n)] if n else (torch.empty(0),) * 2
+        assert torch.equal(bits(shards[i].cpu()), bits(wanted[0])), n
+        assert torch.equal(bits(into[i].cpu()), bits(wanted[0])), n
+        assert torch.equal(bits(2.0 * outs[i].cpu()), bits(wanted[1])), n
     return found
 
 
@@ -93,9 +104,9 @@ def layouts_on_a_rank(memory: list[list[torch.Tensor]]) -> dict[str, Any]:
     swaps = [0] * len(waiting)
     for i, each in enumerate(waiting):
 
-        def counted(half: int, own: list[torch.Tensor], i: int = i, real: Any = each._swap) -> torch.Tensor:
+        def counted(half: int, sent: Any, i: int = i, real: Any = each._swap) -> None:
             swaps[i] += 1
-            return real(half, own)
+            real(half, sent)
 
         each._swap = counted  # type: ignore[method-assign]
     found = {"whole": gradients_of(odd), "shards": two_updates(sharded)}
@@ -120,7 +131,7 @@ def unsignalled(memory: list[torch.Tensor]) -> torch.Tensor:
         time.sleep(1.0)
     else:
         exchange._given[0][exchange.ranks.rank][exchange.ranks.size - 1].fill_(1)
-    return exchange.sum(partial(exchange.ranks.rank, 8))
+    return exchange.sum([partial(exchange.ranks.rank, 8)])[0]
 
 
 @pytest.mark.skipif(not runtime.INTERPRET, reason="the host's memory")
@@ -137,10 +148,10 @@ def replayed_on_a_gpu(replays: int) -> int:
     exchange = PeerCopies(here, torch.device("cuda", torch.cuda.current_device()), here.size * 4096)
     given = torch.zeros(here.size * 3000, device=exchange.device)
     out = torch.empty_like(given)
-    exchange.gather(out, exchange.sum(given))
+    exchange.gather([out], exchange.sum([given]))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        exchange.gather(out, exchange.sum(given))
+        exchange.gather([out], exchange.sum([given]))
     different = 0
     for i in range(replays):
         parts = [partial(rank, given.numel()).to(given.device) * (i + 1) for rank in range(here.size)]
@@ -217,10 +228,10 @@ def test_what_cannot_be_exchanged_is_refused():
     exchange = PeerCopies(parallel.Ranks(0, 2), device, 1024, PeerMemory.of_tensors(parallel.Ranks(0, 2), memory))
     for flat in (torch.zeros(7), torch.zeros(8, 2)[:, 0], torch.zeros(4, 2), torch.zeros(8, device="meta")):
         with pytest.raises(ValueError, match=r"sum got \[.*contiguous axis on cpu, a multiple of 2 elements"):
-            exchange.sum(flat)
+            exchange.sum([flat])
     for out in (torch.zeros(6), torch.zeros(8, dtype=torch.bfloat16), torch.zeros(16)[::2]):
         with pytest.raises(ValueError, match=r"gather got \[.*2 times the shard's \[4\] in torch.float32"):
-            exchange.gather(out, torch.zeros(4))
+            exchange.gather([out], [torch.zeros(4)])
     small = [torch.zeros(64, dtype=torch.uint8) for _ in range(2)]
     with pytest.raises(ValueError, match="1024 bytes need 3072, not 64"):
         PeerCopies(parallel.Ranks(0, 2), device, 1024, PeerMemory.of_tensors(parallel.Ranks(0, 2), small))

@@ -26,7 +26,7 @@ from bi_ops.models.graphs import StepGraphs
 from bi_ops.models.packing import pack
 from bi_ops.nn.main_grad import main_grad_memory
 from bi_ops.parallel import gradients, overlap
-from bi_ops.parallel.overlap import SideStream, separate_layers
+from bi_ops.parallel.overlap import SideStream, separate_head, separate_layers
 
 
 class OddModel(StackModel):
@@ -221,6 +221,33 @@ def test_layers_of_a_model_are_exchanged_early_in_each_mode_of_recomputation(eve
     assert events == EARLY
 
 
+@pytest.mark.parametrize("keeps_memory", [False, True])
+def test_a_head_of_its_own_is_exchanged_before_all_layers(events, monkeypatch, keeps_memory):
+    model: Any = tiny_model(num_hidden_layers=1, tie_word_embeddings=False)
+    again = functools.partial(nn.allocate_main_grads, model, main_grad_memory(model))
+    layout = parallel.Whole(model, parallel.order(2), parallel.Ranks(0, 2), again, keeps_memory)
+    assert layout._exchanged == [model.lm_head, model.model.layers[0], None]
+    assert layout._together[0] == [model.lm_head.weight]
+    monkeypatch.setattr(SideStream, "mark", lambda self, place: events.append("marked"))
+    note_backwards(model.model.layers, events)
+    layout.begin_atom()
+    layout.before_backward(last=True)
+    batch = pack([[1, 2, 3]], [[4, 5]], model.device)
+    model.token_logprobs(batch).sum().backward()
+    events.append("end")
+    layout.end_atom()
+    layout.finish()
+    exchanged = ["sent", "gathered"]
+    if keeps_memory:
+        assert events == ["marked", "backward of 0", "marked", "end", *exchanged * 3]
+    else:
+        assert events == [*exchanged, "backward of 0", *exchanged, "end", *exchanged]
+    assert separate_head(tiny_model(num_hidden_layers=1)) is None
+    assert separate_head(StackModel()) is None
+    model.lm_head.weight.requires_grad_(False)
+    assert separate_head(model) is None
+
+
 def test_ranks_call_their_collectives_in_one_order(events):
     """An atom without sequences, or a backward that passes a layer by, changes only when they are called."""
     model = StackModel()
@@ -363,10 +390,10 @@ def test_work_waits_for_its_mark_in_each_replay_and_for_no_more():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("marks", ["where they belong", "too early"])
-def test_gradients_that_are_exchanged_beside_a_replay_have_the_bits_of_those_behind_it(events, monkeypatch, marks):
+def test_gradients_that_are_exchanged_beside_a_replay_have_the_bits_of_eager_ones(events, monkeypatch, marks):
     """The control: marks at the beginning of the backward."""
     of = {"num_hidden_layers": 3, "hidden_size": 256, "intermediate_size": 1024}
-    batch = pack([[1, 2, 3], [4] * 9], [[4, 5] * 900, [7] * 100], torch.device("cuda"), TOKEN_STEP)
+    batch = pack([[1, 2, 3], [4] * 9], [[4, 5] * 100, [7] * 100], torch.device("cuda"), TOKEN_STEP)
     weights = torch.linspace(-1, 1, len(batch.targets), device="cuda")
     if marks == "too early":
         mark = SideStream.mark
@@ -398,8 +425,8 @@ def test_gradients_that_are_exchanged_beside_a_replay_have_the_bits_of_those_beh
         return found
 
     plain = tiny_model(**of)
-    behind = parallel.Whole(plain, parallel.order(2), parallel.Ranks(0, 2), overlap=False)
-    wanted = gradients(behind, lambda: step_of(plain)(batch, weights), 4)
+    eager = parallel.Whole(plain, parallel.order(2), parallel.Ranks(0, 2))
+    wanted = gradients(eager, lambda: step_of(plain)(batch, weights), 4)
     model = tiny_model(**of)
     layout: parallel.Whole
     graphs = StepGraphs(model, lambda *given: step_of(model, layout)(*given))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -14,6 +16,16 @@ def pairwise(parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tens
     """As `pairwise_`, of at least two parts, in memory of its own, or in `out`."""
     left, right = _added(parts, 2)
     return torch.add(left, right, out=out)
+
+
+def pairwise_into(out: torch.Tensor, parts: Sequence[torch.Tensor], kept: int) -> None:
+    """As `pairwise`, of parts that lie apart. All are overwritten but the one that is `kept`."""
+    level = list(parts)
+    while len(level) > 2:
+        spare = [i if i != kept else i - 1 for i in range(1, len(level), 2)]
+        level = [torch.add(level[i - i % 2], level[i | 1], out=level[i]) for i in spare]
+        kept = -1  # what is left is a sum
+    torch.add(*level, out=out)
 
 
 def _added(parts: torch.Tensor, most: int) -> torch.Tensor:

@@ -56,7 +56,7 @@ class TreeReduceScatter(_OwnMemory):
     ) -> None:
         """output_tensor: fp32 [n]. input_tensor: fp32 [ranks * n]. op: a sum; what torch would divide by is one."""
         exchange = self._exchange or Collectives(Ranks.of(group))
-        output_tensor.copy_(exchange.sum(input_tensor))
+        exchange.sum([input_tensor], [output_tensor])
         # The tree keeps the output, whose other reader, the parameter's gradient, is dropped before the next atom.
         [total] = self._sums.add([output_tensor])
         if self._sums.done == self._sums.steps:
@@ -74,7 +74,7 @@ class ExchangeAllGather(_OwnMemory):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> None:
-        self._exchange.gather(output_tensor, input_tensor)
+        self._exchange.gather([output_tensor], [input_tensor])
 
 
 class FullySharded:

@@ -76,11 +76,14 @@ def _swapped(parts: torch.Tensor, group: Any) -> torch.Tensor:
 class Exchange(Protocol):
     """How ranks exchange gradients. Every rank makes the same calls in the same order; no way has bits of its own."""
 
-    def sum(self, flat: torch.Tensor) -> torch.Tensor:
-        """flat: [ranks * n], contiguous -> this rank's part [n] of the pairwise sum over the ranks."""
+    def sum(self, flats: Sequence[torch.Tensor], outs: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """flats: [ranks * n] each, contiguous -> of each this rank's part [n] of the pairwise sum over the ranks.
 
-    def gather(self, out: torch.Tensor, shard: torch.Tensor) -> None:
-        """shard: [n] of each rank; out: [ranks * n], where all of them lie side by side then."""
+        outs: where these are put, none of them in a flat; None: in memory of their own.
+        """
+
+    def gather(self, outs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]) -> None:
+        """shards: [n] each, of each rank; outs: [ranks * n], where those of all lie side by side then."""
 
 
 class Collectives:
@@ -89,11 +92,13 @@ class Collectives:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
-    def sum(self, flat: torch.Tensor) -> torch.Tensor:
-        return sum_over_ranks(flat, self.ranks.size, self.ranks.group)
+    def sum(self, flats: Sequence[torch.Tensor], outs: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        sums = [sum_over_ranks(flat, self.ranks.size, self.ranks.group) for flat in flats]
+        return sums if outs is None else [out.copy_(own) for out, own in zip(outs, sums, strict=True)]
 
-    def gather(self, out: torch.Tensor, shard: torch.Tensor) -> None:
-        all_gather(out, shard, group=self.ranks.group)
+    def gather(self, outs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]) -> None:
+        for out, shard in zip(outs, shards, strict=True):
+            all_gather(out, shard, group=self.ranks.group)
 
 
 class Subtrees:
@@ -189,10 +194,9 @@ class GradientTree:
                 self._totals = self._sums.total()
             return
         sent, places = self._packed(gradients)
-        self._sums.add([self._exchange.sum(flat) for flat in sent])
+        self._sums.add(self._exchange.sum(sent))
         if self._sums.done == steps:
-            for flat, shard in zip(sent, self._sums.total(), strict=True):
-                self._exchange.gather(flat, shard)
+            self._exchange.gather(sent, self._sums.total())
             self._totals = places
 
     def total(self) -> list[torch.Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from bi_ops.nn.parallel_vocab import VocabParallelHead
+
 #: Calls whose inputs are held at once.
 HELD = 4
 
@@ -64,6 +66,15 @@ def separate_layers(model: torch.nn.Module) -> dict[torch.nn.Module, list[torch.
             owners.setdefault(p, set()).add(inside.get(module, model))
     trained = {layer: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
     return {m: own for m, own in trained.items() if own and all(owners[p] == {m} for p in m.parameters())}
+
+
+def separate_head(model: torch.nn.Module) -> VocabParallelHead | None:
+    """The head of a `CausalLM`, which takes what its forward returns; None: it is tied or frozen, or there is none."""
+    head = getattr(model, "lm_head", None)
+    if not (isinstance(head, VocabParallelHead) and head.weight.requires_grad):
+        return None
+    others = (m for m in model.modules() if m is not head)
+    return None if any(p is head.weight for m in others for p in m.parameters(recurse=False)) else head
 
 
 class SideStream:

@@ -14,7 +14,7 @@ from bi_ops.core.operators import CapturedHook
 from bi_ops.core.tensor_files import Rows
 from bi_ops.parallel.gradients import Exchange, GradientTree
 from bi_ops.parallel.order import AtomTree
-from bi_ops.parallel.overlap import SideStream, behind, separate_layers
+from bi_ops.parallel.overlap import SideStream, behind, separate_head, separate_layers
 from bi_ops.parallel.ranks import ALONE, Ranks
 
 
@@ -24,9 +24,10 @@ class Whole:
     A step is, for each of this rank's `steps` atoms, `begin_atom`, forward and backward of each micro-batch behind
     `before_backward`, `end_atom`; then `finish`. `FullySharded` has the same methods.
 
-    Where ranks share a batch, the gradients of a layer (what stands in a `torch.nn.ModuleList`) are exchanged when its
-    backward in the atom's last micro-batch is through, on a stream of their own, and behind the last atom gathered.
-    What stands outside of layers, or shares a weight with another module, follows in `end_atom`. Every rank sends
+    Where ranks share a batch, the gradients of a layer (what stands in a `torch.nn.ModuleList`, and a language model's
+    head) are exchanged when its backward in the atom's last micro-batch is through, on a stream of their own, and
+    behind the last atom gathered. What stands outside of layers, or shares a weight with another module, follows in
+    `end_atom`. Every rank sends
     layers in one order, from the last to the first, whichever is through first, and in an atom without sequences too.
 
     A replay of a CUDA graph runs no Python in the middle of a backward. There a graph marks where a layer's backward
@@ -64,8 +65,14 @@ class Whole:
         overlap = overlap and ranks.size > 1
         self._marks = overlap and keeps_memory
         layers = dict(reversed(separate_layers(model).items())) if overlap else {}
+        before = CapturedHook(self._mark_behind) if self._marks else self._before_layer
+        self._hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+        if overlap and (head := separate_head(model)) is not None:
+            layers = {head: [p for p in head.parameters() if p.requires_grad]} | layers
+            after = functools.partial(self._before_head, head)
+            self._hooks.append(model.register_forward_hook(CapturedHook(after) if self._marks else after))
         inside = {p for parameters in layers.values() for p in parameters}
-        #: Layers from the last to the first, then None for all else: what is exchanged together, in this order.
+        #: The head, layers from the last to the first, then None for all else: what is exchanged together, in order.
         self._exchanged: list[torch.nn.Module | None] = [*layers, None]
         self._together = [*layers.values(), [p for p in self.parameters.values() if p not in inside]]
         #: The sums of each of these.
@@ -75,8 +82,6 @@ class Whole:
         self._begun: set[torch.nn.Module] = set()
         self._through: set[torch.nn.Module | None] = set()
         self._next = 0
-        before = CapturedHook(self._mark_behind) if self._marks else self._before_layer
-        self._hooks = [layer.register_forward_pre_hook(before) for layer in layers]
 
     def remove_hooks(self) -> None:
         """The model is as it was before; nothing is exchanged early any more."""
@@ -114,6 +119,11 @@ class Whole:
         if handed is not None:
             self._begun.add(layer)
         return handed
+
+    def _before_head(self, head: torch.nn.Module, model: torch.nn.Module, args: Any, output: torch.Tensor) -> Any:
+        """As before a layer, which gets what the model returns."""
+        handed = (self._mark_behind if self._marks else self._before_layer)(head, (output,))
+        return None if handed is None else handed[0]
 
     def _mark_behind(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """As `_before_layer`, in every micro-batch: a graph of one does not know whether it is the last."""

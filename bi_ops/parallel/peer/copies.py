@@ -2,7 +2,8 @@
 
 A kernel of a collective library takes SMs, and a persistent GEMM beside it waits for each that it does not get. Here
 the copy engines move the parts, and a stream waits for what other ranks have sent, not a kernel: of the SMs a sum takes
-its additions alone.
+its additions alone. These, and copies within a GPU, which take SMs too, have to wait until a GEMM beside them ends. So
+much is sent at once, and then added at once.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from bi_ops.core.integers import cdiv
-from bi_ops.core.pairwise import pairwise
+from bi_ops.core.pairwise import pairwise_into
 from bi_ops.parallel.peer.memory import PeerMemory
 from bi_ops.parallel.ranks import Ranks
 
-#: Bytes of all ranks' parts that are on their way at once; they are received in one of two halves of so many.
-BYTES = 64 << 20
+#: Bytes of all ranks' parts that are on their way at once; they are received in one of two halves of so many. The
+#: gradients of a layer of 1.7B are 200 MiB.
+BYTES = 256 << 20
 #: Bytes between two ranks' signals, so that no two of them share a line of the cache; parts begin at multiples of it.
 LINE = 256
 #: Of the driver: wait until the difference, as a signed number of 32 bits, is not negative; then see every write that
@@ -76,41 +78,50 @@ class PeerCopies:
         return 2 * size * (LINE + cdiv(n_bytes, size * LINE) * LINE)
 
     @torch.no_grad()
-    def sum(self, flat: torch.Tensor) -> torch.Tensor:
-        """flat: [ranks * n], contiguous -> this rank's part [n] of the pairwise sum over the ranks, in their order.
+    def sum(self, flats: Sequence[torch.Tensor], outs: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """flats: [ranks * n], contiguous -> of each this rank's part [n] of the pairwise sum over the ranks.
+
+        outs: where these are put; None: in memory of their own.
 
         Raises:
             ValueError: another shape, not contiguous, or on another device.
         """
-        self._check("sum", flat, flat.numel() % self.ranks.size == 0, f"a multiple of {self.ranks.size} elements")
-        parts = flat.view(self.ranks.size, -1)
-        out = torch.empty_like(parts[0])
+        me, size = self.ranks.rank, self.ranks.size
+        for flat in flats:
+            self._check("sum", flat, flat.numel() % size == 0, f"a multiple of {size} elements")
+        parts = [flat.view(size, -1) for flat in flats]
+        found = [torch.empty_like(each[0]) for each in parts] if outs is None else list(outs)
         with self._in_order():
-            for half, a, b in self._pieces(out):
-                received = self._swap(half, [parts[rank, a:b] for rank in range(self.ranks.size)])
-                if a < b:
-                    received[self.ranks.rank].copy_(parts[self.ranks.rank, a:b])
-                    pairwise(received, out[a:b])
-        return out
+            for half, load in self._loads([each[0] for each in parts]):
+                self._swap(half, [(at, list(parts[i][:, a:b])) for i, a, b, at in load])
+                for i, a, b, at in load:
+                    own = parts[i][me, a:b]
+                    received = [self._place(half, me, rank, at, own) if rank != me else own for rank in range(size)]
+                    pairwise_into(found[i][a:b], received, me)
+        return found
 
     @torch.no_grad()
-    def gather(self, out: torch.Tensor, shard: torch.Tensor) -> None:
-        """shard: [n]; out: [ranks * n], which gets those of all ranks; contiguous. Shard may be its own part of out.
+    def gather(self, outs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]) -> None:
+        """shards: [n]; outs: [ranks * n], which get those of all ranks; contiguous. A shard may be its part of its out.
 
         Raises:
             ValueError: other shapes or dtypes, not contiguous, or on another device.
         """
-        fits = out.dtype == shard.dtype and out.numel() == self.ranks.size * shard.numel()
-        self._check("gather", shard, shard.ndim == 1, "[n]")
-        self._check("gather", out, fits, f"{self.ranks.size} times the shard's {list(shard.shape)} in {shard.dtype}")
-        parts = out.view(self.ranks.size, -1)
-        if parts[self.ranks.rank].data_ptr() != shard.data_ptr():
-            parts[self.ranks.rank].copy_(shard)
+        me, size = self.ranks.rank, self.ranks.size
+        for out, shard in zip(outs, shards, strict=True):
+            fits = out.dtype == shard.dtype and out.numel() == size * shard.numel()
+            self._check("gather", shard, shard.ndim == 1, "[n]")
+            self._check("gather", out, fits, f"{size} times the shard's {list(shard.shape)} in {shard.dtype}")
+        parts = [out.view(size, -1) for out in outs]
         with self._in_order():
-            for half, a, b in self._pieces(shard):
-                received = self._swap(half, [shard[a:b]] * self.ranks.size)
-                for rank in self._others if a < b else ():
-                    parts[rank, a:b].copy_(received[rank])
+            for half, load in self._loads(shards):
+                self._swap(half, [(at, [shards[i][a:b]] * size) for i, a, b, at in load])
+                for i, a, b, at in load:
+                    for rank in self._others:
+                        parts[i][rank, a:b].copy_(self._place(half, me, rank, at, parts[i][rank, a:b]))
+            for each, shard in zip(parts, shards, strict=True):
+                if each[me].data_ptr() != shard.data_ptr():
+                    each[me].copy_(shard)
 
     def _check(self, op: str, t: torch.Tensor, fits: bool, wanted: str) -> None:
         if not (fits and t.ndim == 1 and t.is_contiguous() and t.device.type == self.device.type):
@@ -131,29 +142,48 @@ class PeerCopies:
         yield
         self._done = stream.record_event()
 
-    def _pieces(self, part: torch.Tensor) -> list[tuple[int, int, int]]:
-        """(half, begin, end) of the pieces of a part that are sent at once, an even number; the last may be empty."""
-        most = self._slot // part.element_size()
-        ends = range(0, cdiv(len(part), 2 * most) * 2 * most, most)
-        return [(i % 2, min(a, len(part)), min(a + most, len(part))) for i, a in enumerate(ends)]
+    def _loads(self, parts: Sequence[torch.Tensor]) -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
+        """(half, what is sent at once) until all parts are: (which part, begin, end, at which byte of a row).
+
+        Their number is even; the last may have nothing.
+        """
+        loads: list[list[tuple[int, int, int, int]]] = [[]]
+        used = 0
+        for i, part in enumerate(parts):
+            a, n_bytes = 0, part.element_size()
+            while a < len(part):
+                if used == self._slot:
+                    loads.append([])
+                    used = 0
+                b = min(a + (self._slot - used) // n_bytes, len(part))
+                loads[-1].append((i, a, b, used))
+                used += cdiv((b - a) * n_bytes, LINE) * LINE
+                a = b
+        loads += [[]] * (len(loads) % 2)
+        return ((i % 2, load) for i, load in enumerate(loads))
 
     def _half(self, half: int, rank: int) -> torch.Tensor:
         """Of that rank's memory: signals, then rows."""
         size = self.ranks.size * (LINE + self._slot)
         return self.memory.tensors[rank][half * size :][:size]
 
-    def _swap(self, half: int, own: list[torch.Tensor]) -> torch.Tensor:
-        """Send own[r] to rank r -> [ranks, n]: what each has sent; this rank's own row holds anything."""
-        me, rows, given = self.ranks.rank, self._rows[half], self._given[half]
-        n, dtype = len(own[me]), own[me].dtype
+    def _place(self, half: int, of: int, sender: int, at: int, like: torch.Tensor) -> torch.Tensor:
+        """Of rank `of`'s memory: where it receives from `sender` what is `like` that, from a byte of the row on."""
+        return self._rows[half][of][sender][at : at + like.numel() * like.element_size()].view(like.dtype)
+
+    def _swap(self, half: int, sent: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> None:
+        """sent: (at which byte, for each rank a part). When it is through, what all have sent is in this rank's rows.
+
+        With nothing to send these are signals alone.
+        """
+        me, given = self.ranks.rank, self._given[half]
         for rank in self._others:
-            if n:  # else signals alone
-                rows[rank][me].view(dtype)[:n].copy_(own[rank], non_blocking=True)
+            for at, parts in sent:
+                self._place(half, rank, me, at, parts[rank]).copy_(parts[rank], non_blocking=True)
             self._signals.give(given[rank][me], 1)
         for rank in self._others:
             self._signals.wait(given[me][rank], 1)
             self._signals.give(given[me][rank], 0)
-        return rows[me].view(dtype)[:, :n]
 
 
 class _OfHost:
