@@ -54,18 +54,20 @@ def layouts(results: Path) -> str:
     return f"{table(head, rows)}\n{''.join(notes)}" if rows else "Nothing was shown yet.\n"
 
 
-def speed_of_layouts(results: Path) -> dict[str, float]:
-    """Of a training step on several GPUs, its fastest side beside compiled transformers."""
+def speed_of_layouts(results: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """By layout and GPUs, of each model: a training step, its fastest side beside compiled transformers."""
     names = {("True", "1"): "in shards (FSDP2)", ("False", "1"): "data-parallel"}
-    best: dict[tuple[str, ...], tuple[float, str]] = {}
-    for r in load_csv(results, "h200/layouts.csv"):
+    found = load_csv(results, "h200/layouts.csv")
+    every = {r["model"]: max(int(other["layers"]) for other in found if other["model"] == r["model"]) for r in found}
+    best: dict[tuple[str, int], dict[str, float]] = {}
+    for r in found:
         if r["what"] == "step" and r["baseline"] == "transformers, compiled":
-            how, gpus = names.get((r["fsdp"], r["tp"]), "tensor-parallel"), int(r["tp"]) * int(r["dp"])
-            how += ", from CUDA graphs" if r["ours"].endswith(", graphs") else ""
-            label = f"a training step of Qwen3-{r['model']} on {gpus} GPUs, {how}"
-            layout = r["model"], r["tp"], r["dp"], r["fsdp"]
-            best[layout] = max(best.get(layout, (0.0, "")), (float(r["ratio"]), label))
-    return {label: ratio for ratio, label in best.values()}
+            few = f" ({r['layers']} of {every[r['model']]} layers)" if int(r["layers"]) < every[r["model"]] else ""
+            how = names.get((r["fsdp"], r["tp"]), "tensor-parallel"), int(r["tp"]) * int(r["dp"])
+            speeds = best.setdefault(how, {})
+            model = f"{r['model']}{few}"
+            speeds[model] = max(speeds.get(model, 0.0), float(r["ratio"]))
+    return {how: dict(sorted(speeds.items())) for how, speeds in sorted(best.items())}
 
 
 def peer(results: Path) -> str:

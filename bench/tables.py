@@ -77,8 +77,10 @@ def headline(results: Path) -> str:
             label = f"a whole RL step of Qwen3-1.7B, sampled by vLLM {release}"
             speed = sides["stock"]["total_s"] / sides["bi_ops"]["total_s"]
             rows.append((label, f"the same vLLM, not batch-invariant, and {INEXACT_STEP}", "H200", f"{speed:.2f}x"))
-    for layout, speed in speed_of_layouts(results).items():
-        rows.append((layout, f"the same in {INEXACT_STEP}, by torch", "2 x H200", f"{speed:.2f}x"))
+    for (layout, gpus), of_models in speed_of_layouts(results).items():
+        label = f"a training step of Qwen3-{', '.join(of_models)}, {layout}"
+        speeds = ", ".join(f"{speed:.2f}x" for speed in of_models.values())
+        rows.append((label, f"the same in {INEXACT_STEP}, by torch", f"{gpus} x H200", speeds))
     for name in ("forward", "backward"):
         layers = [r for r in load_csv(results, "h200/moe.csv") if r["pass"] == f"layer {name}"]
         if faster := [float(r["ours_tflops"]) / float(r["best_tflops"]) for r in layers]:
