@@ -6,13 +6,13 @@ A row is one of our sides beside one baseline; `fastest` marks the faster baseli
 1, bi_ops is faster. On N GPUs:
 
     step      forward, backward, gradient sum, clip and AdamW of 8,192 tokens on each rank, sequences of 2,048: N ranks
-              whole (dp), in shards (fsdp), or sharing a model of N segments (tp; all have the same tokens). ours:
-              "ordered", sums in the order over collectives, "peer copies" (dp, fsdp), the same over the GPUs' copy
-              engines, or (tp) "peer memory", by a kernel; of tp and dp also "..., graphs": forward and backward
-              replayed from a CUDA graph, beside which dp exchanges gradients. baseline: "library sums", our model
-              with sums by NCCL; "transformers, compiled", bf16 weights, gradients and states, layers under
-              torch.compile, torch's DDP, FSDP2 or tensor parallelism; of dp "ordered, at the end" too:
-              all gradients are exchanged behind the backward
+              whole (dp), in shards (fsdp; kept: weights are gathered once a step, not twice), or sharing a model of N
+              segments (tp; all have the same tokens). ours: "ordered", sums in the order over collectives, "peer
+              copies" (dp, fsdp), the same over the GPUs' copy engines, or (tp) "peer memory", by a kernel; of tp and dp
+              also "..., graphs": forward and backward replayed from a CUDA graph, beside which dp exchanges gradients.
+              baseline: "library sums", our model with sums by NCCL; "transformers, compiled", bf16 weights, gradients
+              and states, layers under torch.compile, torch's DDP, FSDP2 or tensor parallelism; of dp "ordered, at the
+              end" too: all gradients are exchanged behind the backward
     segments  forward and backward on one GPU in 2, 4 and 8 segments, beside one segment, all from CUDA graphs
     decode    vLLM at tensor-parallel size N: a token step of a batch. ours: the plugin, also by
               collectives alone; baseline: stock with full CUDA
@@ -80,19 +80,23 @@ Times = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Job:
-    """One layout of one model. tp, dp: ranks that share the model, and the batch; one of them is 1."""
+    """One layout of one model. tp, dp: ranks that share the model, and the batch; one of them is 1.
+
+    reshard: of fsdp: weights are gathered for the forward, and again for the backward.
+    """
 
     kind: str
     model: str
     tp: int = 1
     dp: int = 1
     fsdp: bool = False
+    reshard: bool = True
 
     @property
     def name(self) -> str:
         """As `--only` takes it."""
         layout = f"tp{self.tp}" if self.tp > 1 or self.kind == "engine" else "fsdp" * self.fsdp or f"dp{self.dp}"
-        layout += str(self.dp) if self.fsdp else ""
+        layout += f"{self.dp}{'' if self.reshard else '-kept'}" if self.fsdp else ""
         return "-".join((self.kind, self.model, *([] if self.kind == "segments" else [layout])))
 
     @property
@@ -114,7 +118,8 @@ def jobs_of(models: list[str], gpus: int) -> list[Job]:
     found = []
     for model in models:
         if gpus > 1:
-            found += [Job("step", model, tp=gpus), Job("step", model, dp=gpus), Job("step", model, dp=gpus, fsdp=True)]
+            found += [Job("step", model, tp=gpus), Job("step", model, dp=gpus)]
+            found += [Job("step", model, dp=gpus, fsdp=True, reshard=reshard) for reshard in (True, False)]
         found += [Job("engine", model, tp=gpus), Job("segments", model)]
     return found
 
@@ -127,6 +132,7 @@ def segments_of(model: str) -> list[int]:
 def rows_of(job: Job, layers: int, tokens: int, seqlen: int, times: Times) -> Iterator[dict[str, Any]]:
     """Each of our sides beside each baseline that was timed; one without any has a row of its own."""
     layout = {"model": job.model, "layers": layers, "tp": job.tp, "dp": job.dp, "fsdp": job.fsdp}
+    layout |= {"reshard_after_forward": job.reshard if job.fsdp else ""}
     if job.kind == "step":
         size = {"segments": job.tp, "batch": job.dp * tokens // seqlen, "tokens": job.dp * tokens}
         for side in OURS:
@@ -191,7 +197,16 @@ class Bench:
         start = launcher(ranks) if ranks > 1 else []
         if self.args.profile is not None and job.kind != "engine":
             segments += ["--profile", str(self.args.profile.resolve() / job.name)]
-        return [sys.executable, *start, str(WORKER), part, *given, *["--fsdp"] * job.fsdp, *segments]
+        return [
+            sys.executable,
+            *start,
+            str(WORKER),
+            part,
+            *given,
+            *["--fsdp"] * job.fsdp,
+            *["--kept"] * (not job.reshard),
+            *segments,
+        ]
 
     def run(self, job: Job) -> None:
         """Every part; again with half the layers if one does not fit."""
@@ -258,7 +273,7 @@ class Bench:
     def write(self) -> None:
         """Everything that is known now."""
         if self.rows:
-            path, keys = self.args.out / "layouts.csv", ("what", "model", "tp", "dp", "fsdp")
+            path, keys = self.args.out / "layouts.csv", ("what", "model", "tp", "dp", "fsdp", "reshard_after_forward")
             write_csv(path, [*kept(path, self.rows, keys), *(row | self.record for row in self.rows)])
         log = "\n\n".join(f"{name}\n{why}" for name, why in self.failed.items())
         (self.args.out / "layout_costs.log").write_text(log)

@@ -166,7 +166,7 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
         sums = tensor_sums(layout, args, found)
         replays = {f"{side}, graphs": sums[side] for side in ("peer memory", "no sums") if side in sums}
     elif args.fsdp:
-        layout = FullySharded(network, tree, ranks, network.compute_dtype)
+        layout = FullySharded(network, tree, ranks, network.compute_dtype, reshard_after_forward=not args.kept)
         sums = shard_sums(network, ranks, found)
     else:
         layout = parallel.Whole(network, tree, ranks)
@@ -315,7 +315,7 @@ def transformers(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) 
             if compiled:
                 layer.compile()
             if args.fsdp:
-                fully_shard(layer, mesh=mesh)
+                fully_shard(layer, mesh=mesh, reshard_after_forward=not args.kept)
         if args.fsdp:
             fully_shard(network, mesh=mesh)
         if tensor.size > 1:  # each rank has the gradient of its heads
@@ -402,6 +402,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--kept", action="store_true")
     parser.add_argument("--segments", type=int, nargs="*", default=[])
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--seqlen", type=int, required=True)

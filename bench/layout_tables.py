@@ -64,6 +64,8 @@ def speed_of_layouts(results: Path) -> dict[tuple[str, int], dict[str, float]]:
         if r["what"] == "step" and r["baseline"] == "transformers, compiled":
             few = f" ({r['layers']} of {every[r['model']]} layers)" if int(r["layers"]) < every[r["model"]] else ""
             how = names.get((r["fsdp"], r["tp"]), "tensor-parallel"), int(r["tp"]) * int(r["dp"])
+            if r["reshard_after_forward"] == "False":
+                how = f"{how[0]}, weights gathered once", how[1]
             speeds = best.setdefault(how, {})
             model = f"{r['model']}{few}"
             speeds[model] = max(speeds.get(model, 0.0), float(r["ratio"]))
@@ -98,6 +100,7 @@ def layout_costs(results: Path) -> str:
         if r["fastest"] != "True" and not r["baseline"].startswith(("library", "transformers")):
             continue
         ranks = f"TP {r['tp']}" if r["tp"] != "1" else f"{'FSDP2' if r['fsdp'] == 'True' else 'DP'} {r['dp']}"
+        ranks += ", weights kept" if r["reshard_after_forward"] == "False" else ""
         where = ranks if r["what"] != "segments" else "1 GPU"
         share = f"{abs(float(r['transfer_share'])):.0%}" if r["transfer_share"] else ""
         what = f"{r['what']} of {int(r['tokens']):,}" if r["what"] != "segments" else "forward and backward"

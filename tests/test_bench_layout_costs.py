@@ -38,7 +38,8 @@ def costs(monkeypatch):
 
 def test_the_most_wanted_jobs_come_first(costs):
     names = [job.name for job in costs.jobs_of(["1.7B", "8B"], 2)]
-    of_a_model = ["step-{}-tp2", "step-{}-dp2", "step-{}-fsdp2", "engine-{}-tp2", "segments-{}"]
+    of_a_model = [f"step-{{}}-{layout}" for layout in ("tp2", "dp2", "fsdp2", "fsdp2-kept")]
+    of_a_model += ["engine-{}-tp2", "segments-{}"]
     assert names == [name.format(model) for model in ("1.7B", "8B") for name in of_a_model]
     assert [job.name for job in costs.jobs_of(["1.7B"], 1)] == ["engine-1.7B-tp1", "segments-1.7B"]
     layers = {job.name: job.layers for job in costs.jobs_of(["8B"], 2)}

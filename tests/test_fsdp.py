@@ -87,11 +87,26 @@ class Accumulating(FullySharded):
         nn.allocate_main_grads(self.model)
 
 
+class Counted(Collectives):
+    """gathers: how many FSDP modules' weights were gathered."""
+
+    gathers = 0
+
+    def gather(self, outs: Any, shards: Any) -> None:
+        self.gathers += 1
+        super().gather(outs, shards)
+
+
 def layers_on_a_rank() -> dict[str, Any]:
     here, tree = parallel.Ranks.of(), parallel.order(8)
     found = two_updates(FullySharded(StackModel(), tree, here))
     with mock.patch.object(fsdp, "GATHERED_LAYERS", 1):
         found["apart"] = two_updates(FullySharded(StackModel(), tree, here))
+    for reshards in (True, False):
+        exchanges = [Counted(here) for _ in range(2)]
+        kept = FullySharded(StackModel(), tree, here, exchange=iter(exchanges).__next__, reshard_after_forward=reshards)
+        found["kept" if not reshards else "freed"] = two_updates(kept)
+        found["gathers" if not reshards else "gathers of freed"] = exchanges[1].gathers
     model = StackModel()
     library = Accumulating(model, tree, here, reduce_scatter=None)
     update(library, optim.AdamW(list(library.parameters.values())), idle=True)
@@ -110,8 +125,16 @@ def test_shards_have_the_bits_of_one_process(size):
         for what in ("norms", "grads", "weights"):
             assert equal(result[what], one[what]), what
             assert equal(result["apart"][what], one[what]), what  # each layer by itself
+            assert equal(result["kept"][what], one[what]), what
+            assert equal(result["freed"][what], one[what]), what
+        # Both layers together, and the rest: once in each of two updates, and for `gathered`.
+        assert result["gathers"] == 2 * (2 + 1)
+        passes = sum(max(1, *MICROBATCHES[i : i + size]) for i in range(0, 8, size))
+        assert result["gathers of freed"] == 2 * passes * (2 + 1) + 2
         rounded = [w.bfloat16() for w in one["weights"]]
-        assert all(torch.equal(a, b) for a, b in zip(result["gathered"], rounded, strict=True))
+        for how in ("gathered", "kept", "freed"):
+            gathered = result["gathered"] if how == "gathered" else result[how]["gathered"]
+            assert all(torch.equal(a, b) for a, b in zip(gathered, rounded, strict=True)), how
         assert result["rows"]["embed.weight"] == [{2: (6, 5), 4: (3, 3, 3, 2)}[size][rank], 16]
         assert result["rows"]["layers.0.weight"] == [16 // size, 16]
         assert result["state"] == list(result["rows"].values())
@@ -146,6 +169,8 @@ def test_what_cannot_be_shared_is_refused():
     for other in ({"step_graphs": True}, {"offload": "masters"}):
         with pytest.raises(ValueError, match="fsdp is True; it must be false with"):
             TrainConfig(fsdp=True, **other)
+    with pytest.raises(ValueError, match="reshard_after_forward is False; it must be true without fsdp"):
+        TrainConfig(reshard_after_forward=False)
     TrainConfig(fsdp=True).check_resumes(TrainConfig())
 
 
@@ -289,18 +314,22 @@ def trained(here: parallel.Ranks = parallel.ALONE, moe: bool = False, **changes:
     }
 
 
-def trained_on_a_rank(changes: dict[str, Any]) -> dict[str, Any]:
-    return trained(parallel.Ranks.of(), fsdp=True, **changes)
+def trained_on_a_rank(changes: dict[str, Any], reshards: bool) -> dict[str, Any]:
+    return trained(parallel.Ranks.of(), fsdp=True, reshard_after_forward=reshards, **changes)
+
+
+#: A KL to another model, and the layers that are computed again; what the second update begins with.
+WITH_KL: dict[str, Any] = {"kl": 0.1, "updates_per_rollout": 2, "recompute": "layer"}
 
 
 @sweep(
-    "changes",
-    [{}, {"kl": 0.1, "updates_per_rollout": 2, "recompute": "layer"}, {"offload": "states"}, {"moe": True}],
-    [{}],
+    ("changes", "reshards"),
+    [({}, True), (WITH_KL, True), (WITH_KL, False), ({"offload": "states"}, True), ({"moe": True}, True)],
+    [({}, True)],
 )
-def test_a_model_in_shards_ends_in_the_bytes_of_one_process(changes):
+def test_a_model_in_shards_ends_in_the_bytes_of_one_process(changes, reshards):
     ranks.need_gpus(2)
-    found, one = ranks.run(2, trained_on_a_rank, changes), trained(**changes)
+    found, one = ranks.run(2, trained_on_a_rank, changes, reshards), trained(**changes)
     for result in found:
         assert result["metrics"] == one["metrics"]
         assert equal(result["grads"], one["grads"])

@@ -155,6 +155,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each data-parallel rank keeps a shard of weights, gradients and AdamW's states; changes no bit",
         **given,
     )
+    parser.add_argument(
+        "--no-reshard-after-forward",
+        dest="reshard_after_forward",
+        action="store_false",
+        help="with --fsdp: gather weights once a step and keep them whole, 2 bytes a parameter; changes no bit",
+        **given,
+    )
     parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="vllm: eager mode", **given)
     parser.add_argument(
         "--step-graphs",

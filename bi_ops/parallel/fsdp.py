@@ -95,6 +95,8 @@ class FullySharded:
             whatever order, to compare with.
         exchange: makes what gradients, and another what weights travel by, for their streams go on beside each other;
             None: collectives.
+        reshard_after_forward: False keeps weights whole from a step's first forward to `finish`, in `compute_dtype`:
+            they are gathered once, not twice a micro-batch. The bits are the same.
 
     Raises:
         ValueError: one rank, ranks that do not divide the atoms, parameters whose gradient has no `main_grad`, or an
@@ -112,6 +114,7 @@ class FullySharded:
         compute_dtype: torch.dtype = torch.bfloat16,
         reduce_scatter: Callable[[int], Any] | None = TreeReduceScatter,
         exchange: Callable[[], Exchange] | None = None,
+        reshard_after_forward: bool = True,
     ) -> None:
         check_ranks(tree, ranks, fsdp=True)
         if exchange is not None and reduce_scatter is not TreeReduceScatter:
@@ -123,8 +126,9 @@ class FullySharded:
             )
         self.model, self.tree, self.ranks = model, tree, ranks
         self.steps = tree.atoms // ranks.size
-        self._collects = False
-        layers = _shard(model, ranks, compute_dtype)
+        self._collects = self._is_in_a_step = False
+        self._keeps_weights = not reshard_after_forward
+        layers = _shard(model, ranks, compute_dtype, reshard_after_forward)
         #: Of those that are gathered together the first one, which stands for all; then the model.
         self._groups = [cast(FSDPModule, m) for m in (*layers[::GATHERED_LAYERS], model)]
         if exchange is not None:
@@ -135,6 +139,7 @@ class FullySharded:
         for module in self._groups:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            module.set_reshard_after_backward(reshard_after_forward, recurse=False)
             if reduce_scatter is not None:
                 module.set_custom_reduce_scatter(reduce_scatter(self.steps))
         #: Where the parameters of each layer are, and of the model: these are others while weights are gathered.
@@ -158,7 +163,9 @@ class FullySharded:
 
     def begin_atom(self) -> None:
         """See `Whole`."""
-        self._reshard()  # a forward without a backward leaves the root's weights of that time
+        if not (self._keeps_weights and self._is_in_a_step):
+            self._reshard()  # a forward without a backward leaves the root's weights of that time
+        self._is_in_a_step = True
         for name, p in self._sharded.items():
             p.grad = self.parameters[name].grad = None
         nn.allocate_main_grads(self.model)
@@ -175,6 +182,9 @@ class FullySharded:
 
     def finish(self) -> torch.Tensor:
         """See `Whole`; every parameter is this rank's rows. The norm is that of whole gradients, bit for bit."""
+        self._is_in_a_step = False
+        if self._keeps_weights:
+            self._reshard()
         for name, p in self._sharded.items():
             assert p.grad is not None
             self.parameters[name].grad = local_rows(p.grad)
@@ -260,7 +270,9 @@ def local_rows(t: torch.Tensor) -> torch.Tensor:
     return t.detach()
 
 
-def _shard(model: torch.nn.Module, ranks: Ranks, compute_dtype: torch.dtype) -> list[torch.nn.Module]:
+def _shard(
+    model: torch.nn.Module, ranks: Ranks, compute_dtype: torch.dtype, reshard_after_forward: bool
+) -> list[torch.nn.Module]:
     """Layers, `GATHERED_LAYERS` at a time, and what is left, become FSDP modules; the layers, in order."""
     device = next(model.parameters()).device.type
     mesh = DeviceMesh.from_group(cast(Any, dist.group.WORLD if ranks.group is None else ranks.group), device)
@@ -271,6 +283,7 @@ def _shard(model: torch.nn.Module, ranks: Ranks, compute_dtype: torch.dtype) -> 
         if isinstance(module, torch.nn.ModuleList):
             layers += module
     for i in range(0, len(layers), GATHERED_LAYERS):
-        fully_shard(layers[i : i + GATHERED_LAYERS], mesh=mesh, mp_policy=precision)
+        together = layers[i : i + GATHERED_LAYERS]
+        fully_shard(together, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=precision)
     return layers

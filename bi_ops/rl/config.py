@@ -34,6 +34,7 @@ FREE_ON_RESUME = (
     "peer_memory",
     "ep",
     "fsdp",
+    "reshard_after_forward",
     "recompute",
     "offload",
     "step_graphs",
@@ -100,6 +101,8 @@ class TrainConfig:
     changes none. 1 is one sum from the first token to the last, in one process.
     fsdp: each data-parallel rank keeps a shard of the weights, gradients and AdamW's states
     (`bi_ops.parallel.fsdp.FullySharded`), instead of all of them. It changes no bit.
+    reshard_after_forward: with fsdp; False gathers the weights once a step instead of twice a micro-batch, and keeps
+    them whole till its end, 2 bytes a parameter. It changes no bit.
     segments: of the sums over features that tensor-parallel ranks may share, a power of two, and the most such ranks
     (`bi_ops.nn.parallel_linear`). Another number has other bits, in log-probabilities too, so the engine samples with
     the same. 1 is one sum from front to back.
@@ -159,6 +162,7 @@ class TrainConfig:
     max_tokens_per_microbatch: int | None = None
     atoms: int = 1
     fsdp: bool = False
+    reshard_after_forward: bool = True
     segments: int = 1
     tp: int = 1
     peer_memory: bool | None = None
@@ -217,6 +221,7 @@ class TrainConfig:
         need(not (self.sleep and self.step_graphs), "sleep", room)
         need(self.atoms >= 1 and not self.atoms & (self.atoms - 1), "atoms", "a power of two")
         need(not (self.fsdp and self.step_graphs), "fsdp", "false with step_graphs, which cannot gather weights")
+        need(self.fsdp or self.reshard_after_forward, "reshard_after_forward", "true without fsdp, which alone gathers")
         need(not (self.fsdp and self.offload == "masters"), "fsdp", "false with offload='masters'; use 'states'")
         need(self.segments >= 1 and not self.segments & (self.segments - 1), "segments", "a power of two")
         fits = self.tp >= 1 and self.segments % self.tp == 0

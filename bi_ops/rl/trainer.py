@@ -184,7 +184,11 @@ class Trainer:
             # Weights travel beside gradients, so by copies of their own.
             copies = self._peer_copies(2)
             make = iter(copies).__next__ if copies else None
-            return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype, exchange=make)
+            return FullySharded(
+                *(self.model, tree, self.ranks, self.model.compute_dtype),
+                exchange=make,
+                reshard_after_forward=self.config.reshard_after_forward,
+            )
         exchange = next(iter(self._peer_copies(1)), None)
         return parallel.Whole(self.model, tree, self.ranks, allocate, keeps_memory, exchange=exchange)
 
