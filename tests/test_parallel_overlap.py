@@ -184,6 +184,16 @@ def note_backwards(layers: Any, seen: list[str]) -> None:
         layer.register_forward_hook(lambda module, args, out, i=i: note(i, out))
 
 
+def step_of(layout: parallel.Whole, model: Any, seen: list[str]) -> None:
+    """One atom of one micro-batch."""
+    layout.begin_atom()
+    layout.before_backward(last=True)
+    model.token_logprobs(pack([[1, 2, 3]], [[4, 5]], model.device)).sum().backward()
+    seen.append("end")
+    layout.end_atom()
+    layout.finish()
+
+
 EARLY = ["backward of 1", "sent", "gathered", "backward of 0", "sent", "gathered", "end", "sent", "gathered"]
 LATE = ["backward of 1", "backward of 0", "end", *["sent"], *["gathered"]]
 
@@ -211,13 +221,7 @@ def test_layers_of_a_model_are_exchanged_early_in_each_mode_of_recomputation(eve
     model = tiny_model(recompute=recompute)
     layout = parallel.Whole(model, parallel.order(2), parallel.Ranks(0, 2))
     note_backwards(model.model.layers, events)
-    layout.begin_atom()
-    layout.before_backward(last=True)
-    batch = pack([[1, 2, 3]], [[4, 5]], model.device)
-    model.token_logprobs(batch).sum().backward()
-    events.append("end")
-    layout.end_atom()
-    layout.finish()
+    step_of(layout, model, events)
     assert events == EARLY
 
 
@@ -230,13 +234,7 @@ def test_a_head_of_its_own_is_exchanged_before_all_layers(events, monkeypatch, k
     assert layout._together[0] == [model.lm_head.weight]
     monkeypatch.setattr(SideStream, "mark", lambda self, place: events.append("marked"))
     note_backwards(model.model.layers, events)
-    layout.begin_atom()
-    layout.before_backward(last=True)
-    batch = pack([[1, 2, 3]], [[4, 5]], model.device)
-    model.token_logprobs(batch).sum().backward()
-    events.append("end")
-    layout.end_atom()
-    layout.finish()
+    step_of(layout, model, events)
     exchanged = ["sent", "gathered"]
     if keeps_memory:
         assert events == ["marked", "backward of 0", "marked", "end", *exchanged * 3]
@@ -399,7 +397,7 @@ def test_gradients_that_are_exchanged_beside_a_replay_have_the_bits_of_eager_one
         mark = SideStream.mark
         monkeypatch.setattr(SideStream, "mark", lambda self, place: None)
 
-    def step_of(model: Any, layout: parallel.Whole | None = None) -> Any:
+    def microbatch(model: Any, layout: parallel.Whole | None = None) -> Any:
         def step(batch: Any, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
             scores = model.token_logprobs(batch)
             if marks == "too early" and layout is not None:
@@ -426,10 +424,10 @@ def test_gradients_that_are_exchanged_beside_a_replay_have_the_bits_of_eager_one
 
     plain = tiny_model(**of)
     eager = parallel.Whole(plain, parallel.order(2), parallel.Ranks(0, 2))
-    wanted = gradients(eager, lambda: step_of(plain)(batch, weights), 4)
+    wanted = gradients(eager, lambda: microbatch(plain)(batch, weights), 4)
     model = tiny_model(**of)
     layout: parallel.Whole
-    graphs = StepGraphs(model, lambda *given: step_of(model, layout)(*given))
+    graphs = StepGraphs(model, lambda *given: microbatch(model, layout)(*given))
     layout = parallel.Whole(model, parallel.order(2), parallel.Ranks(0, 2), graphs.begin, keeps_memory=True)
     found = gradients(layout, lambda: graphs.run(graphs.pad(batch, weights)), 4)
     assert graphs.captured == 1

@@ -25,10 +25,10 @@ class Whole:
     `before_backward`, `end_atom`; then `finish`. `FullySharded` has the same methods.
 
     Where ranks share a batch, the gradients of a layer (what stands in a `torch.nn.ModuleList`, and a language model's
-    head) are exchanged when its backward in the atom's last micro-batch is through, on a stream of their own, and
-    behind the last atom gathered. What stands outside of layers, or shares a weight with another module, follows in
-    `end_atom`. Every rank sends
-    layers in one order, from the last to the first, whichever is through first, and in an atom without sequences too.
+    head that is not tied) are exchanged when its backward in the atom's last micro-batch is through, on a stream of
+    their own, and behind the last atom gathered. What stands outside of layers, or shares a weight with another module,
+    follows in `end_atom`. Every rank sends in one order, the head, then layers from the last to the first, whichever is
+    through first, and in an atom without sequences too.
 
     A replay of a CUDA graph runs no Python in the middle of a backward. There a graph marks where a layer's backward
     ends, `end_atom` launches all exchanges, and each waits for its mark alone.
