@@ -301,6 +301,31 @@ def test_one_rank_has_no_hooks_and_several_can_let_go_of_theirs():
             assert not any(map(has_hooks, model.modules()))
 
 
+def test_squares_are_added_while_the_last_gradients_travel(events, monkeypatch):
+    """The tied table, which is outside of layers, comes last."""
+    seen: list[object] = []
+    row_sums = optim.row_sums
+
+    def noted(grads: Any) -> list[torch.Tensor]:
+        grads = list(grads)
+        seen.append(len(grads))
+        return row_sums(grads)
+
+    monkeypatch.setattr(optim, "row_sums", noted)
+    monkeypatch.setattr(SideStream, "wait_but_last", lambda self: seen.append("all but the last"))
+    monkeypatch.setattr(SideStream, "wait", lambda self: seen.append("all"))
+    layout = parallel.Whole(StackModel(), parallel.order(2), parallel.Ranks(0, 2))
+    layout.begin_atom()
+    layout.before_backward(last=True)
+    backward(cast(StackModel, layout.model), 0, 0)
+    layout.end_atom()
+    norm = layout.finish()
+    assert seen == ["all but the last", 2, "all", 1]
+    grads = [cast(torch.Tensor, p.grad) for p in layout.parameters.values()]
+    assert torch.equal(norm, optim.global_norm(grads))
+    assert torch.equal(norm, layout.norm())
+
+
 # --------------------------------------------------------------------------------------------------------------
 # where micro-batches may be replays
 
@@ -517,6 +542,8 @@ def test_a_side_stream_waits_and_holds_what_it_reads(monkeypatch):
         assert seen[4:] == ([f"main waits for {i - overlap.HELD + 1}"] if i >= overlap.HELD else [])
     assert [own for _, own in one._held] == inputs[2:]
     del seen[:]
+    one.wait_but_last()
+    assert seen == [f"main waits for {len(inputs) - 1}"]
     one.wait()
-    assert seen == ["main waits for side"]
+    assert seen[1:] == ["main waits for side"]
     assert not one._held

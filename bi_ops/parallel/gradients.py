@@ -79,7 +79,8 @@ class Exchange(Protocol):
     def sum(self, flats: Sequence[torch.Tensor], outs: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """flats: [ranks * n] each, contiguous -> of each this rank's part [n] of the pairwise sum over the ranks.
 
-        outs: where these are put, none of them in a flat; None: in memory of their own.
+        outs: where these are put, which may be this rank's part of a flat, for nobody else gets it; None: in memory of
+        their own.
         """
 
     def gather(self, outs: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]) -> None:
@@ -194,7 +195,8 @@ class GradientTree:
                 self._totals = self._sums.total()
             return
         sent, places = self._packed(gradients)
-        self._sums.add(self._exchange.sum(sent))
+        own = [flat.view(self.ranks.size, -1)[self.ranks.rank] for flat in sent] if steps == 1 else None
+        self._sums.add(self._exchange.sum(sent, own))  # where the sums will lie, if nothing is added to them
         if self._sums.done == steps:
             self._exchange.gather(sent, self._sums.total())
             self._totals = places

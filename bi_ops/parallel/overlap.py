@@ -86,6 +86,7 @@ class SideStream:
         self._stream = torch.cuda.Stream(device, priority=-1) if is_gpu else None
         self._held: deque[tuple[torch.cuda.Event, Sequence[torch.Tensor]]] = deque()
         self._marks: dict[object, torch.cuda.Event] = {}
+        self._ends: deque[torch.cuda.Event] = deque(maxlen=2)
 
     def mark(self, place: object) -> None:
         """The current stream is at `place`. In a capture: so it is whenever the graph is replayed at this point."""
@@ -115,8 +116,9 @@ class SideStream:
             self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             work()
+        self._ends.append(self._stream.record_event())
         if inputs:
-            self._held.append((self._stream.record_event(), inputs))
+            self._held.append((self._ends[-1], inputs))
         if len(self._held) > HELD:
             current.wait_event(self._held.popleft()[0])
 
@@ -125,3 +127,8 @@ class SideStream:
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
             self._held.clear()
+
+    def wait_but_last(self) -> None:
+        """What the current stream gets from now on comes behind all work but that of the last call."""
+        if self._stream is not None and len(self._ends) == 2:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._ends[0])

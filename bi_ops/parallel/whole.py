@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ class Whole:
         self._begun: set[torch.nn.Module] = set()
         self._through: set[torch.nn.Module | None] = set()
         self._next = 0
+        #: Of gradients that are there, until the norm is asked for.
+        self._squares: dict[torch.Tensor, torch.Tensor] = {}
 
     def remove_hooks(self) -> None:
         """The model is as it was before; nothing is exchanged early any more."""
@@ -186,11 +189,14 @@ class Whole:
 
     def finish(self) -> torch.Tensor:
         """Every parameter gets its gradient of the whole batch; the norm of all, fp32 []."""
-        if self.tree.atoms > 1:
-            self._side.wait()
-            for sums, parameters in zip(self.sums, self._together, strict=True):
-                for p, total in zip(parameters, sums.total(), strict=True):
-                    p.grad = total
+        if self.tree.atoms == 1:
+            return self.norm()
+        for sums, parameters in zip(self.sums, self._together, strict=True):
+            for p, total in zip(parameters, sums.total(), strict=True):
+                p.grad = total
+        self._side.wait_but_last()
+        self._squares = self._squares_of(itertools.chain.from_iterable(self._together[:-1]))
+        self._side.wait()
         return self.norm()
 
     def keep_rounded_weights(self, dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
@@ -198,7 +204,22 @@ class Whole:
         return {p: copy for p, copy in nn.keep_rounded_weights(self.model, dtype).items() if p.requires_grad}
 
     def norm(self) -> torch.Tensor:
-        return optim.global_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        """Of all gradients, fp32 []; `finish` calls it. Squares of most were added while the last ones travelled."""
+        given: dict[torch.Tensor, torch.Tensor] = {p: p.grad for p in self.parameters.values() if p.grad is not None}
+        if not self._squares:
+            return optim.global_norm(self._in_rows(given))
+        found = self._squares | self._squares_of([p for p in given if p not in self._squares])
+        self._squares = {}
+        return optim.norm_of_row_sums([found[p] for p in given])
+
+    def _squares_of(self, parameters: Iterable[torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
+        """The sums of squares of their gradients' rows, each of them a row's own."""
+        given = {p: p.grad for p in parameters if p.grad is not None}
+        return dict(zip(given, optim.row_sums(self._in_rows(given)), strict=True)) if given else {}
+
+    def _in_rows(self, given: Mapping[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        """Gradients by their parameters, as the norm adds them: a row is everything behind the first axis."""
+        return list(given.values())
 
     def rows(self) -> dict[str, tuple[Rows, torch.Tensor]] | None:
         """None: this rank has every parameter whole."""

@@ -81,7 +81,7 @@ class PeerCopies:
     def sum(self, flats: Sequence[torch.Tensor], outs: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """flats: [ranks * n], contiguous -> of each this rank's part [n] of the pairwise sum over the ranks.
 
-        outs: where these are put; None: in memory of their own.
+        outs: where these are put, which may be this rank's part of a flat; None: in memory of their own.
 
         Raises:
             ValueError: another shape, not contiguous, or on another device.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -122,18 +122,23 @@ class TensorParallel(Whole):
 
     def norm(self) -> torch.Tensor:
         """From the sums of squares of all rows, in segments where a row is shared; ranks gather those of their own."""
+        if self.tensor.size == 1:
+            return super().norm()
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         shared = {n: layer for n, layer in self.layers.items() if n in grads}
-        spans = {n: layer.segments if isinstance(layer, RowParallelLinear) else 1 for n, layer in shared.items()}
-        viewed = [g.view(len(g) * spans[n], -1) if n in spans else g for n, g in grads.items()]
-        if self.tensor.size == 1:
-            return optim.global_norm(viewed)
-        sums = dict(zip(grads, optim.row_sums(viewed), strict=True))
+        in_rows = self._in_rows({self.parameters[n]: g for n, g in grads.items()})
+        sums = dict(zip(grads, optim.row_sums(in_rows), strict=True))
         filled = [layer.filled(sums[n], self.tensor.size) for n, layer in shared.items()]
         every = self._gathered(torch.cat(filled))
-        for n, parts in zip(shared, every.split([len(own) for own in filled], 1), strict=True):
-            sums[n] = self._placed(shared[n], [part.view(-1, spans[n]) for part in parts]).view(-1)
+        for (n, layer), parts in zip(shared.items(), every.split([len(own) for own in filled], 1), strict=True):
+            sums[n] = self._placed(layer, [part.view(-1, _spans(layer)) for part in parts]).view(-1)
         return optim.norm_of_row_sums(sums.values())
+
+    def _in_rows(self, given: Mapping[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        """As `Whole`, but a row that ranks may share is as many as it has segments."""
+        layers = {n: layer for n, layer in self.layers.items() if n in self.parameters}
+        spans: dict[torch.Tensor, int] = {self.parameters[n]: _spans(layer) for n, layer in layers.items()}
+        return [g.view(len(g) * spans.get(p, 1), -1) if spans.get(p, 1) > 1 else g for p, g in given.items()]
 
     # Slices, and whole weights.
 
@@ -188,6 +193,11 @@ class TensorParallel(Whole):
             for name, weight in own.items():
                 for layer in self.sharers[name]:
                     layer.weight = weight
+
+
+def _spans(layer: Shared) -> int:
+    """Pieces of a row of its weight that have a sum of squares each."""
+    return layer.segments if isinstance(layer, RowParallelLinear) else 1
 
 
 def _sharers(model: torch.nn.Module) -> dict[str, list[Shared]]:
