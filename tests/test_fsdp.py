@@ -142,6 +142,18 @@ def test_shards_have_the_bits_of_one_process(size):
         assert not equal(result["library"], [cast(torch.Tensor, p.grad) for p in first.parameters.values()])
 
 
+def test_small_layers_are_gathered_together():
+    def sizes(hidden: int, n: int) -> list[int]:
+        layers = [torch.nn.Linear(hidden, hidden, bias=False, device="meta") for _ in range(n)]
+        return [len(each) for each in fsdp.together(layers)]
+
+    assert sizes(16, 9) == [4, 4, 1]
+    assert sizes(10_000, 5) == [2, 2, 1]  # of 100 million
+    assert sizes(13_000, 3) == [1, 1, 1]
+    assert sizes(40_000, 2) == [1, 1]
+    assert fsdp.together([]) == []
+
+
 def refusals_on_a_rank() -> list[str]:
     here, said = parallel.Ranks.of(), []
     with_bias = torch.nn.ModuleDict({"a": nn.Linear(8, 8), "b": torch.nn.Linear(8, 8)})

@@ -27,8 +27,10 @@ from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.overlap import behind
 from bi_ops.parallel.ranks import Ranks
 
-#: Layers that are gathered together: FSDP2 enters as many functions of Python for one as the layer itself.
+#: Layers that are gathered together at most: FSDP2 enters as many functions of Python for a gather as for a layer.
 GATHERED_LAYERS = 4
+#: Parameters of these at most, if they are several: four layers of 1.7B, or one of 8B. Nothing hides the first gather.
+GATHERED_PARAMETERS = 200 << 20
 
 
 class _OwnMemory:
@@ -81,8 +83,8 @@ class FullySharded:
     """As `Whole`, but a rank keeps a shard of every parameter's rows, of its gradient and of what an optimizer keeps.
 
     Rank r of d has rows r * c to (r + 1) * c of n, with c = n / d rounded up. Layers (what stands in a
-    `torch.nn.ModuleList`) are gathered `GATHERED_LAYERS` at a time, in `compute_dtype`; what stands outside of them is
-    gathered once for forward and backward. A rank makes as many forwards and backwards as every other:
+    `torch.nn.ModuleList`) are gathered in `compute_dtype`, small ones together (`together`); what stands outside of
+    them is gathered once for forward and backward. A rank makes as many forwards and backwards as every other:
     `TrainConfig.fsdp`.
 
     While an atom has several micro-batches, their sums are whole: 4 bytes a parameter. With one, a layer's gradients
@@ -130,7 +132,7 @@ class FullySharded:
         self._keeps_weights = not reshard_after_forward
         layers = _shard(model, ranks, compute_dtype, reshard_after_forward)
         #: Of those that are gathered together the first one, which stands for all; then the model.
-        self._groups = [cast(FSDPModule, m) for m in (*layers[::GATHERED_LAYERS], model)]
+        self._groups = [cast(FSDPModule, m) for m in (*(each[0] for each in together(layers)), model)]
         if exchange is not None:
             reduce_scatter = functools.partial(TreeReduceScatter, exchange=exchange())
             gather = ExchangeAllGather(exchange())
@@ -270,10 +272,17 @@ def local_rows(t: torch.Tensor) -> torch.Tensor:
     return t.detach()
 
 
+def together(layers: Sequence[torch.nn.Module]) -> list[Sequence[torch.nn.Module]]:
+    """Which layers are gathered together, in order: up to `GATHERED_LAYERS` with up to `GATHERED_PARAMETERS`."""
+    largest = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=1)
+    n = min(max(GATHERED_PARAMETERS // largest, 1), GATHERED_LAYERS)
+    return [layers[i : i + n] for i in range(0, len(layers), n)]
+
+
 def _shard(
     model: torch.nn.Module, ranks: Ranks, compute_dtype: torch.dtype, reshard_after_forward: bool
 ) -> list[torch.nn.Module]:
-    """Layers, `GATHERED_LAYERS` at a time, and what is left, become FSDP modules; the layers, in order."""
+    """Layers, small ones together, and what is left become FSDP modules; the layers, in order."""
     device = next(model.parameters()).device.type
     mesh = DeviceMesh.from_group(cast(Any, dist.group.WORLD if ranks.group is None else ranks.group), device)
     # Inputs stay as they are: a rotation's table or positions are no weights.
@@ -282,8 +291,7 @@ def _shard(
     for module in list(model.modules()):
         if isinstance(module, torch.nn.ModuleList):
             layers += module
-    for i in range(0, len(layers), GATHERED_LAYERS):
-        together = layers[i : i + GATHERED_LAYERS]
-        fully_shard(together, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
+    for each in together(layers):
+        fully_shard([*each], mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=precision)
     return layers
