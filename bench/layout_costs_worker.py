@@ -37,7 +37,7 @@ from bi_ops.core import runtime
 from bi_ops.core.files import write_json
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.graphs import StepGraphs
-from bi_ops.models.packing import PackedBatch, pack
+from bi_ops.models.packing import PADDING, PackedBatch, pack
 from bi_ops.parallel.fsdp import ExchangeAllGather, FullySharded, TreeReduceScatter, local_rows
 from bi_ops.parallel.gradients import Collectives, Exchange
 from bi_ops.parallel.order import AtomTree
@@ -153,6 +153,8 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
     network = made_network(args.model, args.layers, "selective", args.tp)
     tree = parallel.order(data.size)
     batch = packed(rows_of(args, data.rank), network.device)
+    every = [row.cpu() for rank in range(data.size) for row in rows_of(args, rank)]
+    ids = torch.cat([torch.tensor([PADDING]), *every]).unique()
     replays: dict[str, Callable[[], None]] = {}
     now = ""
     if args.tp == 1:
@@ -178,6 +180,7 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
         nonlocal now
         now = side
         take()
+        layout.begin_step(ids)
         layout.begin_atom()
         layout.before_backward(last=side != AT_END)
         if side in replays:

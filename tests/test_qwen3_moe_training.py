@@ -104,7 +104,7 @@ def test_padding_to_a_bucket_changes_no_bit(whole):
     batch = pack(PROMPTS, COMPLETIONS, made.device, TOKEN_STEP)
     bucket = bucket_of(batch, made.config.max_position_embeddings)
     bucket = bucket._replace(tokens=bucket.tokens + 2 * TOKEN_STEP, sequences=16)
-    wide, [mask] = pad(batch, bucket, made.config.vocab_size, [torch.ones(len(batch.targets), device=made.device)])
+    wide, [mask] = pad(batch, bucket, [torch.ones(len(batch.targets), device=made.device)])
     made.allocate_main_grads()
     (made.token_logprobs(wide) * torch.cos(wide.targets.float()) * mask).sum().backward()
     made.collect_main_grads()

@@ -70,7 +70,7 @@ def bucket_of(batch: PackedBatch, longest: int) -> Bucket:
 
 
 def pad(
-    batch: PackedBatch, bucket: Bucket, vocab_size: int, values: Sequence[torch.Tensor] = (), unit_tokens: int = 1
+    batch: PackedBatch, bucket: Bucket, values: Sequence[torch.Tensor] = (), unit_tokens: int = 1
 ) -> tuple[PackedBatch, list[torch.Tensor]]:
     """`batch` with the sizes of `bucket`, of which it is, and `values` [S] of its scored tokens as [bucket.rows].
 
@@ -82,8 +82,9 @@ def pad(
     wide = dataclasses.replace(batch, scatter_size=bucket.rows)
     device, extra = batch.input_ids.device, bucket.tokens - len(batch.input_ids)
     n_tokens, n_seqs = len(batch.input_ids), len(batch.cu_seqlens) - 1
-    # Any ids will do. Unlike ones, because a token's gradient is a chain of additions per id.
-    ids = torch.arange(extra, device=device) % vocab_size
+    # Any ids will do: unlike ones, because a token's gradient is a chain of additions per id, and none that the batch
+    # has not, so that its rows of an embedding are all there are.
+    ids = batch.input_ids[torch.arange(extra, device=device) % n_tokens]
     added = bucket.sequences - n_seqs
     ends = [n_tokens + extra * i // added for i in range(1, added + 1)]
     # The appended tokens are a unit, and others are empty. Each takes memory where experts sum over tokens.

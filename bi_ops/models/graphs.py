@@ -181,9 +181,7 @@ class StepGraphs:
         """A micro-batch, packed with align=TOKEN_STEP, and fp32 [S] of its scored tokens, as `run` takes them."""
         config = self.model.config
         bucket = bucket_of(batch, config.max_position_embeddings)
-        return Padded(
-            bucket, *pad(batch, bucket, config.vocab_size, values, self.model.unit_tokens), batch.scatter_indices
-        )
+        return Padded(bucket, *pad(batch, bucket, values, self.model.unit_tokens), batch.scatter_indices)
 
     @property
     def captured(self) -> int:

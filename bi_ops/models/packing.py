@@ -26,6 +26,9 @@ def common_distributions(each: Sequence[Distribution | None]) -> list[Distributi
     return found or None
 
 
+#: The id of tokens that a unit is padded with; nothing scores them.
+PADDING = 0
+
 #: Tokens of a unit in training. Padding to a step of 16 is then below 2% of a batch of many units: 15 of 768.
 UNIT_TOKENS = 768
 
@@ -93,7 +96,7 @@ def pack(
     """Pack prompt + completion of every sequence; the completion's tokens are scored.
 
     Args:
-        align: pad every unit to a multiple of so many tokens (zeros, which nothing attends to and nothing scores).
+        align: pad every unit to a multiple of so many tokens (`PADDING`, which nothing attends to and nothing scores).
             With `bi_ops.matmul.TOKEN_STEP` every cut between units is one where sums over tokens can be carried on.
         unit_tokens: sequences share a unit until they have so many tokens (`units`); 1: each is one.
         distributions: what each completion was sampled from, and is scored under; None: the logits' own distribution.
@@ -133,7 +136,7 @@ def pack(
         if i + 1 not in ends:
             continue
         if padding := -len(ids) % align:
-            ids += [0] * padding
+            ids += [PADDING] * padding
             positions += range(padding)
             cu_seqlens.append(len(ids))
         cu_units.append(len(ids))

@@ -163,6 +163,9 @@ class FullySharded:
 
     # Gradients.
 
+    def begin_step(self, ids: torch.Tensor | None = None) -> None:
+        """See `Whole`. Shards of all rows travel."""
+
     def begin_atom(self) -> None:
         """See `Whole`."""
         if not (self._keeps_weights and self._is_in_a_step):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,19 +16,22 @@ from bi_ops.parallel.gradients import Exchange, GradientTree
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.overlap import SideStream, behind, separate_head, separate_layers
 from bi_ops.parallel.ranks import ALONE, Ranks
+from bi_ops.parallel.tables import TableRows, table_of
 
 
 class Whole:
     """The trainable parameters of `model`, whole on every rank, and their gradients over the atoms of a batch.
 
-    A step is, for each of this rank's `steps` atoms, `begin_atom`, forward and backward of each micro-batch behind
-    `before_backward`, `end_atom`; then `finish`. `FullySharded` has the same methods.
+    A step is `begin_step`, which may be left out; for each of this rank's `steps` atoms `begin_atom`, forward and
+    backward of each micro-batch behind `before_backward`, `end_atom`; then `finish`. `FullySharded` has the same
+    methods.
 
     Where ranks share a batch, the gradients of a layer (what stands in a `torch.nn.ModuleList`, and a language model's
-    head that is not tied) are exchanged when its backward in the atom's last micro-batch is through, on a stream of
-    their own, and behind the last atom gathered. What stands outside of layers, or shares a weight with another module,
-    follows in `end_atom`. Every rank sends in one order, the head, then layers from the last to the first, whichever is
-    through first, and in an atom without sequences too.
+    head) are exchanged when its backward in the atom's last micro-batch is through, on a stream of their own, and
+    behind the last atom gathered. What stands outside of layers, or shares a weight with another module, follows in
+    `end_atom`: of an embedding the rows that `begin_step` names (`TableRows`), else all, and a head tied to it then
+    too. Every rank sends in one order, the head, then layers from the last to the first, whichever is through first,
+    and in an atom without sequences too.
 
     A replay of a CUDA graph runs no Python in the middle of a backward. There a graph marks where a layer's backward
     ends, `end_atom` launches all exchanges, and each waits for its mark alone.
@@ -68,16 +70,22 @@ class Whole:
         layers = dict(reversed(separate_layers(model).items())) if overlap else {}
         before = CapturedHook(self._mark_behind) if self._marks else self._before_layer
         self._hooks = [layer.register_forward_pre_hook(before) for layer in layers]
-        if overlap and (head := separate_head(model)) is not None:
-            layers = {head: [p for p in head.parameters() if p.requires_grad]} | layers
+        self._table = table_of(model) if overlap else None
+        tied = None if self._table is None else self._table.head
+        self._is_tied = tied is not None
+        head = tied or (separate_head(model) if overlap else None)
+        if head is not None:
             after = functools.partial(self._before_head, head)
             self._hooks.append(model.register_forward_hook(CapturedHook(after) if self._marks else after))
-        inside = {p for parameters in layers.values() for p in parameters}
+            layers = {head: [p for p in head.parameters() if p.requires_grad]} | layers
+        inside = {p for module, parameters in layers.items() if module is not tied for p in parameters}
         #: The head, layers from the last to the first, then None for all else: what is exchanged together, in order.
         self._exchanged: list[torch.nn.Module | None] = [*layers, None]
         self._together = [*layers.values(), [p for p in self.parameters.values() if p not in inside]]
         #: The sums of each of these.
         self.sums = [GradientTree(tree, ranks, exchange) for _ in self._together]
+        #: Of this step, if rows of the table are exchanged.
+        self._rows: TableRows | None = None
         self._side = SideStream(next((p.device for p in self.parameters.values()), None) if overlap else None)
         self._overlaps = False
         self._begun: set[torch.nn.Module] = set()
@@ -91,11 +99,21 @@ class Whole:
         for hook in self._hooks:
             hook.remove()
 
+    def begin_step(self, ids: torch.Tensor | None = None) -> None:
+        """ids: all that any rank computes with in this step, padding's too, each once: int64 [n] on the CPU, the same
+        on every rank; None: unknown. With a token that is not among them the norm is NaN where a head is tied to the
+        embedding; else its row has another gradient on each rank.
+
+        Raises:
+            ValueError: another dtype or shape, or an id that is no row.
+        """
+        self._rows = self._table if self._table is not None and self._table.begin_step(ids) else None
+
     def begin_atom(self) -> None:
         """Begin the sums of this rank's next atom."""
         for p in self.parameters.values():
             p.grad = None
-        self._begun, self._through, self._next = set(), set(), 0
+        self._begun, self._through, self._next = set(), set(), self._first
         if self._marks:
             self._side.wait()  # what it reads is written again
         self._allocate()
@@ -125,6 +143,8 @@ class Whole:
 
     def _before_head(self, head: torch.nn.Module, model: torch.nn.Module, args: Any, output: torch.Tensor) -> Any:
         """As before a layer, which gets what the model returns."""
+        if self._first and not self._marks:
+            return None
         handed = (self._mark_behind if self._marks else self._before_layer)(head, (output,))
         return None if handed is None else handed[0]
 
@@ -148,9 +168,11 @@ class Whole:
         """The atom's last backward was launched. Nothing waits for the GPU."""
         self._overlaps = False
         if self._marks:
-            for at, layer in enumerate(self._exchanged):
-                self._side.run(functools.partial(self._collect_and_add, at), place=layer)
+            for at in range(self._first, len(self.sums)):
+                self._side.run(functools.partial(self._collect_and_add, at), place=self._exchanged[at])
             return
+        if self._rows is not None:
+            self._rows.collect()
         self._collect()
         if self.tree.atoms > 1:
             self._through.update(self._exchanged)
@@ -173,30 +195,59 @@ class Whole:
     def _collect_and_add(self, at: int) -> None:
         """What is exchanged at this place, whose backward is through where the current stream is."""
         layer = self._exchanged[at]
-        if layer is None:
-            self._collect()
-        else:
+        if layer is not None:
             nn.collect_main_grads(layer)
+        else:
+            if self._rows is not None:
+                self._rows.collect()
+            self._collect()
         self.sums[at].add(self._taken(at))
+
+    @property
+    def _first(self) -> int:
+        """A tied head is exchanged by itself only where rows of its table are."""
+        return int(self._is_tied and self._rows is None)
+
+    def _parameters_at(self, at: int) -> list[torch.nn.Parameter]:
+        """Those whose gradients are exchanged at this place; rows of a table may follow."""
+        parameters = self._together[at]
+        if self._rows is None or self._exchanged[at] is not None:
+            return parameters
+        return [p for p in parameters if p is not self._rows.weight]
 
     def _taken(self, at: int) -> list[torch.Tensor]:
         """The gradients of what is exchanged at this place, which are the parameters' own no more."""
-        parameters = self._together[at]
+        parameters = self._parameters_at(at)
         each = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters]
         for p in parameters:
             p.grad = None
+        if self._rows is not None and self._exchanged[at] is self._rows.head is not None:
+            self._rows.keep(each[0])
+        if self._rows is not None and self._exchanged[at] is None:
+            each.append(self._rows.take())
         return each
 
     def finish(self) -> torch.Tensor:
         """Every parameter gets its gradient of the whole batch; the norm of all, fp32 []."""
         if self.tree.atoms == 1:
             return self.norm()
-        for sums, parameters in zip(self.sums, self._together, strict=True):
-            for p, total in zip(parameters, sums.total(), strict=True):
+        totals: list[torch.Tensor] = []
+        early: list[torch.Tensor] = []
+        for at in range(self._first, len(self.sums)):
+            totals, parameters = self.sums[at].total(), self._parameters_at(at)
+            early += parameters if self._exchanged[at] is not None else []
+            for p, total in zip(parameters, totals, strict=False):
                 p.grad = total
         self._side.wait_but_last()
-        self._squares = self._squares_of(itertools.chain.from_iterable(self._together[:-1]))
+        self._squares = self._squares_of(early)
         self._side.wait()
+        if (rows := self._rows) is not None:
+            weight, of_rows = rows.weight, totals[-1]
+            squares = self._squares.get(weight)
+            squares = of_rows.new_zeros(len(weight)) if squares is None else squares  # of zeros, where no token is
+            [found] = optim.row_sums([of_rows])
+            self._squares[weight] = rows.put(squares, found)
+            weight.grad, self._rows = rows.whole(of_rows), None
         return self.norm()
 
     def keep_rounded_weights(self, dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:

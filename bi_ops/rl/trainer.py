@@ -17,7 +17,7 @@ from bi_ops import optim, parallel
 from bi_ops.core import replay
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.graphs import StepGraphs
-from bi_ops.models.packing import PackedBatch, common_distributions, pack
+from bi_ops.models.packing import PADDING, PackedBatch, common_distributions, pack
 from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.loss import Loss, Terms, check_finite, group_advantages, grpo_terms, token_weights
 from bi_ops.rl.metrics import StepMetrics
@@ -361,6 +361,8 @@ class Trainer:
         totals = [len(c.prompt) + len(c.tokens) for c in completions]
         unit = self.model.unit_tokens  # what the sums' bits depend on, and the size of a pack does not
         # All copies to the GPU come first: each of them waits for what was launched before.
+        if ranks.size > 1:
+            self.layout.begin_step(torch.tensor(sorted({PADDING}.union(*(c.prompt + c.tokens for c in completions)))))
         rollout, per_token, weights = (t.to(device) for t in (rollout, per_token, weights))
         atoms: list[list[tuple[slice, PackedBatch, Callable[[], tuple[torch.Tensor, ...]]]]] = []
         cuts = [self._cut(totals, atom) for atom in parallel.cut(totals, config.atoms)]
