@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bi_ops import optim
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.nn.layers import Embedding
 from bi_ops.nn.parallel_vocab import VocabParallelHead
@@ -76,20 +77,21 @@ class TableRows:
         missed = touched.index_fill(0, self.ids, False).any()
         return rows.masked_fill_(missed, torch.nan)
 
-    def put(self, out: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`out`, with these rows in place of its own."""
-        assert self.ids is not None
-        return out.index_copy_(0, self.ids, rows)
+    def finish(self, total: torch.Tensor, squares: dict[torch.Tensor, torch.Tensor]) -> None:
+        """The weight's `.grad` over the batch, and the squares of its rows. total: of these rows, over all atoms.
 
-    def whole(self, total: torch.Tensor) -> torch.Tensor:
-        """The table's gradient over the batch. total: of the rows, over all atoms; a tied head's is in `.grad`."""
+        Of a tied head both are there already, but for these rows; of a table alone every other row has zeros.
+        """
+        assert self.ids is not None
         assert self._own is not None
-        grad = self.weight.grad
-        if self.head is None:  # every other row has zeros
-            grad, _ = self._own
+        weight = self.weight
+        grad = weight.grad if self.head is not None else self._own[0]
         assert grad is not None
+        of_all = squares.get(weight)
+        squares[weight] = total.new_zeros(len(weight)) if of_all is None else of_all
+        squares[weight].index_copy_(0, self.ids, optim.row_sums([total])[0])
+        weight.grad = grad.index_copy_(0, self.ids, total)
         self._of_head = self._own = None
-        return self.put(grad, total)
 
 
 def table_of(model: torch.nn.Module) -> TableRows | None:

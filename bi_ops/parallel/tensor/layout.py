@@ -15,6 +15,7 @@ from bi_ops.core.tensor_files import Rows, whole
 from bi_ops.nn.main_grad import without_main_grad
 from bi_ops.nn.parallel_linear import AllReduce, RowParallelLinear, Shared
 from bi_ops.nn.parallel_vocab import SharedVocabulary
+from bi_ops.parallel.exchanges import Squares
 from bi_ops.parallel.gradients import all_gather
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.ranks import ALONE, Ranks
@@ -120,10 +121,10 @@ class TensorParallel(Whole):
         all_gather(out, t, group=self.tensor.group)
         return out.view(self.tensor.size, *t.shape)
 
-    def norm(self) -> torch.Tensor:
+    def norm(self, squares: Squares | None = None) -> torch.Tensor:
         """From the sums of squares of all rows, in segments where a row is shared; ranks gather those of their own."""
         if self.tensor.size == 1:
-            return super().norm()
+            return super().norm(squares)
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         shared = {n: layer for n, layer in self.layers.items() if n in grads}
         in_rows = self._in_rows({self.parameters[n]: g for n, g in grads.items()})
