@@ -220,5 +220,5 @@ class Exchanges:
         if self.rows is not None and self.places[at] is self.rows.head is not None:
             self.rows.keep(each[0])
         if self.rows is not None and self.places[at] is None:
-            each.append(self.rows.take())
+            each.append(self.rows.gradient())
         return each

@@ -60,7 +60,7 @@ class TableRows:
         assert grad is not None
         self._own = grad.collect_rows() if isinstance(grad, MainGrad) else (grad, None)
 
-    def take(self) -> torch.Tensor:
+    def gradient(self) -> torch.Tensor:
         """[n, D]: the atom's gradient of these rows. NaN if a token has reached another row."""
         assert self._own is not None
         assert self.ids is not None
