@@ -197,7 +197,7 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
 
     timed(sums)
     if type(layout) is parallel.Whole:
-        layout.schedule.remove_hooks()  # which a replay would not call
+        layout.early.remove_hooks()  # which a replay would not call
         graphs, replay = from_graphs(network, batch)
         layout = parallel.Whole(network, tree, ranks, graphs.begin, keeps_memory=True)
         sums = whole_sums(layout, found)
@@ -275,7 +275,7 @@ def whole_sums(layout: parallel.Whole, found: Found) -> dict[str, Callable[[], N
         kinds[COPIES] = functools.partial(parallel.GradientTree, exchange=exchange)
 
     def take(kind: Callable[[AtomTree, parallel.Ranks], parallel.GradientTree]) -> None:
-        layout.schedule.sums = [kind(layout.tree, layout.ranks) for _ in layout.schedule.sums]
+        layout.early.sums = [kind(layout.tree, layout.ranks) for _ in layout.early.sums]
 
     return {side: lambda kind=kind: take(kind) for side, kind in kinds.items()}  # type: ignore[misc]
 

@@ -225,8 +225,8 @@ def train(args: argparse.Namespace) -> None:
             make = LibraryShards if args.fsdp else SharedByLibrary
         trainer = make(config, model, engine, task=None, ranks=ranks)  # type: ignore[arg-type]
         if control and args.train_tp == 1 and isinstance(trainer.layout, parallel.Whole):
-            schedule = trainer.layout.schedule
-            schedule.sums = [NaiveSum(sums.tree, sums.ranks) for sums in schedule.sums]
+            early = trainer.layout.early
+            early.sums = [NaiveSum(sums.tree, sums.ranks) for sums in early.sums]
         reports: list[Any] = []
 
         def check(part: slice, logprobs: Sequence[torch.Tensor], reports: list[Any] = reports) -> None:

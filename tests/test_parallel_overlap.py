@@ -106,14 +106,14 @@ def on_a_rank() -> dict[Any, Any]:
         for atoms in ATOMS:
             for overlaps in (False, True):
                 layout = parallel.Whole(make(), parallel.order(atoms), here, overlap=overlaps)
-                assert len(layout.schedule.sums) == (1 if not overlaps else {"stack": 3, "odd": 5}[name])
+                assert len(layout.early.sums) == (1 if not overlaps else {"stack": 3, "odd": 5}[name])
                 found[name, atoms, overlaps] = gradients_of(layout)
     for name, atoms in itertools.product(MODELS, ATOMS):
         found["kept", name, atoms] = gradients_of(in_the_same_memory(atoms, here, MODELS[name]))
     with small_messages():
         found["small"] = gradients_of(parallel.Whole(OddModel(), parallel.order(8), here))
     layout = parallel.Whole(StackModel(), parallel.order(4), here)
-    layout.schedule.sums = [NaiveSum(sums.tree, sums.ranks) for sums in layout.schedule.sums]
+    layout.early.sums = [NaiveSum(sums.tree, sums.ranks) for sums in layout.early.sums]
     found["naive"] = gradients_of(layout)
     return found
 
@@ -230,8 +230,8 @@ def test_a_head_of_its_own_is_exchanged_before_all_layers(events, monkeypatch, k
     model: Any = tiny_model(num_hidden_layers=1, tie_word_embeddings=False)
     again = functools.partial(nn.allocate_main_grads, model, main_grad_memory(model))
     layout = parallel.Whole(model, parallel.order(2), parallel.Ranks(0, 2), again, keeps_memory)
-    assert layout.schedule.places == [model.lm_head, model.model.layers[0], None]
-    assert layout.schedule._together[0] == [model.lm_head.weight]
+    assert layout.early.places == [model.lm_head, model.model.layers[0], None]
+    assert layout.early._together[0] == [model.lm_head.weight]
     monkeypatch.setattr(SideStream, "mark", lambda self, place: events.append("marked"))
     note_backwards(model.model.layers, events)
     step_of(layout, model, events)
@@ -251,11 +251,11 @@ def test_ranks_call_their_collectives_in_one_order(events):
     model = StackModel()
     layout = parallel.Whole(model, parallel.order(4), parallel.Ranks(0, 2))
     sent: list[int] = []
-    sizes = [[g.shape for g in sums] for sums in layout.schedule._together]
+    sizes = [[g.shape for g in sums] for sums in layout.early._together]
     add = parallel.GradientTree.add
 
     def noted(self: Any, given: Any) -> None:
-        sent.append(layout.schedule.sums.index(self))
+        sent.append(layout.early.sums.index(self))
         assert [g.shape for g in given] == sizes[sent[-1]]
         add(self, given)
 
@@ -296,8 +296,8 @@ def test_one_rank_has_no_hooks_and_several_can_let_go_of_theirs():
             layout = parallel.Whole(model, parallel.order(2), ranks_, keeps_memory=keeps_memory)
             assert [has_hooks(m) for m in model.layers] == [n > 0] * 2
             assert any(has_hooks(m, captured=False) for m in model.layers) == (n > 0 and not keeps_memory)
-            assert len(layout.schedule.sums) == 1 + n
-            layout.schedule.remove_hooks()
+            assert len(layout.early.sums) == 1 + n
+            layout.early.remove_hooks()
             assert not any(map(has_hooks, model.modules()))
 
 
@@ -427,7 +427,7 @@ def test_gradients_that_are_exchanged_beside_a_replay_have_the_bits_of_eager_one
             scores = model.token_logprobs(batch)
             if marks == "too early" and layout is not None:
                 for layer in model.model.layers:
-                    mark(layout.schedule.side, layer)
+                    mark(layout.early.side, layer)
             torch.cuda._sleep(20_000_000)
             (scores * weights).sum().backward()
             return (scores.detach(),)

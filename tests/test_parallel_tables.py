@@ -129,5 +129,5 @@ def test_ids_are_checked_and_many_are_no_rows():
             layout.begin_step(wrong)
     for ids, is_worth in ((torch.arange(275), True), (torch.arange(276), False), (torch.arange(0), False)):
         layout.begin_step(ids)
-        assert (layout.schedule.rows is not None) == is_worth
+        assert (layout.early.rows is not None) == is_worth
     of(True, 2).begin_step(torch.tensor([5]))  # one process exchanges nothing

@@ -13,10 +13,10 @@ from bi_ops import nn, optim
 from bi_ops.core.tensor_files import Rows
 from bi_ops.core.tensor_files import whole as all_rows
 from bi_ops.nn.main_grad import without_main_grad
+from bi_ops.parallel.early_exchange import Squares
 from bi_ops.parallel.gradients import GradientTree, all_gather, check_ranks
 from bi_ops.parallel.order import AtomTree, order
 from bi_ops.parallel.ranks import ALONE, Ranks
-from bi_ops.parallel.schedule import Squares
 from bi_ops.parallel.whole import Whole
 
 
@@ -108,7 +108,7 @@ class ExpertParallel(Whole):
         #: Those of which this rank has some, frozen ones too, by the names of the model.
         self.owned = {n: p for n, p in model.named_parameters() if p in mine}
         # A step's neighbours are a subtree, which an expert's rank has added by itself.
-        self.schedule.add_apart(mine, GradientTree(order(max(tree.atoms // near.size, 1)), far))
+        self.early.add_apart(mine, GradientTree(order(max(tree.atoms // near.size, 1)), far))
         self.writes = far.rank == 0
 
     def norm(self, squares: Squares | None = None) -> torch.Tensor:

@@ -9,10 +9,10 @@ import torch
 
 from bi_ops import nn, optim
 from bi_ops.core.tensor_files import Rows
+from bi_ops.parallel.early_exchange import EarlyExchange, Squares
 from bi_ops.parallel.gradients import Exchange
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.ranks import ALONE, Ranks
-from bi_ops.parallel.schedule import ExchangeSchedule, Squares
 
 
 class Whole:
@@ -22,7 +22,7 @@ class Whole:
     backward of each micro-batch behind `before_backward`, `end_atom`; then `finish`. `FullySharded` has the same
     methods.
 
-    Where ranks share a batch, they exchange the gradients of layers while the backward goes on (`ExchangeSchedule`).
+    Where ranks share a batch, they exchange the gradients of layers while the backward goes on (`EarlyExchange`).
 
     Args:
         allocate: makes room for the sums of an atom; None: `nn.allocate_main_grads`. keeps_memory: the gradients lie in
@@ -53,7 +53,7 @@ class Whole:
         self.steps = tree.atoms // ranks.size
         self._allocate = (lambda: nn.allocate_main_grads(model)) if allocate is None else allocate
         #: What ranks add, and when.
-        self.schedule = ExchangeSchedule(model, self.parameters.values(), tree, ranks, keeps_memory, overlap, exchange)
+        self.early = EarlyExchange(model, self.parameters.values(), tree, ranks, keeps_memory, overlap, exchange)
 
     def begin_step(self, ids: torch.Tensor | None = None) -> None:
         """ids: all that any rank computes with in this step, padding's too, each once: int64 [n] on the CPU, the same
@@ -63,25 +63,25 @@ class Whole:
         Raises:
             ValueError: another dtype or shape, or an id that is no row.
         """
-        self.schedule.begin_step(ids)
+        self.early.begin_step(ids)
 
     def begin_atom(self) -> None:
         """Begin the sums of this rank's next atom."""
         for p in self.parameters.values():
             p.grad = None
-        self.schedule.begin_atom(self._allocate)
+        self.early.begin_atom(self._allocate)
 
     def before_backward(self, last: bool) -> None:
         """The next micro-batch, of one forward and backward, is on its way, the `last` of its atom or not.
 
         Where gradients are exchanged early, a forward with gradients behind the last backward raises RuntimeError.
         """
-        self.schedule.before_backward(last)
+        self.early.before_backward(last)
 
     def end_atom(self) -> None:
         """The atom's last backward was launched. Nothing waits for the GPU."""
         if self.tree.atoms > 1:
-            self.schedule.end_atom(self._collect)
+            self.early.end_atom(self._collect)
         else:
             self._collect()
 
@@ -91,7 +91,7 @@ class Whole:
 
     def finish(self) -> torch.Tensor:
         """Every parameter gets its gradient of the whole batch; the norm of all, fp32 []."""
-        return self.norm(self.schedule.finish(self._squares_of) if self.tree.atoms > 1 else None)
+        return self.norm(self.early.finish(self._squares_of) if self.tree.atoms > 1 else None)
 
     def keep_rounded_weights(self, dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
         """See `bi_ops.nn.keep_rounded_weights`: of this rank's matrices, for the optimizer to write."""

@@ -15,10 +15,10 @@ from bi_ops.core.tensor_files import Rows, whole
 from bi_ops.nn.main_grad import without_main_grad
 from bi_ops.nn.parallel_linear import AllReduce, RowParallelLinear, Shared
 from bi_ops.nn.parallel_vocab import SharedVocabulary
+from bi_ops.parallel.early_exchange import Squares
 from bi_ops.parallel.gradients import all_gather
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.ranks import ALONE, Ranks
-from bi_ops.parallel.schedule import Squares
 from bi_ops.parallel.tensor.sums import OrderedAllReduce, VocabularyExchange
 from bi_ops.parallel.whole import Whole
 

@@ -20,7 +20,7 @@ from bi_ops.parallel.tables import TableRows, table_of
 Squares = dict[torch.Tensor, torch.Tensor]
 
 
-class ExchangeSchedule:
+class EarlyExchange:
     """Adds the gradients of `parameters` over atoms and ranks, a layer's while the backward of earlier ones goes on.
 
     A layer is what stands in a `torch.nn.ModuleList`, and a language model's head. Its gradients leave when its
