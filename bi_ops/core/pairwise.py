@@ -19,7 +19,7 @@ def pairwise(parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tens
 
 
 def pairwise_into(out: torch.Tensor, parts: Sequence[torch.Tensor], kept: int) -> None:
-    """As `pairwise`, of parts that lie apart. All are overwritten but the one that is `kept`."""
+    """As `pairwise`, of parts that lie apart. Others than the one `kept` are overwritten; `out` may be that one."""
     level = list(parts)
     while len(level) > 2:
         spare = [i if i != kept else i - 1 for i in range(1, len(level), 2)]

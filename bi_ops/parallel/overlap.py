@@ -43,6 +43,15 @@ def behind(args: Sequence[Any], action: Callable[[], None]) -> tuple[Any, ...] |
     return tuple(handed)
 
 
+def owners_of(model: torch.nn.Module) -> dict[torch.Tensor, list[torch.nn.Module]]:
+    """The modules that have each parameter, in the order of `model.modules()`."""
+    owners: dict[torch.Tensor, list[torch.nn.Module]] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(p, []).append(module)
+    return owners
+
+
 def separate_layers(model: torch.nn.Module) -> dict[torch.nn.Module, list[torch.nn.Parameter]]:
     """What stands in a `torch.nn.ModuleList`, in order, with its trainable parameters.
 
@@ -60,10 +69,7 @@ def separate_layers(model: torch.nn.Module) -> dict[torch.nn.Module, list[torch.
 
     visit(model)
     inside = {m: layer for layer in layers for m in layer.modules()}
-    owners: dict[torch.nn.Parameter, set[torch.nn.Module]] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            owners.setdefault(p, set()).add(inside.get(module, model))
+    owners = {p: {inside.get(m, model) for m in modules} for p, modules in owners_of(model).items()}
     trained = {layer: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
     return {m: own for m, own in trained.items() if own and all(owners[p] == {m} for p in m.parameters())}
 
@@ -73,8 +79,7 @@ def separate_head(model: torch.nn.Module) -> VocabParallelHead | None:
     head = getattr(model, "lm_head", None)
     if not (isinstance(head, VocabParallelHead) and head.weight.requires_grad):
         return None
-    others = (m for m in model.modules() if m is not head)
-    return None if any(p is head.weight for m in others for p in m.parameters(recurse=False)) else head
+    return head if owners_of(model)[head.weight] == [head] else None
 
 
 class SideStream:

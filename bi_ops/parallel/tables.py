@@ -8,6 +8,7 @@ from bi_ops import optim
 from bi_ops.core.main_grad import MainGrad
 from bi_ops.nn.layers import Embedding
 from bi_ops.nn.parallel_vocab import VocabParallelHead
+from bi_ops.parallel.overlap import owners_of
 
 #: A step's ids, times so many, are at most the table's rows: of more the rows are no less work than the table.
 WORTH = 4
@@ -66,15 +67,11 @@ class TableRows:
         assert self.ids is not None
         own, touched = self._own
         rows = own.index_select(0, self.ids)
-        if touched is None:
-            return rows if self._of_head is None else self._of_head.add_(rows)
-        touched = touched[:-1]
-        reached = touched.index_select(0, self.ids)[:, None]
+        reached = optim.row_sums([own])[0] != 0 if touched is None else touched[:-1]
         if self._of_head is not None:  # zeros are not added, for the sign of a zero
-            rows = torch.where(reached, self._of_head + rows, self._of_head)
-        else:
-            rows = rows.masked_fill_(~reached, 0.0)
-        missed = touched.index_fill(0, self.ids, False).any()
+            here = reached.index_select(0, self.ids)[:, None]
+            rows = torch.where(here, self._of_head + rows, self._of_head)
+        missed = reached.index_fill(0, self.ids, False).any()
         return rows.masked_fill_(missed, torch.nan)
 
     def finish(self, total: torch.Tensor, squares: dict[torch.Tensor, torch.Tensor]) -> None:
@@ -96,10 +93,7 @@ class TableRows:
 
 def table_of(model: torch.nn.Module) -> TableRows | None:
     """The first embedding whose trained weight is its own, or that of a `CausalLM`'s head too; None: there is none."""
-    owners: dict[torch.Tensor, list[torch.nn.Module]] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            owners.setdefault(p, []).append(module)
+    owners = owners_of(model)
     for module in model.modules():
         if isinstance(module, Embedding) and module.weight.requires_grad:
             others = [m for m in owners[module.weight] if m is not module]

@@ -57,8 +57,7 @@ class Whole:
 
     def begin_step(self, ids: torch.Tensor | None = None) -> None:
         """ids: all that any rank computes with in this step, padding's too, each once: int64 [n] on the CPU, the same
-        on every rank; None: unknown. With a token that is not among them the norm is NaN where a head is tied to the
-        embedding; else its row has another gradient on each rank.
+        on every rank; None: unknown. With a token that is not among them the gradient's norm is NaN.
 
         Raises:
             ValueError: another dtype or shape, or an id that is no row.
