@@ -252,7 +252,8 @@ def shard_sums(network: torch.nn.Module, ranks: parallel.Ranks, found: Found) ->
         "no sums": NoReduceScatter,
     }
     if (exchange := peer_copies(ranks, found)) is not None and (other := peer_copies(ranks, found)) is not None:
-        kinds[COPIES], gathers[COPIES] = functools.partial(TreeReduceScatter, exchange=exchange), other
+        kinds = {COPIES: functools.partial(TreeReduceScatter, exchange=exchange), **kinds}  # first: it is profiled
+        gathers[COPIES] = other
 
     def take(side: str) -> None:
         gather = ExchangeAllGather(gathers.get(side) or Collectives(ranks))
@@ -272,7 +273,7 @@ def whole_sums(layout: parallel.Whole, found: Found) -> dict[str, Callable[[], N
         AT_END: parallel.GradientTree,
     }
     if (exchange := peer_copies(layout.ranks, found)) is not None:
-        kinds[COPIES] = functools.partial(parallel.GradientTree, exchange=exchange)
+        kinds = {COPIES: functools.partial(parallel.GradientTree, exchange=exchange), **kinds}  # first: it is profiled
 
     def take(kind: Callable[[AtomTree, parallel.Ranks], parallel.GradientTree]) -> None:
         layout.early.sums = [kind(layout.tree, layout.ranks) for _ in layout.early.sums]

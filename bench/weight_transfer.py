@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nccl_library
 from record import offer_plugin, provenance
 from step_sides import SHAPES, draw_weights, shape
 
@@ -175,13 +176,14 @@ def speed(done: list[Transfer]) -> dict[str, Any]:
     }
 
 
-def start(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
-    """The engine, and the model, which has other weights."""
+def start(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, list[str]]:
+    """The engine, the model, which has other weights, and what this machine's NCCL lacks (`nccl_library`)."""
     model = make_model(shape(args.model))
     draw_weights(model)
     model.save_pretrained(folder / "model", torch.bfloat16)
     change(model)
     offer_plugin(folder)
+    added = nccl_library.offer(folder)
     sys.path.insert(0, str(folder))  # which vLLM's processes inherit
     from bi_ops.rollout.vllm_engine import VllmEngine
 
@@ -196,7 +198,7 @@ def start(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
     assert engine.orders is not None
     model.adopt(engine.orders)
     model.warmup()
-    return engine, model
+    return engine, model, added
 
 
 def main() -> int:
@@ -223,9 +225,9 @@ def main() -> int:
         write_json(args.out / "weight_transfer.json", {**record, "rows": rows, "not_run": missing})
 
     with tempfile.TemporaryDirectory() as folder:
-        engine, model = start(args, Path(folder))
+        engine, model, added = start(args, Path(folder))
         record["start_s"] = round(time.monotonic() - began, 1)
-        record["nccl"] = {"version": torch.cuda.nccl.version(), **engine._transfer.environment}
+        record["nccl"] = {"version": torch.cuda.nccl.version(), "stubs": added, **engine._transfer.environment}
         try:
             held = Bench(engine, model, write, args.updates).run(lambda: args.seconds - (time.monotonic() - began))
         finally:

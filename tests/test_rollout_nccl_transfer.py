@@ -16,7 +16,7 @@ from fake_vllm_transfer import FakeLLM, Trainer, install
 from bi_ops.commands import parity, train
 from bi_ops.rl import TrainConfig
 from bi_ops.rollout import nccl_transfer
-from bi_ops.rollout.nccl_transfer import NcclTransfer, TransferFailed, check_devices, together
+from bi_ops.rollout.nccl_transfer import NcclTransfer, TransferFailed, check_devices, check_library, together
 from bi_ops.rollout.sleep import SleepMode
 from bi_ops.rollout.vllm_engine import VllmEngine
 
@@ -114,16 +114,39 @@ def test_a_worker_that_fails_or_hangs_ends_the_update(call, connect):
         update(transfer)
 
 
-def test_a_worker_that_does_not_join_or_has_no_nccl_is_an_error(connect, monkeypatch):
+def test_a_worker_that_does_not_join_is_an_error(connect):
     with pytest.raises(TransferFailed, match=r"VllmEngine: the transfer .* did not start: RuntimeError: Worker failed"):
         connect(1, fails="init")
     with pytest.raises(TransferFailed, match=r"VllmEngine: .* no answer from vLLM's workers in 0 s"):
         connect(1, hangs="init", timeout=0.3)
-    monkeypatch.setattr(nccl_transfer, "TIMEOUT", 20.0)
-    pynccl = sys.modules["vllm.distributed.device_communicators.pynccl"]
-    monkeypatch.setattr(pynccl, "PyNcclCommunicator", lambda meeting, device: types.SimpleNamespace(disabled=True))
-    with pytest.raises(RuntimeError, match=r"vLLM found no NCCL; .*unset VLLM_DISABLE_PYNCCL"):
-        connect(1)
+
+
+@pytest.mark.parametrize(
+    ("is_disabled", "error", "message"),
+    [
+        (True, None, "VLLM_DISABLE_PYNCCL is set, .*unset it"),
+        (
+            False,
+            AttributeError("undefined symbol: ncclNew"),
+            "cannot use here: undefined symbol: ncclNew; install",
+        ),
+        (False, None, ""),
+    ],
+)
+def test_a_vllm_that_cannot_use_nccl_is_refused(monkeypatch, is_disabled, error, message):
+    def library() -> None:
+        if error is not None:
+            raise error
+
+    wrapper: Any = types.ModuleType("pynccl_wrapper")
+    wrapper.NCCLLibrary = library
+    monkeypatch.setitem(sys.modules, "vllm.distributed.device_communicators.pynccl_wrapper", wrapper)
+    monkeypatch.setitem(sys.modules, "vllm.envs", types.SimpleNamespace(VLLM_DISABLE_PYNCCL=is_disabled))
+    if not message:
+        check_library("VllmEngine")
+        return
+    with pytest.raises(RuntimeError, match=f"VllmEngine: .*{message}"):
+        check_library("VllmEngine")
 
 
 def test_steps_end_with_the_first_that_fails():

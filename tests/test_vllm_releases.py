@@ -53,6 +53,7 @@ CALLED = [
         ("self", "tensor", "src", "stream"),
     ),
     ("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator.destroy", ("self",)),
+    ("vllm.distributed.device_communicators.pynccl_wrapper", "NCCLLibrary.__init__", ("self", "so_file")),
     ("vllm.entrypoints.llm", "LLM.wake_up", ("self", "tags")),
     ("vllm.plugins", "load_general_plugins", ()),
     *(
@@ -251,7 +252,6 @@ ATTRIBUTES = {
         *("weight", "variance_epsilon", "variance_size_override", "pass_weight", "pass_weight_add"),
     },
     ("vllm.model_executor.custom_op", "CustomOp"): {"_forward_method"},
-    ("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator"): {"disabled"},
     ("vllm.model_executor.layers.linear", "LinearBase"): {
         *("quant_method", "skip_bias_add", "output_size", "params_dtype"),
     },

@@ -85,6 +85,20 @@ def check_devices(
         )
 
 
+def check_library(op: str) -> None:
+    """Raise RuntimeError unless vLLM can use NCCL: where it cannot, its communicators send nothing, silently."""
+    if importlib.import_module("vllm.envs").VLLM_DISABLE_PYNCCL:
+        raise RuntimeError(f"{op}: VLLM_DISABLE_PYNCCL is set, and weights go to other GPUs by NCCL; unset it")
+    wrapper = importlib.import_module("vllm.distributed.device_communicators.pynccl_wrapper")
+    try:
+        wrapper.NCCLLibrary()
+    except Exception as error:  # whatever vLLM itself would pass over
+        raise RuntimeError(
+            f"{op}: weights go to other GPUs by NCCL, which this vLLM cannot use here: {error}; install the "
+            "nvidia-nccl that vLLM asks for, or name its library in VLLM_NCCL_SO_PATH"
+        ) from error
+
+
 def watch(model: torch.nn.Module) -> None:
     """Have a worker's model note what it is given to load: a checksum of each tensor, and which parameters it reached.
 
@@ -189,11 +203,11 @@ class NcclTransfer:
     """The NCCL group of the trainer, rank 0, and the workers of an engine, made once.
 
     Args:
-        llm: vLLM's `LLM`, made with `CONFIG`; its workers are processes on other GPUs. workers: how many.
-            timeout: None: `TIMEOUT`.
+        llm: vLLM's `LLM`, made with `CONFIG` behind `check_library`; its workers are processes on other GPUs.
+        workers: how many. timeout: None: `TIMEOUT`.
 
     Raises:
-        TransferFailed: a worker failed or did not join. RuntimeError: vLLM found no NCCL here.
+        TransferFailed: a worker failed or did not join.
     """
 
     def __init__(self, llm: Any, workers: int, timeout: float | None = None) -> None:
@@ -224,8 +238,6 @@ class NcclTransfer:
         together(what, self.timeout, lambda: llm.init_weight_transfer_engine({"init_info": told}), join)
         #: The NCCL_* variables of the communicator, on both sides.
         self.environment = theirs[0]
-        if getattr(self.group, "disabled", True):  # it would send nothing, silently
-            raise RuntimeError(f"{what}: vLLM found no NCCL; install nvidia-nccl, and unset VLLM_DISABLE_PYNCCL")
         llm.apply_model(watch)
 
     def update(self, model: CausalLM, dtype: torch.dtype) -> Transfer:

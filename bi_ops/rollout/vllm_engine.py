@@ -149,6 +149,8 @@ class VllmEngine:
         prepare_environment()
         if transfer:
             weight_transfer.require("VllmEngine", transfer["backend"])
+        if device_ids is not None:
+            nccl_transfer.check_library("VllmEngine")
         from vllm import LLM
         from vllm.config import CompilationConfig
         from vllm.plugins import load_general_plugins
