@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layouts_worker import LibraryAllReduce, NaiveSum, free
+from library_sums import LibrarySums, NoSums
 from profiles import profiled
 from record import take_shortcuts
 from rollout_worker import FIRST_TOKEN, Sampler, prompt
@@ -22,7 +23,7 @@ import bi_ops  # noqa: F401  (before triton)  # isort: skip
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -38,7 +39,7 @@ from bi_ops.core.files import write_json
 from bi_ops.core.rows import TOKEN_STEP
 from bi_ops.models.graphs import StepGraphs
 from bi_ops.models.packing import PADDING, PackedBatch, pack
-from bi_ops.parallel.fsdp import ExchangeAllGather, FullySharded, TreeReduceScatter, local_rows
+from bi_ops.parallel.fsdp import FullySharded, local_rows
 from bi_ops.parallel.gradients import Collectives, Exchange
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.peer import PeerAllReduce, PeerCopies
@@ -50,8 +51,6 @@ WARM = 2
 #: Whole gradients are exchanged behind the backward: no micro-batch is said to be the last.
 AT_END = "ordered, at the end"
 COPIES = "peer copies"
-#: Renamed in torch 2.14.
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class NoSum(parallel.GradientTree):
@@ -59,26 +58,6 @@ class NoSum(parallel.GradientTree):
 
     def add(self, gradients: Sequence[torch.Tensor]) -> None:
         self._totals = list(gradients)
-
-
-class LibraryReduceScatter(TreeReduceScatter):
-    """As FSDP2's own: a library adds."""
-
-    @torch.no_grad()
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> None:
-        reduce_scatter(output_tensor, input_tensor, op=op, group=group)
-
-
-class NoReduceScatter(TreeReduceScatter):
-    """Nothing is added: a rank's part of its own gradients."""
-
-    @torch.no_grad()
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> None:
-        output_tensor.copy_(input_tensor.view(dist.get_world_size(group), -1)[dist.get_rank(group)])
 
 
 def no_all_reduce(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -169,7 +148,7 @@ def ours(args: argparse.Namespace, found: Found, ranks: parallel.Ranks) -> None:
         replays = {f"{side}, graphs": sums[side] for side in ("peer memory", "no sums") if side in sums}
     elif args.fsdp:
         layout = FullySharded(network, tree, ranks, network.compute_dtype, reshard_after_forward=not args.kept)
-        sums = shard_sums(network, ranks, found)
+        sums = shard_sums(layout, found)
     else:
         layout = parallel.Whole(network, tree, ranks)
         sums = whole_sums(layout, found)
@@ -242,24 +221,20 @@ def peer_copies(ranks: parallel.Ranks, found: Found) -> Exchange | None:
         return None
 
 
-def shard_sums(network: torch.nn.Module, ranks: parallel.Ranks, found: Found) -> dict[str, Callable[[], None]]:
+def shard_sums(layout: FullySharded, found: Found) -> dict[str, Callable[[], None]]:
     """How shards of gradients are added, and weights gathered; a rank has one atom."""
-    modules = [m for m in network.modules() if isinstance(m, FSDPModule)]
+    ranks = layout.ranks
     gathers: dict[str, Exchange] = {}
-    kinds: dict[str, Callable[[int], TreeReduceScatter]] = {
-        "ordered": TreeReduceScatter,
-        "library sums": LibraryReduceScatter,
-        "no sums": NoReduceScatter,
-    }
+    kinds: dict[str, Exchange] = {"ordered": Collectives(ranks)}
+    kinds |= {"library sums": LibrarySums(ranks), "no sums": NoSums(ranks)}
     if (exchange := peer_copies(ranks, found)) is not None and (other := peer_copies(ranks, found)) is not None:
-        kinds = {COPIES: functools.partial(TreeReduceScatter, exchange=exchange), **kinds}  # first: it is profiled
+        kinds = {COPIES: exchange, **kinds}  # first: it is profiled
         gathers[COPIES] = other
 
     def take(side: str) -> None:
-        gather = ExchangeAllGather(gathers.get(side) or Collectives(ranks))
-        for module in modules:
-            module.set_custom_reduce_scatter(kinds[side](1))  # type: ignore[arg-type]
-            module.set_custom_all_gather(gather)  # type: ignore[arg-type]
+        layout.gather_by(gathers.get(side) or Collectives(ranks))
+        for sums in layout.sums.values():
+            sums.exchange = kinds[side]
 
     return {side: functools.partial(take, side) for side in kinds}
 

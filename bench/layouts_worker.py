@@ -15,6 +15,7 @@ from typing import Any, cast
 import share_gpu
 import torch
 import torch.distributed as dist
+from library_sums import LibrarySums
 from step_sides import draw_weights
 from torch.distributed.tensor import DTensor
 
@@ -128,11 +129,12 @@ class NaiveSum(parallel.GradientTree):
 
 
 class LibraryShards(Trainer):
-    """The control in shards: FSDP2's own reduce-scatter."""
+    """The control in shards: a library's reduce-scatter."""
 
     def _layout(self) -> FullySharded:
         tree = parallel.order(self.config.atoms)
-        return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype, reduce_scatter=None)
+        sums = lambda: LibrarySums(self.ranks)  # noqa: E731
+        return FullySharded(self.model, tree, self.ranks, self.model.compute_dtype, exchange=sums)
 
 
 class LibraryAllReduce(OrderedAllReduce):
@@ -158,7 +160,9 @@ def whole(trainer: Trainer, gradients: bool) -> Iterator[tuple[str, torch.Tensor
     layers = layout.layers if isinstance(layout, TensorParallel) else {}
     for name, p in trainer.model.named_parameters():
         t = p.grad if gradients else p.detach()
-        if isinstance(t, DTensor):
+        if gradients and isinstance(layout, FullySharded):
+            yield name, layout.whole_gradient(name)
+        elif isinstance(t, DTensor):
             yield name, t.full_tensor()
         elif t is not None and isinstance(layout, ExpertParallel) and name in layout.owned:
             yield name, layout.whole(t)
@@ -208,7 +212,7 @@ def train(args: argparse.Namespace) -> None:
         control = cut == "control"
         config = TrainConfig(
             lr=LEARNING_RATE,
-            # FSDP2 itself adds a rank's micro-batches before it adds ranks: one atom for each.
+            # A rank's micro-batches are added before a library adds ranks: one atom for each.
             atoms=ranks.size if control and args.fsdp else ATOMS,
             fsdp=args.fsdp,
             segments=args.segments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -17,6 +18,9 @@ from test_microbatches import Lengths, Replay, small_model
 from test_parallel import equal, metrics
 from tiny import tiny_moe_model
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from library_sums import LibrarySums
+
 from bi_ops import nn, optim, parallel, rl
 from bi_ops.core import tensor_files
 from bi_ops.parallel import fsdp
@@ -27,8 +31,15 @@ from bi_ops.rl.trainer import Trainer
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
-    """All rows of a parameter or a gradient, on every rank."""
+    """All rows of a parameter, on every rank."""
     return cast(Any, t).full_tensor() if hasattr(t, "full_tensor") else t.detach().clone()
+
+
+def gradients_of(layout: parallel.Whole | FullySharded) -> list[torch.Tensor]:
+    """All rows of every gradient, on every rank."""
+    if isinstance(layout, FullySharded):
+        return [layout.whole_gradient(name) for name in layout.parameters]
+    return [cast(torch.Tensor, p.grad).clone() for p in layout.parameters.values()]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -70,8 +81,11 @@ def two_updates(layout: parallel.Whole | FullySharded) -> dict[str, Any]:
     optimizer = optim.AdamW(list(layout.parameters.values()), lr=0.1)
     norms = [update(layout, optimizer, isinstance(layout, FullySharded)) for _ in range(2)]
     named = dict(layout.model.named_parameters())
-    grads = [whole(p.grad) for p in named.values() if p.grad is not None]
-    found: dict[str, Any] = {"norms": norms, "grads": grads, "weights": [whole(p) for p in named.values()]}
+    found: dict[str, Any] = {
+        "norms": norms,
+        "grads": gradients_of(layout),
+        "weights": [whole(p) for p in named.values()],
+    }
     if isinstance(layout, FullySharded):
         with layout.gathered():
             found["gathered"] = [p.detach().clone() for p in layout.model.parameters()]
@@ -81,10 +95,19 @@ def two_updates(layout: parallel.Whole | FullySharded) -> dict[str, Any]:
 
 
 class Accumulating(FullySharded):
-    """FSDP2 as it is: its own reduce-scatter, and gradients added to those of earlier atoms."""
+    """The control, with the gradients of a rank's atoms added one after the other, as torch accumulates them."""
+
+    def __init__(self, model: torch.nn.Module, atoms: int, here: parallel.Ranks) -> None:
+        super().__init__(model, parallel.order(here.size), here, exchange=lambda: LibrarySums(here))
+        self.steps, self.begun = atoms // here.size, 0
 
     def begin_atom(self) -> None:
-        nn.allocate_main_grads(self.model)
+        self.begun += 1
+        if self.begun == 1:
+            super().begin_atom()
+
+    def before_backward(self, last: bool) -> None:
+        super().before_backward(last and self.begun == self.steps)
 
 
 class Counted(Collectives):
@@ -108,9 +131,9 @@ def layers_on_a_rank() -> dict[str, Any]:
         found["kept" if not reshards else "freed"] = two_updates(kept)
         found["gathers" if not reshards else "gathers of freed"] = exchanges[1].gathers
     model = StackModel()
-    library = Accumulating(model, tree, here, reduce_scatter=None)
+    library = Accumulating(model, 8, here)
     update(library, optim.AdamW(list(library.parameters.values())), idle=True)
-    found["library"] = [whole(cast(Any, p.grad)) for p in model.parameters()]
+    found["library"] = gradients_of(library)
     return found
 
 
@@ -160,9 +183,6 @@ def refusals_on_a_rank() -> list[str]:
     for make in (
         lambda: FullySharded(StackModel(), parallel.order(1), here),
         lambda: FullySharded(with_bias, parallel.order(2), here),
-        lambda: FullySharded(
-            StackModel(), parallel.order(2), here, reduce_scatter=None, exchange=lambda: Collectives(here)
-        ),
     ):
         with pytest.raises(ValueError, match=r"fsdp|parallel") as error:
             make()
@@ -177,7 +197,6 @@ def test_what_cannot_be_shared_is_refused():
     for said in ranks.run(2, refusals_on_a_rank):
         assert said[0].startswith("parallel: 2 ranks cannot share atoms=1 evenly")
         assert said[1].startswith("fsdp: a.bias, b.weight, b.bias would be summed by autograd")
-        assert said[2].startswith("fsdp: exchange moves the parts of TreeReduceScatter; leave it out")
     for other in ({"step_graphs": True}, {"offload": "masters"}):
         with pytest.raises(ValueError, match="fsdp is True; it must be false with"):
             TrainConfig(fsdp=True, **other)
@@ -320,7 +339,7 @@ def trained(here: parallel.Ranks = parallel.ALONE, moe: bool = False, **changes:
         steps = [trainer.step(step) for step in range(1, UPDATES + 1)]
     return {
         "metrics": [(s.loss, s.grad_norm, s.kl, s.tokens_checked, s.tokens_different, s.clip_fraction) for s in steps],
-        "grads": [whole(cast(Any, p.grad)) for p in model.parameters()],
+        "grads": gradients_of(trainer.layout),
         "weights": [whole(p) for p in model.parameters()],
         "engine": [p.detach().bfloat16() for p in engine.model.parameters()],
     }

@@ -18,8 +18,8 @@ from test_parallel import metrics
 
 from bi_ops import parallel, rl
 from bi_ops.core import runtime, tensor_files
-from bi_ops.parallel import gradients, watch
-from bi_ops.parallel.peer import PeerCopies
+from bi_ops.parallel import watch
+from bi_ops.parallel.shards import ShardTree
 from bi_ops.rl import checkpoint
 
 #: Seconds in which the others must have ended. Over gloo they see it at once; the rest is a busy machine.
@@ -48,12 +48,8 @@ def replaced(module: Any, name: str, call: int, by: Callable[..., Any]) -> Itera
 
 @contextmanager
 def in_a_backward() -> Iterator[None]:
-    """Between two gradients of the step behind `DONE`: two steps of two atoms of a rank, two FSDP modules each."""
-    call = DONE * 2 * 2 + 2
-    with (
-        replaced(gradients, "sum_over_ranks", call, lambda real, *args: kill()),
-        replaced(PeerCopies, "sum", call, lambda real, *args: kill()),  # on GPUs that reach each other
-    ):
+    """Between two gradients of the step behind `DONE`: two steps of two atoms of a rank, two layers and all else."""
+    with replaced(ShardTree, "add", DONE * 2 * 3 + 2, lambda real, *args: kill()):
         yield
 
 

@@ -1,8 +1,9 @@
-"""Weights, gradients and optimizer states in shards: torch's FSDP2 moves them, the tree over atoms adds them.
+"""Weights, gradients and optimizer states in shards: torch's FSDP2 moves weights, a tree over atoms adds gradients.
 
-FSDP2 gathers the weights of a layer when a forward or backward needs them, and hands the layer's gradients to a
-reduce-scatter when its backward is through. Here that is `TreeReduceScatter`: no library sums. The fp32 sums that
-layers carry from one micro-batch to the next (`main_grad`) become gradients behind the last micro-batch of an atom.
+FSDP2 gathers the weights of a layer when a forward or backward needs them, and frees them. It never sees a gradient:
+its own way would copy all of them into messages, twice their bytes through memory, and a library would add them. The
+fp32 sums that layers carry from one micro-batch to the next (`main_grad`) are finished behind a layer's backward in the
+last micro-batch of an atom, and travel from where they lie to a `ShardTree`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from bi_ops import nn, optim
 from bi_ops.core.integers import cdiv
 from bi_ops.core.tensor_files import Rows
 from bi_ops.nn.main_grad import without_main_grad
-from bi_ops.parallel.gradients import Collectives, Exchange, Subtrees, all_gather, check_ranks
+from bi_ops.parallel.gradients import Exchange, all_gather, check_ranks
 from bi_ops.parallel.order import AtomTree
-from bi_ops.parallel.overlap import behind
+from bi_ops.parallel.overlap import SideStream, behind, separate_head
 from bi_ops.parallel.ranks import Ranks
+from bi_ops.parallel.shards import ShardTree, rows_of
 
 #: Layers that are gathered together at most: FSDP2 enters as many functions of Python for a gather as for a layer.
 GATHERED_LAYERS = 4
@@ -33,45 +35,15 @@ GATHERED_LAYERS = 4
 GATHERED_PARAMETERS = 200 << 20
 
 
-class _OwnMemory:
-    """What FSDP2 asks of a collective for memory."""
+class ExchangeAllGather:
+    """The weights of one FSDP module, gathered by an `Exchange`, as torch asks for it."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """As torch's own do."""
         return torch.empty(*size, dtype=dtype, device=device)
-
-
-class TreeReduceScatter(_OwnMemory):
-    """The gradients of one FSDP module, added over ranks and atoms as `AtomTree` says.
-
-    torch calls it once an atom, on a stream of its own. Behind the last atom the output is the sum of all.
-
-    exchange: how parts travel over ranks; None: by collectives.
-    """
-
-    def __init__(self, steps: int, exchange: Exchange | None = None) -> None:
-        self._sums, self._exchange = Subtrees(steps), exchange
-
-    @torch.no_grad()
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> None:
-        """output_tensor: fp32 [n]. input_tensor: fp32 [ranks * n]. op: a sum; what torch would divide by is one."""
-        exchange = self._exchange or Collectives(Ranks.of(group))
-        exchange.sum([input_tensor], [output_tensor])
-        # The tree keeps the output, whose other reader, the parameter's gradient, is dropped before the next atom.
-        [total] = self._sums.add([output_tensor])
-        if self._sums.done == self._sums.steps:
-            self._sums.total()
-            if total is not output_tensor:
-                output_tensor.copy_(total)
-
-
-class ExchangeAllGather(_OwnMemory):
-    """The weights of one FSDP module, gathered by an `Exchange`."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
@@ -87,22 +59,20 @@ class FullySharded:
     them is gathered once for forward and backward. A rank makes as many forwards and backwards as every other:
     `TrainConfig.fsdp`.
 
-    While an atom has several micro-batches, their sums are whole: 4 bytes a parameter. With one, a layer's gradients
-    leave when its backward is through.
+    While an atom has several micro-batches, their sums are whole: 4 bytes a parameter. In the last one a layer's leave
+    when its backward is through, an untied head's first. The parameters of the model get no `.grad`; those of
+    `parameters` do, in `finish`.
 
     Args:
         model: whose parameters are sharded in place; on every rank the same values.
         compute_dtype: what weights are rounded to before they are gathered; gradients are fp32.
-        reduce_scatter: called with the number of steps for each FSDP module; None leaves torch its own, which sums in
-            whatever order, to compare with.
         exchange: makes what gradients, and another what weights travel by, for their streams go on beside each other;
             None: collectives.
         reshard_after_forward: False keeps weights whole from a step's first forward to `finish`, in `compute_dtype`:
             they are gathered once, not twice a micro-batch. The bits are the same.
 
     Raises:
-        ValueError: one rank, ranks that do not divide the atoms, parameters whose gradient has no `main_grad`, or an
-            exchange beside another reduce_scatter.
+        ValueError: one rank, ranks that do not divide the atoms, or parameters whose gradient has no `main_grad`.
     """
 
     #: See `Whole`.
@@ -114,13 +84,10 @@ class FullySharded:
         tree: AtomTree,
         ranks: Ranks,
         compute_dtype: torch.dtype = torch.bfloat16,
-        reduce_scatter: Callable[[int], Any] | None = TreeReduceScatter,
         exchange: Callable[[], Exchange] | None = None,
         reshard_after_forward: bool = True,
     ) -> None:
         check_ranks(tree, ranks, fsdp=True)
-        if exchange is not None and reduce_scatter is not TreeReduceScatter:
-            raise ValueError("fsdp: exchange moves the parts of TreeReduceScatter; leave it out, or reduce_scatter")
         if left := without_main_grad(model):
             raise ValueError(
                 f"fsdp: {', '.join(left[:4])}{' and others' * (len(left) > 4)} would be summed by autograd, in another "
@@ -130,32 +97,34 @@ class FullySharded:
         self.steps = tree.atoms // ranks.size
         self._collects = self._is_in_a_step = False
         self._keeps_weights = not reshard_after_forward
+        head = separate_head(model)
         layers = _shard(model, ranks, compute_dtype, reshard_after_forward)
         #: Of those that are gathered together the first one, which stands for all; then the model.
         self._groups = [cast(FSDPModule, m) for m in (*(each[0] for each in together(layers)), model)]
+        by = None if exchange is None else exchange()
         if exchange is not None:
-            reduce_scatter = functools.partial(TreeReduceScatter, exchange=exchange())
-            gather = ExchangeAllGather(exchange())
-            for module in self._groups:
-                module.set_custom_all_gather(gather)  # type: ignore[arg-type]
+            self.gather_by(exchange())
         for module in self._groups:
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
             module.set_reshard_after_backward(reshard_after_forward, recurse=False)
-            if reduce_scatter is not None:
-                module.set_custom_reduce_scatter(reduce_scatter(self.steps))
-        #: Where the parameters of each layer are, and of the model: these are others while weights are gathered.
-        self._places = {
-            module: [(m, name) for m in module.modules() for name, p in m._parameters.items() if p is not None]
-            for module in (*layers, model)
-        }
         for layer in layers:
             layer.register_forward_pre_hook(self._before_layer)
-        # Before torch's own hook, so that the root's sums are collected before torch looks for its gradients.
+        # Before torch's own hook, so that the root's sums are collected before torch frees its weights.
         model.register_forward_hook(self._after_model, prepend=True)
-        self._sharded = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._head = head
+        sharded = {p: n for n, p in model.named_parameters() if p.requires_grad}
         #: What the optimizer updates, by the names of the model: this rank's rows.
-        self.parameters = {n: local_rows(p).requires_grad_() for n, p in self._sharded.items()}
+        self.parameters = {n: local_rows(p).requires_grad_() for p, n in sharded.items()}
+        self._n_rows = {n: len(p) for p, n in sharded.items()}
+        places = [*layers, *([] if head is None else [head]), model]
+        self._own = {place: _parameters_of(place, sharded) for place in places}
+        #: What adds the gradients of each layer, of the head, and of all else.
+        self.sums = {place: ShardTree(tree, ranks, by) for place in places}
+        self._side = SideStream(next(model.parameters()).device)
+
+    def gather_by(self, exchange: Exchange) -> None:
+        """From now on weights travel by it."""
+        for module in self._groups:
+            module.set_custom_all_gather(ExchangeAllGather(exchange))  # type: ignore[arg-type]
 
     def _reshard(self) -> None:
         for module in self._groups:
@@ -171,15 +140,13 @@ class FullySharded:
         if not (self._keeps_weights and self._is_in_a_step):
             self._reshard()  # a forward without a backward leaves the root's weights of that time
         self._is_in_a_step = True
-        for name, p in self._sharded.items():
-            p.grad = self.parameters[name].grad = None
+        for rows in self.parameters.values():
+            rows.grad = None
         nn.allocate_main_grads(self.model)
 
     def before_backward(self, last: bool) -> None:
         """See `Whole`. Called before the forward, which is gathered for."""
         self._collects = last
-        for module in self._groups:
-            module.set_requires_gradient_sync(last, recurse=False)
 
     def end_atom(self) -> None:
         """See `Whole`."""
@@ -190,16 +157,34 @@ class FullySharded:
         self._is_in_a_step = False
         if self._keeps_weights:
             self._reshard()
-        for name, p in self._sharded.items():
-            assert p.grad is not None
-            self.parameters[name].grad = local_rows(p.grad)
-        return self.norm()
+        for place, sums in self.sums.items():
+            for name, rows in zip(self._own[place], sums.total(), strict=True):
+                self.parameters[name].grad = rows
+        *early, last = self._own.values()
+        self._side.wait_but_last()
+        squares = self._squares_of([name for names in early for name in names])
+        self._side.wait()
+        return self._norm(squares | self._squares_of([*last]))
 
-    def norm(self) -> torch.Tensor:
-        """The norm from the sums of squares of all rows, which the ranks gather."""
-        n_rows = [len(p) for p in self._sharded.values()]
-        chunks = [cdiv(n, self.ranks.size) for n in n_rows]
-        sums = optim.row_sums([p.grad for p in self.parameters.values() if p.grad is not None])
+    def whole_gradient(self, name: str) -> torch.Tensor:
+        """All rows of a parameter's gradient, behind `finish`, on every rank; all of them call it."""
+        rows, n = self.parameters[name].grad, self._n_rows[name]
+        assert rows is not None
+        own = rows.new_zeros(cdiv(n, self.ranks.size), *rows.shape[1:])
+        own[: len(rows)] = rows
+        every = own.new_empty(self.ranks.size * len(own), *own.shape[1:])
+        all_gather(every, own, group=self.ranks.group)
+        return every[:n]
+
+    def _squares_of(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The sums of squares of the rows of these gradients."""
+        grads = [cast(torch.Tensor, self.parameters[name].grad) for name in names]
+        return dict(zip(names, optim.row_sums(grads), strict=True)) if grads else {}
+
+    def _norm(self, squares: dict[str, torch.Tensor]) -> torch.Tensor:
+        """From the sums of squares of all rows, which the ranks gather."""
+        sums = [squares[name] for name in self._n_rows]
+        chunks = [cdiv(n, self.ranks.size) for n in self._n_rows.values()]
         pad = torch.nn.functional.pad
         flat = torch.cat([s if len(s) == c else pad(s, (0, c - len(s))) for s, c in zip(sums, chunks, strict=True)])
         every = flat.new_empty(self.ranks.size * len(flat))
@@ -208,28 +193,37 @@ class FullySharded:
         in_order = flat.new_empty(len(every)).split([self.ranks.size * c for c in chunks])
         out = [t.view(self.ranks.size, -1) for t in in_order]
         torch.split_with_sizes_copy(every.view(self.ranks.size, -1), chunks, dim=1, out=out)
-        return optim.norm_of_row_sums([t[:n] for t, n in zip(in_order, n_rows, strict=True)])
+        return optim.norm_of_row_sums([t[:n] for t, n in zip(in_order, self._n_rows.values(), strict=True)])
 
-    def _collect(self, module: torch.nn.Module) -> None:
-        """The finished sums of the layers in `module`, whose weights are gathered, become their gradients."""
-        for holder, name in self._places[module]:
-            p = holder._parameters[name]
-            if p is not None and p.dtype != torch.float32:
+    def _collect(self, place: torch.nn.Module) -> None:
+        """The sums of what is in `place`, whose weights are gathered, are finished, and leave."""
+        own = [cast(torch.Tensor, holder._parameters[name]) for holder, name in self._own[place].values()]
+        for p in own:
+            if p.dtype != torch.float32:
                 p.grad_dtype = torch.float32  # of weights that were rounded
-        nn.collect_main_grads(module)
+        nn.collect_main_grads(place)
+        grads = [cast(torch.Tensor, p.grad) for p in own]
+        for p in own:
+            p.grad = None
+        self._side.run(functools.partial(self.sums[place].add, grads), grads)
 
     def _before_layer(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Behind the backward of everything in a layer, and before torch's own hook on the same inputs."""
         return behind(args, lambda: self._collect(module)) if self._collects else None
 
-    def _after_model(self, model: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-        """Behind the whole backward: what is outside of layers, or was not reached."""
+    def _after_model(self, model: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        """Behind the backward of the head, and of all: what is outside of layers."""
+        if not (self._collects and output.requires_grad):
+            return None
 
         def queue(grad: torch.Tensor) -> None:
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._collect(model))
 
-        if self._collects and output.requires_grad:
-            output.register_hook(queue)
+        head = self._head
+        handed = None if head is None else behind((output,), lambda: self._collect(head))
+        output = output if handed is None else handed[0]
+        output.register_hook(queue)
+        return output
 
     # Rows, and whole weights.
 
@@ -241,9 +235,8 @@ class FullySharded:
         """Of every parameter this rank's rows, and what the optimizer updates."""
         found = {}
         for name, p in self.model.named_parameters():
-            start = min(self.ranks.rank * cdiv(len(p), self.ranks.size), len(p))
             own = self.parameters.get(name, local_rows(p))
-            found[name] = Rows(own.detach(), tuple(p.shape), start), own
+            found[name] = Rows(own.detach(), tuple(p.shape), rows_of(len(p), self.ranks).start), own
         return found
 
     def collected(self) -> dict[str, torch.Tensor]:
@@ -273,6 +266,21 @@ def local_rows(t: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():  # else both calls go through DTensor's dispatch, which takes ten times as long
             t = t.to_local()
     return t.detach()
+
+
+def _parameters_of(
+    place: torch.nn.Module, sharded: dict[torch.nn.Parameter, str]
+) -> dict[str, tuple[torch.nn.Module, str]]:
+    """Which parameters of `place` are trained, by the names of the model: of which module, by which name of its own.
+
+    They are taken out of `sharded`. Where they are is asked, for they are others while weights are gathered.
+    """
+    found = {}
+    for module in place.modules():
+        for attribute, p in module._parameters.items():
+            if p is not None and (name := sharded.pop(p, None)) is not None:
+                found[name] = module, attribute
+    return found
 
 
 def together(layers: Sequence[torch.nn.Module]) -> list[Sequence[torch.nn.Module]]:
