@@ -107,11 +107,11 @@ def layouts_on_a_rank(memory: list[list[torch.Tensor]]) -> dict[str, Any]:
     swaps = [0] * len(waiting)
     for i, each in enumerate(waiting):
 
-        def counted(half: int, sent: Any, i: int = i, real: Any = each._swap) -> None:
+        def counted(*args: Any, i: int = i, real: Any = each._swap) -> None:
             swaps[i] += 1
-            real(half, sent)
+            real(*args)
 
-        each._swap = counted  # type: ignore[method-assign]
+        each._swap = counted  # type: ignore[method-assign, assignment]
     found = {"whole": gradients_of(odd), "shards": two_updates(sharded)}
     assert all(n > 0 and n % 2 == 0 for n in swaps), swaps
     return found

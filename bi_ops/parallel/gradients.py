@@ -169,6 +169,8 @@ class GradientTree:
         self._exchange = Collectives(ranks) if exchange is None else exchange
         self._sums = Subtrees(tree.atoms // ranks.size)
         self._shapes: list[torch.Size] = []
+        #: Of gradients of these shapes; they are the same in every step.
+        self._messages: list[tuple[list[int], list[int]]] = []
         self._totals: list[torch.Tensor] | None = None
 
     @torch.no_grad()
@@ -188,7 +190,8 @@ class GradientTree:
             raise ValueError(f"parallel: rank {self.ranks.rank} has {steps} atoms, and all are added")
         if self._sums.done and shapes != self._shapes:
             raise ValueError("parallel: an atom's gradients have other shapes than those before")
-        self._shapes = shapes
+        if shapes != self._shapes:
+            self._shapes, self._messages = shapes, list(messages([g.numel() for g in gradients], self.ranks.size))
         if self.ranks.size == 1:
             self._sums.add(list(gradients))
             if self._sums.done == steps:
@@ -218,15 +221,16 @@ class GradientTree:
         """Messages, flat, and where each gradient lies in them."""
         sent: list[torch.Tensor] = []
         places: dict[int, torch.Tensor] = {}
-        for group, elements in messages([g.numel() for g in gradients], self.ranks.size):
+        for group, elements in self._messages:
             sizes, total = [gradients[i].numel() for i in group], sum(elements)
             if len(group) == 1 and sizes[0] == total:
-                flat = gradients[group[0]].contiguous().view(-1)
+                places[group[0]] = whole = gradients[group[0]].contiguous()
+                flat = whole.view(-1)
             else:
                 flat = gradients[group[0]].new_empty(total)
                 torch.cat([gradients[i].reshape(-1) for i in group], out=flat[: sum(sizes)])
                 flat[sum(sizes) :].zero_()
-            sent += flat.split(elements)
-            parts = flat[: sum(sizes)].split(sizes)
-            places |= {i: part.view(gradients[i].shape) for i, part in zip(group, parts, strict=True)}
+                parts = flat[: sum(sizes)].split(sizes)
+                places |= {i: part.view(gradients[i].shape) for i, part in zip(group, parts, strict=True)}
+            sent += flat.split(elements) if len(elements) > 1 else [flat]
         return sent, [places[i] for i in range(len(gradients))]

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +30,23 @@ LINE = 256
 #: Of the driver: wait until the difference, as a signed number of 32 bits, is not negative; then see every write that
 #: came before that one, where the device can be asked to (`CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES`).
 _AT_LEAST, _FLUSH, _CAN_FLUSH = 0, 1 << 30, 98
+#: Of so many sizes of parts it is kept where they travel: of each layer, and of rows that are others in each step.
+PLANS = 64
+
+
+class _Piece(NamedTuple):
+    """Of part `i` the elements that are sent at once. cut: which; None: all.
+
+    there: by rank, where that one receives this rank's. here: by rank, where this one receives theirs.
+    """
+
+    i: int
+    cut: slice | None
+    there: Sequence[torch.Tensor]
+    here: Sequence[torch.Tensor]
+
+    def of(self, part: torch.Tensor) -> torch.Tensor:
+        return part if self.cut is None else part[self.cut]
 
 
 class PeerCopies:
@@ -71,6 +90,7 @@ class PeerCopies:
         ]
         self._signals: _OfHost | _OfStream = _OfStream(device) if device.type == "cuda" else _OfHost()
         self._done: torch.cuda.Event | None = None
+        self._plan = functools.lru_cache(PLANS)(self._planned)
 
     @staticmethod
     def memory_bytes(size: int, n_bytes: int) -> int:
@@ -89,15 +109,15 @@ class PeerCopies:
         me, size = self.ranks.rank, self.ranks.size
         for flat in flats:
             self._check("sum", flat, flat.numel() % size == 0, f"a multiple of {size} elements")
-        parts = [flat.view(size, -1) for flat in flats]
-        found = [torch.empty_like(each[0]) for each in parts] if outs is None else list(outs)
+        parts = [flat.view(size, -1).unbind() for flat in flats]
+        found = [torch.empty_like(each[me]) for each in parts] if outs is None else list(outs)
         with self._in_order():
-            for half, load in self._loads([each[0] for each in parts]):
-                self._swap(half, [(at, list(parts[i][:, a:b])) for i, a, b, at in load])
-                for i, a, b, at in load:
-                    own = parts[i][me, a:b]
-                    received = [self._place(half, me, rank, at, own) if rank != me else own for rank in range(size)]
-                    pairwise_into(found[i][a:b], received, me)
+            for half, pieces in self._plan(*((len(each[me]), each[me].dtype) for each in parts)):
+                self._swap(half, pieces, parts)
+                for piece in pieces:
+                    received = [*piece.here]
+                    received[me] = piece.of(parts[piece.i][me])
+                    pairwise_into(piece.of(found[piece.i]), received, me)
         return found
 
     @torch.no_grad()
@@ -112,13 +132,14 @@ class PeerCopies:
             fits = out.dtype == shard.dtype and out.numel() == size * shard.numel()
             self._check("gather", shard, shard.ndim == 1, "[n]")
             self._check("gather", out, fits, f"{size} times the shard's {list(shard.shape)} in {shard.dtype}")
-        parts = [out.view(size, -1) for out in outs]
+        parts = [out.view(size, -1).unbind() for out in outs]
+        sent = [[shard] * size for shard in shards]
         with self._in_order():
-            for half, load in self._loads(shards):
-                self._swap(half, [(at, [shards[i][a:b]] * size) for i, a, b, at in load])
-                for i, a, b, at in load:
+            for half, pieces in self._plan(*((len(shard), shard.dtype) for shard in shards)):
+                self._swap(half, pieces, sent)
+                for piece in pieces:
                     for rank in self._others:
-                        parts[i][rank, a:b].copy_(self._place(half, me, rank, at, parts[i][rank, a:b]))
+                        piece.of(parts[piece.i][rank]).copy_(piece.here[rank])
             for each, shard in zip(parts, shards, strict=True):
                 if each[me].data_ptr() != shard.data_ptr():
                     each[me].copy_(shard)
@@ -142,44 +163,59 @@ class PeerCopies:
         yield
         self._done = stream.record_event()
 
-    def _loads(self, parts: Sequence[torch.Tensor]) -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
-        """(half, what is sent at once) until all parts are: (which part, begin, end, at which byte of a row).
+    def _planned(self, *parts: tuple[int, torch.dtype]) -> list[tuple[int, list[_Piece]]]:
+        """(half, what is sent at once) until all parts are, of so many elements of a dtype each.
 
         Their number is even; the last may have nothing.
         """
-        loads: list[list[tuple[int, int, int, int]]] = [[]]
+        loads: list[list[tuple[int, int, int, int]]] = [[]]  # which part, begin, end, at which byte of a row
         used = 0
-        for i, part in enumerate(parts):
-            a, n_bytes = 0, part.element_size()
-            while a < len(part):
+        for i, (n, dtype) in enumerate(parts):
+            a = 0
+            while a < n:
                 if used == self._slot:
                     loads.append([])
                     used = 0
-                b = min(a + (self._slot - used) // n_bytes, len(part))
+                b = min(a + (self._slot - used) // dtype.itemsize, n)
                 loads[-1].append((i, a, b, used))
-                used += cdiv((b - a) * n_bytes, LINE) * LINE
+                used += cdiv((b - a) * dtype.itemsize, LINE) * LINE
                 a = b
         loads += [[]] * (len(loads) % 2)
-        return ((i % 2, load) for i, load in enumerate(loads))
+        me, size = self.ranks.rank, self.ranks.size
+
+        def place(half: int, of: int, sender: int, at: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+            return self._rows[half][of][sender][at : at + n * dtype.itemsize].view(dtype)
+
+        return [
+            (
+                number % 2,
+                [
+                    _Piece(
+                        i,
+                        None if b - a == parts[i][0] else slice(a, b),
+                        [place(number % 2, rank, me, at, b - a, parts[i][1]) for rank in range(size)],
+                        [place(number % 2, me, rank, at, b - a, parts[i][1]) for rank in range(size)],
+                    )
+                    for i, a, b, at in load
+                ],
+            )
+            for number, load in enumerate(loads)
+        ]
 
     def _half(self, half: int, rank: int) -> torch.Tensor:
         """Of that rank's memory: signals, then rows."""
         size = self.ranks.size * (LINE + self._slot)
         return self.memory.tensors[rank][half * size :][:size]
 
-    def _place(self, half: int, of: int, sender: int, at: int, like: torch.Tensor) -> torch.Tensor:
-        """Of rank `of`'s memory: where it receives from `sender` what is `like` that, from a byte of the row on."""
-        return self._rows[half][of][sender][at : at + like.numel() * like.element_size()].view(like.dtype)
-
-    def _swap(self, half: int, sent: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> None:
-        """sent: (at which byte, for each rank a part). When it is through, what all have sent is in this rank's rows.
+    def _swap(self, half: int, pieces: Sequence[_Piece], parts: Sequence[Sequence[torch.Tensor]]) -> None:
+        """parts: of each, what is for each rank. When it is through, what all have sent is in this rank's rows.
 
         With nothing to send these are signals alone.
         """
         me, given = self.ranks.rank, self._given[half]
         for rank in self._others:
-            for at, parts in sent:
-                self._place(half, rank, me, at, parts[rank]).copy_(parts[rank], non_blocking=True)
+            for piece in pieces:
+                piece.there[rank].copy_(piece.of(parts[piece.i][rank]), non_blocking=True)
             self._signals.give(given[rank][me], 1)
         for rank in self._others:
             self._signals.wait(given[me][rank], 1)
