@@ -233,8 +233,9 @@ def shard_sums(layout: FullySharded, found: Found) -> dict[str, Callable[[], Non
 
     def take(side: str) -> None:
         layout.gather_by(gathers.get(side) or Collectives(ranks))
-        for sums in layout.sums.values():
+        for sums in layout.early.sums.values():
             sums.exchange = kinds[side]
+        layout.early.row_sums = parallel.GradientTree(layout.tree, ranks, kinds[side])
 
     return {side: functools.partial(take, side) for side in kinds}
 

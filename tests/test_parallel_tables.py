@@ -11,6 +11,8 @@ import pytest
 import ranks
 import torch
 from stack_fakes import StackModel
+from sweeps import sweep
+from test_fsdp import gradients_of, whole
 from test_parallel import equal
 from test_parallel_overlap import events, note_backwards  # noqa: F401 (a fixture)
 from tiny import tiny_model
@@ -19,6 +21,7 @@ from bi_ops import nn, optim, parallel
 from bi_ops.matmul import TOKEN_STEP
 from bi_ops.models.packing import PADDING, pack
 from bi_ops.nn.main_grad import main_grad_memory
+from bi_ops.parallel.fsdp import FullySharded
 from bi_ops.parallel.overlap import SideStream
 from bi_ops.parallel.tables import table_of
 
@@ -32,7 +35,14 @@ def made(is_tied: bool) -> Any:
     return tiny_model(num_hidden_layers=1, vocab_size=1100, tie_word_embeddings=is_tied)
 
 
-def updates(layout: parallel.Whole, ids: list[list[int] | None]) -> list[torch.Tensor]:
+def batches_of(atoms: range, rank: int, idle: bool) -> list[tuple[list[list[int]], float]]:
+    """A rank's micro-batches of its one of these atoms; `idle`: behind some that add zeros, as many as others have."""
+    mine = [(prompts, 1.0) for prompts in ATOMS[atoms[rank]]]
+    most = max(1, *(len(ATOMS[i]) for i in atoms)) if idle else 0
+    return [([[5]], 0.0)] * (most - len(mine)) + mine
+
+
+def updates(layout: parallel.Whole | FullySharded, ids: list[list[int] | None]) -> list[torch.Tensor]:
     """Gradients of an update for each of `ids`, with their norms; then the weights."""
     model, here = cast(Any, layout.model), layout.ranks
     optimizer = optim.AdamW(list(layout.parameters.values()), lr=0.1)
@@ -40,18 +50,19 @@ def updates(layout: parallel.Whole, ids: list[list[int] | None]) -> list[torch.T
     for known in ids:
         layout.begin_step(None if known is None else torch.tensor(known))
         for step in range(layout.steps):
-            batches = ATOMS[step * here.size + here.rank]
+            atoms = range(step * here.size, (step + 1) * here.size)
+            batches = batches_of(atoms, here.rank, isinstance(layout, FullySharded))
             layout.begin_atom()
-            for n, prompts in enumerate(batches, 1):
+            for n, (prompts, scale) in enumerate(batches, 1):
                 layout.before_backward(last=n == len(batches))
                 batch = pack(prompts, [COMPLETION] * len(prompts), model.device, TOKEN_STEP)
                 scores = model.token_logprobs(batch)
-                (scores * torch.cos(batch.targets.float())).sum().backward()
+                (scores * (scale * torch.cos(batch.targets.float()))).sum().backward()
             layout.end_atom()
         norm = layout.finish()
-        found += [norm, *(cast(torch.Tensor, p.grad).clone() for p in layout.parameters.values())]
+        found += [norm, *gradients_of(layout)]
         optimizer.step(grad_scale=optim.clip_scale(norm, 1.0))
-    return found + [p.detach().clone() for p in layout.parameters.values()]
+    return found + [whole(p) for p in model.parameters()]
 
 
 def of(is_tied: bool, atoms: int, keeps_memory: bool = False, here: parallel.Ranks = parallel.ALONE) -> parallel.Whole:
@@ -71,6 +82,31 @@ def on_a_rank() -> dict[Any, list[torch.Tensor]]:
     for is_tied in (True, False):  # controls: a token that was not said
         found["missing", is_tied] = updates(of(is_tied, 2, False, here), [[i for i in IDS if i != 7]])
     return found
+
+
+def shards_on_a_rank() -> dict[Any, list[torch.Tensor]]:
+    here = parallel.Ranks.of()
+    found: dict[Any, list[torch.Tensor]] = {}
+    for is_tied in (True, False):
+        for reshards in (True, False):
+            layout = FullySharded(made(is_tied), parallel.order(4), here, reshard_after_forward=reshards)
+            with mock.patch.object(layout.early.row_sums, "add", wraps=layout.early.row_sums.add) as added:
+                found[is_tied, reshards] = updates(layout, STEPS)
+            assert added.call_count == 4 // here.size  # in the step whose ids are known
+        layout = FullySharded(made(is_tied), parallel.order(4), here)
+        found["missing", is_tied] = updates(layout, [[i for i in IDS if i != 7]])
+    return found
+
+
+@sweep("size", (2, 4), (2,))
+def test_rows_in_shards_have_the_bits_of_one_process(size):
+    ranks.need_gpus(size)
+    one = {is_tied: updates(of(is_tied, 4), STEPS) for is_tied in (True, False)}
+    for found in ranks.run(size, shards_on_a_rank):
+        for is_tied in (True, False):
+            assert equal(found[is_tied, True], one[is_tied])
+            assert equal(found[is_tied, False], one[is_tied])
+            assert found["missing", is_tied][0].isnan()  # the control
 
 
 def test_rows_have_the_bits_of_tables_and_of_one_process():

@@ -3,13 +3,12 @@
 FSDP2 gathers the weights of a layer when a forward or backward needs them, and frees them. It never sees a gradient:
 its own way would copy all of them into messages, twice their bytes through memory, and a library would add them. The
 fp32 sums that layers carry from one micro-batch to the next (`main_grad`) are finished behind a layer's backward in the
-last micro-batch of an atom, and travel from where they lie to a `ShardTree`.
+last micro-batch of an atom, and travel from where they lie (`ShardExchange`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -25,9 +24,9 @@ from bi_ops.core.tensor_files import Rows
 from bi_ops.nn.main_grad import without_main_grad
 from bi_ops.parallel.gradients import Exchange, all_gather, check_ranks
 from bi_ops.parallel.order import AtomTree
-from bi_ops.parallel.overlap import SideStream, behind, separate_head
 from bi_ops.parallel.ranks import Ranks
-from bi_ops.parallel.shards import ShardTree, rows_of
+from bi_ops.parallel.shard_exchange import ShardExchange
+from bi_ops.parallel.shards import rows_of
 
 #: Layers that are gathered together at most: FSDP2 enters as many functions of Python for a gather as for a layer.
 GATHERED_LAYERS = 4
@@ -60,8 +59,8 @@ class FullySharded:
     `TrainConfig.fsdp`.
 
     While an atom has several micro-batches, their sums are whole: 4 bytes a parameter. In the last one a layer's leave
-    when its backward is through, an untied head's first. The parameters of the model get no `.grad`; those of
-    `parameters` do, in `finish`.
+    when its backward is through (`ShardExchange`). The parameters of the model get no `.grad`; those of `parameters` do,
+    in `finish`.
 
     Args:
         model: whose parameters are sharded in place; on every rank the same values.
@@ -95,9 +94,7 @@ class FullySharded:
             )
         self.model, self.tree, self.ranks = model, tree, ranks
         self.steps = tree.atoms // ranks.size
-        self._collects = self._is_in_a_step = False
-        self._keeps_weights = not reshard_after_forward
-        head = separate_head(model)
+        self._is_in_a_step, self._keeps_weights = False, not reshard_after_forward
         layers = _shard(model, ranks, compute_dtype, reshard_after_forward)
         #: Of those that are gathered together the first one, which stands for all; then the model.
         self._groups = [cast(FSDPModule, m) for m in (*(each[0] for each in together(layers)), model)]
@@ -106,20 +103,12 @@ class FullySharded:
             self.gather_by(exchange())
         for module in self._groups:
             module.set_reshard_after_backward(reshard_after_forward, recurse=False)
-        for layer in layers:
-            layer.register_forward_pre_hook(self._before_layer)
-        # Before torch's own hook, so that the root's sums are collected before torch frees its weights.
-        model.register_forward_hook(self._after_model, prepend=True)
-        self._head = head
-        sharded = {p: n for n, p in model.named_parameters() if p.requires_grad}
+        names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         #: What the optimizer updates, by the names of the model: this rank's rows.
-        self.parameters = {n: local_rows(p).requires_grad_() for p, n in sharded.items()}
-        self._n_rows = {n: len(p) for p, n in sharded.items()}
-        places = [*layers, *([] if head is None else [head]), model]
-        self._own = {place: _parameters_of(place, sharded) for place in places}
-        #: What adds the gradients of each layer, of the head, and of all else.
-        self.sums = {place: ShardTree(tree, ranks, by) for place in places}
-        self._side = SideStream(next(model.parameters()).device)
+        self.parameters = {n: local_rows(p).requires_grad_() for p, n in names.items()}
+        self._n_rows = {n: len(p) for p, n in names.items()}
+        #: What ranks add, and when.
+        self.early = ShardExchange(model, layers, names, tree, ranks, by)
 
     def gather_by(self, exchange: Exchange) -> None:
         """From now on weights travel by it."""
@@ -133,7 +122,8 @@ class FullySharded:
     # Gradients.
 
     def begin_step(self, ids: torch.Tensor | None = None) -> None:
-        """See `Whole`. Shards of all rows travel."""
+        """See `Whole`."""
+        self.early.begin_step(ids)
 
     def begin_atom(self) -> None:
         """See `Whole`."""
@@ -146,25 +136,18 @@ class FullySharded:
 
     def before_backward(self, last: bool) -> None:
         """See `Whole`. Called before the forward, which is gathered for."""
-        self._collects = last
+        self.early.before_backward(last)
 
     def end_atom(self) -> None:
         """See `Whole`."""
-        self._collects = False
+        self.early.end_atom()
 
     def finish(self) -> torch.Tensor:
         """See `Whole`; every parameter is this rank's rows. The norm is that of whole gradients, bit for bit."""
         self._is_in_a_step = False
         if self._keeps_weights:
             self._reshard()
-        for place, sums in self.sums.items():
-            for name, rows in zip(self._own[place], sums.total(), strict=True):
-                self.parameters[name].grad = rows
-        *early, last = self._own.values()
-        self._side.wait_but_last()
-        squares = self._squares_of([name for names in early for name in names])
-        self._side.wait()
-        return self._norm(squares | self._squares_of([*last]))
+        return self._norm(self.early.finish(self.parameters, self._squares_of))
 
     def whole_gradient(self, name: str) -> torch.Tensor:
         """All rows of a parameter's gradient, behind `finish`, on every rank; all of them call it."""
@@ -194,36 +177,6 @@ class FullySharded:
         out = [t.view(self.ranks.size, -1) for t in in_order]
         torch.split_with_sizes_copy(every.view(self.ranks.size, -1), chunks, dim=1, out=out)
         return optim.norm_of_row_sums([t[:n] for t, n in zip(in_order, self._n_rows.values(), strict=True)])
-
-    def _collect(self, place: torch.nn.Module) -> None:
-        """The sums of what is in `place`, whose weights are gathered, are finished, and leave."""
-        own = [cast(torch.Tensor, holder._parameters[name]) for holder, name in self._own[place].values()]
-        for p in own:
-            if p.dtype != torch.float32:
-                p.grad_dtype = torch.float32  # of weights that were rounded
-        nn.collect_main_grads(place)
-        grads = [cast(torch.Tensor, p.grad) for p in own]
-        for p in own:
-            p.grad = None
-        self._side.run(functools.partial(self.sums[place].add, grads), grads)
-
-    def _before_layer(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Behind the backward of everything in a layer, and before torch's own hook on the same inputs."""
-        return behind(args, lambda: self._collect(module)) if self._collects else None
-
-    def _after_model(self, model: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        """Behind the backward of the head, and of all: what is outside of layers."""
-        if not (self._collects and output.requires_grad):
-            return None
-
-        def queue(grad: torch.Tensor) -> None:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._collect(model))
-
-        head = self._head
-        handed = None if head is None else behind((output,), lambda: self._collect(head))
-        output = output if handed is None else handed[0]
-        output.register_hook(queue)
-        return output
 
     # Rows, and whole weights.
 
@@ -266,21 +219,6 @@ def local_rows(t: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():  # else both calls go through DTensor's dispatch, which takes ten times as long
             t = t.to_local()
     return t.detach()
-
-
-def _parameters_of(
-    place: torch.nn.Module, sharded: dict[torch.nn.Parameter, str]
-) -> dict[str, tuple[torch.nn.Module, str]]:
-    """Which parameters of `place` are trained, by the names of the model: of which module, by which name of its own.
-
-    They are taken out of `sharded`. Where they are is asked, for they are others while weights are gathered.
-    """
-    found = {}
-    for module in place.modules():
-        for attribute, p in module._parameters.items():
-            if p is not None and (name := sharded.pop(p, None)) is not None:
-                found[name] = module, attribute
-    return found
 
 
 def together(layers: Sequence[torch.nn.Module]) -> list[Sequence[torch.nn.Module]]:

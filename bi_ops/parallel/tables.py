@@ -88,6 +88,10 @@ class TableRows:
         squares[weight] = total.new_zeros(len(weight)) if of_all is None else of_all
         squares[weight].index_copy_(0, self.ids, optim.row_sums([total])[0])
         weight.grad = grad.index_copy_(0, self.ids, total)
+        self.forget()
+
+    def forget(self) -> None:
+        """What the atoms have added is not needed any more."""
         self._of_head = self._own = None
 
 
