@@ -59,8 +59,8 @@ class FullySharded:
     `TrainConfig.fsdp`.
 
     While an atom has several micro-batches, their sums are whole: 4 bytes a parameter. In the last one a layer's leave
-    when its backward is through (`ShardExchange`). The parameters of the model get no `.grad`; those of `parameters` do,
-    in `finish`.
+    when its backward is through (`ShardExchange`). The parameters of the model get no `.grad`; `parameters` do, in
+    `finish`.
 
     Args:
         model: whose parameters are sharded in place; on every rank the same values.

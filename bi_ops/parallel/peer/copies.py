@@ -34,7 +34,7 @@ _AT_LEAST, _FLUSH, _CAN_FLUSH = 0, 1 << 30, 98
 PLANS = 64
 
 
-class _Piece(NamedTuple):
+class _Span(NamedTuple):
     """Of part `i` the elements that are sent at once. cut: which; None: all.
 
     there: by rank, where that one receives this rank's. here: by rank, where this one receives theirs.
@@ -112,12 +112,12 @@ class PeerCopies:
         parts = [flat.view(size, -1).unbind() for flat in flats]
         found = [torch.empty_like(each[me]) for each in parts] if outs is None else list(outs)
         with self._in_order():
-            for half, pieces in self._plan(*((len(each[me]), each[me].dtype) for each in parts)):
-                self._swap(half, pieces, parts)
-                for piece in pieces:
-                    received = [*piece.here]
-                    received[me] = piece.of(parts[piece.i][me])
-                    pairwise_into(piece.of(found[piece.i]), received, me)
+            for half, spans in self._plan(*((len(each[me]), each[me].dtype) for each in parts)):
+                self._swap(half, spans, parts)
+                for span in spans:
+                    received = [*span.here]
+                    received[me] = span.of(parts[span.i][me])
+                    pairwise_into(span.of(found[span.i]), received, me)
         return found
 
     @torch.no_grad()
@@ -135,11 +135,11 @@ class PeerCopies:
         parts = [out.view(size, -1).unbind() for out in outs]
         sent = [[shard] * size for shard in shards]
         with self._in_order():
-            for half, pieces in self._plan(*((len(shard), shard.dtype) for shard in shards)):
-                self._swap(half, pieces, sent)
-                for piece in pieces:
+            for half, spans in self._plan(*((len(shard), shard.dtype) for shard in shards)):
+                self._swap(half, spans, sent)
+                for span in spans:
                     for rank in self._others:
-                        piece.of(parts[piece.i][rank]).copy_(piece.here[rank])
+                        span.of(parts[span.i][rank]).copy_(span.here[rank])
             for each, shard in zip(parts, shards, strict=True):
                 if each[me].data_ptr() != shard.data_ptr():
                     each[me].copy_(shard)
@@ -163,7 +163,7 @@ class PeerCopies:
         yield
         self._done = stream.record_event()
 
-    def _planned(self, *parts: tuple[int, torch.dtype]) -> list[tuple[int, list[_Piece]]]:
+    def _planned(self, *parts: tuple[int, torch.dtype]) -> list[tuple[int, list[_Span]]]:
         """(half, what is sent at once) until all parts are, of so many elements of a dtype each.
 
         Their number is even; the last may have nothing.
@@ -190,7 +190,7 @@ class PeerCopies:
             (
                 number % 2,
                 [
-                    _Piece(
+                    _Span(
                         i,
                         None if b - a == parts[i][0] else slice(a, b),
                         [place(number % 2, rank, me, at, b - a, parts[i][1]) for rank in range(size)],
@@ -207,15 +207,15 @@ class PeerCopies:
         size = self.ranks.size * (LINE + self._slot)
         return self.memory.tensors[rank][half * size :][:size]
 
-    def _swap(self, half: int, pieces: Sequence[_Piece], parts: Sequence[Sequence[torch.Tensor]]) -> None:
+    def _swap(self, half: int, spans: Sequence[_Span], parts: Sequence[Sequence[torch.Tensor]]) -> None:
         """parts: of each, what is for each rank. When it is through, what all have sent is in this rank's rows.
 
         With nothing to send these are signals alone.
         """
         me, given = self.ranks.rank, self._given[half]
         for rank in self._others:
-            for piece in pieces:
-                piece.there[rank].copy_(piece.of(parts[piece.i][rank]), non_blocking=True)
+            for span in spans:
+                span.there[rank].copy_(span.of(parts[span.i][rank]), non_blocking=True)
             self._signals.give(given[rank][me], 1)
         for rank in self._others:
             self._signals.wait(given[me][rank], 1)
