@@ -78,6 +78,7 @@ RUNS = (
     ("h200", "tests_since", "tests that ran since"),
     ("h200", "tests_kernels", "kernels since"),
     ("h200", "tests_training", "training since"),
+    ("h200", "tests_parallel", "ranks since"),
     ("h200", "tests_flash_attn", "with flash-attn 2.8"),
     ("h100", "tests", ""),
 )
@@ -96,7 +97,7 @@ def tests(results: Path) -> str:
         rows.append((who, record["commit"], record["passed"], record["failed"], record["skipped"], not_run))
         failed = [f"`{t['file']}::{t['test']}`" for t in record["tests"] if t["outcome"] == "failed"]
         what = f"Failed: {', '.join(failed)}. " if 0 < len(failed) <= NAMED else ""
-        note = f"{record['note']} " if failed and "note" in record else ""
+        note = f"{record['note']} " if "note" in record else ""
         lines.append(f"- {what}{note}{provenance([record], f'{gpu}/{file}.json')}")
     if not rows:
         return "No run of the test suite on a GPU is committed yet.\n"

@@ -6,8 +6,9 @@ Compiling kernels is most of the time, so tests run in many processes (pytest-xd
 results in the repository, start first. Tests that start vLLM engines run beside them, one by one in a process of their
 own, for an engine changes what torch does in its process, and so do tests of tens of GiB where the GPU has room; else
 these come last, and after them engines that measure what memory is free. Of several GPUs these groups have half to
-themselves from the beginning. tests.json is written while they run: what was interrupted goes on with --resume. With
-FILEs too it is the tests in these that go on; outcomes of other files stay as they are.
+themselves from the beginning, every other process has one, and tests that need several come last. tests.json is written
+while they run: what was interrupted goes on with --resume. With FILEs too it is the tests in these that go on; outcomes
+of other files stay as they are.
 Exit status 0 only if every test has run and none failed.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -73,6 +75,17 @@ class Recorder:
     def left(self, names: list[str]) -> list[str]:
         """Those of `names` that have not run to their end."""
         return [name for name in names if self._tests[name]["outcome"] == "not_run"]
+
+    def ask_again(self, names: list[str], n_gpus: int) -> list[str]:
+        """Those of `names` that were skipped for want of GPUs, of which there are as many: they have not run."""
+        found = []
+        for name in names:
+            test = self._tests[name]
+            needed = re.search(r"needs (\d+) GPUs", test["message"]) if test["outcome"] == "skipped" else None
+            if needed is not None and int(needed[1]) <= n_gpus:
+                test |= {"outcome": "not_run", "message": ""}
+                found.append(name)
+        return found
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of a test's setup, call and teardown each; only the last says that it passed."""
@@ -177,8 +190,8 @@ def main() -> int:
         os.environ["BI_OPS_TEST_GPUS"] = ",".join(str(gpu) for gpu in gpus if gpu not in reserved)
     else:
         beside = [start_beside(args, [group], 0) for group in elsewhere]
+    in_turn = ["-n", str(args.jobs), "--dist", "load", "--maxschedchunk", "1"]
     with tempfile.TemporaryDirectory() as folder:
-        in_turn = ["-n", str(args.jobs), "--dist", "load", "--maxschedchunk", "1"]
         for group in (group for group in GROUPS if group not in elsewhere):
             left = recorder.left(names[group])
             options = in_turn if group == "together" else []
@@ -187,6 +200,10 @@ def main() -> int:
     for process, theirs in beside:
         process.wait()
         recorder.add(json.loads((theirs / path.name).read_text(encoding="utf-8"))["tests"])
+    os.environ.pop("BI_OPS_TEST_GPUS", None)
+    if len(gpus) > 1 and not args.part and (again := recorder.ask_again(names["together"], len(gpus))):
+        with tempfile.TemporaryDirectory() as folder:
+            run(again, ["-n", str(max(args.jobs // len(gpus), 1)), *in_turn[2:]], recorder, Path(folder))
     counts = recorder.write()
     print(", ".join(f"{n} {outcome.replace('_', ' ')}" for outcome, n in counts.items()))
     return 1 if counts["failed"] or counts["not_run"] else 0

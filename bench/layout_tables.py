@@ -72,6 +72,33 @@ def speed_of_layouts(results: Path) -> dict[tuple[str, int], dict[str, float]]:
     return {how: dict(sorted(speeds.items())) for how, speeds in sorted(best.items())}
 
 
+def weight_transfer(results: Path) -> str:
+    """Weights to a vLLM on other GPUs: what each update took, and what was noticed."""
+    record = load(results, "h200/weight_transfer.json")
+    if record is None:
+        return "Not measured yet.\n"
+    names = {
+        **{
+            "control": "before the first update",
+            "first": "the first update",
+            "corrupted": "a bit is another on the wire",
+        },
+        **{"rollout": "a rollout after the updates", "killed": "a worker is killed"},
+    }
+    rows = []
+    for r in record["rows"]:
+        if "ms" in r:
+            found = f"{r['bytes'] / 1e9:.2f} GB in {r['ms']:.0f} ms, compared in {r['check_ms']:.0f} ms more: equal"
+        elif "tokens_checked" in r:
+            found = f"{r['tokens_different']:,} of {r['tokens_checked']:,} log-probabilities differ"
+        else:
+            found = f"the update raises: {r['raised'].splitlines()[:2][-1].strip()}"
+        rows.append((names.get(r["what"]) or f"each of {r['updates']} updates (median)", found))
+    nccl = ".".join(map(str, record["nccl"]["version"]))
+    of = f"Qwen3-{record['model']} of random weights, vLLM at TP {record['tp']}, NCCL {nccl}. "
+    return table(("", "what was found"), rows) + f"\n- {of}{provenance([record], 'h200/weight_transfer.json')}"
+
+
 def peer(results: Path) -> str:
     """Microseconds of a sum over ranks."""
     found = load_csv(results, "h200/peer.csv")
@@ -102,7 +129,7 @@ def layout_costs(results: Path) -> str:
         ranks = f"TP {r['tp']}" if r["tp"] != "1" else f"{'FSDP2' if r['fsdp'] == 'True' else 'DP'} {r['dp']}"
         ranks += ", weights kept" if r["reshard_after_forward"] == "False" else ""
         where = ranks if r["what"] != "segments" else "1 GPU"
-        share = f"{abs(float(r['transfer_share'])):.0%}" if r["transfer_share"] else ""
+        share = f"{max(float(r['transfer_share']), 0.0):.0%}" if r["transfer_share"] else ""
         what = f"{r['what']} of {int(r['tokens']):,}" if r["what"] != "segments" else "forward and backward"
         times = f"{float(r['ours_ms']):.1f}", f"{float(r['baseline_ms']):.1f}"
         cost = f"{float(r['ours_ms']) / float(r['baseline_ms']):.2f}x"

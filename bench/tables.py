@@ -20,7 +20,7 @@ from kernel_tables import (
     gemm,
     host,
 )
-from layout_tables import layout_costs, layouts, peer, speed_of_layouts
+from layout_tables import layout_costs, layouts, peer, speed_of_layouts, weight_transfer
 from limit_tables import limits, operators
 from speed_tables import (
     beside_stock,
@@ -134,5 +134,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "tree_cost": tree_cost,
     "layouts": layouts,
     "peer": peer,
+    "weight_transfer": weight_transfer,
     "layout_costs": layout_costs,
 }

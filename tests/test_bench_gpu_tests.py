@@ -57,6 +57,24 @@ def test_who_goes_on_runs_what_failed_or_is_left_and_keeps_other_files(gpu_tests
     assert outcomes(tmp_path / "tests.json")["b.py::x"] == "failed"
 
 
+def test_what_one_gpu_was_too_few_for_is_asked_again(gpu_tests, tmp_path):
+    why = {"two": "Skipped: needs 2 GPUs", "four": "Skipped: needs 4 GPUs", "no_gpu": "Skipped: there is a GPU"}
+    names = [f"a.py::{test}" for test in (*why, "good")]
+    recorder = gpu_tests.Recorder(tmp_path / "tests.json", {}, names, [])
+    for test, reason in why.items():
+        skipped = report(f"a.py::{test}", "setup", "skipped")
+        skipped.longrepr = ("a.py", 1, reason)
+        recorder.pytest_runtest_logreport(skipped)
+    for when in ("setup", "call", "teardown"):
+        recorder.pytest_runtest_logreport(report("a.py::good", when))
+    assert recorder.ask_again(names, 1) == []
+    assert recorder.ask_again(names, 2) == recorder.left(names) == ["a.py::two"]
+    assert recorder.write() == {"passed": 1, "failed": 0, "skipped": 2, "not_run": 1}
+    for when in ("setup", "call", "teardown"):
+        recorder.pytest_runtest_logreport(report("a.py::two", when))
+    assert recorder.write() == {"passed": 2, "failed": 0, "skipped": 2, "not_run": 0}
+
+
 def test_tests_run_in_the_order_that_is_asked_for_each_process_on_its_gpu(tmp_path, monkeypatch):
     import subprocess
     import sys

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from bi_ops.core.integers import cdiv
-from bi_ops.parallel.gradients import ALONE_ELEMENTS, Collectives, Exchange, Subtrees, check_ranks
+from bi_ops.parallel.gradients import Collectives, Exchange, Subtrees, check_ranks
 from bi_ops.parallel.order import AtomTree
 from bi_ops.parallel.ranks import Ranks
+
+#: Elements of a rank's part from which on a gradient travels alone: all matrices of a layer of 8B between two ranks. Of
+#: fewer its calls take the host longer than a copy takes the GPU, and a backward in shards waits for the host first.
+ALONE_ELEMENTS = 1 << 23
 
 
 def rows_of(n: int, ranks: Ranks) -> slice:
@@ -21,7 +25,7 @@ def rows_of(n: int, ranks: Ranks) -> slice:
 class ShardTree:
     """As `GradientTree`, but the sums stay where they are added: a rank has its rows of each (`rows_of`).
 
-    Large gradients travel from their own memory.
+    Large gradients travel from their own memory, others side by side.
 
     Raises:
         ValueError: one rank, or a number of ranks that does not divide the atoms.
