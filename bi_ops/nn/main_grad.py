@@ -179,4 +179,5 @@ def collect_main_grads(module: torch.nn.Module) -> None:
         tied.add_touched_rows(sums[weight], rows, touched)
     for weight, total in sums.items():
         dtype = getattr(weight, "grad_dtype", None) or weight.dtype  # fp32 of bf16 weights whose masters are elsewhere
-        weight.grad = total.view(weight.shape).to(dtype)
+        total = total if total.shape == weight.shape else total.view(weight.shape)
+        weight.grad = total if total.dtype == dtype else total.to(dtype)

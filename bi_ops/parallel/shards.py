@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +23,19 @@ def rows_of(n: int, ranks: Ranks) -> slice:
     return slice(min(ranks.rank * c, n), min((ranks.rank + 1) * c, n))
 
 
+class _Part(NamedTuple):
+    """Of a gradient of `shape` what a rank gets: `n_rows` of them.
+
+    width: elements of each rank's part; `missing` fill the last ones up. is_alone: does it travel from its own memory?
+    """
+
+    shape: torch.Size
+    n_rows: int
+    width: int
+    missing: int
+    is_alone: bool
+
+
 class ShardTree:
     """As `GradientTree`, but the sums stay where they are added: a rank has its rows of each (`rows_of`).
 
@@ -37,7 +51,9 @@ class ShardTree:
         #: How parts travel.
         self.exchange: Exchange = Collectives(ranks) if exchange is None else exchange
         self._sums = Subtrees(tree.atoms // ranks.size)
+        #: Of gradients of these shapes; they are the same in every step.
         self._shapes: list[torch.Size] = []
+        self._parts: list[_Part] = []
 
     @torch.no_grad()
     def add(self, gradients: Sequence[torch.Tensor]) -> None:
@@ -45,15 +61,14 @@ class ShardTree:
 
         gradients: fp32 [rows, ...], contiguous, of the same shapes in every call.
         """
-        self._shapes = [g.shape for g in gradients]
-        small, flats = [], []
-        for i, g in enumerate(gradients):
-            if self._is_alone(g.shape):
-                flats.append(g.view(-1))
-            else:
-                small.append(i)
-        if small:  # side by side, what is for one rank together
-            flats.append(torch.cat([self._in_parts(gradients[i]) for i in small], dim=1).view(-1))
+        shapes = [g.shape for g in gradients]
+        if shapes != self._shapes:
+            self._shapes, self._parts = shapes, [self._part(shape) for shape in shapes]
+        given = list(zip(gradients, self._parts, strict=True))
+        flats = [g.view(-1) for g, part in given if part.is_alone]
+        # Side by side: what is for one rank together.
+        small = [self._in_parts(g, part.missing) for g, part in given if not part.is_alone]
+        flats += [torch.cat(small, dim=1).view(-1)] if small else []
         self._sums.add(self.exchange.sum(flats))
 
     def total(self) -> list[torch.Tensor]:
@@ -66,25 +81,18 @@ class ShardTree:
             raise ValueError(
                 f"parallel: {self._sums.done} of rank {self.ranks.rank}'s {self._sums.steps} atoms are added"
             )
-        alone = iter(parts := self._sums.total())
-        widths = [self._width(shape) for shape in self._shapes if not self._is_alone(shape)]
-        together = iter(parts[-1].split(widths) if widths else ())
-        found = []
-        for shape in self._shapes:
-            own = next(alone if self._is_alone(shape) else together)
-            rows = rows_of(shape[0], self.ranks)
-            found.append(own.view(-1, *shape[1:])[: rows.stop - rows.start])
-        return found
+        alone = iter(sums := self._sums.total())
+        widths = [part.width for part in self._parts if not part.is_alone]
+        together = iter(sums[-1].split(widths) if widths else ())
+        rows = [next(alone if p.is_alone else together).view(-1, *p.shape[1:]) for p in self._parts]
+        return [own if len(own) == p.n_rows else own[: p.n_rows] for own, p in zip(rows, self._parts, strict=True)]
 
-    def _width(self, shape: torch.Size) -> int:
-        """Elements of a rank's part, with those that fill it up."""
-        return cdiv(shape[0], self.ranks.size) * shape[1:].numel()
+    def _part(self, shape: torch.Size) -> _Part:
+        size, rows = self.ranks.size, rows_of(shape[0], self.ranks)
+        width = cdiv(shape[0], size) * shape[1:].numel()
+        missing = size * width - shape.numel()
+        return _Part(shape, rows.stop - rows.start, width, missing, not missing and width >= ALONE_ELEMENTS)
 
-    def _is_alone(self, shape: torch.Size) -> bool:
-        return shape[0] % self.ranks.size == 0 and self._width(shape) >= ALONE_ELEMENTS
-
-    def _in_parts(self, g: torch.Tensor) -> torch.Tensor:
+    def _in_parts(self, g: torch.Tensor, missing: int) -> torch.Tensor:
         """[ranks, elements of a part], filled up with zeros."""
-        flat = g.reshape(-1)
-        missing = self.ranks.size * self._width(g.shape) - len(flat)
-        return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(self.ranks.size, -1)
+        return (torch.nn.functional.pad(g.view(-1), (0, missing)) if missing else g).view(self.ranks.size, -1)
