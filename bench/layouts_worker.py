@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from library_sums import LibrarySums
 from step_sides import draw_weights
-from torch.distributed.tensor import DTensor
 
 import bi_ops  # noqa: F401  (before triton)
 from bi_ops import parallel
@@ -160,10 +159,8 @@ def whole(trainer: Trainer, gradients: bool) -> Iterator[tuple[str, torch.Tensor
     layers = layout.layers if isinstance(layout, TensorParallel) else {}
     for name, p in trainer.model.named_parameters():
         t = p.grad if gradients else p.detach()
-        if gradients and isinstance(layout, FullySharded):
-            yield name, layout.whole_gradient(name)
-        elif isinstance(t, DTensor):
-            yield name, t.full_tensor()
+        if isinstance(layout, FullySharded):
+            yield name, (layout.whole_gradient if gradients else layout.whole_weight)(name)
         elif t is not None and isinstance(layout, ExpertParallel) and name in layout.owned:
             yield name, layout.whole(t)
         elif t is not None:

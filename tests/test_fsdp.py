@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from library_sums import LibrarySums
 
 from bi_ops import nn, optim, parallel, rl
-from bi_ops.core import tensor_files
+from bi_ops.core import rounding, tensor_files
 from bi_ops.parallel import fsdp
 from bi_ops.parallel.fsdp import FullySharded
 from bi_ops.parallel.gradients import Collectives
@@ -30,9 +30,12 @@ from bi_ops.rl.config import TrainConfig
 from bi_ops.rl.trainer import Trainer
 
 
-def whole(t: torch.Tensor) -> torch.Tensor:
-    """All rows of a parameter, on every rank."""
-    return cast(Any, t).full_tensor() if hasattr(t, "full_tensor") else t.detach().clone()
+def weights_of(layout: parallel.Whole | FullySharded) -> list[torch.Tensor]:
+    """All rows of every master, on every rank."""
+    named = layout.model.named_parameters()
+    if isinstance(layout, FullySharded):
+        return [layout.whole_weight(name) for name, _ in named]
+    return [p.detach().clone() for _, p in named]
 
 
 def gradients_of(layout: parallel.Whole | FullySharded) -> list[torch.Tensor]:
@@ -80,11 +83,10 @@ def update(layout: parallel.Whole | FullySharded, optimizer: torch.optim.Optimiz
 def two_updates(layout: parallel.Whole | FullySharded) -> dict[str, Any]:
     optimizer = optim.AdamW(list(layout.parameters.values()), lr=0.1)
     norms = [update(layout, optimizer, isinstance(layout, FullySharded)) for _ in range(2)]
-    named = dict(layout.model.named_parameters())
     found: dict[str, Any] = {
         "norms": norms,
         "grads": gradients_of(layout),
-        "weights": [whole(p) for p in named.values()],
+        "weights": weights_of(layout),
     }
     if isinstance(layout, FullySharded):
         with layout.gathered():
@@ -163,6 +165,35 @@ def test_shards_have_the_bits_of_one_process(size):
         assert result["state"] == list(result["rows"].values())
         # The control: a library sums.
         assert not equal(result["library"], [cast(torch.Tensor, p.grad) for p in first.parameters.values()])
+
+
+def rounded_on_a_rank() -> None:
+    """Who writes masters, and who rounds them: an optimizer that is given the copies, else the next forward."""
+    here = parallel.Ranks.of()
+    for given in (True, False):
+        layout = FullySharded(StackModel(), parallel.order(8), here)
+        copies = layout.keep_rounded_weights(torch.bfloat16)
+        assert set(copies) == set(layout.parameters.values())
+        optimizer = optim.AdamW(list(layout.parameters.values()), lr=0.1, bf16_copies=copies if given else {})
+        update(layout, optimizer, idle=True)
+        agree = [torch.equal(p.bfloat16(), copy) for p, copy in copies.items() if p.numel()]
+        assert agree == [given] * len(agree)
+        assert layout.keep_rounded_weights(torch.float16) == {}
+        with torch.no_grad():  # as a checkpoint does
+            for p in copies:
+                p.mul_(1.5)
+        with mock.patch.object(rounding, "refresh", wraps=rounding.refresh) as asked:
+            cast(StackModel, layout.model)(torch.arange(11, device=layout.parameters["embed.weight"].device))
+            assert asked.call_count == len(copies)
+            assert all(torch.equal(p.bfloat16(), copy) for p, copy in copies.items())
+            layout.begin_atom()
+            cast(StackModel, layout.model)(torch.arange(11, device=layout.parameters["embed.weight"].device))
+            assert asked.call_count == 2 * len(copies)  # a step asks once
+
+
+def test_masters_are_rounded_by_the_optimizer_or_before_the_next_forward():
+    ranks.need_gpus(2)
+    ranks.run(2, rounded_on_a_rank)
 
 
 def test_small_layers_are_gathered_together():
@@ -340,7 +371,7 @@ def trained(here: parallel.Ranks = parallel.ALONE, moe: bool = False, **changes:
     return {
         "metrics": [(s.loss, s.grad_norm, s.kl, s.tokens_checked, s.tokens_different, s.clip_fraction) for s in steps],
         "grads": gradients_of(trainer.layout),
-        "weights": [whole(p) for p in model.parameters()],
+        "weights": weights_of(trainer.layout),
         "engine": [p.detach().bfloat16() for p in engine.model.parameters()],
     }
 

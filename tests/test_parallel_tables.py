@@ -12,7 +12,7 @@ import ranks
 import torch
 from stack_fakes import StackModel
 from sweeps import sweep
-from test_fsdp import gradients_of, whole
+from test_fsdp import gradients_of, weights_of
 from test_parallel import equal
 from test_parallel_overlap import events, note_backwards  # noqa: F401 (a fixture)
 from tiny import tiny_model
@@ -62,7 +62,7 @@ def updates(layout: parallel.Whole | FullySharded, ids: list[list[int] | None]) 
         norm = layout.finish()
         found += [norm, *gradients_of(layout)]
         optimizer.step(grad_scale=optim.clip_scale(norm, 1.0))
-    return found + [whole(p) for p in model.parameters()]
+    return found + weights_of(layout)
 
 
 def of(is_tied: bool, atoms: int, keeps_memory: bool = False, here: parallel.Ranks = parallel.ALONE) -> parallel.Whole:

@@ -36,10 +36,15 @@ def keep(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A copy of `weight` in `dtype`, contiguous, that `rounded` returns from now on; the one that there is, if any."""
     kept = _KEPT.get(weight)
     if kept is None or kept.copy.dtype != dtype or not _fits(weight, kept.copy):
-        copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        _KEPT[weight] = kept = _Kept(copy)
+        kept = keep_in(weight, torch.empty(weight.shape, dtype=dtype, device=weight.device))
     refresh(weight)
     return kept.copy
+
+
+def keep_in(weight: torch.Tensor, copy: torch.Tensor) -> _Kept:
+    """From now on `copy`, of the shape of `weight`, is where it is rounded to, when it is refreshed."""
+    _KEPT[weight] = kept = _Kept(copy)
+    return kept
 
 
 def _fits(weight: torch.Tensor, copy: torch.Tensor) -> bool:

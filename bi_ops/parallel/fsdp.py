@@ -1,9 +1,9 @@
 """Weights, gradients and optimizer states in shards: torch's FSDP2 moves weights, a tree over atoms adds gradients.
 
-FSDP2 gathers the weights of a layer when a forward or backward needs them, and frees them. It never sees a gradient:
-its own way would copy all of them into messages, twice their bytes through memory, and a library would add them. The
-fp32 sums that layers carry from one micro-batch to the next (`main_grad`) are finished behind a layer's backward in the
-last micro-batch of an atom, and travel from where they lie (`ShardExchange`).
+FSDP2 has the rounded weights alone: it gathers those of a layer when a forward or backward needs them, and frees them.
+It never sees a gradient: its own way would copy all of them into messages, twice their bytes through memory, and a
+library would add them. The fp32 sums that layers carry from one micro-batch to the next (`main_grad`) are finished
+behind a layer's backward in the last micro-batch of an atom, and travel from where they lie (`ShardExchange`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from bi_ops import nn, optim
+from bi_ops.core import rounding
 from bi_ops.core.integers import cdiv
 from bi_ops.core.tensor_files import Rows
 from bi_ops.nn.main_grad import without_main_grad
@@ -53,9 +54,10 @@ class ExchangeAllGather:
 class FullySharded:
     """As `Whole`, but a rank keeps a shard of every parameter's rows, of its gradient and of what an optimizer keeps.
 
-    Rank r of d has rows r * c to (r + 1) * c of n, with c = n / d rounded up. Layers (what stands in a
-    `torch.nn.ModuleList`) are gathered in `compute_dtype`, small ones together (`together`); what stands outside of
-    them is gathered once for forward and backward. A rank makes as many forwards and backwards as every other:
+    Rank r of d has rows r * c to (r + 1) * c of n, with c = n / d rounded up: of the masters, and rounded ones, which
+    FSDP2 gathers and an optimizer writes in its own pass (`keep_rounded_weights`). Layers (what stands in a
+    `torch.nn.ModuleList`) are gathered by themselves, small ones together (`together`); what stands outside of them is
+    gathered once for forward and backward. A rank makes as many forwards and backwards as every other:
     `TrainConfig.fsdp`.
 
     While an atom has several micro-batches, their sums are whole: 4 bytes a parameter. In the last one a layer's leave
@@ -64,7 +66,7 @@ class FullySharded:
 
     Args:
         model: whose parameters are sharded in place; on every rank the same values.
-        compute_dtype: what weights are rounded to before they are gathered; gradients are fp32.
+        compute_dtype: what weights are rounded to; gradients are fp32.
         exchange: makes what gradients, and another what weights travel by, for their streams go on beside each other;
             None: collectives.
         reshard_after_forward: False keeps weights whole from a step's first forward to `finish`, in `compute_dtype`:
@@ -95,7 +97,8 @@ class FullySharded:
         self.model, self.tree, self.ranks = model, tree, ranks
         self.steps = tree.atoms // ranks.size
         self._is_in_a_step, self._keeps_weights = False, not reshard_after_forward
-        layers = _shard(model, ranks, compute_dtype, reshard_after_forward)
+        masters = _rounded_off(model, ranks, compute_dtype)
+        layers = _shard(model, ranks, reshard_after_forward)
         #: Of those that are gathered together the first one, which stands for all; then the model.
         self._groups = [cast(FSDPModule, m) for m in (*(each[0] for each in together(layers)), model)]
         by = None if exchange is None else exchange()
@@ -103,10 +106,18 @@ class FullySharded:
             self.gather_by(exchange())
         for module in self._groups:
             module.set_reshard_after_backward(reshard_after_forward, recurse=False)
+        shards = {n: local_rows(p) for n, p in model.named_parameters()}
+        #: This rank's rows of every parameter, by the names of the model, and what they are rounded to.
+        self._masters = {n: masters.get(n, shard) for n, shard in shards.items()}
+        self._rounded = {self._masters[n]: shards[n] for n in masters}
+        for master, shard in self._rounded.items():
+            rounding.keep_in(master, shard)
         names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-        #: What the optimizer updates, by the names of the model: this rank's rows.
-        self.parameters = {n: local_rows(p).requires_grad_() for p, n in names.items()}
-        self._n_rows = {n: len(p) for p, n in names.items()}
+        #: What the optimizer updates: those that are trained.
+        self.parameters = {n: self._masters[n].requires_grad_() for n in names.values()}
+        self._n_rows = {n: len(p) for n, p in model.named_parameters()}
+        # Before torch's own hook, which gathers.
+        model.register_forward_pre_hook(lambda module, args: self._round(), prepend=True)
         #: What ranks add, and when.
         self.early = ShardExchange(model, layers, names, tree, ranks, by)
 
@@ -114,6 +125,12 @@ class FullySharded:
         """From now on weights travel by it."""
         for module in self._groups:
             module.set_custom_all_gather(ExchangeAllGather(exchange))  # type: ignore[arg-type]
+
+    def _round(self) -> None:
+        """Masters that were written are rounded again, those that an optimizer has not rounded in its own pass."""
+        if not self._is_in_a_step:
+            for master in self._rounded:
+                rounding.refresh(master)
 
     def _reshard(self) -> None:
         for module in self._groups:
@@ -129,6 +146,7 @@ class FullySharded:
         """See `Whole`."""
         if not (self._keeps_weights and self._is_in_a_step):
             self._reshard()  # a forward without a backward leaves the root's weights of that time
+        self._round()
         self._is_in_a_step = True
         for rows in self.parameters.values():
             rows.grad = None
@@ -151,13 +169,9 @@ class FullySharded:
 
     def whole_gradient(self, name: str) -> torch.Tensor:
         """All rows of a parameter's gradient, behind `finish`, on every rank; all of them call it."""
-        rows, n = self.parameters[name].grad, self._n_rows[name]
+        rows = self.parameters[name].grad
         assert rows is not None
-        own = rows.new_zeros(cdiv(n, self.ranks.size), *rows.shape[1:])
-        own[: len(rows)] = rows
-        every = own.new_empty(self.ranks.size * len(own), *own.shape[1:])
-        all_gather(every, own, group=self.ranks.group)
-        return every[:n]
+        return self._whole(rows, self._n_rows[name])
 
     def _squares_of(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The sums of squares of the rows of these gradients."""
@@ -166,8 +180,8 @@ class FullySharded:
 
     def _norm(self, squares: dict[str, torch.Tensor]) -> torch.Tensor:
         """From the sums of squares of all rows, which the ranks gather."""
-        sums = [squares[name] for name in self._n_rows]
-        chunks = [cdiv(n, self.ranks.size) for n in self._n_rows.values()]
+        sums, n_rows = [squares[name] for name in self.parameters], [self._n_rows[name] for name in self.parameters]
+        chunks = [cdiv(n, self.ranks.size) for n in n_rows]
         pad = torch.nn.functional.pad
         flat = torch.cat([s if len(s) == c else pad(s, (0, c - len(s))) for s, c in zip(sums, chunks, strict=True)])
         every = flat.new_empty(self.ranks.size * len(flat))
@@ -176,35 +190,48 @@ class FullySharded:
         in_order = flat.new_empty(len(every)).split([self.ranks.size * c for c in chunks])
         out = [t.view(self.ranks.size, -1) for t in in_order]
         torch.split_with_sizes_copy(every.view(self.ranks.size, -1), chunks, dim=1, out=out)
-        return optim.norm_of_row_sums([t[:n] for t, n in zip(in_order, self._n_rows.values(), strict=True)])
+        return optim.norm_of_row_sums([t[:n] for t, n in zip(in_order, n_rows, strict=True)])
 
     # Rows, and whole weights.
 
     def keep_rounded_weights(self, dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
-        """None: weights are rounded before they are gathered."""
-        return {}
+        """See `bi_ops.nn.keep_rounded_weights`: of this rank's rows, for an optimizer; they are kept anyway."""
+        return {p: copy for p, copy in self._rounded.items() if p.requires_grad and copy.dtype == dtype}
 
     def rows(self) -> dict[str, tuple[Rows, torch.Tensor]]:
         """Of every parameter this rank's rows, and what the optimizer updates."""
         found = {}
         for name, p in self.model.named_parameters():
-            own = self.parameters.get(name, local_rows(p))
+            own = self._masters[name]
             found[name] = Rows(own.detach(), tuple(p.shape), rows_of(len(p), self.ranks).start), own
         return found
+
+    def whole_weight(self, name: str) -> torch.Tensor:
+        """All rows of a parameter's master, on every rank; all of them call it."""
+        return self._whole(self._masters[name].detach(), self._n_rows[name])
 
     def collected(self) -> dict[str, torch.Tensor]:
         """On the first rank every whole parameter, in the host's memory: 4 bytes a parameter. Every rank calls it."""
         found = {}
-        for name, p in self.model.named_parameters():
-            every = cast(DTensor, p.detach()).full_tensor()
+        for name in self._masters:
+            every = self.whole_weight(name)
             if self.ranks.rank == 0:
                 found[name] = every.cpu()
         return found
+
+    def _whole(self, rows: torch.Tensor, n: int) -> torch.Tensor:
+        """All `n` rows of what each rank has some of."""
+        own = rows.new_zeros(cdiv(n, self.ranks.size), *rows.shape[1:])
+        own[: len(rows)] = rows
+        every = own.new_empty(self.ranks.size * len(own), *own.shape[1:])
+        all_gather(every, own, group=self.ranks.group)
+        return every[:n]
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """While this is entered, the model's parameters are whole, in the compute dtype."""
         self._reshard()
+        self._round()
         for module in self._groups:
             module.unshard()
         try:
@@ -228,19 +255,26 @@ def together(layers: Sequence[torch.nn.Module]) -> list[Sequence[torch.nn.Module
     return [layers[i : i + n] for i in range(0, len(layers), n)]
 
 
-def _shard(
-    model: torch.nn.Module, ranks: Ranks, compute_dtype: torch.dtype, reshard_after_forward: bool
-) -> list[torch.nn.Module]:
+@torch.no_grad()
+def _rounded_off(model: torch.nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Round the parameters of `model` to `dtype`; this rank's rows of what they were, by name."""
+    masters = {}
+    for name, p in model.named_parameters():
+        if p.dtype != dtype:
+            masters[name] = p.detach()[rows_of(len(p), ranks)].clone()
+            p.data = p.data.to(dtype)
+    return masters
+
+
+def _shard(model: torch.nn.Module, ranks: Ranks, reshard_after_forward: bool) -> list[torch.nn.Module]:
     """Layers, small ones together, and what is left become FSDP modules; the layers, in order."""
     device = next(model.parameters()).device.type
     mesh = DeviceMesh.from_group(cast(Any, dist.group.WORLD if ranks.group is None else ranks.group), device)
-    # Inputs stay as they are: a rotation's table or positions are no weights.
-    precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     layers: list[torch.nn.Module] = []
     for module in list(model.modules()):
         if isinstance(module, torch.nn.ModuleList):
             layers += module
     for each in together(layers):
-        fully_shard([*each], mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+        fully_shard([*each], mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh)
     return layers

@@ -221,12 +221,12 @@ class Trainer:
         return {p: weight for p, weight in self.engine.weight_copies(self.model).items() if p.requires_grad}
 
     def _rounded_weights(self) -> dict[torch.Tensor, torch.Tensor]:
-        """What forwards read in place of rounding masters again; none where memory is what is short.
+        """What forwards read in place of rounding masters again; none where memory is what is short, but in shards.
 
         The engine's own weights would do, but then no check would see that an engine has others.
         """
         config, dtype = self.config, getattr(self.model, "compute_dtype", torch.float32)
-        is_short = config.sleep or config.offload != "none" or config.recompute == "layer"
+        is_short = not config.fsdp and (config.sleep or config.offload != "none" or config.recompute == "layer")
         return {} if is_short or dtype != torch.bfloat16 else self.layout.keep_rounded_weights(dtype)
 
     def _optimizer(self) -> optim.AdamW:
