@@ -61,11 +61,10 @@ def speed_of_layouts(results: Path) -> dict[tuple[str, int], dict[str, float]]:
     every = {r["model"]: max(int(other["layers"]) for other in found if other["model"] == r["model"]) for r in found}
     best: dict[tuple[str, int], dict[str, float]] = {}
     for r in found:
-        if r["what"] == "step" and r["baseline"] == "transformers, compiled":
+        kept = r["reshard_after_forward"] == "False"  # an option; the table of all costs has it
+        if r["what"] == "step" and r["baseline"] == "transformers, compiled" and not kept:
             few = f" ({r['layers']} of {every[r['model']]} layers)" if int(r["layers"]) < every[r["model"]] else ""
             how = names.get((r["fsdp"], r["tp"]), "tensor-parallel"), int(r["tp"]) * int(r["dp"])
-            if r["reshard_after_forward"] == "False":
-                how = f"{how[0]}, weights gathered once", how[1]
             speeds = best.setdefault(how, {})
             model = f"{r['model']}{few}"
             speeds[model] = max(speeds.get(model, 0.0), float(r["ratio"]))

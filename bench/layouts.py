@@ -17,7 +17,7 @@ Three questions, each a job in processes of its own, several at once where GPUs 
              CUDA graphs: the final weights
 
 Controls, which have to differ: partial outputs that vLLM adds over ranks; gradients that NCCL adds over ranks, in
-shards by FSDP2's own reduce-scatter; partial outputs that NCCL adds over the ranks of a model. With --share-gpu rows
+shards by a reduce-scatter; partial outputs that NCCL adds over the ranks of a model. With --share-gpu rows
 say "shared": bench/share_gpu.py says what they are evidence of, and nothing in them is a time. Exit status 0 only if
 all of that held that the GPUs allow. The model has random weights. Jobs that did not run are named.
 """
