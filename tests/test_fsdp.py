@@ -191,6 +191,30 @@ def rounded_on_a_rank() -> None:
             assert asked.call_count == 2 * len(copies)  # a step asks once
 
 
+#: What is frozen: then the layers behind it get an input without a gradient.
+FROZEN: list[list[str]] = [["embed"], ["embed", "layers.0"], ["layers.0", "head"], ["layers"]]
+
+
+def frozen(names: list[str]) -> StackModel:
+    model = StackModel()
+    for name in names:
+        model.get_submodule(name).requires_grad_(False)
+    return model
+
+
+def frozen_on_a_rank() -> list[dict[str, Any]]:
+    return [two_updates(FullySharded(frozen(names), parallel.order(8), parallel.Ranks.of())) for names in FROZEN]
+
+
+def test_what_is_frozen_is_not_waited_for():
+    ranks.need_gpus(2)
+    for found in ranks.run(2, frozen_on_a_rank):
+        for names, result in zip(FROZEN, found, strict=True):
+            one = two_updates(parallel.Whole(frozen(names), parallel.order(8)))
+            for what in ("norms", "grads", "weights"):
+                assert equal(result[what], one[what]), (names, what)
+
+
 def test_masters_are_rounded_by_the_optimizer_or_before_the_next_forward():
     ranks.need_gpus(2)
     ranks.run(2, rounded_on_a_rank)

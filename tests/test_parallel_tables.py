@@ -98,6 +98,29 @@ def shards_on_a_rank() -> dict[Any, list[torch.Tensor]]:
     return found
 
 
+#: Of a head alone no backward goes through the model.
+FROZEN = ["model.embed_tokens", "model.layers", "model"]
+
+
+def frozen(name: str) -> Any:
+    model = made(False)
+    model.get_submodule(name).requires_grad_(False)
+    return model
+
+
+def frozen_on_a_rank() -> dict[str, list[torch.Tensor]]:
+    here = parallel.Ranks.of()
+    return {name: updates(FullySharded(frozen(name), parallel.order(4), here), STEPS) for name in FROZEN}
+
+
+def test_in_shards_what_is_frozen_is_not_waited_for():
+    ranks.need_gpus(2)
+    one = {name: updates(parallel.Whole(frozen(name), parallel.order(4)), STEPS) for name in FROZEN}
+    for found in ranks.run(2, frozen_on_a_rank):
+        for name in FROZEN:
+            assert equal(found[name], one[name]), name
+
+
 @sweep("size", (2, 4), (2,))
 def test_rows_in_shards_have_the_bits_of_one_process(size):
     ranks.need_gpus(size)

@@ -45,8 +45,9 @@ class ShardExchange:
         #: Of each layer, of the head, and of all else: whose gradients are exchanged together, and where these are.
         self._own: dict[torch.nn.Module, dict[str, tuple[torch.nn.Module, str]]] = {}
         for layer in layers:
-            self._own[layer] = _parameters_of(layer, left)
-            layer.register_forward_pre_hook(self._before_layer)
+            if own := _parameters_of(layer, left):
+                self._own[layer] = own
+                layer.register_forward_pre_hook(self._before_layer)
         if self._head is not None:  # of a tied one all else has the weight too
             self._own[self._head] = _parameters_of(self._head, dict(left) if self._is_tied else left)
         self._own[model] = _parameters_of(model, left)
@@ -61,6 +62,7 @@ class ShardExchange:
         self._table_name = None if self._table is None else names[cast(torch.nn.Parameter, self._table.weight)]
         self._side = SideStream(next(model.parameters()).device)
         self._collects = False
+        self._through: set[torch.nn.Module] = set()
 
     def begin_step(self, ids: torch.Tensor | None) -> None:
         """See `Whole`."""
@@ -73,10 +75,12 @@ class ShardExchange:
 
     def before_backward(self, last: bool) -> None:
         """See `Whole`."""
-        self._collects = last
+        self._collects, self._through = last, set()
 
     def end_atom(self) -> None:
         """See `Whole`."""
+        if self._collects:
+            self._collect_rest()  # where no backward went through the model: of a head alone
         self._collects = False
 
     def finish(
@@ -129,7 +133,7 @@ class ShardExchange:
             return None
 
         def queue(grad: torch.Tensor) -> None:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._collect(model))
+            torch.autograd.Variable._execution_engine.queue_callback(self._collect_rest)
 
         head = self._head if self._head_leaves else None
         handed = None if head is None else behind((output,), lambda: self._collect(head))
@@ -147,8 +151,15 @@ class ShardExchange:
         by_rows = self._table_name if self._rows is not None and place is self._model else None
         return [name for name in self._own[place] if name != by_rows]
 
+    def _collect_rest(self) -> None:
+        """All else, behind a backward; before it layers whose inputs get no gradient, for what is before is frozen."""
+        for place in self._own:
+            if place not in self._through and (place is not self._head or self._head_leaves):
+                self._collect(place)
+
     def _collect(self, place: torch.nn.Module) -> None:
         """The sums of what is in `place`, whose weights are gathered, are finished, and leave."""
+        self._through.add(place)
         rows = self._rows if place is self._model else None
         if rows is not None:
             rows.collect()
