@@ -190,18 +190,20 @@ def main() -> int:
         os.environ["BI_OPS_TEST_GPUS"] = ",".join(str(gpu) for gpu in gpus if gpu not in reserved)
     else:
         beside = [start_beside(args, [group], 0) for group in elsewhere]
+    interrupted = False
     in_turn = ["-n", str(args.jobs), "--dist", "load", "--maxschedchunk", "1"]
     with tempfile.TemporaryDirectory() as folder:
         for group in (group for group in GROUPS if group not in elsewhere):
             left = recorder.left(names[group])
             options = in_turn if group == "together" else []
             if left and run(left, options, recorder, Path(folder)) == pytest.ExitCode.INTERRUPTED:
+                interrupted = True
                 break
     for process, theirs in beside:
         process.wait()
         recorder.add(json.loads((theirs / path.name).read_text(encoding="utf-8"))["tests"])
     os.environ.pop("BI_OPS_TEST_GPUS", None)
-    if len(gpus) > 1 and not args.part and (again := recorder.ask_again(names["together"], len(gpus))):
+    if len(gpus) > 1 and not (args.part or interrupted) and (again := recorder.ask_again(names["together"], len(gpus))):
         with tempfile.TemporaryDirectory() as folder:
             run(again, ["-n", str(max(args.jobs // len(gpus), 1)), *in_turn[2:]], recorder, Path(folder))
     counts = recorder.write()
