@@ -188,7 +188,25 @@ def rounded_on_a_rank() -> None:
             assert all(torch.equal(p.bfloat16(), copy) for p, copy in copies.items())
             layout.begin_atom()
             cast(StackModel, layout.model)(torch.arange(11, device=layout.parameters["embed.weight"].device))
-            assert asked.call_count == 2 * len(copies)  # a step asks once
+            assert asked.call_count == 2 * len(copies)  # in a step too: it may have begun behind one that failed
+
+
+def a_forward_too_many_on_a_rank() -> None:
+    layout = FullySharded(StackModel(), parallel.order(2), parallel.Ranks.of())
+    for _ in range(2):  # a step that failed does not stop the next one
+        layout.begin_step()
+        layout.begin_atom()
+        layout.before_backward(last=True)
+        backward(cast(StackModel, layout.model), 0, 0)
+        with pytest.raises(RuntimeError, match=r"parallel: a \w+ has handed its sums over, and a forward came after"):
+            backward(cast(StackModel, layout.model), 0, 1)
+        layout.end_atom()
+        layout.finish()
+
+
+def test_a_forward_behind_the_last_backward_is_refused():
+    ranks.need_gpus(2)
+    ranks.run(2, a_forward_too_many_on_a_rank)
 
 
 #: What is frozen: then the layers behind it get an input without a gradient.

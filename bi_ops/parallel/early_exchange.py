@@ -12,7 +12,7 @@ from bi_ops import nn
 from bi_ops.core.operators import CapturedHook
 from bi_ops.parallel.gradients import Exchange, GradientTree
 from bi_ops.parallel.order import AtomTree
-from bi_ops.parallel.overlap import SideStream, behind, separate_head, separate_layers
+from bi_ops.parallel.overlap import SideStream, already_through, behind, separate_head, separate_layers
 from bi_ops.parallel.ranks import Ranks
 from bi_ops.parallel.tables import TableRows, table_of
 
@@ -141,10 +141,7 @@ class EarlyExchange:
     def _before_layer(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Behind the backward of a layer, or of the first of several calls, its sums are done."""
         if layer in self._through and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"parallel: a {type(layer).__name__} has handed its sums over, and a forward came after the atom's "
-                "last; say before_backward(last=True) before the last micro-batch alone, or compute without gradients"
-            )
+            raise already_through(layer)
         if not self._overlaps or layer in self._begun or torch.compiler.is_compiling():
             return None
         handed = behind(args, lambda: self._after_layer(layer))

@@ -65,7 +65,8 @@ class FullySharded:
     `finish`.
 
     Args:
-        model: whose parameters are sharded in place; on every rank the same values.
+        model: whose parameters are sharded in place; on every rank the same values. Its own are rounded ones from then
+            on; `rows`, `whole_weight` and `collected` have the masters.
         compute_dtype: what weights are rounded to; gradients are fp32.
         exchange: makes what gradients, and another what weights travel by, for their streams go on beside each other;
             None: collectives.
@@ -101,7 +102,7 @@ class FullySharded:
         layers = _shard(model, ranks, reshard_after_forward)
         #: Of those that are gathered together the first one, which stands for all; then the model.
         self._groups = [cast(FSDPModule, m) for m in (*(each[0] for each in together(layers)), model)]
-        by = None if exchange is None else exchange()
+        of_gradients = None if exchange is None else exchange()
         if exchange is not None:
             self.gather_by(exchange())
         for module in self._groups:
@@ -119,7 +120,7 @@ class FullySharded:
         # Before torch's own hook, which gathers.
         model.register_forward_pre_hook(lambda module, args: self._round(), prepend=True)
         #: What ranks add, and when.
-        self.early = ShardExchange(model, layers, names, tree, ranks, by)
+        self.early = ShardExchange(model, layers, names, tree, ranks, of_gradients)
 
     def gather_by(self, exchange: Exchange) -> None:
         """From now on weights travel by it."""
@@ -128,9 +129,8 @@ class FullySharded:
 
     def _round(self) -> None:
         """Masters that were written are rounded again, those that an optimizer has not rounded in its own pass."""
-        if not self._is_in_a_step:
-            for master in self._rounded:
-                rounding.refresh(master)
+        for master in self._rounded:
+            rounding.refresh(master)
 
     def _reshard(self) -> None:
         for module in self._groups:
@@ -140,14 +140,15 @@ class FullySharded:
 
     def begin_step(self, ids: torch.Tensor | None = None) -> None:
         """See `Whole`."""
+        self._is_in_a_step = False  # nor in one that has failed
         self.early.begin_step(ids)
 
     def begin_atom(self) -> None:
         """See `Whole`."""
         if not (self._keeps_weights and self._is_in_a_step):
             self._reshard()  # a forward without a backward leaves the root's weights of that time
-        self._round()
         self._is_in_a_step = True
+        self.early.begin_atom()
         for rows in self.parameters.values():
             rows.grad = None
         nn.allocate_main_grads(self.model)

@@ -43,6 +43,14 @@ def behind(args: Sequence[Any], action: Callable[[], None]) -> tuple[Any, ...] |
     return tuple(handed)
 
 
+def already_through(layer: torch.nn.Module) -> RuntimeError:
+    """Of a forward with gradients in a layer whose sums have left."""
+    return RuntimeError(
+        f"parallel: a {type(layer).__name__} has handed its sums over, and a forward came after the atom's "
+        "last; say before_backward(last=True) before the last micro-batch alone, or compute without gradients"
+    )
+
+
 def owners_of(model: torch.nn.Module) -> dict[torch.Tensor, list[torch.nn.Module]]:
     """The modules that have each parameter, in the order of `model.modules()`."""
     owners: dict[torch.Tensor, list[torch.nn.Module]] = {}

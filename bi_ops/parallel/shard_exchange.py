@@ -11,7 +11,7 @@ import torch
 from bi_ops import nn
 from bi_ops.parallel.gradients import Exchange, GradientTree
 from bi_ops.parallel.order import AtomTree
-from bi_ops.parallel.overlap import SideStream, behind, separate_head
+from bi_ops.parallel.overlap import SideStream, already_through, behind, separate_head
 from bi_ops.parallel.ranks import Ranks
 from bi_ops.parallel.shards import ShardTree, rows_of
 from bi_ops.parallel.tables import TableRows, table_of
@@ -25,7 +25,7 @@ class ShardExchange:
 
     Args:
         model: in shards. layers: those that are exchanged by themselves, in order. names: of its trained parameters.
-            by: how gradients travel; None: by collectives.
+            exchange: how gradients travel; None: by collectives.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ShardExchange:
         names: Mapping[torch.nn.Parameter, str],
         tree: AtomTree,
         ranks: Ranks,
-        by: Exchange | None,
+        exchange: Exchange | None,
     ) -> None:
         self._model, self._ranks = model, ranks
         self._table = table_of(model)
@@ -54,10 +54,10 @@ class ShardExchange:
         # Before torch's own hook, so that all sums are collected before torch frees the weights.
         model.register_forward_hook(self._after_model, prepend=True)
         #: The sums of each of these.
-        self.sums = {place: ShardTree(tree, ranks, by) for place in self._own}
+        self.sums = {place: ShardTree(tree, ranks, exchange) for place in self._own}
         #: Of this step, if rows of the table are exchanged, and their sums; which are this rank's, and where.
         self._rows: TableRows | None = None
-        self.row_sums = GradientTree(tree, ranks, by)
+        self.row_sums = GradientTree(tree, ranks, exchange)
         self._rows_here: tuple[torch.Tensor, torch.Tensor] | None = None
         self._table_name = None if self._table is None else names[cast(torch.nn.Parameter, self._table.weight)]
         self._side = SideStream(next(model.parameters()).device)
@@ -73,15 +73,19 @@ class ShardExchange:
             device = self._rows.weight.device
             self._rows_here = at.to(device), (ids[at] - own.start).to(device)
 
+    def begin_atom(self) -> None:
+        """See `Whole`."""
+        self._collects, self._through = False, set()
+
     def before_backward(self, last: bool) -> None:
         """See `Whole`."""
-        self._collects, self._through = last, set()
+        self._collects = last
 
     def end_atom(self) -> None:
         """See `Whole`."""
         if self._collects:
             self._collect_rest()  # where no backward went through the model: of a head alone
-        self._collects = False
+        self._collects, self._through = False, set()
 
     def finish(
         self,
@@ -125,6 +129,8 @@ class ShardExchange:
 
     def _before_layer(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Behind the backward of everything in a layer, and before torch's own hook on the same inputs."""
+        if layer in self._through and torch.is_grad_enabled():
+            raise already_through(layer)
         return behind(args, lambda: self._collect(layer)) if self._collects else None
 
     def _after_model(self, model: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:

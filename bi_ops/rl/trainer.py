@@ -221,7 +221,7 @@ class Trainer:
         return {p: weight for p, weight in self.engine.weight_copies(self.model).items() if p.requires_grad}
 
     def _rounded_weights(self) -> dict[torch.Tensor, torch.Tensor]:
-        """What forwards read in place of rounding masters again; none where memory is what is short, but in shards.
+        """What forwards read in place of rounding masters again; none where memory is short. Shards always have them.
 
         The engine's own weights would do, but then no check would see that an engine has others.
         """
