@@ -18,8 +18,10 @@ _device_constructors()
 
 if runtime.INTERPRET:
     import fast_interpreter
+    import strict_masks
 
     fast_interpreter.install()
+    strict_masks.install()
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,10 @@ def _rank(rank: int, n_ranks: int, folder: str, function: Callable[..., Any], ar
     backend = "gloo"
     if runtime.INTERPRET:
         import fast_interpreter
+        import strict_masks
 
         fast_interpreter.install()
+        strict_masks.install()
     else:
         n_gpus = torch.cuda.device_count()
         torch.cuda.set_device(rank % n_gpus)

@@ -127,3 +127,21 @@ def test_shortcuts_change_no_bit_of_a_model():
     for shortcut, own in zip(*both(results), strict=True):
         assert torch.equal(shortcut, own)
         assert own.any()
+
+
+@triton.jit
+def masked_kernel(p_x, N, LIMIT, OF_SCALARS: tl.constexpr):
+    o = tl.arange(0, 4)
+    m = o < N
+    tl.store(p_x + o, 1.0, mask=m & (N < LIMIT) if OF_SCALARS else o < tl.where(N < LIMIT, N, 0))
+
+
+@interpreted
+def test_a_mask_of_scalars_is_refused_whatever_the_release():
+    x = torch.zeros(4)
+    masked_kernel[(1,)](x, 3, 3, False)
+    assert not x.any()
+    masked_kernel[(1,)](x, 3, 4, False)
+    assert x.tolist() == [1, 1, 1, 0]
+    with pytest.raises(interpreter.InterpreterError, match="mask is int32, not bool; compare a block"):
+        masked_kernel[(1,)](x, 3, 4, True)

@@ -57,7 +57,7 @@ def shard_sums_kernel(
         m = m_r[:, None] & (o_c < N)[None, :]
         b_x = tl.load(p_row + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         b_sum = tl.sum(tl.where(m, tl.exp(b_x - row_max[:, None]), 0.0), axis=1)
-        tl.store(p_out + chunk, b_sum, mask=m_r & (chunk < WIDTH - 1))
+        tl.store(p_out + chunk, b_sum, mask=o_r < tl.where(chunk < WIDTH - 1, R, 0))
     if part == 0:
         column = tl.load(p_ids + o_r, mask=m_r, other=-1) - FIRST
         m_own = m_r & (column >= 0) & (column < N)

@@ -155,7 +155,7 @@ def place_expert_kernel(
         experts = tl.load(p_experts + p + o, mask=p + o < P, other=0)
         experts = tl.where((experts >= 0) & (experts < E), experts, E)
         is_own = (experts == i_e) & (p + o < P)
-        is_row = is_own & (i_e < E)
+        is_row = is_own & (experts < E)
         places = start + tl.cumsum(is_row.to(tl.int32), axis=0) - 1
         tl.store(p_rows + places, p + o, mask=is_row)
         tl.store(p_places + p + o, tl.where(is_row, places, -1), mask=is_own)
