@@ -35,6 +35,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def memory_for_others():
+    """What a test has freed goes back to the GPU: processes that run other tests there want it."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels run on this machine."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -68,11 +69,16 @@ def _start(n_ranks: int, folder: str, function: Callable[..., Any], args: tuple[
 
 
 def start(n_ranks: int, function: Callable[..., Any], *args: Any) -> tuple[list[Any], list[int | None]]:
-    """As `run`, but ranks may be killed: what each returns, None of those that did not, and their exit codes."""
+    """As `run`, but ranks may be killed: what each returns, None of those that did not, and their exit codes.
+
+    What ranks raised is printed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         started = _start(n_ranks, folder, function, args)
-        for process in started.processes:
+        for process, raised in zip(started.processes, map(Path, started.error_files), strict=True):
             process.join()
+            if raised.exists() and raised.stat().st_size:
+                print(pickle.loads(raised.read_bytes()))
         found = [Path(folder) / f"{rank}.pt" for rank in range(n_ranks)]
         results = [_loaded(path) if path.exists() else None for path in found]
         return results, [process.exitcode for process in started.processes]
