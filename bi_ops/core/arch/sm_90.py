@@ -12,5 +12,5 @@ SM_90 = Arch(
     gluon=True,
     one_pass_backward=True,
     pdl=True,
-    triton_releases=("3.6", "3.7", "3.8"),  # Gluon changes from one release to the next
+    triton_releases=("3.6", "3.7", "3.8", "3.9"),  # Gluon changes from one release to the next
 )
