@@ -71,11 +71,12 @@ class Exchange:
 
 
 def on_ranks(size: int, run: Callable[[Exchange], Any]) -> list[Any]:
-    """What `run` returns on each rank."""
+    """What `run` returns on each rank. A backward runs in its rank's thread: autograd has one for all of a GPU, where
+    the first rank that waits would keep the others from coming."""
     meeting, results, errors = Meeting(size), [None] * size, []
 
     def one(rank: int) -> None:
-        with meeting.turn:
+        with meeting.turn, torch.autograd.set_multithreading_enabled(False):
             try:
                 results[rank] = run(Exchange(meeting, rank))
             except BaseException as error:
