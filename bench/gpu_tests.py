@@ -6,9 +6,9 @@ Compiling kernels is most of the time, so tests run in many processes (pytest-xd
 results in the repository, start first. Tests that start vLLM engines run beside them, one by one in a process of their
 own, for an engine changes what torch does in its process, and so do tests of tens of GiB where the GPU has room; else
 these come last, and after them engines that measure what memory is free. Of several GPUs these groups have half to
-themselves from the beginning, every other process has one, and tests that need several come last. tests.json is written
-while they run: what was interrupted goes on with --resume. With FILEs too it is the tests in these that go on; outcomes
-of other files stay as they are.
+themselves, and every other process has one; tests that need several have all of them, before the others if the results
+in the repository say so, else behind. tests.json is written while they run: what was interrupted goes on with --resume.
+With FILEs too it is the tests in these that go on; outcomes of other files stay as they are.
 Exit status 0 only if every test has run and none failed.
 """
 
@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS = ("together", "memory", "engine", "alone")
 ROOM = 120 * 2**30  # bytes of a GPU on which tests of tens of GiB and all others fit beside each other
 EVERY_S = 10  # between two writes of tests.json
+FILE = "tests.json"
 
 
 Beside = tuple["subprocess.Popen[bytes]", Path]
@@ -81,8 +82,7 @@ class Recorder:
         found = []
         for name in names:
             test = self._tests[name]
-            needed = re.search(r"needs (\d+) GPUs", test["message"]) if test["outcome"] == "skipped" else None
-            if needed is not None and int(needed[1]) <= n_gpus:
+            if 1 < needed_gpus(test) <= n_gpus:
                 test |= {"outcome": "not_run", "message": ""}
                 found.append(name)
         return found
@@ -114,13 +114,29 @@ class Recorder:
         self._tests |= {f"{t['file']}::{t['test']}": t for t in tests}
 
 
-def longest_first(names: list[str]) -> list[str]:
-    """`names` by the seconds that they took in the newest results, those that nobody knows first."""
-    took: dict[str, float] = {}
-    for path in sorted((ROOT / "bench" / "results").glob("*/tests.json")):
+def needed_gpus(test: dict[str, Any]) -> int:
+    """How many a test asked for that was skipped for want of them; else 1."""
+    needed = re.search(r"needs (\d+) GPUs", test["message"]) if test["outcome"] == "skipped" else None
+    return 1 if needed is None else int(needed[1])
+
+
+def known_outcomes() -> dict[str, dict[str, Any]]:
+    """Of the tests that ran, by the results in the repository."""
+    known: dict[str, dict[str, Any]] = {}
+    for path in sorted((ROOT / "bench" / "results").glob("*/tests*.json")):
         tests = json.loads(path.read_text(encoding="utf-8"))["tests"]
-        took |= {f"{t['file']}::{t['test']}": t["seconds"] for t in tests if t["outcome"] != "not_run"}
-    return sorted(names, key=lambda name: -took.get(name, float("inf")))
+        known |= {f"{t['file']}::{t['test']}": t for t in tests if t["outcome"] != "not_run"}
+    return known
+
+
+def longest_first(names: list[str], known: dict[str, dict[str, Any]]) -> list[str]:
+    """`names` by the seconds that they took, those that nobody knows first."""
+    return sorted(names, key=lambda name: -known[name]["seconds"] if name in known else float("-inf"))
+
+
+def of_several(names: list[str], known: dict[str, dict[str, Any]], n_gpus: int) -> list[str]:
+    """Those of `names` that are known to need more than one GPU, of which there are as many."""
+    return [name for name in names if name in known and 1 < needed_gpus(known[name]) <= n_gpus]
 
 
 def start_beside(args: argparse.Namespace, groups: list[str], gpu: int, part: int = 0, parts: int = 1) -> Beside:
@@ -149,6 +165,38 @@ def run(names: list[str], options: list[str], recorder: Recorder, folder: Path) 
     return int(pytest.main(["-p", "no:cacheprovider", "-p", "ordered_tests", "-m", "", *options, *files], [recorder]))
 
 
+def in_turn(jobs: int) -> list[str]:
+    """pytest-xdist's options: processes get a test whenever they are through with one."""
+    return ["-n", str(jobs), "--dist", "load", "--maxschedchunk", "1"]
+
+
+def by_groups(args: argparse.Namespace, names: dict[str, list[str]], recorder: Recorder, gpus: list[int]) -> bool:
+    """Run the tests that are left, a GPU for each process; whether they went on to the end."""
+    beside: list[Beside] = []
+    elsewhere: list[str] = []
+    if gpus and not args.part and names["together"]:
+        elsewhere = [group for group in groups_beside(len(gpus)) if recorder.left(names[group])]
+    if len(gpus) > 1:
+        reserved = gpus[(len(gpus) + 1) // 2 :] if elsewhere else []
+        beside = [start_beside(args, elsewhere, gpu, i, len(reserved)) for i, gpu in enumerate(reserved)]
+        os.environ["BI_OPS_TEST_GPUS"] = ",".join(str(gpu) for gpu in gpus if gpu not in reserved)
+    else:
+        beside = [start_beside(args, [group], 0) for group in elsewhere]
+    goes_on = True
+    with tempfile.TemporaryDirectory() as folder:
+        for group in (group for group in GROUPS if group not in elsewhere):
+            left = recorder.left(names[group])
+            options = in_turn(args.jobs) if group == "together" else []
+            if left and run(left, options, recorder, Path(folder)) == pytest.ExitCode.INTERRUPTED:
+                goes_on = False
+                break
+    for process, theirs in beside:
+        process.wait()
+        recorder.add(json.loads((theirs / FILE).read_text(encoding="utf-8"))["tests"])
+    os.environ.pop("BI_OPS_TEST_GPUS", None)
+    return goes_on
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that tests.json is written to")
@@ -159,7 +207,7 @@ def main() -> int:
     parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)  # which of how many processes
     parser.add_argument("files", nargs="*", help="test files, from the root; all of them by default")
     args = parser.parse_args()
-    header, path, known = provenance(args.commit), args.out.resolve() / "tests.json", []
+    header, path, known = provenance(args.commit), args.out.resolve() / FILE, []
     if args.resume and path.exists():
         earlier = json.loads(path.read_text())
         for key in ("commit", "device", "versions"):
@@ -177,35 +225,21 @@ def main() -> int:
         return int(exit_code)
     part, parts = args.part or (0, 1)
     names = {group: collector.names[group][part::parts] if group in args.groups else [] for group in GROUPS}
-    names["together"] = longest_first(names["together"])
+    outcomes = known_outcomes()
+    names["together"] = longest_first(names["together"], outcomes)
     recorder = Recorder(path, header, [name for group in names.values() for name in group], known)
     gpus = list(range(torch.cuda.device_count()))
-    beside: list[Beside] = []
-    elsewhere: list[str] = []
-    if gpus and not args.part and names["together"]:
-        elsewhere = [group for group in groups_beside(len(gpus)) if recorder.left(names[group])]
-    if len(gpus) > 1:
-        reserved = gpus[(len(gpus) + 1) // 2 :] if elsewhere else []
-        beside = [start_beside(args, elsewhere, gpu, i, len(reserved)) for i, gpu in enumerate(reserved)]
-        os.environ["BI_OPS_TEST_GPUS"] = ",".join(str(gpu) for gpu in gpus if gpu not in reserved)
-    else:
-        beside = [start_beside(args, [group], 0) for group in elsewhere]
-    interrupted = False
-    in_turn = ["-n", str(args.jobs), "--dist", "load", "--maxschedchunk", "1"]
-    with tempfile.TemporaryDirectory() as folder:
-        for group in (group for group in GROUPS if group not in elsewhere):
-            left = recorder.left(names[group])
-            options = in_turn if group == "together" else []
-            if left and run(left, options, recorder, Path(folder)) == pytest.ExitCode.INTERRUPTED:
-                interrupted = True
-                break
-    for process, theirs in beside:
-        process.wait()
-        recorder.add(json.loads((theirs / path.name).read_text(encoding="utf-8"))["tests"])
-    os.environ.pop("BI_OPS_TEST_GPUS", None)
-    if len(gpus) > 1 and not (args.part or interrupted) and (again := recorder.ask_again(names["together"], len(gpus))):
+
+    def with_all_gpus(names: list[str]) -> bool:
+        """Run them, each process with all GPUs, as many as one GPU has else; whether they went on to the end."""
         with tempfile.TemporaryDirectory() as folder:
-            run(again, ["-n", str(max(args.jobs // len(gpus), 1)), *in_turn[2:]], recorder, Path(folder))
+            options = in_turn(max(args.jobs // len(gpus), 1))
+            return run(names, options, recorder, Path(folder)) != pytest.ExitCode.INTERRUPTED
+
+    several = [] if args.part else of_several(recorder.left(names["together"]), outcomes, len(gpus))
+    goes_on = (not several or with_all_gpus(several)) and by_groups(args, names, recorder, gpus)
+    if goes_on and not args.part and (again := recorder.ask_again(names["together"], len(gpus))):
+        with_all_gpus(again)
     counts = recorder.write()
     print(", ".join(f"{n} {outcome.replace('_', ' ')}" for outcome, n in counts.items()))
     return 1 if counts["failed"] or counts["not_run"] else 0

@@ -110,14 +110,26 @@ def test_what_took_longest_starts_first_and_what_is_new_before_it(gpu_tests, tmp
     monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
     folder = tmp_path / "bench" / "results" / "h100"
     folder.mkdir(parents=True)
-    seconds = {"short": 1.0, "long": 9.0}
-    tests = [{"file": "a.py", "test": t, "seconds": s, "outcome": "passed"} for t, s in seconds.items()]
-    (folder / "tests.json").write_text(json.dumps({"tests": tests}))
-    assert gpu_tests.longest_first(["a.py::short", "a.py::new", "a.py::long"]) == [
-        "a.py::new",
-        "a.py::long",
-        "a.py::short",
-    ]
+    outcomes = {
+        "tests.json": {"short": (1.0, "passed", ""), "long": (9.0, "passed", "")},
+        "tests_parallel.json": {
+            "two": (0.1, "skipped", "Skipped: needs 2 GPUs"),
+            "four": (0.1, "skipped", "Skipped: needs 4 GPUs"),
+            "cut": (50.0, "not_run", ""),
+        },
+    }
+    for name, of in outcomes.items():
+        keys = ("seconds", "outcome", "message")
+        tests = [{"file": "a.py", "test": t, **dict(zip(keys, found, strict=True))} for t, found in of.items()]
+        (folder / name).write_text(json.dumps({"tests": tests}))
+    known, names = (
+        gpu_tests.known_outcomes(),
+        [f"a.py::{test}" for test in ("short", "new", "long", "cut", "two", "four")],
+    )
+    in_order = gpu_tests.longest_first(names, known)
+    assert [name.removeprefix("a.py::") for name in in_order] == ["new", "cut", "long", "short", "two", "four"]
+    found = [gpu_tests.of_several(names, known, n_gpus) for n_gpus in (1, 2, 4)]
+    assert found == [[], ["a.py::two"], ["a.py::two", "a.py::four"]]
 
 
 def test_a_kernel_is_compiled_by_one_process_at_a_time(gpu_tests, tmp_path):
@@ -148,3 +160,41 @@ def test_a_kernel_is_compiled_by_one_process_at_a_time(gpu_tests, tmp_path):
     for p in processes:
         p.join()
     assert sorted((tmp_path / "log").read_text().splitlines()) == ["a 4", "a 8", "b 4"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_those_that_need_several_gpus_come_first_with_all_of_them(gpu_tests, tmp_path, monkeypatch, interrupted):
+    """Else what is cut off by time is always what only a machine of several GPUs can show."""
+    names = ["a.py::one", "a.py::two", "a.py::unknown"]
+    why = {"a.py::two": "Skipped: needs 2 GPUs"}
+    known = {n: {"outcome": "skipped", "seconds": 0.0, "message": why.get(n, "")} for n in names[:2]}
+    ran: list[tuple[list[str], str, bool]] = []
+
+    def collect(options, plugins):
+        items = [SimpleNamespace(nodeid=name, get_closest_marker=lambda marker: None) for name in names]
+        plugins[0].pytest_collection_modifyitems(items)
+        return 0
+
+    def run(names, options, recorder, folder):
+        ran.append((sorted(names), options[1], "BI_OPS_TEST_GPUS" in gpu_tests.os.environ))
+        for name in names:
+            needs_two = name == "a.py::unknown" and len(ran) == 2
+            skipped = report(name, "setup", "skipped")
+            skipped.longrepr = ("a.py", 1, "Skipped: needs 2 GPUs")
+            parts = [skipped] if needs_two else [report(name, when) for when in ("setup", "call")]
+            for part in (*parts, report(name, "teardown")):
+                recorder.pytest_runtest_logreport(part)
+        return pytest.ExitCode.INTERRUPTED if interrupted else pytest.ExitCode.OK
+
+    monkeypatch.chdir(tmp_path)  # both are put back behind the test
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(gpu_tests.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpu_tests, "known_outcomes", lambda: known)
+    monkeypatch.setattr(gpu_tests, "provenance", lambda commit: {})
+    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_tests.pytest, "main", collect)
+    monkeypatch.setattr(gpu_tests.sys, "argv", ["gpu_tests.py", "--out", str(tmp_path), "--jobs", "8"])
+    assert gpu_tests.main() == int(interrupted)
+    first = (["a.py::two"], "4", False)
+    everything = [first, (["a.py::one", "a.py::unknown"], "8", True), (["a.py::unknown"], "4", False)]
+    assert ran == ([first] if interrupted else everything)
