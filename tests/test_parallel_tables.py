@@ -4,6 +4,7 @@ whole tables, and of one process."""
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, cast
 from unittest import mock
 
@@ -85,6 +86,7 @@ def on_a_rank() -> dict[Any, list[torch.Tensor]]:
 
 
 def shards_on_a_rank() -> dict[Any, list[torch.Tensor]]:
+    warnings.filterwarnings("error", "FSDP2-wrapped module .* returned a view")  # torch's, since 2.13
     here = parallel.Ranks.of()
     found: dict[Any, list[torch.Tensor]] = {}
     for is_tied in (True, False):

@@ -20,7 +20,7 @@ class _Behind(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, action: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.action = action
-        return tensors
+        return tuple(t.detach() for t in tensors)  # no views: FSDP2 warns of a module that returns one
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
