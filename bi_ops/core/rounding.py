@@ -18,11 +18,15 @@ _State = tuple[int, int, int]
 
 
 @dataclass
-class _Kept:
+class Kept:
     """copy: the rounded weight. state: of weight and copy when their values last agreed."""
 
     copy: torch.Tensor
     state: _State | None = None
+
+    def is_behind(self, weight: torch.Tensor) -> bool:
+        """One of the two was written since."""
+        return _state(weight, self.copy) != self.state
 
 
 def _state(weight: torch.Tensor, copy: torch.Tensor) -> _State:
@@ -41,9 +45,9 @@ def keep(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return kept.copy
 
 
-def keep_in(weight: torch.Tensor, copy: torch.Tensor) -> _Kept:
+def keep_in(weight: torch.Tensor, copy: torch.Tensor) -> Kept:
     """From now on `copy`, of the shape of `weight`, is where it is rounded to, when it is refreshed."""
-    _KEPT[weight] = kept = _Kept(copy)
+    _KEPT[weight] = kept = Kept(copy)
     return kept
 
 
@@ -60,7 +64,7 @@ def refresh(weight: torch.Tensor) -> int:
     if not _fits(weight, kept.copy):  # it was moved
         del _KEPT[weight]
         return 0
-    if _state(weight, kept.copy) != kept.state:
+    if kept.is_behind(weight):
         kept.copy.copy_(weight)
         kept.state = _state(weight, kept.copy)
     return kept.copy.data_ptr()
@@ -73,7 +77,7 @@ def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     kept = _KEPT.get(weight)
     if kept is None or kept.copy.dtype != dtype:
         return weight.to(dtype)
-    if _state(weight, kept.copy) != kept.state and weight.is_cuda and torch.cuda.is_current_stream_capturing():
+    if kept.is_behind(weight) and weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return weight.to(dtype)  # a graph's replay would round again, and nothing says that it did
     return kept.copy if refresh(weight) else weight.to(dtype)
 

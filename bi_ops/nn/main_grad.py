@@ -7,7 +7,7 @@ activations of later layers are gone; the many small buffers of norms share allo
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -58,7 +58,8 @@ def zeros(weights: Sequence[torch.Tensor], elements: int = ELEMENTS) -> list[tor
                 break
             ends.append(end)
         flat = torch.zeros(ends[-1], dtype=torch.float32, device=part[0].device)
-        buffers += [flat[i : i + w.numel()].view(w.shape) for w, i in zip(part, ends[:-1], strict=False)]
+        each = flat.split([b - a for a, b in itertools.pairwise(ends)])
+        buffers += [t if t.shape == w.shape else t[: w.numel()].view(w.shape) for t, w in zip(each, part, strict=False)]
     return buffers
 
 
@@ -80,11 +81,12 @@ def _touched(layers: Sequence[Layer]) -> dict[Layer, torch.Tensor]:
 
     Of more layers that share a weight the order of the additions counts, and a table that is not tied has to be whole.
     """
-    sharers = defaultdict(list)
-    for layer in layers:
-        sharers[layer.weight].append(layer)
-    pairs = [s for s in sharers.values() if len(s) == 2 and any(isinstance(layer, Linear) for layer in s)]
-    tables = [layer for pair in pairs for layer in pair if isinstance(layer, Embedding)]
+    tables = []
+    for table in [layer for layer in layers if isinstance(layer, Embedding)]:
+        weight = table.weight
+        sharers = [layer for layer in layers if layer.weight is weight]
+        if len(sharers) == 2 and any(isinstance(layer, Linear) for layer in sharers):
+            tables.append(table)
     return {t: torch.empty(t.weight.shape[0] + 1, dtype=torch.bool, device=t.weight.device) for t in tables}
 
 
