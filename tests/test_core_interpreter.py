@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+
 import numpy as np
 import pytest
 import torch
@@ -145,3 +148,21 @@ def test_a_mask_of_scalars_is_refused_whatever_the_release():
     assert x.tolist() == [1, 1, 1, 0]
     with pytest.raises(interpreter.InterpreterError, match="mask is int32, not bool; compare a block"):
         masked_kernel[(1,)](x, 3, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "runs"),
+    [("3.6.0", "2.4.6", False), ("3.6.0", "2.10.0", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True)],
+)
+def test_a_numpy_that_the_interpreter_does_not_run_with_is_refused(monkeypatch, triton_version, numpy_version, runs):
+    asked = []
+
+    def version(name):
+        asked.append(name)
+        return {"triton": triton_version, "numpy": numpy_version}[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    message = f"Triton 3.6.0 does not run with NumPy {numpy_version}. Install 'numpy<2.4'"
+    with contextlib.nullcontext() if runs else pytest.raises(ImportError, match=message):
+        runtime._check_numpy()
+    assert asked == ["triton", "numpy"]

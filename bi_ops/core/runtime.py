@@ -8,6 +8,7 @@ before anything imports triton; `bi_ops/__init__.py` imports this module first.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import sys
 
@@ -33,8 +34,24 @@ def _choose_interpreter() -> bool:
     return True
 
 
+def _check_numpy() -> None:
+    """The interpreter of Triton 3.6 takes the int of an array of one element, which NumPy refuses since 2.4."""
+    try:
+        names = importlib.metadata.version("triton"), importlib.metadata.version("numpy")
+    except importlib.metadata.PackageNotFoundError:  # another package of Triton's, or none
+        return
+    triton, numpy = (tuple(map(int, name.split(".")[:2])) for name in names)
+    if triton < (3, 7) and numpy >= (2, 4):
+        raise ImportError(
+            f"bi_ops: kernels run in Triton's interpreter here, and that of Triton {names[0]} does not run with NumPy "
+            f"{names[1]}. Install 'numpy<2.4', or Triton 3.7 or newer with the torch that brings it"
+        )
+
+
 #: True when kernels run in Triton's interpreter (numpy on the CPU). It proves logic, not tensor-core bits.
 INTERPRET: bool = _choose_interpreter()
+if INTERPRET:
+    _check_numpy()
 
 
 def device_type() -> str:
