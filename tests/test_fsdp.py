@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -257,17 +258,102 @@ def test_small_layers_are_gathered_together():
     assert fsdp.together([]) == []
 
 
+class Listed(torch.nn.Module):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList(nn.Linear(16, 16, bias=False, device=device) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.parts[1](self.parts[0](0.25 * x))
+
+
+class Twice(StackModel):
+    """Layers, a list inside of each, that are called twice in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Listed(self.embed.weight.device) for _ in range(2))
+        self.init_weights(0)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids, torch.bfloat16)
+        for layer in [*self.layers, *self.layers]:
+            x = x + 0.25 * layer(x)
+        return x
+
+
+def lists_on_a_rank() -> list[dict[str, Any]]:
+    here, tree = parallel.Ranks.of(), parallel.order(8)
+    return [
+        two_updates(FullySharded(Twice(), tree, here, reshard_after_forward=reshards)) for reshards in (True, False)
+    ]
+
+
+def test_a_layer_may_be_called_again_and_have_lists_of_its_own():
+    ranks.need_gpus(2)
+    one = two_updates(parallel.Whole(Twice(), parallel.order(8)))
+    for found in ranks.run(2, lists_on_a_rank):
+        for each in found:
+            for what in ("norms", "grads", "weights"):
+                assert equal(each[what], one[what]), what
+
+
+def read_again_on_a_rank() -> None:
+    """Forwards outside of a step, and behind a step that was given up."""
+    for reshards in (True, False):
+        layout = FullySharded(StackModel(), parallel.order(2), parallel.Ranks.of(), reshard_after_forward=reshards)
+        ids = torch.arange(11, device=layout.parameters["embed.weight"].device)
+
+        def output(layout: FullySharded = layout, ids: torch.Tensor = ids) -> torch.Tensor:
+            with torch.no_grad():
+                return cast(StackModel, layout.model)(ids)
+
+        optimizer = optim.AdamW(
+            list(layout.parameters.values()), lr=0.1, bf16_copies=layout.keep_rounded_weights(torch.bfloat16)
+        )
+        update(layout, optimizer, idle=True)
+        seen = [output()]
+        optimizer.step()
+        seen.append(output())
+        write(layout.parameters.values(), 1.5)
+        seen.append(output())
+        layout.begin_atom()
+        seen.append(output())
+        write(layout.parameters.values(), 1.5)  # the step is given up
+        layout.begin_atom()
+        seen.append(output())
+        layout._reshard()
+        assert [torch.equal(a, b) for a, b in itertools.pairwise(seen)] == [False, False, True, False]
+        assert torch.equal(output(), seen[-1])
+
+
+def test_what_was_gathered_of_earlier_values_is_not_read_again():
+    ranks.need_gpus(2)
+    ranks.run(2, read_again_on_a_rank)
+
+
 def refusals_on_a_rank() -> list[str]:
     here, said = parallel.Ranks.of(), []
     with_bias = torch.nn.ModuleDict({"a": nn.Linear(8, 8), "b": torch.nn.Linear(8, 8)})
+    sharing = StackModel()
+    cast(Any, sharing.layers[1]).weight = sharing.layers[0].weight
+    of_two = FullySharded(Two(), parallel.order(2), here)
+    of_two.begin_atom()
     for make in (
         lambda: FullySharded(StackModel(), parallel.order(1), here),
         lambda: FullySharded(with_bias, parallel.order(2), here),
+        lambda: FullySharded(sharing, parallel.order(2), here),
+        lambda: of_two.model(torch.arange(11, device=of_two.parameters["embed.weight"].device)),
     ):
-        with pytest.raises(ValueError, match=r"fsdp|parallel") as error:
+        with pytest.raises((TypeError, ValueError), match=r"fsdp|parallel") as error:
             make()
         said.append(str(error.value))
     return said
+
+
+class Two(StackModel):
+    def forward(self, ids: torch.Tensor) -> Any:
+        return super().forward(ids), ids
 
 
 def test_what_cannot_be_shared_is_refused():
@@ -277,6 +363,8 @@ def test_what_cannot_be_shared_is_refused():
     for said in ranks.run(2, refusals_on_a_rank):
         assert said[0].startswith("parallel: 2 ranks cannot share atoms=1 evenly")
         assert said[1].startswith("fsdp: a.bias, b.weight, b.bias would be summed by autograd")
+        assert said[2].startswith("fsdp: layers.0.weight would be summed by several layers")
+        assert "returns a tuple; its gradients are exchanged behind one tensor" in said[3]
     for other in ({"step_graphs": True}, {"offload": "masters"}):
         with pytest.raises(ValueError, match="fsdp is True; it must be false with"):
             TrainConfig(fsdp=True, **other)
@@ -331,6 +419,19 @@ def test_a_run_goes_on_in_another_layout_to_the_same_bytes(alone, tmp_path):
     path = alone / "checkpoints" / "step_000004" / "optimizer.safetensors"
     save_file(load_file(path), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def empty_on_a_rank(folder: str) -> list[str]:
+    """Of a batch of three sequences in eight atoms."""
+    few = {"steps": 1, "prompts_per_step": 1, "group_size": 3, "atoms": 8, "save_every": 0}
+    here = parallel.Ranks.of()
+    return [rl.run(layout(**few, fsdp=fsdp), f"{folder}/{fsdp}", ranks=here).weights_sha256 for fsdp in (True, False)]
+
+
+def test_atoms_without_a_sequence_add_zeros(tmp_path):
+    ranks.need_gpus(2)
+    for in_shards, whole in ranks.run(2, empty_on_a_rank, str(tmp_path)):
+        assert in_shards == whole
 
 
 def test_rows_are_written_and_read_where_they_belong(tmp_path):

@@ -216,6 +216,43 @@ def test_a_layer_is_exchanged_before_the_backward_of_earlier_ones(events, overla
     assert events == [*first, *(e for e in whole_atom if e != "gathered"), *first, *whole_atom]
 
 
+class WritesItsInput(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x *= 0.5
+        return x
+
+
+def test_a_layer_that_writes_what_others_read_is_an_error_and_no_other_gradient():
+    model = StackModel()
+    model.layers[0] = torch.nn.Sequential(WritesItsInput(), model.layers[0])
+    layout = parallel.Whole(model, parallel.order(2), parallel.Ranks(0, 2))
+    layout.begin_atom()
+    layout.before_backward(last=True)
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        backward(model, 0, 0)
+
+
+def test_a_step_that_failed_leaves_nothing_in_the_sums():
+    layout, alone = (parallel.Whole(StackModel(), parallel.order(2)) for _ in range(2))
+
+    def atom(layout: parallel.Whole, i: int) -> None:
+        layout.begin_atom()
+        layout.before_backward(last=True)
+        backward(cast(StackModel, layout.model), i, 0)
+        layout.end_atom()
+
+    for atoms in ([0], [0, 1]):  # given up behind its first atom; behind its last
+        layout.begin_step()
+        for i in atoms:
+            atom(layout, i)
+    for each in (layout, alone):
+        each.begin_step()
+        atom(each, 0)
+        atom(each, 1)
+    assert torch.equal(layout.finish(), alone.finish())
+    assert equal(gradients_of(layout), gradients_of(alone))
+
+
 @pytest.mark.parametrize("recompute", ["selective", "layer", "none"])
 def test_layers_of_a_model_are_exchanged_early_in_each_mode_of_recomputation(events, recompute):
     model = tiny_model(recompute=recompute)

@@ -88,6 +88,8 @@ class EarlyExchange:
 
     def begin_step(self, ids: torch.Tensor | None) -> None:
         """See `Whole`."""
+        for sums in self.sums:
+            sums.reset()
         self.rows = self._table if self._table is not None and self._table.begin_step(ids) else None
 
     def begin_atom(self, allocate: Callable[[], None]) -> None:

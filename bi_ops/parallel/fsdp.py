@@ -25,6 +25,7 @@ from bi_ops.core.tensor_files import Rows
 from bi_ops.nn.main_grad import without_main_grad
 from bi_ops.parallel.gradients import Exchange, all_gather, check_ranks
 from bi_ops.parallel.order import AtomTree
+from bi_ops.parallel.overlap import layers_of, places_of
 from bi_ops.parallel.ranks import Ranks
 from bi_ops.parallel.shard_exchange import ShardExchange
 from bi_ops.parallel.shards import rows_of
@@ -74,7 +75,8 @@ class FullySharded:
             they are gathered once, not twice a micro-batch. The bits are the same.
 
     Raises:
-        ValueError: one rank, ranks that do not divide the atoms, or parameters whose gradient has no `main_grad`.
+        ValueError: one rank, ranks that do not divide the atoms, or parameters whose gradient has no `main_grad`, or
+            that several layers have. A forward of the model raises TypeError unless it returns one tensor.
     """
 
     #: See `Whole`.
@@ -98,8 +100,10 @@ class FullySharded:
         self.model, self.tree, self.ranks = model, tree, ranks
         self.steps = tree.atoms // ranks.size
         self._is_in_a_step, self._keeps_weights = False, not reshard_after_forward
+        layers = layers_of(model)
+        _check_apart(model, layers)
         masters = _rounded_off(model, ranks, compute_dtype)
-        layers = _shard(model, ranks, reshard_after_forward)
+        _shard(model, layers, ranks, reshard_after_forward)
         #: Of those that are gathered together the first one, which stands for all; then the model.
         self._groups = [cast(FSDPModule, m) for m in (*(each[0] for each in together(layers)), model)]
         of_gradients = None if exchange is None else exchange()
@@ -111,6 +115,8 @@ class FullySharded:
         #: This rank's rows of every parameter, by the names of the model, and what they are rounded to.
         self._masters = {n: masters.get(n, shard) for n, shard in shards.items()}
         self._rounded = {self._masters[n]: rounding.keep_in(self._masters[n], shards[n]) for n in masters}
+        #: `_versions` at the last forward.
+        self._gathered: list[int] = []
         names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         #: What the optimizer updates: those that are trained.
         self.parameters = {n: self._masters[n].requires_grad_() for n in names.values()}
@@ -126,10 +132,21 @@ class FullySharded:
             module.set_custom_all_gather(ExchangeAllGather(exchange))  # type: ignore[arg-type]
 
     def _round(self) -> None:
-        """Masters that were written are rounded again, those that an optimizer has not rounded in its own pass."""
+        """Masters that were written are rounded again, those that an optimizer has not rounded in its own pass.
+
+        What is still gathered of their values before is freed. Ranks write alike, so all of them do.
+        """
+        if self._gathered != self._versions():
+            self._reshard()
         for master, kept in self._rounded.items():  # each forward asks: a call for each master takes ten times as long
             if kept.is_behind(master):
                 rounding.refresh(master)
+        self._gathered = self._versions()
+
+    def _versions(self) -> list[int]:
+        """Of all that is gathered, and of what it is rounded from."""
+        rounded = [kept.copy._version for kept in self._rounded.values()]
+        return [*(master._version for master in self._masters.values()), *rounded]
 
     def _reshard(self) -> None:
         for module in self._groups:
@@ -144,7 +161,7 @@ class FullySharded:
 
     def begin_atom(self) -> None:
         """See `Whole`."""
-        if not (self._keeps_weights and self._is_in_a_step):
+        if not (self._keeps_weights and self._is_in_a_step and self._gathered == self._versions()):
             self._reshard()  # a forward without a backward leaves the root's weights of that time
         self._is_in_a_step = True
         self.early.begin_atom()
@@ -266,15 +283,22 @@ def _rounded_off(model: torch.nn.Module, ranks: Ranks, dtype: torch.dtype) -> di
     return masters
 
 
-def _shard(model: torch.nn.Module, ranks: Ranks, reshard_after_forward: bool) -> list[torch.nn.Module]:
-    """Layers, small ones together, and what is left become FSDP modules; the layers, in order."""
+def _check_apart(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
+    """A layer's sums leave when its backward is through, so no other may add to them."""
+    places = places_of(model, layers)
+    if shared := [name for name, p in model.named_parameters() if p.requires_grad and len(places[p]) > 1]:
+        raise ValueError(
+            f"fsdp: {', '.join(shared[:4])}{' and others' * (len(shared) > 4)} would be summed by several layers, "
+            "which are exchanged one by one; give each layer a weight of its own, or train without fsdp"
+        )
+
+
+def _shard(
+    model: torch.nn.Module, layers: Sequence[torch.nn.Module], ranks: Ranks, reshard_after_forward: bool
+) -> None:
+    """Layers, small ones together, and what is left become FSDP modules."""
     device = next(model.parameters()).device.type
     mesh = DeviceMesh.from_group(cast(Any, dist.group.WORLD if ranks.group is None else ranks.group), device)
-    layers: list[torch.nn.Module] = []
-    for module in list(model.modules()):
-        if isinstance(module, torch.nn.ModuleList):
-            layers += module
     for each in together(layers):
         fully_shard([*each], mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)
-    return layers

@@ -123,6 +123,10 @@ class Subtrees:
         self._stack.append(sums)
         return sums
 
+    def reset(self) -> None:
+        """No leaf is added: of a step that failed some may be."""
+        self._stack, self.done = [], 0
+
     def total(self) -> list[torch.Tensor]:
         """The root, when every leaf was added; the tree can be used again."""
         [sums], self._stack, self.done = self._stack, [], 0
@@ -203,6 +207,11 @@ class GradientTree:
         if self._sums.done == steps:
             self._exchange.gather(sent, self._sums.total())
             self._totals = places
+
+    def reset(self) -> None:
+        """No atom is added: of a step that failed some may be."""
+        self._sums.reset()
+        self._totals = None
 
     def total(self) -> list[torch.Tensor]:
         """The sums, on every rank, in the shapes of the gradients; the tree can be used again.

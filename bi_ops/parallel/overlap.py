@@ -18,18 +18,23 @@ class _Behind(torch.autograd.Function):
     """Hands tensors on; in the backward calls `action` when the gradients of all of them are there."""
 
     @staticmethod
-    def forward(ctx: Any, action: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, action: Callable[[], None], as_views: bool, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.action = action
-        return tuple(t.detach() for t in tensors)  # no views: FSDP2 warns of a module that returns one
+        return tensors if as_views else tuple(t.detach() for t in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         ctx.action()
-        return None, *grads
+        return None, None, *grads
 
 
-def behind(args: Sequence[Any], action: Callable[[], None]) -> tuple[Any, ...] | None:
+def behind(args: Sequence[Any], action: Callable[[], None], as_views: bool = True) -> tuple[Any, ...] | None:
     """`args` for a module, which call `action` behind the module's backward; None if none of them gets a gradient.
+
+    as_views: autograd refuses to write to what is handed on, which others may have read before. FSDP2 warns of a module
+    that returns a view.
 
     Of what is ready, autograd computes what was recorded last first. So everything that is recorded from now on is
     through before `action`, parameters' own gradients and layers that are computed again included.
@@ -38,7 +43,7 @@ def behind(args: Sequence[Any], action: Callable[[], None]) -> tuple[Any, ...] |
     if not (at and torch.is_grad_enabled()):
         return None
     handed = list(args)
-    for i, t in zip(at, _Behind.apply(action, *(args[i] for i in at)), strict=True):
+    for i, t in zip(at, _Behind.apply(action, as_views, *(args[i] for i in at)), strict=True):
         handed[i] = t
     return tuple(handed)
 
@@ -60,12 +65,8 @@ def owners_of(model: torch.nn.Module) -> dict[torch.Tensor, list[torch.nn.Module
     return owners
 
 
-def separate_layers(model: torch.nn.Module) -> dict[torch.nn.Module, list[torch.nn.Parameter]]:
-    """What stands in a `torch.nn.ModuleList`, in order, with its trainable parameters.
-
-    In a list in a layer nothing is a layer of its own. Left out are layers that share a parameter with another module,
-    and those that are frozen.
-    """
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What stands in a `torch.nn.ModuleList`, in order. In a list in a layer nothing is a layer of its own."""
     layers: dict[torch.nn.Module, None] = {}
 
     def visit(module: torch.nn.Module) -> None:
@@ -76,8 +77,22 @@ def separate_layers(model: torch.nn.Module) -> dict[torch.nn.Module, list[torch.
                 visit(child)
 
     visit(model)
+    return list(layers)
+
+
+def places_of(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> dict[torch.Tensor, set[torch.nn.Module]]:
+    """The layers that have each parameter; the model stands for what is outside of them."""
     inside = {m: layer for layer in layers for m in layer.modules()}
-    owners = {p: {inside.get(m, model) for m in modules} for p, modules in owners_of(model).items()}
+    return {p: {inside.get(m, model) for m in modules} for p, modules in owners_of(model).items()}
+
+
+def separate_layers(model: torch.nn.Module) -> dict[torch.nn.Module, list[torch.nn.Parameter]]:
+    """Layers, in order, with their trainable parameters.
+
+    Left out are layers that share a parameter with another module, and those that are frozen.
+    """
+    layers = layers_of(model)
+    owners = places_of(model, layers)
     trained = {layer: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
     return {m: own for m, own in trained.items() if own and all(owners[p] == {m} for p in m.parameters())}
 

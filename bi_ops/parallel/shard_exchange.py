@@ -62,10 +62,14 @@ class ShardExchange:
         self._table_name = None if self._table is None else names[cast(torch.nn.Parameter, self._table.weight)]
         self._side = SideStream(next(model.parameters()).device)
         self._collects = False
+        self._begun: set[torch.nn.Module] = set()
         self._through: set[torch.nn.Module] = set()
 
     def begin_step(self, ids: torch.Tensor | None) -> None:
         """See `Whole`."""
+        for sums in self.sums.values():
+            sums.reset()
+        self.row_sums.reset()
         self._rows = self._table if self._table is not None and self._table.begin_step(ids) else None
         if self._rows is not None and ids is not None:
             own = rows_of(len(self._rows.weight), self._ranks)
@@ -79,7 +83,7 @@ class ShardExchange:
 
     def before_backward(self, last: bool) -> None:
         """See `Whole`."""
-        self._collects = last
+        self._collects, self._begun = last, set()
 
     def end_atom(self) -> None:
         """See `Whole`."""
@@ -128,13 +132,26 @@ class ShardExchange:
     # When something is through.
 
     def _before_layer(self, layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Behind the backward of everything in a layer, and before torch's own hook on the same inputs."""
+        """Behind the backward of everything in a layer, and before torch's own hook on the same inputs.
+
+        Of several calls behind that of the first.
+        """
         if layer in self._through and torch.is_grad_enabled():
             raise already_through(layer)
-        return behind(args, lambda: self._collect(layer)) if self._collects else None
+        if not self._collects or layer in self._begun:
+            return None
+        handed = behind(args, lambda: self._collect(layer))
+        if handed is not None:
+            self._begun.add(layer)
+        return handed
 
     def _after_model(self, model: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Behind the backward of the head, and of all: what is outside of layers."""
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(
+                f"fsdp: the forward of {type(model).__name__} returns a {type(output).__name__}; its gradients are "
+                "exchanged behind one tensor: return that, or train without fsdp"
+            )
         if not (self._collects and output.requires_grad):
             return None
 
@@ -142,7 +159,7 @@ class ShardExchange:
             torch.autograd.Variable._execution_engine.queue_callback(self._collect_rest)
 
         head = self._head if self._head_leaves else None
-        handed = None if head is None else behind((output,), lambda: self._collect(head))
+        handed = None if head is None else behind((output,), lambda: self._collect(head), as_views=False)
         output = output if handed is None else handed[0]
         output.register_hook(queue)
         return output

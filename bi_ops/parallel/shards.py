@@ -71,6 +71,10 @@ class ShardTree:
         flats += [torch.cat(small, dim=1).view(-1)] if small else []
         self._sums.add(self.exchange.sum(flats))
 
+    def reset(self) -> None:
+        """See `GradientTree`."""
+        self._sums.reset()
+
     def total(self) -> list[torch.Tensor]:
         """This rank's rows of the sums; the tree can be used again.
 

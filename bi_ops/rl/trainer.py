@@ -387,6 +387,7 @@ class Trainer:
             passes = [launch for *_, launch in atom_batches]
             if config.fsdp or config.ep > 1:  # all ranks gather weights, or exchange rows, as often
                 most = max(len(cut) for cut in cuts[i * ranks.size :][: ranks.size])
+                most = max(most, int(config.fsdp))  # what a rank adds leaves behind a backward, zeros too
                 idle = functools.partial(self._idle, completions, rollout)
                 passes = [idle] * (most - len(passes)) + passes
             for n, launch in enumerate(passes, 1):
