@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -59,8 +58,8 @@ def gemm_cells() -> Iterator[Cell]:
         yield f"experts 128 {passes}", partial(experts, passes)
 
 
-def worker(budget_s: float) -> dict[str, float]:
-    """Microseconds of every cell under the Triton that is imported, and the release's name."""
+def worker(budget_s: float) -> tuple[str, dict[str, float]]:
+    """The release of Triton that is imported, and microseconds of every cell under it."""
     import torch
     import triton
 
@@ -71,7 +70,7 @@ def worker(budget_s: float) -> dict[str, float]:
         calls = make()
         found[name] = median_us(calls, budget_s, captured=not name.endswith("bwd"))
         del calls
-    return found | {f"triton {triton.__version__}": math.nan}
+    return triton.__version__, found
 
 
 def run(release: Path | None, budget_s: float) -> tuple[str, dict[str, float]]:
@@ -83,10 +82,8 @@ def run(release: Path | None, budget_s: float) -> tuple[str, dict[str, float]]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{release or 'the installed Triton'}: {done.stderr[-2000:]}")
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    name = next(key for key in figures if key.startswith("triton "))
-    del figures[name]
-    return name.removeprefix("triton "), figures
+    name, figures = json.loads(done.stdout.splitlines()[-1])
+    return name, figures
 
 
 def main() -> int:

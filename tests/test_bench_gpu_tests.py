@@ -122,10 +122,8 @@ def test_what_took_longest_starts_first_and_what_is_new_before_it(gpu_tests, tmp
         keys = ("seconds", "outcome", "message")
         tests = [{"file": "a.py", "test": t, **dict(zip(keys, found, strict=True))} for t, found in of.items()]
         (folder / name).write_text(json.dumps({"tests": tests}))
-    known, names = (
-        gpu_tests.known_outcomes(),
-        [f"a.py::{test}" for test in ("short", "new", "long", "cut", "two", "four")],
-    )
+    known = gpu_tests.known_outcomes()
+    names = [f"a.py::{test}" for test in ("short", "new", "long", "cut", "two", "four")]
     in_order = gpu_tests.longest_first(names, known)
     assert [name.removeprefix("a.py::") for name in in_order] == ["new", "cut", "long", "short", "two", "four"]
     found = [gpu_tests.of_several(names, known, n_gpus) for n_gpus in (1, 2, 4)]
